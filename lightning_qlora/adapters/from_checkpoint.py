@@ -51,7 +51,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         )
         if key.removeprefix(root) in conversion.fingerprints:
             fingerprints[name] = conversion.fingerprints[key.removeprefix(root)]
-        weights = read_base(state, f"{key}.weight")
+        weights = read_base(state, f"{key}.")
         if weights:
             bases[name] = weights
     owners = {outer + owner for owner in description["trained_in_full"]}

@@ -1,13 +1,12 @@
 """State dicts of converted modules: what trains, and one entry that says what the rest was.
 
-The hooks of the outermost module that has them write and read that entry. Where this is a part of a converted module,
-saved alone or in a module that is not converted, it has its base with it.
+A layer saves itself whole, as every module does. The hooks of the module that was converted leave out what has a
+fingerprint, and add the entry; on loading they compare the fingerprints, and complete the state. A part of the module
+has no hooks: its state dict has its base.
 """
 
-import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -31,32 +30,33 @@ from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import is_sharded, local, of_all_ranks, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.layer_state import LOAD_THE_BASE, CheckpointMismatchError, base_entries, has_base
+from lightning_qlora.layers.layer_state import (
+    LOAD_THE_BASE,
+    CheckpointMismatchError,
+    base_entries,
+    check_same_arguments,
+    has_base,
+    remove_base,
+)
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import CHECKPOINTED, join, key_name, last_part, owner_name, plain_name
+from lightning_qlora.layers.names import join, key_name, last_part, owner_name, plain_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, renew, unrecorded
+from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, renew
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
 
-PREPARED = torch.empty(0, device="cpu")  # in place of a part's entry: the hook of an outer module prepared the part
-
-
-class _Saving(threading.local):
-    """The ids of the outermost modules whose state dicts a thread makes."""
-
-    def __init__(self) -> None:
-        self.modules: list[int] = []
-
-
-_saving = _Saving()
+BUILT_ANEW = (
+    "This state dict holds adapters, and this {kind} has none: its adapters were merged, or its layers were built anew "
+    "after conversion. Load it before merging, and leave out what builds the layers again (setup, or "
+    "on_load_checkpoint that calls it)."
+)
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
     """Leave the base out of state dicts of a converted module, and add it on loading, which can be strict.
 
-    The state dict of a part of the module has the base of that part, which may be saved alone. `config`: the arguments
-    of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were passed.
+    `config`: the arguments of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were
+    passed.
     """
     requests = []
     for part in root.modules():
@@ -66,18 +66,11 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
     conversion = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
     root._qlora_conversion = conversion  # type: ignore[assignment]
-    for part in root.modules():
-        is_part = CHECKPOINTED not in part._modules and adapted_layers(part)  # state dicts name no checkpoint_wrapper
-        if not _has_hooks(part) and (part is root or is_part):
-            # Module-level functions: a module with these hooks can be copied and pickled.
-            part.register_state_dict_pre_hook(_before_state_dict)  # type: ignore[no-untyped-call]
-            part.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
-            part.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
-            part.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return _after_state_dict in module._state_dict_hooks.values()
+    if _after_state_dict not in root._state_dict_hooks.values():
+        # Module-level functions: a module with these hooks can be copied and pickled.
+        root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
+        root.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
+        root.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
 
 def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
@@ -95,70 +88,60 @@ def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
     return SavedConversion(config, describe_base(root, config, trained_in_full(root, unchanged)), fingerprints)
 
 
-def _before_state_dict(root: nn.Module, prefix: str, _: Any) -> None:
-    """Remember a module if it is the outermost one; a state dict may be made while that of another module is."""
-    outermost: list[int] = _saving.modules
-    if not outermost or not prefix:
-        outermost.append(id(root))
-
-
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Leave out what has a fingerprint, write other 4-bit weights in bitsandbytes' format, and add the conversion."""
-    outermost: list[int] = _saving.modules
-    is_outermost = outermost[-1:] == [id(root)]
-    if is_outermost:
-        outermost.pop()
+    """Leave out what has a fingerprint, and add the conversion."""
     check_no_layer_resized(root)
-    if not is_outermost or _is_merged(root):
-        return
     conversion = conversion_of(root)
-    if conversion is None:  # a part, alone or in a module that is not converted
-        config = replace(next(iter(adapted_layers(root).values())).config, checkpoint="full")
-    else:
-        config = conversion.config
-    saved = saved_conversion(root, config)
+    if conversion is None or _is_merged(root):
+        return
+    saved = saved_conversion(root, conversion.config)
+    for name, part in _named_modules(root):
+        if name and conversion_of(part) is not None:
+            _restore(part, state_dict, f"{prefix}{name}.")
+    layers = dict(_named_layers(root))
     for name in saved.fingerprints:
-        state_dict.pop(prefix + name, None)
-    for name, layer in _named_layers(root):
-        if name not in saved.fingerprints:
-            entries = base_entries(layer, prefix + join(name, "weight"))  # all ranks gather it
-            if conversion is None:  # may be written to
-                entries = {key: value.clone() for key, value in entries.items()}
-            state_dict.update(entries)
+        if name in layers:
+            remove_base(layers[name], state_dict, prefix + _prefix(name))
+        else:
+            state_dict.pop(prefix + name, None)
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
+
+
+def _restore(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Add what a part left out, which was converted as a module of its own too: this module names its own base."""
+    if state_dict.pop(prefix + CONVERSION, None) is None:
+        return
+    for name, layer in _named_layers(part):
+        for key, value in base_entries(layer, prefix + _prefix(name)).items():
+            state_dict.setdefault(key, value)
+    for name, _, _, parameter in _dense_parameters(part):
+        state_dict.setdefault(prefix + name, parameter.detach())
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """Check that a state fits the module, and complete it with the frozen parameters of the module."""
     _, _, missing_keys, unexpected_keys, _ = arguments
-    if not prefix and state_dict.get(CONVERSION) is not None:
-        _convert_new_layers(root, state_dict)
-    if state_dict.get(prefix + CONVERSION) is PREPARED:
-        del state_dict[prefix + CONVERSION]
-        return
-    if _is_merged(root):
+    adapters = _layers_with_adapter(state_dict, prefix)
+    conversion = conversion_of(root)
+    if conversion is None or _is_merged(root):
+        if conversion is not None and adapters and prefix + CONVERSION in state_dict:
+            raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
     reshard(root)
-    adapters = _layers_with_adapter(state_dict, prefix)
     _check_same_layers(root, adapters)
     saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
-    conversion = conversion_of(root)
-    if conversion is not None:
-        conversion.replaced = saved is None or not saved.fingerprints
-    for name, part in _named_modules(root):
-        if name and _has_hooks(part):
-            state_dict[f"{prefix}{name}.{CONVERSION}"] = PREPARED
     if saved is not None:
+        conversion.replaced = not saved.fingerprints
         _check_same_function(root, saved)
         _keep_initialization(root, saved)
         unexpected_keys += [prefix + name for name in _check_base(root, saved, state_dict, prefix)]
-        # A layer that is loaded alone took its weight before this hook.
-        without_base = [prefix + join(name, "weight") for name in adapters if name and name not in saved.fingerprints]
-        missing_keys += [key for key in without_base if not has_base(state_dict, key)]
     elif adapters:
-        missing_keys.append(prefix + CONVERSION)
+        conversion.replaced = False
+        if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
+            missing_keys.append(prefix + CONVERSION)
     else:
+        conversion.replaced = True
         _begin_with_rows_of_dense_module(root, state_dict, prefix)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         name = key_name(name)
@@ -186,10 +169,12 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
     unknown = []
     for name, expected in saved.fingerprints.items():
         if name in layers:
+            if not has_base(state_dict, prefix + _prefix(name)):
+                state_dict[prefix + join(name, BASE[0])] = layers[name].packed  # the layer knows that this is its own
             current = layers[name].base_fingerprint()
         elif name in parameters:
             owner, key, parameter = parameters[name]
-            state_dict[prefix + name] = parameter.detach()
+            state_dict.setdefault(prefix + name, parameter.detach())
             current = current_fingerprint(owner, key, parameter, numbers)
         else:
             unknown.append(name)
@@ -200,26 +185,6 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
                 f"{expected:x} there, {current:x} here). {LOAD_THE_BASE}"
             )
     return unknown
-
-
-def _convert_new_layers(root: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Convert layers that replaced converted ones before a Trainer restores a checkpoint.
-
-    `on_load_checkpoint` may call `setup` again, which builds the model again.
-    """
-    conversion = conversion_of(root)
-    adapters = {owner_name(key) for key in state_dict if last_part(key) == "lora_A"}
-    if conversion is None or adapters <= {name for name, layer in _named_modules(root) if isinstance(layer, LoRALayer)}:
-        return
-    trainer: Any = vars(root).get("_trainer")
-    convert = getattr(getattr(trainer, "precision_plugin", None), "convert_again", None)
-    if convert is not None and not trainer.strategy.restore_checkpoint_after_setup and unrecorded(root):
-        convert(root)
-    elif conversion.layers and not adapted_layers(root):
-        raise ValueError(
-            f"This state dict holds adapters, and the layers of this {type(root).__name__} were built anew after "
-            "conversion, so it has none. Leave out what builds them again (setup, or on_load_checkpoint that calls it)."
-        )
 
 
 def _after_load(root: nn.Module, _: Any) -> None:
@@ -259,15 +224,7 @@ def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
         )
     for name, full_name, layer in _layers_of_base(root):
         saved_config = config_of_layer(saved.base, name, saved.config)
-        for argument in ("use_rslora", "use_dora", "lora_alpha"):
-            expected = getattr(saved_config, argument)
-            value = getattr(layer.config, argument)
-            if value != expected:
-                raise CheckpointMismatchError(
-                    f"{full_name}: {argument} is {expected!r} in the checkpoint and {value!r} here: the adapters would "
-                    "compute something else than in training. Set it (lora_alpha also by alpha_pattern) to the value "
-                    "of the checkpoint."
-                )
+        check_same_arguments(full_name, vars(saved_config), layer)
 
 
 def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
@@ -310,10 +267,15 @@ def _named_layers(root: nn.Module) -> list[tuple[str, LoRALayer]]:
     return [(name, part) for name, part in _named_modules(root) if isinstance(part, LoRALayer)]
 
 
+def _prefix(name: str) -> str:
+    """What the keys of a module of this name begin with."""
+    return f"{name}." if name else ""
+
+
 def _is_merged(root: nn.Module) -> bool:
     """Whether the adapters were merged: the state dict is that of a dense module."""
     conversion = conversion_of(root)
-    return (conversion is None or bool(conversion.layers)) and not adapted_layers(root)
+    return conversion is not None and bool(conversion.layers) and not adapted_layers(root)
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from types import ModuleType
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor
 from lightning_qlora.kernels import eager, scratch
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.verdict import KERNELS, verdict
-from lightning_qlora.kernels.verify import OPS
+from lightning_qlora.kernels.verify import OPS, fault
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
@@ -88,17 +89,20 @@ class Backend:
 
 
 _EAGER = cast(Backend, eager)
+UNTRIED = ("mps",)  # types of devices on which nobody has run this package
 _backends: dict[torch.device, Backend] = {}
 
 
 def backend(device: torch.device) -> Backend:
     """What computes on a device: Triton's kernels on a GPU or under TRITON_INTERPRET=1, else the module `eager`."""
-    if not has_kernels(device):
+    if not has_kernels(device) and device.type not in UNTRIED:
         return _EAGER
     previous = _backends.get(device)
-    if previous is None:
-        return _make(device)
-    return previous
+    if previous is not None:
+        return previous
+    if device.type in UNTRIED:
+        return _try(device)
+    return _make(device)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -138,6 +142,21 @@ def agree(device: torch.device) -> None:
     if kernels is not _EAGER:
         others = [op for op, fails in zip(OPS, failed.tolist(), strict=True) if fails and op not in kernels.failures]
         kernels.fall_back(dict.fromkeys(others, "fails on another rank"))
+
+
+def _try(device: torch.device) -> Backend:
+    """`eager`, with a warning if torch lacks what an op needs on the device or computes other values there."""
+    _backends[device] = _EAGER
+    with ThreadPoolExecutor(1) as pool:  # torch's modes are those of a thread: a new one has none
+        faults = pool.submit(lambda: {op: fault(eager, device, op) for op in OPS}).result()
+    wrong = "; ".join(f"{op}: {why}" for op, why in faults.items() if why)
+    if wrong:
+        warnings.warn(
+            f"{device}: torch has not all that 4-bit layers need, or computes other values ({wrong}). This package was "
+            'never run on such a device. Use accelerator="cpu"',
+            stacklevel=3,
+        )
+    return _EAGER
 
 
 def _make(device: torch.device, repeat: bool = False) -> Backend:

@@ -154,9 +154,10 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
             grad = factor(normal(m, n), kind, 1e-9)
             bias = None if p else normal(n)
             xa = reference.lora_project(x, lora)
+            out = torch.full((m, n), torch.nan, dtype=kind or torch.float32, device="cpu")
             yield {
                 "lora_project": (x, lora),
-                "linear_into": (torch.full((m, n), torch.nan, dtype=kind or torch.float32), x, xa, weight, bias, lora),
+                "linear_into": (out, x, xa, weight, bias, lora),
                 "linear_backward": (grad, x, xa, weight, lora, True),
             }[op]
 

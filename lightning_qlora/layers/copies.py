@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.expert_selection import ExpertParameter
-from lightning_qlora.layers.fingerprint import has_values
+from lightning_qlora.layers.fingerprint import has_values, is_strided
 from lightning_qlora.layers.names import join, name_endings, owner_name
 from lightning_qlora.layers.selection import Selection, ToConvert
 
@@ -79,7 +79,7 @@ def _weight_name(name: str, each: ToConvert) -> str:
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The dense matrices and stacks of matrices of a module, on this rank as a whole; each tensor once."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and has_values(tensor)
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor) and has_values(tensor)
         if is_plain and tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel():
             yield name, tensor.detach()
 

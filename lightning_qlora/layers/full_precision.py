@@ -142,9 +142,9 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
             continue
         with_types(owner).types_before[key] = dtype
         for user in _users(owner, parents):
-            _compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
+            compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
         if can_derive(module):
-            _compute_in(module, dtype)
+            compute_in(module, dtype)
         cast_in_place(parameter, torch.float32)
     return sizes
 
@@ -180,7 +180,7 @@ def with_types(part: nn.Module) -> Any:
     return part
 
 
-def _compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
+def compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
     own: FullPrecision = with_types(part)
     if own.autocast_dtype not in IN_16_BITS:

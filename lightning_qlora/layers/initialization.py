@@ -28,6 +28,7 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
 Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the matrix is about u diag(sigma) v^T
+WITHOUT_SOLVERS = ("mps",)  # types of devices
 
 
 class Initialization(NamedTuple):
@@ -181,13 +182,13 @@ def exact(matrix: Tensor, r: int) -> Factors:
     if matrix.shape[0] > matrix.shape[1]:
         u, sigma, v = exact(matrix.T, r)
         return v, sigma, u
-    wide = matrix.double()
+    wide = matrix.to(solver_device(matrix.device)).double()
     _, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending
     u = vectors[:, -r:].flip(1)
     v = wide.T @ u
     sigma = torch.linalg.vector_norm(v, dim=0)
     v /= sigma.clamp_min(torch.finfo(torch.float32).tiny)
-    return u.to(matrix.dtype), sigma.to(matrix.dtype), v.to(matrix.dtype)
+    return _like(matrix, u.to(matrix.dtype), sigma.to(matrix.dtype), v.to(matrix.dtype))
 
 
 def sketched(matrix: Tensor, r: int, iterations: int, seed: int) -> Factors:
@@ -195,13 +196,26 @@ def sketched(matrix: Tensor, r: int, iterations: int, seed: int) -> Factors:
 
     As torch.svd_lowrank(matrix, r, iterations), which PEFT calls, but with its own random generator.
     """
+    original = matrix
+    matrix = matrix.to(solver_device(matrix.device))
     generator = torch.Generator("cpu").manual_seed(seed)
     sketch = torch.randn(matrix.shape[1], r, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
     basis = torch.linalg.qr(matrix @ sketch).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     u, sigma, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ u, sigma, v.T
+    return _like(original, basis @ u, sigma, v.T)
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Where to compute in fp64, QR and eigenvalues: the CPU for a device that has none of them (Apple's MPS)."""
+    if device.type in WITHOUT_SOLVERS:
+        return torch.device("cpu")
+    return device
+
+
+def _like(matrix: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> Factors:
+    return u.to(matrix.device), sigma.to(matrix.device), v.to(matrix.device)
 
 
 # Name in `config.INITIALIZATIONS` -> what computes the base and the adapter.

@@ -10,6 +10,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.layers.initialization import solver_device
+
 
 class InputStatistics:
     """The float weight of a layer, and sums over its inputs.
@@ -22,7 +24,7 @@ class InputStatistics:
 
     def __init__(self, dense_weight: Tensor, matrices: int, inputs: int, device: torch.device) -> None:
         self.dense_weight = dense_weight
-        self.sums = torch.zeros(matrices, inputs + 2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(matrices, inputs + 2, dtype=torch.float64, device=solver_device(device))
         self.calibration: Any = None
         self._layers: list[ref[nn.Module]] = []  # in the order in which they were made, the same on all ranks
 
@@ -54,6 +56,7 @@ class InputStatistics:
 
     def to(self, device: torch.device) -> None:
         """Move the sums with a layer, whose weight may have been read after it was on the meta device."""
+        device = solver_device(device)
         if self.sums.is_meta:
             self.sums = torch.zeros_like(self.sums, device=device)
         else:
@@ -67,11 +70,12 @@ class InputStatistics:
         rows = x.detach().reshape(-1, x.shape[-1])
         if rows.dtype is torch.float64:
             rows = rows.float()
-        if self.sums.device != x.device:
+        if self.sums.device != solver_device(x.device):
             self.to(x.device)
         is_finite = torch.isfinite(rows).all(dim=1)
         finite_rows = torch.where(is_finite.unsqueeze(1), rows, 0)
         sums = self.sums[number]
-        sums[:-2] += torch.linalg.vector_norm(finite_rows, dim=0, dtype=torch.float32).double().square()
-        sums[-2] += is_finite.sum()
+        norms = torch.linalg.vector_norm(finite_rows, dim=0, dtype=torch.float32)
+        sums[:-2] += norms.to(sums.device).double().square()
+        sums[-2] += is_finite.sum().to(sums.device)
         sums[-1] += len(rows)

@@ -1,4 +1,4 @@
-"""What a layer takes from a state dict: its adapter, and a base if the state dict holds one."""
+"""The entries of a layer in a state dict, and what it takes from one: its adapter, and a base if there is one."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qlora.checks import shown
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.quantization.packed_weight import (
+    PackedBytes,
+    PackedWeight,
+    bnb_keys,
+    bnb_meta,
+    check_bytes,
+    read_bnb_meta,
+)
+
+SAME_FUNCTION = ("use_rslora", "use_dora", "lora_alpha")  # arguments that change what an adapter computes
 
 LOAD_THE_BASE = (
     "Load the base model of the training, with its quantization arguments, and do not change it afterwards. If the "
@@ -20,29 +30,43 @@ LOAD_THE_BASE = (
 )
 
 
+BIAS_ALONE = (
+    "load_state_dict gets biases of 4-bit layers and not their weights, so these layers have the biases of one model "
+    "and the weights of another. Code that keeps those keys of a state dict which the module has with equal shapes "
+    "leaves out the weights, because a converted module has no dense weight. Pass the whole state dict."
+)
+
+
 class CheckpointMismatchError(RuntimeError):
     """A checkpoint or adapter belongs to another base model, or to layers of another shape or name."""
 
 
 class SavedLayer(LoRALayer):
-    """A LoRALayer with its entries in state dicts."""
+    """A LoRALayer with its entries in state dicts: all of it, in each layer by itself."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Without the base, which the hook of the converted module writes, or a fingerprint of it."""
+        """The adapter, its initial values if they were computed from the weight, and the base. Nothing is gathered."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in BASE:
-            destination.pop(prefix + name, None)  # it is there if a strategy splits the weight
+        destination |= base_entries(self, prefix)
+        if not is_sharded(self.packed):
+            for name in BASE:
+                destination.pop(prefix + name, None)  # parameters that no strategy has split
         if self.initial is not None:
             destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        metadata, strict, missing_keys, *others = arguments
+        metadata, strict, missing_keys, unexpected_keys, errors = arguments
         has_adapter = prefix + "lora_A" in state_dict
         initial = self.initial
-        optional = load_base(self, state_dict, prefix)
+        has_base, optional = load_layer(self, state_dict, prefix)
         missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        unexpected: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        key = prefix + BASE[0]
+        if not has_base and state_dict.get(key) is not self.packed:  # a hook of this layer, which super() runs
+            missing.append(prefix + "weight")
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
+        unexpected_keys += [name for name in unexpected if name != key]
         if has_adapter:
             self._begin_as_saved(initial)
 
@@ -66,40 +90,99 @@ class SavedLayer(LoRALayer):
             )
 
 
-def base_entries(layer: LoRALayer, key: str) -> dict[str, Tensor]:
-    """The 4-bit base in a state dict of checkpoint="full": bitsandbytes' entries, of a stack `key.i` for expert i."""
-    entries: dict[str, Tensor] = {}
-    for number, weight in enumerate(layer.packed_weights):
-        name = key
-        if layer.is_stack:
-            name = f"{key}.{number}"
-        entries |= weight.bnb_state_dict(name)
+def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
+    """The 4-bit weight of a layer in a state dict, with the arguments that its adapter needs.
+
+    bitsandbytes' entries, of a stack `weight.i` for expert i. Of a sharded layer its tensors, by their names, and
+    bitsandbytes' description of them: what those entries hold besides can't be computed from a shard.
+    """
+    key = f"{prefix}weight"
+    more = {"adapter": {name: getattr(layer.config, name) for name in SAME_FUNCTION}}
+    if is_sharded(layer.packed):
+        entries = {prefix + name: getattr(layer, name).detach() for name in BASE}
+        whole = layer.weight_bytes
+        return entries | bnb_meta(key, whole.shape, whole.quant_type, whole.block_size, layer.dtype_before, more)
+    entries = {}
+    for name, weight in zip(weight_keys(layer, key), layer.packed_weights, strict=True):
+        entries |= weight.bnb_state_dict(name, more)
     return entries
 
 
-def has_base(state_dict: Mapping[str, Any], key: str) -> bool:
+def weight_keys(layer: LoRALayer, key: str) -> list[str]:
+    """The key of each matrix of a layer, whose weight has this key."""
+    if layer.is_stack:
+        return [f"{key}.{number}" for number in range(layer.matrix_count)]
+    return [key]
+
+
+def remove_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> None:
+    """Remove the entries that `base_entries` has."""
+    key = f"{prefix}weight"
+    keys = [prefix + name for name in BASE]
+    for name in {key, *weight_keys(layer, key)}:
+        keys += bnb_keys(name, layer.quant_type)
+    for name in keys:
+        state_dict.pop(name, None)
+
+
+def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
     """Whether a state dict has the base of a layer, dense or in 4 bits."""
-    return key in state_dict or f"{key}.0" in state_dict
+    return any(prefix + name in state_dict for name in ("weight", "weight.0", BASE[0]))
 
 
-def read_base(state_dict: Mapping[str, Any], key: str) -> list[PackedWeight]:
-    """The 4-bit weights in such entries; none if there are none."""
+def read_base(state_dict: Mapping[str, Any], prefix: str) -> list[PackedWeight]:
+    """The 4-bit weights of a layer in a state dict; none if there are none."""
+    key = f"{prefix}weight"
     if f"{key}.absmax" in state_dict:
         return [PackedWeight.from_bnb_state_dict(state_dict, key)]
+    if prefix + BASE[0] in state_dict:
+        weight, dtype = _read_bytes(state_dict, prefix)
+        return [PackedWeight.from_bytes(matrix, dtype) for matrix in weight.unbind()]
     weights: list[PackedWeight] = []
     while f"{key}.{len(weights)}" in state_dict:
         weights.append(PackedWeight.from_bnb_state_dict(state_dict, f"{key}.{len(weights)}"))
     return weights
 
 
-def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[str]:
+def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes, torch.dtype]:
+    """The tensors of a layer that was sharded when it was saved, and the type that they decode to."""
+    meta = read_bnb_meta(state_dict, f"{prefix}weight")
+    if meta is None or any(prefix + name not in state_dict for name in BASE):
+        raise ValueError(f"{prefix}{BASE[0]}: its description or another of its tensors is missing. Copy the file.")
+    packed, absmax, nested = (state_dict[prefix + name].contiguous() for name in BASE)
+    weight = PackedBytes(packed, absmax, nested, tuple(meta["shape"]), meta["quant_type"], meta["blocksize"])
+    check_bytes(weight)
+    return weight, getattr(torch, meta["dtype"])
+
+
+def _check_same_function(layer: LoRALayer, entries: Mapping[str, Any], key: str) -> None:
+    """Refuse an adapter that computes something else with the arguments of this layer."""
+    meta = read_bnb_meta(entries, weight_keys(layer, key)[0]) or read_bnb_meta(entries, key)
+    check_same_arguments(key.removesuffix("weight").removesuffix("."), (meta or {}).get("adapter"), layer)
+
+
+def check_same_arguments(name: str, saved: Any, layer: LoRALayer) -> None:
+    """CheckpointMismatchError if a layer has other arguments than the saved ones, by which its adapter computes."""
+    if not isinstance(saved, Mapping):
+        return
+    for argument in SAME_FUNCTION:
+        value = getattr(layer.config, argument)
+        if argument in saved and saved[argument] != value:
+            raise CheckpointMismatchError(
+                f"{name or 'the layer itself'}: {argument} is {shown(saved[argument])} in the checkpoint and {value!r} "
+                "here: the adapters would compute something else than in training. Set it (lora_alpha also by "
+                "alpha_pattern) to the value of the checkpoint."
+            )
+
+
+def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tuple[bool, set[str]]:
     """Replace the base by the dense or 4-bit weight in a state, if it has one; check the adapter, which loads later.
 
     The entries of the base are removed from the state. Its values may be loaded lazily (Lightning's `_lazy_load`);
     `contiguous()` loads them.
 
     Returns:
-        Names of the layer's parameters that the state may lack.
+        Whether the state has the base, and names of the layer's parameters that the state may lack.
 
     Raises:
         CheckpointMismatchError: If the weight has another shape, or the adapter another rank.
@@ -124,24 +207,38 @@ def load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> set[
         initial = [state_dict.pop(prefix + key, None) for key in INITIAL]
         layer.set_initial(*(None if value is None else value.contiguous() for value in initial))
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
-    if _load_weight(layer, state_dict, prefix, with_adapter) and not with_adapter:
-        return {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
-    return {*BASE}
+    has_weight = _load_weight(layer, state_dict, prefix, with_adapter)
+    if prefix + "bias" in state_dict and not has_weight and not with_adapter:
+        warnings.warn(BIAS_ALONE, stacklevel=2)
+    if has_weight and not with_adapter:
+        return True, {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
+    return has_weight, {*BASE}
 
 
 def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:
     """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none."""
     key = prefix + "weight"
-    if not has_base(state_dict, key):
+    if not has_base(state_dict, prefix):
         return False
-    names = [name for name in state_dict if name == key or name.startswith(key + ".")]
-    entries = {name: state_dict.pop(name).contiguous() for name in names}
-    packed = read_base(entries, key)
-    if packed:
+    of_base = {prefix + name for name in BASE}
+    names = [name for name in state_dict if name == key or name.startswith(key + ".") or name in of_base]
+    entries = {name: state_dict.pop(name) for name in names}
+    if entries.get(prefix + BASE[0]) is layer.packed:  # the converted module knows it by its fingerprint
+        return True
+    entries = {name: value.contiguous() for name, value in entries.items()}
+    if with_adapter:
+        _check_same_function(layer, entries, key)
+    packed: Any = None
+    if prefix + BASE[0] in entries:
+        packed, dtype = _read_bytes(entries, prefix)
+        shape = packed.shape
+        expected = layer._shape
+    elif key not in entries or f"{key}.absmax" in entries:
+        packed = read_base(entries, prefix)
         shape = packed[0].shape
         expected = layer._shape[-2:]
     else:
-        shape = entries[names[0]].shape
+        shape = entries[key].shape
         expected = layer.weight_shape
     if tuple(shape) != expected:
         name = key
@@ -156,7 +253,9 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
         device = next(iter(entries.values())).device
     # An adapter that is initialized from data depends on the weight only until the inputs were measured.
     from_weight = layer.config.init_kind.keeps_initial and not layer.config.init_kind.needs_data
-    if packed:
+    if isinstance(packed, PackedBytes):
+        layer.set_bytes(packed.to(device), dtype)
+    elif packed is not None:
         layer.set_packed_weights([weight.to(device) for weight in packed])
     elif not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
         layer.initialize(entries[key], device)

@@ -57,10 +57,14 @@ class PackedLayer(HeldTypes, nn.Module):
             stored = stack_bytes(matrices)
         else:
             stored = _in_rows(*matrices)
+        self.set_bytes(stored, weights[0].dtype)
+
+    def set_bytes(self, stored: PackedBytes, dtype: torch.dtype) -> None:
+        """Replace the three tensors, whole or split as those of the layer are; the weight decodes to `dtype`."""
         self._shape = stored.shape
         self.quant_type = stored.quant_type
         self.block_size = stored.block_size
-        self.weight_dtype = weights[0].dtype
+        self.weight_dtype = dtype
         if self.held_on is not None and self.weight_dtype is not torch.float32:
             self.held_types["weight"] = self.weight_dtype
             self.weight_dtype = torch.float32
@@ -167,11 +171,28 @@ class PackedLayer(HeldTypes, nn.Module):
             "sharded on the meta device with lightning_qlora.load_weights(module, FOLDER), after fully_shard."
         )
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint, which follows keys as attributes, finds the entries of the weight."""
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self) -> "_Keys":
+        return _Keys()
+
     def base_fingerprint(self) -> int:
         """Fingerprint of the 4-bit weight, computed at the first use; 0 while it has no values."""
         if not self._fingerprint:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
+
+
+class _Keys:
+    """Has any attribute, such as `weight.absmax`."""
+
+    def __getattr__(self, name: str) -> "_Keys":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
 
 
 def _in_rows(weight: PackedBytes) -> PackedBytes:

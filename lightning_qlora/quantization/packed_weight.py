@@ -49,6 +49,11 @@ class PackedBytes(NamedTuple):
         packed, absmax, nested = (tensor[number] for tensor in self[:3])
         return PackedBytes(packed, absmax, nested, self.shape[1:], self.quant_type, self.block_size)
 
+    def to(self, device: torch.device) -> "PackedBytes":
+        """The same weight on another device."""
+        packed, absmax, nested = (tensor.to(device) for tensor in self[:3])
+        return self._replace(packed=packed, absmax=absmax, nested=nested)
+
     def scales(self) -> Tensor:
         """Scale of every block, fp32 [ceil(n / block_size)]."""
         if not self.nested.numel():
@@ -203,28 +208,25 @@ class PackedWeight:
             dtype=dtype,
         )
 
-    def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
-        """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""
-        meta: dict[str, Any] = {
-            "quant_type": self.quant_type,
-            "blocksize": self.block_size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
-        }
+    def bnb_state_dict(self, prefix: str = "weight", more: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict).
+
+        `more` is added to the JSON object; bitsandbytes ignores it.
+        """
+        meta: dict[str, Any] = {}
         entries = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).levels.to(self.packed.device)}
         if self.nested_absmax is not None:
             meta |= {"nested_blocksize": blockwise.NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
             meta["nested_offset"] = self.offset
             entries["nested_absmax"] = self.nested_absmax
             entries["nested_quant_map"] = dynamic_map(device=self.packed.device)
-        text = json.dumps(meta).encode()
-        entries[_BNB_META + self.quant_type] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
         state = {prefix: self.packed}
         for name, value in entries.items():
             if value.is_floating_point():  # averages of state dicts write to it, and the tables are shared by weights
                 value = value.clone()
             state[f"{prefix}.{name}"] = value
-        return state
+        shape = self.shape, self.quant_type, self.block_size, self.dtype
+        return state | bnb_meta(prefix, *shape, meta | {**(more or {})})
 
     @classmethod
     def from_bnb_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> "PackedWeight":
@@ -269,6 +271,36 @@ class PackedWeight:
             block_size=meta["blocksize"],
             dtype=getattr(torch, meta["dtype"]),
         )
+
+
+def bnb_meta(
+    prefix: str, shape: Sequence[int], quant_type: str, block_size: int, dtype: torch.dtype, more: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """bitsandbytes' `quant_state` entry: a JSON object."""
+    meta = {
+        "quant_type": quant_type,
+        "blocksize": block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [*shape],
+        **more,
+    }
+    text = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
+    return {f"{prefix}.{_BNB_META}{quant_type}": text}
+
+
+def bnb_keys(prefix: str, quant_type: str) -> list[str]:
+    """The keys that `bnb_state_dict` may have."""
+    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{_BNB_META}{quant_type}")
+    return [prefix, *(f"{prefix}.{name}" for name in names)]
+
+
+def read_bnb_meta(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any] | None:
+    """The JSON object in bitsandbytes' `quant_state` entry of a weight, its values checked; None if there is none."""
+    for quant_type in get_args(QuantType):
+        key = f"{prefix}.{_BNB_META}{quant_type}"
+        if key in state:
+            return _read_meta(prefix, key, state[key])
+    return None
 
 
 def _read_meta(prefix: str, key: str, entry: Tensor) -> dict[str, Any]:

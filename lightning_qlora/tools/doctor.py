@@ -14,6 +14,7 @@ from torch import nn
 from lightning_qlora.checks import install
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels.cpu import build, library
+from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.kernels.verify import OPS, fault
 from lightning_qlora.optim.host_memory import why_not_managed
 from lightning_qlora.training.convert import convert
@@ -33,6 +34,9 @@ PACKAGES = {  # package -> the extra that installs it; "": it is always installe
 }
 
 
+CPU_INSTEAD = 'use accelerator="cpu"'
+
+
 def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
     """Yield name and result of each check, and whether the result is good; `check` compares all kernels again."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True
@@ -47,6 +51,8 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
                 hint = " under this name; torch for CUDA and ROCm brings its own"
             yield name, f"not installed{hint}", extra != ""
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
+    for dtype in (torch.bfloat16, torch.float16):
+        yield f"CPU, {str(dtype).removeprefix('torch.')}", str(products(dtype)), True
     try:
         yield "C compiler", build.compiler(), True
     except build.BuildError as error:
@@ -59,15 +65,26 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
         free, total = torch.cuda.mem_get_info(device)
         yield str(device), f"{properties.name}, {size_text(free)} of {size_text(total)} free", True
         yield f"{device} paging", paging(device, properties), True
+    if torch.backends.mps.is_available():
+        devices.append(torch.device("mps"))
+        yield "mps", f"Apple's GPU, on which this package was never run: {CPU_INSTEAD} if a check below fails", True
     if not devices:
         yield "GPU", "none that torch supports", True
     for device in (torch.device("cpu"), *devices):
         failures = backends.failures(device, check)
-        yield f"{device} kernels", backends.describe(device), True
+        kernels = backends.describe(device)
+        if kernels.endswith("one thread"):
+            kernels += f". {build.remedy()}"
+        yield f"{device} kernels", kernels, True
         for op, reason in failures.items():
             yield f"{device} {op}", f"in plain torch, because its kernels fail: {reason}", False
     for device in (torch.device("cpu"), *devices):
-        yield from _self_test(device)
+        try:
+            yield from _self_test(device)
+        except Exception as error:  # of torch, for an op that the device does not have
+            if device.type not in backends.UNTRIED:
+                raise
+            yield f"self-test on {device}", f"{type(error).__name__}: {error}. {CPU_INSTEAD}", False
 
 
 def paging(device: torch.device, properties: Any) -> str:
@@ -84,6 +101,8 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
     if not backends.has_kernels(device):
         faults = {op: fault(eager, device, op) for op in OPS}
         wrong = [f"{op}: {reason}" for op, reason in faults.items() if reason]
+        if wrong and device.type in backends.UNTRIED:
+            wrong.append(CPU_INSTEAD)
         yield f"{name}: ops", "; ".join(wrong) or f"all {len(OPS)} compute what the reference does", not wrong
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(64, 768, generator=generator, device="cpu").to(device)

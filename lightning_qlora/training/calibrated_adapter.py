@@ -32,7 +32,7 @@ def adapter_of(
         values.append(torch.empty((), device=device))
         if group is None or dist.get_rank(group) == rank:
             with torch.autocast(device.type, enabled=False):
-                operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number]
+                operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number].to(device)
                 adapter = initialization.calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
                 error = initialization.calibrated_error(*operands, *adapter, layer.scaling)
             values = [part.contiguous() for part in (*adapter, error)]

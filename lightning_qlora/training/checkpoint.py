@@ -17,12 +17,15 @@ from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.layers.dtensor import of_all_ranks, world_size
 
 
-def gather_torch_rng_states() -> list[dict[str, Any]]:
-    """State of torch's generators on every rank, in rank order; all ranks must call it, as for saving a checkpoint."""
+def torch_rng_states(gathered: bool) -> list[dict[str, Any]]:
+    """State of torch's generators on every rank, in rank order; all ranks must call it, as for saving a checkpoint.
+
+    Not `gathered`: that of this rank alone, for a save after an error, which other ranks may not reach.
+    """
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else a CPU run would take memory of a GPU
         state["cuda"] = torch.cuda.get_rng_state()
-    return of_all_ranks(state)
+    return of_all_ranks(state) if gathered else [state]
 
 
 def set_torch_rng_state_of_rank(states: list[dict[str, Any]]) -> None:

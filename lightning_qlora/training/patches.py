@@ -63,6 +63,20 @@ def convert_before_checkpoint_is_restored(original: Any, trainer: Any) -> None:
         original(trainer)
 
 
+@replaces("lightning.pytorch.strategies.strategy:Strategy.load_model_state_dict")
+def convert_what_was_built_again(original: Any, strategy: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> None:
+    """Let the plugin convert layers that `on_load_checkpoint` of a module built again, before weights are restored.
+
+    Upstream: lightning/pytorch/strategies/strategy.py, load_model_state_dict, loads right after that hook.
+    Supported ways tried: hooks of the module's load_state_dict, which know no plugin.
+    Removed by: a hook of Precision before the restore.
+    """
+    convert_again = getattr(strategy.precision_plugin, "convert_again", None)
+    if convert_again is not None:
+        convert_again(strategy.lightning_module, checkpoint["state_dict"])
+    original(strategy, checkpoint, *args, **kwargs)
+
+
 def requeue_between_batches(trainer: Any) -> None:
     """Let the checkpoint of a SLURM job that is queued again be saved between two batches, by all ranks together.
 
@@ -197,23 +211,6 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     return saved
 
 
-@replaces("torch.distributed.checkpoint.state_dict:_get_fqns")
-def allow_keys_without_attributes(original: Any, model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Accept keys in the state dict of a converted module that name no attribute, as 4-bit weights have them.
-
-    Upstream: torch/distributed/checkpoint/state_dict.py, _get_fqns, follows the module's attributes to remove the
-    prefixes of wrappers from every key; a key that a state dict hook added raises AttributeError.
-    Supported ways tried: attributes of these names on the weight, by which other code takes it for bitsandbytes' own.
-    Removed by: upstream keeping keys that name no attribute.
-    """
-    try:
-        return original(model, name, *args, **kwargs)
-    except AttributeError:
-        if not _has_converted_part(model):
-            raise
-        return {name}
-
-
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")
 def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
     """Let checkpoints of a converted module hold finite adapters, and no second copy of the base in hyperparameters.
@@ -230,6 +227,25 @@ def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwarg
         check_checkpoint(module, checkpoint)
     leave_out_networks(checkpoint, module)
     return checkpoint
+
+
+@replaces("torch.optim.swa_utils:AveragedModel.update_parameters")
+def keep_equal_frozen_values(original: Any, averaged: Any, model: nn.Module) -> None:
+    """Let a frozen parameter that an average and its model have alike stay as it is.
+
+    Upstream: torch/optim/swa_utils.py, AveragedModel.update_parameters, computes decay * p + (1 - decay) * p, which is
+    rounded: after some steps the average has another embedding, and its checkpoint belongs to another base.
+    Supported ways tried: `avg_fn` of the average, which Lightning's EMAWeightAveraging sets.
+    Removed by: upstream averaging by lerp, as its `get_ema_multi_avg_fn` does.
+    """
+    equal = []
+    if _has_converted_part(model):
+        for ours, theirs in zip(averaged.module.parameters(), model.parameters(), strict=False):
+            if not theirs.requires_grad and torch.equal(ours, theirs.detach().to(ours.device)):
+                equal.append((ours, theirs))
+    original(averaged, model)
+    for ours, theirs in equal:
+        ours.detach().copy_(theirs.detach())
 
 
 def _has_converted_part(module: nn.Module) -> bool:

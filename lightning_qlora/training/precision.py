@@ -1,7 +1,7 @@
 """QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.adapters.conversion import CONVERSION, forget_conversion, text_of, was_merged
+from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.config import QLoRAConfig, takes_arguments_of
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
-from lightning_qlora.layers.full_precision import full_precision_parameters
+from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import key_name, last_part, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.layers.slow_types import reason_for_fp32
@@ -41,7 +42,7 @@ from lightning_qlora.training.calibration import (
     calibrate_before_step,
     step_of_all_ranks,
 )
-from lightning_qlora.training.checkpoint import gather_torch_rng_states, set_torch_rng_state_of_rank
+from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
 from lightning_qlora.training.optimizers import (
     audit_first_step,
@@ -60,6 +61,7 @@ class _Converted:
     """A module that the plugin converted."""
 
     report: ConversionReport
+    trains_fp32: bool  # whether parameters train in it that compute in fp32
     trained: set[int] = field(default_factory=set)  # ids of the parameters that took a step
 
 
@@ -96,14 +98,16 @@ class QLoRAPrecision(Precision):
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
         self._has_batches = False
-        self._trains_fp32 = False  # parameters that compute in fp32
 
     def __repr__(self) -> str:
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak references to modules, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None, "_converted": weakref.WeakKeyDictionary()}
+        return {**vars(self), "_module": None, "_converted": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _converted=weakref.WeakKeyDictionary())
 
     @override
     @contextmanager
@@ -175,9 +179,8 @@ class QLoRAPrecision(Precision):
             report = previous.report
         self.report = report
         self._module = weakref.ref(root)
-        self._converted[root] = _Converted(report)
-        self._trains_fp32 = self._trains_new_fp32_parts(root)
-        if trainer is not None:
+        self._converted[root] = _Converted(report, self._trains_new_fp32_parts(root))
+            if trainer is not None:
             guards.check_fsdp_groups(root)
             patches.requeue_between_batches(trainer)
             if not self._evaluating:
@@ -203,10 +206,13 @@ class QLoRAPrecision(Precision):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
-    def convert_again(self, module: nn.Module) -> None:
-        """Convert layers that replaced converted ones; see `module_state._convert_new_layers`."""
-        forget_conversion(module)
-        self.convert_module(module)
+    def convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+        """Convert layers that replaced converted ones, if a state dict has adapters for them."""
+        adapters = {owner_name(key) for key in state_dict if last_part(key) == "lora_A"}
+        layers = {name for name, part in module.named_modules() if isinstance(part, LoRALayer)}
+        if conversion_of(module) is not None and not adapters <= set(map(key_name, layers)):
+            forget_conversion(module)
+            self.convert_module(module)
 
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
@@ -238,16 +244,22 @@ class QLoRAPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Autocast, if the module has fp32 weights and computes in bf16, so that all layers compute in bf16.
 
-        The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit. Not in fp16:
-        the products of 4-bit layers have a power of two there, and those of other layers could overflow.
+        The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit. Of several
+        modules in Fabric, which does not say whose context this is, each enters its own where they differ.
+        Not in fp16: 4-bit layers have a power of two there, and the products of other layers could overflow.
         """
-        layer = next(self._layers(), None)
-        if layer is None or (layer.weight_dtype is not torch.float32 and not self._trains_fp32):
+        dtypes = {root: _autocast_dtype(root, each.trains_fp32) for root, each in self._converted.items()}
+        if _trainer_of(self._root) is not None:  # others were of earlier Trainers
+            dtypes = {root: dtype for root, dtype in dtypes.items() if root is self._root}
+        if len({*dtypes.values()}) > 1:
+            for root, dtype in dtypes.items():
+                if dtype is not None:
+                    compute_in(root, dtype)
             return nullcontext()
-        dtype = layer.compute_dtype(layer.packed)
-        if dtype is not torch.bfloat16:
+        dtype = next(iter(dtypes.values()), None)
+        if dtype is None:
             return nullcontext()
-        return torch.autocast(layer.packed.device.type, dtype)
+        return torch.autocast(next(self._layers()).packed.device.type, dtype)
 
     @override
     def connect(
@@ -345,7 +357,12 @@ class QLoRAPrecision(Precision):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The states of torch's random generators, which draw dropout masks, and what computes the layers."""
-        state: dict[str, Any] = {"random_state": gather_torch_rng_states(), "kernels": self._kernels()}
+        trainer = _trainer_of(self._root)
+        after_error = trainer is not None and trainer.interrupted
+        state: dict[str, Any] = {
+            "random_state": torch_rng_states(gathered=not after_error),
+            "kernels": self._kernels(),
+        }
         return state
 
     @override
@@ -378,6 +395,15 @@ class QLoRAPrecision(Precision):
         self._has_batches = False
         self.pager.close()
         scratch.release()
+
+
+def _autocast_dtype(root: nn.Module, trains_fp32: bool) -> torch.dtype | None:
+    """The type that a module with fp32 weights computes in under autocast; None: without."""
+    layer = next((part for part in root.modules() if isinstance(part, LoRALayer)), None)
+    if layer is None or (layer.weight_dtype is not torch.float32 and not trains_fp32):
+        return None
+    dtype = layer.compute_dtype(layer.packed)
+    return dtype if dtype is torch.bfloat16 else None
 
 
 def _reason_of_all_ranks(device: torch.device, dtype: torch.dtype) -> str | None:

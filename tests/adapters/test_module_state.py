@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -379,6 +380,34 @@ def test_adapters_with_nan_are_not_written_and_the_layer_and_step_are_named(trai
         steps[save]()
     assert [path.read_bytes() for path in files] == before
     assert torch.isnan(module.net[0].lora_B).any()
+
+
+def test_a_state_that_was_filtered_by_the_keys_of_the_module_is_named():
+    """Many warm starts keep the keys that the module has with equal shapes: biases, and not the weights."""
+    old, target = mlp(scale=2.0).state_dict(), fresh()
+    own = dict(target.named_parameters())
+    filtered = {key: value for key, value in old.items() if key in own and own[key].shape == value.shape}
+    assert {"1.bias", "0.weight"} <= filtered.keys() and "1.weight" not in filtered
+    with pytest.warns(UserWarning, match="biases of 4-bit layers and not their weights.*Pass the whole state dict"):
+        target.load_state_dict(filtered, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.load_state_dict(old)
+        fresh().load_state_dict(trained().state_dict())
+
+
+def test_values_that_are_added_to_a_state_are_loaded():
+    """`state = module.state_dict(); state.update(old); module.load_state_dict(state)` loads the old values."""
+    old, target = mlp(scale=2.0).state_dict(), fresh()
+    state = target.state_dict()
+    state.update({key: old[key] for key in ("0.weight", "2.bias", "3.weight")})
+    target.load_state_dict(state)
+    expected = mlp()
+    with torch.no_grad():
+        expected[3].weight.mul_(2)
+    convert(expected, r=8)
+    assert torch.equal(target[0].weight, old["0.weight"]) and torch.equal(target[3].packed, expected[3].packed)
+    assert "0.weight" in target.state_dict()
 
 
 def test_a_frozen_parameter_that_the_module_lacks_is_an_unexpected_key():

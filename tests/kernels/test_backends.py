@@ -89,6 +89,20 @@ def test_the_trial_launch_raises_what_the_driver_raises(kernels):
     return None
 
 
+def test_a_type_of_device_that_nobody_tried_is_checked_once_and_a_warning_ends_in_what_to_do():
+    """Apple's GPU, which this machine does not have: here every op fails, as torch says."""
+    if torch.backends.mps.is_available():
+        pytest.skip("has one")
+    mps = torch.device("mps")
+    with pytest.warns(UserWarning, match="mps: torch has not all") as warnings:
+        backends.backend(mps)
+    (warning,) = warnings
+    text = str(warning.message)
+    assert all(f"{op}: " in text for op in ("quantize", "dequantize", "linear_into"))
+    assert text.endswith('Use accelerator="cpu"')
+    assert backends.backend(mps) is eager  # without another warning: they are errors in the tests
+
+
 def test_a_cpu_without_kernels_has_none_to_check_again():
     cpu = torch.device("cpu")
     assert backends.failures(cpu, repeat=True) == {}

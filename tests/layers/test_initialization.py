@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_qlora import QLoRAConfig, QLoRALinear, convert, quantize
 from lightning_qlora.layers import initialization
@@ -358,3 +360,28 @@ def test_the_default_device_has_no_effect(arguments):
     with elsewhere():
         made = list(values(net))
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "decompose", [lambda m: initialization.exact(m, 4), lambda m: initialization.sketched(m, 4, 1, 0)]
+)
+def test_a_device_without_fp64_and_decompositions_leaves_them_to_another(decompose, monkeypatch):
+    """As Apple's MPS. Here the other device is one that holds no data, so that only what runs there is seen."""
+    assert initialization.solver_device(torch.device("mps")) == torch.device("cpu")
+    assert initialization.solver_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    monkeypatch.setattr(initialization, "solver_device", lambda _: torch.device("meta"))
+    here = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for each in tree_leaves((args, result)):
+                if isinstance(each, torch.Tensor) and not each.is_meta:
+                    name = str(function)
+                    if each.dtype == torch.float64 or "eigh" in name or "qr" in name or "svd" in name:
+                        here.append(name)
+            return result
+
+    with Ops(), pytest.raises(NotImplementedError, match="meta"):  # the result can't be copied back
+        decompose(torch.randn(8, 12))
+    assert not here

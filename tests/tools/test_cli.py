@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lightning_qlora
 from lightning_qlora import QLoRAPrecision, convert, save_adapter
+from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.tools.cli import main
 from tests.conftest import ROOT
 from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
@@ -94,6 +95,7 @@ def test_doctor(capsys):
     start = time.perf_counter()
     out = prints(["doctor"], capsys)
     assert "torch" in out and "self-test on cpu: training" in out and "wrong" not in out
+    assert str(products(torch.bfloat16)) in out
     assert time.perf_counter() - start < 30
 
 
@@ -106,6 +108,30 @@ def test_doctor_lists_the_ops_whose_kernels_fail_and_checks_them_again(monkeypat
         main(["doctor", "--check"])
     assert raised.value.code == 1 and asked == [(torch.device("cpu"), True)]
     assert "in plain torch, because its kernels fail: differs by 1  <-- wrong" in capsys.readouterr().out
+
+
+def test_doctor_looks_at_an_apple_gpu_and_says_what_to_use_in_its_place(monkeypatch):
+    from lightning_qlora.tools import doctor
+
+    if torch.backends.mps.is_available():
+        pytest.skip("has one")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match='accelerator="cpu"$'):
+        checks = {name: (what, good) for name, what, good in doctor.examine()}
+    assert "never run" in checks["mps"][0]
+    what, good = checks["self-test on mps: ops"]
+    assert what.endswith('use accelerator="cpu"') and not good
+    what, good = checks["self-test on mps"]
+    assert what.endswith('use accelerator="cpu"') and not good
+
+
+def test_doctor_names_the_remedy_for_loops_without_threads(monkeypatch):
+    from lightning_qlora.tools import doctor
+
+    monkeypatch.setattr(doctor, "_self_test", lambda device: [])
+    monkeypatch.setattr(doctor.backends, "describe", lambda device: "C kernels, NEON, one thread")
+    checks = {name: what for name, what, _ in doctor.examine()}
+    assert checks["cpu kernels"] == f"C kernels, NEON, one thread. {doctor.build.remedy()}"
 
 
 def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monkeypatch):

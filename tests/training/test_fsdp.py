@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy as FabricStrategy
 from lightning.pytorch.strategies import ModelParallelStrategy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -23,6 +23,7 @@ from lightning_qlora import (
     disable_adapter,
     load_adapter,
     load_from_checkpoint,
+    load_weights,
     merge,
     save_adapter,
 )
@@ -32,7 +33,7 @@ from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.training.patches import load_whole_tensors
-from tests.conftest import Classifier, dataset, loader
+from tests.conftest import Classifier, dataset, fingerprints, loader
 from tests.files.test_lightning_checkpoint import save_shards
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -278,6 +279,33 @@ def test_8_bit_state_in_shards_of_another_number_of_ranks_is_refused(trainer, on
     save_shards(tmp_path / "two.ckpt", values, saved)
     with pytest.raises(ValueError, match=r"saved in 2 shards, .* has 1: .*save_distributed_checkpoint=False"):
         run(2, tmp_path / "two.ckpt")
+
+
+def test_a_module_on_the_meta_device_has_the_fingerprints_of_what_is_loaded(setup_module, tmp_path):
+    """As docs/many-gpus.md shows: nothing is known of values before they are there."""
+    dense = Classifier().net
+    save_file(dense.state_dict(), tmp_path / "model.safetensors")
+
+    def shard_and_load(net, mesh):
+        shard(net, mesh)
+        assert [layer.base_fingerprint() for layer in adapted_layers(net).values()] == [0, 0]  # as several ranks do
+        load_weights(net, tmp_path)
+        return net
+
+    strategy = FabricStrategy(shard_and_load, 1, 1, save_distributed_checkpoint=False)
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QLoRAPrecision(**ARGUMENTS))
+    fabric.launch()
+    with torch.device("meta"):
+        net = Classifier().net
+    net = fabric.setup_module(net)
+    convert(dense, **ARGUMENTS)
+    found = fingerprints(net.module.state_dict())
+    assert found == fingerprints(dense.state_dict()) and all(found.values()) and {"0", "4", "2.weight"} <= found.keys()
+    net.module.load_state_dict(dense.state_dict())
+    other = Classifier(seed=5).net
+    convert(other, **ARGUMENTS)
+    with pytest.raises(CheckpointMismatchError, match="another base"):
+        net.module.load_state_dict(other.state_dict())
 
 
 def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):

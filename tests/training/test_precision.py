@@ -1,6 +1,7 @@
 """QLoRAPrecision under the real Trainer."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -379,3 +380,12 @@ def test_the_ranks_compare_their_kernels_once_on_the_device_of_the_layers(monkey
         optimizer.step()
     trainer(plugins=plugin(), max_steps=2).fit(Classifier(), loader())
     assert devices == [torch.device("cpu"), torch.device("cpu")]
+
+
+def test_a_plugin_that_converted_a_module_can_be_copied_and_pickled(trainer):
+    one = plugin()
+    trainer(plugins=one, max_steps=1).fit(Classifier(), loader())
+    for other in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
+        module = Classifier()
+        trainer(plugins=other, max_steps=1).fit(module, loader())
+        assert other.report.converted == ["net.0", "net.4"] and module.net[0].lora_B.any()

@@ -1,0 +1,89 @@
+"""Lightning's callbacks that average weights, in a module that was converted before the Trainer's method."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.conftest import fingerprints
+
+AVERAGES = {"ema": lambda: EMAWeightAveraging(decay=0.9), "swa": lambda: WeightAveraging()}
+ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
+
+
+class Words(pl.LightningModule):
+    """A frozen fp32 embedding and norm before linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8), nn.BatchNorm1d(8)
+        )
+        with torch.no_grad():
+            self.net[1].weight.add_(0.1 * torch.randn(64))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(50, (48,), generator=generator)
+    return DataLoader(TensorDataset(tokens, tokens % 8), batch_size=8)
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+def test_a_run_with_averaged_weights_resumes_exactly(average, trainer, tmp_path):
+    def fit(epochs, path=None):
+        convert(module := Words(), **ARGUMENTS)
+        run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), callbacks=[average()], max_epochs=epochs)
+        run.fit(module, batches(), ckpt_path=path)
+        return module
+
+    before = {name: value.clone() for name, value in Words().named_parameters()}
+    straight = fit(4)
+    path = tmp_path / "half.ckpt"
+
+    class SaveEarly(pl.Callback):  # the averages are in a checkpoint that is saved while they are computed
+        def on_train_epoch_end(self, run, module):
+            if run.current_epoch == 1:
+                run.save_checkpoint(path)
+
+    convert(module := Words(), **ARGUMENTS)
+    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), callbacks=[average(), SaveEarly()], max_epochs=2)
+    run.fit(module, batches())
+    saved = torch.load(path, weights_only=False)
+    assert "net.0.weight" in fingerprints(saved["state_dict"]) and "net.0.weight" not in saved["state_dict"]
+    resumed = fit(4, path)
+    for name, value in straight.named_parameters():
+        assert torch.equal(resumed.get_parameter(name), value), name
+    for name in ("net.0.weight", "net.1.weight", "net.2.bias"):
+        assert torch.equal(resumed.get_parameter(name), before[name])
+
+
+def test_frozen_parameters_that_change_are_averaged_as_in_a_dense_module():
+    """A teacher that follows its student through `.data`."""
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"student": nn.Linear(64, 64), "teacher": nn.Linear(64, 64).requires_grad_(False)})
+    dense = nn.ModuleDict({"teacher": nn.Linear(64, 64).requires_grad_(False)})
+    dense.load_state_dict({key: value.clone() for key, value in module.state_dict().items() if "teacher" in key})
+    convert(module, r=4, target_modules=["student"])
+    assert list(adapted_layers(module)) == ["student"]
+    averages = [AveragedModel(each, avg_fn=get_ema_avg_fn(0.9)) for each in (module, dense)]
+    for step in range(3):
+        for each, average in zip((module, dense), averages, strict=True):
+            each["teacher"].weight.data.mul_(0.9).add_(0.1 * step)
+            average.update_parameters(each)
+    found, expected = (average.module["teacher"] for average in averages)
+    assert torch.equal(found.weight, expected.weight)
+    assert torch.equal(found.bias, module["teacher"].bias)

@@ -180,7 +180,7 @@ class QLoRAPrecision(Precision):
         self.report = report
         self._module = weakref.ref(root)
         self._converted[root] = _Converted(report, self._trains_new_fp32_parts(root))
-            if trainer is not None:
+        if trainer is not None:
             guards.check_fsdp_groups(root)
             patches.requeue_between_batches(trainer)
             if not self._evaluating:
@@ -245,8 +245,8 @@ class QLoRAPrecision(Precision):
         """Autocast, if the module has fp32 weights and computes in bf16, so that all layers compute in bf16.
 
         The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit. Of several
-        modules in Fabric, which does not say whose context this is, each enters its own where they differ.
-        Not in fp16: 4-bit layers have a power of two there, and the products of other layers could overflow.
+        modules in Fabric, which does not say whose context this is, each enters its own where they differ. Not in fp16:
+        4-bit layers have a power of two there, and the products of other layers could overflow.
         """
         dtypes = {root: _autocast_dtype(root, each.trains_fp32) for root, each in self._converted.items()}
         if _trainer_of(self._root) is not None:  # others were of earlier Trainers

@@ -88,6 +88,22 @@ BUGS = {
         1,
         "differs from the reference",
     ),
+    "another power of two": (
+        "half.py",
+        "(bits >> 23) - POWERS, 1)",
+        "(bits >> 23) - POWERS - 1, 1)",
+        "to_half",
+        0,
+        "differs from the reference",
+    ),
+    "a factor that is not taken out": (
+        "half.py",
+        "return total * tl.minimum(a, b) * tl.maximum(a, b)",
+        "return total * tl.minimum(a, b)",
+        "linear_into",
+        6,
+        "differs from the reference",
+    ),
     # Triton itself puts a barrier before an atomic operation.
     "no barrier before counting": ("launch.py", "    tl.debug_barrier()", "    pass", "linear_into", 2, None),
 }

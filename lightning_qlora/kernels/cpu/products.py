@@ -17,7 +17,7 @@ ROWS, WIDTH = 16, 256  # of the product that is timed
 ROUNDS = 10  # the shortest time counts
 SLOW = 15.0  # times fp32: fast kinds have 1 to 7 in so small a product (1 to 1.3 in larger ones), slow ones 33 to 90
 INPUTS = 2048  # of the product whose error is measured
-INEXACT = 1.0  # eps: one rounding is 0.5, several were 2.5 to 21
+INEXACT = 0.75  # eps: one rounding is 0.5; several, on ARM with bf16 in torch 2.10, were 1.3
 
 
 class Products(NamedTuple):

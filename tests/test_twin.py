@@ -8,6 +8,8 @@ draws the same few sequences in each run; TWIN_EXAMPLES=100 draws that many othe
 import copy
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -38,7 +40,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.conftest import make_trainer
+from tests.conftest import ROOT, make_trainer
 from tests.toys import BERT, GPT2, LLAMA
 from tests.twin import adapters_of, dense_twin, error, matched
 
@@ -813,3 +815,24 @@ def test_each_action(name, title):
         ACTIONS[title](pair, n)
         pair.check()
     shutil.rmtree(pair.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("apart", "Plain"), ("raise", "Teacher"), ("ddp", "Plain"), ("ddp", "Bert")]
+)
+def test_two_ranks(mode, kind, tmp_path):
+    """Nothing is collective; a rank that raises ends alone; DDP averages the gradients that it averages of a twin."""
+    command = [sys.executable, "-m", "tests.scripts.twin_ranks", mode, kind]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meeting")],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate()[0] for process in ranks]
+    for process, output in zip(ranks, outputs, strict=True):
+        fails = mode == "raise" and process is ranks[1]
+        assert process.returncode == int(fails), output[-3000:]
+        assert ("all equal" in output) != fails and ("Interrupted" in output) == fails

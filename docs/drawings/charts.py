@@ -207,10 +207,10 @@ def memory_by_method() -> str:
     for i, (method, *cells) in enumerate(rows):
         top = 14 + 44 * i
         sizes = [number(cell) for cell in cells[:5]]
-        total = sum(sizes)
-        parts.append(text(118, top + 18, method, 12, anchor="end"))
-        at = 126.0
-        scale = 300 / 160 if total <= 160 else 300 / total
+        total = number(cells[5])
+        parts.append(text(126, top + 18, method, 12, anchor="end"))
+        at = 134.0
+        scale = 290 / 160 if total <= 160 else 290 / total
         for size, color in zip(sizes, colors, strict=True):
             if size:
                 parts.append(bar(at, top, size * scale, color, 26))
@@ -218,7 +218,7 @@ def memory_by_method() -> str:
         words = f"{total:.3g} GB"
         parts.append(text(at + 5, top + 18, words, 12, anchor="start"))
         if total > 160:
-            parts.append(text(126, top + 39, "(not to the scale of the others)", 11, anchor="start"))
+            parts.append(text(134, top + 39, "(not to the scale of the others)", 11, anchor="start"))
     bottom = 14 + 44 * len(rows) + 18
     parts += legend(20, bottom, *zip(names[:3], colors[:3], strict=True))
     parts += legend(20, bottom + 20, *zip(names[3:], colors[3:], strict=True))

@@ -2,6 +2,7 @@
 
     python -m benchmarks.predict            the kernels as they are
     python -m benchmarks.predict --designs  other ways to decode, on an H100 (docs/kernels.md describes them)
+    python -m benchmarks.predict --turing   a T4: products in fp16 with a power of two, and in fp32
 
 The time of a launch is the longest of three: its bytes at 85% of the memory bandwidth, its instructions at one per
 scheduler and cycle, its matrix product at 70% of the tensor cores' peak; at least 2 us. Instructions per element are
@@ -16,7 +17,7 @@ their sums. "kept" decodes once for the recomputed forward pass and the backward
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from benchmarks.measure import table
@@ -142,11 +143,54 @@ def designs(tokens: tuple[int, ...] = (65, 128, 256, 512, 1024, 4096)) -> str:
     return table(["predicted for an H100, tokens", *map(str, tokens)], rows)
 
 
+T4 = Card("T4", 320e9, 65e12, 40, 1.59e9)
+T4_FP32 = replace(T4, operations=8.1e12)
+
+
+def _in_fp16(m: int, n: int, k: int, r: int = 64) -> float:
+    """Seconds of x W^T + (drop(x) A^T) B^T for x [m, k] on a T4; the backward pass has the same work, from dY and x."""
+    to_half = T4.seconds(4 * m * k) + T4.seconds(6 * m * k)
+    adapter = T4.seconds(4 * m * k, HASH * m * k) + T4.seconds(2 * m * k, 0, 2 * m * k * r)
+    adapter += T4.seconds(4 * m * n, 0, 2 * m * n * r)
+    product = T4.decode(n * k) + T4.seconds(2 * m * k + 2 * n * k + 4 * m * n, 0, 2 * m * n * k)
+    few = 7 * T4.seconds(0)  # A, B, xa and the scales to fp16
+    return to_half + adapter + product + T4.seconds(12 * m * n) + few
+
+
+def _in_fp32(m: int, n: int, k: int, r: int = 64) -> float:
+    """The same with products in fp32."""
+    adapter = T4.seconds(8 * m * k, HASH * m * k) + T4_FP32.seconds(4 * m * k, 0, 2 * m * k * r)
+    adapter += T4_FP32.seconds(4 * m * n, 0, 2 * m * n * r)
+    product = T4.seconds(4.516 * n * k) + T4_FP32.seconds(4 * (m * k + n * k + 2 * m * n), 0, 2 * m * n * k)
+    return adapter + product
+
+
+def turing() -> str:
+    """A layer and a step on a T4."""
+    rows = []
+    for m in (1, 64, 512, 4096):
+        times = [1e6 * layer(m, WIDTH, WIDTH) for layer in (_in_fp16, _in_fp32)]
+        rows.append([f"layer 4096 x 4096, rank 64, dropout, {m} rows, forward, us", *(f"{time:.0f}" for time in times)])
+    for tokens in (512, 2048):
+        rest = 2 * T4_FP32.seconds(4 * VOCABULARY * WIDTH, 0, 2 * tokens * VOCABULARY * WIDTH)
+        rest += 3.5 * BLOCKS * T4_FP32.seconds(0, 0, 2 * tokens * tokens * WIDTH)
+        rest += BLOCKS * PASSES * T4.seconds(4 * tokens * WIDTH)
+        times = [1e3 * (2 * sum(layer(tokens, n, k) for n, k in LLAMA_8B) + rest) for layer in (_in_fp16, _in_fp32)]
+        rows.append([f"step of an 8B model, {tokens} tokens, ms", *(f"{time:.0f}" for time in times)])
+        rows.append(["of it in both: output embedding, attention and norms in fp32, ms", *[f"{1e3 * rest:.0f}"] * 2])
+    return table(["predicted for a T4", "fp16 with a power of two", "fp32"], rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--designs", action="store_true", help="other ways to decode, on an H100")
-    print(designs() if parser.parse_args(arguments).designs else kernels())
+    parser.add_argument("--turing", action="store_true", help="a T4: products in fp16 and in fp32")
+    options = parser.parse_args(arguments)
+    if options.turing:
+        print(turing())
+    else:
+        print(designs() if options.designs else kernels())
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ CELLS = (
     Cell("tiles", "tiles:measure", 210, 330, "search for the tiles of the layer's kernels; writes tiles.json"),
     Cell("decode", "decode:measure", 30, 90, "decoding against a copy of as many bytes; quantizing an 8B model"),
     Cell("layer", "layer:measure", 60, 150, "one layer with an adapter, 1 to 4096 rows"),
+    Cell("half", "half:measure", 40, 120, "a layer in fp16 with a power of two, bf16 and fp32: time and error"),
     Cell("step", "step:against_dense", 75, 180, "training step of an 8B-shaped Llama against PEFT on bf16"),
     Cell(
         "step_4bit",

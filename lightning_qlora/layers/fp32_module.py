@@ -16,13 +16,16 @@ Decide = Callable[[torch.device, torch.dtype], str | None]  # `reason_for_fp32`,
 Reasons = dict[torch.dtype, str]
 
 
-def compute_in_fast_type(module: nn.Module, device: torch.device | None, decide: Decide = reason_for_fp32) -> Reasons:
+def compute_in_fast_type(
+    module: nn.Module, device: torch.device | None, decide: Decide = reason_for_fp32, always: bool = False
+) -> Reasons:
     """Hold a module in fp32 where its device should compute in fp32, in place; else give it its 16-bit types.
 
     Args:
         module: A converted module; what trains in full is in fp32 already.
         device: The device that it will be on; None: where it is.
         decide: Why a device holds a type in fp32; None: it does not.
+        always: Whether it stays so on every other device, too.
 
     Returns:
         Each type that is held in fp32 -> the reason.
@@ -35,6 +38,9 @@ def compute_in_fast_type(module: nn.Module, device: torch.device | None, decide:
         release(module)
     slow = {dtype: reason for dtype, reason in reasons.items() if reason}
     _hold(module, device, slow)
+    for part in module.modules():
+        if isinstance(part, HeldTypes) and part.held_on is not None:
+            part.held_always = always
     return slow
 
 

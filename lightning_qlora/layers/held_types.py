@@ -25,10 +25,12 @@ class HeldTypes:
     Attributes:
         held_types: Key of each parameter and buffer that is held in fp32 -> its type before.
         held_on: The kind of device on which it is held ("cpu"); None: it is not held.
+        held_always: Whether it is held on every kind of device.
     """
 
     held_types: dict[str, torch.dtype]
     held_on: str | None = None
+    held_always: bool = False
 
     @property
     def output_dtype(self) -> torch.dtype | None:
@@ -48,8 +50,8 @@ class HeldTypes:
         for _, tensor, dtype in self.held_tensors():
             if tensor.dtype is torch.float32:
                 cast_in_place(tensor, dtype)
-        vars(self).pop("held_types", None)
-        vars(self).pop("held_on", None)
+        for name in ("held_types", "held_on", "held_always"):
+            vars(self).pop(name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module; a cast also casts the types of before, and on another device the module may be released."""
@@ -60,7 +62,9 @@ class HeldTypes:
         for key, dtype in types.items():
             types[key] = fn(torch.empty(0, dtype=dtype, device=self.held_on)).dtype
         device = fn(torch.empty(0, dtype=torch.float32, device=self.held_on)).device
-        if device.type != self.held_on and not any(reason_for_fp32(device, dtype) for dtype in types.values()):
+        if self.held_always or device.type == self.held_on:
+            return self
+        if not any(reason_for_fp32(device, dtype) for dtype in types.values()):
             self.restore_types()
         return self
 

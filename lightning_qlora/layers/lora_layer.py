@@ -8,7 +8,6 @@ each expert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.slow_types import has_bf16
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
@@ -293,7 +293,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         if self.weight_dtype is torch.float64:
             return torch.float32
         if device in ("cuda", "xpu") and self.weight_dtype is not torch.float16:
-            return torch.bfloat16 if _has_bf16(device) else torch.float16
+            return torch.bfloat16 if has_bf16(device) else torch.float16
         return self.weight_dtype
 
     def cast_input(self, x: Tensor) -> tuple[Tensor, bool]:
@@ -372,17 +372,3 @@ def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
             f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."
         )
     return x.to(dtype)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
-def _has_bf16(device: str) -> bool:
-    """Whether the card computes in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
-    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
-
-
-@cache
-def _cuda_has_bf16() -> bool:
-    if torch.version.hip:  # torch says yes for all; GCN before MI100 and RDNA before its third generation have none
-        card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
-        return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -206,11 +206,6 @@ def use_base_of_rank_0(module: nn.Module) -> None:
             layer.input_statistics.leave_to_another_rank()
 
 
-def computes_in_fp16(module: nn.Module) -> bool:
-    """Whether a converted layer computes in fp16, outside of autocast."""
-    return any(layer.compute_dtype(layer.packed) is torch.float16 for layer in adapted_layers(module).values())
-
-
 def check_packed_initialization(config: QLoRAConfig) -> None:
     """Raise ValueError if adapters are to be initialized from the float weight of a layer that is in 4 bits already."""
     if config.init_kind.keeps_initial:

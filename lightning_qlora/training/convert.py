@@ -33,7 +33,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, SavedLayers, Selection, ToConvert, select_layers
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
-from lightning_qlora.layers.slow_types import reason_for_fp32
+from lightning_qlora.layers.slow_types import reason_for_fp32, reason_of_fp16
 from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
@@ -43,7 +43,6 @@ from lightning_qlora.training.convert_checks import (
     check_initialized,
     warn_after_conversion,
     warn_of_copies,
-    warn_of_fp16,
     warn_of_other_arguments,
     warn_of_slow_products,
 )
@@ -73,9 +72,7 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
     """
     check_module("module", module)
-    report = convert_module(module, QLoRAConfig(**arguments))
-    warn_of_fp16(module)
-    return report
+    return convert_module(module, QLoRAConfig(**arguments))
 
 
 @torch.inference_mode(False)  # a parameter that is made in it can never train
@@ -161,8 +158,10 @@ def convert_module(
 def _compute_in_fast_type(
     module: nn.Module, config: QLoRAConfig, device: torch.device | None, decide: Decide
 ) -> Reasons:
-    """Hold the module in fp32 if its device is slow in its types, and the user asked for no other one; the reasons."""
-    if config.compute_dtype in ("bf16", "fp16"):
+    """Hold the module in fp32 if its device is slow in its types, or for products in fp16; the reasons."""
+    if config.compute_dtype == "fp16":
+        return compute_in_fast_type(module, device, reason_of_fp16, always=True)
+    if config.compute_dtype == "bf16":
         return {}
     return compute_in_fast_type(module, device, decide)
 

@@ -16,11 +16,10 @@ from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.copies import Copy
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.lora_layer import DTYPES
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.provenance import FROZEN, LARGE_RANK, OUTSIDE
-from lightning_qlora.layers.qlora_linear import adapted_layers, computes_in_fp16
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.selection import WARN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
 from lightning_qlora.layers.slow_types import reason_for_fp32
@@ -121,16 +120,6 @@ def warn_after_conversion(
     _warn_of_large_new_parts(module, choice, report)
 
 
-def warn_of_fp16(module: nn.Module) -> None:
-    """Warn of layers that compute in fp16 in a loop that may have no loss scale."""
-    if computes_in_fp16(module):
-        warnings.warn(
-            "Layers compute in fp16, in which small gradients become 0. To train in a loop of your own, scale the loss "
-            "with torch.amp.GradScaler; the Trainer and Fabric with QLoRAPrecision do it. Or use compute_dtype='bf16'.",
-            stacklevel=3,
-        )
-
-
 def warn_of_slow_products(module: nn.Module, device: torch.device | None) -> None:
     """Warn if compute_dtype asks for a type in which the device of a module is slow."""
     layer = next(iter(adapted_layers(module).values()), None)
@@ -138,8 +127,8 @@ def warn_of_slow_products(module: nn.Module, device: torch.device | None) -> Non
         return
     name = layer.config.compute_dtype
     reason = None
-    if name in ("bf16", "fp16"):
-        reason = reason_for_fp32(device or layer.packed.device, DTYPES[name])
+    if name == "bf16":
+        reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
     if reason is not None:
         rank_zero_warn(
             f"compute_dtype={name!r}: {reason}. With compute_dtype='auto' the module is held in fp32 here, and "

@@ -31,7 +31,7 @@ from lightning_qlora.layers.full_precision import compute_in, full_precision_par
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import key_name, last_part, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.qlora_linear import computes_in_fp16, use_base_of_rank_0
+from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.lightning_copies import classes, inherit_from_copies, modules
 from lightning_qlora.optim.pager import Pager
@@ -44,7 +44,6 @@ from lightning_qlora.training.calibration import (
 )
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
-from lightning_qlora.training.loss_scale import LossScale
 from lightning_qlora.training.optimizers import (
     audit_first_step,
     check_loss,
@@ -78,7 +77,6 @@ class QLoRAPrecision(Precision):
         config: The arguments, checked.
         pager: Pages the optimizers' state; `pager.report()` lists the pages and how they are moved.
         report: The report of the last conversion; None before the first one.
-        loss_scale: The scale of the loss; None if no layer computes in fp16.
 
     Raises:
         TypeError, ValueError: If an argument is wrong; the message names it, its value, and what is allowed.
@@ -100,8 +98,6 @@ class QLoRAPrecision(Precision):
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
         self._has_batches = False
-        self._computes_in_fp16: bool | None = False  # None: not known yet
-        self._loss_scale: LossScale | None = None
 
     def __repr__(self) -> str:
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
@@ -184,8 +180,6 @@ class QLoRAPrecision(Precision):
         self.report = report
         self._module = weakref.ref(root)
         self._converted[root] = _Converted(report, self._trains_new_fp32_parts(root))
-        if not self._computes_in_fp16:  # Fabric may convert several, and moves them to their device later
-            self._computes_in_fp16 = None
         if trainer is not None:
             guards.check_fsdp_groups(root)
             patches.requeue_between_batches(trainer)
@@ -237,17 +231,6 @@ class QLoRAPrecision(Precision):
         if root is not None:
             yield from (part for part in root.modules() if isinstance(part, LoRALayer))
 
-    @property
-    def loss_scale(self) -> LossScale | None:
-        """The scale of the loss if layers compute in fp16, made at its first use, on the device of the layers."""
-        if self._computes_in_fp16 is None and self._root is not None:
-            self._computes_in_fp16 = computes_in_fp16(self._root)
-        if self._computes_in_fp16 and self._loss_scale is None:
-            layer = next(self._layers(), None)
-            if layer is not None:
-                self._loss_scale = LossScale(layer.packed.device.type)
-        return self._loss_scale
-
     @override
     def convert_input(self, data: Any) -> Any:
         """Before the first batch of a Trainer compare the ranks."""
@@ -259,10 +242,11 @@ class QLoRAPrecision(Precision):
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast, if the module has fp32 weights and computes in 16 bit, so that all layers compute in 16 bit.
+        """Autocast, if the module has fp32 weights and computes in bf16, so that all layers compute in bf16.
 
         The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit. Of several
-        modules in Fabric, which does not say whose context this is, each enters its own where they differ.
+        modules in Fabric, which does not say whose context this is, each enters its own where they differ. Not in fp16:
+        4-bit layers have a power of two there, and the products of other layers could overflow.
         """
         dtypes = {root: _autocast_dtype(root, each.trains_fp32) for root, each in self._converted.items()}
         if _trainer_of(self._root) is not None:  # others were of earlier Trainers
@@ -322,9 +306,6 @@ class QLoRAPrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        scale = self.loss_scale
-        if scale is not None:
-            tensor = scale.scale(tensor)
         _precision_class(model).backward(self, tensor, model, *args, **kwargs)
 
     @override
@@ -345,12 +326,6 @@ class QLoRAPrecision(Precision):
             self.on_setup_optimizer(optimizer)
         if closure is not None and not _runs_backward(model, closure):
             calibrate_before_closure(optimizer)
-        scale = self.loss_scale
-        if scale is not None:
-            before_step: Any = self._before_step
-            if model is not None:
-                before_step = partial(self._after_closure, model)  # type: ignore[arg-type]
-            return scale.step(optimizer, closure, partial(before_step, optimizer), **kwargs)
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
         if closure is None:
@@ -372,40 +347,22 @@ class QLoRAPrecision(Precision):
         _precision_class(model)._clip_gradients(self, model, *args, **kwargs)
 
     @override
-    def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the loss scale; Fabric calls this before it clips them."""
-        scale = self.loss_scale
-        if scale is not None:
-            scale.unscale(optimizer)
-
-    @override
-    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """See Precision; a module with manual optimization calls it before the step, when gradients are scaled.
-
-        In Fabric, call it where a plan splits some of the layers: `fabric.clip_gradients` clips by torch's function.
-        """
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper has the optimizer
-        self.unscale_gradients(optimizer)
-        super().clip_gradients(optimizer, *args, **kwargs)
-
-    @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        """See Precision; also where a plan splits some of the adapters, and others are whole."""
+        """See Precision; also where a plan splits some of the adapters, and others are whole.
+
+        In Fabric call `clip_gradients` of the plugin there: `fabric.clip_gradients` clips by torch's function.
+        """
         clip_grad_norm(self.main_params(optimizer), clip_val)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which draw dropout masks; what computes the layers; the scale."""
-        scale = self.loss_scale
+        """The states of torch's random generators, which draw dropout masks, and what computes the layers."""
         trainer = _trainer_of(self._root)
         after_error = trainer is not None and trainer.interrupted
         state: dict[str, Any] = {
             "random_state": torch_rng_states(gathered=not after_error),
             "kernels": self._kernels(),
-            "loss_scale": None,
         }
-        if scale is not None:
-            state["loss_scale"] = scale.state_dict()
         return state
 
     @override
@@ -417,7 +374,7 @@ class QLoRAPrecision(Precision):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the random generators, so that a resumed run draws the same dropout masks, and the loss scale."""
+        """Restore the random generators, so that a resumed run draws the same dropout masks."""
         if self._evaluating:
             return
         saved = state_dict.get("kernels")
@@ -428,9 +385,6 @@ class QLoRAPrecision(Precision):
                 "state, but its results differ from those of an uninterrupted run in their last bits."
             )
         set_torch_rng_state_of_rank(state_dict["random_state"])
-        scale = self.loss_scale
-        if scale is not None and state_dict["loss_scale"] is not None:
-            scale.load_state_dict(state_dict["loss_scale"])
 
     @override
     def teardown(self) -> None:
@@ -449,7 +403,7 @@ def _autocast_dtype(root: nn.Module, trains_fp32: bool) -> torch.dtype | None:
     if layer is None or (layer.weight_dtype is not torch.float32 and not trains_fp32):
         return None
     dtype = layer.compute_dtype(layer.packed)
-    return None if dtype is torch.float32 else dtype
+    return dtype if dtype is torch.bfloat16 else None
 
 
 def _reason_of_all_ranks(device: torch.device, dtype: torch.dtype) -> str | None:

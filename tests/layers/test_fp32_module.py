@@ -261,12 +261,10 @@ class In16Bits(Classifier):
 
 
 @IN_16_BITS
-def test_all_loops_compute_in_fp32_without_a_loss_scale(slow, dtype, trainer):
+def test_all_loops_compute_in_fp32(slow, dtype, trainer):
     arguments = {"r": 4, "lora_dropout": 0.0, "modules_to_save": ["2"]}
     module = In16Bits(dtype)
-    run = trainer(plugins=QLoRAPrecision(**arguments), enable_checkpointing=False)
-    run.fit(module, loader())
-    assert run.precision_plugin.loss_scale is None
+    trainer(plugins=QLoRAPrecision(**arguments), enable_checkpointing=False).fit(module, loader())
     losses = {"trainer": module.losses}
     wide = Classifier()
     wide.net = wide.net.to(dtype).float()

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
+from lightning_qlora.layers import slow_types
 from lightning_qlora.layers.initialization import random_adapter
-from lightning_qlora.layers.lora_layer import _cuda_has_bf16, _has_bf16
 from tests.toys import delta
 
 
@@ -392,18 +392,18 @@ def test_dora_takes_one_dense_copy_of_a_weight_for_its_rows():
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_an_fp32_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypatch, native):
-    """A Turing card counts as supporting bf16 unless emulation is excluded; fp32 is faster there."""
+def test_a_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypatch, native):
+    """A Turing card counts as supporting bf16 unless emulation is excluded; its tensor cores take fp16."""
     layer, _ = converted()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    _cuda_has_bf16.cache_clear()
+    slow_types._cuda_has_bf16.cache_clear()
     try:
         dtype = layer.compute_dtype(types.SimpleNamespace(device=torch.device("cuda")))
     finally:
-        _cuda_has_bf16.cache_clear()
-    assert dtype is (torch.bfloat16 if native else torch.float32)
+        slow_types._cuda_has_bf16.cache_clear()
+    assert dtype is (torch.bfloat16 if native else torch.float16)
 
 
 def test_torch_compile_does_not_trace_the_question_whether_a_card_has_bf16():
-    compiled = torch.compile(lambda x: x + _has_bf16("cuda"), backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)).item() == _has_bf16("cuda")
+    compiled = torch.compile(lambda x: x + slow_types.has_bf16("cuda"), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == slow_types.has_bf16("cuda")

@@ -70,11 +70,12 @@ def test_every_rank_quantizes_what_it_loads_in_configure_model(ranks):
             assert torch.equal(first[f"model.{name}"], value)
 
 
-def test_both_ranks_skip_a_step_in_fp16_if_one_overflows(ranks):
+def test_ranks_whose_gradients_differ_in_size_train_alike_in_fp16(ranks):
+    """Each rank has its own powers of two; fp16 alone has no number for the gradients of one, or of the other."""
     first, second = (rank["fp16"] for rank in ranks)
-    assert first["scale"] == second["scale"] < 65536
-    assert any(name.endswith("lora_B") and value.any() for name, value in first["state"].items())
-    assert same(first["state"], second["state"])
+    assert any(name.endswith("lora_B") and value.any() for name, value in first.items())
+    assert all(value.isfinite().all() for value in first.values())
+    assert same(first, second)
 
 
 @pytest.mark.parametrize(("fit", "rows"), [("calibrated", 8), ("accumulated", 16), ("called", 24), ("experts", 8)])

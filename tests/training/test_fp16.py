@@ -1,0 +1,222 @@
+"""Training with products in fp16: no loss scale, whatever the size of activations and gradients."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric import Fabric
+from torch import nn
+
+from lightning_qlora import PagedAdamW8bit, QLoRALinear, QLoRAPrecision, convert, disable_adapter, merge
+from lightning_qlora.layers import fp32_module, slow_types
+from tests.conftest import Classifier, loader
+from tests.toys import toy
+
+SMALL = 2e-7  # factor of a loss, so that most gradients of its A are below the smallest number in fp16
+LARGE = 1e12
+
+
+def plugin(dtype="fp16", dropout=0.0, **arguments):
+    return QLoRAPrecision(r=4, lora_dropout=dropout, compute_dtype=dtype, **arguments)
+
+
+class Scaled(Classifier):
+    """Its loss times a factor; records the gradients of A that its optimizer gets."""
+
+    def __init__(self, factor=1.0, **arguments):
+        super().__init__(**arguments)
+        self.factor = factor
+        self.gradients = []
+
+    def training_step(self, batch, batch_idx):
+        return self.factor * super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer):
+        layers = [layer for layer in self.modules() if isinstance(layer, QLoRALinear)]
+        self.gradients.append(torch.cat([layer.lora_A.grad.flatten() for layer in layers]))
+
+
+class Manual(Scaled):
+    """Two optimizers, which clip, in manual optimization; both step after both backward passes."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss / 2, retain_graph=True)
+        self.manual_backward(loss / 2)
+        for optimizer in optimizers:
+            self.clip_gradients(optimizer, gradient_clip_val=1e-3, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(self.net[index].parameters(), lr=1e-2) for index in (0, 4)]
+
+
+class Paged(Scaled):
+    def configure_optimizers(self):
+        return PagedAdamW8bit(self.parameters(), lr=1e-2)
+
+
+def fit(trainer, module, dtype="fp16", ckpt=None, dropout=0.0, **arguments):
+    torch.manual_seed(1)
+    run = trainer(plugins=plugin(dtype, dropout), **{"max_epochs": 3, **arguments})
+    run.fit(module, loader(), ckpt_path=ckpt)
+    return module, run
+
+
+@pytest.mark.parametrize("factor", [SMALL, LARGE])
+def test_gradients_of_every_size_arrive(trainer, factor):
+    modules = [Scaled(factor), Scaled(factor)]
+    for module, dtype in zip(modules, ("fp32", "fp16"), strict=True):
+        fit(trainer, module, dtype)
+    exact, ours = (torch.stack(module.gradients[1:]) for module in modules)
+    assert exact.abs().median() < 6e-8 or exact.abs().max() > 65504, "fp16 has these"
+    assert (ours == 0).float().mean() <= (exact == 0).float().mean() + 0.01
+    assert (ours * exact).sum() / exact.square().sum() == pytest.approx(1, abs=0.05)
+
+
+NORM = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3}
+VALUE = {"gradient_clip_val": 1e-5, "gradient_clip_algorithm": "value"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [(Scaled, {}), (Scaled, NORM), (Scaled, VALUE), (Paged, NORM), (Manual, {})]
+)
+def test_losses_are_those_of_fp32(trainer, kind, arguments):
+    losses = [fit(trainer, kind(0.01), dtype, **arguments)[0].losses for dtype in ("fp16", "fp32")]
+    assert losses[1][-1] < 0.98 * losses[1][0]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=5e-3, atol=2e-3)
+
+
+def test_a_resumed_run_is_bit_equal_and_its_checkpoint_has_no_scale(trainer, tmp_path):
+    straight, _ = fit(trainer, Scaled(30.0, dropout=0.1), dropout=0.3)
+    _, first = fit(trainer, Scaled(30.0, dropout=0.1), dropout=0.3, max_epochs=1)
+    best = first.checkpoint_callback.best_model_path
+    assert "loss_scale" not in torch.load(best)["QLoRAPrecision"]
+    resumed, _ = fit(trainer, Scaled(30.0, dropout=0.1), dropout=0.3, ckpt=best)
+    assert resumed.losses == straight.losses[4:]
+
+
+@pytest.mark.parametrize("types", [("fp16", "fp32"), ("fp32", "fp16"), ("fp16", "bf16")])
+def test_a_run_goes_on_in_another_type(trainer, types):
+    """A checkpoint does not say in which type the products were."""
+    module, _ = fit(trainer, Scaled(), types[1])
+    _, first = fit(trainer, Scaled(), types[0], max_epochs=1)
+    resumed, _ = fit(trainer, Scaled(), types[1], ckpt=first.checkpoint_callback.best_model_path)
+    torch.testing.assert_close(torch.tensor(resumed.losses), torch.tensor(module.losses[4:]), rtol=5e-2, atol=2e-2)
+
+
+def test_fabric_clips_and_steps_as_a_plain_loop():
+    batches = list(loader()) * 2
+    losses = {}
+    for way in ("fabric", "loop"):
+        module = Scaled(LARGE)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        model = module
+        if way == "loop":
+            convert(module, r=4, lora_dropout=0.0, compute_dtype="fp16")
+            optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+            module.train()
+        else:
+            fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin())
+            model, optimizer = fabric.setup(module, optimizer)
+        losses[way] = []
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = LARGE * F.cross_entropy(model(x), y)
+            if way == "loop":
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            else:
+                fabric.backward(loss)
+                fabric.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            losses[way].append(loss.item())
+    assert losses["fabric"] == losses["loop"]
+
+
+class Loud(nn.Module):
+    """A residual stream whose MLP has activations of 1e6 and a norm behind it, as Gemma's."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64)
+        with torch.no_grad():
+            self.up.weight.mul_(1e6)
+
+    def forward(self, x):
+        return x + F.layer_norm(self.down(F.gelu(self.up(F.layer_norm(x, (64,))))), (64,))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_activations_that_fp16_does_not_have(use_dora):
+    """Plain fp16 is not finite; with a power of two losses and gradients are those of fp32."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(Loud() for _ in range(4)))
+    x = torch.randn(32, 64)
+    target = torch.randn(32, 64)
+    losses = {}
+    for dtype in ("fp32", "fp16", "bf16"):
+        module = copy.deepcopy(base)
+        torch.manual_seed(1)
+        convert(module, r=4, lora_dropout=0.0, compute_dtype=dtype, use_dora=use_dora)
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+        losses[dtype] = []
+        for _ in range(10):
+            loss = F.mse_loss(module(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[dtype].append(loss.item())
+    assert losses["fp32"][-1] < losses["fp32"][0]
+    torch.testing.assert_close(torch.tensor(losses["fp16"]), torch.tensor(losses["fp32"]), rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", torch.float16):
+        assert not module(x.half()).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_is_held_in_fp32_and_its_files_are_not(dtype):
+    model = toy("llama").to(dtype)
+    names = {name: value.dtype for name, value in model.named_parameters()}
+    report = convert(model, r=4, lora_dropout=0.0, compute_dtype="fp16")
+    assert "compute_dtype='fp16'" in report.summary() and "held in fp32" in report.summary()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    ids = torch.arange(12)[None]
+    logits = model(input_ids=ids).logits
+    assert logits.dtype is torch.float32
+    exact = toy("llama").to(dtype)
+    convert(exact, r=4, lora_dropout=0.0, compute_dtype="fp32")
+    exact.float()
+    with disable_adapter(exact), disable_adapter(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, exact(input_ids=ids).logits, rtol=1e-2, atol=1e-3)
+    logits.float().square().mean().backward()
+    assert all(p.grad.dtype is torch.float32 for p in model.parameters() if p.grad is not None)
+    merge(model)
+    assert {name: value.dtype for name, value in model.named_parameters()} == names
+
+
+def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monkeypatch):
+    """The rule with a T4's answers; the card itself is asked by `has_bf16`."""
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(slow_types, "_cuda_has_bf16", lambda: False)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert "Tesla T4 has no bf16" in slow_types.reason_for_fp32(card, dtype)
+    assert slow_types.reason_for_fp32(card, torch.float32) is None
+    model = toy("llama").bfloat16()
+    report = convert(model, r=4)
+    fp32_module.compute_in_fast_type(model, card)
+    layer = next(part for part in model.modules() if isinstance(part, QLoRALinear))
+    assert layer.weight_dtype is torch.float32 and layer.dtype_before is torch.bfloat16
+    assert layer.compute_dtype(SimpleNamespace(device=card)) is torch.float16
+    monkeypatch.setattr(slow_types, "_cuda_has_bf16", lambda: True)
+    assert slow_types.reason_for_fp32(card, torch.bfloat16) is None
+    assert "fp16" in slow_types.reason_for_fp32(card, torch.float16)
+    assert report.converted

@@ -186,6 +186,28 @@ def test_a_checkpoint_on_an_exception_holds_the_adapters(trainer, tmp_path):
     assert torch.equal(saved["net.0.lora_B"], module.net[0].lora_B) and "net.0.weight" not in saved
 
 
+def test_a_checkpoint_on_an_exception_waits_for_no_other_rank(trainer, tmp_path, monkeypatch):
+    """The other ranks are in another collective, or have ended."""
+
+    def gather(*_):
+        raise AssertionError("a collective after an error")
+
+    module = Classifier()
+
+    def fail(*_):
+        if module.global_step == 3:
+            for place in ("layers.dtensor", "training.checkpoint", "adapters.module_state"):
+                monkeypatch.setattr(f"lightning_qlora.{place}.of_all_ranks", gather)
+            raise ZeroDivisionError
+
+    module.on_train_batch_end = fail
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[OnExceptionCheckpoint(tmp_path)])
+    with pytest.raises(ZeroDivisionError):
+        run.fit(module, loader())
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert saved["global_step"] == 3 and len(saved["QLoRAPrecision"]["random_state"]) == 1
+
+
 def test_fsdp1_is_refused_by_lightning():
     with pytest.raises(TypeError, match="FSDPPrecision"):
         FSDPStrategy(precision_plugin=QLoRAPrecision(r=4))

@@ -1,5 +1,6 @@
 """The drawings of the documentation are those that docs/drawings/draw.py makes."""
 
+import re
 import runpy
 import xml.etree.ElementTree as ElementTree
 
@@ -8,7 +9,8 @@ import pytest
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "docs" / "drawings"
-DRAWINGS = runpy.run_path(str(FOLDER / "draw.py"))["DRAWINGS"]
+SCRIPT = runpy.run_path(str(FOLDER / "draw.py"))
+DRAWINGS = SCRIPT["DRAWINGS"]
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
@@ -22,3 +24,12 @@ def test_each_drawing_is_shown():
     pages = "".join(page.read_text() for page in [*(ROOT / "docs").glob("*.md"), ROOT / "mkdocs.yml"])
     shown = {name for name in DRAWINGS if f"drawings/{name}.svg" in pages}
     assert shown == set(DRAWINGS) == {path.stem for path in FOLDER.glob("*.svg")}
+
+
+@pytest.mark.parametrize("name", SCRIPT["STOPS"])
+def test_each_stop_is_in_the_code(name):
+    stops = SCRIPT["STOPS"][name]
+    assert len(stops) <= 8
+    for file, place, _ in stops:
+        source = (ROOT / "lightning_qlora" / file).read_text()
+        assert re.search(rf"^\s*(def|class) {place}\b", source, re.M), (file, place)

@@ -4,6 +4,7 @@ Those that explain are here; charts.py has those that show figures, which it rea
 """
 
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -214,8 +215,62 @@ def strategy() -> str:
     )
 
 
+# What happens, stop by stop: file, the name in it, and what it does there. docs/design.md has the sentences.
+STOPS = {
+    "stops_batch": (
+        ("training/precision.py", "optimizer_step", "Lightning's optimizer runs the closure: forward, backward"),
+        ("layers/qlora_linear.py", "forward", "in each layer: the compute type, and a seed for dropout"),
+        ("kernels/lora_linear.py", "lora_linear", "one op with a gradient; it saves x and drop(x) A^T"),
+        ("kernels/backends.py", "backend", "who computes: C loops, Triton, or plain torch"),
+        ("kernels/eager.py", "linear_into", "W into a buffer; the adapter's product, x W^T, the bias"),
+        ("kernels/eager.py", "linear_backward", "W again, the mask again: dX, dA, dB"),
+        ("training/optimizers.py", "audit_first_step", "every adapter has a gradient"),
+        ("optim/optimizer_pages.py", "OptimizerPages", "on a GPU: its state comes back; then A and B change"),
+    ),
+    "stops_save": (
+        ("layers/layer_state.py", "_save_to_state_dict", "each layer writes itself whole: A, B and its base"),
+        ("adapters/module_state.py", "_after_state_dict", "the hook of the module that was converted"),
+        ("layers/records.py", "base_fingerprints", "which frozen values are still those of conversion"),
+        ("layers/layer_state.py", "remove_base", "what has a fingerprint is left out"),
+        ("adapters/conversion.py", "SavedConversion", "one entry: arguments, base model, fingerprints"),
+        ("training/checkpoint.py", "torch_rng_states", "the random generators, in the plugin's state"),
+        ("training/patches.py", "check_complete_checkpoint", "no NaN, no adapter missing"),
+    ),
+    "stops_load": (
+        ("training/patches.py", "convert_before_checkpoint_is_restored", "the module is converted first"),
+        ("adapters/module_state.py", "_before_load", "the hook of the module that was converted"),
+        ("adapters/module_state.py", "_check_same_function", "the same layers, ranks and arguments"),
+        ("adapters/module_state.py", "_check_base", "the same fingerprints; what has one comes from the module"),
+        ("layers/layer_state.py", "load_layer", "each layer takes its adapter, and a base if there is one"),
+        ("adapters/module_state.py", "_after_load", "a base that was loaded is recorded as the base"),
+        ("training/precision.py", "load_state_dict", "the random generators"),
+    ),
+    "stops_merge": (
+        ("adapters/merge.py", "merge", "no NaN in an adapter, no layer sharded"),
+        ("layers/held_types.py", "release", "values that are held in fp32 get their types back"),
+        ("adapters/merge.py", "merged_weight", "W is decoded, s B A added in fp32, DoRA's scale"),
+        ("adapters/merge.py", "round_stochastically", "rounded once, so that small updates stay on average"),
+        ("layers/qlora_linear.py", "to_dense", "the layer is of its class again"),
+        ("layers/full_precision.py", "undo_full_precision", "what trained in full, in its type before"),
+        ("layers/records.py", "undo", "what trained before conversion can train again"),
+    ),
+}
+
+
+def stops(name: str) -> str:
+    """Boxes from top to bottom, one for each stop."""
+    parts = []
+    for i, (file, place, words) in enumerate(STOPS[name]):
+        parts.append(box(8, 8 + 62 * i, 464, PLAIN, f"{i + 1}. {file}: {place}", words))
+        if i:
+            parts.append(arrow(240, 62 * i - 8, 240, 62 * i + 6))
+    title = name.removeprefix("stops_")
+    return svg(62 * len(STOPS[name]) + 2, *parts, label=f"A {title}: {len(STOPS[name])} stops, each a file and a name")
+
+
 SHAPES = (nf4, weight, batch, gradient, rounding, pages, step, strategy, logo)
 DRAWINGS = {drawing.__name__: drawing for drawing in (*SHAPES, *charts.CHARTS)}
+DRAWINGS |= {name: partial(stops, name) for name in STOPS}
 
 if __name__ == "__main__":
     for name, drawing in DRAWINGS.items():

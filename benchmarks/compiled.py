@@ -68,6 +68,8 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     real_target = launch.target
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if warmup:  # the same launch follows
+            return
         options = {name: kwargs.pop(name) for name in OPTIONS & set(kwargs)}
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         launches.append(Launch(kernel, grid, arguments, options))

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels import verify
+from lightning_qlora.kernels.half import Half
 from tests.emulator import amd
 from tests.emulator.driver import emulated
 from tests.toys import needs
@@ -21,9 +22,8 @@ ROWS = 100  # cases with more take half of the time
 
 
 def rows(arguments):
-    return max(
-        argument.shape[0] for argument in arguments if isinstance(argument, torch.Tensor) and argument.dim() == 2
-    )
+    matrices = [each.values if isinstance(each, Half) else each for each in arguments]
+    return max(matrix.shape[0] for matrix in matrices if isinstance(matrix, torch.Tensor) and matrix.dim() == 2)
 
 
 def is_large(op, arguments):

@@ -248,8 +248,7 @@ def _step(kernel: triton.JITFunction, lists: list[list[Tensor]], scalars: AdamWS
         ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
     )
     likes = tensors[0][0], tensors[1][0]
-    # Torch does not see that the kernels write. Autograd must know it, and so must checkpoints: a frozen parameter is
-    # saved only if its version says that it was trained.
+    # Torch does not see that the kernels write; autograd must know it.
     launch((_table(sizes, columns, per_program, str(device)), *likes, *levels), floats, lists[0])
     for column, copies in zip(lists, tensors, strict=True):
         for tensor, copy in zip(column, copies, strict=True):

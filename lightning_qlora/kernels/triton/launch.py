@@ -117,7 +117,12 @@ class Launch:
         types = tuple([tensor.dtype for tensor in tensors])
         # Unaligned addresses are left to Triton, which compiles another variant for them.
         compiled = None if addresses & 15 else self._compiled.get(types)
-        if compiled is not None and not written:
+        arguments = (*tensors, *self._numbers, *unspecialized)
+        if written:
+            if compiled is None:
+                self._load(arguments)
+            torch.autograd.graph.increment_version(written)
+        if compiled is not None:
             # As in CompiledKernel.__getitem__, without the hooks of Triton's profiler.
             run, function, metadata = compiled
             stream = driver.active.get_current_stream(index)
@@ -129,21 +134,21 @@ class Launch:
                 None,
                 None,
                 None,
-                *tensors,
-                *self._numbers,
-                *unspecialized,
+                *arguments,
                 *self._constants,
             )
             return None
-        arguments = (*tensors, *self._numbers, *unspecialized)
-        if written:
-            if isinstance(self._kernel, triton.JITFunction):  # the interpreter has nothing to compile
-                _ = self._kernel.warmup(*arguments, grid=self._grid, **self._keywords).run  # the property loads it
-            torch.autograd.graph.increment_version(written)
         variant = self._kernel[self._grid](*arguments, **self._keywords)
         if isinstance(variant, CompiledKernel) and not addresses & 15:  # not under the interpreter
             self._compiled[types] = variant.run, variant.function, variant.packed_metadata
         return None
+
+    def _load(self, arguments: tuple[Any, ...]) -> None:
+        """Compile and load the kernel for these arguments, so that errors of both come before it writes."""
+        if isinstance(self._kernel, triton.JITFunction):  # the interpreter has nothing to compile
+            variant = self._kernel.warmup(*arguments, grid=self._grid, **self._keywords)
+            if isinstance(variant, CompiledKernel):
+                _ = variant.run  # the property loads it
 
 
 @triton.jit

@@ -25,6 +25,7 @@ X = torch.zeros(3, 64).bfloat16()
 W = torch.zeros(64, 16)
 OUT = torch.zeros(3, 64).bfloat16()
 H = torch.zeros(3, 16).bfloat16()
+CONSTANTS = {"DROPOUT": False, "HALF": False, "ADD": False, "R": 16}
 
 
 @pytest.fixture
@@ -66,9 +67,9 @@ def addresses(arguments):
 
 def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
     tile = Tile(up_to=16, M=16, N=64, num_warps=4, num_stages=2)
-    launch = Launch(_up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16)
+    launch = Launch(_up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, **CONSTANTS)
     for _ in range(2):
-        launch((H, W, OUT), (0, 0, 0, 0.5))
+        launch((H, W, OUT, *[OUT] * 4), (0, 0, 0, 0.5))
     by_triton, short = driven
     assert len(launch._compiled) == 1
     # Between the kernel's metadata and its arguments are three entries for the hooks of Triton's profiler.
@@ -110,11 +111,10 @@ def test_a_tensor_on_another_device_makes_that_device_current_for_its_launch(dri
     monkeypatch.setattr(driver.active, "get_current_stream", lambda index: 70 + index % 2000, raising=False)
     tile = Tile(M=16, N=64, num_warps=4, num_stages=2)
     for index in (1, 0):
-        launch = Launch(
-            _up_kernel, torch.device("cuda", index), (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, DROPOUT=False, R=16
-        )
+        device = torch.device("cuda", index)
+        launch = Launch(_up_kernel, device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, **CONSTANTS)
         for _ in range(2):  # by Triton, and by the short path
-            launch((H, W, OUT), (0, 0, 0, 0.5))
+            launch((H, W, OUT, *[OUT] * 4), (0, 0, 0, 0.5))
     assert [call[3] for call in driven] == [71, 71, 70, 70]
     assert (entered, current) == ([1, 1], [0])
 
@@ -125,7 +125,7 @@ def test_an_integer_scaling_does_not_become_a_part_of_the_kernel(driven):
     grad_b = torch.zeros(64, 16)
     for s in (1, 0, 0.25):
         lora_gradients(H, X, grad_a, H, X, grad_b, s)
-    scalings = [arguments[-6] for arguments in driven]
+    scalings = [arguments[-7] for arguments in driven]
     assert (scalings, [type(s) for s in scalings]) == ([1.0, 0.0, 0.25], [float] * 3)
     assert len({arguments[4] for arguments in driven}) == 1
 

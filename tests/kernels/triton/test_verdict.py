@@ -350,7 +350,10 @@ def test_all_ranks_take_the_path_of_the_rank_whose_kernels_fail(monkeypatch, tmp
         warnings.simplefilter("ignore")
         if rank:
             backends.backend(CPU).fall_back({"adamw_step": "differs"})
-        QLoRAPrecision(r=2).convert_module(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+        module = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        plugin = QLoRAPrecision(r=2)
+        plugin.convert_module(module)
+        plugin.on_setup_optimizer(torch.optim.SGD(module.parameters(), 0.1))  # as Fabric does
         return backends.backend(CPU).failures == {"adamw_step": "differs" if rank else "fails on another rank"}
 
     assert in_forks(2, agrees)

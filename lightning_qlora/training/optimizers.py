@@ -6,6 +6,7 @@ differentiable, its output may not reach the loss (a pooler), or no token may ha
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -19,19 +20,29 @@ from torch.optim import Optimizer
 from lightning_qlora.checks import first_of
 from lightning_qlora.layers.dtensor import local, world_size
 from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
+from lightning_qlora.layers.records import frozen_parameters
 from lightning_qlora.layers.slow_types import IN_16_BITS
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
-from lightning_qlora.training.report import groups
+from lightning_qlora.training.report import groups, size_text
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
 UNUSED = "not used in the loss"
 READ = "its weight was read, but no gradient came back"
+THAWED = (
+    "that were frozen by conversion",
+    ("If this is meant, name their modules in modules_to_save, so that they train from the start."),
+)
+THAWED_LAYERS = (
+    "of layers that the module froze before conversion",
+    ("To train them in 4 bits with adapters, name them in target_modules, or unfreeze them before conversion."),
+)
 # Optimizers -> the modules whose parameters were checked in their first step.
 _audited: WeakKeyDictionary[Optimizer, WeakSet[nn.Module]] = WeakKeyDictionary()
 
@@ -206,6 +217,28 @@ def _show(reasons: Mapping[str, str], not_recomputed: list[str]) -> None:
             f"gradient_checkpointing=True saves no memory in {groups(not_recomputed)}: in the first step the forward "
             "method of these modules was not called, so nothing was recomputed.",
             stacklevel=2,
+        )
+
+
+def warn_of_thawed(module: nn.Module, optimizer: Optimizer, trained: set[int]) -> None:
+    """Warn of frozen parameters that an optimizer trains from its next step on, as after `unfreeze()`.
+
+    `trained` are the ids of the parameters that trained before; it gets those of this step, so each is named once.
+    """
+    new = {id(parameter) for parameter in parameters_of(optimizer) if parameter.requires_grad} - trained
+    trained |= new
+    thawed = defaultdict[tuple[str, str], dict[nn.Parameter, str]](dict)
+    for name, owner, _, parameter, record in frozen_parameters(module) if new else ():
+        if id(parameter) in new:
+            is_dense_layer = is_linear(owner) and not isinstance(owner, LoRALayer)
+            kind = THAWED_LAYERS if is_dense_layer and not record.trained else THAWED
+            thawed[kind].setdefault(parameter, name)
+    for (which, advice), names in thawed.items():
+        rank_zero_warn(
+            f"{len(names)} parameters ({size_text(sum(parameter.nbytes for parameter in names))}) {which} train from "
+            f"now on, in full: {groups(names.values())}. Checkpoints hold them too. {advice} If it is not meant, set "
+            "requires_grad only of the parameters that had it after conversion, for example of those with 'lora_' in "
+            "their names."
         )
 
 

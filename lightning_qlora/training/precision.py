@@ -51,9 +51,9 @@ from lightning_qlora.training.optimizers import (
     leave_out_bytes,
     replace_parameters_by_adapters,
     warn_of_adapters_in_no_optimizer,
+    warn_of_thawed,
 )
 from lightning_qlora.training.report import ConversionReport
-from lightning_qlora.training.thawed import warn_of_thawed
 
 
 @dataclass

@@ -27,7 +27,7 @@ from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.fp32_module import held_type
+from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import (
     is_transformers_model,
@@ -85,9 +85,9 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
         _, tensors, key = places[0]
         empty = tensors[key]
         value = _read(folder, name, tuple(empty.shape))
-        dtype = held_type(module.get_submodule(owner_name(names[0])), key)
-        if dtype is not None:
-            value = value.to(dtype)  # rounded as where the module is not held in fp32
+        owner = module.get_submodule(owner_name(names[0]))
+        if isinstance(owner, HeldTypes):  # rounded as where the module is not held in fp32
+            value = value.to(owner.held_types.get(key, value.dtype))
         value = _with_data(empty, value, device)
         for _, tensors, key in places:
             tensors[key] = value

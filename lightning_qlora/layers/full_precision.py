@@ -1,8 +1,9 @@
-"""Parameters that train in full: held in fp32 for the optimizer, and computed in the model's 16-bit type by autocast.
+"""Parameters held in fp32: what trains in full, computed in 16 bits by autocast; all of a module on a slow device.
 
     parameters of a module, in its forward pass and outside of it     fp32
     forward pass of the module that holds them                        under autocast(16-bit type), its output cast back
     forward pass and steps of the module that was converted           under the same autocast, its output as it is
+    all of a module on a device that is slow in 16 bits               fp32, without autocast (`held_types.py`)
 
 In 16 bits most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that of 2e-4 is smaller
 than half of the last bit of every bf16 value above 0.1. A parameter is what it says everywhere, so code may write to it
@@ -10,22 +11,35 @@ in a forward pass. The class of a module becomes a subclass of the same name. Ar
 autocast lets code of other modules use such a parameter too: `F.linear(h, self.head.weight)` in a training step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_qlora.config import ComputeDtype
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, in_fp32
+from lightning_qlora.layers.held_types import (
+    EVERYWHERE,
+    IN_16_BITS,
+    HeldTypes,
+    cast_in_place,
+    in_fp32,
+    reason_for_fp32,
+    release,
+    type_after,
+)
 from lightning_qlora.layers.names import join
-from lightning_qlora.layers.slow_types import IN_16_BITS
+from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.lightning_copies import classes
 
+Decide = Callable[[torch.device, torch.dtype], str | None]  # `reason_for_fp32`, or what all ranks agree on
+REASON_OF_FP16 = "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32"
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 # torch has no product of two types for the first, also under autocast, and a slow one for the second.
 TAKES_FP32 = (nn.Bilinear, nn.RMSNorm)
@@ -35,12 +49,12 @@ class FullPrecision(HeldTypes, Derived):
     """A class whose forward pass, and steps of a LightningModule, compute under autocast.
 
     Attributes:
-        types_before: Key of each parameter in fp32 -> the 16-bit type that it had.
+        types_before: Key of each parameter that trains in fp32 -> the 16-bit type that it had.
         autocast_dtype: The type of the forward pass; another one than 16 bits: without autocast.
         casts_output: Whether the output of the forward pass is cast to that type.
     """
 
-    types_before: dict[str, torch.dtype]
+    types_before: Mapping[str, torch.dtype] = MappingProxyType({})
     autocast_dtype: torch.dtype = torch.float32
     casts_output: bool = False
 
@@ -64,15 +78,9 @@ class FullPrecision(HeldTypes, Derived):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module; a cast of the module casts what it computes in, too."""
         super()._apply(fn, recurse)
-        types: dict[str, torch.dtype] = vars(self).get("types_before", {})
-        for key, dtype in types.items():
-            types[key] = _applied(fn, dtype)
-        self.autocast_dtype = _applied(fn, self.autocast_dtype)
+        self.types_before = {key: type_after(fn, dtype) for key, dtype in self.types_before.items()}
+        self.autocast_dtype = type_after(fn, self.autocast_dtype)
         return self
-
-
-def _applied(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
-    return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
 def _under_autocast(method: Any, takes_fp32: bool) -> Callable[..., Any]:
@@ -140,7 +148,8 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
         if id(parameter) in in_16_bits:
             sizes[in_16_bits[id(parameter)]] = parameter.numel()
             continue
-        with_types(owner).types_before[key] = dtype
+        own = _with_types(owner)
+        own.types_before = {**own.types_before, key: dtype}
         for user in _users(owner, parents):
             compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
         if can_derive(module):
@@ -172,17 +181,15 @@ def can_derive(part: nn.Module) -> bool:
     return "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule)
 
 
-def with_types(part: nn.Module) -> Any:
+def _with_types(part: Any) -> Any:
     """The module, in place with a class derived from its own."""
-    if not isinstance(part, FullPrecision):
-        vars(part)["types_before"] = {}
-        derive(FullPrecision, part)
+    derive(FullPrecision, part)
     return part
 
 
 def compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
-    own: FullPrecision = with_types(part)
+    own: FullPrecision = _with_types(part)
     if own.autocast_dtype not in IN_16_BITS:
         own.autocast_dtype = dtype
     own.casts_output = own.casts_output or casts_output
@@ -192,7 +199,7 @@ def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Param
     """Name, value and 16-bit type of each parameter that is held in fp32; tied ones with the first name."""
     seen = set[int]()
     for name, part in module.named_modules():
-        for key, dtype in vars(part).get("types_before", {}).items():
+        for key, dtype in part.types_before.items() if isinstance(part, FullPrecision) else ():
             parameter = part._parameters.get(key)
             if parameter is None or parameter.dtype is not torch.float32 or dtype not in IN_16_BITS:
                 continue
@@ -210,3 +217,88 @@ def undo_full_precision(module: nn.Module) -> None:
             vars(part).pop(name, None)
         if "classes_before" in vars(type(part)):  # else a library derived a class from it (parametrizations)
             restore(part, FullPrecision)
+
+
+def hold_in_fp32(
+    module: nn.Module, compute_dtype: ComputeDtype, device: torch.device | None = None, decide: Decide = reason_for_fp32
+) -> dict[torch.dtype, str]:
+    """Hold a module in fp32 where its device should compute in fp32, in place; else give it its 16-bit types.
+
+    Args:
+        module: A converted module; what trains in full is in fp32 already.
+        compute_dtype: As in `QLoRAConfig`. With "fp16" a module is held on every device, with "bf16" on none.
+        device: The device that it will be on; None: where it is.
+        decide: Why a device holds a type in fp32; None: it does not.
+
+    Returns:
+        Each type that is held in fp32 -> the reason.
+    """
+    if compute_dtype == "bf16":
+        return {}
+    device = device or _device_of(module)
+    parts = list(module.modules())
+    types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in parts)]
+    if compute_dtype == "fp16":
+        reasons: dict[torch.dtype, Any] = dict.fromkeys(types, REASON_OF_FP16)
+    else:
+        reasons = {dtype: decide(device, dtype) for dtype in types}
+    if not all(reasons.values()):
+        release(module)
+    slow = {dtype: reason for dtype, reason in reasons.items() if reason}
+    _hold(parts, slow.keys(), EVERYWHERE if compute_dtype == "fp16" else device.type)
+    return slow
+
+
+def _types(part: nn.Module) -> set[torch.dtype]:
+    """The types of what a module holds itself and computes with, before they were held in fp32."""
+    types = {tensor.dtype for tensor in _own_tensors(part).values()}
+    if isinstance(part, HeldTypes):
+        types |= {*part.held_types.values()}
+    if isinstance(part, PackedLayer):
+        types.add(part.weight_dtype)
+    if isinstance(part, FullPrecision):
+        types.add(part.autocast_dtype)
+    return types
+
+
+def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
+    return {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
+
+
+def _hold(parts: list[nn.Module], slow: Collection[torch.dtype], device: str) -> None:
+    """Cast the values of these types to fp32, one after another."""
+    tensors = [(part, key, tensor, tensor.dtype) for part in parts for key, tensor in _own_tensors(part).items()]
+    for part, key, tensor, dtype in tensors:  # listed before tied ones are cast
+        if dtype not in slow or is_sharded(tensor):
+            continue
+        if not isinstance(part, HeldTypes) and can_derive(part):
+            derive(FullPrecision, part)
+        if isinstance(part, HeldTypes):
+            part.set_held({key: dtype}, device)
+        if tensor.dtype is dtype:
+            cast_in_place(tensor, torch.float32)
+    for part in parts:
+        if isinstance(part, PackedLayer) and part.weight_dtype in slow:
+            part.set_held({"weight": part.weight_dtype}, device)
+            part.weight_dtype = torch.float32
+        if isinstance(part, FullPrecision) and part.autocast_dtype in slow:
+            part.set_held({"forward": part.autocast_dtype}, device)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """The device of a module; of one that is on the meta device, the one that it will be loaded to."""
+    for part in module.modules():
+        tensors = [part.packed] if isinstance(part, PackedLayer) else _own_tensors(part).values()
+        device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
+        if device is not None:
+            return device
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def held_bytes(module: nn.Module) -> int:
+    """How many bytes more a module takes, because it is held in fp32; shared tensors count once."""
+    held: dict[Tensor, torch.dtype] = {}
+    for part in module.modules():
+        if isinstance(part, HeldTypes):
+            held |= {tensor: dtype for _, tensor, dtype in part.held_tensors()}
+    return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held.items())

@@ -1,4 +1,4 @@
-"""Modules in 16 bits that a device computes faster in fp32: held in fp32, while they are on such a device.
+"""Modules in 16 bits that a device computes faster, or more exactly, in fp32: held in fp32 while they are on it.
 
     parameters, buffers             cast to fp32 at conversion, one after another
     4-bit layers                    decode to fp32; `layer.weight.dtype` is fp32
@@ -6,42 +6,83 @@
     state dicts                     the type of before, for values that it holds exactly
     `.to` another kind of device    the type of before, unless that device computes in fp32 too
 
-`slow_types.py` says which devices these are. What trains in full is held in fp32 on every device (`full_precision.py`).
+`reason_for_fp32` says which devices these are. What trains in full is held in fp32 on every device, and `hold_in_fp32`
+holds a whole module (`full_precision.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.slow_types import IN_16_BITS, reason_for_fp32
+
+IN_16_BITS = (torch.bfloat16, torch.float16)
+EVERYWHERE = "every device"
+
+
+def reason_for_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a device should hold a module of this type in fp32, and compute in it; None: the module keeps its type.
+
+    The reason is a sentence without its end. The first question for a type of a CPU measures, in some milliseconds.
+    """
+    if dtype not in IN_16_BITS:
+        return None
+    if device.type == "cpu":
+        measured = products(dtype)
+        if measured.is_slow:
+            return f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})"
+    if device.type == "cuda" and not has_bf16("cuda"):
+        return f"{torch.cuda.get_device_name(device)} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32"
+    if device.type in ("cuda", "xpu") and dtype is torch.float16:
+        return "fp16 has no number for large activations and small gradients"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
+def has_bf16(device: str) -> bool:
+    """Whether GPUs of a type compute in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
+    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
+
+
+@cache
+def _cuda_has_bf16() -> bool:
+    if torch.version.hip:  # torch says yes for all; GCN before MI100 and RDNA before its third generation have none
+        card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
+        return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 class HeldTypes:
     """What classes derive from whose instances can be held in fp32.
 
     Attributes:
-        held_types: Key of each parameter and buffer that is held in fp32 -> its type before.
-        held_on: The kind of device on which it is held ("cpu"); None: it is not held.
-        held_always: Whether it is held on every kind of device.
+        held_types: Key of each parameter and buffer that is held in fp32 -> its type before; "weight" of a 4-bit layer,
+            and "forward" for a forward pass under autocast, are such keys without a tensor.
+        held_on: The kind of device on which it is held ("cpu"), or EVERYWHERE; None: it is not held.
     """
 
-    held_types: dict[str, torch.dtype]
+    held_types: Mapping[str, torch.dtype] = MappingProxyType({})
     held_on: str | None = None
-    held_always: bool = False
 
     @property
     def output_dtype(self) -> torch.dtype | None:
         """The type of the output without autocast; None: that of a module that is not held."""
         return None if self.held_on is None else torch.float32
 
+    def set_held(self, types: Mapping[str, torch.dtype], device: str) -> None:
+        """Record the types of before of what is held in fp32 on a kind of device."""
+        self.held_types = {**self.held_types, **types}
+        self.held_on = device
+
     def held_tensors(self) -> Iterator[tuple[str, Any, torch.dtype]]:
         """Key, value and type before of each parameter and buffer that is held."""
-        attributes = vars(self)
-        tensors = attributes["_buffers"] | attributes["_parameters"]
-        for key, dtype in attributes.get("held_types", {}).items():
+        tensors = vars(self)["_buffers"] | vars(self)["_parameters"]
+        for key, dtype in self.held_types.items():
             if tensors.get(key) is not None:
                 yield key, tensors[key], dtype
 
@@ -50,7 +91,7 @@ class HeldTypes:
         for _, tensor, dtype in self.held_tensors():
             if tensor.dtype is torch.float32:
                 cast_in_place(tensor, dtype)
-        for name in ("held_types", "held_on", "held_always"):
+        for name in ("held_types", "held_on"):
             vars(self).pop(name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -58,13 +99,15 @@ class HeldTypes:
         super()._apply(fn, recurse)  # type: ignore[misc]
         if self.held_on is None:
             return self
-        types: dict[str, torch.dtype] = vars(self).setdefault("held_types", {})
-        for key, dtype in types.items():
-            types[key] = fn(torch.empty(0, dtype=dtype, device=self.held_on)).dtype
-        device = fn(torch.empty(0, dtype=torch.float32, device=self.held_on)).device
-        if self.held_always or device.type == self.held_on:
+        self.held_types = {key: type_after(fn, dtype) for key, dtype in self.held_types.items()}
+        if self.held_on == EVERYWHERE:
             return self
-        if not any(reason_for_fp32(device, dtype) for dtype in types.values()):
+        device = fn(torch.empty(0, device=self.held_on)).device
+        if device.type == self.held_on:
+            return self
+        if any(reason_for_fp32(device, dtype) for dtype in self.held_types.values()):
+            self.held_on = device.type
+        else:
             self.restore_types()
         return self
 
@@ -87,6 +130,11 @@ class HeldTypes:
         for _, tensor, dtype in self.held_tensors():
             if tensor.dtype is dtype:
                 cast_in_place(tensor, torch.float32)
+
+
+def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor after the function of `nn.Module._apply`, which may cast."""
+    return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
 def in_fp32(value: Any) -> Any:

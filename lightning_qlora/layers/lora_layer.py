@@ -23,9 +23,9 @@ from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_linear
 from lightning_qlora.layers.dtensor import gather, shard_like
+from lightning_qlora.layers.held_types import has_bf16
 from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.slow_types import has_bf16
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train

@@ -42,8 +42,7 @@ class PackedLayer(HeldTypes, nn.Module):
     @property
     def dtype_before(self) -> torch.dtype:
         """The type of the float weight before conversion."""
-        types: dict[str, torch.dtype] = vars(self).get("held_types", {})
-        return types.get("weight", self.weight_dtype)
+        return self.held_types.get("weight", self.weight_dtype)
 
     def restore_types(self) -> None:
         """Give the weight, and the bias, the type of before."""
@@ -66,7 +65,7 @@ class PackedLayer(HeldTypes, nn.Module):
         self.block_size = stored.block_size
         self.weight_dtype = dtype
         if self.held_on is not None and self.weight_dtype is not torch.float32:
-            self.held_types["weight"] = self.weight_dtype
+            self.set_held({"weight": self.weight_dtype}, self.held_on)
             self.weight_dtype = torch.float32
         self._fingerprint = None
         self._base_squares = {}

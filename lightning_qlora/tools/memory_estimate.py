@@ -19,13 +19,13 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
-from lightning_qlora.training.convert import convert_module
+from lightning_qlora.training.convert import Run, convert_module
 from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.report import packed_layers, parameter_bytes, size_text
@@ -179,7 +179,7 @@ class PlannedRun:
             self.model = fake_copy(model)
             self._example = fake_example(example, self._mode)
             decide = reason_for_fp32 if device == "cpu" else _no_reason
-            self._report = convert_module(self.model, config, decide=decide)
+            self._report = convert_module(self.model, config, Run(decide=decide))
             run_without_data(self.model)
         layers = packed_layers(self.model)
         packed = sum(getattr(layer, name).nbytes for layer in layers for name in BASE)

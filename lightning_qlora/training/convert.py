@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
@@ -22,19 +22,22 @@ from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
-from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.fp32_module import Decide, Reasons, compute_in_fast_type, held_bytes
-from lightning_qlora.layers.full_precision import full_precision_parameters, train_in_full_precision
+from lightning_qlora.layers.full_precision import (
+    Decide,
+    full_precision_parameters,
+    hold_in_fp32,
+    train_in_full_precision,
+)
+from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, named
-from lightning_qlora.layers.provenance import FROZEN, loaded_models
+from lightning_qlora.layers.provenance import loaded_models
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, SavedLayers, Selection, ToConvert, select_layers
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
-from lightning_qlora.layers.slow_types import reason_for_fp32, reason_of_fp16
-from lightning_qlora.layers.trainable_tokens import token_adapters, train_tokens
+from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
     LOAD_IN_CONFIGURE_MODEL,
@@ -47,14 +50,14 @@ from lightning_qlora.training.convert_checks import (
     warn_of_slow_products,
 )
 from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
+from lightning_qlora.training.mapped_files import copy_from_files
 from lightning_qlora.training.patches import shard_bytes
-from lightning_qlora.training.report import ConversionReport, count_parameters, dense_bytes
+from lightning_qlora.training.report import ConversionReport, dense_bytes
 
 IN_INIT = (
     "Folders in 8 or 4 bits are dequantized while they load in configure_model or plugin.init(): load the model there, "
     "and call load_from_checkpoint within plugin.init() of a plugin with the arguments of the training."
 )
-BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 
 
 def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
@@ -75,43 +78,53 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
     return convert_module(module, QLoRAConfig(**arguments))
 
 
+class Run(NamedTuple):
+    """What the loop that a module runs in decides of its conversion."""
+
+    device: torch.device | None = None  # where to quantize, and where it will be; None: where each weight is
+    sharded: bool = False  # whether a strategy shards it afterwards: its logits are not deferred
+    evaluating: bool = False  # whether it will not train, so that layers which were added later stay as they are
+    decide: Decide = reason_for_fp32  # why its device should hold a type in fp32
+
+
+OWN_LOOP = Run()
+
+
 @torch.inference_mode(False)  # a parameter that is made in it can never train
 def convert_module(
-    module: nn.Module,
-    config: QLoRAConfig,
-    device: torch.device | None = None,
-    sharded: bool = False,
-    saved: SavedLayers | None = None,
-    evaluating: bool = False,
-    decide: Decide = reason_for_fp32,
+    module: nn.Module, config: QLoRAConfig, run: Run = OWN_LOOP, saved: SavedLayers | None = None
 ) -> ConversionReport:
-    """`convert` with a config.
+    """`convert` with a config. `saved`: convert these layers of a checkpoint; None: those that the arguments choose.
 
     Layers that an earlier conversion made, of this module or of a part of it, stay as they are. Layers that were added
     since are converted.
-
-    Args:
-        module: As in `convert`.
-        config: The arguments.
-        device: Where to quantize; None: where each weight is.
-        sharded: Whether a strategy shards the module afterwards. Its logits are not deferred.
-        saved: The layers of a checkpoint, to convert these; None: those that the arguments choose.
-        evaluating: Whether the module will not train, so that layers which were added later stay as they are.
-        decide: Why a device should hold a type in fp32 (`compute_in_fast_type`).
     """
     check_initialized(module)
     start = time.perf_counter()
-    bytes_before = dense_bytes(module)
-    new = unrecorded(module)
+    report = ConversionReport(bytes_before=dense_bytes(module))
     conversion = conversion_of(module)
-    if conversion is not None and (evaluating or not new):
+    if conversion is not None and (run.evaluating or not unrecorded(module)):
         _convert_again(module, conversion, config)
-        reasons = _compute_in_fast_type(module, conversion.config, device, decide)
-        return _report(module, Selection(), {}, bytes_before, start, deferred_heads(module), reasons)
+        _hold_in_fp32(module, conversion.config, run, report)
+        report.deferred_logits = deferred_heads(module)
+        report.count(module)
+    else:
+        _convert_new(module, config, run, saved, report)
+    calibration = calibration_of(module)
+    report.calibration = None if calibration is None else calibration.report
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _convert_new(
+    module: nn.Module, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
+) -> None:
+    """Convert what no conversion has seen, and fill the report."""
     forget_merge(module)
     for part in module.modules():
         check_no_layer_resized(part)
-    check_has_data(module, later=sharded or dist.is_initialized())
+    check_has_data(module, later=run.sharded or dist.is_initialized())
+    new = unrecorded(module)
     kept = [layer for layer in adapted_layers(module).values() if not layer.loaded]
     given = config
     adapter = None
@@ -124,46 +137,43 @@ def convert_module(
     check_selection(module, config, choice, of_checkpoint=saved is not None)
     if adapter is None:
         check_names_in_loaded_models(module, config, choice)
-    by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
+    report.by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
     check_before_conversion(module, choice, config, first=not kept)
     copies = find_copies(module, choice)
     share_seeds(choice, copies)
     warn_of_copies(copies)
-    _quantize(module, choice, device)
+    _quantize(module, choice, run.device)
     forget_quantizer(module)
-    frozen = freeze(module, choice, new, kept)
+    report.trained_in_full = choice.train
+    report.skipped = choice.skip
+    report.frozen = freeze(module, choice, new, kept)
     _add_tokens(module, choice)
     in_16_bits = train_in_full_precision(module)
-    reasons = _compute_in_fast_type(module, config, device, decide)
-    if device is None or device.type == "cpu":  # else the strategy copies the module to its device
+    _hold_in_fp32(module, config, run, report)
+    if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
     record([*unrecorded(module), *new])  # what conversion made, and what was there
     if adapter is not None:
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
-    deferred = defer_output_embeddings(module, config.deferred_logits, sharded)
+    report.deferred_logits = defer_output_embeddings(module, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
     if config.init_kind.needs_data and choice.convert:
-        Calibration(module, sharded)
-    report = _report(module, choice, frozen, bytes_before, start, deferred, reasons)
-    report.by_size = by_size
+        Calibration(module, run.sharded)
+    report.count(module)
     warn_after_conversion(module, choice, config, report, in_16_bits, first=not kept)
-    warn_of_slow_products(module, device)
-    return report
+    warn_of_slow_products(module, run.device)
 
 
-def _compute_in_fast_type(
-    module: nn.Module, config: QLoRAConfig, device: torch.device | None, decide: Decide
-) -> Reasons:
-    """Hold the module in fp32 if its device is slow in its types, or for products in fp16; the reasons."""
-    if config.compute_dtype == "fp16":
-        return compute_in_fast_type(module, device, reason_of_fp16, always=True)
-    if config.compute_dtype == "bf16":
-        return {}
-    return compute_in_fast_type(module, device, decide)
+def _hold_in_fp32(module: nn.Module, config: QLoRAConfig, run: Run, report: ConversionReport) -> None:
+    """Hold the module in fp32 if its device is slow in its types, or for products in fp16."""
+    reasons = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
+    report.held_in_fp32 = list(reasons.values())
+    others = {dtype for _, _, dtype in full_precision_parameters(module)} - reasons.keys()
+    report.full_precision_computes_in = sorted(str(dtype).removeprefix("torch.") for dtype in others)
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -244,9 +254,7 @@ def _check_not_sharded(weight: Any) -> None:
         )
 
 
-def freeze(
-    module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[LoRALayer]
-) -> dict[str, None]:
+def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[LoRALayer]) -> list[str]:
     """Let only the adapters, and what was chosen to train in full, train; returns what trained and is frozen now.
 
     `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
@@ -269,36 +277,7 @@ def freeze(
     for parameter in module.parameters():
         if id(parameter) in trains and parameter.is_floating_point():
             parameter.requires_grad_(True)
-    return frozen
-
-
-def copy_from_files(module: nn.Module) -> None:
-    """Copy parameters and buffers of a CPU that lie in files mapped into memory (safetensors, `torch.load(mmap=True)`).
-
-    The file of a norm of 8 kB would stay mapped as a whole, and all of its pages that were read would count as memory
-    of the process. Tensors that share memory, the whole or a part of it, share that of the copy.
-    """
-    spans: list[tuple[int, int, Tensor]] = []
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if not is_strided(tensor) or is_sharded(tensor) or tensor.device.type != "cpu" or not tensor.numel():
-            continue
-        storage = tensor.untyped_storage()
-        if storage.resizable() or storage.is_shared():  # memory of torch, or of several processes
-            continue
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(), tensor))
-    spans.sort(key=lambda span: span[:2])
-    while spans:
-        begin, end, _ = spans[0]
-        together = []
-        while spans and spans[0][0] < end:
-            together.append(spans.pop(0))
-            end = max(end, together[-1][1])
-        copy = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
-        for first, last, tensor in together:
-            part = copy[first - begin : last - begin].view(tensor.dtype)
-            part.copy_(tensor.detach().as_strided((len(part),), (1,)))
-            tensor.data = part.as_strided(tensor.shape, tensor.stride())
+    return list(frozen)
 
 
 def _add_tokens(module: nn.Module, choice: Selection) -> None:
@@ -309,49 +288,3 @@ def _add_tokens(module: nn.Module, choice: Selection) -> None:
         tied.setdefault(id(weight), []).append(name)
     for names in tied.values():
         train_tokens([module.get_submodule(name) for name in names], choice.tokens[names[0]])
-
-
-def _report(
-    module: nn.Module,
-    choice: Selection,
-    frozen: Iterable[str],
-    bytes_before: int,
-    start: float,
-    deferred: dict[str, int],
-    reasons: Reasons,
-) -> ConversionReport:
-    """The report of a module that was converted; `start` is the time at which the conversion began."""
-    trainable, total, bytes_after = count_parameters(module)
-    layers = adapted_layers(module)
-    tokens = token_adapters(module)
-    adapters: list[Any] = [*layers.values(), *tokens.values()]
-    in_fp32 = list(full_precision_parameters(module))
-    held = {str(dtype).removeprefix("torch.") for dtype in reasons}
-    tensors = dict(module.named_parameters(remove_duplicate=False))
-    by_module = []  # weights of layers, and parameters of experts, that the module itself froze
-    for name, reason in choice.skip.items():
-        if reason == FROZEN:
-            by_module += [tensors[key] for key in (join(name, "weight"), name) if key in tensors]
-    calibration = calibration_of(module)
-    return ConversionReport(
-        converted=list(layers),
-        trained_in_full=choice.train,
-        skipped=choice.skip,
-        trainable_parameters=trainable,
-        total_parameters=total,
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        seconds=time.perf_counter() - start,
-        shapes={name: layer._shape for name, layer in layers.items()},
-        frozen=list(frozen),
-        adapter_parameters=sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters()),
-        trained_rows={name: len(adapter.token_indices) for name, adapter in tokens.items()},
-        frozen_by_module=sum(weight.nbytes for weight in by_module),
-        bytes_4_bits_would_save=sum(weight.nbytes - round(weight.numel() * BITS_OF_NF4 / 8) for weight in by_module),
-        deferred_logits=deferred,
-        full_precision_bytes=sum(parameter.nbytes for _, parameter, _ in in_fp32),
-        held_in_fp32=list(reasons.values()),
-        held_bytes=held_bytes(module),
-        full_precision_computes_in=sorted({str(dtype).removeprefix("torch.") for _, _, dtype in in_fp32} - held),
-        calibration=None if calibration is None else calibration.report,
-    )

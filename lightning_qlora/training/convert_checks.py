@@ -15,6 +15,7 @@ from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.copies import Copy
+from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
@@ -22,7 +23,6 @@ from lightning_qlora.layers.provenance import FROZEN, LARGE_RANK, OUTSIDE
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.selection import WARN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
-from lightning_qlora.layers.slow_types import reason_for_fp32
 from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."

@@ -52,6 +52,14 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
             )
 
 
+def warn_of_merged(module: nn.Module) -> None:
+    """Warn of a module that is converted again although its adapters were merged."""
+    rank_zero_warn(
+        f"The adapters of this {type(module).__name__} were merged, and its weights are quantized again now, to train "
+        "new adapters. To compute with the merged weights alone, leave out plugins=QLoRAPrecision(...)."
+    )
+
+
 def check_fsdp_groups(module: nn.Module) -> None:
     """Raise ValueError if one FSDP2 group trains parameters of several dtypes; torch's own error does not name them."""
     from torch.distributed.fsdp import FSDPModule

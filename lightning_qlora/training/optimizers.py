@@ -1,50 +1,18 @@
-"""The optimizers of a run: they hold the adapters, and are checked before their first step.
+"""The optimizers of a run hold the adapters, also if they were created before conversion (LightningCLI, Fabric)."""
 
-An optimizer that was created before conversion, as in LightningCLI and Fabric loops, gets the adapters. An adapter
-without a gradient never trains, and nothing else would say so: its layer may be used only by code that is not
-differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
-"""
-
-import warnings
-from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from lightning.fabric.utilities import rank_zero_warn
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qlora.checks import first_of
-from lightning_qlora.layers.dtensor import local, world_size
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.readable_weight import Readable
-from lightning_qlora.layers.records import frozen_parameters
-from lightning_qlora.layers.slow_types import IN_16_BITS
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
-from lightning_qlora.optim.adamw import PagedAdamW8bit
-from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
-from lightning_qlora.training.report import groups, size_text
-
-ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
-UNUSED = "not used in the loss"
-READ = "its weight was read, but no gradient came back"
-THAWED = (
-    "that were frozen by conversion",
-    ("If this is meant, name their modules in modules_to_save, so that they train from the start."),
-)
-THAWED_LAYERS = (
-    "of layers that the module froze before conversion",
-    ("To train them in 4 bits with adapters, name them in target_modules, or unfreeze them before conversion."),
-)
-# Optimizers -> the modules whose parameters were checked in their first step.
-_audited: WeakKeyDictionary[Optimizer, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
@@ -158,115 +126,4 @@ def check_loss(loss: Any) -> None:
             "(freeze()), or the model runs its layers inside an autograd.Function (Reformer, reentrant checkpointing), "
             "which records nothing if its inputs need no gradient, and the embeddings are frozen: call "
             "model.enable_input_require_grads() of the transformers model, and model.train() if it asks for it."
-        )
-
-
-def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]:
-    """Name of each layer whose adapter has no gradient, after a backward pass -> the reason."""
-    reasons = {}
-    for name, layer in layers.items():
-        trains = [parameter for parameter in layer.adapter_parameters() if parameter.requires_grad]
-        if trains and all(parameter.grad is None for parameter in trains):
-            was_read = layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
-            reasons[name] = READ if was_read else UNUSED
-    return reasons
-
-
-def audit_first_step(optimizer: Optimizer, module: nn.Module, reasons: dict[str, str]) -> None:
-    """Check once, after the first backward pass of a module's parameters in an optimizer, that adapters got a gradient.
-
-    Weights that are read without a gradient are a warning, as are blocks that gradient checkpointing did not recompute;
-    unused layers are printed. Adapters of other optimizers are not judged, since a GAN trains them by another loss.
-    `reasons` has the name -> reason of layers that get no gradient; new ones are added to it.
-    """
-    audited = _audited.setdefault(optimizer, WeakSet())
-    if module in audited:
-        return
-    ids = set(map(id, parameters_of(optimizer)))
-    if all(parameter.grad is None for parameter in module.parameters() if id(parameter) in ids):
-        return
-    audited.add(module)
-    layers = {}
-    for name, layer in adapted_layers(module).items():
-        if any(id(parameter) in ids for parameter in layer.adapter_parameters()):
-            layers[name] = layer
-    new = {name: reason for name, reason in adapters_without_gradient(layers).items() if name not in reasons}
-    reasons.update(new)
-    _show(new, blocks_not_recomputed(module, layers.values()))
-    _warn_of_lost_steps(optimizer, module)
-
-
-@rank_zero_only
-def _show(reasons: Mapping[str, str], not_recomputed: list[str]) -> None:
-    read = [name for name, reason in reasons.items() if reason == READ]
-    unused = [name for name, reason in reasons.items() if reason == UNUSED]
-    if read:
-        warnings.warn(
-            f"The adapters of {len(read)} layers got no gradient, so they do not train: {groups(read)}. The code "
-            "that reads their weights returns no gradient for them, or its result is not used in the loss. Name the "
-            "layers in exclude_modules, or call them.",
-            stacklevel=2,
-        )
-    if unused:
-        message = f"QLoRA: {len(unused)} adapters got no gradient in the first step: {groups(unused)}."
-        if world_size() > 1:
-            message += " DistributedDataParallel needs strategy='ddp_find_unused_parameters_true' for this."
-        print(message)
-    if not_recomputed:
-        warnings.warn(
-            f"gradient_checkpointing=True saves no memory in {groups(not_recomputed)}: in the first step the forward "
-            "method of these modules was not called, so nothing was recomputed.",
-            stacklevel=2,
-        )
-
-
-def warn_of_thawed(module: nn.Module, optimizer: Optimizer, trained: set[int]) -> None:
-    """Warn of frozen parameters that an optimizer trains from its next step on, as after `unfreeze()`.
-
-    `trained` are the ids of the parameters that trained before; it gets those of this step, so each is named once.
-    """
-    new = {id(parameter) for parameter in parameters_of(optimizer) if parameter.requires_grad} - trained
-    trained |= new
-    thawed = defaultdict[tuple[str, str], dict[nn.Parameter, str]](dict)
-    for name, owner, _, parameter, record in frozen_parameters(module) if new else ():
-        if id(parameter) in new:
-            is_dense_layer = is_linear(owner) and not isinstance(owner, LoRALayer)
-            kind = THAWED_LAYERS if is_dense_layer and not record.trained else THAWED
-            thawed[kind].setdefault(parameter, name)
-    for (which, advice), names in thawed.items():
-        rank_zero_warn(
-            f"{len(names)} parameters ({size_text(sum(parameter.nbytes for parameter in names))}) {which} train from "
-            f"now on, in full: {groups(names.values())}. Checkpoints hold them too. {advice} If it is not meant, set "
-            "requires_grad only of the parameters that had it after conversion, for example of those with 'lora_' in "
-            "their names."
-        )
-
-
-@rank_zero_only
-def _warn_of_lost_steps(optimizer: Optimizer, module: nn.Module) -> None:
-    """Warn of 16-bit parameters in which a step of Adam, about a learning rate, is lost: p + lr, rounded, is p."""
-    if not isinstance(optimizer, ADAM):
-        return
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    shares = {}  # name -> share of the elements that do not move
-    for group in optimizer.param_groups:
-        step = max(float(group["lr"]), float(group.get("initial_lr", 0)))  # at the end of a warmup
-        for parameter in group["params"]:
-            if parameter.dtype not in IN_16_BITS or parameter.grad is None or step <= 0:
-                continue
-            if id(parameter) not in names:  # of another module
-                continue
-            values = local(parameter.detach())
-            moved = (values.float() + step).to(values.dtype)
-            share = (moved == values).float().mean().item()
-            if share > 0:
-                shares[names[id(parameter)]] = share
-    if shares:
-        name, share = max(shares.items(), key=lambda pair: pair[1])
-        warnings.warn(
-            f"{groups(shares)} train in 16 bits, and a step of {type(optimizer).__name__}, about its learning rate, is "
-            f"smaller than half of the last bit of {100 * share:.0f}% of {name}: these elements do not move. "
-            "Conversion holds what trains in full in fp32: do not cast the module afterwards, and name in "
-            "modules_to_save what you make trainable. Or cast these parameters to fp32 before conversion.",
-            stacklevel=2,
         )

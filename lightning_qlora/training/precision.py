@@ -1,19 +1,13 @@
 """QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.precision.precision import Precision as FabricPrecision
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import do_nothing_closure
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -27,46 +21,30 @@ from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
-from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
+from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import key_name, last_part, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
-from lightning_qlora.layers.slow_types import reason_for_fp32
-from lightning_qlora.lightning_copies import classes, inherit_from_copies, modules
+from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
-from lightning_qlora.training.calibration import (
-    after_closure,
-    calibrate_before_closure,
-    calibrate_before_step,
-    step_of_all_ranks,
-)
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
-from lightning_qlora.training.convert import convert_module, finish_sharded, is_converted
+from lightning_qlora.training.convert import Run, convert_module, finish_sharded, is_converted
+from lightning_qlora.training.converted_modules import ConvertedModules
 from lightning_qlora.training.optimizers import (
-    audit_first_step,
     check_loss,
     check_optimizer,
     leave_out_bytes,
     replace_parameters_by_adapters,
     warn_of_adapters_in_no_optimizer,
-    warn_of_thawed,
 )
 from lightning_qlora.training.report import ConversionReport
-
-
-@dataclass
-class _Converted:
-    """A module that the plugin converted."""
-
-    report: ConversionReport
-    trains_fp32: bool  # whether parameters train in it that compute in fp32
-    trained: set[int] = field(default_factory=set)  # ids of the parameters that took a step
+from lightning_qlora.training.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
 
 
 @inherit_from_copies
-class QLoRAPrecision(Precision):
+class QLoRAPrecision(TrainerOrFabricPrecision):
     """QLoRA in one argument: `Trainer(plugins=QLoRAPrecision())`, or the same object in `Fabric(plugins=...)`.
 
     The linear layers of the module are frozen in 4 bits, and each gets a LoRA adapter (Dettmers et al., "QLoRA:
@@ -92,8 +70,7 @@ class QLoRAPrecision(Precision):
         self.report: ConversionReport | None = None
         self.pager = Pager()
         self._trainer: Trainer | None = None  # only within configure_model
-        self._module: weakref.ref[nn.Module] | None = None
-        self._converted: weakref.WeakKeyDictionary[nn.Module, _Converted] = weakref.WeakKeyDictionary()
+        self._modules = ConvertedModules()
         self._agreed: set[torch.device] = set()  # on which the ranks compared their kernels
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
@@ -101,13 +78,6 @@ class QLoRAPrecision(Precision):
 
     def __repr__(self) -> str:
         return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the weak references to modules, so that a Trainer that ran can be pickled."""
-        return {**vars(self), "_module": None, "_converted": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _converted=weakref.WeakKeyDictionary())
 
     @override
     @contextmanager
@@ -147,39 +117,30 @@ class QLoRAPrecision(Precision):
         In `configure_model`, call `self.trainer.precision_plugin.convert_module(self.model)` before `fully_shard` or
         `parallelize_module`. It converts the whole LightningModule, also if it gets a part of it.
         """
-        trainer = _trainer_of(module) or self._trainer
+        trainer = trainer_of(module) or self._trainer
         root = module
         if self._trainer is not None and any(part is module for part in self._trainer.lightning_module.modules()):
             root = self._trainer.lightning_module
-        device = None
+        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+        run = Run(None, False, self._evaluating, _reason_of_all_ranks)
         if trainer is not None:
             guards.check_trainer(trainer, trainer.lightning_module)
-            device = trainer.strategy.root_device
-        self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
+            run = run._replace(device=trainer.strategy.root_device, sharded=_shards_module(trainer))
         if was_merged(root):
             if self._evaluating:
                 return module
-            rank_zero_warn(
-                f"The adapters of this {type(root).__name__} were merged, and its weights are quantized again now, to "
-                "train new adapters. To compute with the merged weights alone, leave out plugins=QLoRAPrecision(...)."
-            )
-        converted_before = is_converted(root)
-        shards = _shards_module(trainer)
-        report = convert_module(root, self.config, device, shards, None, self._evaluating, _reason_of_all_ranks)
-        if shards:
+            guards.warn_of_merged(root)
+        again = is_converted(root)
+        report = convert_module(root, self.config, run)
+        if run.sharded:
             to_parameters(root)
         else:
             use_base_of_rank_0(root)
-        if device is not None:
-            self._agree(device)  # in Fabric the module is moved later
-        if not converted_before:
+        if run.device is not None:
+            self._agree(run.device)  # in Fabric the module is moved later
+        if not again:
             rank_zero_only(print)(report)
-        previous = self._converted.get(root)
-        if converted_before and previous is not None:
-            report = previous.report
-        self.report = report
-        self._module = weakref.ref(root)
-        self._converted[root] = _Converted(report, self._trains_new_fp32_parts(root))
+        self.report = self._modules.add(root, report, again)
         if trainer is not None:
             guards.check_fsdp_groups(root)
             patches.requeue_between_batches(trainer)
@@ -193,16 +154,9 @@ class QLoRAPrecision(Precision):
             self._agreed.add(device)
             agree(device)
 
-    def _trains_new_fp32_parts(self, root: nn.Module) -> bool:
-        """Whether parameters train in fp32 that are neither adapters nor computed in 16 bits."""
-        in_16_bits = {id(parameter) for layer in self._layers() for parameter in layer.adapter_parameters()}
-        in_16_bits |= {id(parameter) for _, parameter, _ in full_precision_parameters(root)}
-        trained = (parameter for parameter in root.parameters() if parameter.requires_grad)
-        return any(parameter.dtype is torch.float32 and id(parameter) not in in_16_bits for parameter in trained)
-
     def _use_training_mode(self) -> None:
         """Let the adapters be in training mode: transformers loads in eval mode, which Lightning keeps."""
-        for layer in self._layers():
+        for layer in self._modules.layers():
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
@@ -216,25 +170,15 @@ class QLoRAPrecision(Precision):
 
     def _kernels(self) -> str | None:
         """What computes the layers; None before conversion."""
-        layer = next(self._layers(), None)
+        layer = next(self._modules.layers(), None)
         if layer is None:
             return None
         return describe(layer.packed.device)
 
-    @property
-    def _root(self) -> nn.Module | None:
-        """The module that was converted last; it is not kept alive."""
-        return None if self._module is None else self._module()
-
-    def _layers(self) -> Iterator[LoRALayer]:
-        root = self._root
-        if root is not None:
-            yield from (part for part in root.modules() if isinstance(part, LoRALayer))
-
     @override
     def convert_input(self, data: Any) -> Any:
         """Before the first batch of a Trainer compare the ranks."""
-        trainer = _trainer_of(self._root)
+        trainer = trainer_of(self._modules.last)
         if trainer is not None and trainer.training and not self._has_batches:
             guards.check_equal_batches(trainer)
             self._has_batches = True
@@ -242,24 +186,8 @@ class QLoRAPrecision(Precision):
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast, if the module has fp32 weights and computes in bf16, so that all layers compute in bf16.
-
-        The fp32 weights are those of the layers before conversion, or new parts beside a model in 16 bit. Of several
-        modules in Fabric, which does not say whose context this is, each enters its own where they differ. Not in fp16:
-        4-bit layers have a power of two there, and the products of other layers could overflow.
-        """
-        dtypes = {root: _autocast_dtype(root, each.trains_fp32) for root, each in self._converted.items()}
-        if _trainer_of(self._root) is not None:  # others were of earlier Trainers
-            dtypes = {root: dtype for root, dtype in dtypes.items() if root is self._root}
-        if len({*dtypes.values()}) > 1:
-            for root, dtype in dtypes.items():
-                if dtype is not None:
-                    compute_in(root, dtype)
-            return nullcontext()
-        dtype = next(iter(dtypes.values()), None)
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(next(self._layers()).packed.device.type, dtype)
+        """See `ConvertedModules.autocast`."""
+        return self._modules.autocast(last_alone=trainer_of(self._modules.last) is not None)
 
     @override
     def connect(
@@ -268,22 +196,15 @@ class QLoRAPrecision(Precision):
         """Check the Trainer's optimizers and page their state; a checkpoint restores the state after this."""
         for optimizer in optimizers:
             self.on_setup_optimizer(optimizer)
-        module = self._root  # `model` may be DDP's wrapper
+        module = self._modules.last  # `model` may be DDP's wrapper
         if module is not None and self.report is not None and not self._evaluating:
             warn_of_adapters_in_no_optimizer(module, optimizers)
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
-    def _audit(self, optimizer: Optimizer) -> None:
-        """Check, between a backward pass and the step, that the adapters have gradients."""
-        for module, converted in self._converted.items():  # of a GAN in Fabric there are two
-            audit_first_step(optimizer, module, converted.report.unused)
-            warn_of_thawed(module, optimizer, converted.trained)
-
-    def _before_step(self, optimizer: Optimizer) -> None:
-        """What Fabric does between a backward pass and the step; for the Trainer see `_after_closure`."""
-        self._audit(optimizer)
-        calibrate_before_step(optimizer)
+    @override
+    def audit(self, optimizer: Optimizer) -> None:
+        self._modules.audit(optimizer)
 
     def on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
@@ -293,7 +214,7 @@ class QLoRAPrecision(Precision):
         replace_parameters_by_adapters(optimizer)
         leave_out_bytes(optimizer)
         check_optimizer(optimizer)
-        layer = next(self._layers(), None)
+        layer = next(self._modules.layers(), None)
         if layer is not None:
             self._agree(layer.packed.device)
         if self.config.paged_optimizer:  # "auto" is True here: the pager does nothing on a CPU
@@ -302,49 +223,14 @@ class QLoRAPrecision(Precision):
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
         check_loss(tensor)
-        return _precision_class(module).pre_backward(self, tensor, module)
+        return super().pre_backward(tensor, module)
 
     @override
-    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        _precision_class(model).backward(self, tensor, model, *args, **kwargs)
-
-    @override
-    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
-        return _precision_class(module).post_backward(self, tensor, module)
-
-    @override
-    @step_of_all_ranks()
-    def optimizer_step(  # type: ignore[override]
-        self,
-        optimizer: Optimizer,
-        model: nn.Module | None = None,
-        closure: Callable[[], Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
+    def optimizer_step(self, optimizer: Optimizer, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """See `TrainerOrFabricPrecision`; an optimizer that Fabric did not set up is set up now."""
         if model is None:
             self.on_setup_optimizer(optimizer)
-        if closure is not None and not _runs_backward(model, closure):
-            calibrate_before_closure(optimizer)
-        if model is not None:
-            return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
-        if closure is None:
-            self._before_step(optimizer)
-        else:
-            kwargs["closure"] = after_closure(closure, partial(self._before_step, optimizer))
-        return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
-
-    @override
-    def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
-        """See `_before_step`; the Trainer calls this between its backward pass and its step."""
-        self._audit(optimizer)
-        super()._after_closure(model, optimizer)
-        calibrate_before_step(optimizer)
-
-    @override
-    def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """See Precision; it clips only for a LightningModule of its own package."""
-        _precision_class(model)._clip_gradients(self, model, *args, **kwargs)
+        return super().optimizer_step(optimizer, model, *args, **kwargs)
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
@@ -357,7 +243,7 @@ class QLoRAPrecision(Precision):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The states of torch's random generators, which draw dropout masks, and what computes the layers."""
-        trainer = _trainer_of(self._root)
+        trainer = trainer_of(self._modules.last)
         after_error = trainer is not None and trainer.interrupted
         state: dict[str, Any] = {
             "random_state": torch_rng_states(gathered=not after_error),
@@ -397,44 +283,14 @@ class QLoRAPrecision(Precision):
         scratch.release()
 
 
-def _autocast_dtype(root: nn.Module, trains_fp32: bool) -> torch.dtype | None:
-    """The type that a module with fp32 weights computes in under autocast; None: without."""
-    layer = next((part for part in root.modules() if isinstance(part, LoRALayer)), None)
-    if layer is None or (layer.weight_dtype is not torch.float32 and not trains_fp32):
-        return None
-    dtype = layer.compute_dtype(layer.packed)
-    return dtype if dtype is torch.bfloat16 else None
-
-
 def _reason_of_all_ranks(device: torch.device, dtype: torch.dtype) -> str | None:
     """`reason_for_fp32`, the same on all ranks, which may run on different machines; all must call it."""
     return next(filter(None, of_all_ranks(reason_for_fp32(device, dtype))), None)
 
 
-def _trainer_of(module: nn.Module | None) -> Trainer | None:
-    """The Trainer a module is attached to; None in Fabric."""
-    return module._trainer if isinstance(module, classes(LightningModule)) else None
-
-
-def _runs_backward(model: nn.Module | None, closure: Callable[[], Any]) -> bool:
-    """Whether a closure is the Trainer's: it has the backward pass, or in manual optimization nothing."""
-    if model is None:
-        return False
-    empty = [module.do_nothing_closure for module in modules(do_nothing_closure.__module__)]
-    return bool(model.automatic_optimization) or closure in empty
-
-
 def _shards_module(trainer: Trainer | None) -> bool:
     """Whether the strategy of a Trainer shards the parameters (FSDP2 or tensor parallelism)."""
     return trainer is not None and isinstance(trainer.strategy, classes(ModelParallelStrategy))
-
-
-def _precision_class(module: nn.Module | None) -> type[Any]:
-    """Fabric's class, or the Trainer's of the package that the module is from."""
-    if _trainer_of(module) is None:
-        return FabricPrecision
-    pairs = zip(classes(LightningModule), classes(Precision), strict=True)
-    return next(precision for kind, precision in pairs if isinstance(module, kind))
 
 
 make_changes("lightning", "torch")

@@ -5,13 +5,20 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_qlora.layers.fingerprint import is_strided
+from lightning_qlora.layers.full_precision import full_precision_parameters, held_bytes
 from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.names import join
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
+from lightning_qlora.layers.provenance import FROZEN
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.trainable_tokens import token_adapters
 
+BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 ROOT = "(the module itself)"
 WORST = 5  # layers that the report of a calibration names
 BY_SIZE = (
@@ -102,14 +109,14 @@ class ConversionReport:
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
     """
 
-    converted: list[str]
-    trained_in_full: dict[str, str]
-    skipped: dict[str, str]
-    trainable_parameters: int
-    total_parameters: int
-    bytes_before: int
-    bytes_after: int
-    seconds: float
+    converted: list[str] = field(default_factory=list)
+    trained_in_full: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
@@ -124,6 +131,24 @@ class ConversionReport:
     calibration: CalibrationReport | None = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def count(self, module: nn.Module) -> None:
+        """Count the layers, parameters and bytes of the module that was converted."""
+        self.trainable_parameters, self.total_parameters, self.bytes_after = count_parameters(module)
+        layers = adapted_layers(module)
+        tokens = token_adapters(module)
+        self.converted = list(layers)
+        self.shapes = {name: layer._shape for name, layer in layers.items()}
+        self.trained_rows = {name: len(adapter.token_indices) for name, adapter in tokens.items()}
+        adapters: list[Any] = [*layers.values(), *tokens.values()]
+        self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
+        self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(module))
+        self.held_bytes = held_bytes(module)
+        tensors = dict(module.named_parameters(remove_duplicate=False))
+        frozen = [name for name, reason in self.skipped.items() if reason == FROZEN]  # layers, and stacks of experts
+        weights = [tensors[key] for name in frozen for key in (join(name, "weight"), name) if key in tensors]
+        self.frozen_by_module = sum(weight.nbytes for weight in weights)
+        self.bytes_4_bits_would_save = sum(w.nbytes - round(w.numel() * BITS_OF_NF4 / 8) for w in weights)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, status and number of layers or parameters whose names differ only in a number."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRAPrecision, convert, estimate_memory, load_adapter, merge, save_adapter
-from lightning_qlora.layers.slow_types import reason_for_fp32
+from lightning_qlora.layers.held_types import reason_for_fp32
 from tests.conftest import Classifier, loader
 from tests.toys import ARGUMENTS, ids, toy
 

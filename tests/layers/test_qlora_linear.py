@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
-from lightning_qlora.layers import slow_types
+from lightning_qlora.layers import held_types
 from lightning_qlora.layers.initialization import random_adapter
 from tests.toys import delta
 
@@ -396,14 +396,14 @@ def test_a_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypa
     """A Turing card counts as supporting bf16 unless emulation is excluded; its tensor cores take fp16."""
     layer, _ = converted()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    slow_types._cuda_has_bf16.cache_clear()
+    held_types._cuda_has_bf16.cache_clear()
     try:
         dtype = layer.compute_dtype(types.SimpleNamespace(device=torch.device("cuda")))
     finally:
-        slow_types._cuda_has_bf16.cache_clear()
+        held_types._cuda_has_bf16.cache_clear()
     assert dtype is (torch.bfloat16 if native else torch.float16)
 
 
 def test_torch_compile_does_not_trace_the_question_whether_a_card_has_bf16():
-    compiled = torch.compile(lambda x: x + slow_types.has_bf16("cuda"), backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)).item() == slow_types.has_bf16("cuda")
+    compiled = torch.compile(lambda x: x + held_types.has_bf16("cuda"), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == held_types.has_bf16("cuda")

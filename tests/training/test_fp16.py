@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from lightning_qlora import PagedAdamW8bit, QLoRALinear, QLoRAPrecision, convert, disable_adapter, merge
-from lightning_qlora.layers import fp32_module, slow_types
+from lightning_qlora.layers import full_precision, held_types
 from tests.conftest import Classifier, loader
 from tests.toys import toy
 
@@ -206,17 +206,17 @@ def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monke
     """The rule with a T4's answers; the card itself is asked by `has_bf16`."""
     card = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    monkeypatch.setattr(slow_types, "_cuda_has_bf16", lambda: False)
+    monkeypatch.setattr(held_types, "_cuda_has_bf16", lambda: False)
     for dtype in (torch.bfloat16, torch.float16):
-        assert "Tesla T4 has no bf16" in slow_types.reason_for_fp32(card, dtype)
-    assert slow_types.reason_for_fp32(card, torch.float32) is None
+        assert "Tesla T4 has no bf16" in held_types.reason_for_fp32(card, dtype)
+    assert held_types.reason_for_fp32(card, torch.float32) is None
     model = toy("llama").bfloat16()
     report = convert(model, r=4)
-    fp32_module.compute_in_fast_type(model, card)
+    full_precision.hold_in_fp32(model, "auto", card)
     layer = next(part for part in model.modules() if isinstance(part, QLoRALinear))
     assert layer.weight_dtype is torch.float32 and layer.dtype_before is torch.bfloat16
     assert layer.compute_dtype(SimpleNamespace(device=card)) is torch.float16
-    monkeypatch.setattr(slow_types, "_cuda_has_bf16", lambda: True)
-    assert slow_types.reason_for_fp32(card, torch.bfloat16) is None
-    assert "fp16" in slow_types.reason_for_fp32(card, torch.float16)
+    monkeypatch.setattr(held_types, "_cuda_has_bf16", lambda: True)
+    assert held_types.reason_for_fp32(card, torch.bfloat16) is None
+    assert "fp16" in held_types.reason_for_fp32(card, torch.float16)
     assert report.converted

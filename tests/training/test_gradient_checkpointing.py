@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
-from lightning_qlora.training.optimizers import audit_first_step
 from tests.toys import NAMES, Lit, ids, perturb, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -234,7 +234,7 @@ def test_blocks_that_were_not_recomputed_in_the_first_step_are_a_warning(kind, w
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        audit_first_step(optimizer, model, {})
+        Audit({}).before_step(model, optimizer)
     messages = [str(one.message) for one in seen if "gradient_checkpointing" in str(one.message)]
     assert (len(messages) == 1 and r"blocks.* (x6)" in messages[0]) if warned else not messages
 

@@ -12,14 +12,9 @@ from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training import optimizers
-from lightning_qlora.training.optimizers import (
-    READ,
-    UNUSED,
-    adapters_without_gradient,
-    audit_first_step,
-    replace_parameters_by_adapters,
-)
+from lightning_qlora.training import audit
+from lightning_qlora.training.audit import READ, UNUSED, Audit, adapters_without_gradient
+from lightning_qlora.training.optimizers import replace_parameters_by_adapters
 from tests.conftest import Classifier, loader
 
 
@@ -58,29 +53,30 @@ def test_a_weight_that_is_read_without_a_gradient_is_a_warning_and_unused_layers
     model, _ = stepped()
     optimizer = optimizer_of(model)
     found = {}
+    checks = Audit(found)
     with pytest.warns(UserWarning, match=r"1 layers got no gradient.*lost.*exclude_modules"):
-        audit_first_step(optimizer, model, found)
+        checks.before_step(model, optimizer)
     printed = capsys.readouterr().out
     assert "2 adapters got no gradient in the first step: pooler, never." in printed
     assert "ddp" not in printed
     assert found == {"lost": READ, "pooler": UNUSED, "never": UNUSED}
-    audit_first_step(optimizer, model, found)
-    audit_first_step(optimizer_of(model), model, found)  # of a second run
+    checks.before_step(model, optimizer)
+    checks.before_step(model, optimizer_of(model))  # of a second run
     assert capsys.readouterr().out == ""
 
 
 def test_with_several_processes_the_message_names_the_strategy(capsys, monkeypatch):
-    monkeypatch.setattr(optimizers, "world_size", lambda: 2)
+    monkeypatch.setattr(audit, "world_size", lambda: 2)
     model, _ = stepped()
     with pytest.warns(UserWarning, match="lost"):
-        audit_first_step(optimizer_of(model), model, {})
+        Audit({}).before_step(model, optimizer_of(model))
     assert "ddp_find_unused_parameters_true" in capsys.readouterr().out
 
 
 def test_other_ranks_say_nothing(capsys, monkeypatch, recwarn):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     model, _ = stepped()
-    audit_first_step(optimizer_of(model), model, {})
+    Audit({}).before_step(model, optimizer_of(model))
     assert capsys.readouterr().out == "" and not recwarn.list
 
 
@@ -89,24 +85,26 @@ def test_nothing_is_said_before_a_backward_pass_or_where_all_train(capsys, recwa
     model.zero_grad(set_to_none=True)
     optimizer = optimizer_of(model)
     found = {}
-    audit_first_step(optimizer, model, found)
+    checks = Audit(found)
+    checks.before_step(model, optimizer)
     torch.stack([p.sum() for layer in layers.values() for p in layer.adapter_parameters()]).sum().backward()
-    audit_first_step(optimizer, model, found)
+    checks.before_step(model, optimizer)
     assert found == {} and capsys.readouterr().out == "" and not recwarn.list
 
 
 def test_only_the_adapters_of_the_optimizer_that_steps_are_judged():
     model = Model()
     found = {}
+    checks = Audit(found)
     convert(model, r=2, lora_dropout=0.0)
     model.read.lora_A.requires_grad_(False)
     model.read.lora_B.requires_grad_(False)
     model.called(torch.randn(3, 64)).square().mean().backward()
-    audit_first_step(optimizer_of(model.called, model.read), model, found)
+    checks.before_step(model, optimizer_of(model.called, model.read))
     assert found == {}
-    audit_first_step(optimizer_of(model.never), model, found)
+    checks.before_step(model, optimizer_of(model.never))
     assert found == {}  # none of its parameters has a gradient yet
-    audit_first_step(optimizer_of(model.called, model.never), model, found)
+    checks.before_step(model, optimizer_of(model.called, model.never))
     assert found == {"never": UNUSED}
 
 
@@ -114,7 +112,7 @@ def test_names_that_differ_by_numbers_are_one_group(capsys):
     model = nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(64, 64) for _ in range(5)), "out": nn.Linear(64, 64)})
     convert(model, r=2)
     model["out"](model["experts"][3](torch.randn(2, 64))).sum().backward()
-    audit_first_step(optimizer_of(model), model, {})
+    Audit({}).before_step(model, optimizer_of(model))
     assert "4 adapters got no gradient in the first step: experts.* (x4)." in capsys.readouterr().out
 
 

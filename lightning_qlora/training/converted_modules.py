@@ -1,0 +1,94 @@
+"""ConvertedModules: the modules that a plugin converted, of which a Trainer has one, and Fabric may have several."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.training.audit import Audit
+from lightning_qlora.training.report import ConversionReport
+
+
+class _Converted(NamedTuple):
+    report: ConversionReport
+    trains_fp32: bool  # whether parameters train in fp32 that are neither adapters nor computed in 16 bits
+    audit: Audit
+
+
+class ConvertedModules:
+    """The modules, which are not kept alive; copies and pickles of the plugin have none."""
+
+    def __init__(self) -> None:
+        self._converted = WeakKeyDictionary[nn.Module, _Converted]()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    @property
+    def last(self) -> nn.Module | None:
+        """The module that was converted last."""
+        return next(reversed([*self._converted]), None)
+
+    def layers(self) -> Iterator[LoRALayer]:
+        """The converted layers of the last module."""
+        if self.last is not None:
+            yield from _layers(self.last)
+
+    def add(self, module: nn.Module, report: ConversionReport, again: bool) -> ConversionReport:
+        """Add a module that was converted, and return its report; `again`: that of its first conversion here."""
+        previous = self._converted.pop(module, None)
+        if again and previous is not None:
+            report = previous.report
+        in_16_bits = {id(parameter) for layer in _layers(module) for parameter in layer.adapter_parameters()}
+        in_16_bits |= {id(parameter) for _, parameter, _ in full_precision_parameters(module)}
+        trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
+        trains_fp32 = any(p.dtype is torch.float32 and id(p) not in in_16_bits for p in trained)
+        self._converted[module] = _Converted(report, trains_fp32, Audit(report.unused))
+        return report
+
+    def audit(self, optimizer: Optimizer) -> None:
+        """Check, between a backward pass and the step of an optimizer, that what it holds trains."""
+        for module, converted in self._converted.items():
+            converted.audit.before_step(module, optimizer)
+
+    def autocast(self, last_alone: bool) -> AbstractContextManager[Any]:
+        """Autocast around a forward pass, if the module has fp32 weights and computes in bf16.
+
+        So all layers compute in bf16. The fp32 weights are those of the layers before conversion, or new parts beside a
+        model in 16 bit. Fabric does not say whose forward pass it is: each of several modules enters its own autocast
+        where they differ. `last_alone`: the others were of earlier Trainers.
+        """
+        dtypes = {module: _autocast_dtype(module, each.trains_fp32) for module, each in self._converted.items()}
+        if last_alone:
+            dtypes = {module: dtype for module, dtype in dtypes.items() if module is self.last}
+        if len({*dtypes.values()}) > 1:
+            for module, dtype in dtypes.items():
+                if dtype is not None:
+                    compute_in(module, dtype)
+            return nullcontext()
+        dtype = next(iter(dtypes.values()), None)
+        if dtype is None:
+            return nullcontext()
+        return torch.autocast(next(self.layers()).packed.device.type, dtype)
+
+
+def _layers(module: nn.Module) -> Iterator[LoRALayer]:
+    return (part for part in module.modules() if isinstance(part, LoRALayer))
+
+
+def _autocast_dtype(module: nn.Module, trains_fp32: bool) -> torch.dtype | None:
+    """The type that a module with fp32 weights computes in under autocast; None: without.
+
+    Without in fp16: 4-bit layers have a power of two there, and the products of other layers could overflow.
+    """
+    layer = next(_layers(module), None)
+    if layer is None or (layer.weight_dtype is not torch.float32 and not trains_fp32):
+        return None
+    dtype = layer.compute_dtype(layer.packed)
+    return dtype if dtype is torch.bfloat16 else None

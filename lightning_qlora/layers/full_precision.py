@@ -12,7 +12,7 @@ autocast lets code of other modules use such a parameter too: `F.linear(h, self.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import MappingProxyType
 from typing import Any
@@ -97,7 +97,8 @@ def _under_autocast(method: Any, takes_fp32: bool) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         if takes_fp32:
             args = tuple(_cast_values(value, dtype, torch.float32) for value in args)
-        with _autocast(self, dtype):
+        unfused = nullcontext() if torch.compiler.is_compiling() else _without_fused_layers()
+        with _autocast(self, dtype), unfused:
             output = method(self, *args, **kwargs)
         if self.casts_output:
             return _cast_values(output, torch.float32, dtype)
@@ -113,6 +114,17 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[A
     if device == "meta":
         return nullcontext()
     return torch.autocast(device, dtype, cache_enabled=False)
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """torch's fused encoder layers take weights of one type; they refuse autocast, but ask for that of CUDA alone."""
+    is_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_enabled)
 
 
 def _cast_values(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
@@ -221,7 +233,7 @@ def undo_full_precision(module: nn.Module) -> None:
 
 def hold_in_fp32(
     module: nn.Module, compute_dtype: ComputeDtype, device: torch.device | None = None, decide: Decide = reason_for_fp32
-) -> dict[torch.dtype, str]:
+) -> list[str]:
     """Hold a module in fp32 where its device should compute in fp32, in place; else give it its 16-bit types.
 
     Args:
@@ -231,10 +243,10 @@ def hold_in_fp32(
         decide: Why a device holds a type in fp32; None: it does not.
 
     Returns:
-        Each type that is held in fp32 -> the reason.
+        The reason for each type that is held in fp32.
     """
     if compute_dtype == "bf16":
-        return {}
+        return []
     device = device or _device_of(module)
     parts = list(module.modules())
     types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in parts)]
@@ -244,9 +256,9 @@ def hold_in_fp32(
         reasons = {dtype: decide(device, dtype) for dtype in types}
     if not all(reasons.values()):
         release(module)
-    slow = {dtype: reason for dtype, reason in reasons.items() if reason}
-    _hold(parts, slow.keys(), EVERYWHERE if compute_dtype == "fp16" else device.type)
-    return slow
+    slow = [dtype for dtype in types if reasons[dtype]]
+    _hold(parts, slow, EVERYWHERE if compute_dtype == "fp16" else device.type)
+    return [reasons[dtype] for dtype in slow]
 
 
 def _types(part: nn.Module) -> set[torch.dtype]:
@@ -262,7 +274,7 @@ def _types(part: nn.Module) -> set[torch.dtype]:
 
 
 def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
-    return {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
+    return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
 
 
 def _hold(parts: list[nn.Module], slow: Collection[torch.dtype], device: str) -> None:

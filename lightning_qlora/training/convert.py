@@ -22,12 +22,7 @@ from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
-from lightning_qlora.layers.full_precision import (
-    Decide,
-    full_precision_parameters,
-    hold_in_fp32,
-    train_in_full_precision,
-)
+from lightning_qlora.layers.full_precision import Decide, hold_in_fp32, train_in_full_precision
 from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -105,7 +100,7 @@ def convert_module(
     conversion = conversion_of(module)
     if conversion is not None and (run.evaluating or not unrecorded(module)):
         _convert_again(module, conversion, config)
-        _hold_in_fp32(module, conversion.config, run, report)
+        report.held_in_fp32 = hold_in_fp32(module, conversion.config.compute_dtype, run.device, run.decide)
         report.deferred_logits = deferred_heads(module)
         report.count(module)
     else:
@@ -149,7 +144,7 @@ def _convert_new(
     report.frozen = freeze(module, choice, new, kept)
     _add_tokens(module, choice)
     in_16_bits = train_in_full_precision(module)
-    _hold_in_fp32(module, config, run, report)
+    report.held_in_fp32 = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
     record([*unrecorded(module), *new])  # what conversion made, and what was there
@@ -166,14 +161,6 @@ def _convert_new(
     report.count(module)
     warn_after_conversion(module, choice, config, report, in_16_bits, first=not kept)
     warn_of_slow_products(module, run.device)
-
-
-def _hold_in_fp32(module: nn.Module, config: QLoRAConfig, run: Run, report: ConversionReport) -> None:
-    """Hold the module in fp32 if its device is slow in its types, or for products in fp16."""
-    reasons = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
-    report.held_in_fp32 = list(reasons.values())
-    others = {dtype for _, _, dtype in full_precision_parameters(module)} - reasons.keys()
-    report.full_precision_computes_in = sorted(str(dtype).removeprefix("torch.") for dtype in others)
 
 
 def is_converted(module: nn.Module) -> bool:

@@ -2,21 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
+from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters, hold_in_fp32
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.report import ConversionReport
 
 
-class _Converted(NamedTuple):
+@dataclass
+class _Converted:
     report: ConversionReport
+    device: str  # the kind of device that it is on
     trains_fp32: bool  # whether parameters train in fp32 that are neither adapters nor computed in 16 bits
     audit: Audit
 
@@ -49,13 +53,26 @@ class ConvertedModules:
         in_16_bits |= {id(parameter) for _, parameter, _ in full_precision_parameters(module)}
         trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
         trains_fp32 = any(p.dtype is torch.float32 and id(p) not in in_16_bits for p in trained)
-        self._converted[module] = _Converted(report, trains_fp32, Audit(report.unused))
+        self._converted[module] = _Converted(report, _device_type(module), trains_fp32, Audit(report.unused))
         return report
 
     def audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step of an optimizer, that what it holds trains."""
         for module, converted in self._converted.items():
             converted.audit.before_step(module, optimizer)
+
+    def _hold_what_moved(self) -> None:
+        """Hold in fp32 what Fabric moved, after its conversion, to a device that should compute in fp32."""
+        for module, converted in self._converted.items():
+            layer = next(_layers(module), None)
+            if layer is None or layer.packed.device.type == converted.device:
+                continue
+            converted.device = layer.packed.device.type
+            reasons = hold_in_fp32(module, layer.config.compute_dtype, layer.packed.device)
+            if reasons != converted.report.held_in_fp32:
+                converted.report.held_in_fp32 = reasons
+                converted.report.count(module)
+                rank_zero_info(f"QLoRA: moved to {layer.packed.device}. {converted.report.summary()}")
 
     def autocast(self, last_alone: bool) -> AbstractContextManager[Any]:
         """Autocast around a forward pass, if the module has fp32 weights and computes in bf16.
@@ -64,6 +81,8 @@ class ConvertedModules:
         model in 16 bit. Fabric does not say whose forward pass it is: each of several modules enters its own autocast
         where they differ. `last_alone`: the others were of earlier Trainers.
         """
+        if not last_alone:
+            self._hold_what_moved()
         dtypes = {module: _autocast_dtype(module, each.trains_fp32) for module, each in self._converted.items()}
         if last_alone:
             dtypes = {module: dtype for module, dtype in dtypes.items() if module is self.last}
@@ -80,6 +99,10 @@ class ConvertedModules:
 
 def _layers(module: nn.Module) -> Iterator[LoRALayer]:
     return (part for part in module.modules() if isinstance(part, LoRALayer))
+
+
+def _device_type(module: nn.Module) -> str:
+    return next((layer.packed.device.type for layer in _layers(module)), "cpu")
 
 
 def _autocast_dtype(module: nn.Module, trains_fp32: bool) -> torch.dtype | None:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.full_precision import full_precision_parameters, held_bytes
+from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters, held_bytes
+from lightning_qlora.layers.held_types import IN_16_BITS
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
@@ -143,6 +144,9 @@ class ConversionReport:
         adapters: list[Any] = [*layers.values(), *tokens.values()]
         self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
         self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(module))
+        held_on = {part.autocast_dtype: part.held_on for part in module.modules() if isinstance(part, FullPrecision)}
+        types = [str(dtype).removeprefix("torch.") for dtype in IN_16_BITS if held_on.get(dtype, "") is None]
+        self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(module)
         tensors = dict(module.named_parameters(remove_duplicate=False))
         frozen = [name for name, reason in self.skipped.items() if reason == FROZEN]  # layers, and stacks of experts

@@ -5,6 +5,7 @@ Without oneDNN torch has no fast 16-bit product, on every machine.
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRAPrecision, convert, estimate_memory, load_adapter, merge, save_adapter
+from lightning_qlora.layers.full_precision import hold_in_fp32
 from lightning_qlora.layers.held_types import reason_for_fp32
+from lightning_qlora.training import converted_modules
 from tests.conftest import Classifier, loader
 from tests.toys import ARGUMENTS, ids, toy
 
@@ -283,3 +286,28 @@ def test_all_loops_compute_in_fp32(slow, dtype, trainer):
             losses[loop].append(loss.item())
     assert losses["trainer"] == losses["fabric"] == losses["plain"]
     torch.testing.assert_close(losses["plain"], losses["fp32"], atol=0.02, rtol=0)
+
+
+def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(monkeypatch):
+    """Fabric converts a module where it is, and moves it then. The meta device stands for a T4."""
+
+    def decide(device, dtype):
+        return "a meta device is slow" if device.type == "meta" else None
+
+    monkeypatch.setattr(converted_modules, "hold_in_fp32", partial(hold_in_fp32, decide=decide))
+    plugin = QLoRAPrecision(**ARGUMENTS)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
+    module = model(torch.bfloat16)
+    fabric.setup_module(module, move_to_device=False)
+    module.to("meta")
+    with plugin.forward_context():
+        pass
+    assert (
+        {p.dtype for p in module.parameters()} == {torch.float32} == {module.model.layers[0].mlp.up_proj.weight_dtype}
+    )
+    assert plugin.report.held_in_fp32 == ["a meta device is slow"] and plugin.report.held_bytes > 0
+    module.to_empty(device="cpu")
+    with plugin.forward_context():
+        pass
+    assert module.lm_head.weight.dtype is module.model.layers[0].mlp.up_proj.weight_dtype is torch.bfloat16
+    assert plugin.report.held_in_fp32 == [] and plugin.report.held_bytes == 0

@@ -361,3 +361,33 @@ def test_the_plan_counts_fp32():
     for part in ("trained weights", "gradients", "optimizer state"):
         assert narrow[part] == wide[part]
     assert narrow["other frozen weights"] < wide["other frozen weights"]
+
+
+class Encoder(nn.Module):
+    """torch's encoder, whose fused layers take weights of one type."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(64, 2, 128, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(64, 64)
+
+    def forward(self, x, mask):
+        return self.head(self.encoder(x, src_key_padding_mask=mask))
+
+
+@pytest.mark.parametrize("part", ["layers.0.linear1", "norm2", "out_proj", "self_attn", "layers.1"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_encoder_of_which_a_part_trains_computes_the_same_without_gradients(part, masked):
+    module = Encoder().bfloat16()
+    convert(module, r=2, lora_dropout=0.0, target_modules=["head"], modules_to_save=[part])
+    module.eval()
+    x = torch.randn(2, 5, 64).bfloat16()
+    mask = None
+    if masked:
+        mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = module(x, mask)
+    with torch.no_grad():
+        y = module(x, mask)
+    assert torch.equal(y, expected) and torch.backends.mha.get_fastpath_enabled()

@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -45,7 +44,6 @@ class Calibration:
     """
 
     def __init__(self, root: nn.Module, sharded: bool = False) -> None:
-        self.number = 0  # in `_calibrations`
         self._waiting: dict[InputStatistics, str] = {}  # -> name of the layer
         for name, layer in adapted_layers(root).items():
             statistics = layer.input_statistics
@@ -76,7 +74,8 @@ class Calibration:
         if name in self.report.waiting and name not in self._waiting.values():
             self.report.waiting.remove(name)
         if not self._waiting:
-            _forget(self)
+            _calibrations.pop(self, None)
+            _remove_hook_if_none_waits()
 
     def held_by(self, optimizer: Optimizer) -> list[InputStatistics]:
         """Those of the layers whose adapters an optimizer holds."""
@@ -84,14 +83,12 @@ class Calibration:
         return [each for each in self._waiting if any(id(layer.lora_B) in parameters for layer in each.layers)]
 
     @torch.no_grad()
-    def initialize(self, waiting: Iterable[InputStatistics] | None = None, group: Any = None) -> None:
-        """Initialize adapters (None: all that wait) from the inputs that they had so far; without any input do nothing.
+    def initialize(self, waiting: Iterable[InputStatistics], group: Any = None) -> None:
+        """Initialize adapters from the inputs that they had so far; without any input do nothing.
 
         `group`: the ranks that have the same layers, all of which must call this; None: this rank alone.
         """
         start = perf_counter()
-        if waiting is None:
-            waiting = self._waiting
         waiting = [each for each in waiting if each in self._waiting and each.layers]
         sums = self._sums_of(waiting, group)
         if not any(bool(total[:, -1].any()) for total in sums):
@@ -160,9 +157,8 @@ class Calibration:
         return sums
 
 
-# Number -> those with layers that wait, in the order in which they were made: the same on all ranks.
-_calibrations: weakref.WeakValueDictionary[int, Calibration] = weakref.WeakValueDictionary()
-_numbers = count()
+# Those with layers that wait, in the order in which they were made: the same on all ranks.
+_calibrations: weakref.WeakKeyDictionary[Calibration, None] = weakref.WeakKeyDictionary()
 _step_hook: RemovableHandle | None = None  # one hook of torch serves all of them
 _has_plugin = False  # whether the plugin takes the present step
 
@@ -170,21 +166,15 @@ _has_plugin = False  # whether the plugin takes the present step
 def _watch(calibration: Calibration) -> None:
     """Let the first step of an optimizer initialize the adapters in it."""
     global _step_hook
-    calibration.number = next(_numbers)
-    _calibrations[calibration.number] = calibration
+    _calibrations[calibration] = None
     weakref.finalize(calibration, _remove_hook_if_none_waits)
     if _step_hook is None:
         _step_hook = register_optimizer_step_pre_hook(_before_step)
 
 
-def _forget(calibration: Calibration) -> None:
-    _calibrations.pop(calibration.number, None)
-    _remove_hook_if_none_waits()
-
-
 def _remove_hook_if_none_waits() -> None:
     global _step_hook
-    if _step_hook is not None and not list(_calibrations.values()):
+    if _step_hook is not None and not [*_calibrations]:
         _step_hook.remove()
         _step_hook = None
 
@@ -217,13 +207,13 @@ def calibrate(module: nn.Module, replicas: Any = None) -> None:
 
 def _held_by(optimizer: Optimizer) -> list[InputStatistics]:
     """The layers that wait and whose adapters an optimizer holds."""
-    return [each for calibration in list(_calibrations.values()) for each in calibration.held_by(optimizer)]
+    return [each for calibration in [*_calibrations] for each in calibration.held_by(optimizer)]
 
 
 def calibrate_before_step(optimizer: Optimizer) -> None:
     """Initialize the adapters that an optimizer holds, after its first backward passes; all ranks must call it."""
     group = dist.group.WORLD if world_size() > 1 else None
-    for calibration in list(_calibrations.values()):
+    for calibration in [*_calibrations]:
         waiting = calibration.held_by(optimizer)
         if waiting:
             calibration.initialize(waiting, group)

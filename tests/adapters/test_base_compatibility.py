@@ -13,6 +13,7 @@ from torch import nn
 from lightning_qlora import (
     CheckpointMismatchError,
     QLoRAPrecision,
+    calibrate,
     convert,
     load_adapter,
     load_from_checkpoint,
@@ -25,7 +26,6 @@ from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
-from lightning_qlora.training.calibration import calibration_of
 from tests.conftest import elsewhere
 from tests.toys import ARGUMENTS, Lit, delta, ids, logits, perturb, save_in_4_bits, toy
 
@@ -176,7 +176,7 @@ def trained_layer(dense, **arguments):
     convert(net, r=8, lora_alpha=4, lora_dropout=0.0, **arguments)
     net(torch.randn(32, 64))
     if "calibrated" in arguments.values():
-        calibration_of(net).initialize()
+        calibrate(net)
     layer = net[0]
     before = copy.deepcopy(net[0])
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_peft_on_the_float_base_does_what_training_added(arguments, base, tmp_pa
     convert(initial, **ARGUMENTS, **arguments)
     if "calibrated" in arguments.values():
         initial.train().model(ids())  # the batch that Lit trains on
-        calibration_of(initial).initialize()
+        calibrate(initial)
     expected = type(toy("llama")).from_pretrained(base)
     for name, layer in initial.model.named_modules():
         if hasattr(layer, "lora_A"):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_qlora import (
     QLoRAPrecision,
+    calibrate,
     convert,
     estimate_memory,
     load_from_checkpoint,
@@ -21,7 +22,6 @@ from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.calibration import calibration_of
 from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
 from tests.toys import delta, perturb
 
@@ -197,7 +197,7 @@ def test_experts_without_tokens_keep_the_default_start():
     model = made(lambda: qwen3_moe(num_experts=32)).train()
     report = convert(model, r=2, init_lora_weights="calibrated")
     model(input_ids=torch.tensor([[5, 6]]))
-    calibration_of(model).initialize()
+    calibrate(model)
     name, _, _, stack = next(iter(expert_stacks(model)))
     unseen = [number for number in range(32) if f"{name}.{number}" in report.calibration.unseen]
     assert 0 < len(unseen) < 32 and not stack.lora_B[unseen].any()

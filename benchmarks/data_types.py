@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from benchmarks.measure import table
 from benchmarks.multiple_choice import correct, read_tasks
 from benchmarks.starts import feed, load_model, load_tokenizer, windows
-from lightning_qlora import convert
+from lightning_qlora import calibrate, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers, to_dense
 from lightning_qlora.training.calibration import calibration_of
 
@@ -58,7 +58,7 @@ def build(name: str, base: str | None, r: int, seen: Tensor) -> tuple[PreTrained
     calibration = calibration_of(model)
     if calibration is not None:
         feed(model, seen)
-        calibration.initialize()
+        calibrate(model)
     size = bits(model)
     return decode(model).eval(), size
 

@@ -31,7 +31,7 @@ from benchmarks.candidate_starts import DAMPING, round_with_feedback
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.initialization import exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.training.calibration import calibration_of
+from lightning_qlora.training.calibration import calibrate, calibration_of
 
 TRAINED, FROZEN = 16, 2  # bytes of a number
 
@@ -56,7 +56,7 @@ class SpendBytes(Callback):
         model(**next(iter(trainer.datamodule.train_dataloader())))  # type: ignore[attr-defined]
         calibration = calibration_of(module)
         assert calibration is not None
-        calibration.initialize()
+        calibrate(module)
         budget = TRAINED * sum(sum(w.shape) for w in weights.values())
         sizes = {name.removeprefix("model."): value for name, value in calibration.report.input_rms.items()}
         if each["float"]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_qlora import convert
+from lightning_qlora import calibrate, convert
 from lightning_qlora.training.calibration import calibration_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -83,7 +83,7 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         if calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
             feed(model, rows)
-            calibration.initialize()
+            calibrate(model)
         seconds = time.perf_counter() - began
         yield name, perplexity(model, test), seconds
 

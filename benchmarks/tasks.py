@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.measure import table
-from lightning_qlora import convert
+from lightning_qlora import calibrate, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.calibration import calibration_of
 
@@ -178,7 +178,7 @@ def main() -> None:
         if calibration is not None:
             with torch.enable_grad():
                 model(**first)
-            calibration.initialize()
+            calibrate(model)
         layers = adapted_layers(model)
         weights = {key: dense.get_submodule(key).weight for key in layers}
         bits = 8 * sum(each.packed_weight.nbytes for each in layers.values()) / sum(w.numel() for w in weights.values())

@@ -5,27 +5,26 @@ with rows that train and what an earlier conversion has seen stay as they are. A
 model loaded counts as the dense layer that it was.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.candidate import Candidate, Context, SavedLayers
 from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names, without_wrappers
-from lightning_qlora.layers.provenance import ModuleFacts, name_clash, new_parameters, shape_of, too_small
+from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names
+from lightning_qlora.layers.provenance import new_parameters
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import is_recorded
 from lightning_qlora.layers.trainable_tokens import TrainableTokens, select_tokens
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
-SavedLayers = Mapping[str, Mapping[str, Any]]  # name of a layer in a checkpoint -> its own arguments
 
 
 class Rule(NamedTuple):
@@ -34,7 +33,7 @@ class Rule(NamedTuple):
     when: str  # as in docs/layers.md
     by_default: str | None  # what happens if target_modules does not name it; None: the rule does not apply
     if_named: str | None  # the same if target_modules names it; in ["all-linear", "lm_head"] it names "lm_head"
-    reason: "Callable[[Candidate], str | bool | None]"  # whether it applies: its reason, or True, for `when`
+    reason: Callable[[Candidate], str | bool | None]  # whether it applies: its reason, or True, for `when`
 
 
 CONVERT = "4 bits and an adapter"
@@ -49,8 +48,8 @@ RULES = (
     Rule("new: without pretrained values", TRAIN, None, lambda layer: layer.new),
     Rule("not in target_modules", SKIP, None, lambda layer: not layer.config.all_linear),
     Rule("no linear layer", None, REFUSE, lambda layer: not layer.is_linear and "only linear layers can be converted"),
-    Rule("of a class with members that 4-bit layers have", SKIP, REFUSE, lambda layer: name_clash(layer.part)),
-    Rule("tied, parametrized, or not in floats", SKIP, WARN, lambda layer: layer.facts.cannot_convert(layer.part)),
+    Rule("of a class with members that 4-bit layers have", SKIP, REFUSE, lambda layer: layer.name_clash()),
+    Rule("tied, parametrized, or not in floats", SKIP, WARN, lambda layer: layer.cannot_convert()),
     Rule("an output embedding, a router, or frozen by the module", SKIP, None, lambda layer: layer.not_by_default()),
     Rule("not larger than its adapter", TRAIN, None, lambda layer: layer.can_train and layer.too_small()),
     Rule(
@@ -60,64 +59,9 @@ RULES = (
         lambda layer: layer.too_small(),
     ),
     Rule("without weights", SKIP, SKIP, lambda layer: layer.is_empty()),
-    Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda layer: layer.saved is not None),
+    Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda layer: layer.context.saved is not None),
     Rule("any other linear layer", CONVERT, CONVERT, lambda layer: True),
 )
-
-
-@dataclass
-class Candidate:
-    """A layer, or a stack of experts, that the rules decide about."""
-
-    name: str
-    part: nn.Module | ExpertParameter
-    names: LayerNames  # those that patterns may match
-    new: str | None  # why its values are new, if they are
-    config: QLoRAConfig
-    saved: SavedLayers | None  # the layers of the checkpoint that is loaded
-    facts: ModuleFacts
-
-    @cached_property
-    def is_named(self) -> bool:
-        """Whether target_modules names it; a pattern for any name does not mean the whole module."""
-        return bool(self.name) and self.names.match(self.config.named_targets)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it has a weight that 4 bits could replace."""
-        return isinstance(self.part, ExpertParameter) or is_linear(self.part)
-
-    @property
-    def saved_arguments(self) -> Mapping[str, Any] | None:
-        """Its own arguments in the checkpoint; None if it is not there in 4 bits."""
-        return (self.saved or {}).get(without_wrappers(self.name))
-
-    @property
-    def can_train(self) -> bool:
-        """Whether it may train in full: conversion makes nothing train in a module that the user froze."""
-        return self.facts.trains and not isinstance(self.part, ExpertParameter)
-
-    @cached_property
-    def own_config(self) -> QLoRAConfig:
-        """The arguments with the rank and lora_alpha of this layer."""
-        return self.config.for_layer(self.names.all)
-
-    def not_by_default(self) -> str | None:
-        """Why it is converted only if target_modules names it."""
-        return self.facts.not_by_default(self.name, self.part, self.own_config)
-
-    def too_small(self) -> str | None:
-        """Why 4 bits and an adapter would not be smaller."""
-        return too_small(shape_of(self.part), self.own_config)
-
-    def is_empty(self) -> str | None:
-        """Why there is nothing to quantize."""
-        rows, columns = shape_of(self.part)
-        return None if rows and columns else f"its {rows}x{columns} weight is empty"
-
-    def to_convert(self) -> "ToConvert":
-        """The layer with its own arguments."""
-        return ToConvert(self.part, self.own_config.with_own(self.saved_arguments or {}), self.names.seed_name)
 
 
 class ToConvert(NamedTuple):
@@ -189,7 +133,7 @@ class Selection:
             if reason:
                 break
         text = rule.when if reason is True else str(reason)
-        to_convert = layer.to_convert() if outcome == CONVERT else None
+        to_convert = ToConvert(layer.part, layer.config, layer.names.seed_name) if outcome == CONVERT else None
         self.decisions[layer.name] = Decision(str(outcome), text, to_convert)
 
     def of_parameters(self, module: nn.Module) -> dict[int, Decision]:
@@ -212,9 +156,9 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     refuses such patterns in a whole module.
     """
     choice = Selection(names=names_of_modules(module))
-    facts = ModuleFacts(module)
+    context = Context(module, config, saved)
     new = new_parameters(module)
-    parts = dict(module.named_modules())
+    parts = context.modules
     whole = [name for name, part in parts.items() if choice.names[id(part)].match(config.modules_to_save)]
     choice.decisions.update(dict.fromkeys(whole, Decision(TRAIN, IN_MODULES_TO_SAVE)))
     choice.tokens = select_tokens(module, config.trainable_token_indices, choice.names)
@@ -238,9 +182,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
             continue
         stacks = expert_parameters(part)
         for stack in stacks:
-            choice.decide(
-                Candidate(join(name, stack.key), stack, names_of_stack(names, stack), None, config, saved, facts)
-            )
+            choice.decide(Candidate(join(name, stack.key), stack, names_of_stack(names, stack), None, context))
         if stacks:
             continue
         new_here = {key: new[id(p)] for key, p in part._parameters.items() if id(p) in new}
@@ -250,7 +192,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
         if not part._modules:
             reason = next(iter(new_here.values()), None)
         if not (has_adapter(part) or isinstance(part, QLoRAExperts)):  # a stack: selected with the module around it
-            choice.decide(Candidate(name, part, names, reason, config, saved, facts))
+            choice.decide(Candidate(name, part, names, reason, context))
     return choice
 
 

@@ -17,6 +17,7 @@ from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.layers.candidate import SavedLayers
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
@@ -30,7 +31,7 @@ from lightning_qlora.layers.names import join, named
 from lightning_qlora.layers.provenance import loaded_models
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
-from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, SavedLayers, Selection, ToConvert, select_layers
+from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, Selection, ToConvert, select_layers
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
 from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of

@@ -14,12 +14,13 @@ from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.candidate import FROZEN, LARGE_RANK
 from lightning_qlora.layers.copies import Copy
 from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.provenance import FROZEN, LARGE_RANK, OUTSIDE
+from lightning_qlora.layers.provenance import OUTSIDE
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.selection import WARN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters

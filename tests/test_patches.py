@@ -36,8 +36,7 @@ ALLOWED = {
     "layers/derived.py": {"instance.__class__"},
     "training/load_from_checkpoint.py": {"module.__class__"},  # an object of a class that it derived
     "layers/readable_weight.py": {"weight._is_param"},  # a tensor that it made
-    # Conversion of a module whose parameters train in full, or are held in fp32; the gradient of one is cast with it.
-    "layers/full_precision.py": {"vars(part)['types_before']"},
+    # The gradient of a parameter that is held in fp32 is cast with it.
     "layers/held_types.py": {"tensor.grad"},
     "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]"},
     # The mark that transformers set on a parameter, on the one that a merge puts in its place.

@@ -224,7 +224,7 @@ STOPS = {
         ("kernels/backends.py", "backend", "who computes: C loops, Triton, or plain torch"),
         ("kernels/eager.py", "linear_into", "W into a buffer; the adapter's product, x W^T, the bias"),
         ("kernels/eager.py", "linear_backward", "W again, the mask again: dX, dA, dB"),
-        ("training/optimizers.py", "audit_first_step", "every adapter has a gradient"),
+        ("training/audit.py", "before_step", "every adapter has a gradient"),
         ("optim/optimizer_pages.py", "OptimizerPages", "on a GPU: its state comes back; then A and B change"),
     ),
     "stops_save": (

@@ -160,7 +160,7 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
         if id(parameter) in in_16_bits:
             sizes[in_16_bits[id(parameter)]] = parameter.numel()
             continue
-        own = _with_types(owner)
+        own: FullPrecision = _with_types(owner)
         own.types_before = {**own.types_before, key: dtype}
         for user in _users(owner, parents):
             compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))

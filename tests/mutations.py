@@ -338,7 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="mutants to draw")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="mutants of paths that begin so")
+    parser.add_argument("--only", nargs="+", default=[""], help="mutants of paths that begin so")
     parser.add_argument("--seconds", type=float, default=600.0, help="of tests for one mutant, as they were recorded")
     parser.add_argument("--record", type=Path, default=RECORD, help="file of the record")
     chosen = parser.parse_args()
@@ -355,7 +355,7 @@ def main() -> None:
         for number, mutant in enumerate(draw(there.folder, chosen.count, chosen.seed)):
             content = (there.folder / mutant.path).read_bytes()
             line = content.decode().splitlines()[mutant.lines[0] - 1].strip()
-            if not mutant.path.startswith(chosen.only) or (mutant.path, line, mutant.text) in EQUIVALENT:
+            if not mutant.path.startswith(tuple(chosen.only)) or (mutant.path, line, mutant.text) in EQUIVALENT:
                 continue
             total, tests = 0.0, []
             for test in record.of(mutant):

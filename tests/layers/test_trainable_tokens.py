@@ -175,6 +175,14 @@ def test_rows_of_an_output_embedding_with_a_bias_compute_as_in_the_dense_layer()
     torch.testing.assert_close(rows.grad, grad[[3, 7]])
 
 
+def test_layers_that_are_tied_after_conversion_share_weight_and_rows():
+    model = converted(tie_word_embeddings=True)
+    expected = logits(model)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert model.lm_head.base().weight is model.model.embed_tokens.base().weight
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("reads", [False, True])
 def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch(reads):
     def loss(module):

@@ -66,7 +66,8 @@ class Adapter:
     Attributes:
         layers: Name of a layer, or of a parameter of experts -> its adapter.
         experts: Name of a parameter of experts -> how PEFT writes its adapter.
-        expert_adapters: Name in a folder -> adapter of `target_parameters`; see `peft_experts.assign_parameters`.
+        expert_adapters: Name in a folder -> its adapters, if there are `target_parameters`, until the model says which
+            parameters and layers they are for (`peft_experts.assign_parameters`).
         peft_config: Content of that folder's adapter_config.json.
         as_parameters: Names of linear layers that PEFT adapts only as `target_parameters`.
         saved: Name of a parameter or buffer -> value, of the modules that were trained in full.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
-from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, trained_in_full
+from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, trained_modules
 from lightning_qlora.adapters.conversion import (
     CONVERSION,
     Conversion,
@@ -85,7 +85,8 @@ def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
         for name, owner, key, _ in _dense_parameters(root):
             if (owner, key) in unchanged:
                 fingerprints[name] = unchanged[owner, key]
-    return SavedConversion(config, describe_base(root, config, trained_in_full(root, unchanged)), fingerprints)
+    trained = trained_modules(find_base_model(root)[1], unchanged)
+    return SavedConversion(config, describe_base(root, config, trained), fingerprints)
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

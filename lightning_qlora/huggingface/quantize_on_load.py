@@ -12,8 +12,9 @@ from typing import Any
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_folder import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.load_weights import NO_VALUES, check_unwritten, read_weights
+from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR, Choice
+from lightning_qlora.huggingface.without_data import NO_VALUES, check_unwritten
 from lightning_qlora.layers.changes import make_changes
 
 

@@ -198,7 +198,8 @@ def export(
         if requirement:
             print(f"lightning-qlora: warning: {requirement}", file=sys.stderr)
     write_adapter(adapter, output)
-    print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
+    layers = adapter.layers | adapter.expert_adapters
+    print(f"{output}: {len(layers)} layers for {adapter.base_model or 'a base that is not named'}")
     print(f"trained on: {trained_on(adapter.quantization)}")
 
 

@@ -9,7 +9,8 @@ from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import trained_on
 from lightning_qlora.adapters.base_folder import published_format
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config

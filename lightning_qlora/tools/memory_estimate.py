@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.lora_layer import LoRALayer

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter
+from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter, to_parameters
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.toys import ARGUMENTS, Lit, needs, perturb, toy
@@ -108,6 +108,24 @@ def sharded_by_fabric(folder, fill=True, **arguments):
     with torch.device("meta"):
         net = Net()
     return fabric, fabric.setup_module(net)
+
+
+def test_what_has_values_is_not_read(folder, one_rank):
+    """Built outside of the meta device: it keeps its values, though the folder has others."""
+    own = nn.Linear(200, 96, bias=False)
+    with torch.device("meta"):
+        net = Net()
+    net[2] = own
+    convert(net, **ARGUMENTS)
+    to_parameters(net)
+    expected = own.decode()
+    fully_shard(net[2])
+    load_weights(net, folder)
+    dense = Net()
+    dense.load_state_dict(torch.load(folder / "state.pt"))
+    convert(dense, **ARGUMENTS)
+    assert torch.equal(net[2].decode(), expected) and not torch.equal(dense[2].decode(), expected)
+    assert torch.equal(net[0].decode(), dense[0].decode())
 
 
 @pytest.mark.parametrize("init", ["default", "calibrated"])

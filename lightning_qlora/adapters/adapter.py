@@ -82,7 +82,7 @@ class Adapter:
         quantization: `base_compatibility.quantization_of` of the training, if known.
         bases: Name of a layer -> the 4-bit weight of each of its matrices, if it is stored with the adapters.
         base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if known; in folders, if the
-            initialization changed it.
+            initialization changed it. Of a checkpoint also those of other frozen parameters.
         source: The file that the tensors came from, for messages.
     """
 

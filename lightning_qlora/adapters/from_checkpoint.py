@@ -33,7 +33,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         raise ValueError(f"{path}: no adapter.")
     configs = {}
     layers = {}
-    fingerprints = {}
+    fingerprints = dict(conversion.fingerprints)
     bases = {}
     for key in keys:
         lora_a = state[f"{key}.lora_A"]
@@ -49,8 +49,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
             magnitude=state.get(f"{key}.{MAGNITUDE}"),
             initial=initial,
         )
-        if key.removeprefix(root) in conversion.fingerprints:
-            fingerprints[name] = conversion.fingerprints[key.removeprefix(root)]
+        if key.removeprefix(root) in fingerprints:
+            fingerprints[name] = fingerprints.pop(key.removeprefix(root))
         weights = read_base(state, f"{key}.")
         if weights:
             bases[name] = weights
@@ -71,10 +71,9 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     )
 
 
-def fingerprint_of_base(path: str | os.PathLike[str], weights_only: bool = True) -> str | None:
-    """One number for all fingerprints in a checkpoint, in hexadecimal; None if it has none."""
-    _, _, conversion = _read_converted_state_dict(path, weights_only)
-    numbers = [number for _, number in sorted(conversion.fingerprints.items())]
+def fingerprint_of_base(adapter: Adapter) -> str | None:
+    """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
+    numbers = [number for _, number in sorted(adapter.base_fingerprints.items())]
     if not numbers:
         return None
     return checksum(torch.tensor(numbers, device="cpu"))

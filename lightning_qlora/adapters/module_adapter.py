@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,18 +13,36 @@ from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, LayerAd
 from lightning_qlora.adapters.base_compatibility import check_required_base, record_initialization
 from lightning_qlora.adapters.base_model import adapter_on_base, describe_base, find_base_model, trained_modules
 from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.adapters.module_state import check_finite
 from lightning_qlora.adapters.peft_config import exact
 from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes, refuse
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
+from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
-from lightning_qlora.layers.qlora_linear import base_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import base_fingerprints
-from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
+from lightning_qlora.layers.trainable_tokens import DELTA, token_adapters, token_indices
+
+
+def check_finite(module: nn.Module, when: str = "") -> None:
+    """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
+
+    Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
+    """
+    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
+    parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
+    bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
+    if any(map(is_sharded, chain.from_iterable(parameters.values()))):
+        bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
+    if bad:
+        raise ValueError(
+            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{when}, as those of {len(bad)} of "
+            f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
+            "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
+            "in the batches."
+        )
 
 
 def get_adapter(module: nn.Module, unchanged: Container[Any] | None = None) -> Adapter:

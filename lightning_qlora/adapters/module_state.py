@@ -7,10 +7,8 @@ has no hooks: its state dict has its base.
 
 import warnings
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
@@ -28,7 +26,7 @@ from lightning_qlora.adapters.conversion import (
 )
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import is_sharded, local, of_all_ranks, reshard, shard_like
+from lightning_qlora.layers.dtensor import reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import (
     LOAD_THE_BASE,
@@ -43,7 +41,7 @@ from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_na
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, renew
-from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
+from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
 
 BUILT_ANEW = (
     "This state dict holds adapters, and this {kind} has none: its adapters were merged, or its layers were built anew "
@@ -282,26 +280,3 @@ def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Par
             if parameter is not None and not (isinstance(owner, LoRALayer) and key in (*BASE, *ADAPTER)):
                 parameters.append((join(name, key), owner, key, parameter))
     return parameters
-
-
-def check_finite(module: nn.Module) -> None:
-    """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
-
-    Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
-    """
-    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
-    parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
-    bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
-    if any(map(is_sharded, chain.from_iterable(parameters.values()))):
-        bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
-    if bad:
-        trainer = vars(module).get("_trainer")
-        step = ""
-        if trainer is not None:
-            step = f" after step {trainer.global_step}"
-        raise ValueError(
-            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
-            f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
-            "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
-            "in the batches."
-        )

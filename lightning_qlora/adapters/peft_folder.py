@@ -50,7 +50,8 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 def _metadata(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, str]:
     fingerprints = {name: fingerprint_of_weights(weights) for name, weights in adapter.bases.items()}
     if (adapter.quantization or {}).get("base_changed"):
-        fingerprints = adapter.base_fingerprints | fingerprints
+        of_layers = {name: n for name, n in adapter.base_fingerprints.items() if name in adapter.layers}
+        fingerprints = of_layers | fingerprints
     base = {"quantization": adapter.quantization, "fingerprints": fingerprints}
     metadata = {"format": "pt", BASE: json.dumps(base)}
     metadata[CHECKSUMS] = json.dumps(_checksums(tensors, metadata), sort_keys=True)

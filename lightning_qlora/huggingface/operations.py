@@ -179,11 +179,12 @@ class Compose(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, quantizer: Any, operations: list[ConversionOps]) -> None:
+    def __init__(self, quantizer: Any, conversion: Any) -> None:
         self.quantizer = quantizer
-        self.operations: list[Any] = operations
+        self.conversion = conversion  # of transformers
+        self.operations: list[Any] = conversion.operations
         # upstream looks for this name: an operation with a quantizer gets tensors in the type of the files
-        self.hf_quantizer = next((q for op in operations if (q := getattr(op, "hf_quantizer", None))), None)
+        self.hf_quantizer = next((q for op in self.operations if (q := getattr(op, "hf_quantizer", None))), None)
 
     def __deepcopy__(self, _: Any) -> "Compose":
         """Itself: a load copies it for each parameter, and it does not change."""

@@ -112,7 +112,6 @@ class QLoRAQuantizer(HfQuantizer):
         self.errors: list[ValueError] = []
         self.folder: ModelFolder | None = None
         self._shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
-        self._conversions: dict[int, Any] = {}  # id of a copy of a conversion of transformers -> the conversion
 
     def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
         """Itself: transformers copies its operations, and with them what they refer to."""
@@ -192,9 +191,8 @@ class QLoRAQuantizer(HfQuantizer):
         if not hasattr(conversion, "operations"):
             return conversion  # it only renames
         copied = copy.copy(conversion)
-        copied.operations = [Compose(self, conversion.operations)]
+        copied.operations = [Compose(self, conversion)]
         copied.quantization_operation = Quantize(self) if self.pre_quantized else None
-        self._conversions[id(copied)] = conversion
         return copied
 
     def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
@@ -214,7 +212,7 @@ class QLoRAQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         self._check_shapes(model)
-        forget_quantizer(model, self._conversions)
+        forget_quantizer(model)
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
         if self.loading.sharding or self.folder is not None:
             keep_marks(model)

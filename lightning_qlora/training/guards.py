@@ -10,7 +10,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora.adapters.module_state import check_finite
+from lightning_qlora.adapters.module_adapter import check_finite
 from lightning_qlora.checks import first_of
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -100,7 +100,7 @@ def check_state_dict(module: nn.Module) -> None:
 
 def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
-    check_finite(module)
+    check_finite(module, f" after step {checkpoint['global_step']}")
     missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
     if missing:
         rank_zero_warn(

@@ -5,7 +5,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Conversion:
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
         replaced: Whether the state dict that is being loaded holds a dense base.
+        left_out: Keys of what that state dict leaves out and has fingerprints of.
     """
 
     config: QLoRAConfig
@@ -48,6 +49,7 @@ class Conversion:
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
     replaced: bool = False
+    left_out: set[str] = field(default_factory=set)
 
 
 def conversion_of(module: nn.Module) -> Conversion | None:

@@ -118,7 +118,7 @@ def _restore(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-    """Check that a state fits the module, and complete it with the frozen parameters of the module."""
+    """Check that a state fits the module, and that the module has the base that the state names."""
     _, _, missing_keys, unexpected_keys, _ = arguments
     adapters = _layers_with_adapter(state_dict, prefix)
     conversion = conversion_of(root)
@@ -128,13 +128,16 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
         return
     reshard(root)
     _check_same_layers(root, adapters)
+    conversion.left_out = set()
     saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
         conversion.replaced = not saved.fingerprints
         _check_same_function(root, saved)
         _keep_initialization(root, saved)
-        unexpected_keys += [prefix + name for name in _check_base(root, saved, state_dict, prefix)]
+        keys, unknown = _check_base(root, saved)
+        conversion.left_out = {prefix + key for key in keys}
+        unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
         conversion.replaced = False
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
@@ -158,24 +161,23 @@ def _begin_with_rows_of_dense_module(root: nn.Module, state_dict: dict[str, Any]
             state_dict.setdefault(prefix + join(name, DELTA), rows)
 
 
-def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, Any], prefix: str) -> list[str]:
-    """Compare the base with its fingerprints, and complete the state with what has one.
+def _check_base(root: nn.Module, saved: SavedConversion) -> tuple[list[str], list[str]]:
+    """Compare the base with its fingerprints; CheckpointMismatchError if it is another one.
 
-    Returns the names that the module does not have. Raises CheckpointMismatchError if the base is another one.
+    Returns the keys of what has a fingerprint, and the names that the module does not have.
     """
     layers = dict(_named_layers(root))
     parameters = {name: (owner, key, parameter) for name, owner, key, parameter in _dense_parameters(root)}
     numbers: dict[int, int] = {}  # tied parameters are read once
+    keys = []
     unknown = []
     for name, expected in saved.fingerprints.items():
         if name in layers:
-            if not has_base(state_dict, prefix + _prefix(name)):
-                state_dict[prefix + join(name, BASE[0])] = layers[name].packed  # the layer knows that this is its own
+            keys.append(join(name, "weight"))
             current = layers[name].base_fingerprint()
         elif name in parameters:
-            owner, key, parameter = parameters[name]
-            state_dict.setdefault(prefix + name, parameter.detach())
-            current = current_fingerprint(owner, key, parameter, numbers)
+            keys.append(name)
+            current = current_fingerprint(*parameters[name], numbers)
         else:
             unknown.append(name)
             continue
@@ -184,13 +186,17 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
                 f"{name or 'the module itself'}: the checkpoint was trained on another base weight (fingerprint "
                 f"{expected:x} there, {current:x} here). {LOAD_THE_BASE}"
             )
-    return unknown
+    return keys, unknown
 
 
-def _after_load(root: nn.Module, _: Any) -> None:
-    """Record the parameters as the base if they were loaded from a checkpoint of the dense module."""
+def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
+    """What has a fingerprint is not missing. Record the base if it was loaded from a checkpoint of the dense module."""
     conversion = conversion_of(root)
-    if conversion is not None and conversion.replaced and not _is_merged(root):
+    if conversion is None or _is_merged(root):
+        return
+    missing: list[str] = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if key not in conversion.left_out]
+    if conversion.replaced:
         conversion.replaced = False
         renew(root)
 

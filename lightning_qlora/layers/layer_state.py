@@ -59,13 +59,10 @@ class SavedLayer(LoRALayer):
         initial = self.initial
         has_base, optional = load_layer(self, state_dict, prefix)
         missing: list[str] = []
-        unexpected: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        key = prefix + BASE[0]
-        if not has_base and state_dict.get(key) is not self.packed:  # a hook of this layer, which super() runs
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, errors)
+        if not has_base:
             missing.append(prefix + "weight")
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
-        unexpected_keys += [name for name in unexpected if name != key]
         if has_adapter:
             self._begin_as_saved(initial)
 
@@ -198,8 +195,6 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     of_base = {prefix + name for name in BASE}
     names = [name for name in state_dict if name == key or name.startswith(key + ".") or name in of_base]
     entries = {name: state_dict.pop(name) for name in names}
-    if entries.get(prefix + BASE[0]) is layer.packed:  # the converted module knows it by its fingerprint
-        return True
     entries = {name: value.contiguous() for name, value in entries.items()}
     if with_adapter:
         meta = read_bnb_meta(entries, key) or {}

@@ -62,7 +62,8 @@ def plan(
         batch_size: Sequences per step.
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
-        gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say whether the run fits, and else what to change.
+        gpu_memory: Memory of a GPU, 24GiB for a card of 24 GB (24GB is 7% less): also say whether the run fits, and
+            else what to change.
         devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.

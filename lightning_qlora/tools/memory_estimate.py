@@ -236,13 +236,13 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a text such as 24GB (24 * 10^9), 24GiB (24 * 2^30) or 24000000000; ValueError for other texts."""
+    """Bytes of a text such as 24GiB (24 * 2^30), 24GB (24 * 10^9) or 24000000000; ValueError for other texts."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise ValueError(f"gpu_memory={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
+        raise ValueError(f"gpu_memory={text!r}: must be a number with a unit, such as 24GiB, or a number of bytes.")
     count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
     if count < UNITS["MB"]:
-        raise ValueError(f"gpu_memory={text!r} is {count} bytes. Give a unit, such as 24GB or 24GiB.")
+        raise ValueError(f"gpu_memory={text!r} is {count} bytes. Give a unit, such as 24GiB.")
     return count
 
 

@@ -90,13 +90,12 @@ def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave out what has a fingerprint, and add the conversion."""
     check_no_layer_resized(root)
-    conversion = conversion_of(root)
-    if conversion is None or _is_merged(root):
+    conversion = _conversion_with_layers(root)
+    if conversion is None:
         return
     saved = saved_conversion(root, conversion.config)
-    for name, part in _named_modules(root):
-        if name and conversion_of(part) is not None:
-            _restore(part, state_dict, f"{prefix}{name}.")
+    for name, part in _converted_parts(root):
+        _restore(part, state_dict, f"{prefix}{name}.")
     layers = dict(_named_layers(root))
     for name in saved.fingerprints:
         if name in layers:
@@ -121,9 +120,9 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     """Check that a state fits the module, and that the module has the base that the state names."""
     _, _, missing_keys, unexpected_keys, _ = arguments
     adapters = _layers_with_adapter(state_dict, prefix)
-    conversion = conversion_of(root)
-    if conversion is None or _is_merged(root):
-        if conversion is not None and adapters and prefix + CONVERSION in state_dict:
+    conversion = _conversion_with_layers(root)
+    if conversion is None:
+        if conversion_of(root) is not None and adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
     reshard(root)
@@ -134,8 +133,9 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     if saved is not None:
         conversion.replaced = not saved.fingerprints
         _check_same_function(root, saved)
-        _keep_initialization(root, saved)
+        _keep_initialization(root, conversion, saved)
         keys, unknown = _check_base(root, saved)
+        keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
         conversion.left_out = {prefix + key for key in keys}
         unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
@@ -191,8 +191,8 @@ def _check_base(root: nn.Module, saved: SavedConversion) -> tuple[list[str], lis
 
 def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
     """What has a fingerprint is not missing. Record the base if it was loaded from a checkpoint of the dense module."""
-    conversion = conversion_of(root)
-    if conversion is None or _is_merged(root):
+    conversion = _conversion_with_layers(root)
+    if conversion is None:
         return
     missing: list[str] = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if key not in conversion.left_out]
@@ -232,7 +232,7 @@ def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
         check_same_arguments(layer, vars(config_of_layer(saved.base, name, saved.config)))
 
 
-def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
+def _keep_initialization(root: nn.Module, conversion: Conversion, saved: SavedConversion) -> None:
     """Store how the adapters of a checkpoint were initialized: this decides which base they fit."""
     quantization = saved.base.get("quantization")
     _, base = find_base_model(root)
@@ -242,9 +242,6 @@ def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
             record_initialization(layer, quantization)
         else:
             record_initialization(layer, vars(config_of_layer(saved.base, name, saved.config)))
-    conversion = conversion_of(root)
-    if conversion is None:
-        return
     method = saved.config.init_lora_weights
     config = conversion.config.with_initialization(method, saved.config.loftq_config)
     if config != conversion.config:
@@ -272,10 +269,17 @@ def _prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _is_merged(root: nn.Module) -> bool:
-    """Whether the adapters were merged: the state dict is that of a dense module."""
+def _converted_parts(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Parts that were converted as a module of their own too."""
+    return [(name, part) for name, part in _named_modules(root) if name and conversion_of(part) is not None]
+
+
+def _conversion_with_layers(root: nn.Module) -> Conversion | None:
+    """The conversion; None without one, or if its layers were merged: then the state dict is that of a dense module."""
     conversion = conversion_of(root)
-    return conversion is not None and bool(conversion.layers) and not adapted_layers(root)
+    if conversion is not None and conversion.layers and not adapted_layers(root):
+        return None
+    return conversion
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:

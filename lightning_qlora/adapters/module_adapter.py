@@ -26,7 +26,7 @@ from lightning_qlora.layers.records import base_fingerprints
 from lightning_qlora.layers.trainable_tokens import DELTA, token_adapters, token_indices
 
 
-def check_finite(module: nn.Module, when: str = "") -> None:
+def check_finite(module: nn.Module) -> None:
     """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
 
     Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
@@ -37,8 +37,12 @@ def check_finite(module: nn.Module, when: str = "") -> None:
     if any(map(is_sharded, chain.from_iterable(parameters.values()))):
         bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
     if bad:
+        trainer = vars(module).get("_trainer")  # of a LightningModule
+        step = ""
+        if trainer is not None:
+            step = f" after step {trainer.global_step}"
         raise ValueError(
-            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{when}, as those of {len(bad)} of "
+            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
             f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
             "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
             "in the batches."

@@ -100,7 +100,7 @@ def check_state_dict(module: nn.Module) -> None:
 
 def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
-    check_finite(module, f" after step {checkpoint['global_step']}")
+    check_finite(module)
     missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
     if missing:
         rank_zero_warn(

@@ -158,16 +158,19 @@ class SavedConversion:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
         prefix = self.base.get("prefix", "")
         arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
-        names = [layer_name(without_wrappers(key), state_dict[key]) for key in state_dict if last_part(key) == "lora_A"]
-        return {name: arguments.get(name, {}) for name in names}
+        return {name: arguments.get(name, {}) for name in names_of_layers(state_dict).values()}
 
 
-def layer_name(key: str, lora_a: Any) -> str:
-    """The name of the layer whose lora_A has this key in a state dict; of a stack that of its parameter."""
-    name = owner_name(key)
-    if len(lora_a.shape) == 3:
-        name = parameter_name(name)
-    return name
+def names_of_layers(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Beginning of the keys of each layer with an adapter in a state dict -> its name, or that of its parameter."""
+    names = {}
+    for key in state_dict:
+        if last_part(key) == "lora_A":
+            name = without_wrappers(owner_name(key))
+            if len(state_dict[key].shape) == 3:
+                name = parameter_name(name)
+            names[key.removesuffix("lora_A")] = name
+    return names
 
 
 def entry_of(text: str) -> Tensor:

@@ -17,8 +17,8 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
+from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from tests.conftest import Classifier
 from tests.layers.test_experts import made, qwen3_moe

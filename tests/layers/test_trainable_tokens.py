@@ -23,8 +23,8 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import replace_parameters_by_adapters

@@ -63,7 +63,8 @@ class ConvertedModules:
 
     def _hold_what_moved(self) -> None:
         """Hold in fp32 what Fabric moved, after its conversion, to a device that should compute in fp32."""
-        for module, converted in self._converted.items():
+        for module in [*self._converted]:
+            converted: _Converted = self._converted[module]
             layer = next(_layers(module), None)
             if layer is None or layer.packed.device.type == converted.device:
                 continue

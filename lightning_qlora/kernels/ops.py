@@ -20,8 +20,8 @@ from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.backends import backend, has_kernels
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, dequantize_absmax
-from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, aligned, check_bytes
+from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE, dequantize_absmax
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, aligned, check_bytes
 
 
 def quantize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -174,7 +174,7 @@ def tied_names(base: nn.Module) -> list[list[str]]:
     names: dict[int, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if not name.endswith(DELTA):
-            names.setdefault(id(parameter), []).append(plain_name(name))
+            names.setdefault(id(parameter), []).append(without_wrappers(name))
     return [group for group in names.values() if len(group) > 1]
 
 

@@ -16,7 +16,7 @@ from lightning_qlora.adapters.peft_experts import check_sizes, refuse
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.provenance import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
 
@@ -141,7 +141,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
     for model_class, model in _candidates(config, adapter, trust_remote_code):
         first = first or model_class
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-        names = {plain_name(name) for name, _ in (*model.named_modules(), *tensors)}
+        names = {without_wrappers(name) for name, _ in (*model.named_modules(), *tensors)}
         if needed <= names:
             heads = {id(layer) for layer in get_output_embeddings(model)}
             outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}

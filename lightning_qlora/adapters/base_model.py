@@ -19,9 +19,9 @@ from lightning_qlora.layers.names import (
     last_part,
     name_endings,
     only_child_of,
-    plain_name,
+    without_wrappers,
 )
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import base_fingerprints, own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
@@ -72,12 +72,12 @@ def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]
     `trained` are the names in `trained_in_full`.
     """
     prefix, base = find_base_model(module)
-    layers = {plain_name(name): layer for name, layer in adapted_layers(base, remove_duplicate=False).items()}
+    layers = base_layers(base, remove_duplicate=False)
     quantization = None
     if layers:
         quantization = quantization_of_layer(next(iter(layers.values())))
     description: dict[str, Any] = {
-        "prefix": plain_name(prefix),
+        "prefix": without_wrappers(prefix),
         "task_type": _task_type(base),
         "base_model": _name_of(base),
         "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
@@ -168,7 +168,7 @@ def _trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, 
             continue
         for key, parameter in own_parameters(part).items():
             if parameter.is_floating_point() and (part, key) not in unchanged:
-                trained[plain_name(name)] = part
+                trained[without_wrappers(name)] = part
     return trained
 
 
@@ -192,8 +192,8 @@ def _task_type(base: nn.Module) -> str | None:
 
 def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | list[str]:
     """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
-    modules = [plain_name(name) for name, _ in base.named_modules()]
-    names = [plain_name(name) for name, layer in adapted_layers(base).items() if not layer.is_stack]
+    modules = [without_wrappers(name) for name, _ in base.named_modules()]
+    names = [name for name, layer in base_layers(base).items() if not layer.is_stack]
     layers = [name for name in names if name not in without]
     for endings in ({last_part(name) for name in layers}, set(layers)):
         matches = {name for name in modules if not endings.isdisjoint(name_endings(name))}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, plain_name
+from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
@@ -84,7 +84,7 @@ def check_no_layer_resized(root: nn.Module) -> None:
     conversion = conversion_of(root)
     if conversion is None:
         return
-    layers = {plain_name(name): part for name, part in root.named_modules()}
+    layers = {without_wrappers(name): part for name, part in root.named_modules()}
     for name, shape in conversion.layers.items():
         layer = layers.get(name)
         if layer is None or isinstance(layer, TrainableTokens):
@@ -102,7 +102,7 @@ def shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
     """`Conversion.layers` of a module."""
     layers: dict[str, Any] = adapted_layers(root)
     layers |= {name: part for name, part in root.named_modules() if isinstance(part, TrainableTokens)}
-    return {plain_name(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
+    return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
 
 
 def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -156,7 +156,7 @@ class SavedConversion:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
         prefix = self.base.get("prefix", "")
         arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
-        names = [layer_name(plain_name(key), state_dict[key]) for key in state_dict if last_part(key) == "lora_A"]
+        names = [layer_name(without_wrappers(key), state_dict[key]) for key in state_dict if last_part(key) == "lora_A"]
         return {name: arguments.get(name, {}) for name in names}
 
 

@@ -11,7 +11,7 @@ from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, lay
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.layer_state import read_base
-from lightning_qlora.layers.names import last_part, named, owner_name, plain_name
+from lightning_qlora.layers.names import last_part, named, owner_name, without_wrappers
 
 
 def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Adapter:
@@ -25,7 +25,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     description = conversion.base
     if not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
         raise ValueError(f"{path}: its {CONVERSION!r} does not name the base model. Use another copy of it.")
-    outer = plain_name(root)
+    outer = without_wrappers(root)
     if description["prefix"]:
         outer += f"{description['prefix']}."
     keys = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
@@ -37,7 +37,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     bases = {}
     for key in keys:
         lora_a = state[f"{key}.lora_A"]
-        name = layer_name(plain_name(f"{key}.lora_A"), lora_a).removeprefix(outer)  # in the base model
+        name = layer_name(without_wrappers(f"{key}.lora_A"), lora_a).removeprefix(outer)  # in the base model
         configs[name] = config_of_layer(description, name, conversion.config)
         initial = None
         if f"{key}.initial_A" in state:
@@ -56,9 +56,9 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
             bases[name] = weights
     owners = {outer + owner for owner in description["trained_in_full"]}
     saved = {
-        plain_name(key).removeprefix(outer): value
+        without_wrappers(key).removeprefix(outer): value
         for key, value in state.items()
-        if owner_name(plain_name(key)) in owners
+        if owner_name(without_wrappers(key)) in owners
     }
     return adapter_on_base(
         description,

@@ -19,9 +19,9 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
 from lightning_qlora.layers.held_types import release
 from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer
-from lightning_qlora.layers.names import plain_name
+from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.provenance import mark_as_loaded
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, to_dense
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, base_layers, to_dense
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
 
@@ -61,7 +61,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     reshard(module)
     stacks = list(expert_stacks(module))
     prefix, base = find_base_model(module)
-    names = {layer: plain_name(name) for name, layer in adapted_layers(base).items()}
+    names = {layer: name for name, layer in base_layers(base).items()}
     for name, layer in layers.items():
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
@@ -99,7 +99,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
 def _round_full_precision(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
     """Round parameters that train in full from fp32 to their previous type; `prefix` is that of the base model."""
     for name, parameter, previous_dtype in full_precision_parameters(module):
-        name_in_base = plain_name(name).removeprefix(f"{plain_name(prefix)}.")
+        name_in_base = without_wrappers(name).removeprefix(f"{without_wrappers(prefix)}.")
         parameter.data = round_stochastically(parameter.data, DTYPES.get(dtype, previous_dtype), name_in_base)
     undo_full_precision(module)
 

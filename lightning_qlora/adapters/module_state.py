@@ -39,9 +39,9 @@ from lightning_qlora.layers.layer_state import (
     remove_base,
 )
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import join, key_name, last_part, owner_name, plain_name
+from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, renew
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
 
@@ -143,10 +143,11 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     else:
         conversion.replaced = True
         _begin_with_rows_of_dense_module(root, state_dict, prefix)
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        name = key_name(name)
-        if prefix + name in state_dict:  # the whole parameter, also if the module has a shard
-            state_dict[prefix + name] = shard_like(state_dict[prefix + name], parameter)
+    for name, part in _named_modules(root):
+        for key, parameter in part._parameters.items():
+            key = prefix + join(name, key)
+            if key in state_dict:  # the whole parameter, also if the module has a shard
+                state_dict[key] = shard_like(state_dict[key], parameter)
 
 
 def _begin_with_rows_of_dense_module(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -222,15 +223,15 @@ def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
             f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(tokens)} here, by names of "
             "embeddings. Set it to the value of the checkpoint."
         )
-    for name, full_name, layer in _layers_of_base(root):
-        saved_config = config_of_layer(saved.base, name, saved.config)
-        check_same_arguments(full_name, vars(saved_config), layer)
+    for name, layer in base_layers(base).items():
+        check_same_arguments(layer, vars(config_of_layer(saved.base, name, saved.config)))
 
 
 def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
     """Store how the adapters of a checkpoint were initialized: this decides which base they fit."""
     quantization = saved.base.get("quantization")
-    for name, _, layer in _layers_of_base(root):
+    _, base = find_base_model(root)
+    for name, layer in base_layers(base).items():
         if required_base(quantization):
             # The arguments do not name the initialization of adapters that came from a folder.
             record_initialization(layer, quantization)
@@ -250,16 +251,10 @@ def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
         conversion.config = config
 
 
-def _layers_of_base(root: nn.Module) -> list[tuple[str, str, LoRALayer]]:
-    """Name in the base model, name in the module, and layer."""
-    prefix, base = find_base_model(root)
-    layers = adapted_layers(base).items()
-    return [(plain_name(name), join(prefix, name), layer) for name, layer in layers]
-
-
 def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules under each of their names in state dicts."""
-    return [(key_name(name), part) for name, part in root.named_modules(remove_duplicate=False)]
+    """Modules under each of their names in state dicts, which have the names of torch.compile."""
+    parts = root.named_modules(remove_duplicate=False)
+    return [(without_wrappers(name, (CHECKPOINTED,)), part) for name, part in parts]
 
 
 def _named_layers(root: nn.Module) -> list[tuple[str, LoRALayer]]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
 from lightning_qlora.config import first_match
 from lightning_qlora.layers.expert_selection import expert_parameters
-from lightning_qlora.layers.experts import PARAMETERS, QLoRAExperts
+from lightning_qlora.layers.experts import PARAMETERS
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import owner_name, plain_name, stack_name
+from lightning_qlora.layers.names import owner_name, stack_of, without_wrappers
 
 DEFAULT_ALPHA = 8  # PEFT's
 
@@ -29,9 +29,9 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
     stacks = {}
     for name, owner in base.named_modules():
         converted = vars(owner).get(PARAMETERS, ())
-        keys = [key for key in converted if isinstance(owner._modules.get(stack_name(key)), QLoRAExperts)]
+        keys = [key for key in converted if stack_of(owner, key) is not None]
         for wrappers, key in enumerate(reversed(keys)):
-            stacks[plain_name(f"{name}.{key}")] = _stack(owner, key, wrappers)
+            stacks[without_wrappers(f"{name}.{key}")] = _stack(owner, key, wrappers)
     return stacks
 
 
@@ -91,7 +91,7 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
     """
     layers = dict(adapter.layers)
     experts = dict(adapter.experts)
-    modules = {plain_name(name): part for name, part in base.named_modules()}
+    modules = {without_wrappers(name): part for name, part in base.named_modules()}
     for owner in dict.fromkeys(map(outermost, adapter.expert_adapters)):
         keys = [key for key in adapter.expert_adapters if outermost(key) == owner]
         if owner not in modules:
@@ -128,8 +128,8 @@ def alpha_of_name(config: dict[str, Any], name: str) -> float:
 def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
     # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
     is_transposed = bool(getattr(owner, "is_transposed", False))
-    experts = owner._modules.get(stack_name(key))
-    if isinstance(experts, QLoRAExperts):
+    experts = stack_of(owner, key)
+    if experts is not None:
         number, transposed, flat = len(experts), experts._transposed, experts.flat
     else:
         shape = _shape(owner, key)
@@ -141,9 +141,9 @@ def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
 
 
 def _shape(owner: nn.Module, key: str) -> tuple[int, ...]:
-    experts = owner._modules.get(stack_name(key))
-    if isinstance(experts, QLoRAExperts):
-        return experts.weight_shape
+    experts = stack_of(owner, key)
+    if experts is not None:
+        return tuple(experts.weight_shape)
     return tuple(getattr(owner, key).shape)
 
 

@@ -36,8 +36,8 @@ from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_li
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, last_part, owner_name, plain_name
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.names import join, last_part, owner_name, without_wrappers
+from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, base_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, token_indices
 
 # Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
@@ -169,7 +169,7 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
 def get_adapter(module: nn.Module) -> Adapter:
     """The adapters of a module; names are those in the base model."""
     _, base = find_base_model(module)
-    layers = _layers_by_plain_name(base)
+    layers = base_layers(base)
     _check_converted(module, layers)
     check_finite(module)
     trained = trained_in_full(module)
@@ -220,7 +220,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     Raises CheckpointMismatchError as `load_adapter`.
     """
     _, base = find_base_model(module)
-    layers = _layers_by_plain_name(base)
+    layers = base_layers(base)
     _check_converted(module, layers)
     adapter = assign_parameters(adapter, base)
     _check_fits(base, layers, adapter)
@@ -239,7 +239,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
         for key, value in values.items():
             if value is not None:
                 layer.write(key, value.to(layer.lora_A.dtype).contiguous())
-    tensors = _tensors_by_plain_name(base)
+    tensors = _named_tensors(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():
             tensors[key].copy_(shard_like(value, tensors[key]))
@@ -261,7 +261,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     prefix, base = find_base_model(module)
     adapter = assign_parameters(adapter, base)
     inner = [*(name for name, _ in base.named_modules()), *adapter.experts]
-    names = {plain_name(name): join(prefix, name) for name in inner}
+    names = {without_wrappers(name): join(prefix, name) for name in inner}
     targets = list(adapter.layers)
     missing = [name for name in targets if name not in names]
     if missing:
@@ -283,13 +283,9 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     )
 
 
-def _layers_by_plain_name(base: nn.Module) -> dict[str, LoRALayer]:
-    return {plain_name(name): layer for name, layer in adapted_layers(base).items()}
-
-
-def _tensors_by_plain_name(base: nn.Module) -> dict[str, Tensor]:
+def _named_tensors(base: nn.Module) -> dict[str, Tensor]:
     tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
-    return {plain_name(name): tensor for name, tensor in tensors}
+    return {without_wrappers(name): tensor for name, tensor in tensors}
 
 
 def _state_of(part: nn.Module) -> dict[str, Tensor]:
@@ -303,8 +299,9 @@ def _state_of(part: nn.Module) -> dict[str, Tensor]:
 
 def _check_endings(names: list[str], base: nn.Module) -> None:
     """Refuse names that are the ending of another module's name: PEFT's modules_to_save would select both."""
+    modules = [without_wrappers(name) for name, _ in base.named_modules()]
     for name in names:
-        others = [n for n, _ in base.named_modules() if plain_name(n).endswith(name) and plain_name(n) not in names]
+        others = [other for other in modules if other.endswith(name) and other not in names]
         if others:
             raise ValueError(
                 f"{name!r} was trained in full, and PEFT would also select {others[0]!r}, whose name ends the same: "
@@ -336,7 +333,7 @@ def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter)
             refuse(adapter, f"{name}.{DELTA}", base, difference)
     for tied in tied_names(base):
         check_tie(adapter, tied)
-    tensors = _tensors_by_plain_name(base)
+    tensors = _named_tensors(base)
     for key, value in adapter.saved.items():
         if key not in tensors:
             refuse(adapter, key, base, "has no such parameter")

@@ -73,7 +73,7 @@ class _Operation(ConversionOps):
             name = stack_name(key)
         parameters = layer.named_parameters(name, recurse=False)
         # Of a distributed parameter, transformers takes the part of this rank.
-        return {full_name: local(p) for full_name, p in parameters if p is not bias}
+        return {name: local(p) for name, p in parameters if p is not bias}
 
 
 class Quantize(_Operation):

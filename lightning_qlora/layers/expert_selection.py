@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import owner_name, parameter_name, stack_name
+from lightning_qlora.layers.names import owner_name, parameter_name, stack_of
 
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
@@ -28,7 +28,7 @@ class ExpertParameter(NamedTuple):
     @property
     def loaded(self) -> QLoRAExperts | None:
         """The experts, if they are in 4 bits."""
-        return self.owner._modules.get(stack_name(self.key))  # type: ignore[return-value]
+        return stack_of(self.owner, self.key)  # type: ignore[no-any-return]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import Matrix
-from lightning_qlora.layers.names import join, parameter_name, stack_name
+from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import Readable, readable_weight
 from lightning_qlora.layers.routed_experts import is_routed, join_rows, routed_forward, rows_of_experts
@@ -308,8 +308,8 @@ class _WithExperts(Derived):
         return {"forward": routed_forward} if is_routed(before) else {}
 
     def __getattr__(self, name: str) -> Any:
-        stack = self.__dict__["_modules"].get(stack_name(name))
-        if isinstance(stack, QLoRAExperts):
+        stack = stack_of(self, name)  # type: ignore[arg-type]
+        if stack is not None:
             return stack.weight
         return super().__getattr__(name)  # type: ignore[misc]
 

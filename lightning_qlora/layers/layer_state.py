@@ -152,10 +152,10 @@ def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes
 def _check_same_function(layer: LoRALayer, entries: Mapping[str, Any], key: str) -> None:
     """Refuse an adapter that computes something else with the arguments of this layer."""
     meta = read_bnb_meta(entries, weight_keys(layer, key)[0]) or read_bnb_meta(entries, key)
-    check_same_arguments(key.removesuffix("weight").removesuffix("."), (meta or {}).get("adapter"), layer)
+    check_same_arguments(layer, (meta or {}).get("adapter"))
 
 
-def check_same_arguments(name: str, saved: Any, layer: LoRALayer) -> None:
+def check_same_arguments(layer: LoRALayer, saved: Any) -> None:
     """CheckpointMismatchError if a layer has other arguments than the saved ones, by which its adapter computes."""
     if not isinstance(saved, Mapping):
         return
@@ -163,9 +163,9 @@ def check_same_arguments(name: str, saved: Any, layer: LoRALayer) -> None:
         value = getattr(layer.config, argument)
         if argument in saved and saved[argument] != value:
             raise CheckpointMismatchError(
-                f"{name or 'the layer itself'}: {argument} is {shown(saved[argument])} in the checkpoint and {value!r} "
-                "here: the adapters would compute something else than in training. Set it (lora_alpha also by "
-                "alpha_pattern) to the value of the checkpoint."
+                f"{layer.full_name or 'the layer itself'}: {argument} is {shown(saved[argument])} in the checkpoint "
+                f"and {value!r} here: the adapters would compute something else than in training. Set it (lora_alpha "
+                "also by alpha_pattern) to the value of the checkpoint."
             )
 
 

@@ -59,8 +59,8 @@ class LoRALayer(WithAdapter, PackedLayer):
     lora_dropout: float  # probability of dropping an input of the adapter in training
     scaling: float  # the factor s
     config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
-    full_name: str  # in the converted module
-    seed_name: str  # in the model that holds the layer; the seed of the adapter is made from it
+    full_name: str  # in the converted module; not `name`, which a class of the user may have
+    seed_name: str  # for both see `names.py`
     loaded: bool = False  # whether it was quantized while its model loaded, and no module with it was converted
     input_statistics: InputStatistics | None = None  # "calibrated": until the adapter is initialized
     initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory

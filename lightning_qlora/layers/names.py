@@ -1,13 +1,16 @@
 """Names of modules, parameters and experts: taken apart, put together, and matched by patterns.
 
-A layer has several names: in the module that is converted, and in the model that holds it, as in PEFT. Where a
-parameter NAME holds the weights of all experts, conversion makes it the module NAME_experts; the name of that layer is
-NAME. No other file knows this.
+A layer has two names. `full_name` is its name in the module that was converted; errors and reports have it. `seed_name`
+is what the seed of its adapter is made from: its name in the model that was loaded, so that a layer gets the same
+adapter wherever its model stands. Adapter files have the names of the base model (`base_layers`).
+
+Where a parameter NAME holds the weights of all experts, conversion makes it the module NAME_experts; the name of that
+layer is NAME. No other file knows this.
 """
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -54,24 +57,25 @@ def name_endings(name: str) -> Iterator[str]:
         name = name.partition(".")[2]
 
 
-def plain_name(name: str) -> str:
+def without_wrappers(name: str, wrappers: Collection[str] = (COMPILED, CHECKPOINTED)) -> str:
     """A name without what torch.compile and checkpoint_wrapper put into it."""
-    return ".".join(part for part in name.split(".") if part not in (COMPILED, CHECKPOINTED))
-
-
-def key_name(name: str) -> str:
-    """The name of a module or parameter in state dicts."""
-    return ".".join(part for part in name.split(".") if part != CHECKPOINTED)
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def stack_name(parameter: str) -> str:
-    """The name of the module that a parameter with all experts becomes."""
+    """The name of the module that a parameter with all experts becomes; the layer has the name of the parameter."""
     return parameter + _EXPERTS
 
 
 def parameter_name(stack: str) -> str:
     """The reverse of `stack_name`."""
     return stack.removesuffix(_EXPERTS)
+
+
+def stack_of(owner: nn.Module, key: str) -> Any:
+    """The `QLoRAExperts` that the parameter `key` of a module became; None if it is dense."""
+    stack = owner.__dict__["_modules"].get(stack_name(key))
+    return stack if isinstance(stack, PackedLayer) and stack.is_stack else None
 
 
 def matches(name: str, patterns: str | list[str]) -> bool:
@@ -113,20 +117,20 @@ def is_transformers_model(module: nn.Module) -> bool:
 
 
 class LayerNames(NamedTuple):
-    """Names of one module; one that is used in several places has several of each form."""
+    """Names of one module; one that is used in several places has several of each kind."""
 
     # Every name that a pattern may match: from the root, from the child of a LightningModule, and from the transformers
     # model that holds the module.
-    forms: list[str]
-    seed_name: str  # from the model that holds the module; the seed of a layer's adapter is made from it
+    all: list[str]
+    seed_name: str
 
     def match(self, patterns: str | list[str] | None) -> bool:
         """Whether one of the names matches."""
-        return any(matches(form, patterns or []) for form in self.forms)
+        return any(matches(name, patterns or []) for name in self.all)
 
     def match_outer(self, patterns: str | list[str] | None) -> bool:
         """Whether one of the names, or the name of a module around it, matches."""
-        return any(matches_outer(form, patterns or []) for form in self.forms)
+        return any(matches_outer(name, patterns or []) for name in self.all)
 
 
 def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
@@ -152,10 +156,10 @@ def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
             # From the model that was loaded, which may be a part of another one now.
             seed_name = vars(part)["seed_name"]
         else:
-            seed_name = plain_name(in_model or (only_child and in_child) or name)
+            seed_name = without_wrappers(in_model or (only_child and in_child) or name)
         names_of_part = names.setdefault(id(part), LayerNames([], seed_name))
-        forms = [form for form in (name, in_child, in_model, seed_name) if form or not name]
-        names_of_part.forms.extend(dict.fromkeys(forms + [plain_name(form) for form in forms]))
+        full = [each for each in (name, in_child, in_model, seed_name) if each or not name]
+        names_of_part.all.extend(dict.fromkeys([*full, *map(without_wrappers, full)]))
     return names
 
 

@@ -20,7 +20,7 @@ from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer, Matrix
-from lightning_qlora.layers.names import parameter_name
+from lightning_qlora.layers.names import parameter_name, without_wrappers
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
@@ -180,6 +180,11 @@ def adapted_layers(module: nn.Module, remove_duplicate: bool = True) -> dict[str
                 name = parameter_name(name)
             layers[name] = part
     return layers
+
+
+def base_layers(base: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
+    """The same by the names in adapter files: those in the base model, without wrappers."""
+    return {without_wrappers(name): layer for name, layer in adapted_layers(base, remove_duplicate).items()}
 
 
 def use_base_of_rank_0(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_qlora.layers.names import stack_name
+from lightning_qlora.layers.names import stack_of
 
 
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
 
 def _product(owner: Any, key: str, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
     """The rows of x times the weights of their experts: a `QLoRAExperts`, or a parameter that stayed dense."""
-    stack = owner._modules.get(stack_name(key))
+    stack = stack_of(owner, key)
     if stack is None:
         y = _dense_product(owner, getattr(owner, key), x, ends)
     else:

@@ -18,14 +18,14 @@ from lightning_qlora.layers.expert_selection import ExpertParameter, expert_para
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names, plain_name
+from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names, without_wrappers
 from lightning_qlora.layers.provenance import ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import is_recorded
 from lightning_qlora.layers.trainable_tokens import TrainableTokens, select_tokens
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
-SavedLayers = Mapping[str, Mapping[str, Any]]  # full name of a layer in a checkpoint -> its own arguments
+SavedLayers = Mapping[str, Mapping[str, Any]]  # name of a layer in a checkpoint -> its own arguments
 
 
 class Rule(NamedTuple):
@@ -90,7 +90,7 @@ class Candidate:
     @property
     def saved_arguments(self) -> Mapping[str, Any] | None:
         """Its own arguments in the checkpoint; None if it is not there in 4 bits."""
-        return (self.saved or {}).get(plain_name(self.name))
+        return (self.saved or {}).get(without_wrappers(self.name))
 
     @property
     def can_train(self) -> bool:
@@ -100,7 +100,7 @@ class Candidate:
     @cached_property
     def own_config(self) -> QLoRAConfig:
         """The arguments with the rank and lora_alpha of this layer."""
-        return self.config.for_layer(self.names.forms)
+        return self.config.for_layer(self.names.all)
 
     def not_by_default(self) -> str | None:
         """Why it is converted only if target_modules names it."""
@@ -125,7 +125,7 @@ class ToConvert(NamedTuple):
 
     part: nn.Module | ExpertParameter
     config: QLoRAConfig  # the arguments, with its own rank and lora_alpha
-    seed_name: str  # name from which the seed of its adapter is made
+    seed_name: str
 
     def convert(
         self, name: str, device: torch.device | None = None, weights: Iterable[Tensor] | None = None
@@ -256,8 +256,8 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
 
 def names_of_stack(names: LayerNames, stack: ExpertParameter) -> LayerNames:
     """The names of a stack of experts: its own, and for patterns those of the module that holds it."""
-    forms = [join(form, stack.key) for form in names.forms]
-    return LayerNames(forms + names.forms, join(names.seed_name, stack.key))
+    own = [join(name, stack.key) for name in names.all]
+    return LayerNames(own + names.all, join(names.seed_name, stack.key))
 
 
 def has_adapter(layer: nn.Module) -> bool:

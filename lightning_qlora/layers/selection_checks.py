@@ -85,15 +85,15 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
             f"target_modules={config.target_modules!r} names {name!r}, a {type(layers[name]).__name__}: {reason}. "
             "Name it in modules_to_save to train it in full."
         )
-    forms = {name: choice.names[id(layer)].forms for name, layer in layers.items()}
+    names_of = {name: choice.names[id(layer)].all for name, layer in layers.items()}
     for name, layer in layers.items():
         for stack in expert_parameters(layer):
-            forms[join(name, stack.key)] = names_of_stack(choice.names[id(layer)], stack).forms
+            names_of[join(name, stack.key)] = names_of_stack(choice.names[id(layer)], stack).all
     converted = [*choice.convert, *(name for name, layer in layers.items() if has_adapter(layer))]
     dense = choice.reasons(TRAIN, SKIP, WARN)
     for pattern in patterns_of(config):
-        names = layers if pattern.argument == "modules_to_save" else forms
-        matched = [name for name in names if pattern.match(forms[name])]
+        names = layers if pattern.argument == "modules_to_save" else names_of
+        matched = [name for name in names if pattern.match(names_of[name])]
         if pattern.argument in ("rank_pattern", "alpha_pattern"):
             if not set(matched) & set(converted):
                 reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
@@ -101,7 +101,7 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
                     f"{pattern.argument}: {pattern.text!r} fits none of the layers to convert: {converted}.{reasons}"
                 )
         elif not matched:
-            _refuse_pattern(pattern, getattr(config, pattern.argument), layers, forms)
+            _refuse_pattern(pattern, getattr(config, pattern.argument), layers, names_of)
 
 
 def _refuse_pattern(pattern: Pattern, value: Any, layers: Mapping[str, nn.Module], names: Iterable[str]) -> NoReturn:
@@ -131,12 +131,12 @@ def check_names_in_loaded_models(module: nn.Module, config: QLoRAConfig, choice:
             for pattern in patterns_of(config):
                 if not is_linear(layer) and pattern.argument != "modules_to_save":
                     continue
-                if pattern.match(names_in_model[id(layer)].forms):
+                if pattern.match(names_in_model[id(layer)].all):
                     continue
-                full_name = next((form for form in choice.names[id(layer)].forms if pattern.match([form])), None)
-                if full_name is not None:
+                matched = next((each for each in choice.names[id(layer)].all if pattern.match([each])), None)
+                if matched is not None:
                     raise ValueError(
-                        f"{pattern.argument}: {pattern.text!r} matches {full_name!r}, the name in the "
+                        f"{pattern.argument}: {pattern.text!r} matches {matched!r}, the name in the "
                         f"{type(module).__name__}, and not {name!r}, the name in the {type(model).__name__}. That "
                         "model was quantized while it loaded, so patterns must match the names in it: leave out the "
                         "attribute that holds it."

@@ -22,7 +22,7 @@ from lightning_qlora.layers.derived import Derived, derive, original_class, rest
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.kinds import is_packed
-from lightning_qlora.layers.names import LayerNames, inside, join, last_part, plain_name
+from lightning_qlora.layers.names import LayerNames, inside, join, last_part, without_wrappers
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import readable_parameter
 
@@ -196,7 +196,7 @@ def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
 
 def token_indices(module: nn.Module) -> dict[str, list[int]]:
     """Name of an embedding, without the names of wrappers -> the indices of its rows that train."""
-    return {plain_name(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
+    return {without_wrappers(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
 
 
 def merge_tokens(module: nn.Module) -> None:

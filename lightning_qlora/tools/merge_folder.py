@@ -25,8 +25,8 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import named, plain_name
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.names import named
+from lightning_qlora.layers.qlora_linear import base_layers
 from lightning_qlora.training.convert import convert_module
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -84,7 +84,7 @@ def merge_folder(
     with warnings.catch_warnings(), named(base_model):
         warnings.simplefilter("ignore")  # these warnings are about training
         convert_module(model, config)
-    layers = {plain_name(name): layer for name, layer in adapted_layers(model).items()}
+    layers = base_layers(model)
     fingerprints = dict(adapter.base_fingerprints)
     for name, bases in adapter.bases.items():
         layers[name].set_packed_weights(bases)

@@ -282,11 +282,11 @@ def _warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
         if is_linear(layer) and "weight" in layer._parameters:  # weight_norm stores others
             continue
         for key, parameter in layer._parameters.items():
-            full_name = join(name, key)
+            key = join(name, key)
             if parameter is None or parameter.ndim < 2 or parameter.requires_grad:
                 continue
-            if full_name not in choice.skip:
-                sizes[full_name] = parameter.numel()
+            if key not in choice.skip:
+                sizes[key] = parameter.numel()
     _, total, _ = count_parameters(module)
     share = sum(sizes.values()) / max(total, 1)
     if share > UNEXPECTED_SHARE:

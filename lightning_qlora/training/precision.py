@@ -29,7 +29,7 @@ from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import key_name, last_part, owner_name
+from lightning_qlora.layers.names import last_part, owner_name, without_wrappers
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.layers.slow_types import reason_for_fp32
@@ -208,9 +208,9 @@ class QLoRAPrecision(Precision):
 
     def convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         """Convert layers that replaced converted ones, if a state dict has adapters for them."""
-        adapters = {owner_name(key) for key in state_dict if last_part(key) == "lora_A"}
-        layers = {name for name, part in module.named_modules() if isinstance(part, LoRALayer)}
-        if conversion_of(module) is not None and not adapters <= set(map(key_name, layers)):
+        adapters = {without_wrappers(owner_name(key)) for key in state_dict if last_part(key) == "lora_A"}
+        layers = {without_wrappers(name) for name, part in module.named_modules() if isinstance(part, LoRALayer)}
+        if conversion_of(module) is not None and not adapters <= layers:
             forget_conversion(module)
             self.convert_module(module)
 

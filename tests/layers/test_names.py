@@ -47,7 +47,7 @@ def test_names_match_as_in_peft():
 
 
 @pytest.mark.parametrize(
-    ("root", "name", "forms", "seed_name"),
+    ("root", "name", "others", "seed_name"),
     [
         (lambda: toy("llama"), "model.layers.0.mlp.up_proj", [], "model.layers.0.mlp.up_proj"),
         (lambda: Lit(toy("llama")), "model.lm_head", ["lm_head"], "lm_head"),
@@ -76,11 +76,11 @@ def test_names_match_as_in_peft():
         (lambda: Net(net=torch.compile(stack())), "net._orig_mod.1.0", ["net.1.0", "1.0"], "1.0"),
     ],
 )
-def test_a_layer_has_a_name_in_each_module_around_it(root, name, forms, seed_name):
+def test_a_layer_has_a_name_in_each_module_around_it(root, name, others, seed_name):
     found = names(root(), name)
     assert found.seed_name == seed_name
-    assert found.forms[0] == name and set(found.forms) >= {name, *forms}
-    assert all(form == name or name.endswith("." + form) or "_orig_mod" in name for form in found.forms)
+    assert found.all[0] == name and set(found.all) >= {name, *others}
+    assert all(each == name or name.endswith("." + each) or "_orig_mod" in name for each in found.all)
 
 
 def test_a_model_gets_the_same_adapters_wherever_it_stands():

@@ -12,7 +12,7 @@ values decide about the power.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,26 +98,26 @@ def decoded(weight: PackedBytes, like: Tensor | Half, decode: Callable[[PackedBy
     return Half(decode(divided, torch.float16), power)
 
 
-def factor(matrix: Tensor | Half, like: Tensor | Half) -> Any:
+def factor(matrix: Any, like: Tensor | Half) -> Any:
     """A matrix as the factor of another one: rounded to its type, or a `Half` as it is."""
-    if isinstance(matrix, Half):
-        return matrix
-    return to_half(matrix) if isinstance(like, Half) else matrix.to(like.dtype)
+    if isinstance(like, Half):
+        return matrix if isinstance(matrix, Half) else to_half(matrix)
+    return matrix.to(like.dtype)
 
 
-def product(a: Tensor | Half, b: Tensor | Half, s: float = 1.0, out: Tensor | None = None) -> Tensor:
+def product(a: Tensor | Half, b: Any, s: float = 1.0, out: Tensor | None = None) -> Tensor:
     """s a b, b rounded as a is: a [m, k], b [k, n], in the type of a or of `Half` in fp32; `out`: where to write it."""
-    other = factor(b, a)
     if isinstance(a, Half):
-        return take_out(multiply(a.values, other.values, out), a.factor, other.factor).mul_(s)
-    return torch.addmm(_empty(a.dtype, a.device), a, other, beta=0, alpha=s, out=out)
+        b = factor(b, a)
+        return take_out(multiply(a.values, b.values, out), a.factor, b.factor).mul_(s)
+    return torch.addmm(_empty(a.dtype, a.device), a, b.to(a.dtype), beta=0, alpha=s, out=out)
 
 
-def add_product_(total: Tensor, a: Tensor | Half, b: Tensor | Half) -> Tensor:
+def add_product_(total: Tensor, a: Tensor | Half, b: Any) -> Tensor:
     """total += a b, summed in fp32 and rounded once; returns it."""
     if isinstance(a, Half):
         return total.add_(product(a, b))
-    return total.addmm_(a, cast(Tensor, b))
+    return total.addmm_(a, b)
 
 
 @cache

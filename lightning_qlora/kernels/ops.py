@@ -250,8 +250,7 @@ def lora_linear_backward(
     """The gradients of x (shaped like x; None if it is not needed), A and B."""
     with no_autocast(x):
         factors = as_factor(_rows(grad), lora), as_factor(_rows(x), lora)
-        grads = backend(x.device).linear_backward(*factors, xa, weight, lora, needs_x)
-    grad_x, grad_a, grad_b = grads
+        grad_x, grad_a, grad_b = backend(x.device).linear_backward(*factors, xa, weight, lora, needs_x)
     if grad_x is not None and x.dim() != 2:
         grad_x = grad_x.view(x.shape)
     return grad_x, grad_a, grad_b

@@ -110,6 +110,8 @@ def product(a: Tensor | Half, b: Any, s: float = 1.0, out: Tensor | None = None)
     if isinstance(a, Half):
         b = factor(b, a)
         return take_out(multiply(a.values, b.values, out), a.factor, b.factor).mul_(s)
+    if s == 1.0:
+        return torch.mm(a, b.to(a.dtype), out=out)
     return torch.addmm(_empty(a.dtype, a.device), a, b.to(a.dtype), beta=0, alpha=s, out=out)
 
 

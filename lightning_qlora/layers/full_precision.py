@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, in_fp32
+from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, cast_values, in_fp32
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.slow_types import IN_16_BITS
 from lightning_qlora.lightning_copies import classes
@@ -65,8 +65,9 @@ class FullPrecision(HeldTypes, Derived):
 
     def _tensors_in_fp32(self) -> Iterator[Tensor]:
         yield from super()._tensors_in_fp32()
-        tensors = self._buffers | self._parameters
-        yield from (tensors[key] for key in vars(self).get("types_before", {}) if tensors.get(key) is not None)
+        attributes = vars(self)
+        tensors = attributes["_buffers"] | attributes["_parameters"]
+        yield from (tensors[key] for key in attributes.get("types_before", {}) if tensors.get(key) is not None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module; a cast of the module casts what it computes in, too."""
@@ -118,11 +119,7 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[A
 
 def _cast_values(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
     """A tensor of one type in another, also in a tuple or list; other values, and losses, as they are."""
-    if isinstance(value, Tensor):
-        return value.to(after) if value.dtype is before and value.ndim else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast_values(each, before, after) for each in value)
-    return value
+    return cast_values(value, lambda tensor: tensor.to(after) if tensor.dtype is before and tensor.ndim else tensor)
 
 
 def train_in_full_precision(module: nn.Module) -> dict[str, int]:

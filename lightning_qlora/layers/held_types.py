@@ -95,10 +95,20 @@ class HeldTypes:
 
 def in_fp32(value: Any) -> Any:
     """A 16-bit tensor in fp32, also in a tuple or list; other values as they are."""
+    return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
+
+
+def cast_values(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor after a cast, also in a tuple or list; one in which nothing changes, and other values, as they are.
+
+    So a forward pass may append to a list of its caller.
+    """
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in IN_16_BITS else value
+        return cast(value)
     if type(value) in (tuple, list):
-        return type(value)(map(in_fp32, value))
+        values = [cast_values(each, cast) for each in value]
+        if any(new is not old for new, old in zip(values, value, strict=True)):
+            return type(value)(values)
     return value
 
 

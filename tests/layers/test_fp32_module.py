@@ -283,6 +283,24 @@ def test_values_in_16_bits_that_are_assigned_to_what_trains_are_held_in_fp32(fas
         module(torch.randn(2, 64).bfloat16()).sum().backward()
 
 
+class Collects(nn.Linear):
+    """A part that appends to a list of its caller, and returns one."""
+
+    def forward(self, x, outputs):
+        outputs.append(super().forward(x))
+        return outputs
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_forward_pass_appends_to_a_list_of_its_caller(fast):
+    part = Collects(64, 4).bfloat16()
+    module = nn.ModuleList([nn.Linear(64, 64), part]).bfloat16()
+    with torch.backends.mkldnn.flags(enabled=fast):
+        convert(module, r=1, target_modules=["0"], modules_to_save=["1"])
+        outputs = []
+        assert part(torch.randn(2, 64).bfloat16(), outputs) is outputs and len(outputs) == 1
+
+
 class In16Bits(Classifier):
     """It casts to a constant type, as code of a server does."""
 

@@ -128,9 +128,7 @@ def layers_that_are_only_read(base: nn.Module) -> list[str]:
     """Names of converted layers whose weight other code multiplied with, or read without calling the layer."""
     names = []
     for name, layer in adapted_layers(base).items():
-        if type(layer).forward is not QLoRALinear.forward:
-            continue
-        if layer.weight_was_called or (layer.weight_was_read and not layer.was_called):
+        if type(layer).forward is QLoRALinear.forward and layer.is_only_read:
             names.append(name)
     return names
 
@@ -227,7 +225,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     check_required_base(adapter, layers)
     for name, layer in layers.items():
         layer.stop_waiting()
-        layer.set_initial(None, None)
+        layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
         saved = adapter.layers.get(name)
         if saved is None:

@@ -12,7 +12,7 @@ subclass of its class.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import Matrix
 from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.qlora_linear import REPLACED
-from lightning_qlora.layers.readable_weight import Readable, readable_weight
+from lightning_qlora.layers.readable_weight import ReadableStack
 from lightning_qlora.layers.routed_experts import is_routed, join_rows, routed_forward, rows_of_experts
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
@@ -194,103 +194,6 @@ class _Unbound:
             self._parameters = parameters  # as long as these exist, no other has the same id and memory
             self._key = key
         return self._views
-
-
-class Expert(NamedTuple):
-    """One expert of a stack, as the source of a readable weight."""
-
-    stack: QLoRAExperts
-    matrix: Matrix
-
-    def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-        """Shape [out, in], type and device of the weight."""
-        shape, dtype, device = self.stack.weight_metadata()
-        return shape[1:], dtype, device
-
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        """The parameters that train."""
-        return self.stack.adapter_parameters()
-
-    @property
-    def _qlora_disabled(self) -> int:
-        return self.stack._qlora_disabled
-
-    def effective_weight(self) -> Tensor:
-        """W + s B A."""
-        return self.stack.effective_matrix(self.matrix)
-
-    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What `F.linear(x, weight, bias)` computes."""
-        return self.stack.compute(x, self.matrix, bias)
-
-
-class ReadableStack(Readable):
-    """What code gets when it reads a stack of experts: W + s B A of each, with gradients for every A and B."""
-
-    _experts: QLoRAExperts
-
-    @staticmethod
-    def __new__(
-        cls, experts: QLoRAExperts, shape: tuple[int, ...] | None = None, detached: bool = False
-    ) -> "ReadableStack":
-        """A tensor with the shape, type and device of the parameter, and no memory."""
-        _, dtype, device = experts.weight_metadata()
-        trains = torch.is_grad_enabled() and not (detached or experts._qlora_disabled)
-        requires_grad = trains and any(parameter.requires_grad for parameter in experts.adapter_parameters())
-        stack: ReadableStack = Tensor._make_wrapper_subclass(
-            cls, shape or experts.weight_shape, dtype=dtype, device=device, requires_grad=requires_grad
-        )
-        stack._experts = experts
-        stack._is_detached = detached
-        return stack
-
-    def values(self) -> Tensor:
-        """The effective weights."""
-        return self._experts.effective_weight().view(self.shape)
-
-    def detach(self) -> "ReadableStack":
-        """The same without a gradient."""
-        return ReadableStack(self._experts, tuple(self.shape), detached=True)
-
-    def _weight(self, matrix: Matrix) -> Tensor:
-        weight = readable_weight(Expert(self._experts, matrix), self._experts._transposed)
-        return weight.detach() if self._is_detached else weight
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        stack: Any = args[0] if args else None
-        if isinstance(stack, ReadableStack):
-            experts = stack._experts
-            count = len(experts)
-            rows, columns = experts.expert_shape
-            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return stack._weight(experts.matrix(range(count)[int(args[1])]))
-            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
-                weights = [stack._weight(matrix) for matrix in experts.matrices()]
-                if func is Tensor.__iter__:
-                    return iter(weights)
-                return tuple(weights)
-            if func in (Tensor.view, Tensor.reshape) and experts.flat:
-                sizes = args[1:]
-                if not isinstance(args[1], int):
-                    sizes = args[1]
-                if tuple(sizes) in ((-1, rows, columns), (count, rows, columns)):
-                    return ReadableStack(experts, (count, rows, columns), stack._is_detached)
-        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts._transposed:
-            x = args[0]
-            experts = args[1]._experts
-            ends = torch.arange(1, len(experts) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
-            return experts(x.flatten(0, 1), ends).view(len(experts), -1, experts.out_features)
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _is_number(index: Any) -> bool:
-    """Whether an index is the number of an expert. Booleans, and bytes in a tensor, are masks for torch."""
-    if isinstance(index, Tensor):
-        is_mask = index.dtype in (torch.bool, torch.uint8)
-        return index.ndim == 0 and not index.dtype.is_floating_point and not is_mask
-    return isinstance(index, int) and not isinstance(index, bool)
 
 
 def _restore_order(entries: dict[str, Any], names: list[str]) -> None:

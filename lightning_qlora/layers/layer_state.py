@@ -80,7 +80,7 @@ class SavedLayer(LoRALayer):
             self.stop_waiting()
         elif initial is not None:
             self.set_adapter(*initial)
-            self.set_initial(*initial)
+            self.set_initial(initial)
         elif self.input_statistics is None:
             warnings.warn(
                 f"{self.full_name}: the loaded state dict was saved before the calibration of the adapter "
@@ -204,8 +204,8 @@ def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tup
                 f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
                 f"rank {lora_a.shape[-2]}."
             )
-        initial = [state_dict.pop(prefix + key, None) for key in INITIAL]
-        layer.set_initial(*(None if value is None else value.contiguous() for value in initial))
+        initial = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
+        layer.set_initial(initial if len(initial) == len(INITIAL) else None)
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     has_weight = _load_weight(layer, state_dict, prefix, with_adapter)
     if prefix + "bias" in state_dict and not has_weight and not with_adapter:

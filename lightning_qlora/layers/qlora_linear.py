@@ -206,7 +206,7 @@ def use_base_of_rank_0(module: nn.Module) -> None:
             continue
         weights, initial = values
         layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
-        layer.set_initial(*(initial or (None, None)))
+        layer.set_initial(initial)
         if layer.input_statistics is not None:
             layer.input_statistics.leave_to_another_rank()
 

@@ -136,7 +136,7 @@ class Calibration:
         for layer in layers:
             if any(error is not None for error in errors):
                 layer.set_adapter(lora_a, lora_b)
-            layer.set_initial(lora_a, lora_b)
+            layer.set_initial((lora_a, lora_b))
             for parameter in layer.adapter_parameters():
                 parameter.grad = None  # the optimizer's step skips it
         computed = [error for error in errors if error is not None]

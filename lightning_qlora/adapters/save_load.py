@@ -34,6 +34,7 @@ from lightning_qlora.checks import check_choice, first_of, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, last_part, owner_name, without_wrappers
@@ -224,7 +225,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     _check_fits(base, layers, adapter)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
-        layer.stop_waiting()
+        stop_waiting(layer)
         layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
         saved = adapter.layers.get(name)

@@ -1,8 +1,8 @@
 """DoRA (Liu et al. 2024, equation 5): y = g (x W^T + s (drop(x) A^T) B^T) + bias with g = m / ||W + s B A||, by rows.
 
 g acts before the sum is rounded: it multiplies the fp32 scales of the blocks of W and the rows of B, and the op of the
-layer computes the rest with its one rounding (`kernels/reference.py`). The norm counts as a constant in the gradient
-(section 4.3):
+layer computes the rest with its one rounding (`kernels/reference.py`). PEFT computes g x W^T as x W^T + (g - 1) drop(x)
+W^T: equal on average, with a second product with W. The norm counts as a constant in the gradient (section 4.3):
 
     dm = 1 / ||W + s B A|| * sum over rows of dY (x W^T + s xa B^T) = 1 / m * sum over rows of dY (y - bias)
 """

@@ -11,7 +11,7 @@ only if code reads it in a way that is not in this list. The module that held th
 subclass of its class.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,13 @@ from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.lora_layer import Matrix
 from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import ReadableStack
 from lightning_qlora.layers.routed_experts import is_routed, join_rows, routed_forward, rows_of_experts
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
+VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
 
 
 class QLoRAExperts(SavedLayer):
@@ -142,19 +142,31 @@ class QLoRAExperts(SavedLayer):
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return y if has_autocast(x.device.type) else y.to(x.dtype)
 
-    def matrix(self, number: int) -> Matrix:
-        """One matrix, for code that reads them one after the other."""
+    def _split_adapter(self) -> list[Sequence[Tensor]]:
+        """As in LoRALayer, with the same views until a parameter changes.
+
+        Autograd stacks the gradients of the views of one `unbind` once. With views of its own, each expert that code
+        reads would get a gradient of the size of the whole stack.
+        """
         parameters = self.adapter_parameters()
-        is_plain = all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters)
-        if not is_plain or not torch.is_grad_enabled() or not is_eager(self.packed, parameters[0]):
-            (matrix,) = self.matrices([number])
-            return matrix
-        unbound = self.__dict__.setdefault("_unbound", _Unbound())
-        lora_a, lora_b, *magnitude = (views[number] for views in unbound.of(parameters))
-        return Matrix(self.whole_bytes.expert(number), lora_a, lora_b, magnitude[0] if magnitude else None, number)
+        if not is_eager(self.packed, parameters[0]) or not torch.is_grad_enabled():
+            return super()._split_adapter()
+        if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
+            return super()._split_adapter()
+        key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        cached: tuple[Any, list[Sequence[Tensor]], Any] | None = self.__dict__.get(VIEWS)
+        if cached is None or cached[0] != key:
+            # With the parameters: as long as they exist, no other has the same id and memory.
+            cached = key, [parameter.unbind() for parameter in parameters], parameters
+            self.__dict__[VIEWS] = cached
+        return cached[1]
+
+    def __getstate__(self) -> Any:
+        """Without the views, which torch does not copy."""
+        return {key: value for key, value in super().__getstate__().items() if key != VIEWS}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRAExperts":
-        self.__dict__.pop("_unbound", None)  # its views would keep the memory of another device
+        self.__dict__.pop(VIEWS, None)  # they would keep the memory of another device
         super()._apply(fn, recurse)
         return self
 
@@ -169,31 +181,6 @@ class QLoRAExperts(SavedLayer):
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""
         return f"experts={len(self)}, {super().extra_repr()}"
-
-
-class _Unbound:
-    """The matrices of a stack's adapter as views of its parameters. A copy or a pickle of it is empty."""
-
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._parameters: list[nn.Parameter] = []
-        self._views: list[tuple[Tensor, ...]] = []
-
-    def __reduce__(self) -> Any:
-        return _Unbound, ()
-
-    def of(self, parameters: list[nn.Parameter]) -> list[tuple[Tensor, ...]]:
-        """The views of each parameter: the same ones until it changes.
-
-        Autograd stacks the gradients of the views of one `unbind` once. With views of their own, each expert would get
-        a gradient of the size of the whole stack.
-        """
-        key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
-        if self._key != key:
-            self._views = [parameter.unbind() for parameter in parameters]
-            self._parameters = parameters  # as long as these exist, no other has the same id and memory
-            self._key = key
-        return self._views
 
 
 def _restore_order(entries: dict[str, Any], names: list[str]) -> None:

@@ -91,5 +91,12 @@ def wait_for_inputs(layer: Any, dense_weight: Tensor) -> None:
     statistics.join(layer)
     if previous is not None:  # the copies keep the weight that this layer had
         previous.calibration.add(statistics, layer.full_name)
-        layer.stop_waiting()
+        stop_waiting(layer)
     layer.input_statistics = statistics
+
+
+def stop_waiting(layer: Any) -> None:
+    """Let a layer wait for no inputs any more: its adapter has its values."""
+    statistics = vars(layer).pop("input_statistics", None)  # absent, which torch.compile guards on
+    if statistics is not None:
+        statistics.leave(layer)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qlora.checks import shown
 from lightning_qlora.layers.dtensor import gather, is_sharded
+from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import BASE
@@ -77,7 +78,7 @@ class SavedLayer(LoRALayer):
         """
         needs_data = self.config.init_kind.needs_data
         if not needs_data or self.initial is not None or gather(self.lora_B).any():
-            self.stop_waiting()
+            stop_waiting(self)
         elif initial is not None:
             self.set_adapter(*initial)
             self.set_initial(initial)

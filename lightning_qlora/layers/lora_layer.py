@@ -2,13 +2,12 @@
 
     y = x W^T + s (drop(x) A^T) B^T
 
-Dropout acts on the input of the adapter alone. With DoRA, PEFT computes g x W^T as x W^T + (g - 1) drop(x) W^T: equal
-on average, with a second product with W. A `QLoRALinear` has one matrix W with its adapter, a `QLoRAExperts` one for
-each expert.
+Dropout acts on the input of the adapter alone. A `QLoRALinear` has one matrix W with its adapter, a `QLoRAExperts` one
+for each expert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +41,10 @@ class Matrix(NamedTuple):
     magnitude: Tensor | None = None
     number: int = 0  # in a stack
 
+    def product(self, scaling: float) -> Tensor:
+        """s B A, [out, in], fp32."""
+        return scaling * (self.lora_b.float() @ self.lora_a.float())
+
 
 class LoRALayer(WithAdapter, PackedLayer):
     """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
@@ -49,9 +52,8 @@ class LoRALayer(WithAdapter, PackedLayer):
     The tensors of a stack have a first dimension for the experts.
     """
 
-    if TYPE_CHECKING:  # else they were names that a class of the user's layers must not have
-        in_features: int
-        out_features: int
+    in_features: int
+    out_features: int
     lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type
     lora_B: nn.Parameter  # [out, r], fp32
     lora_magnitude_vector: nn.Parameter | None  # [out], fp32, with DoRA
@@ -114,12 +116,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         if self.input_statistics is not None:
             self.input_statistics.join(self)
 
-    def stop_waiting(self) -> None:
-        """Wait for no inputs any more: the adapter has its values."""
-        statistics = vars(self).pop("input_statistics", None)  # absent, which torch.compile guards on
-        if statistics is not None:
-            statistics.leave(self)
-
     def add_input(self, number: int, x: Tensor) -> None:
         """Count an input of a matrix, in training, if the adapter waits for it."""
         statistics = self.input_statistics
@@ -128,16 +124,14 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     def reset_adapter(self) -> None:
         """Set A to random values and B to 0, which need no float weight."""
-        numbers = range(self.matrix_count)
         sizes = self.in_features, self.out_features
-        adapters = [initialization.random_adapter(*sizes, self.config, self.seed_name_of(number)) for number in numbers]
+        names = map(self.seed_name_of, range(self.matrix_count))
+        adapters = [initialization.random_adapter(*sizes, self.config, name) for name in names]
         self.set_adapter(*(self.join_matrices(values) for values in zip(*adapters, strict=True)))
 
     def seed_name_of(self, number: int) -> str:
         """The name that the seed of a matrix is made from."""
-        if self.is_stack:
-            return f"{self.seed_name}.{number}"
-        return self.seed_name
+        return f"{self.seed_name}.{number}" if self.is_stack else self.seed_name
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
@@ -157,24 +151,22 @@ class LoRALayer(WithAdapter, PackedLayer):
     @property
     def initial(self) -> tuple[Tensor, Tensor] | None:
         """`initial_A` and `initial_B`; None if training began with B = 0, or from values of another module."""
-        if self.initial_A is None or self.initial_B is None:
-            return None
-        return self.initial_A, self.initial_B
+        return None if self.initial_A is None or self.initial_B is None else (self.initial_A, self.initial_B)
 
     def matrices(self, numbers: Sequence[int] | None = None) -> list[Matrix]:
         """The matrices of these numbers, None: all; of a sharded layer gathered, so all ranks must ask for them."""
         weight = self.whole_bytes
-        adapter = [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
+        adapter = self._split_adapter()
         matrices = []
-        if numbers is None:
-            numbers = range(len(adapter[0]))
-        for number in numbers:
+        for number in range(self.matrix_count) if numbers is None else numbers:
             lora_a, lora_b, *magnitude = (values[number] for values in adapter)
-            base = weight
-            if self.is_stack:
-                base = weight.expert(number)
+            base = weight.expert(number) if self.is_stack else weight
             matrices.append(Matrix(base, lora_a, lora_b, magnitude[0] if magnitude else None, number))
         return matrices
+
+    def _split_adapter(self) -> list[Sequence[Tensor]]:
+        """The values of each parameter for each matrix."""
+        return [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
 
     def write(self, name: str, value: Tensor) -> None:
         """Set a parameter of the adapter, and create it if it does not exist."""
@@ -192,9 +184,8 @@ class LoRALayer(WithAdapter, PackedLayer):
 
         It is quantized on `device`, None: that of the layer.
         """
-        rows = [
-            self._as_stored(dense.detach()).to(device or self.packed.device) for dense in self.split_matrices(weight)
-        ]
+        device = device or self.packed.device
+        rows = [self._as_stored(dense.detach()).to(device) for dense in self.split_matrices(weight)]
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
     def check_can_disable(self) -> None:
@@ -221,10 +212,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         """Rank of the adapter."""
         return self.lora_A.shape[-2]
 
-    def product(self, matrix: Matrix) -> Tensor:
-        """s B A, [out, in], fp32."""
-        return self.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
-
     def effective_weight(self) -> Tensor:
         """W + s B A, with DoRA g (W + s B A), [out, in], differentiable in the adapter.
 
@@ -240,7 +227,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         with torch.autocast(self.packed.device.type, enabled=False):
-            total = base.float() + self.product(matrix)
+            total = base.float() + matrix.product(self.scaling)
         if matrix.magnitude is not None:
             total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)

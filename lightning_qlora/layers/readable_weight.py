@@ -251,7 +251,8 @@ class ReadableStack(Readable):
         if isinstance(stack, ReadableStack):
             experts = stack._source
             if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return stack._expert(experts.matrix(range(len(experts))[int(args[1])]))
+                (matrix,) = experts.matrices([range(len(experts))[int(args[1])]])
+                return stack._expert(matrix)
             if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
                 weights = [stack._expert(matrix) for matrix in experts.matrices()]
                 return iter(weights) if func is Tensor.__iter__ else tuple(weights)

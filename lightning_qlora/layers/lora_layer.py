@@ -180,10 +180,7 @@ class LoRALayer(WithAdapter, PackedLayer):
                 parameter.copy_(shard_like(value, parameter))
 
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
-        """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config.
-
-        It is quantized on `device`, None: that of the layer.
-        """
+        """Quantize a float weight of the shape of `weight` on `device`, None: that of the layer: the new base."""
         device = device or self.packed.device
         rows = [self._as_stored(dense.detach()).to(device) for dense in self.split_matrices(weight)]
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])

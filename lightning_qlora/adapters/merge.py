@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.adapters.conversion import forget_conversion, mark_as_merged
-from lightning_qlora.adapters.module_state import check_finite
+from lightning_qlora.adapters.module_adapter import check_finite
 from lightning_qlora.checks import check_choice, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops

@@ -210,7 +210,7 @@ def _like(matrix: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> Factors:
     return u.to(matrix.device), sigma.to(matrix.device), v.to(matrix.device)
 
 
-# Name in `config.INITIALIZATIONS` -> what computes the base and the adapter.
+# Name in `INITIALIZATIONS` -> what computes the base and the adapter.
 STARTS: dict[str, Callable[[Tensor, QLoRAConfig, str], Start]] = {
     "default": _random,
     "gaussian": _random,

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
-from lightning_qlora.adapters.peft_folder import BASE, CHECKSUMS, CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import BASE, CHECKSUMS, WEIGHTS_FILE, read_adapter, write_adapter
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig
 from tests.adapters.test_peft_folder import adapter
 from tests.toys import perturb

@@ -1,9 +1,9 @@
-"""Run by test_twin.py as two ranks: actions on a module and its dense twin.
+"""Run by test_twin.py as two or three ranks: actions on a module and its dense twin.
 
-    twin_ranks.py MODE KIND RANK FILE
+    twin_ranks.py MODE KIND RANKS RANK FILE
 
 MODE "apart": each rank does the actions in an order of its own, so anything collective ends in a timeout. "raise": rank
-1 raises in the middle, and the other one goes on. "ddp": both do the same actions on batches of their own, and DDP
+1 raises in the middle, and the others go on. "ddp": all do the same actions on batches of their own, and DDP
 averages the gradients of both the module and its twin. FILE is where the ranks meet.
 """
 
@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.conftest import run_rank
 from tests.test_twin import ACTIONS, KINDS, Interrupted, Pair
 
-# In them gradients are not those of a backward pass of the whole module, or a Trainer starts DDP itself.
-ALONE = {"functional", "recompute", "fit", "interrupted_backward", "interrupted_forward", "lightning_checkpoint"}
+RUNS = {"fit", "resume_fit"}  # all ranks begin a run together, and compare their bases
+# In them gradients are not those of a backward pass of the whole module.
+ALONE = {"functional", "recompute", "interrupted_backward", "interrupted_forward", "lightning_checkpoint"}
 
 
 class PairOfRanks(Pair):
@@ -27,7 +28,7 @@ class PairOfRanks(Pair):
 
     def batch(self):
         self.batches += 1
-        return self.kind.batch(2 * self.batches + dist.get_rank())
+        return self.kind.batch(dist.get_world_size() * self.batches + dist.get_rank())
 
     def loss(self, module, batch, call=None):
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -41,11 +42,11 @@ class PairOfRanks(Pair):
         return super().loss(module, batch, wrapper)
 
 
-def main(mode, kind, rank, file):
+def main(mode, kind, ranks, rank, file):
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=int(rank), world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(ranks), timeout=timedelta(seconds=120)
     )
-    titles = [title for title in ACTIONS if mode != "ddp" or title not in ALONE]
+    titles = [title for title in ACTIONS if title not in RUNS and (mode != "ddp" or title not in ALONE)]
     random.Random(0 if mode == "ddp" else int(rank)).shuffle(titles)
     pair = (PairOfRanks if mode == "ddp" else Pair)(KINDS[kind])
     for number, title in enumerate(titles):

@@ -18,8 +18,8 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.merge import round_stochastically
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder

@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import QLoRAPrecision, convert, merge, quantize, save_adapter
-from lightning_qlora.adapters.save_load import get_adapter
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dora import dora_scale
 from tests.conftest import loader

@@ -372,7 +372,8 @@ def lora_up(
     """
     m, n = out.shape
     r = w.shape[1]
-    tile = _tile("lora_up", h, m, r)
+    # What is added to takes registers, so its tiles are smaller.
+    tile = _tile("lora_up" if factors is None else "lora_up_add", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
         return _up_by_torch(h, w, out, s, p, seed, factors)
     mask, scale = dropout_arguments(p, seed, h.device)

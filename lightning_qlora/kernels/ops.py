@@ -20,8 +20,8 @@ from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.backends import backend, has_kernels
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.quantization.blockwise import NESTED_BLOCK_SIZE, dequantize_absmax
-from lightning_qlora.quantization.packed_weight import FLOATS, PackedBytes, PackedWeight, aligned, check_bytes
+from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE, dequantize_absmax
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, aligned, check_bytes
 
 
 def quantize(
@@ -250,8 +250,7 @@ def lora_linear_backward(
     """The gradients of x (shaped like x; None if it is not needed), A and B."""
     with no_autocast(x):
         factors = as_factor(_rows(grad), lora), as_factor(_rows(x), lora)
-        grads = backend(x.device).linear_backward(*factors, xa, weight, lora, needs_x)
-    grad_x, grad_a, grad_b = grads
+        grad_x, grad_a, grad_b = backend(x.device).linear_backward(*factors, xa, weight, lora, needs_x)
     if grad_x is not None and x.dim() != 2:
         grad_x = grad_x.view(x.shape)
     return grad_x, grad_a, grad_b

@@ -29,10 +29,11 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
+from lightning_qlora.kernels.triton.dropout import dropout
 from lightning_qlora.kernels.triton.grouped import Group
 from lightning_qlora.kernels.triton.half import to_half
 from lightning_qlora.kernels.triton.linear import add_matmul_
-from lightning_qlora.kernels.triton.lora_products import dropout, lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 from lightning_qlora.quantization.packed_weight import stack_bytes
 

@@ -15,7 +15,7 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import LayerNames, join, without_wrappers
 from lightning_qlora.layers.provenance import LOADED, OUTPUT_EMBEDDINGS, get_output_embeddings, transformers_models
 from lightning_qlora.layers.qlora_linear import MEMBERS
-from lightning_qlora.quantization.packed_weight import FLOATS
+from lightning_qlora.quantization.blockwise import FLOATS
 
 ROUTERS = ("gate", "router")
 FROZEN = "frozen by the module"

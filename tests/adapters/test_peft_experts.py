@@ -227,7 +227,8 @@ def test_the_arguments_that_convert_the_layers_of_a_folder(tmp_path):
 
 
 def test_adapters_of_experts_are_shown_and_written_again(tmp_path):
-    save_adapter(converted(toys.qwen3_moe, target_modules=["q_proj"]), tmp_path / "a")
+    save_adapter(converted(toys.qwen3_moe, target_modules=["q_proj"], rank_pattern={"q_proj": 3}), tmp_path / "a")
+    assert ("rank", "2 (x4), 3 (x2)") in inspect_path(tmp_path / "a")
     assert any("x2" in value and value.startswith("6:") for _, value in inspect_path(tmp_path / "a"))
     write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
     assert_same_folders(tmp_path / "a", tmp_path / "b")

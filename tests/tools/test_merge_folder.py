@@ -384,3 +384,9 @@ def test_experts_beside_linear_layers(build, kind, tmp_path):
         base = layer.decode() if kind == "quantized" else weights[key]
         delta = layer._as_stored(layer.scaling * layer.lora_B @ layer.lora_A).detach()
         torch.testing.assert_close(merged[key], base + delta)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "base"])
+def test_wrong_choices_are_named_before_anything_is_read(argument, tmp_path):
+    with pytest.raises(ValueError, match=f"{argument}='int8': must be one of"):
+        merge_folder(tmp_path, None, tmp_path / "out", **{argument: "int8"})

@@ -135,7 +135,7 @@ def test_a_dense_state_loads_into_converted_experts():
     pairs = zip(expert_stacks(converted), expert_stacks(dense), strict=True)
     assert all(torch.equal(a.decode(), b.decode()) for (*_, a), (*_, b) in pairs)
     wrong = {"model.layers.0.mlp.experts.down_proj": torch.zeros(6, 64, 31)}
-    with pytest.raises(CheckpointMismatchError, match=r"down_proj: has shape \[6, 64, 31\]"):
+    with pytest.raises(CheckpointMismatchError, match=r"down_proj: its weight has shape \[6, 64, 31\]"):
         converted.load_state_dict(wrong, strict=False)
 
 

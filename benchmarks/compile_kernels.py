@@ -29,10 +29,11 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
+from lightning_qlora.kernels.triton.dropout import dropout
 from lightning_qlora.kernels.triton.grouped import Group
 from lightning_qlora.kernels.triton.half import to_half
 from lightning_qlora.kernels.triton.linear import add_matmul_
-from lightning_qlora.kernels.triton.lora_products import dropout, lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
@@ -150,23 +151,25 @@ def _half_cases(target: str) -> Iterator[Case]:
         per_thread = tile["SIZE"] / threads
         yield Case("largest of fp32", partial(to_half, x), per_thread, 12, place=0)
         yield Case("fp32 to fp16 and a power of two", partial(to_half, x), per_thread, 12)
-        if not _tiles("lora_up", target):  # torch multiplies, and one launch adds the sums
+        if not _tiles("lora_up_add", target):  # torch multiplies, and one launch adds the sums
             for p in (0.0, 0.1):
                 name = f"sum of two products{', dropout' * bool(p)}"
-                yield Case(name, _lora("lora_up", 64, 64, HALF, p), tile["SIZE"] / threads, 12 + 24 * bool(p))
+                yield Case(name, _lora("lora_up_add", 64, 64, HALF, p), tile["SIZE"] / threads, 12 + 24 * bool(p))
 
 
 def _lora_cases(target: str) -> Iterator[Case]:
     # The hash of the dropout mask takes about 21 instructions per element.
-    budgets = {"lora_down": (22, 9), "lora_up": (38, 13), "lora_gradients": (9, 9)}
+    # `lora_up_add` also loads, scales and adds an fp32 number for each element.
+    budgets = {"lora_down": (22, 9), "lora_up": (38, 14), "lora_up_add": (38, 23), "lora_gradients": (9, 9)}
     for kernel, (few, many) in budgets.items():
         for tile, threads in _tiles(kernel, target):
             m, elements = tile.get("up_to", 4096), tile["M"] * tile.get("K", tile.get("N", 0)) / threads
-            for kind, r, p in product(KINDS, (16, 64), (0.0, 0.1)):
+            kinds = (HALF,) if kernel == "lora_up_add" else KINDS
+            for kind, r, p in product(kinds, (16, 64), (0.0, 0.1)):
                 yield Case(
                     f"{kernel} {_name(kind)}, {m} rows, rank {r}{', dropout' * bool(p)}, per element",
                     _lora(kernel, m, r, kind, p), elements, (few if m <= 16 else many) + 24 * bool(p),
-                    loop=kernel != "lora_up", short=kind == torch.bfloat16 and r == 64,
+                    loop=not kernel.startswith("lora_up"), short=kind == kinds[0] and r == 64,
                 )  # fmt: skip
 
 
@@ -177,8 +180,9 @@ def _lora(kernel: str, m: int, r: int, kind: Kind, p: float) -> Callable[[], obj
         a = _matrix(r, 512, HALF)
     if kernel == "lora_down":
         return partial(lora_down, x, a, p=p, seed=seed)
-    if kernel == "lora_up":
-        out, factors = (torch.zeros(m, 512), (torch.ones(1), torch.ones(1))) if kind == HALF else (x, None)
+    if kernel.startswith("lora_up"):
+        out = torch.zeros(m, 512) if kind == HALF else x
+        factors = (torch.ones(1), torch.ones(1)) if kernel == "lora_up_add" else None
         return partial(lora_up, h, a.T, out, p=p, seed=seed, factors=factors)
     return partial(lora_gradients, h, x, grad_a, h, x, torch.zeros(512, r), 1.0, p, seed)
 

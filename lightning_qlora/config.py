@@ -7,13 +7,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
     check_auto,
     check_bool,
     check_choice,
-    check_dict,
     check_integer,
     check_names,
     check_number,
@@ -22,6 +21,13 @@ from lightning_qlora.checks import (
     check_token_indices,
     refuse_unknown_arguments,
     shown,
+)
+from lightning_qlora.initializations import (
+    INITIALIZATIONS,
+    InitKind,
+    InitLoRAWeights,
+    check_initialization,
+    split_name,
 )
 
 C = TypeVar("C")
@@ -32,7 +38,6 @@ T = TypeVar("T")
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
-InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"] | str  # or "pissa_niter_16"
 Checkpoint = Literal["adapter", "full"]
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]  # of the weights that a merge writes
 OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state `estimate_memory` counts
@@ -45,24 +50,6 @@ MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-class InitKind(NamedTuple):
-    """What an initialization of adapters means for other files; `layers/initialization.py` computes it."""
-
-    keeps_initial: bool = False  # A and B are computed from the float weight, and checkpoints hold what they began with
-    moves_weight: bool = False  # a large part of the weight is in the adapter: the base is not the pretrained model
-    changes_base: int | None = None  # from this number of iterations on, the base is not quantize(W)
-    needs_data: bool = False  # A and B are computed in the first step
-    exact: bool = True  # all values have the same bits on every machine; those of an SVD do not
-    iterates: bool = False  # takes loftq_config
-
-
-INITIALIZATIONS = {  # names of init_lora_weights
-    "default": InitKind(),
-    "gaussian": InitKind(),
-    "loftq": InitKind(keeps_initial=True, changes_base=2, exact=False, iterates=True),
-    "pissa": InitKind(keeps_initial=True, moves_weight=True, changes_base=1, exact=False, iterates=True),
-    "calibrated": InitKind(keeps_initial=True, needs_data=True, exact=False),
-}
 EMPTY = {  # argument -> type of the empty value that None stands for
     "exclude_modules": list,
     "modules_to_save": list,
@@ -192,7 +179,7 @@ class QLoRAConfig:
                 f"target_modules={self.target_modules!r}: a regular expression can't contain 'all-linear'. For all "
                 "linear layers and others use a list, such as ['all-linear', 'lm_head']."
             )
-        self._check_initialization()
+        check_initialization(self.init_lora_weights, self.loftq_config)
         check_auto("paged_optimizer", self.paged_optimizer)
         check_auto("deferred_logits", self.deferred_logits)
         if self.adapter is not None:
@@ -211,24 +198,6 @@ class QLoRAConfig:
         defaults = vars(QLoRAConfig())
         arguments = [f"{name}={value!r}" for name, value in vars(self).items() if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(arguments)})"
-
-    def _check_initialization(self) -> None:
-        method = self.init_lora_weights
-        loftq_config = self.loftq_config or {}
-        if not (isinstance(method, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", method)):
-            check_choice("init_lora_weights", method, (*INITIALIZATIONS, "pissa_niter_16"))
-        check_dict("loftq_config", loftq_config)
-        for key, value in loftq_config.items():
-            check_choice("key of loftq_config", key, ("loftq_iter", "loftq_bits"))
-            check_integer(f"loftq_config[{key!r}]", value, at_least=1)
-            if key == "loftq_bits":
-                check_choice("loftq_config['loftq_bits']", value, (4,))
-        if loftq_config and not self.init_kind.iterates:
-            names = " and ".join(repr(name) for name, kind in INITIALIZATIONS.items() if kind.iterates)
-            raise ValueError(
-                f"loftq_config={loftq_config!r}: is used only by init_lora_weights={names}, not by {method!r}. Leave "
-                "it out, or set init_lora_weights."
-            )
 
     @property
     def all_linear(self) -> bool:
@@ -271,7 +240,7 @@ class QLoRAConfig:
     @property
     def initialization(self) -> str:
         """`init_lora_weights` without the number of iterations."""
-        return self.init_lora_weights.partition("_niter_")[0]
+        return split_name(self.init_lora_weights)[0]
 
     @property
     def init_kind(self) -> InitKind:
@@ -292,10 +261,7 @@ class QLoRAConfig:
     @property
     def pissa_iterations(self) -> int | None:
         """Power iterations of PiSSA's SVD; None: an exact SVD."""
-        number = self.init_lora_weights.partition("_niter_")[2]
-        if not number:
-            return None
-        return int(number)
+        return split_name(self.init_lora_weights)[1]
 
     @property
     def loftq_iterations(self) -> int:

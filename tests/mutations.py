@@ -2,19 +2,20 @@
 
     make mutations N=100 SEED=1
 
-The first run records which tests execute which line (one run of all tests, with coverage.py); later runs use the record
-as long as the package and the tests stay as they are. Each mutant runs the tests that execute its line, the quickest
-first, until one fails. mutmut and cosmic-ray do not fit: the one calls each function through another, which
-torch.compile, Triton and `inspect` see, and the other runs the whole command of the tests for each mutant.
+The first run records with coverage.py which tests execute which line. Later runs record only the files of tests that
+have changed since, and find the lines of the package by a diff. Each mutant runs the tests that execute its line, the
+quickest first, until one fails that passes without the mutant. The work is done on a copy of the repository. mutmut
+and cosmic-ray do not fit: the one calls each function through another, which torch.compile, Triton and `inspect` see,
+and the other runs the whole command of the tests for each mutant.
 """
 
 import argparse
 import ast
 import copy
-import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,8 @@ import time
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
+from difflib import SequenceMatcher
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -31,7 +34,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "lightning_qlora"
-RECORD = ROOT / "outputs" / "mutations"
+RECORD = ROOT / "outputs" / "mutations.json"
 COVERAGE = """[run]
 source = lightning_qlora
 parallel = true
@@ -41,6 +44,8 @@ patch = _exit
 """  # processes that a test starts have its name, and some end with os._exit
 # Mutants that change nothing: path, the line, what stands in its place -> why. At most five.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
+BATCHES = (8, 64, sys.maxsize)  # most mutants fail a quick test, before the other files of tests are imported
+PASSES, FAILS, TOO_LONG = "passes", "fails", "too long"
 
 
 class Mutant(NamedTuple):
@@ -48,23 +53,24 @@ class Mutant(NamedTuple):
 
     Attributes:
         path: Of the file.
-        lines: Where to look for tests that execute it: its line, its statement's, that of each block around it.
+        lines: Where to look for tests that execute it: its line, its statement's, that of each block of its function.
+        once: Whether only the first test executes it: when the file is imported, or in a function with a cache.
         span: First and last byte in the file.
         text: What stands there instead.
     """
 
     path: str
     lines: tuple[int, ...]
+    once: bool
     span: tuple[int, int]
     text: str
 
-    def source(self) -> str:
-        original = (ROOT / self.path).read_bytes()
-        return (original[: self.span[0]] + self.text.encode() + original[self.span[1] :]).decode()
+    def applied(self, content: bytes) -> bytes:
+        return content[: self.span[0]] + self.text.encode() + content[self.span[1] :]
 
-    def diff(self) -> str:
-        before = (ROOT / self.path).read_text().splitlines()
-        after = self.source().splitlines()
+    def diff(self, content: bytes) -> str:
+        before = content.decode().splitlines()
+        after = self.applied(content).decode().splitlines()
         first = next(i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1])
         last = 1
         while before[-last] == after[-last]:
@@ -114,190 +120,264 @@ def changed(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
                 yield node, ast.unparse(ast.Call(node.func, node.args, others))
 
 
-def mutants(path: Path) -> list[Mutant]:
+def mutants(path: str, content: bytes) -> list[Mutant]:
     """All mutants of a file: not of annotations, messages, and what only a type checker reads."""
-    content = path.read_bytes()
     starts = [0]
     for line in content.split(b"\n"):
         starts.append(starts[-1] + len(line) + 1)
     found = []
 
-    def visit(node: ast.AST, lines: tuple[int, ...]) -> None:
+    def visit(node: ast.AST, lines: tuple[int, ...], once: bool) -> None:
         if isinstance(node, (ast.JoinedStr, ast.AnnAssign)) and getattr(node, "value", None) is None:
             return
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
-        if isinstance(node, ast.stmt) or hasattr(node, "lineno"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("TypeVar", "cast"):
+            return
+        if isinstance(node, ast.keyword) and node.arg == "stacklevel":
+            return
+        if hasattr(node, "lineno") and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             lines = (node.lineno, *lines)
         for replaced, text in changed(node):
             begin = starts[replaced.lineno - 1] + replaced.col_offset
             end = starts[replaced.end_lineno - 1] + replaced.end_col_offset
-            found.append(Mutant(str(path.relative_to(ROOT)), (replaced.lineno, *lines), (begin, end), text))
-        if isinstance(node, (ast.Raise, ast.JoinedStr)):
+            found.append(Mutant(path, (replaced.lineno, *lines), once, (begin, end), text))
+        if isinstance(node, ast.Raise):
             return
         for name, value in ast.iter_fields(node):
-            if name not in ("annotation", "returns", "decorator_list"):
-                for child in value if isinstance(value, list) else [value]:
-                    if isinstance(child, ast.AST):
-                        visit(child, lines)
+            if name in ("annotation", "returns", "decorator_list"):
+                continue
+            inside = once
+            if isinstance(node, ast.FunctionDef) and name == "body":
+                inside = any(re.search(r"\bcache\b|lru_cache", ast.unparse(each)) for each in node.decorator_list)
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child, lines, inside)
 
-    visit(ast.parse(content), ())
+    visit(ast.parse(content), (), True)
     return found
 
 
-def draw(count: int, seed: int) -> list[Mutant]:
+def draw(root: Path, count: int, seed: int) -> list[Mutant]:
     """Mutants drawn by lot: first a line, of those that have any, then one of its mutants."""
     lines: dict[tuple[str, int], list[Mutant]] = defaultdict(list)
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        for mutant in mutants(path):
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        for mutant in mutants(str(path.relative_to(root)), path.read_bytes()):
             lines[mutant.path, mutant.lines[0]].append(mutant)
     lot = random.Random(seed)
     return [lot.choice(lines[line]) for line in lot.sample([*lines], min(count, len(lines)))]
 
 
-class Tests:
-    """The tests that execute a line, and how long each takes."""
+class Record:
+    """The tests that execute a line, and how long each takes.
 
-    def __init__(self, record: dict) -> None:
-        self.seconds: dict[str, float] = record["seconds"]
-        self.of_lines: dict[str, dict[str, list[str]]] = record["lines"]
+    Attributes:
+        texts: Path -> the lines of each file of the package and of each file of tests when it was recorded.
+        seconds: Test that passed -> its seconds.
+        tests: Path -> line -> the tests that execute it.
+    """
+
+    def __init__(self, stored: dict) -> None:
+        names = [*stored.get("seconds", {})]
+        self.texts: dict[str, list[str]] = stored.get("texts", {})
+        self.seconds: dict[str, float] = stored.get("seconds", {})
+        self.tests: dict[str, dict[int, set[str]]] = {
+            path: {int(line): {names[i] for i in those} for line, those in lines.items()}
+            for path, lines in stored.get("tests", {}).items()
+        }
+
+    def stored(self) -> dict:
+        number = {name: i for i, name in enumerate(self.seconds)}
+        tests = {
+            path: {line: sorted(number[test] for test in those if test in number) for line, those in lines.items()}
+            for path, lines in self.tests.items()
+        }
+        return {"texts": self.texts, "seconds": self.seconds, "tests": tests}
+
+    def follow(self, texts: dict[str, list[str]]) -> list[str]:
+        """Give each line its number in `texts`; the files of tests that changed, which are forgotten."""
+        for path, lines in self.tests.items():
+            matcher = SequenceMatcher(None, self.texts[path], texts.get(path, []), autojunk=False)
+            same = [(a + i + 1, b + i + 1) for a, b, size in matcher.get_matching_blocks() for i in range(size)]
+            self.tests[path] = {after: lines[before] for before, after in same if before in lines}
+        stale = [path for path in texts if Path(path).name.startswith("test_") and texts[path] != self.texts.get(path)]
+        gone = {*stale, *(self.texts.keys() - texts.keys())}
+        self.seconds = {test: spent for test, spent in self.seconds.items() if test.split("::")[0] not in gone}
+        self.texts = texts
+        return stale
+
+    def add(self, folder: Path) -> None:
+        """Add what pytest and coverage.py wrote to a folder."""
+        from coverage import CoverageData
+
+        of_file = defaultdict(set)
+        for case in ET.parse(folder / "times.xml").iter("testcase"):
+            if not len(case):  # neither failed nor skipped
+                module, _, rest = case.get("classname", "").partition(".Test")
+                path = module.replace(".", "/") + ".py"
+                test = "::".join([path, *(["Test" + rest] if rest else []), case.get("name", "")])
+                self.seconds[test] = float(case.get("time", 0))
+                of_file[path].add(test)
+        for file in folder.glob("data*"):
+            data = CoverageData(str(file))
+            data.read()
+            for name in data.measured_files():
+                lines = self.tests.setdefault(name[name.rindex(f"{PACKAGE}/") :], {})
+                for line, contexts in data.contexts_by_lineno(name).items():
+                    for context in filter(None, contexts):
+                        test = context.split("|")[0].split(" (")[0]
+                        # A fixture of the whole file is executed in the name of the first test that asks for it.
+                        shared = context.endswith(("|setup", " (setup)"))
+                        lines.setdefault(line, set()).update(of_file[test.split("::")[0]] if shared else {test})
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Those of the line or of what is around it, at last of the file; the quickest first."""
-        lines = self.of_lines.get(mutant.path, {})
-        for line in mutant.lines:
-            if chosen := [test for test in lines.get(str(line), ()) if test in self.seconds]:
-                break
-        else:
-            chosen = [test for test in {*chain.from_iterable(lines.values())} if test in self.seconds]
+        """The tests of the line or of what is around it, at last of the file; the quickest first."""
+        lines = self.tests.get(mutant.path, {})
+        places = () if mutant.once else mutant.lines
+        around = ([test for test in lines.get(line, ()) if test in self.seconds] for line in places)
+        chosen = next(filter(None, around), None) or {*chain.from_iterable(lines.values())} & self.seconds.keys()
         return sorted(chosen, key=lambda test: (self.seconds[test], test))
 
 
-def recorded(folder: Path, fresh: bool = True) -> Tests:
-    """The record of the tests; it is made anew if the package or the tests have changed since."""
+def recorded(file: Path) -> Record:
+    """The record of the tests, made or brought up to date."""
+    record = Record(json.loads(file.read_text()) if file.exists() else {})
     sources = sorted(path for name in (PACKAGE, "tests") for path in (ROOT / name).rglob("*.py"))
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    file = folder / "record.json"
-    if not file.exists() or (fresh and json.loads(file.read_text())["state"] != state):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        settings = folder / "coverage.ini"
-        settings.write_text(COVERAGE % (folder / "data"))
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--cov", f"--cov-config={settings}", "--cov-report=",
-             "--cov-context=test", f"--junitxml={folder / 'times.xml'}"],
-            cwd=ROOT, env={**os.environ, "COVERAGE_PROCESS_START": str(settings)},
-        )  # fmt: skip
-        file.write_text(json.dumps({"state": state, **read_record(folder)}))
-    return Tests(json.loads(file.read_text()))
+    stale = record.follow({str(path.relative_to(ROOT)): path.read_text().splitlines() for path in sources})
+    if stale:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = Path(folder) / "coverage.ini"
+            settings.write_text(COVERAGE % (Path(folder) / "data"))
+            subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--cov", f"--cov-config={settings}",
+                 "--cov-report=", "--cov-context=test", f"--junitxml={folder}/times.xml", *stale],
+                cwd=ROOT, env={**os.environ, "COVERAGE_PROCESS_START": str(settings)},
+            )  # fmt: skip
+            record.add(Path(folder))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record.stored()))
+    return record
 
 
-def read_record(folder: Path) -> dict:
-    """Tests that passed with their seconds, and path -> line -> tests."""
-    from coverage import CoverageData
+class Copy:
+    """A copy of the repository, in which tests run in forks of this process, which has imported the large libraries."""
 
-    seconds = {}
-    for case in ET.parse(folder / "times.xml").iter("testcase"):
-        if not len(case):  # neither failed nor skipped
-            module, _, rest = case.get("classname", "").partition(".Test")
-            parts = [module.replace(".", "/") + ".py", *(["Test" + rest] if rest else []), case.get("name", "")]
-            seconds["::".join(parts)] = float(case.get("time", 0))
-    lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for data_file in folder.glob("data*"):
-        data = CoverageData(str(data_file))
-        data.read()
-        for name in data.measured_files():
-            path = name[name.rindex(f"{PACKAGE}/") :]
-            for line, contexts in data.contexts_by_lineno(name).items():
-                lines[path][line] |= {context.split("|")[0].split(" (")[0] for context in contexts} - {""}
-    kept = {path: {line: sorted(tests) for line, tests in there.items() if tests} for path, there in lines.items()}
-    return {"seconds": seconds, "lines": kept}
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", "site")
+        shutil.copytree(ROOT, self.folder, ignore=ignored, symlinks=True)
+        self.good: set[str] = set()  # pass without a mutant
+        self.bad: set[str] = set()
 
+    def run(self, tests: list[str], limit: float) -> tuple[str, str]:
+        """PASSES, FAILS or TOO_LONG, and the first test that fails, if one was started."""
+        name = self.folder / "failed.txt"
+        name.write_text("")
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                output = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                os.setsid()
+                os.chdir(self.folder)
+                for module in [
+                    each for each in sys.modules if each.partition(".")[0] in (PACKAGE, "tests", "benchmarks")
+                ]:
+                    del sys.modules[module]
+                sys.path[:] = [str(self.folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+                os.environ["PYTHONPATH"] = str(self.folder)
+                import pytest
 
-def noticed(mutant: Mutant, tests: list[str], folder: Path, limit: float) -> bool:
-    """Whether a test fails with a mutant; `folder` is a copy of the repository.
+                class Failed:
+                    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+                        if report.failed:
+                            name.write_text(report.nodeid)
 
-    The tests run in a fork of this process, which has imported the large libraries.
-    """
-    file = folder / mutant.path
-    original = file.read_text()
-    file.write_text(mutant.source())
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            os.setsid()
-            os.chdir(folder)
-            for name in [name for name in sys.modules if name.partition(".")[0] in (PACKAGE, "tests", "benchmarks")]:
-                del sys.modules[name]
-            sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
-            os.environ["PYTHONPATH"] = str(folder)
-            import pytest
+                arguments = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={limit}"]
+                code = int(pytest.main([*arguments, *tests], plugins=[Failed()]))
+            finally:
+                os._exit(code)
+        end = time.monotonic() + limit
+        while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+            time.sleep(0.05)
+        with suppress(ProcessLookupError):  # also what the tests started
+            os.killpg(pid, signal.SIGKILL)
+        if done == (0, 0):
+            os.waitpid(pid, 0)
+            return TOO_LONG, ""
+        return FAILS if done[1] else PASSES, name.read_text()
 
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout=300", *tests]))
-        finally:
-            os._exit(code)
-    end = time.monotonic() + limit
-    while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
-        time.sleep(0.05)
-    if done == (0, 0):
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    file.write_text(original)
-    return done == (0, 0) or done[1] != 0
+    def result(self, mutant: Mutant, tests: list[tuple[str, float]]) -> tuple[str, str]:
+        """As `run`, of tests with their seconds; a test that fails without the mutant too is left out from then on."""
+        file = self.folder / mutant.path
+        original = file.read_bytes()
+        for begin, end in zip((0, *BATCHES), BATCHES, strict=False):
+            while batch := [each for each in tests[begin:end] if each[0] not in self.bad]:
+                names = [name for name, _ in batch]
+                limit = 120 + 20 * sum(seconds for _, seconds in batch)
+                file.write_bytes(mutant.applied(original))
+                verdict, test = self.run(names, limit)
+                file.write_bytes(original)
+                if verdict == PASSES:
+                    break
+                suspects = [test] if test else names
+                if self.good.issuperset(suspects):
+                    return verdict, test
+                alone, other = self.run(suspects, limit)
+                if alone == PASSES:
+                    self.good.update(suspects)
+                    return verdict, test
+                missing = re.findall(r"not found: \S+?/copy/(.+)", (self.folder / "output.txt").read_text())
+                self.bad.update([other] if other else missing or suspects)
+        return PASSES, ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="mutants to draw")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="mutants of paths that begin so")
+    parser.add_argument("--only", nargs="+", default=[""], help="mutants of paths that begin so")
     parser.add_argument("--seconds", type=float, default=600.0, help="of tests for one mutant, as they were recorded")
-    parser.add_argument("--record", type=Path, default=RECORD, help="folder of the record")
-    parser.add_argument("--keep-record", action="store_true", help="also if the package has changed since")
+    parser.add_argument("--record", type=Path, default=RECORD, help="file of the record")
     chosen = parser.parse_args()
-    tests = recorded(chosen.record, not chosen.keep_record)
+    record = recorded(chosen.record)
     os.environ["OMP_NUM_THREADS"] = "1"
-    import_module("lightning.pytorch")  # the forks have them
-    import_module("transformers")
+    for library in ("lightning.pytorch", "transformers", "peft", "bitsandbytes"):  # the forks have them
+        import_module(library)
 
     valid: Counter[str] = Counter()
     found: Counter[str] = Counter()
     survivors = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
-        ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", "site")
-        shutil.copytree(ROOT, folder, ignore=ignored, symlinks=True)
-        for number, mutant in enumerate(draw(chosen.count, chosen.seed)):
-            if not mutant.path.startswith(chosen.only):
+        there = Copy(Path(temporary))
+        for number, mutant in enumerate(draw(there.folder, chosen.count, chosen.seed)):
+            content = (there.folder / mutant.path).read_bytes()
+            line = content.decode().splitlines()[mutant.lines[0] - 1].strip()
+            if not mutant.path.startswith(tuple(chosen.only)) or (mutant.path, line, mutant.text) in EQUIVALENT:
                 continue
-            line = (ROOT / mutant.path).read_text().splitlines()[mutant.lines[0] - 1].strip()
-            if (mutant.path, line, mutant.text) in EQUIVALENT:
-                continue
+            total, tests = 0.0, []
+            for test in record.of(mutant):
+                total += record.seconds[test]
+                if total > chosen.seconds and tests:
+                    break
+                tests.append((test, record.seconds[test]))
+            start = time.monotonic()
+            verdict, test = there.result(mutant, tests)
             part = mutant.path.split("/")[1]
             valid[part] += 1
-            total, those = 0.0, []
-            for test in tests.of(mutant):
-                total += tests.seconds[test]
-                if total > chosen.seconds and those:
-                    break
-                those.append(test)
-            start = time.monotonic()
-            good = bool(those) and noticed(mutant, those, folder, 60 + 20 * min(total, chosen.seconds))
-            found[part] += good
-            result = "noticed" if good else "SURVIVED"
-            print(
-                f"{number} {result}, {len(those)} tests, {time.monotonic() - start:.0f} s\n{mutant.diff()}", flush=True
-            )
-            if not good:
-                survivors.append(mutant)
+            found[part] += verdict != PASSES
+            result = "SURVIVED" if verdict == PASSES else f"noticed, {verdict}: {test}"
+            spent = time.monotonic() - start
+            print(f"{number} {result} ({len(tests)} tests, {spent:.0f} s)\n{mutant.diff(content)}", flush=True)
+            if verdict == PASSES:
+                survivors.append(mutant.diff(content))
     print(f"\nnoticed: {sum(found.values())} of {sum(valid.values())} (seed {chosen.seed})")
     for part in sorted(valid):
         print(f"  {part:20}{found[part]:4} of {valid[part]}")
-    print("\nsurvivors:", *(mutant.diff() for mutant in survivors), sep="\n")
+    print("\nsurvivors:", *survivors, sep="\n")
+    print("\nleft out, as they fail without a mutant:", *sorted(there.bad), sep="\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX
 from lightning_qlora.adapters.conversion import CONVERSION
+from lightning_qlora.adapters.peft_folder import BASE
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
@@ -69,14 +71,15 @@ def changed(files, tmp_path):
 def adapter(files, tmp_path):
     """Writes an adapter folder without our metadata, as PEFT writes it, with other files."""
 
-    def write(config=None, tensors=None):
+    def write(config=None, tensors=None, metadata=None):
         folder = tmp_path / "adapter"
         folder.mkdir()
         text = (files / "adapter/adapter_config.json").read_text()
         content = config if isinstance(config, bytes) else json.dumps({**json.loads(text), **(config or {})}).encode()
         (folder / "adapter_config.json").write_bytes(content)
         weights = load_file(files / "adapter/adapter_model.safetensors")
-        save_file({**weights, **(tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = {} if tensors == {} else {**weights, **(tensors or {})}
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt", **(metadata or {})})
         return folder
 
     return write
@@ -159,7 +162,8 @@ def test_an_adapter_in_a_checkpoint(value, words, kind, changed):
     refused(lambda: load_from_checkpoint(Classifier, path), "net.0", *words, kind=kind)
 
 
-KEY = "base_model.model.0.lora_A.weight"
+KEY = f"{PREFIX}0.lora_A.weight"
+DORA = f"{PREFIX}0.{MAGNITUDE}"
 
 
 @pytest.mark.parametrize(
@@ -174,13 +178,39 @@ KEY = "base_model.model.0.lora_A.weight"
         (None, {KEY: torch.ones(0, 64)}, [KEY, "of rank 1 or more"]),
         (None, {KEY: torch.ones(4, 64, dtype=torch.int64)}, [KEY, "is int64", "must be float16"]),
         (None, {KEY: torch.full((4, 64), float("inf"))}, [KEY, "holds NaN or Inf"]),
+        (None, {}, ["holds no lora_A and lora_B"]),
+        (None, {DORA: torch.ones(3)}, [KEY, f"and {MAGNITUDE} [out]."]),
+        (
+            {"use_dora": True},
+            {DORA: torch.ones(64), DORA.replace(".0.", ".4."): torch.ones(8)},
+            [KEY, "use_dora=False"],
+        ),
+        (None, {f"{PREFIX}2.scale": torch.ones(64)}, ["2.scale", "has no such parameter"]),
+        (None, {f"{PREFIX}2.weight": torch.ones(3)}, ["2.weight", "has shape [64] there, the adapter [3]"]),
     ],
 )
 def test_an_adapter_folder(config, tensors, words, adapter):
     module = Classifier()
     folder = adapter(config, tensors)
     convert(module, r=4)
-    refused(lambda: load_adapter(module, folder), folder, *words)
+    refused(lambda: load_adapter(module, folder), folder, *words, kind=(ValueError, CheckpointMismatchError))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("[", ["not valid JSON"]),
+        ("[]", ["'[]', not an object"]),
+        ('{"experts": 3}', ["'experts': 3", "Copy or save it again"]),
+        ('{"quantization": {"base_changed": 1}}', ["base_changed=1: must be", "The file is damaged"]),
+        ('{"quantization": {}}', ["base_changed", "The file is damaged"]),
+    ],
+)
+def test_the_metadata_of_an_adapter_folder(entry, words, adapter):
+    module = Classifier()
+    convert(module, r=4)
+    folder = adapter(metadata={BASE: entry})
+    refused(lambda: load_adapter(module, folder), folder, f"its metadata {BASE!r}", *words)
 
 
 @pytest.mark.parametrize("harm", ["length", "json", "shape", "offset"])

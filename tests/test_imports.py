@@ -15,6 +15,7 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 ORDER = [
     "checks",
     "lightning_copies",
+    "initializations",
     "config",
     "files",
     "quantization",

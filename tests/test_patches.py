@@ -44,8 +44,8 @@ ALLOWED = {
     "layers/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/operations.py": {"owner._parameters[inner]"},  # as it was, after an error
     "huggingface/quantizer.py": {"copied.operations", "copied.quantization_operation"},  # a copy that it made
-    "huggingface/load_weights.py": {  # what transformers' loading does
-        "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)", "setattr(parameter, LOADED_TENSOR, True)",
+    "huggingface/without_data.py": {  # what transformers' loading does
+        "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)",
     },
     # The decorator of our own command gives it the arguments of QLoRAConfig.
     "tools/cli.py": {"command.__signature__", "command.__annotations__", "command.__doc__"},

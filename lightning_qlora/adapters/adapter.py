@@ -66,7 +66,8 @@ class Adapter:
     Attributes:
         layers: Name of a layer, or of a parameter of experts -> its adapter.
         experts: Name of a parameter of experts -> how PEFT writes its adapter.
-        expert_adapters: Name in a folder -> adapter of `target_parameters`; see `peft_experts.assign_parameters`.
+        expert_adapters: Name in a folder -> its adapters, if there are `target_parameters`, until the model says which
+            parameters and layers they are for (`peft_experts.assign_parameters`).
         peft_config: Content of that folder's adapter_config.json.
         as_parameters: Names of linear layers that PEFT adapts only as `target_parameters`.
         saved: Name of a parameter or buffer -> value, of the modules that were trained in full.
@@ -81,7 +82,7 @@ class Adapter:
         quantization: `base_compatibility.quantization_of` of the training, if known.
         bases: Name of a layer -> the 4-bit weight of each of its matrices, if it is stored with the adapters.
         base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if known; in folders, if the
-            initialization changed it.
+            initialization changed it. Of a checkpoint also those of other frozen parameters.
         source: The file that the tensors came from, for messages.
     """
 

@@ -17,6 +17,7 @@ import torch
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
 from lightning_qlora.checks import check_bool
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.initializations import INITIALIZATIONS, split_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 
@@ -69,7 +70,7 @@ def required_base(quantization: Mapping[str, Any] | None) -> str | None:
     if quantization is None:
         return None
     method = quantization.get("init_lora_weights", "default")
-    if not QLoRAConfig(init_lora_weights=method).init_kind.keeps_initial:
+    if not INITIALIZATIONS[split_name(method)[0]].keeps_initial:
         return None
     bits = _in_words(quantization)
     if quantization["base_changed"]:

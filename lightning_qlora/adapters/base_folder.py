@@ -73,11 +73,11 @@ def load_base_model(
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     config = transformers.AutoConfig.from_pretrained(**location)
-    published = published_format(config.to_dict())
-    if published:
-        if not takes_dequantize(published):
-            raise ValueError(f"{source}: is in {published.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
-        config.update({"quantization_config": published | {"dequantize": True}})
+    stored = stored_format(config.to_dict())
+    if stored and not stored.get("load_in_4bit"):
+        if not takes_dequantize(stored):
+            raise ValueError(f"{source}: is in {stored.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
+        config.update({"quantization_config": stored | {"dequantize": True}})
     model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
         config.update({"tie_word_embeddings": False})
@@ -99,13 +99,11 @@ def load_base_model(
     return model
 
 
-def published_format(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The `quantization_config` of a config.json in another format than bitsandbytes' 4 bits; None if there is none."""
+def stored_format(config: dict[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json; empty without one. bitsandbytes' 4 bits have `load_in_4bit` in it."""
     text_config = config.get("text_config") or {}
     quantization = config.get("quantization_config") or text_config.get("quantization_config")
-    if isinstance(quantization, dict) and not quantization.get("load_in_4bit"):
-        return quantization
-    return None
+    return quantization if isinstance(quantization, dict) else {}
 
 
 def can_compose() -> bool:
@@ -126,8 +124,7 @@ def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
     """Whether a folder is in bitsandbytes' 4 bits."""
     if not os.path.isdir(source):
         return False
-    quantization = read_config(Path(source)).get("quantization_config")
-    return bool(quantization and quantization.get("load_in_4bit"))
+    return bool(stored_format(read_config(Path(source))).get("load_in_4bit"))
 
 
 def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[Any, bool]:

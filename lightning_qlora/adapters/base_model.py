@@ -22,7 +22,7 @@ from lightning_qlora.layers.names import (
     without_wrappers,
 )
 from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
-from lightning_qlora.layers.records import base_fingerprints, own_parameters
+from lightning_qlora.layers.records import own_parameters
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
 
@@ -69,7 +69,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
 def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
     """Entries of a checkpoint, beside `config`, from which a PEFT folder can be written without the module.
 
-    `trained` are the names in `trained_in_full`.
+    `trained` are the names in `trained_modules` of the base model.
     """
     prefix, base = find_base_model(module)
     layers = base_layers(base, remove_duplicate=False)
@@ -79,7 +79,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]
     description: dict[str, Any] = {
         "prefix": without_wrappers(prefix),
         "task_type": _task_type(base),
-        "base_model": _name_of(base),
+        "base_model": getattr(getattr(base, "config", None), "_name_or_path", None),
         "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
         "quantization": quantization,
         "target_modules": target_modules_of(base),
@@ -141,26 +141,13 @@ def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConf
     return config.with_own(description.get("layers", {}).get(name, {}))
 
 
-def trained_in_full(module: nn.Module, unchanged: Container[Any] | None = None) -> dict[str, nn.Module]:
-    """Modules of the base model, by name, with a parameter that is no adapter and trains or has changed.
+def trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, nn.Module]:
+    """Modules inside of one, by name, with a parameter that is no adapter and trains or has changed.
 
-    `unchanged` are the frozen parameters that have not (`base_fingerprints`), if they are known. A parameter that
-    trained and was frozen again, and a resized embedding, have changed. A shared module has several names; the rows of
-    a tied embedding have one, as in PEFT's files.
+    `unchanged` are the frozen parameters that have not (`base_fingerprints`). A parameter that trained and was frozen
+    again, and a resized embedding, have changed. A shared module has several names; the rows of a tied embedding have
+    one, as in PEFT's files.
     """
-    base = find_base_model(module)[1]
-    if unchanged is None:
-        unchanged = base_fingerprints(base)
-    return _trained_modules(base, unchanged)
-
-
-def trained_outside(module: nn.Module) -> list[str]:
-    """Names of such modules outside of the base model, as a head of the LightningModule."""
-    inside = set(find_base_model(module)[1].modules())
-    return [name for name, part in _trained_modules(module, base_fingerprints(module)).items() if part not in inside]
-
-
-def _trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, nn.Module]:
     first_names = dict(module.named_modules())
     trained = {}
     for name, part in module.named_modules(remove_duplicate=False):
@@ -170,12 +157,6 @@ def _trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, 
             if parameter.is_floating_point() and (part, key) not in unchanged:
                 trained[without_wrappers(name)] = part
     return trained
-
-
-def _name_of(base: nn.Module) -> str | None:
-    """Folder or hub name that a transformers model was loaded from, if it was loaded."""
-    name = getattr(getattr(base, "config", None), "_name_or_path", None)
-    return None if name in ("", "None") else name
 
 
 def _task_type(base: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Conversion:
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
         replaced: Whether the state dict that is being loaded holds a dense base.
+        left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
     config: QLoRAConfig
@@ -48,6 +49,7 @@ class Conversion:
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
     replaced: bool = False
+    left_out: set[str] = field(default_factory=set)
 
 
 def conversion_of(module: nn.Module) -> Conversion | None:
@@ -156,16 +158,19 @@ class SavedConversion:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
         prefix = self.base.get("prefix", "")
         arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
-        names = [layer_name(without_wrappers(key), state_dict[key]) for key in state_dict if last_part(key) == "lora_A"]
-        return {name: arguments.get(name, {}) for name in names}
+        return {name: arguments.get(name, {}) for name in names_of_layers(state_dict).values()}
 
 
-def layer_name(key: str, lora_a: Any) -> str:
-    """The name of the layer whose lora_A has this key in a state dict; of a stack that of its parameter."""
-    name = owner_name(key)
-    if len(lora_a.shape) == 3:
-        name = parameter_name(name)
-    return name
+def names_of_layers(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """Beginning of the keys of each layer with an adapter in a state dict -> its name, or that of its parameter."""
+    names = {}
+    for key in state_dict:
+        if last_part(key) == "lora_A":
+            name = without_wrappers(owner_name(key))
+            if len(state_dict[key].shape) == 3:
+                name = parameter_name(name)
+            names[key.removesuffix("lora_A")] = name
+    return names
 
 
 def entry_of(text: str) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
-from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, layer_name, read_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, names_of_layers, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.layer_state import read_base
@@ -28,30 +28,30 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     outer = without_wrappers(root)
     if description["prefix"]:
         outer += f"{description['prefix']}."
-    keys = sorted(key[: -len(".lora_A")] for key in state if key.endswith(".lora_A") or key == "lora_A")
-    if not keys:
+    names = names_of_layers(state)
+    if not names:
         raise ValueError(f"{path}: no adapter.")
     configs = {}
     layers = {}
-    fingerprints = {}
+    fingerprints = dict(conversion.fingerprints)
     bases = {}
-    for key in keys:
-        lora_a = state[f"{key}.lora_A"]
-        name = layer_name(without_wrappers(f"{key}.lora_A"), lora_a).removeprefix(outer)  # in the base model
+    for prefix, name in sorted(names.items()):
+        name = name.removeprefix(outer)  # in the base model
         configs[name] = config_of_layer(description, name, conversion.config)
         initial = None
-        if f"{key}.initial_A" in state:
-            initial = state[f"{key}.initial_A"], state[f"{key}.initial_B"]
+        if f"{prefix}initial_A" in state:
+            initial = state[f"{prefix}initial_A"], state[f"{prefix}initial_B"]
         layers[name] = LayerAdapter(
-            lora_A=lora_a,
-            lora_B=state[f"{key}.lora_B"],
+            lora_A=state[f"{prefix}lora_A"],
+            lora_B=state[f"{prefix}lora_B"],
             alpha=configs[name].lora_alpha,
-            magnitude=state.get(f"{key}.{MAGNITUDE}"),
+            magnitude=state.get(f"{prefix}{MAGNITUDE}"),
             initial=initial,
         )
-        if key.removeprefix(root) in conversion.fingerprints:
-            fingerprints[name] = conversion.fingerprints[key.removeprefix(root)]
-        weights = read_base(state, f"{key}.")
+        full_name = prefix.removeprefix(root).removesuffix(".")
+        if full_name in fingerprints:
+            fingerprints[name] = fingerprints.pop(full_name)
+        weights = read_base(state, prefix)
         if weights:
             bases[name] = weights
     owners = {outer + owner for owner in description["trained_in_full"]}
@@ -71,10 +71,9 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     )
 
 
-def fingerprint_of_base(path: str | os.PathLike[str], weights_only: bool = True) -> str | None:
-    """One number for all fingerprints in a checkpoint, in hexadecimal; None if it has none."""
-    _, _, conversion = _read_converted_state_dict(path, weights_only)
-    numbers = [number for _, number in sorted(conversion.fingerprints.items())]
+def fingerprint_of_base(adapter: Adapter) -> str | None:
+    """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
+    numbers = [number for _, number in sorted(adapter.base_fingerprints.items())]
     if not numbers:
         return None
     return checksum(torch.tensor(numbers, device="cpu"))

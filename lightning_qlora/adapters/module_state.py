@@ -7,14 +7,12 @@ has no hooks: its state dict has its base.
 
 import warnings
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
-from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, trained_in_full
+from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, trained_modules
 from lightning_qlora.adapters.conversion import (
     CONVERSION,
     Conversion,
@@ -28,7 +26,7 @@ from lightning_qlora.adapters.conversion import (
 )
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import is_sharded, local, of_all_ranks, reshard, shard_like
+from lightning_qlora.layers.dtensor import reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.layer_state import (
     LOAD_THE_BASE,
@@ -43,7 +41,7 @@ from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_na
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, renew
-from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_adapters, token_indices
+from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
 
 BUILT_ANEW = (
     "This state dict holds adapters, and this {kind} has none: its adapters were merged, or its layers were built anew "
@@ -85,19 +83,19 @@ def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
         for name, owner, key, _ in _dense_parameters(root):
             if (owner, key) in unchanged:
                 fingerprints[name] = unchanged[owner, key]
-    return SavedConversion(config, describe_base(root, config, trained_in_full(root, unchanged)), fingerprints)
+    trained = trained_modules(find_base_model(root)[1], unchanged)
+    return SavedConversion(config, describe_base(root, config, trained), fingerprints)
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave out what has a fingerprint, and add the conversion."""
     check_no_layer_resized(root)
-    conversion = conversion_of(root)
-    if conversion is None or _is_merged(root):
+    conversion = _conversion_with_layers(root)
+    if conversion is None:
         return
     saved = saved_conversion(root, conversion.config)
-    for name, part in _named_modules(root):
-        if name and conversion_of(part) is not None:
-            _restore(part, state_dict, f"{prefix}{name}.")
+    for name, part in _converted_parts(root):
+        _restore(part, state_dict, f"{prefix}{name}.")
     layers = dict(_named_layers(root))
     for name in saved.fingerprints:
         if name in layers:
@@ -119,23 +117,27 @@ def _restore(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-    """Check that a state fits the module, and complete it with the frozen parameters of the module."""
+    """Check that a state fits the module, and that the module has the base that the state names."""
     _, _, missing_keys, unexpected_keys, _ = arguments
     adapters = _layers_with_adapter(state_dict, prefix)
-    conversion = conversion_of(root)
-    if conversion is None or _is_merged(root):
-        if conversion is not None and adapters and prefix + CONVERSION in state_dict:
+    conversion = _conversion_with_layers(root)
+    if conversion is None:
+        if conversion_of(root) is not None and adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
     reshard(root)
     _check_same_layers(root, adapters)
+    conversion.left_out = set()
     saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
         conversion.replaced = not saved.fingerprints
         _check_same_function(root, saved)
-        _keep_initialization(root, saved)
-        unexpected_keys += [prefix + name for name in _check_base(root, saved, state_dict, prefix)]
+        _keep_initialization(root, conversion, saved)
+        keys, unknown = _check_base(root, saved)
+        keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
+        conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
+        unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
         conversion.replaced = False
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
@@ -159,24 +161,23 @@ def _begin_with_rows_of_dense_module(root: nn.Module, state_dict: dict[str, Any]
             state_dict.setdefault(prefix + join(name, DELTA), rows)
 
 
-def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, Any], prefix: str) -> list[str]:
-    """Compare the base with its fingerprints, and complete the state with what has one.
+def _check_base(root: nn.Module, saved: SavedConversion) -> tuple[list[str], list[str]]:
+    """Compare the base with its fingerprints; CheckpointMismatchError if it is another one.
 
-    Returns the names that the module does not have. Raises CheckpointMismatchError if the base is another one.
+    Returns the keys of what has a fingerprint, and the names that the module does not have.
     """
     layers = dict(_named_layers(root))
     parameters = {name: (owner, key, parameter) for name, owner, key, parameter in _dense_parameters(root)}
     numbers: dict[int, int] = {}  # tied parameters are read once
+    keys = []
     unknown = []
     for name, expected in saved.fingerprints.items():
         if name in layers:
-            if not has_base(state_dict, prefix + _prefix(name)):
-                state_dict[prefix + join(name, BASE[0])] = layers[name].packed  # the layer knows that this is its own
+            keys.append(join(name, "weight"))
             current = layers[name].base_fingerprint()
         elif name in parameters:
-            owner, key, parameter = parameters[name]
-            state_dict.setdefault(prefix + name, parameter.detach())
-            current = current_fingerprint(owner, key, parameter, numbers)
+            keys.append(name)
+            current = current_fingerprint(*parameters[name], numbers)
         else:
             unknown.append(name)
             continue
@@ -185,13 +186,17 @@ def _check_base(root: nn.Module, saved: SavedConversion, state_dict: dict[str, A
                 f"{name or 'the module itself'}: the checkpoint was trained on another base weight (fingerprint "
                 f"{expected:x} there, {current:x} here). {LOAD_THE_BASE}"
             )
-    return unknown
+    return keys, unknown
 
 
-def _after_load(root: nn.Module, _: Any) -> None:
-    """Record the parameters as the base if they were loaded from a checkpoint of the dense module."""
-    conversion = conversion_of(root)
-    if conversion is not None and conversion.replaced and not _is_merged(root):
+def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
+    """What has a fingerprint is not missing. Record the base if it was loaded from a checkpoint of the dense module."""
+    conversion = _conversion_with_layers(root)
+    if conversion is None:
+        return
+    missing: list[str] = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if without_wrappers(key, (CHECKPOINTED,)) not in conversion.left_out]
+    if conversion.replaced:
         conversion.replaced = False
         renew(root)
 
@@ -227,7 +232,7 @@ def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
         check_same_arguments(layer, vars(config_of_layer(saved.base, name, saved.config)))
 
 
-def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
+def _keep_initialization(root: nn.Module, conversion: Conversion, saved: SavedConversion) -> None:
     """Store how the adapters of a checkpoint were initialized: this decides which base they fit."""
     quantization = saved.base.get("quantization")
     _, base = find_base_model(root)
@@ -237,9 +242,6 @@ def _keep_initialization(root: nn.Module, saved: SavedConversion) -> None:
             record_initialization(layer, quantization)
         else:
             record_initialization(layer, vars(config_of_layer(saved.base, name, saved.config)))
-    conversion = conversion_of(root)
-    if conversion is None:
-        return
     method = saved.config.init_lora_weights
     config = conversion.config.with_initialization(method, saved.config.loftq_config)
     if config != conversion.config:
@@ -267,10 +269,17 @@ def _prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _is_merged(root: nn.Module) -> bool:
-    """Whether the adapters were merged: the state dict is that of a dense module."""
+def _converted_parts(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Parts that were converted as a module of their own too."""
+    return [(name, part) for name, part in _named_modules(root) if name and conversion_of(part) is not None]
+
+
+def _conversion_with_layers(root: nn.Module) -> Conversion | None:
+    """The conversion; None without one, or if its layers were merged: then the state dict is that of a dense module."""
     conversion = conversion_of(root)
-    return conversion is not None and bool(conversion.layers) and not adapted_layers(root)
+    if conversion is not None and conversion.layers and not adapted_layers(root):
+        return None
+    return conversion
 
 
 def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -281,26 +290,3 @@ def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Par
             if parameter is not None and not (isinstance(owner, LoRALayer) and key in (*BASE, *ADAPTER)):
                 parameters.append((join(name, key), owner, key, parameter))
     return parameters
-
-
-def check_finite(module: nn.Module) -> None:
-    """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
-
-    Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
-    """
-    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
-    parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
-    bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
-    if any(map(is_sharded, chain.from_iterable(parameters.values()))):
-        bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
-    if bad:
-        trainer = vars(module).get("_trainer")
-        step = ""
-        if trainer is not None:
-            step = f" after step {trainer.global_step}"
-        raise ValueError(
-            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
-            f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
-            "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
-            "in the batches."
-        )

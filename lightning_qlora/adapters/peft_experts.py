@@ -9,19 +9,17 @@ Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tune
 """
 
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, ExpertStack, LayerAdapter, outermost
-from lightning_qlora.config import first_match
+from lightning_qlora.adapters.peft_config import alpha_of_name, is_target
 from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.experts import PARAMETERS
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import owner_name, stack_of, without_wrappers
-
-DEFAULT_ALPHA = 8  # PEFT's
 
 
 def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
@@ -71,14 +69,6 @@ def _in_order(stack: ExpertStack, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
     return a, b
 
 
-def unstack_known(adapter: Adapter) -> Adapter:
-    """The adapter with all experts in `layers`, if its folder describes them, as ours do."""
-    if not adapter.experts or not adapter.expert_adapters:
-        return adapter
-    experts = {name: unstack_adapters(adapter, name, stack) for name, stack in adapter.experts.items()}
-    return replace(adapter, layers=adapter.layers | experts, expert_adapters={})
-
-
 def key_of(name: str, stack: ExpertStack) -> str:
     """The key in a folder of the adapters of an expert parameter."""
     return owner_name(name) + BASE_LAYER * stack.wrappers
@@ -113,16 +103,6 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
             experts[name] = stack
             layers[name] = unstack_adapters(adapter, name, stack)
     return replace(adapter, layers=layers, experts=experts, expert_adapters={}, as_parameters=frozenset())
-
-
-def is_target(config: dict[str, Any], name: str) -> bool:
-    """Whether PEFT's target_parameters name a parameter, in full or by the end of its name."""
-    return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or [])
-
-
-def alpha_of_name(config: dict[str, Any], name: str) -> float:
-    """Alpha of a layer or parameter: that of the first pattern that matches (peft.utils.other.get_pattern_key)."""
-    return float(first_match(config.get("alpha_pattern"), [name], config["lora_alpha"]))
 
 
 def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:

@@ -2,78 +2,43 @@
 
 The metadata of the latter have two entries that PEFT ignores: what the base was, and checksums of all else in the file.
 
-Source of the format: peft/utils/save_and_load.py and peft/tuners/lora/config.py (0.17 to 0.21).
+Source of the format: peft/utils/save_and_load.py (0.17 to 0.21).
 """
 
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, ExpertStack, LayerAdapter
+from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_compatibility import check_quantization
-from lightning_qlora.adapters.peft_experts import (
-    DEFAULT_ALPHA,
-    alpha_of_name,
-    is_target,
-    key_of,
-    stack_adapters,
-    unstack_known,
-)
-from lightning_qlora.checks import (
-    check_bool,
-    check_choice,
-    check_integer,
-    check_names,
-    check_number,
-    check_patterns,
-    check_string,
-    check_token_indices,
-    shown,
-)
-from lightning_qlora.config import MOST_ALPHA
+from lightning_qlora.adapters.peft_config import CONFIG_FILE, alpha_of_name, is_target, peft_config, read_peft_config
+from lightning_qlora.adapters.peft_experts import stack_adapters
+from lightning_qlora.checks import shown
 from lightning_qlora.files.folder_writer import atomic_files
-from lightning_qlora.files.safetensors_folder import open_safetensors, read_json, write_safetensors
+from lightning_qlora.files.safetensors_folder import open_safetensors, write_safetensors
 from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weights
-from lightning_qlora.layers.names import join, last_part, named
+from lightning_qlora.layers.names import last_part, named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# JSON in the metadata: how the base was quantized and the adapters were initialized (`quantization_of`), fingerprints
-# of the 4-bit weights that the initialization changed, and `Adapter.experts`.
+# JSON in the metadata: how the base was quantized and the adapters were initialized (`quantization_of`), and
+# fingerprints of the 4-bit weights that the initialization changed.
 BASE = "lightning_qlora"
 CHECKSUMS = "lightning_qlora_checksums"
 METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
-# PEFT's arguments for adapters that QLoRALinear does not compute.
-UNSUPPORTED = (
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-# PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits only
-# the changed weights, and its folder does not contain them.
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     """Write PEFT's two files, each by a rename (`atomic_files`).
 
-    Raises as `peft_tensors`.
+    ValueError for experts that have no place there.
     """
-    adapter = unstack_known(adapter)
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in peft_tensors(adapter).items()}
     config = peft_config(adapter)
@@ -85,51 +50,19 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 def _metadata(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, str]:
     fingerprints = {name: fingerprint_of_weights(weights) for name, weights in adapter.bases.items()}
     if (adapter.quantization or {}).get("base_changed"):
-        fingerprints = adapter.base_fingerprints | fingerprints
-    base = {"quantization": adapter.quantization, "fingerprints": fingerprints, "experts": adapter.experts}
+        of_layers = {name: n for name, n in adapter.base_fingerprints.items() if name in adapter.layers}
+        fingerprints = of_layers | fingerprints
+    base = {"quantization": adapter.quantization, "fingerprints": fingerprints}
     metadata = {"format": "pt", BASE: json.dumps(base)}
     metadata[CHECKSUMS] = json.dumps(_checksums(tensors, metadata), sort_keys=True)
     return metadata
 
 
-def peft_config(adapter: Adapter) -> dict[str, Any]:
-    """The content of adapter_config.json."""
-    modules_to_save = [name for name in adapter.modules_to_save if last_part(name) != TOKEN_ADAPTER]
-    config = {
-        "peft_type": "LORA",
-        "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.base_model,
-        "inference_mode": True,
-        "r": adapter.r,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.lora_dropout,
-        "target_modules": adapter.target_modules,
-        "modules_to_save": modules_to_save or None,
-        "rank_pattern": exact(adapter.rank_pattern),
-        "alpha_pattern": exact(adapter.alpha_pattern),
-        "use_rslora": adapter.use_rslora,
-        "use_dora": adapter.use_dora,
-        "fan_in_fan_out": adapter.fan_in_fan_out,
-        "init_lora_weights": True,
-        "bias": "none",
-    }
-    if adapter.tokens:
-        config["trainable_token_indices"] = adapter.tokens
-    if adapter.target_parameters:
-        config["target_parameters"] = adapter.target_parameters
-        config["lora_dropout"] = 0.0  # PEFT refuses parameters with dropout
-    return config
-
-
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of adapter_model.safetensors; ValueError for experts that have no place there."""
-    if adapter.expert_adapters:
-        raise ValueError(
-            f"{adapter.source}: only its model says which parameters these adapters of experts belong to. Load the "
-            "adapter into the model (load_adapter) and save it from there."
-        )
     tensors = {PREFIX + name: value for name, value in adapter.saved.items()}
     layers = {name: layer for name, layer in adapter.layers.items() if name not in adapter.experts}
+    layers |= adapter.expert_adapters
     layers |= dict(stack_adapters(adapter, name) for name in adapter.experts)
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
@@ -139,24 +72,16 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The pattern with keys that match one name only; PEFT takes a key for a regular expression of endings."""
-    return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}
-
-
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Read a folder that PEFT or `write_adapter` wrote.
 
     FileNotFoundError if a file is missing; ValueError, with file and key, if one is broken, or QLoRALinear does not
     compute this kind of adapter.
     """
-    config_file = Path(folder) / CONFIG_FILE
     weights_file = Path(folder) / WEIGHTS_FILE
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{config_file}: no such file.")
+    config = read_peft_config(Path(folder) / CONFIG_FILE)
     if not weights_file.is_file():
         raise FileNotFoundError(f"{weights_file}: no such file. Save the adapter with safetensors (PEFT's default).")
-    config = _checked(read_json(config_file), config_file)
     with open_safetensors(weights_file) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
@@ -230,20 +155,13 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
             raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
     quantization = base.get("quantization")
     check_quantization(quantization, f"its metadata {BASE!r}")
-    experts = _experts(base.get("experts") or {}, layers)
-    expert_adapters = {}
-    if CHECKSUMS in metadata:  # ours, so `experts` has all of them
-        keys = {key_of(name, stack) for name, stack in experts.items()}
-        expert_adapters = {name: layer for name, layer in layers.items() if name in keys}
-    elif config.get("target_parameters"):
-        expert_adapters = layers
-    layers = {name: layer for name, layer in layers.items() if name not in expert_adapters}
+    expert_adapters: dict[str, LayerAdapter] = {}
+    if config.get("target_parameters"):
+        layers, expert_adapters = {}, layers
     return Adapter(
         layers=layers,
-        experts=experts,
         expert_adapters=expert_adapters,
         peft_config=config,
-        as_parameters=frozenset(name for name in layers if is_target(config, f"{name}.weight")),
         saved=saved,
         modules_to_save=list(config.get("modules_to_save") or []),
         tokens=_tokens(saved, config),
@@ -310,73 +228,3 @@ def _tokens(saved: dict[str, Tensor], config: dict[str, Any]) -> dict[str, list[
             )
         tokens[name] = matches[0]
     return tokens
-
-
-def _experts(entry: dict[str, Any], layers: dict[str, LayerAdapter]) -> dict[str, ExpertStack]:
-    """The expert parameters that the metadata name."""
-    experts = {}
-    for name, value in entry.items():
-        error = ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
-        if not isinstance(value, list) or [type(part) for part in value] != [int, int, bool, bool, bool]:
-            raise error
-        stack = ExpertStack(*value)
-        if stack.number < 1 or stack.wrappers not in range(len(layers)):
-            raise error
-        layer = layers.get(key_of(name, stack))
-        if layer is None or layer.r % stack.number:
-            raise error
-        experts[name] = stack
-    return experts
-
-
-def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of adapter_config.json, checked, with the default of lora_alpha."""
-    config = {"peft_type": "", "lora_alpha": DEFAULT_ALPHA, **config}
-    for name, check in CHECKS.items():
-        if config.get(name) is not None or name == "lora_alpha":
-            try:
-                check(name, config[name])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {error}") from None
-    return config
-
-
-def _check_unset(name: str, value: Any) -> None:
-    if value:
-        raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read.")
-
-
-def _check_initialization(name: str, value: Any) -> None:
-    if isinstance(value, str) and value.lower().startswith(CHANGE_THE_BASE):
-        raise ValueError(
-            f"{name}={shown(value)}: PEFT changed the base weights for this initialization, and the adapter fits only "
-            "those. Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes it "
-            "a plain adapter. 'loftq' can be merged in PEFT instead."
-        )
-
-
-def _check_targets(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        check_names(name, value, or_regex=True)
-
-
-# Checks of the values in adapter_config.json. A value that is null stands for PEFT's default.
-CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "peft_type": partial(check_choice, allowed=("LORA",)),
-    "bias": partial(check_choice, allowed=("none",)),
-    **dict.fromkeys(UNSUPPORTED, _check_unset),
-    "init_lora_weights": _check_initialization,
-    "r": partial(check_integer, at_least=1),
-    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
-    "use_rslora": check_bool,
-    "use_dora": check_bool,
-    "fan_in_fan_out": check_bool,
-    "task_type": check_string,
-    "base_model_name_or_path": check_string,
-    "lora_dropout": partial(check_number, at_least=0, below=1),
-    "modules_to_save": check_names,
-    "target_parameters": check_names,
-    "trainable_token_indices": check_token_indices,
-    "target_modules": _check_targets,
-    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
-}

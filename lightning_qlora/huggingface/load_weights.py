@@ -6,14 +6,12 @@
 
 So a rank has its part of the model and one layer in memory. Loading sends what one forward pass gathers.
 
-transformers loads such a model before it is sharded, without values: tensors with the shapes in the files become those
-of a dense copy of the model on the meta device. Its types, and its marks of what the files lack, are set on the model.
+A model of transformers is loaded before it is sharded, without values (`without_data.py`).
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lightning_qlora.adapters.conversion import conversion_of
+from lightning_qlora.adapters.module_adapter import set_adapter_of_module
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import set_adapter_of_module
 from lightning_qlora.huggingface.model_folder import ModelFolder
+from lightning_qlora.huggingface.without_data import NO_VALUES
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.fp32_module import held_type
@@ -33,19 +32,11 @@ from lightning_qlora.layers.names import (
     is_transformers_model,
     join,
     named,
-    named_tensors,
     owner_name,
-    parameter_name,
 )
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.layers.provenance import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import renew
-
-NO_VALUES = (
-    "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
-    "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
-)
 
 
 def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -141,7 +132,7 @@ def _share(layer: LoRALayer, whole: LoRALayer | None, source: int, device: torch
         tensors[key] = _with_data(empty, value, device)
         values[key] = value
     if layer.initial is not None:
-        layer.set_initial(values["lora_A"], values["lora_B"])
+        layer.set_initial((values["lora_A"], values["lora_B"]))
     if whole is not None and whole.input_statistics is not None and layer.input_statistics is not None:
         # The calibrated adapter is computed on this rank.
         layer.input_statistics.dense_weight = whole.input_statistics.dense_weight
@@ -193,11 +184,8 @@ def _with_data(empty: Tensor, value: Tensor, device: torch.device) -> Tensor:
     part = local_part(value, empty, device)
     if not isinstance(empty, nn.Parameter):
         return part
-    kind = nn.Parameter if is_sharded(empty) else type(empty)
-    parameter: Tensor = kind(part, requires_grad=empty.requires_grad)
-    if hasattr(empty, LOADED_TENSOR):
-        setattr(parameter, LOADED_TENSOR, True)
-    return parameter
+    kind: Any = nn.Parameter if is_sharded(empty) else type(empty)
+    return kind(part, requires_grad=empty.requires_grad)  # type: ignore[no-any-return]
 
 
 def _tensors_on_meta(module: nn.Module) -> list[list[tuple[str, dict[str, Any], str]]]:
@@ -221,51 +209,3 @@ def _device_of(module: nn.Module) -> torch.device:
             kind = parameter.device_mesh.device_type
             return torch.device(kind, torch.get_device_module(kind).current_device())
     return torch.device("cpu")
-
-
-def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config: Any) -> Any:
-    """Load the model of a folder, on the meta device; `load` is `PreTrainedModel._load_pretrained_model`."""
-    empty = {key: torch.empty(entry.shape, device="meta") for key, entry in folder.stored.entries.items()}
-    return load(folder.model, empty, None, replace(load_config, device_map={"": "meta"}, hf_quantizer=None))
-
-
-def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
-    """Set the types and marks of the dense copy, `folder.model`, on the tensors of a model on the meta device."""
-    dense: Any = folder.model
-    sources = dict(named_tensors(dense))
-    for name, part in model.named_modules():
-        if isinstance(part, PackedLayer):
-            weight = join(name, "weight")
-            if part.is_stack:
-                weight = parameter_name(name)
-            part.weight_dtype = dense.get_parameter(weight).dtype
-            part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
-        for key, parameter in part._parameters.items():
-            same = sources.get(join(name, key))
-            if parameter is not None and same is not None and parameter.dtype is not same.dtype:
-                cast = torch.empty_like(parameter, dtype=same.dtype)
-                part._parameters[key] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
-        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
-            same = sources.get(join(name, key))  # None: of a 4-bit layer
-            if tensor is not None and (same is None or hasattr(same, LOADED_TENSOR)):
-                setattr(tensor, LOADED_TENSOR, True)
-
-
-class Version(NamedTuple):
-    """A tensor on the meta device, whose values are read later, when its model was loaded."""
-
-    name: str
-    tensor: Tensor
-    number: int
-
-
-def versions(model: nn.Module) -> list[Version]:
-    """The tensors of a model that are on the meta device."""
-    return [Version(name, tensor, tensor._version) for name, tensor in named_tensors(model) if tensor.is_meta]
-
-
-def check_unwritten(versions: Iterable[Version]) -> None:
-    """ValueError, with the name, for a tensor on the meta device to which code wrote values: they would be lost."""
-    for name, tensor, number in versions:
-        if tensor._version != number:
-            raise ValueError(f"{name}: configure_model wrote values to it, which would be lost. {NO_VALUES}")

@@ -24,7 +24,17 @@ from lightning_qlora.layers.names import last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.selection import ToConvert
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
+from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
+
+STORED = [  # the entries of bitsandbytes for a weight
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_map",
+    "weight.absmax",
+    *(f"weight.quant_state.bitsandbytes__{kind}" for kind in OF_BITSANDBYTES),
+    "weight",
+]
 
 
 def wrong_shape(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:
@@ -169,11 +179,12 @@ class Compose(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, quantizer: Any, operations: list[ConversionOps]) -> None:
+    def __init__(self, quantizer: Any, conversion: Any) -> None:
         self.quantizer = quantizer
-        self.operations: list[Any] = operations
+        self.conversion = conversion  # of transformers
+        self.operations: list[Any] = conversion.operations
         # upstream looks for this name: an operation with a quantizer gets tensors in the type of the files
-        self.hf_quantizer = next((q for op in operations if (q := getattr(op, "hf_quantizer", None))), None)
+        self.hf_quantizer = next((q for op in self.operations if (q := getattr(op, "hf_quantizer", None))), None)
 
     def __deepcopy__(self, _: Any) -> "Compose":
         """Itself: a load copies it for each parameter, and it does not change."""
@@ -224,11 +235,10 @@ def _keeps_experts_apart(operation: ConversionOps) -> bool:
     return 0 not in dims and not getattr(operation, "check_dims", False)
 
 
-def _of_expert(tensors: dict[str, Any], number: int, experts: int) -> dict[str, Any] | None:
+def _of_expert(tensors: dict[str, list[Tensor]], number: int, experts: int) -> dict[str, Any] | None:
     """The tensors of one expert; None if `tensors` has something else than lists or stacks of `experts` entries."""
     parts_of = {}
-    for pattern, value in tensors.items():
-        parts = value if isinstance(value, list) else [value]
+    for pattern, parts in tensors.items():
         if len(parts) == experts:
             parts_of[pattern] = [parts[number]]
         elif len(parts) == 1 and parts[0].ndim and len(parts[0]) == experts:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -59,10 +59,10 @@ def load_without_data(
     return quantizer.load_without_data(original, model, load_config)
 
 
-def forget_quantizer(module: nn.Module, conversions: Mapping[int, Any] | None = None) -> None:
+def forget_quantizer(module: nn.Module) -> None:
     """Remove the marks of quantization that transformers and `QLoRAQuantizer` left on the models in a module.
 
-    `conversions`: by the ids of those that loaded the weights, the ones by which a model is saved.
+    They are saved by the conversions of transformers, of which `QLoRAQuantizer` made copies.
 
     Upstream: transformers/modeling_utils.py (from_pretrained, to, half, save_pretrained) and quantizers/base.py
     (postprocess_model): a model with these marks refuses to move, to be cast and to be saved.
@@ -77,8 +77,8 @@ def forget_quantizer(module: nn.Module, conversions: Mapping[int, Any] | None = 
             vars(part.config).pop(name, None)
         used = vars(part).get("_weight_conversions")
         if used:
-            of_files = [(conversions or {}).get(id(conversion), conversion) for conversion in used]
-            part._weight_conversions = [each for each in of_files if not _is_of_a_quantizer(each)]  # type: ignore[assignment]
+            originals = map(_original, used)
+            part._weight_conversions = [each for each in originals if not _is_of_a_quantizer(each)]  # type: ignore[assignment]
 
 
 @replaces("transformers.modeling_utils:PreTrainedModel.save_pretrained")
@@ -112,6 +112,11 @@ def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: 
             "makes dense layers, which save_pretrained writes.",
             stacklevel=3,
         )
+
+
+def _original(conversion: Any) -> Any:
+    operations = getattr(conversion, "operations", ())
+    return next((each.conversion for each in operations if hasattr(each, "conversion")), conversion)
 
 
 def _is_of_a_quantizer(conversion: Any) -> bool:

@@ -10,10 +10,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_folder import CANNOT_DEQUANTIZE, can_compose, takes_dequantize
+from lightning_qlora.adapters.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.load_weights import NO_VALUES, check_unwritten, read_weights
+from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR, Choice
+from lightning_qlora.huggingface.without_data import NO_VALUES, check_unwritten
 from lightning_qlora.layers.changes import make_changes
 
 
@@ -72,13 +73,9 @@ def _quantizer_for(
         gguf_config = getattr(import_module("transformers"), "GgufConfig", None)
         return ask(gguf_config and gguf_config(dequantize=True))
     text_config = model_config.get_text_config(decoder=True)
-    stored: Any = getattr(model_config, "quantization_config", None) or getattr(
-        text_config, "quantization_config", None
-    )
+    stored = stored_format({"text_config": text_config.to_dict(), **model_config.to_dict()})
     if not stored:
         return QLoRAQuantizer(loading), model_config, device_map
-    if not isinstance(stored, dict):
-        stored = stored.to_dict()
     if stored.get("load_in_4bit"):
         return PackedQuantizer(loading), model_config, device_map
     can_dequantize = takes_dequantize(stored)

@@ -24,22 +24,28 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_folder import can_compose
+from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
-from lightning_qlora.huggingface.load_weights import Version, find_without_data, mark_as_found, read_weights, versions
+from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import (
     LOAD_WHOLE,
+    STORED,
     Compose,
     LoadPacked,
     Nothing,
     Quantize,
     wrong_shape,
 )
-from lightning_qlora.huggingface.patches import (
-    forget_quantizer,
+from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.huggingface.without_data import (
+    Version,
+    convert_without_data,
+    find_without_data,
+    mark_as_found,
+    versions,
 )
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.expert_selection import ExpertParameter
@@ -48,18 +54,9 @@ from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.provenance import LOADED, keep_marks
 from lightning_qlora.layers.qlora_linear import check_packed_initialization
 from lightning_qlora.layers.selection import ToConvert, select_layers
-from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 
 COMPOSES = can_compose()
 SHARD = re.compile(r"model-\d+-of-\d+")  # name of one of several files of weights
-STORED = [  # the entries of bitsandbytes for a weight
-    "weight.nested_absmax",
-    "weight.nested_quant_map",
-    "weight.quant_map",
-    "weight.absmax",
-    *(f"weight.quant_state.bitsandbytes__{kind}" for kind in OF_BITSANDBYTES),
-    "weight",
-]
 
 
 class Loading:
@@ -78,22 +75,20 @@ class Loading:
         self.sharding = sharding
         self.on_meta: list[tuple[nn.Module, ModelFolder, list[Version]]] = []
         self.mismatches: list[ValueError] = []
-        # The adapter to start from, until the first model that has its layers gets it.
-        self._adapter = adapter
         if config.adapter is not None:
-            self._adapter = read_adapter(config.adapter)
-        self._starts_from_adapter = self._adapter is not None
+            adapter = read_adapter(config.adapter)
+        self._adapter = adapter  # to start from: the first model that has its layers gets it
+        self._adapter_is_used = False
 
     def config_for(self, model: nn.Module) -> QLoRAConfig | None:
         """The arguments for a model; None if the adapter to start from belongs to another one."""
-        if not self._starts_from_adapter:
+        if self._adapter is None:
             return self.config
         names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
-        adapter = self._adapter
-        if adapter is None or not names.issuperset(adapter.targets):
+        if self._adapter_is_used or not names.issuperset(self._adapter.targets):
             return None
-        self._adapter = None
-        return config_of_adapter(model, adapter, self.config)
+        self._adapter_is_used = True
+        return config_of_adapter(model, self._adapter, self.config)
 
 
 class QLoRAQuantizer(HfQuantizer):
@@ -107,17 +102,16 @@ class QLoRAQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    pre_quantized = False  # whether transformers reads tensors in the type of the files
 
-    def __init__(self, loading: Loading, pre_quantized: bool = False) -> None:
-        """`pre_quantized`: whether transformers reads tensors in the type of the files."""
-        super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=pre_quantized)  # type: ignore[arg-type]
+    def __init__(self, loading: Loading) -> None:
+        super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=self.pre_quantized)  # type: ignore[arg-type]
         self.loading = loading
         self.chosen: dict[str, ToConvert] = {}
         self.file_of: dict[str, Path] = {}
         self.errors: list[ValueError] = []
         self.folder: ModelFolder | None = None
         self._shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
-        self._conversions: dict[int, Any] = {}  # id of a copy of a conversion of transformers -> the conversion
 
     def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
         """Itself: transformers copies its operations, and with them what they refer to."""
@@ -149,7 +143,7 @@ class QLoRAQuantizer(HfQuantizer):
         needs_values = self.pre_quantized or splits or config.trainable_token_indices
         if shards and is_folder and not needs_values:
             self.folder = ModelFolder(paths[0].parent, copy.deepcopy(model))
-            _convert_without_data(model, self.folder, self.chosen, self._shapes)
+            convert_without_data(model, self.folder, self.chosen, self._shapes)
 
     def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, ToConvert]:
         """The layers and stacks of experts to convert, by the names of their parameters."""
@@ -197,9 +191,8 @@ class QLoRAQuantizer(HfQuantizer):
         if not hasattr(conversion, "operations"):
             return conversion  # it only renames
         copied = copy.copy(conversion)
-        copied.operations = [Compose(self, conversion.operations)]
+        copied.operations = [Compose(self, conversion)]
         copied.quantization_operation = Quantize(self) if self.pre_quantized else None
-        self._conversions[id(copied)] = conversion
         return copied
 
     def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
@@ -219,9 +212,9 @@ class QLoRAQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         self._check_shapes(model)
-        forget_quantizer(model, self._conversions)
+        forget_quantizer(model)
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
-        if self.loading.sharding:
+        if self.loading.sharding or self.folder is not None:
             keep_marks(model)
         if self.folder is None:
             if self.loading.sharding:
@@ -269,8 +262,7 @@ class QLoRAQuantizer(HfQuantizer):
 class PackedQuantizer(QLoRAQuantizer):
     """Loads 4-bit weights of bitsandbytes without requantizing."""
 
-    def __init__(self, loading: Loading) -> None:
-        super().__init__(loading, pre_quantized=True)
+    pre_quantized = True
 
     def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, ToConvert]:
         """As for dense files. Without `COMPOSES` experts are dense, and conversion quantizes them."""
@@ -291,8 +283,10 @@ class PackedQuantizer(QLoRAQuantizer):
 class DequantizingQuantizer(QLoRAQuantizer):
     """Quantizes what `original`, transformers' quantizer of another format, dequantizes."""
 
+    pre_quantized = True
+
     def __init__(self, loading: Loading, original: Any) -> None:
-        super().__init__(loading, pre_quantized=True)
+        super().__init__(loading)
         self._original = original
 
     def _process_model_before_weight_loading(self, model: nn.Module, *args: Any, **arguments: Any) -> None:
@@ -322,19 +316,3 @@ def _ranks(model: Any, name: str) -> int:
     """The ranks over which transformers' `DistributedConfig(fsdp_size=n, tp_size=n)` distributes a model."""
     plan = getattr(model.config, "distributed_config", None)
     return getattr(plan, name, None) or 1
-
-
-def _convert_without_data(
-    model: nn.Module, folder: ModelFolder, chosen: dict[str, ToConvert], shapes: dict[str, torch.Size]
-) -> None:
-    """Convert the chosen layers that the files have, on the meta device."""
-    for key, each in chosen.items():
-        entry = folder.entries.get(key)
-        if entry is None:
-            exists = f"{key}.0" in folder.entries
-        else:
-            exists = entry.shape == shapes[key]
-        if exists:
-            name = key if isinstance(each.part, ExpertParameter) else owner_name(key)
-            each.convert(name).loaded = True
-    to_parameters(model)

@@ -95,14 +95,14 @@ _backends: dict[torch.device, Backend] = {}
 
 def backend(device: torch.device) -> Backend:
     """What computes on a device: Triton's kernels on a GPU or under TRITON_INTERPRET=1, else the module `eager`."""
-    if not has_kernels(device) and device.type not in UNTRIED:
-        return _EAGER
     previous = _backends.get(device)
     if previous is not None:
         return previous
+    if has_kernels(device):
+        return _make(device)
     if device.type in UNTRIED:
         return _try(device)
-    return _make(device)
+    return _backends.setdefault(device, _EAGER)
 
 
 def has_kernels(device: torch.device) -> bool:

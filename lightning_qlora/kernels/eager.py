@@ -5,7 +5,7 @@ of input (C kernels only). The adapter's product is written first and the large 
 in fp32 and rounds once, as `reference.py` demands. The bias comes last.
 """
 
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half, multiply, product, scaled_weight, take_out
+from lightning_qlora.kernels.half import Half, add_product_, decoded, factor, product
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
@@ -76,30 +76,20 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
 
 def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
     """See `reference.lora_project`."""
-    if isinstance(x, Half):
-        return product(_dropped_half(x, lora), to_half(lora.a).T)
-    return torch.nn.functional.linear(_dropped(x, lora), lora.a.to(x.dtype))
+    return product(_dropped(x, lora), lora.a.T)
 
 
 def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
     """See `reference.linear_into`."""
-    if isinstance(x, Half):
-        multiply_by_weight(x, weight, out, transposed=True)
-        out.add_(product(to_half(xa), to_half(lora.b).T), alpha=lora.scaling)
-        if bias is not None:
-            out.add_(bias)
-        return
-    library = _library_for_few_rows(x, weight)
-    if library is not None:
-        library.lora_linear(out, x, weight, bias, lora, xa)
-        return
-    if lora.b.numel():
-        torch.addmm(_empty(x.dtype, x.device), xa, lora.b.to(x.dtype).T, beta=0, alpha=lora.scaling, out=out)
-        out.addmm_(x, _decoded(weight, x.dtype).T)
-    else:  # rank 0
-        torch.mm(x, _decoded(weight, x.dtype).T, out=out)
+    if isinstance(x, Tensor):
+        library = _library_for_few_rows(x, weight)
+        if library is not None:
+            library.lora_linear(out, x, weight, bias, lora, xa)
+            return
+    product(factor(xa, x), lora.b.T, lora.scaling, out)
+    add_product_(out, x, decoded(weight, x, _decoded).T)
     if bias is not None:
         out.add_(bias)
 
@@ -116,55 +106,15 @@ def linear_backward(
     grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
-    if isinstance(grad, Half) and isinstance(x, Half):
-        return _half_backward(grad, x, xa, weight, lora, needs_x)
-    assert not isinstance(grad, Half)
-    assert not isinstance(x, Half)
-    empty = _empty(grad.dtype, grad.device)
-    grad_xa = torch.addmm(empty, grad, lora.b.to(grad.dtype), beta=0, alpha=lora.scaling)
-    grad_b = torch.addmm(empty, grad.T, xa, beta=0, alpha=lora.scaling).to(lora.b.dtype)
-    grad_a = torch.mm(grad_xa.T, _dropped(x, lora)).to(lora.a.dtype)
+    grad_xa = factor(product(grad, lora.b, lora.scaling), grad)
+    grad_b = product(grad.T, xa, lora.scaling).to(lora.b.dtype)
+    grad_a = product(grad_xa.T, _dropped(x, lora)).to(lora.a.dtype)
     if not needs_x:
         return None, grad_a, grad_b
-    if not lora.a.numel():  # rank 0
-        return torch.mm(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
-    grad_x = torch.mm(grad_xa, lora.a.to(grad.dtype))
+    grad_x = product(grad_xa, lora.a)
     if lora.seed is not None:
         _dropout(grad_x, grad_x, lora.p, lora.seed)
-    return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
-
-
-def _half_backward(
-    grad: Half, x: Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    grad_xa = to_half(product(grad, to_half(lora.b)).mul_(lora.scaling))
-    grad_b = product(grad.T, to_half(xa)).mul_(lora.scaling).to(lora.b.dtype)
-    grad_a = product(grad_xa.T, _dropped_half(x, lora)).to(lora.a.dtype)
-    if not needs_x:
-        return None, grad_a, grad_b
-    grad_x = multiply_by_weight(grad, weight)
-    added = product(grad_xa, to_half(lora.a))
-    if lora.seed is not None:
-        _dropout(added, added, lora.p, lora.seed)
-    return grad_x.add_(added), grad_a, grad_b
-
-
-def multiply_by_weight(x: Half, weight: PackedBytes, out: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """x W, or x W^T, in fp32, with W decoded to fp16."""
-    divided, factor = scaled_weight(weight)
-    dense = _decoded(divided, torch.float16)
-    if transposed:
-        dense = dense.T
-    return take_out(multiply(x.values, dense, out), x.factor, factor)
-
-
-def _dropped_half(x: Half, lora: LoRA) -> Half:
-    """drop(x): dropout divides by 1 - p, which can pass the end of fp16, so it has a power of two of its own."""
-    if lora.seed is None:
-        return x
-    values = x.values.float().contiguous()
-    dropped = to_half(_dropout(values, values, lora.p, lora.seed))
-    return Half(dropped.values, dropped.factor * x.factor)
+    return add_product_(grad_x, grad, decoded(weight, grad, _decoded)), grad_a, grad_b
 
 
 def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
@@ -172,10 +122,13 @@ def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
     return dequantize_into(scratch(weight.numel, dtype, weight.packed.device), weight).view(weight.shape)
 
 
-def _dropped(x: Tensor, lora: LoRA) -> Tensor:
-    """drop(x) in a reused buffer, valid until the next call; x itself without a seed."""
+def _dropped(x: Tensor | Half, lora: LoRA) -> Any:
+    """drop(x), of a tensor in a reused buffer, valid until the next call; x itself without a seed."""
     if lora.seed is None:
         return x
+    if isinstance(x, Half):  # with a power of two of its own: dividing by 1 - p can pass the end of fp16
+        values = x.to_fp32().contiguous()
+        return to_half(_dropout(values, values, lora.p, lora.seed))
     x = x.contiguous()
     return _dropout(scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape), x, lora.p, lora.seed)
 
@@ -190,12 +143,6 @@ def _dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
 def can_group(*_: object) -> bool:
     """A CPU computes expert by expert: it knows without waiting how many rows each of them has."""
     return False
-
-
-@cache
-def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The first argument of `addmm` if beta is 0, so that it is not read."""
-    return torch.empty((), dtype=dtype, device=device)
 
 
 def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:

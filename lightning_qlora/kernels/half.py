@@ -10,6 +10,8 @@ power changes no digit, and the host does not wait for it. NaN and Inf stay what
 values decide about the power.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,9 +90,42 @@ def scaled_weight(weight: PackedBytes, scale: Any = scaled) -> tuple[PackedBytes
     return weight._replace(absmax=divided), factor
 
 
-def product(a: Half, b: Half, out: Tensor | None = None) -> Tensor:
-    """a b in fp32: a [m, k], b [k, n]; `out`: where to write it."""
-    return take_out(multiply(a.values, b.values, out), a.factor, b.factor)
+def decoded(weight: PackedBytes, like: Tensor | Half, decode: Callable[[PackedBytes, torch.dtype], Tensor]) -> Any:
+    """W as the factor of a matrix; `decode` is a backend's function."""
+    if not isinstance(like, Half):
+        return decode(weight, like.dtype)
+    divided, power = scaled_weight(weight)
+    return Half(decode(divided, torch.float16), power)
+
+
+def factor(matrix: Any, like: Tensor | Half) -> Any:
+    """A matrix as the factor of another one: rounded to its type, or a `Half` as it is."""
+    if isinstance(like, Half):
+        return matrix if isinstance(matrix, Half) else to_half(matrix)
+    return matrix.to(like.dtype)
+
+
+def product(a: Tensor | Half, b: Any, s: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """s a b, b rounded as a is: a [m, k], b [k, n], in the type of a or of `Half` in fp32; `out`: where to write it."""
+    if isinstance(a, Half):
+        b = factor(b, a)
+        return take_out(multiply(a.values, b.values, out), a.factor, b.factor).mul_(s)
+    if s == 1.0:
+        return torch.mm(a, b.to(a.dtype), out=out)
+    return torch.addmm(_empty(a.dtype, a.device), a, b.to(a.dtype), beta=0, alpha=s, out=out)
+
+
+def add_product_(total: Tensor, a: Tensor | Half, b: Any) -> Tensor:
+    """total += a b, summed in fp32 and rounded once; returns it."""
+    if isinstance(a, Half):
+        return total.add_(product(a, b))
+    return total.addmm_(a, b)
+
+
+@cache
+def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The first argument of `addmm` if beta is 0, so that it is not read."""
+    return torch.empty((), dtype=dtype, device=device)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ recomputes a block and the saved tensors are complete, torch stops the recomputa
 the product of the last layer.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
                 "4-bit layers do not support the transforms of torch.func (grad, vjp, jvp, vmap, ...). Use backward(), "
                 "torch.autograd.grad or torch.autograd.functional.vjp."
             )
-        y, _ = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, *lora)
-        return cast(Tensor, y)
+        y: Tensor = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, *lora)[0]
+        return y
     if lora.seed is None and not torch.is_grad_enabled() and forward_ad._current_level < 0:
         whole = ops.lora_linear_in_one_call(x, weight, bias, lora)
         if whole is not None:
@@ -48,7 +48,7 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
     with torch.no_grad():
         rows, xa = projected
         ops.linear_into(y, rows, xa, weight, bias, lora)
-    return cast(Tensor, y)
+    return y
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.half import Half, scaled_weight, to_half
+from lightning_qlora.kernels.half import Half, decoded, factor
+from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.blockwise import block_absmax, normalize
@@ -91,7 +92,7 @@ def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
     """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
-    y = _product(x, _decoded(weight, x).T) + lora.scaling * _product(_factor(xa, x), lora.b.T)
+    y = _product(x, decoded(weight, x, dequantize).T) + lora.scaling * _product(factor(xa, x), lora.b.T)
     if bias is not None:
         y = y + bias
     out.copy_(y)
@@ -107,8 +108,8 @@ def linear_backward(
     grad_xa, grad_a, grad_b = _adapter_gradients(grad, _dropped(x, lora), xa, lora)
     if not needs_x:
         return None, grad_a, grad_b
-    added = dropout(_product(_factor(grad_xa, grad), lora.a), lora.p, lora.seed)
-    return _rounded(_product(grad, _decoded(weight, grad)) + added, grad), grad_a, grad_b
+    added = dropout(_product(factor(grad_xa, grad), lora.a), lora.p, lora.seed)
+    return _rounded(_product(grad, decoded(weight, grad, dequantize)) + added, grad), grad_a, grad_b
 
 
 def _adapter_gradients(
@@ -117,7 +118,7 @@ def _adapter_gradients(
     """s dY B [m, r], and the gradients of A and B."""
     grad_xa = _rounded(lora.scaling * _product(grad, lora.b), grad)
     grad_b = (lora.scaling * _product(grad.T, xa)).to(lora.b.dtype)
-    return grad_xa, _product(_factor(grad_xa, grad).T, dropped).to(lora.a.dtype), grad_b
+    return grad_xa, _product(factor(grad_xa, grad).T, dropped).to(lora.a.dtype), grad_b
 
 
 def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
@@ -150,35 +151,20 @@ def grouped_linear_backward(
         adapter = LoRA(lora.a[e], lora.b[e], lora.scaling)
         of_rows = _part(grad, rows)
         grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(of_rows, _part(dropped, rows), xa[rows], adapter)
-        total[rows] = _product(_factor(grad_xa, grad), adapter.a)
+        total[rows] = _product(factor(grad_xa, grad), adapter.a)
     total = dropout(total, lora.p, lora.seed)  # its mask depends on the index among all rows
     for rows, matrix in zip(_groups(ends), weight.unbind(), strict=True):
-        total[rows] += _product(_part(grad, rows), _decoded(matrix, grad))
+        total[rows] += _product(_part(grad, rows), decoded(matrix, grad, dequantize))
     return _rounded(total, grad), grad_a, grad_b
 
 
 def _product(a: Tensor | Half, b: Tensor | Half) -> Tensor:
     """a b in fp32 (fp64 of fp64), not rounded to 16 bits; b is rounded as a is."""
+    other = factor(b, a)
     if isinstance(a, Half):
-        return a.to_fp32() @ cast(Half, _factor(b, a)).to_fp32()
-    assert not isinstance(b, Half)
+        return cast(Tensor, a.to_fp32() @ other.to_fp32())
     dtype = torch.promote_types(a.dtype, torch.float32)
-    return a.to(dtype) @ b.to(a.dtype).to(dtype)
-
-
-def _factor(b: Tensor | Half, like: Tensor | Half) -> Any:
-    """A matrix as it is multiplied: one of fp16 with a power of two if the other factor is."""
-    if isinstance(like, Half) and not isinstance(b, Half):
-        return to_half(b)
-    return b
-
-
-def _decoded(weight: PackedBytes, like: Tensor | Half) -> Any:
-    """W [out, in] as the factor of such a matrix."""
-    if not isinstance(like, Half):
-        return dequantize(weight, like.dtype)
-    divided, factor = scaled_weight(weight)
-    return Half(dequantize(divided, torch.float16), factor)
+    return cast(Tensor, a.to(dtype) @ other.to(dtype))
 
 
 def _rounded(y: Tensor, like: Tensor | Half) -> Tensor:

@@ -9,17 +9,11 @@ from torch import Tensor
 
 from lightning_qlora.checks import shown
 from lightning_qlora.layers.dtensor import gather, is_sharded
+from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
-from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.quantization.packed_weight import (
-    PackedBytes,
-    PackedWeight,
-    bnb_keys,
-    bnb_meta,
-    check_bytes,
-    read_bnb_meta,
-)
+from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, read_bnb_meta
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 
 SAME_FUNCTION = ("use_rslora", "use_dora", "lora_alpha")  # arguments that change what an adapter computes
 
@@ -47,10 +41,9 @@ class SavedLayer(LoRALayer):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The adapter, its initial values if they were computed from the weight, and the base. Nothing is gathered."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in BASE:
+            destination.pop(prefix + name, None)  # where they are parameters
         destination |= base_entries(self, prefix)
-        if not is_sharded(self.packed):
-            for name in BASE:
-                destination.pop(prefix + name, None)  # parameters that no strategy has split
         if self.initial is not None:
             destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
@@ -60,13 +53,10 @@ class SavedLayer(LoRALayer):
         initial = self.initial
         has_base, optional = load_layer(self, state_dict, prefix)
         missing: list[str] = []
-        unexpected: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        key = prefix + BASE[0]
-        if not has_base and state_dict.get(key) is not self.packed:  # a hook of this layer, which super() runs
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, errors)
+        if not has_base:
             missing.append(prefix + "weight")
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
-        unexpected_keys += [name for name in unexpected if name != key]
         if has_adapter:
             self._begin_as_saved(initial)
 
@@ -77,10 +67,10 @@ class SavedLayer(LoRALayer):
         """
         needs_data = self.config.init_kind.needs_data
         if not needs_data or self.initial is not None or gather(self.lora_B).any():
-            self.stop_waiting()
+            stop_waiting(self)
         elif initial is not None:
             self.set_adapter(*initial)
-            self.set_initial(*initial)
+            self.set_initial(initial)
         elif self.input_statistics is None:
             warnings.warn(
                 f"{self.full_name}: the loaded state dict was saved before the calibration of the adapter "
@@ -93,41 +83,26 @@ class SavedLayer(LoRALayer):
 def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     """The 4-bit weight of a layer in a state dict, with the arguments that its adapter needs.
 
-    bitsandbytes' entries, of a stack `weight.i` for expert i. Of a sharded layer its tensors, by their names, and
-    bitsandbytes' description of them: what those entries hold besides can't be computed from a shard.
+    bitsandbytes' entries. Of a stack, for which it has none, and of a sharded layer, from whose shard not all of them
+    can be computed: the three tensors by their names, and bitsandbytes' description of the weight.
     """
     key = f"{prefix}weight"
     more = {"adapter": {name: getattr(layer.config, name) for name in SAME_FUNCTION}}
-    if is_sharded(layer.packed):
-        entries = {prefix + name: getattr(layer, name).detach() for name in BASE}
-        whole = layer.weight_bytes
-        return entries | bnb_meta(key, whole.shape, whole.quant_type, whole.block_size, layer.dtype_before, more)
-    entries = {}
-    for name, weight in zip(weight_keys(layer, key), layer.packed_weights, strict=True):
-        entries |= weight.bnb_state_dict(name, more)
-    return entries
-
-
-def weight_keys(layer: LoRALayer, key: str) -> list[str]:
-    """The key of each matrix of a layer, whose weight has this key."""
-    if layer.is_stack:
-        return [f"{key}.{number}" for number in range(layer.matrix_count)]
-    return [key]
+    if not layer.is_stack and not is_sharded(layer.packed):
+        return layer.packed_weight.bnb_state_dict(key, more)
+    entries = {prefix + name: getattr(layer, name).detach() for name in BASE}
+    return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, more)
 
 
 def remove_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> None:
     """Remove the entries that `base_entries` has."""
-    key = f"{prefix}weight"
-    keys = [prefix + name for name in BASE]
-    for name in {key, *weight_keys(layer, key)}:
-        keys += bnb_keys(name, layer.quant_type)
-    for name in keys:
-        state_dict.pop(name, None)
+    for key in (*(prefix + name for name in BASE), *bnb_keys(f"{prefix}weight", layer.quant_type)):
+        state_dict.pop(key, None)
 
 
 def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
     """Whether a state dict has the base of a layer, dense or in 4 bits."""
-    return any(prefix + name in state_dict for name in ("weight", "weight.0", BASE[0]))
+    return prefix + "weight" in state_dict or prefix + BASE[0] in state_dict
 
 
 def read_base(state_dict: Mapping[str, Any], prefix: str) -> list[PackedWeight]:
@@ -138,14 +113,11 @@ def read_base(state_dict: Mapping[str, Any], prefix: str) -> list[PackedWeight]:
     if prefix + BASE[0] in state_dict:
         weight, dtype = _read_bytes(state_dict, prefix)
         return [PackedWeight.from_bytes(matrix, dtype) for matrix in weight.unbind()]
-    weights: list[PackedWeight] = []
-    while f"{key}.{len(weights)}" in state_dict:
-        weights.append(PackedWeight.from_bnb_state_dict(state_dict, f"{key}.{len(weights)}"))
-    return weights
+    return []
 
 
 def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes, torch.dtype]:
-    """The tensors of a layer that was sharded when it was saved, and the type that they decode to."""
+    """The tensors of a stack, or of a layer that was sharded when it was saved, and the type that they decode to."""
     meta = read_bnb_meta(state_dict, f"{prefix}weight")
     if meta is None or any(prefix + name not in state_dict for name in BASE):
         raise ValueError(f"{prefix}{BASE[0]}: its description or another of its tensors is missing. Copy the file.")
@@ -153,12 +125,6 @@ def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes
     weight = PackedBytes(packed, absmax, nested, tuple(meta["shape"]), meta["quant_type"], meta["blocksize"])
     check_bytes(weight)
     return weight, getattr(torch, meta["dtype"])
-
-
-def _check_same_function(layer: LoRALayer, entries: Mapping[str, Any], key: str) -> None:
-    """Refuse an adapter that computes something else with the arguments of this layer."""
-    meta = read_bnb_meta(entries, weight_keys(layer, key)[0]) or read_bnb_meta(entries, key)
-    check_same_arguments(layer, (meta or {}).get("adapter"))
 
 
 def check_same_arguments(layer: LoRALayer, saved: Any) -> None:
@@ -198,14 +164,13 @@ def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tup
                     "checkpoint."
                 )
         if lora_a.shape != layer.lora_A.shape:
-            name = prefix.removesuffix(".") or "the layer itself"
             raise CheckpointMismatchError(
-                f"{name}: the checkpoint's adapter has rank {lora_a.shape[-2]} for {lora_a.shape[-1]} inputs, this "
-                f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
-                f"rank {lora_a.shape[-2]}."
+                f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "
+                f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
+                f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
             )
-        initial = [state_dict.pop(prefix + key, None) for key in INITIAL]
-        layer.set_initial(*(None if value is None else value.contiguous() for value in initial))
+        initial = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
+        layer.set_initial(initial if len(initial) == len(INITIAL) else None)
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     has_weight = _load_weight(layer, state_dict, prefix, with_adapter)
     if prefix + "bias" in state_dict and not has_weight and not with_adapter:
@@ -223,30 +188,25 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     of_base = {prefix + name for name in BASE}
     names = [name for name in state_dict if name == key or name.startswith(key + ".") or name in of_base]
     entries = {name: state_dict.pop(name) for name in names}
-    if entries.get(prefix + BASE[0]) is layer.packed:  # the converted module knows it by its fingerprint
-        return True
     entries = {name: value.contiguous() for name, value in entries.items()}
     if with_adapter:
-        _check_same_function(layer, entries, key)
+        meta = read_bnb_meta(entries, key) or {}
+        check_same_arguments(layer, meta.get("adapter"))
     packed: Any = None
+    expected = layer._shape
     if prefix + BASE[0] in entries:
         packed, dtype = _read_bytes(entries, prefix)
         shape = packed.shape
-        expected = layer._shape
-    elif key not in entries or f"{key}.absmax" in entries:
-        packed = read_base(entries, prefix)
-        shape = packed[0].shape
-        expected = layer._shape[-2:]
+    elif f"{key}.absmax" in entries:
+        packed = PackedWeight.from_bnb_state_dict(entries, key)
+        shape = packed.shape
     else:
         shape = entries[key].shape
         expected = layer.weight_shape
     if tuple(shape) != expected:
-        name = key
-        if layer.is_stack:
-            name = parameter_name(prefix.removesuffix("."))
         raise CheckpointMismatchError(
-            f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
-            "training."
+            f"{layer.full_name or 'the layer itself'}: its weight has shape {list(shape)} in the checkpoint, "
+            f"{list(expected)} here. Build the model of the training."
         )
     device = layer.packed.device
     if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none
@@ -256,7 +216,7 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     if isinstance(packed, PackedBytes):
         layer.set_bytes(packed.to(device), dtype)
     elif packed is not None:
-        layer.set_packed_weights([weight.to(device) for weight in packed])
+        layer.set_packed_weights([packed.to(device)])
     elif not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
         layer.initialize(entries[key], device)
     else:

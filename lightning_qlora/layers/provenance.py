@@ -16,7 +16,7 @@ from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import is_transformers_model, join
 from lightning_qlora.layers.qlora_linear import MEMBERS, QLoRALinear
-from lightning_qlora.quantization.packed_weight import FLOATS
+from lightning_qlora.quantization.blockwise import FLOATS
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings

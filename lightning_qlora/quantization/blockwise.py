@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.quantization.codebooks import Codebook, dynamic_map
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types that can be quantized and decoded to
 NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale (paper, section 3)
 SMALLEST_SCALE = 1e-38  # divisor of a block of zeros
 CHUNK = 1 << 17  # weights per step on a CPU: fp32 values that fit the L2 cache; a multiple of every block size

@@ -1,23 +1,20 @@
 """PackedWeight, a 4-bit weight as users see it, and PackedBytes, the same weight as the uint8 tensors of a layer."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_qlora.checks import check_choice, check_number
+from lightning_qlora.checks import check_choice
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.quantization import blockwise
+from lightning_qlora.quantization.bnb_entries import META, bnb_meta, check_levels, check_values, read_meta
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
-
-_BNB_META = "quant_state.bitsandbytes__"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the types that can be quantized and decoded to
 
 
 class PackedBytes(NamedTuple):
@@ -236,13 +233,13 @@ class PackedWeight:
             TypeError, ValueError: If an entry is missing, has the wrong size or type, contradicts another or holds NaN
                 or Inf, or if the type or block size is not supported.
         """
-        meta_keys = [key for key in state if key.startswith(f"{prefix}.{_BNB_META}")]
+        meta_keys = [key for key in state if key.startswith(f"{prefix}.{META}")]
         if len(meta_keys) != 1 or prefix not in state or f"{prefix}.absmax" not in state:
             raise ValueError(
                 f"{prefix}: not a bitsandbytes 4-bit weight; expected {prefix!r}, '{prefix}.absmax' and one "
-                f"'{prefix}.{_BNB_META}*' entry, got {sorted(key for key in state if key.startswith(prefix))}."
+                f"'{prefix}.{META}*' entry, got {sorted(key for key in state if key.startswith(prefix))}."
             )
-        meta = _read_meta(prefix, meta_keys[0], state[meta_keys[0]])
+        meta = read_meta(prefix, meta_keys[0], state[meta_keys[0]])
         numel = math.prod(meta["shape"])
         blocks = -(-numel // meta["blocksize"])
         nested_blocks = 0
@@ -254,11 +251,11 @@ class PackedWeight:
         packed = state[prefix].contiguous().view(torch.uint8).reshape(-1, 1)
         absmax = state[f"{prefix}.absmax"]
         nested_absmax = state.get(f"{prefix}.nested_absmax")
-        _check_values(prefix, packed, (numel + 1) // 2, torch.uint8)
-        _check_values(f"{prefix}.absmax", absmax, blocks, scale_dtype)
-        _check_values(f"{prefix}.nested_absmax", nested_absmax, nested_blocks, torch.float32)
-        _check_levels(f"{prefix}.quant_map", state, codebook(meta["quant_type"]).levels)
-        _check_levels(f"{prefix}.nested_quant_map", state, dynamic_map())
+        check_values(prefix, packed, (numel + 1) // 2, torch.uint8)
+        check_values(f"{prefix}.absmax", absmax, blocks, scale_dtype)
+        check_values(f"{prefix}.nested_absmax", nested_absmax, nested_blocks, torch.float32)
+        check_levels(f"{prefix}.quant_map", state, codebook(meta["quant_type"]).levels)
+        check_levels(f"{prefix}.nested_quant_map", state, dynamic_map())
         if nested_absmax is not None:
             nested_absmax = nested_absmax.reshape(-1)
         return cls(
@@ -271,79 +268,3 @@ class PackedWeight:
             block_size=meta["blocksize"],
             dtype=getattr(torch, meta["dtype"]),
         )
-
-
-def bnb_meta(
-    prefix: str, shape: Sequence[int], quant_type: str, block_size: int, dtype: torch.dtype, more: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """bitsandbytes' `quant_state` entry: a JSON object."""
-    meta = {
-        "quant_type": quant_type,
-        "blocksize": block_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": [*shape],
-        **more,
-    }
-    text = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
-    return {f"{prefix}.{_BNB_META}{quant_type}": text}
-
-
-def bnb_keys(prefix: str, quant_type: str) -> list[str]:
-    """The keys that `bnb_state_dict` may have."""
-    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{_BNB_META}{quant_type}")
-    return [prefix, *(f"{prefix}.{name}" for name in names)]
-
-
-def read_bnb_meta(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any] | None:
-    """The JSON object in bitsandbytes' `quant_state` entry of a weight, its values checked; None if there is none."""
-    for quant_type in get_args(QuantType):
-        key = f"{prefix}.{_BNB_META}{quant_type}"
-        if key in state:
-            return _read_meta(prefix, key, state[key])
-    return None
-
-
-def _read_meta(prefix: str, key: str, entry: Tensor) -> dict[str, Any]:
-    """The JSON object in bitsandbytes' `quant_state` entry, its values checked."""
-    try:
-        meta = json.loads(bytes(entry.tolist()))
-        quant_type, block_size, dtype, shape = (meta[name] for name in ("quant_type", "blocksize", "dtype", "shape"))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"{key}: must be the bytes of a JSON object with quant_type, blocksize, dtype and shape "
-            f"({type(error).__name__}: {error}). The file is damaged: copy or write it again."
-        ) from error
-    check_choice(f"{prefix}: quant_type", quant_type, get_args(QuantType))
-    if not key.endswith(_BNB_META + quant_type):
-        raise ValueError(f"{key}: has quant_type={quant_type!r}, which is not the one in its name.")
-    check_choice(f"{prefix}: blocksize", block_size, BLOCK_SIZES)
-    check_choice(f"{prefix}: dtype", dtype, tuple(str(kind).removeprefix("torch.") for kind in FLOATS))
-    if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
-        raise ValueError(f"{prefix}: shape={shape!r}: must be a list of positive integers.")
-    if "nested_offset" in meta:
-        check_choice(f"{prefix}: nested_blocksize", meta.get("nested_blocksize"), (blockwise.NESTED_BLOCK_SIZE,))
-        check_choice(f"{prefix}: nested_dtype", meta.get("nested_dtype"), ("float32",))
-        check_number(f"{prefix}: nested_offset", meta["nested_offset"])
-    return cast(dict[str, Any], meta)
-
-
-def _check_values(key: str, values: Tensor | None, count: int, dtype: torch.dtype) -> None:
-    """Refuse an entry of another size or type than the JSON entry says; with `count` 0 there must be none."""
-    if values is None and not count:
-        return
-    if values is None or not count or values.numel() != count or values.dtype is not dtype:
-        content = "no such entry"
-        if values is not None:
-            content = f"{values.numel()} of {values.dtype}"
-        raise ValueError(f"{key}: must hold {count} values of {dtype}; got {content}. Copy or write the file again.")
-    if dtype.is_floating_point and not torch.isfinite(values).all():
-        raise ValueError(f"{key}: holds NaN or Inf. The file is damaged: copy or write it again.")
-
-
-def _check_levels(key: str, state: Mapping[str, Tensor], levels: Tensor) -> None:
-    """Refuse a table of levels that is not the one that this package decodes with."""
-    saved = state.get(key)
-    if saved is None:
-        return
-    if saved.shape != levels.shape or not torch.allclose(saved.float().cpu(), levels, atol=1e-6):
-        raise ValueError(f"{key}: is not the table of levels of this type. The file is damaged, or of another format.")

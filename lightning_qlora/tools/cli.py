@@ -62,7 +62,8 @@ def plan(
         batch_size: Sequences per step.
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
-        gpu_memory: Memory of a GPU, such as 24GB or 24GiB: also say whether the run fits, and else what to change.
+        gpu_memory: Memory of a GPU, 24GiB for a card of 24 GB (24GB is 7% less): also say whether the run fits, and
+            else what to change.
         devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
@@ -198,7 +199,8 @@ def export(
         if requirement:
             print(f"lightning-qlora: warning: {requirement}", file=sys.stderr)
     write_adapter(adapter, output)
-    print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
+    layers = adapter.layers | adapter.expert_adapters
+    print(f"{output}: {len(layers)} layers for {adapter.base_model or 'a base that is not named'}")
     print(f"trained on: {trained_on(adapter.quantization)}")
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import trained_on
-from lightning_qlora.adapters.base_folder import published_format
+from lightning_qlora.adapters.base_folder import stored_format
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.config import first_match
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
@@ -29,7 +31,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
             ("kind", "Lightning checkpoint of a converted module"),
             ("size of the checkpoint", size_text(sum(file.stat().st_size for file in files))),
             *_adapter_lines(adapter),
-            ("base fingerprint", fingerprint_of_base(path, weights_only) or "none: the checkpoint contains the base"),
+            ("base fingerprint", fingerprint_of_base(adapter) or "none: the checkpoint contains the base"),
         ]
     if os.path.isfile(os.path.join(path, CONFIG_FILE)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
@@ -38,9 +40,10 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     layers = adapter.layers | adapter.expert_adapters
-    # The matrices of `expert_adapters` hold many experts: their rank is that of adapter_config.json.
+    config = adapter.peft_config
     ranks = Counter(layer.r for layer in adapter.layers.values())
-    ranks[adapter.peft_config.get("r", 0)] += len(adapter.expert_adapters)
+    for name in adapter.expert_adapters:  # matrices of many experts: only adapter_config.json has their rank
+        ranks[first_match(config.get("rank_pattern"), [name], config.get("r", 0))] += 1
     alphas = Counter(layer.alpha for layer in layers.values())
     endings = Counter(last_part(name) for name in layers)
     tensors = list(adapter.saved.values())
@@ -61,7 +64,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("quantization", quantization),
         ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
-        ("rank", _counts(+ranks)),  # +: without those that no layer has
+        ("rank", _counts(ranks)),
         ("alpha", _counts(alphas)),
         ("kind of LoRA", ", ".join(kinds) or "plain"),
         ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),
@@ -104,16 +107,15 @@ def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
 
 
 def _quantization(folder: WeightFolder, config: dict[str, Any], packed: set[str]) -> str:
-    published = published_format(config)
-    if published is not None:
-        words = [published.get(key) for key in ("quant_method", "format", "weight_block_size")]
+    stored = stored_format(config)
+    if stored and not stored.get("load_in_4bit"):
+        words = [stored.get(key) for key in ("quant_method", "format", "weight_block_size")]
         return ", ".join(str(word) for word in words if word)
-    quantization = config.get("quantization_config")
-    if not packed or not isinstance(quantization, dict) or not quantization.get("quant_method"):
+    if not packed or not stored.get("quant_method"):
         return "none"
     first = min(packed)
     key = next(key for key in folder.entries if key.startswith(first + ".quant_state."))
-    text = f"{quantization['quant_method']}, {key.rpartition('__')[2]}"
+    text = f"{stored['quant_method']}, {key.rpartition('__')[2]}"
     if f"{first}.nested_absmax" in folder.entries:
         text += ", double quantization"
     return text

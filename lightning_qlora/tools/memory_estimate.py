@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -236,13 +236,13 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a text such as 24GB (24 * 10^9), 24GiB (24 * 2^30) or 24000000000; ValueError for other texts."""
+    """Bytes of a text such as 24GiB (24 * 2^30), 24GB (24 * 10^9) or 24000000000; ValueError for other texts."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise ValueError(f"gpu_memory={text!r}: must be a number of bytes with a unit, such as 24GB, 24GiB or 80000MB.")
+        raise ValueError(f"gpu_memory={text!r}: must be a number with a unit, such as 24GiB, or a number of bytes.")
     count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
     if count < UNITS["MB"]:
-        raise ValueError(f"gpu_memory={text!r} is {count} bytes. Give a unit, such as 24GB or 24GiB.")
+        raise ValueError(f"gpu_memory={text!r} is {count} bytes. Give a unit, such as 24GiB.")
     return count
 
 

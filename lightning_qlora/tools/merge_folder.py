@@ -15,8 +15,8 @@ from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import BITS
 from lightning_qlora.adapters.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
 from lightning_qlora.adapters.merge import merge_onto
+from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.peft_experts import assign_parameters
-from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free

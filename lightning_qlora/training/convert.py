@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
+from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import config_of_adapter, set_adapter_of_module
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
@@ -228,9 +228,7 @@ def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
 
 def _adopt_loaded(layer: LoRALayer, config: QLoRAConfig, name: str) -> None:
     """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.set_config(config)
-    layer.lora_dropout = config.lora_dropout
-    layer.full_name = name
+    layer.set_arguments(config, name, layer.seed_name)
     layer.loaded = False
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora.adapters.module_state import check_finite
+from lightning_qlora.adapters.module_adapter import check_finite
 from lightning_qlora.checks import first_of
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer

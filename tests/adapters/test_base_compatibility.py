@@ -20,8 +20,8 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.base_compatibility import convert_to_float_base, quantization_of, required_base
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
@@ -165,7 +165,7 @@ METHODS = [
     {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}},
     {"init_lora_weights": "pissa"},
     {"init_lora_weights": "pissa", "loftq_config": {"loftq_iter": 2}},
-    {"init_lora_weights": "pissa_niter_4"},
+    {"init_lora_weights": "pissa_niter_4", "use_rslora": True},
     {"init_lora_weights": "calibrated"},
 ]
 
@@ -186,8 +186,9 @@ def trained_layer(dense, **arguments):
 
 
 def difference(net):
-    layer = convert_to_float_base(get_adapter(net)).layers["0"]
-    return layer.lora_A, layer.lora_B
+    """A, and s B, with the scaling of the folder that would be written."""
+    adapter = convert_to_float_base(get_adapter(net))
+    return adapter.layers["0"].lora_A, adapter.scaling("0") * adapter.layers["0"].lora_B
 
 
 @pytest.mark.parametrize("arguments", [{}, {"init_lora_weights": "gaussian"}, *METHODS])
@@ -196,7 +197,7 @@ def test_the_difference_is_what_training_added(arguments):
     net, layer, before = trained_layer(dense, **arguments)
     a, b = difference(net)
     assert a.shape == ((16 if arguments in METHODS else 8), 64)
-    torch.testing.assert_close(layer.scaling * b @ a, delta(layer) - delta(before), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(b @ a, delta(layer) - delta(before), rtol=1e-3, atol=1e-4)
 
 
 def test_on_the_float_weight_it_is_close_to_the_trained_layer():
@@ -204,7 +205,7 @@ def test_on_the_float_weight_it_is_close_to_the_trained_layer():
     net, layer, _ = trained_layer(dense, init_lora_weights="calibrated")
     a, b = difference(net)
     effective = layer.decode() + delta(layer)
-    with_difference = (dense.weight + layer.scaling * b @ a - effective).norm()
+    with_difference = (dense.weight + b @ a - effective).norm()
     as_it_is = (dense.weight + delta(layer) - effective).norm()  # counts the initial values twice
     assert with_difference < 0.95 * as_it_is
 
@@ -251,7 +252,7 @@ def test_peft_on_the_float_base_does_what_training_added(arguments, base, tmp_pa
             expected.get_submodule(name).weight.data += change
     save_adapter(lit, tmp_path / "adapter", base="float")
     config = exported(tmp_path / "last.ckpt", tmp_path / "exported")
-    assert config["r"] == 8 and config["lora_alpha"] == 16
+    assert config["r"] == 8 and config["lora_alpha"] == pytest.approx(8 * 2**0.5 if config["use_rslora"] else 16)
     for folder in ("adapter", "exported"):
         loaded = peft.PeftModel.from_pretrained(type(expected).from_pretrained(base), tmp_path / folder)
         torch.testing.assert_close(logits(loaded), logits(expected.eval()), atol=1e-4, rtol=0)

@@ -11,7 +11,8 @@ import torch
 
 from lightning_qlora.adapters import peft_folder
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
-from lightning_qlora.adapters.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
 from tests.conftest import elsewhere
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")

@@ -17,8 +17,8 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
+from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from tests.conftest import Classifier
 from tests.layers.test_experts import made, qwen3_moe
@@ -575,6 +575,24 @@ def test_experts_that_a_folder_lacks_get_the_default_initialization(tmp_path):
     load_adapter(perturb(model), tmp_path)
     stack, expected = (net.model.layers[0].mlp.experts.gate_up_proj_experts for net in (model, fresh))
     assert torch.equal(stack.lora_A, expected.lora_A) and not stack.lora_B.any()
+
+
+def test_a_layer_whose_name_ends_another_name_is_alone_in_the_folder_too(tmp_path):
+    net = nn.ModuleDict({"a": nn.Linear(64, 64), "x": nn.ModuleDict({"a": nn.Linear(64, 64)})})
+    dense = copy.deepcopy(net)
+    assert convert(net, r=4, target_modules=["a"], exclude_modules=["x.a"]).converted == ["a"]
+    save_adapter(net, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(dense, tmp_path)
+    names = [name for name, part in theirs.named_modules() if isinstance(part, peft.tuners.lora.LoraLayer)]
+    assert names == ["base_model.model.a"]
+
+
+def test_a_parameter_of_the_base_itself_that_trains_is_refused(tmp_path):
+    net = nn.ModuleDict({"a": nn.Linear(64, 64)})
+    convert(net, r=4)
+    net.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"of the ModuleDict itself trains.*Freeze it"):
+        save_adapter(net, tmp_path)
 
 
 OF_FOLDER = {  # arguments that a run with adapter=FOLDER takes from the folder, or that do not apply to it

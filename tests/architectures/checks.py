@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter
-from lightning_qlora.adapters.save_load import get_adapter
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import last_part

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
-from lightning_qlora.adapters.peft_folder import BASE, CHECKSUMS, CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import BASE, CHECKSUMS, WEIGHTS_FILE, read_adapter, write_adapter
 from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig
 from tests.adapters.test_peft_folder import adapter
 from tests.toys import perturb
@@ -139,7 +140,7 @@ def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
             config |= {name: draw.choice(values) for name in draw.sample([*config, "target_parameters"], 2)}
         elif which == 1:
             inner = {draw.choice(["quant_type", "init_lora_weights", "layers.0.proj", "a"]): draw.choice(values)}
-            entry = {draw.choice(["quantization", "fingerprints", "experts"]): draw.choice([*values, inner])}
+            entry = {draw.choice(["quantization", "fingerprints"]): draw.choice([*values, inner])}
             metadata[BASE] = json.dumps(draw.choice([*values, entry]))
         else:
             key = draw.choice(list(tensors))

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from lightning_qlora import QLoRAPrecision
-from lightning_qlora.adapters.peft_folder import CONFIG_FILE, read_adapter, write_adapter
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.files.folder_writer import INCOMPLETE
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from tests.adapters.test_peft_folder import adapter, number_of

@@ -81,7 +81,7 @@ BUGS = {
         "differs from the reference|outside",
     ),
     "another dropout mask": (
-        "lora_products.py",
+        "dropout.py",
         "0x7FEB352D",
         "0x7FEB352F",
         "lora_project",

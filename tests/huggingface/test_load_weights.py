@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qlora import QLoRAPrecision, convert, load_weights, save_adapter
+from lightning_qlora import QLoRAPrecision, convert, load_weights, quantize, save_adapter
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.toys import ARGUMENTS, Lit, needs, perturb, toy
@@ -92,7 +92,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def sharded_by_fabric(folder, fill=True, **arguments):
+def sharded_by_fabric(folder, fill=True, own=None, **arguments):
     """A module on the meta device, which `parallelize_fn` shards and loads."""
 
     def parallelize(module, mesh):
@@ -107,7 +107,20 @@ def sharded_by_fabric(folder, fill=True, **arguments):
     fabric.launch()
     with torch.device("meta"):
         net = Net()
+    if own is not None:
+        net[2] = own
     return fabric, fabric.setup_module(net)
+
+
+def test_what_has_values_is_not_read(folder, one_rank):
+    """A layer that was built outside of the meta device keeps its weight, though the folder has another one."""
+    own = nn.Linear(200, 96, bias=False)
+    expected = quantize(own.weight.detach()).dequantize()
+    net = sharded_by_fabric(folder, own=own)[1].module
+    dense = Net()
+    dense.load_state_dict(torch.load(folder / "state.pt"))
+    assert torch.equal(net[2].decode(), expected)
+    assert torch.equal(net[0].decode(), quantize(dense[0].weight.detach()).dequantize())
 
 
 @pytest.mark.parametrize("init", ["default", "calibrated"])

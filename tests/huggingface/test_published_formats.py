@@ -24,8 +24,8 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main

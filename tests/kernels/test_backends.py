@@ -106,4 +106,4 @@ def test_a_type_of_device_that_nobody_tried_is_checked_once_and_a_warning_ends_i
 def test_a_cpu_without_kernels_has_none_to_check_again():
     cpu = torch.device("cpu")
     assert backends.failures(cpu, repeat=True) == {}
-    assert cpu not in backends._backends
+    assert backends._backends == {cpu: eager}

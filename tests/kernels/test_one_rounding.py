@@ -8,6 +8,7 @@ from lightning_qlora import convert
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.layers.dora import dora_scale
 from tests.conftest import every_pair
 from tests.kernels.forward import forward
 from tests.kernels.shares import experts, share, shares
@@ -94,7 +95,7 @@ def test_the_share_of_a_change_of_doras_magnitudes(change, blocks, dtype):
             y = layer(x)
             results.append((y.detach().double(), torch.autograd.grad(y, x, grad)[0].double()))
             layer.lora_magnitude_vector.data.copy_(kept)
-        moved = (layer.dora_scale(layer.matrices()[0]).detach() * factors)[:, None].double() * layer.decode().double()
+        moved = (dora_scale(layer, layer.matrices()[0]).detach() * factors)[:, None].double() * layer.decode().double()
         for found, new, old in zip(changes, *reversed(results), strict=True):
             found.append(new - old)
         expected[0].append(x.detach().double() @ moved.T)

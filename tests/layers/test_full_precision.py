@@ -195,6 +195,23 @@ def test_outputs_and_gradients_are_as_close_to_fp32_as_those_of_the_model_in_bf1
         assert torch.allclose(ours.eval()(TOKENS), plain.eval()(TOKENS), rtol=2e-2, atol=2e-2)
 
 
+def test_a_part_with_a_list_of_parameters_computes_in_16_bits_also_alone():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales = nn.ParameterList([torch.rand(16)])
+
+        def forward(self, x):
+            return x * self.scales[0]
+
+    model = nn.Sequential(nn.Linear(16, 16), Scaled()).bfloat16()
+    dense = copy.deepcopy(model[1])
+    convert(model, r=1, target_modules=["0"], modules_to_save=["scales"], compute_dtype="bf16")
+    x = torch.randn(4, 16).bfloat16()
+    assert model[1].scales[0].dtype is torch.float32
+    torch.testing.assert_close(model[1](x), dense(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile", "compile a block", "checkpoint", "autocast"])
 def test_the_module_still_works_with(how):
     model = tied()

@@ -1,4 +1,4 @@
-"""Every row of `config.INITIALIZATIONS` is true: a new one runs through all of these tests."""
+"""Every row of `initializations.INITIALIZATIONS` is true: a new one runs through all of these tests."""
 
 import copy
 from contextlib import contextmanager
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_qlora import CheckpointMismatchError, convert, disable_adapter, quantize, save_adapter
-from lightning_qlora.config import INITIALIZATIONS, InitLoRAWeights, QLoRAConfig
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.initializations import INITIALIZATIONS, InitLoRAWeights
 from lightning_qlora.layers.initialization import STARTS
 from tests.toys import delta, perturb
 

@@ -261,3 +261,11 @@ def test_a_new_head_in_fp32_trains_beside_a_model_in_bf16(tmp_path, bert):
     module.model.to(torch.bfloat16)
     make_trainer(tmp_path, plugins=QLoRAPrecision(r=2)).fit(module, [0] * 3)
     assert module.proj[0].weight.dtype is torch.float32 and module.proj[0].weight.grad is not None
+
+
+def test_a_layer_whose_weight_is_in_8_bits_stays_as_it_is():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    net[1].to(torch.float8_e4m3fn)
+    report = convert(net, r=1)
+    assert report.converted == ["0"]
+    assert report.skipped["1"].startswith("its weight is float8_e4m3fn; load the model in configure_model")

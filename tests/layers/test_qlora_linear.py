@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
 from lightning_qlora.layers import slow_types
+from lightning_qlora.layers.dora import row_norm
 from lightning_qlora.layers.initialization import random_adapter
 from tests.toys import delta
 
@@ -301,7 +302,7 @@ def test_dora_takes_one_dense_copy_of_a_weight_for_its_rows():
 
     layer._base_squares = {}
     with Watch():
-        layer.row_norm(layer.matrices()[0])
+        row_norm(layer, layer.matrices()[0])
     assert len({each.data_ptr() for each in made}) == 1
 
 

@@ -23,8 +23,8 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import replace_parameters_by_adapters
@@ -155,6 +155,32 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train():
         model.embed.weight.detach()[TOKENS] = 0
     with disable_adapter(model):
         assert not torch.equal(model.embed.weight[TOKENS], weight[TOKENS])
+
+
+def test_rows_of_an_output_embedding_with_a_bias_compute_as_in_the_dense_layer():
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50))
+    weight, bias = model[2].weight.data.clone(), model[2].bias.data.clone()
+    convert(model, target_modules=["1"], trainable_token_indices={"2": [3, 7]}, **ARGUMENTS)
+    rows = model[2].token_adapter.trainable_tokens_delta
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(model[2](x), F.linear(x, weight, bias))
+    rows.data.copy_(weight[[3, 7]] + torch.randn(2, 32))
+    with disable_adapter(model):
+        torch.testing.assert_close(model[2](x), F.linear(x, weight, bias))
+    y = model[2](x)
+    weight[[3, 7]] = rows.data
+    torch.testing.assert_close(y, F.linear(x, weight.requires_grad_(), bias))
+    (grad,) = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), weight)
+    y.square().sum().backward()
+    torch.testing.assert_close(rows.grad, grad[[3, 7]])
+
+
+def test_layers_that_are_tied_after_conversion_share_weight_and_rows():
+    model = converted(tie_word_embeddings=True)
+    expected = logits(model)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert model.lm_head.base().weight is model.model.embed_tokens.base().weight
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("reads", [False, True])

@@ -15,6 +15,7 @@ import lightning_qlora
 from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.tools.cli import main
+from lightning_qlora.training.report import size_text
 from tests.conftest import ROOT
 from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
 
@@ -71,7 +72,14 @@ def test_inspect(tmp_path, capsys):
     base = prints(["inspect", tmp_path / "base"], capsys)
     assert "LlamaForCausalLM" in base and "F32" in base
     save_in_4_bits(type(toy("llama")), tmp_path / "base", tmp_path / "4bit")
-    assert "bitsandbytes, nf4, double quantization" in prints(["inspect", tmp_path / "4bit"], capsys)
+    lines = json.loads(prints(["inspect", tmp_path / "4bit", "--json"], capsys))
+    state = load_file(tmp_path / "4bit/model.safetensors")
+    packed = tuple(key.removesuffix(".absmax") for key in state if key.endswith(".absmax"))
+    in_4_bits = sum(value.nbytes for key, value in state.items() if key.startswith(packed))
+    assert lines["kind"] == "model folder, 4-bit (bitsandbytes)"
+    assert lines["quantization"] == "bitsandbytes, nf4, double quantization"
+    assert (lines["4-bit layers"], lines["tensors"]) == (str(len(packed)), str(len(state)))
+    assert f"4-bit {size_text(in_4_bits)}" in lines["size"].split(", ")
 
 
 def test_export_and_merge(trained, tmp_path, capsys):
@@ -189,7 +197,20 @@ def test_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "x.ckpt").write_bytes(b"x")
     assert "x.ckpt: not a checkpoint" in fails(["export", tmp_path / "x.ckpt", tmp_path / "out"], capsys)
     assert "dtype" in fails(["merge", "a", "b", "--dtype", "int8"], capsys, code=2)
+    (tmp_path / "gguf").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "gguf" / name).touch()
+    merge_into = ["merge", tmp_path / "last.ckpt", tmp_path / "out", "--base_model"]
+    assert "gguf: has 2 GGUF files, ['a.gguf', 'b.gguf']. Pass one" in fails([*merge_into, tmp_path / "gguf"], capsys)
+    (tmp_path / "base/config.json").unlink()
+    assert "base: has no config.json, which names the model" in fails([*merge_into, tmp_path / "base"], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_qlora.tools.inspect_path.inspect_path", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        main(["inspect", str(tmp_path)])
 
 
 @pytest.mark.usefixtures("trained")

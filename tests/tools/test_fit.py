@@ -36,7 +36,7 @@ def test_a_unit_is_asked_for_before_anything_is_counted(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path), "--gpu-memory", "24"])
     printed = capsys.readouterr()
-    assert "gpu_memory='24' is 24 bytes. Give a unit, such as 24GB" in printed.err and not printed.out
+    assert "gpu_memory='24' is 24 bytes. Give a unit, such as 24GiB" in printed.err and not printed.out
 
 
 def test_whether_it_fits_and_what_to_change():

@@ -18,8 +18,8 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.merge import round_stochastically
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.adapters.save_load import get_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
@@ -375,3 +375,9 @@ def test_experts_beside_linear_layers(build, kind, tmp_path):
         base = layer.decode() if kind == "quantized" else weights[key]
         delta = layer._as_stored(layer.scaling * layer.lora_B @ layer.lora_A).detach()
         torch.testing.assert_close(merged[key], base + delta)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "base"])
+def test_wrong_choices_are_named_before_anything_is_read(argument, tmp_path):
+    with pytest.raises(ValueError, match=f"{argument}='int8': must be one of"):
+        merge_folder(tmp_path, None, tmp_path / "out", **{argument: "int8"})

@@ -119,7 +119,7 @@ def test_load_from_checkpoint_gives_the_trained_module(tmp_path, checkpoint):
     run.save_checkpoint(tmp_path / "x.ckpt")
     keys = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
     assert keys[f"{ROUTED}.gate_up_proj_experts.lora_A"].shape == (4, 2, 64)
-    assert (f"{ROUTED}.gate_up_proj_experts.weight.3" in keys) is (checkpoint == "full")
+    assert (f"{ROUTED}.gate_up_proj_experts.packed" in keys) is (checkpoint == "full")
     again = load_from_checkpoint(Lit, tmp_path / "x.ckpt")
     assert same(trained(again), trained(module))
     assert torch.equal(outputs(again.model.eval()).logits, outputs(module.model.eval()).logits)
@@ -135,7 +135,7 @@ def test_a_dense_state_loads_into_converted_experts():
     pairs = zip(expert_stacks(converted), expert_stacks(dense), strict=True)
     assert all(torch.equal(a.decode(), b.decode()) for (*_, a), (*_, b) in pairs)
     wrong = {"model.layers.0.mlp.experts.down_proj": torch.zeros(6, 64, 31)}
-    with pytest.raises(CheckpointMismatchError, match=r"down_proj: has shape \[6, 64, 31\]"):
+    with pytest.raises(CheckpointMismatchError, match=r"down_proj: its weight has shape \[6, 64, 31\]"):
         converted.load_state_dict(wrong, strict=False)
 
 
@@ -230,3 +230,11 @@ def test_the_planner_counts_experts(build, dtype):
     assert estimate.trainable_parameters == report.trainable_parameters
     assert sum(estimate.parts[part] for part in list(estimate.parts)[:3]) == report.bytes_after
     assert estimate.counted_activations == (build not in (dbrx, jetmoe))  # their routing needs values
+
+
+def test_a_state_has_the_base_of_a_stack_as_one_weight():
+    model = made(qwen3_moe)
+    convert(model, r=2, checkpoint="full")
+    prefix = f"{ROUTED.removeprefix('model.')}.gate_up_proj_experts."
+    keys = {key.removeprefix(prefix) for key in model.state_dict() if key.startswith(prefix)}
+    assert keys == {"lora_A", "lora_B", "packed", "absmax", "nested", "weight.quant_state.bitsandbytes__nf4"}

@@ -47,6 +47,9 @@ def test_save_pretrained_of_a_converted_model_writes_the_adapter_that_peft_loads
     assert not (tmp_path / "other rank").exists()
     with pytest.raises(ValueError, match=r"Call model\.push_to_hub"):
         model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+    dense = merge(copy.deepcopy(model)).state_dict()
+    model.save_pretrained(tmp_path / "dense", state_dict=dense)  # the user chose what is written
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "dense").eval()), logits(model.eval()))
 
 
 def test_push_to_hub_uploads_the_adapter(monkeypatch):

@@ -22,10 +22,8 @@ SOURCE = Path(__file__).parent / "c" / "kernels.c"
 SYMBOLS = ("dequantize", "quantize", "quantize_scales", "dropout", "form", "has_threads", "has_fp16")
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STEP = 64  # c/matmul.h: rows of x are padded to a multiple of this
-MOST_ROWS = 64  # c/matmul.h: rows that `lora_linear` takes
-MOST_ROWS_SLOW = 8  # rows up to which it is faster for bf16 if weights cannot be looked up in registers
-MOST_ROWS_NARROW = 16  # c/few_rows.h: rows up to which it is faster with AVX2 and NEON
+MOST_ROWS = 16  # up to which `lora_linear` is faster than decoding and torch's product
+MOST_ROWS_WIDE = 32  # the same in fp32 with AVX-512
 GROUP = 32  # c/few_rows.h: weights of a row that are decoded together
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 
@@ -59,7 +57,6 @@ class Library:
         self.form = _form(loaded)
         if not loaded.has_threads():
             self.form += ", one thread"
-        self._bf16 = "bf16" in self.form
         self._wide = "AVX-512" in self.form
         self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
         self._loaded = loaded
@@ -72,20 +69,18 @@ class Library:
 
     def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype) -> bool:
         """Whether `lora_linear` was measured to be faster than decoding and torch's product."""
-        if not self._multiplies or not 0 < m <= MOST_ROWS:
+        if not self._multiplies or weight.shape[1] % GROUP:
             return False
-        if not self._wide:
-            return m <= MOST_ROWS_NARROW and dtype is torch.float32 and weight.shape[1] % GROUP == 0
-        if dtype is not torch.bfloat16 or (self._bf16 and weight.shape[1] % 64 == 0 and weight.block_size >= 64):
-            return True
-        return m <= MOST_ROWS_SLOW
+        if dtype is torch.float32:
+            return 0 < m <= (MOST_ROWS_WIDE if self._wide else MOST_ROWS)
+        return self._wide and 0 < m <= MOST_ROWS
 
     def lora_linear(
         self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
     ) -> Tensor:
-        """y = x W^T + bias + s xa B^T, rounded once, decoding W tile by tile.
+        """y = x W^T + bias + s xa B^T, rounded once, decoding W in registers.
 
-        y [m, out] is contiguous, m <= `MOST_ROWS`. xa is in the type of x; None: x A^T, without dropout.
+        y [m, out] is contiguous. xa is in the type of x; None: x A^T, without dropout.
         """
         struct, _keep = _describe(weight)
         x = x.contiguous()
@@ -97,7 +92,7 @@ class Library:
             lora_a = _fp32(lora.a)
         else:
             xa = xa.contiguous()
-        workspace = scratch(m * (2 * (width + STEP) + r + STEP), torch.float32, x.device, "rows")
+        workspace = scratch(m * (2 * width + r), torch.float32, x.device, "rows")
         bias_type = 0
         if bias is not None:
             if bias.dtype not in self.types:

@@ -18,14 +18,11 @@ from torch import Tensor
 
 from lightning_qlora.kernels.half import Half, scaled_weight
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
+from lightning_qlora.kernels.triton.dropout import dropout_arguments, is_kept
 from lightning_qlora.kernels.triton.half import scaled, take_out, to_half
-from lightning_qlora.kernels.triton.launch import (
-    MAX_LAUNCHES,
-    Launch,
-    Tile,
-    find_tile,
-)
-from lightning_qlora.kernels.triton.lora_products import dropout_arguments, is_kept, rank_tile
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
+from lightning_qlora.kernels.triton.lora_products import MASK, rank_tile
 from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -48,7 +45,7 @@ def _find_rows(ends, experts, tile, EXPERTS: tl.constexpr, M: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _product_kernel(
     packed, absmax, nested, levels8, levels, lora, ends, x, h, out, w_factor, lora_factor, x_factor, h_factor,
     n_nested, experts, n, k, r, low, high, least_kept, s,
@@ -86,16 +83,11 @@ def _product_kernel(
         # The adapter: B [n, r], or backward A [r, k] as [k, r].
         width = k if BACKWARD else n
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        matrix = lora + number * r * width
         place = row.to(tl.int64)[:, None] * width + column[None, :]
-        added = tl.zeros((M, COLUMNS), tl.float32)
-        for begin in tl.range(0, r, R):
-            rank = begin + tl.arange(0, R)
-            at = h + row.to(tl.int64)[:, None] * r + rank[None, :]
-            inputs = tl.load(at, mask=inside[:, None] & (rank < r)[None, :], other=0.0)
-            at = rank[:, None] * k + column[None, :] if BACKWARD else rank[:, None] + column[None, :] * r
-            factors = tl.load(matrix + at, mask=(rank < r)[:, None] & (column < width)[None, :], other=0.0)
-            added += tl.dot(inputs, factors.to(h.dtype.element_ty), input_precision="ieee")
+        rank_stride = k if BACKWARD else 1
+        stride = 1 if BACKWARD else r
+        matrix = lora + number * r * width
+        added = sum_over_ranks(h, matrix, row, end, column, width, r, rank_stride, stride, R, M, COLUMNS)
         if DROPOUT:
             added = tl.where(is_kept(place, low, high, least_kept), added, 0.0)
         if HALF:
@@ -105,7 +97,7 @@ def _product_kernel(
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _project_kernel(
     lora, ends, x, out, lora_factor, x_factor, experts, k, r, rank_stride, stride, low, high, least_kept, s,
     BACKWARD: tl.constexpr, DROPOUT: tl.constexpr, EXPERTS: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
@@ -116,23 +108,17 @@ def _project_kernel(
     if expert < experts:
         matrix = lora + expert.to(tl.int64) * r * k
         row, rank = first + tl.arange(0, M), tl.program_id(1) * R + tl.arange(0, R)
-        total = tl.zeros((M, R), tl.float32)
-        for begin in tl.range(0, k, K):
-            column = begin + tl.arange(0, K)
-            place = row.to(tl.int64)[:, None] * k + column[None, :]
-            inputs = tl.load(x + place, mask=(row < end)[:, None] & (column < k)[None, :], other=0.0)
-            if DROPOUT:
-                inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
-            at = matrix + rank[None, :] * rank_stride + column[:, None] * stride
-            factors = tl.load(at, mask=(rank < r)[None, :] & (column < k)[:, None], other=0.0)
-            total += tl.dot(inputs, factors.to(x.dtype.element_ty), input_precision="ieee")
+        total = sum_over_columns(
+            x, matrix, row, end, rank, r, k, 0, tl.cdiv(k, K), rank_stride, stride, low, high, least_kept,
+            DROPOUT, R, M, K,
+        )  # fmt: skip
         if HALF:
             total = take_out(total, x_factor, lora_factor)
         place = row.to(tl.int64)[:, None] * r + rank[None, :]
         tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=(row < end)[:, None] & (rank < r)[None, :])
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _gradients_kernel(
     ends, h, x, out, h_factor, x_factor, n, r, rank_stride, stride, low, high, least_kept, s,
     DROPOUT: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -142,16 +128,9 @@ def _gradients_kernel(
     first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
     column, rank = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * R + tl.arange(0, R)
-    total = tl.zeros((R, N), tl.float32)
-    for begin in tl.range(first, end, M):
-        row = begin + tl.arange(0, M)
-        at = h + row.to(tl.int64)[None, :] * r + rank[:, None]
-        factors = tl.load(at, mask=(row < end)[None, :] & (rank < r)[:, None], other=0.0)
-        place = row.to(tl.int64)[:, None] * n + column[None, :]
-        inputs = tl.load(x + place, mask=(row < end)[:, None] & (column < n)[None, :], other=0.0)
-        if DROPOUT:
-            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
-        total += tl.dot(factors, inputs, input_precision="ieee")
+    total = sum_over_rows(
+        h, x, first, end, rank, r, column, n, 0, tl.cdiv(end - first, M), low, high, least_kept, DROPOUT, R, M, N
+    )
     if HALF:
         total = take_out(total, h_factor, x_factor)
     at = out + expert.to(tl.int64) * r * n + rank[:, None] * rank_stride + column[None, :] * stride

@@ -6,12 +6,7 @@
 
 One side of these products is the rank, so they are bound by memory: x is read once, an fp32 adapter is rounded to x's
 type inside, a gradient is written in the adapter's type. fp32 inputs, and cards for which `tiles.json` has no tile, use
-torch's products, and dropout in a launch of its own:
-
-    out[i] = x[i] / (1 - p) if hash[i] >= p * 2^32 else 0;       hash[i] = mix(mix(i + seed_low) ^ seed_high)
-
-The mask is that of `reference.dropout`, bit for bit, so a run drops the same elements on every device. It is a function
-of the seed: the backward pass computes it again, and nothing stores it.
+torch's products, and dropout in a launch of its own.
 """
 
 from functools import lru_cache
@@ -23,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels.half import Half, multiply, product
-from lightning_qlora.kernels.reference import as_int32, dropout_threshold
-from lightning_qlora.kernels.scratch import is_capturing, scratch
+from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
+from lightning_qlora.kernels.triton.dropout import dropout, dropout_arguments, is_kept
 from lightning_qlora.kernels.triton.half import take_out
 from lightning_qlora.kernels.triton.launch import (
     MAX_LAUNCHES,
@@ -40,101 +36,24 @@ from lightning_qlora.kernels.triton.launch import (
 MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
 
 
-@triton.jit
-def _mix(h):
-    """The 32-bit hash of `reference`."""
-    h = (h ^ (h >> 16)) * 0x7FEB352D
-    h = (h ^ (h >> 15)) * 0x846CA68B
-    return h ^ (h >> 16)
+MASK = ["low", "high", "least_kept"]  # of dropout, which differ in every call
 
 
-@triton.jit
-def is_kept(i, low, high, least_kept):
-    """Whether the elements with the flat indices i are kept; low and high are the halves of the seed."""
-    word = _mix(_mix(i.to(tl.uint32) + low.to(tl.uint32)) ^ high.to(tl.uint32))
-    return word.to(tl.int32, bitcast=True) >= least_kept
-
-
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
-def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr):
-    """A program computes SIZE elements."""
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    values = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32) * scale
-    tl.store(out + i, tl.where(is_kept(i, low, high, least_kept), values, 0.0).to(out.dtype.element_ty), mask=i < n)
-
-
-def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[tuple[int, int, int], float]:
-    """What the kernels take: the halves of the seed and the smallest hash, and the factor 1 / (1 - p)."""
-    if seed is None:
-        return (0, 0, 0), 1.0
-    if is_capturing(device):
-        raise RuntimeError(
-            "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "
-            "lora_dropout=0, or call eval() first."
-        )
-    number = int(seed.item())
-    least_kept, scale = dropout_threshold(p)
-    return (as_int32(number), as_int32(number >> 32), least_kept), scale
-
-
-def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor, scales: bool = True) -> Tensor:
-    """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`.
-
-    Without `scales` what is kept is not divided by 1 - p.
-    """
-    mask, scale = dropout_arguments(p, seed, x.device)
-    if not scales:
-        scale = 1.0
-    _launch_of_dropout(x.device, find_tile("dropout", x.device), x.numel())((x, out), (*mask, scale))
-    return out
-
-
-@lru_cache(MAX_LAUNCHES)
-def _launch_of_dropout(device: torch.device, tile: Tile, n: int) -> Launch:
-    return Launch(_dropout_kernel, device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)
-
-
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _down_kernel(
-    x,
-    w,
-    out,
-    memory,
-    x_factor,
-    w_factor,
-    m,
-    k,
-    r,
-    w_rank_stride,
-    w_stride,
-    shares,
-    low,
-    high,
-    least_kept,
-    s,
-    DROPOUT: tl.constexpr,
-    HALF: tl.constexpr,
-    SPLIT: tl.constexpr,
-    R: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
-):
+    x, w, out, memory, x_factor, w_factor, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """A program computes M x R sums over its share of the columns of x."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
-    total = tl.zeros((M, R), tl.float32)
     steps = tl.cdiv(k, K)
     per_share = tl.cdiv(steps, shares)
-    for step in tl.range(share * per_share, tl.minimum((share + 1) * per_share, steps)):
-        column = step * K + tl.arange(0, K)
-        place = row.to(tl.int64)[:, None] * k + column[None, :]
-        inputs = tl.load(x + place, mask=(row < m)[:, None] & (column < k)[None, :], other=0.0)
-        if DROPOUT:
-            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
-        at = w + column[:, None] * w_stride + rank[None, :] * w_rank_stride
-        weights = tl.load(at, mask=(column < k)[:, None] & (rank < r)[None, :], other=0.0)
-        total += tl.dot(inputs, weights.to(x.dtype.element_ty))
+    total = sum_over_columns(
+        x, w, row, m, rank, r, k, share * per_share, tl.minimum((share + 1) * per_share, steps),
+        w_rank_stride, w_stride, low, high, least_kept, DROPOUT, R, M, K,
+    )  # fmt: skip
     write = (row < m)[:, None] & (rank < r)[None, :]
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, M, R)
@@ -145,42 +64,15 @@ def _down_kernel(
     tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _up_kernel(
-    h,
-    w,
-    out,
-    h_factor,
-    w_factor,
-    first,
-    second,
-    m,
-    n,
-    r,
-    w_rank_stride,
-    w_stride,
-    low,
-    high,
-    least_kept,
-    s,
-    DROPOUT: tl.constexpr,
-    HALF: tl.constexpr,
-    ADD: tl.constexpr,
-    R: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    h, w, out, h_factor, w_factor, first, second, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """A program computes M x N elements of the output, or adds them to what is there times two powers of two."""
     row = tl.program_id(1) * M + tl.arange(0, M)
     column = tl.program_id(0) * N + tl.arange(0, N)
-    total = tl.zeros((M, N), tl.float32)
-    for begin in tl.range(0, r, R):
-        rank = begin + tl.arange(0, R)
-        at = h + row.to(tl.int64)[:, None] * r + rank[None, :]
-        inputs = tl.load(at, mask=(row < m)[:, None] & (rank < r)[None, :], other=0.0)
-        at = w + rank[:, None] * w_rank_stride + column[None, :] * w_stride
-        weights = tl.load(at, mask=(rank < r)[:, None] & (column < n)[None, :], other=0.0)
-        total += tl.dot(inputs, weights.to(h.dtype.element_ty))
+    total = sum_over_ranks(h, w, row, m, column, n, r, w_rank_stride, w_stride, R, M, N)
     if HALF:
         total = take_out(total, h_factor, w_factor)
     total *= s
@@ -195,46 +87,20 @@ def _up_kernel(
 
 @triton.jit
 def _gradient(
-    tile,
-    h,
-    x,
-    out,
-    memory,
-    h_factor,
-    x_factor,
-    m,
-    n,
-    r,
-    out_rank_stride,
-    out_stride,
-    shares,
-    low,
-    high,
-    least_kept,
-    s,
-    DROPOUT: tl.constexpr,
-    HALF: tl.constexpr,
-    SPLIT: tl.constexpr,
-    R: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    tile, h, x, out, memory, h_factor, x_factor, m, n, r, out_rank_stride, out_stride, shares,
+    low, high, least_kept, s,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """A program computes the R x N sums of one tile of columns over its share of the rows of x."""
     column = tile * N + tl.arange(0, N)
     rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
-    total = tl.zeros((R, N), tl.float32)
     steps = tl.cdiv(m, M)
     per_share = tl.cdiv(steps, shares)
-    for step in tl.range(share * per_share, tl.minimum((share + 1) * per_share, steps)):
-        row = step * M + tl.arange(0, M)
-        at = h + row.to(tl.int64)[None, :] * r + rank[:, None]
-        factors = tl.load(at, mask=(row < m)[None, :] & (rank < r)[:, None], other=0.0)
-        place = row.to(tl.int64)[:, None] * n + column[None, :]
-        inputs = tl.load(x + place, mask=(row < m)[:, None] & (column < n)[None, :], other=0.0)
-        if DROPOUT:
-            inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
-        total += tl.dot(factors, inputs)
+    total = sum_over_rows(
+        h, x, 0, m, rank, r, column, n, share * per_share, tl.minimum((share + 1) * per_share, steps),
+        low, high, least_kept, DROPOUT, R, M, N,
+    )  # fmt: skip
     write = (rank < r)[:, None] & (column < n)[None, :]
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, R, N)
@@ -245,95 +111,25 @@ def _gradient(
     tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _gradients_kernel(
-    grad_xa,
-    x,
-    grad_a,
-    xa,
-    grad,
-    grad_b,
-    memory,
-    grad_xa_factor,
-    x_factor,
-    xa_factor,
-    grad_factor,
-    m,
-    k,
-    n,
-    r,
-    a_rank_stride,
-    a_stride,
-    b_rank_stride,
-    b_stride,
-    shares,
-    low,
-    high,
-    least_kept,
-    s_a,
-    s_b,
-    DROPOUT: tl.constexpr,
-    HALF: tl.constexpr,
-    SPLIT: tl.constexpr,
-    R: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
+    grad_xa, x, grad_a, xa, grad, grad_b, memory, grad_xa_factor, x_factor, xa_factor, grad_factor,
+    m, k, n, r, a_rank_stride, a_stride, b_rank_stride, b_stride, shares, low, high, least_kept, s_a, s_b,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """The first programs compute the gradient of A, the others that of B."""
     tile = tl.program_id(0)
     tiles_of_a = tl.cdiv(k, N)
     if tile < tiles_of_a:
         _gradient(
-            tile,
-            grad_xa,
-            x,
-            grad_a,
-            memory,
-            grad_xa_factor,
-            x_factor,
-            m,
-            k,
-            r,
-            a_rank_stride,
-            a_stride,
-            shares,
-            low,
-            high,
-            least_kept,
-            s_a,
-            DROPOUT,
-            HALF,
-            SPLIT,
-            R,
-            M,
-            N,
-        )
+            tile, grad_xa, x, grad_a, memory, grad_xa_factor, x_factor, m, k, r, a_rank_stride, a_stride, shares,
+            low, high, least_kept, s_a, DROPOUT, HALF, SPLIT, R, M, N,
+        )  # fmt: skip
     else:
         _gradient(
-            tile - tiles_of_a,
-            xa,
-            grad,
-            grad_b,
-            memory,
-            xa_factor,
-            grad_factor,
-            m,
-            n,
-            r,
-            b_rank_stride,
-            b_stride,
-            shares,
-            0,
-            0,
-            0,
-            s_b,
-            False,
-            HALF,
-            SPLIT,
-            R,
-            M,
-            N,
-        )
+            tile - tiles_of_a, xa, grad, grad_b, memory, xa_factor, grad_factor, m, n, r, b_rank_stride, b_stride,
+            shares, 0, 0, 0, s_b, False, HALF, SPLIT, R, M, N,
+        )  # fmt: skip
 
 
 def lora_down(x: Tensor | Half, w: Tensor | Half, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -342,7 +138,7 @@ def lora_down(x: Tensor | Half, w: Tensor | Half, s: float = 1.0, p: float = 0.0
     r = w.shape[0]
     tile = _tile("lora_down", x, m, r)
     if not tile:
-        return _product(_dropped(x, p, seed), w.T, s)
+        return product(_dropped(x, p, seed), w.T, s)
     mask, scale = dropout_arguments(p, seed, x.device)
     of_x, of_w = _parts(x), _parts(w)
     run, sums = _down(x.device, tile, (m, k, r, *of_w.values.stride()), seed is not None, isinstance(x, Half))
@@ -372,7 +168,8 @@ def lora_up(
     """
     m, n = out.shape
     r = w.shape[1]
-    tile = _tile("lora_up", h, m, r)
+    # What is added to takes registers, so its tiles are smaller.
+    tile = _tile("lora_up" if factors is None else "lora_up_add", h, m, r)
     if not tile or m > MAX_GRID * tile["M"]:
         return _up_by_torch(h, w, out, s, p, seed, factors)
     mask, scale = dropout_arguments(p, seed, h.device)
@@ -395,11 +192,11 @@ def _up_by_torch(
         run = _combine(h.device, find_tile("dropout", h.device), out.numel(), seed is not None, factors is not None)
         run((added, out, h.factor, w.factor, *(factors or (out, out))), (*mask, s * scale))
         return out
-    _product(h, w.T, s, out)
+    product(h, w.T, s, out)
     return out if seed is None else dropout(out, p, seed, out=out)
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _combine_kernel(
     added, out, h_factor, w_factor, first, second, n, low, high, least_kept, s,
     DROPOUT: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr,
@@ -429,16 +226,9 @@ def _up(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: boo
 
 
 def lora_gradients(
-    grad_xa: Tensor | Half,
-    x: Tensor | Half,
-    grad_a: Tensor,
-    xa: Tensor | Half,
-    grad: Tensor | Half,
-    grad_b: Tensor,
-    s: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> None:
+    grad_xa: Tensor | Half, x: Tensor | Half, grad_a: Tensor, xa: Tensor | Half, grad: Tensor | Half, grad_b: Tensor,
+    s: float, p: float = 0.0, seed: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write grad_xa^T drop(x) to `grad_a` [r, k] and s grad^T xa to `grad_b` [n, r], of any strides and float type.
 
     grad_xa and xa are [m, r], x is [m, k], grad [m, n].
@@ -447,8 +237,8 @@ def lora_gradients(
     n, r = grad_b.shape
     tile = _tile("lora_gradients", x, m, r)
     if not tile:
-        grad_a.copy_(_product(grad_xa.T, _dropped(x, p, seed)))
-        grad_b.copy_(_product(grad.T, xa, s))
+        grad_a.copy_(product(grad_xa.T, _dropped(x, p, seed)))
+        grad_b.copy_(product(grad.T, xa, s))
         return
     mask, scale = dropout_arguments(p, seed, x.device)
     numbers = (m, k, n, r, *grad_a.stride(), *grad_b.stride()[::-1])
@@ -479,15 +269,6 @@ def _parts(x: Tensor | Half) -> Half:
 
 def _type_of_result(x: Tensor | Half) -> torch.dtype:
     return torch.float32 if isinstance(x, Half) else x.dtype
-
-
-def _product(a: Tensor | Half, b: Tensor | Half, s: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """s a b by torch, b rounded as a is."""
-    if isinstance(a, Half):
-        assert isinstance(b, Half)
-        return product(a, b, out).mul_(s)
-    assert not isinstance(b, Half)
-    return torch.addmm(a.new_empty(()), a, b.to(a.dtype), beta=0, alpha=s, out=out)
 
 
 def in_16_bits(x: Tensor | Half) -> bool:

@@ -72,7 +72,7 @@ int main(int count, char **names) {
             int64_t rows = number(), r = number();
             float scaling = real();
             void *x = array(), *bias = array(), *a = array(), *b = array(), *y = result(4 * rows * w.rows);
-            float *workspace = result(4 * rows * (2 * (w.columns + 64) + r + 64));
+            float *workspace = result(4 * rows * (2 * w.columns + r));
             lora_linear(&w, x, y, FP32, rows, bias, FP32, NULL, a, b, r, scaling, workspace, threads);
             save(y, 4 * rows * w.rows);
 #endif

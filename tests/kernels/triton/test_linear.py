@@ -4,7 +4,7 @@ import torch
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.triton.lora_products import dropout
+from lightning_qlora.kernels.triton.dropout import dropout
 from tests.conftest import every_pair
 from tests.kernels.forward import forward
 

@@ -28,9 +28,9 @@ from tests.kernels.triton.interpreter import start
 from tests.kernels.triton.test_training import losses
 
 CPU = torch.device("cpu")
-NAMES = ("adamw_kernel", "grouped", "launch", "linear", "lora_products", "quantize")
+NAMES = ("adamw_kernel", "adapter_sums", "dropout", "grouped", "launch", "linear", "lora_products", "quantize")
 MODULE = {name: import_module(f"{verdict.KERNELS}.{name}") for name in NAMES}
-COLUMN_MASK = "mask=(row < m)[:, None] & (column < k)[None, :]"
+COLUMN_MASK = "mask=(row < end)[:, None] & (column < k)[None, :]"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_a_wrong_scale_a_missing_mask_an_error_and_a_hang_are_each_found_and_the
     monkeypatch, broken, recwarn
 ):
     broken("lora_products", "lora_up", "total *= s\n", "total *= 1.03 * s\n", MODULE["linear"])
-    broken("lora_products", "lora_down", COLUMN_MASK, "mask=(row < m)[:, None]", MODULE["linear"])
+    broken("adapter_sums", "sum_over_columns", COLUMN_MASK, "mask=(row < end)[:, None]", MODULE["lora_products"])
     broken("quantize", "quantize", "rank += (scaled", "rank += undefined + (scaled")
     broken("adamw_kernel", "adamw_step", "per_program = STATE", "while True:\n        pass\n    per_program = STATE")
     monkeypatch.setattr(verdict, "LIMIT", 12.0)

@@ -56,6 +56,11 @@ static inline void store(void *x, int64_t i, int type, float f) {
     else ((uint16_t *)x)[i] = type == BF16 ? to_bf16(f) : to_fp16(f);
 }
 
+static inline float to_type(float f, int type) {
+    if (type == FP32) return f;
+    return type == BF16 ? from_bf16(to_bf16(f)) : from_fp16(to_fp16(f));
+}
+
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline float scale_of_block(const Weight *w, int64_t block) {
@@ -91,10 +96,6 @@ static inline void table_bf16(uint16_t *table, const float *levels, float scale)
     *(Halves *)table = *(Halves *)(table + 16) = rounded;
 }
 
-static inline void table_bf16_as_fp32(float *table, const float *levels, float scale) {
-    *(Words *)table = bf16_words(*(const Floats *)levels * scale) << 16;
-}
-
 static inline void table_fp16(uint16_t *table, const float *levels, float scale) {
 #ifdef __AVX512F__
     __m512 product = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
@@ -103,12 +104,6 @@ static inline void table_fp16(uint16_t *table, const float *levels, float scale)
 #else
     for (int k = 0; k < 16; k++) table[k] = table[k + 16] = to_fp16(levels[k] * scale);
 #endif
-}
-
-static inline void table_fp16_as_fp32(float *table, const float *levels, float scale) {
-    uint16_t halves[32];
-    table_fp16(halves, levels, scale);
-    for (int k = 0; k < 16; k++) table[k] = from_fp16(halves[k]);
 }
 
 #ifdef __aarch64__
@@ -194,7 +189,7 @@ static inline void look_up_32(float *out, const uint8_t *bytes, int64_t n, const
 }
 
 /* Decodes the weights [begin, end) of the flat weight to out[0 .. end - begin); `begin` may be the middle of a byte.
-   T is the type of the output; the functions ..._as_fp32 store a weight that was rounded to 16 bits as fp32. */
+   T is the type of the output. */
 #define DEFINE_DECODE(NAME, T, TABLE, LOOK_UP)                                                            \
     static inline void NAME(const Weight *w, int64_t begin, int64_t end, T *out) {                        \
         for (int64_t i = begin; i < end;) {                                                               \
@@ -212,5 +207,3 @@ static inline void look_up_32(float *out, const uint8_t *bytes, int64_t n, const
 DEFINE_DECODE(decode_fp32, float, table_fp32, look_up_32)
 DEFINE_DECODE(decode_bf16, uint16_t, table_bf16, look_up_16)
 DEFINE_DECODE(decode_fp16, uint16_t, table_fp16, look_up_16)
-DEFINE_DECODE(decode_bf16_as_fp32, float, table_bf16_as_fp32, look_up_32)
-DEFINE_DECODE(decode_fp16_as_fp32, float, table_fp16_as_fp32, look_up_32)

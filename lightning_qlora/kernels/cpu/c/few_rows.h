@@ -1,21 +1,49 @@
-/* A layer in fp32, y = x W^T + bias + s (x A^T) B^T, for few rows of x, with AVX2 or NEON. W is decoded into registers
-   and never written to memory.
+/* A layer, y = x W^T + bias + s (x A^T) B^T, for few rows of x: W is decoded into registers and never written to memory.
+   With AVX-512 in every type, with AVX2 and NEON in fp32. */
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__)) || defined(__aarch64__)
+enum { GROUP = 32, MOST_TOGETHER = 4 }; /* weights that are decoded together (library.py), rows of x that are multiplied */
 
-   The levels are looked up byte by byte: plane[i] has byte i of each of the 16 levels, one instruction looks 16 or 32
-   codes up in it, and interleaving the four results gives fp32. The scale of a block multiplies the sum of its products,
-   so no table is made for it. */
-#if !defined(__AVX512F__) && ((defined(__AVX2__) && defined(__FMA__)) || defined(__aarch64__))
-enum { GROUP = 32, MOST_TOGETHER = 4 }; /* weights that are decoded together, rows of x that are multiplied together */
+/* Three sets of instructions. OUTPUTS rows of W are multiplied together. `look_up_group` gives the levels of 32 codes, of
+   each 2 EVEN the even ones first. `table_of` makes what it reads: with AVX-512, where the 16 levels fit one register, for
+   each block with its scale. Else the scale of a block multiplies the sum of its products. */
+#if defined(__AVX512F__)
+enum { LANES = 16, EVEN = 16, OUTPUTS = 4, TABLE_HAS_SCALE = 1 };
+typedef __m512 Lanes;
+typedef __m512 Table;
 
+static inline Lanes zeros(void) { return _mm512_setzero_ps(); }
+static inline Lanes all(float f) { return _mm512_set1_ps(f); }
+static inline Lanes read(const float *x) { return _mm512_loadu_ps(x); }
+static inline Lanes add_product(Lanes total, Lanes a, Lanes b) { return _mm512_fmadd_ps(a, b, total); }
+static inline float sum_of(Lanes v) { return _mm512_reduce_add_ps(v); }
+
+static inline Lanes rounded(Lanes f, int type) {
+    if (type == BF16) return (Lanes)(bf16_words((Floats)f) << 16);
+    if (type == FP16) return _mm512_cvtph_ps(_mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+    return f;
+}
+
+static inline Table table_of(const float *levels, float scale, int type) {
+    return rounded(_mm512_mul_ps(read(levels), all(scale)), type);
+}
+
+static inline void look_up_group(const uint8_t *bytes, const Table *table, Lanes *out) {
+    __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
+    out[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), *table);
+    out[1] = _mm512_permutexvar_ps(byte, *table); /* four bits of each index are read */
+}
+#else
+/* The levels are looked up byte by byte: plane[i] has byte i of each of the 16 levels, one instruction looks 16 or 32
+   codes up in it, and interleaving the four results gives fp32. */
+enum { EVEN = 4, OUTPUTS = 1, TABLE_HAS_SCALE = 0 };
 #ifdef __AVX2__
 enum { LANES = 8 };
 typedef __m256 Lanes;
-typedef struct { __m256i plane[4]; } Levels;
+typedef struct { __m256i plane[4]; } Table;
 
 static inline Lanes zeros(void) { return _mm256_setzero_ps(); }
 static inline Lanes all(float f) { return _mm256_set1_ps(f); }
 static inline Lanes read(const float *x) { return _mm256_loadu_ps(x); }
-static inline Lanes times(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
 static inline Lanes add_product(Lanes total, Lanes a, Lanes b) { return _mm256_fmadd_ps(a, b, total); }
 
 static inline float sum_of(Lanes v) {
@@ -24,8 +52,8 @@ static inline float sum_of(Lanes v) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-static inline Levels planes(const float *levels) {
-    Levels table;
+static inline Table table_of(const float *levels, float scale, int type) {
+    Table table;
     for (int i = 0; i < 4; i++) {
         uint8_t bytes[16];
         for (int k = 0; k < 16; k++) bytes[k] = to_bits(levels[k]) >> (8 * i);
@@ -34,13 +62,12 @@ static inline Levels planes(const float *levels) {
     return table;
 }
 
-/* The levels of 32 codes; of each 8, the four even ones come first. */
-static inline void look_up_group(const uint8_t *bytes, const Levels *levels, Lanes *out) {
+static inline void look_up_group(const uint8_t *bytes, const Table *table, Lanes *out) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
     __m256i shift = _mm256_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0); /* the high halves, then the low halves */
     __m256i code = _mm256_and_si256(_mm256_srlv_epi32(both, shift), _mm256_set1_epi8(15));
     __m256i byte[4];
-    for (int i = 0; i < 4; i++) byte[i] = _mm256_shuffle_epi8(levels->plane[i], code);
+    for (int i = 0; i < 4; i++) byte[i] = _mm256_shuffle_epi8(table->plane[i], code);
     __m256i low = _mm256_unpacklo_epi8(byte[0], byte[1]), high = _mm256_unpacklo_epi8(byte[2], byte[3]);
     out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
     out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
@@ -51,19 +78,18 @@ static inline void look_up_group(const uint8_t *bytes, const Levels *levels, Lan
 #else
 enum { LANES = 4 };
 typedef float32x4_t Lanes;
-typedef uint8x16x4_t Levels;
+typedef uint8x16x4_t Table;
 
 static inline Lanes zeros(void) { return vdupq_n_f32(0); }
 static inline Lanes all(float f) { return vdupq_n_f32(f); }
 static inline Lanes read(const float *x) { return vld1q_f32(x); }
-static inline Lanes times(Lanes a, Lanes b) { return vmulq_f32(a, b); }
 static inline Lanes add_product(Lanes total, Lanes a, Lanes b) { return vfmaq_f32(total, a, b); }
 static inline float sum_of(Lanes v) { return vaddvq_f32(v); }
-static inline Levels planes(const float *levels) { return vld4q_u8((const uint8_t *)levels); }
+static inline Table table_of(const float *levels, float scale, int type) { return vld4q_u8((const uint8_t *)levels); }
 
-static inline void look_up_half(uint8x16_t code, const Levels *levels, Lanes *out) { /* every second of `out` */
+static inline void look_up_half(uint8x16_t code, const Table *table, Lanes *out) { /* every second of `out` */
     uint8x16_t byte[4];
-    for (int i = 0; i < 4; i++) byte[i] = vqtbl1q_u8(levels->val[i], code);
+    for (int i = 0; i < 4; i++) byte[i] = vqtbl1q_u8(table->val[i], code);
     uint16x8_t low = vreinterpretq_u16_u8(vzip1q_u8(byte[0], byte[1]));
     uint16x8_t high = vreinterpretq_u16_u8(vzip1q_u8(byte[2], byte[3]));
     out[0] = vreinterpretq_f32_u16(vzip1q_u16(low, high));
@@ -74,108 +100,181 @@ static inline void look_up_half(uint8x16_t code, const Levels *levels, Lanes *ou
     out[6] = vreinterpretq_f32_u16(vzip2q_u16(low, high));
 }
 
-/* The levels of 32 codes; of each 8, the four even ones come first. */
-static inline void look_up_group(const uint8_t *bytes, const Levels *levels, Lanes *out) {
+static inline void look_up_group(const uint8_t *bytes, const Table *table, Lanes *out) {
     uint8x16_t byte = vld1q_u8(bytes);
-    look_up_half(vshrq_n_u8(byte, 4), levels, out);
-    look_up_half(vandq_u8(byte, vdupq_n_u8(15)), levels, out + 1);
+    look_up_half(vshrq_n_u8(byte, 4), table, out);
+    look_up_half(vandq_u8(byte, vdupq_n_u8(15)), table, out + 1);
 }
 #endif
+static inline Lanes rounded(Lanes f, int type) { return f; } /* only fp32 */
+#endif
 
-/* x with the even ones of each 8 numbers before the odd ones, as `look_up_group` gives the weights. */
-static void even_before_odd(float *out, const float *x, int64_t n) {
-    for (int64_t i = 0; i < n; i += 8)
-        for (int k = 0; k < 4; k++) out[i + k] = x[i + 2 * k], out[i + 4 + k] = x[i + 2 * k + 1];
+typedef struct { /* a call of `lora_linear` */
+    const Weight *w;
+    const void *x;   /* [rows, in], in the order and type of the products */
+    void *y;
+    int type;
+    const void *bias;
+    int bias_type;
+    const float *xa; /* [rows, r], times the scaling */
+    const float *b;
+    int64_t r;
+    Table levels;
+} Layer;
+
+/* x in fp32 with the even ones of each 2 EVEN numbers before the odd ones, as `look_up_group` gives the weights. */
+static void even_before_odd(float *out, const void *x, int type, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2 * EVEN)
+        for (int k = 0; k < EVEN; k++) {
+            out[i + k] = load(x, i + 2 * k, type);
+            out[i + EVEN + k] = load(x, i + 2 * k + 1, type);
+        }
 }
 
-/* Adds the products of row j of W and `rows` rows of x to `total`; `groups` groups have one scale. */
-static inline __attribute__((always_inline)) void add_row_of_weight(const int rows, const int groups, const Weight *w,
-                                                                    const Levels *levels, const float *x, int64_t j,
-                                                                    Lanes *total) {
-    int64_t begin = j * w->columns;
-    const uint8_t *bytes = w->packed + (begin >> 1);
-    for (int64_t k = 0; k < w->columns; k += groups * GROUP) {
-        Lanes sums[MOST_TOGETHER], scale = all(scale_of_block(w, (begin + k) >> w->block_shift));
-        for (int g = 0; g < groups; g++, bytes += GROUP / 2) {
-            Lanes weights[GROUP / LANES];
-            look_up_group(bytes, levels, weights);
+/* Adds the products of `rows` rows of x, from `first` on, and OUTPUTS rows of W, whose first weights are `begin`. */
+static inline __attribute__((always_inline)) void add_products(const int rows, const Layer *layer, int64_t first,
+                                                               const int64_t *begin, Lanes (*total)[OUTPUTS]) {
+    const Weight *w = layer->w;
+    const float *x = (const float *)layer->x + first * w->columns;
+    int64_t block = (int64_t)1 << w->block_shift, run = w->columns % block ? GROUP : block; /* weights of one scale */
+    for (int64_t k = 0; k < w->columns; k += run) {
+        float scale[OUTPUTS];
+        Table table[OUTPUTS];
+        Lanes sums[MOST_TOGETHER][OUTPUTS];
+        for (int j = 0; j < OUTPUTS; j++) {
+            scale[j] = scale_of_block(w, (begin[j] + k) >> w->block_shift);
+            table[j] = TABLE_HAS_SCALE ? table_of(w->levels, scale[j], layer->type) : layer->levels;
+        }
+        for (int m = 0; m < rows; m++)
+            for (int j = 0; j < OUTPUTS; j++) sums[m][j] = TABLE_HAS_SCALE ? total[m][j] : zeros();
+        for (int64_t g = k; g < k + run; g += GROUP) {
+            Lanes weights[OUTPUTS][GROUP / LANES];
+            for (int j = 0; j < OUTPUTS; j++) look_up_group(w->packed + ((begin[j] + g) >> 1), &table[j], weights[j]);
             for (int m = 0; m < rows; m++)
                 for (int i = 0; i < GROUP / LANES; i++) {
-                    Lanes here = read(x + m * w->columns + k + g * GROUP + i * LANES);
-                    sums[m] = g || i ? add_product(sums[m], weights[i], here) : times(weights[i], here);
+                    Lanes here = read(x + m * w->columns + g + i * LANES);
+                    for (int j = 0; j < OUTPUTS; j++) sums[m][j] = add_product(sums[m][j], weights[j][i], here);
                 }
         }
-        for (int m = 0; m < rows; m++) total[m] = add_product(total[m], scale, sums[m]);
+        for (int m = 0; m < rows; m++)
+            for (int j = 0; j < OUTPUTS; j++)
+                total[m][j] = TABLE_HAS_SCALE ? sums[m][j] : add_product(total[m][j], all(scale[j]), sums[m][j]);
     }
 }
 
-/* The inner products of the row `x` and of up to four rows of a [., n]. */
-static void inner_products(const float *x, const float *a, int64_t rows, int64_t n, float *out) {
+/* The same in bf16, 64 weights at a time, of which the even ones come first: half of the instructions of the original
+   order. The instructions may turn denormal numbers into zero. */
+#ifdef __AVX512BF16__
+static int is_in_bf16(const Weight *w, int type) { return type == BF16 && w->columns % 64 == 0 && w->block_shift >= 6; }
+
+static void even_before_odd_bf16(uint16_t *out, const uint16_t *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64)
+        for (int k = 0; k < 32; k++) out[i + k] = x[i + 2 * k], out[i + 32 + k] = x[i + 2 * k + 1];
+}
+
+static inline Lanes add_product_bf16(Lanes total, __m512i w, const uint16_t *x) {
+    return _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)w);
+}
+
+static inline __attribute__((always_inline)) void add_products_bf16(const int rows, const Layer *layer, int64_t first,
+                                                                    const int64_t *begin, Lanes (*total)[OUTPUTS]) {
+    const Weight *w = layer->w;
+    const uint16_t *x = (const uint16_t *)layer->x + first * w->columns;
+    for (int64_t k = 0; k < w->columns; k += 64) {
+        __m512i even[OUTPUTS], odd[OUTPUTS];
+        for (int j = 0; j < OUTPUTS; j++) {
+            int64_t i = begin[j] + k;
+            __m512 values = table_of(w->levels, scale_of_block(w, i >> w->block_shift), FP32);
+            __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
+            __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w->packed + (i >> 1))));
+            even[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), table);
+            odd[j] = _mm512_permutexvar_epi16(byte, table); /* twice 16 values: the fifth bit does not matter */
+        }
+        for (int m = 0; m < rows; m++)
+            for (int j = 0; j < OUTPUTS; j++) {
+                const uint16_t *here = x + m * w->columns + k;
+                total[m][j] = add_product_bf16(add_product_bf16(total[m][j], even[j], here), odd[j], here + 32);
+            }
+    }
+}
+#endif
+
+/* y for `rows` rows, from `first` on, and OUTPUTS outputs, from `output` on. */
+static inline __attribute__((always_inline)) void some_rows(const int rows, const Layer *layer, int64_t first,
+                                                            int64_t output) {
+    const Weight *w = layer->w;
+    int64_t r = layer->r, whole = r / LANES * LANES, begin[OUTPUTS];
+    Lanes total[MOST_TOGETHER][OUTPUTS];
+    for (int j = 0; j < OUTPUTS; j++) {
+        begin[j] = min64(output + j, w->rows - 1) * w->columns;
+        for (int m = 0; m < rows; m++) total[m][j] = zeros();
+    }
+#ifdef __AVX512BF16__
+    if (is_in_bf16(w, layer->type)) add_products_bf16(rows, layer, first, begin, total);
+    else
+#endif
+    add_products(rows, layer, first, begin, total);
+    for (int j = 0; j < OUTPUTS && output + j < w->rows; j++) {
+        const float *xa = layer->xa + first * r, *b = layer->b + (output + j) * r;
+        for (int64_t k = 0; k < whole; k += LANES) {
+            Lanes values = rounded(read(b + k), layer->type);
+            for (int m = 0; m < rows; m++) total[m][j] = add_product(total[m][j], values, read(xa + m * r + k));
+        }
+        for (int m = 0; m < rows; m++) {
+            float sum = sum_of(total[m][j]);
+            for (int64_t k = whole; k < r; k++) sum += xa[m * r + k] * to_type(b[k], layer->type);
+            if (layer->bias) sum += load(layer->bias, output + j, layer->bias_type);
+            store(layer->y, (first + m) * w->rows + output + j, layer->type, sum);
+        }
+    }
+}
+
+/* The inner products of the row `x` and of up to four rows of a [., n], rounded to a type. */
+static void inner_products(const float *x, const float *a, int type, int64_t rows, int64_t n, float *out) {
     Lanes total[4] = {zeros(), zeros(), zeros(), zeros()};
     int64_t k = 0;
     const float *row[4];
     for (int i = 0; i < 4; i++) row[i] = a + min64(i, rows - 1) * n;
     for (; k + LANES <= n; k += LANES) {
         Lanes here = read(x + k);
-        for (int i = 0; i < 4; i++) total[i] = add_product(total[i], here, read(row[i] + k));
+        for (int i = 0; i < 4; i++) total[i] = add_product(total[i], here, rounded(read(row[i] + k), type));
     }
     for (int64_t i = 0; i < rows; i++) {
         float sum = sum_of(total[i]);
-        for (int64_t rest = k; rest < n; rest++) sum += x[rest] * row[i][rest];
+        for (int64_t rest = k; rest < n; rest++) sum += x[rest] * to_type(row[i][rest], type);
         out[i] = sum;
     }
 }
 
-typedef struct { /* the arguments of `lora_linear` */
-    const Weight *w;
-    const void *bias;
-    int bias_type;
-    const float *b;
-    int64_t r;
-} Layer;
-
-static inline __attribute__((always_inline)) void some_rows(const int rows, const Layer *layer, const Levels *levels,
-                                                            const float *x, const float *xa, int64_t j, float *y) {
-    const Weight *w = layer->w;
-    Lanes total[MOST_TOGETHER];
-    for (int m = 0; m < rows; m++) total[m] = zeros();
-    if (w->columns % (2 * GROUP) == 0 && w->block_shift > 5) add_row_of_weight(rows, 2, w, levels, x, j, total);
-    else add_row_of_weight(rows, 1, w, levels, x, j, total);
-    for (int m = 0; m < rows; m++) {
-        float adapter = 0, bias = layer->bias ? load(layer->bias, j, layer->bias_type) : 0;
-        if (layer->r) inner_products(xa + m * layer->r, layer->b + j * layer->r, 1, layer->r, &adapter);
-        y[m * w->rows + j] = sum_of(total[m]) + adapter + bias;
-    }
-}
-
-/* y [rows, out] = x [rows, in] W^T + bias + scaling xa B^T in fp32, with W [out, in] in blocks of at least 32, `in` a
-   multiple of 32, and B [out, r]; bias [out] may be NULL. xa [rows, r] is x A^T; if it is NULL it is computed with
-   A [r, in]. workspace: rows (in + r) floats. */
+/* y [rows, out] = x [rows, in] W^T + bias + scaling xa B^T, summed in fp32 and rounded once, with W [out, in], `in` a
+   multiple of GROUP, and B [out, r], which is rounded to the type of x; bias [out] may be NULL. xa [rows, r] is x A^T in
+   the type of x; if it is NULL it is computed with A [r, in]. workspace: rows (2 in + r) floats. */
 void lora_linear(const Weight *w, const void *x, void *y, int type, int64_t rows, const void *bias, int bias_type,
                  const void *xa, const float *a, const float *b, int64_t r, float scaling, float *workspace,
                  int threads) {
-    Levels levels = planes(w->levels);
-    Layer layer = {w, bias, bias_type, b, r};
-    float *in = workspace, *projected = workspace + rows * w->columns;
-    even_before_odd(in, x, rows * w->columns);
-    for (int64_t m = 0; m < rows; m++) {
-        float *row = projected + m * r;
-        if (xa) memcpy(row, (const float *)xa + m * r, 4 * r);
-        else
+    int64_t n = rows * w->columns;
+    float *in = workspace, *projected = in + n, *floats = projected + rows * r;
+    Layer layer = {w, in, y, type, bias, bias_type, projected, b, r, table_of(w->levels, 1, FP32)};
+    if (!xa) {
+        for (int64_t i = 0; i < n; i++) floats[i] = load(x, i, type);
+        for (int64_t m = 0; m < rows; m++)
             for (int64_t i = 0; i < r; i += 4)
-                inner_products((const float *)x + m * w->columns, a + i * w->columns, min64(4, r - i), w->columns, row + i);
-        for (int64_t i = 0; i < r; i++) row[i] *= scaling;
+                inner_products(floats + m * w->columns, a + i * w->columns, type, min64(4, r - i), w->columns,
+                               projected + m * r + i);
     }
+    for (int64_t i = 0; i < rows * r; i++) projected[i] = scaling * (xa ? load(xa, i, type) : to_type(projected[i], type));
+#ifdef __AVX512BF16__
+    if (is_in_bf16(w, type)) even_before_odd_bf16((uint16_t *)in, x, n);
+    else
+#endif
+    even_before_odd(in, x, type, n);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t j = 0; j < w->rows; j++) {
+    for (int64_t output = 0; output < w->rows; output += OUTPUTS) {
         int64_t m = 0;
-        float *out = y;
-#define SOME_ROWS(N) some_rows(N, &layer, &levels, in + m * w->columns, projected + m * r, j, out + m * w->rows)
-        for (; m + 4 <= rows; m += 4) SOME_ROWS(4);
-        if (rows - m == 3) SOME_ROWS(3);
-        if (rows - m == 2) SOME_ROWS(2);
-        if (rows - m == 1) SOME_ROWS(1);
-#undef SOME_ROWS
+        for (; m + 4 <= rows; m += 4) some_rows(4, &layer, m, output);
+        if (rows - m == 3) some_rows(3, &layer, m, output);
+        if (rows - m == 2) some_rows(2, &layer, m, output);
+        if (rows - m == 1) some_rows(1, &layer, m, output);
     }
 }
 #endif

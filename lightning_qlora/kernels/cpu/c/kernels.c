@@ -3,7 +3,6 @@
 
 enum { PIECE = 1 << 14 }; /* weights per task of a thread; a multiple of every block size */
 
-#include "matmul.h"
 #include "few_rows.h"
 #include "quantize.h"
 #include "dropout.h"

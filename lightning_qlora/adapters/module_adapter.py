@@ -1,0 +1,230 @@
+"""The adapters of a module as a value, and a module with the adapters of a value."""
+
+import re
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, LayerAdapter, check_tie, tied_names
+from lightning_qlora.adapters.base_compatibility import check_required_base, record_initialization
+from lightning_qlora.adapters.base_model import adapter_on_base, describe_base, find_base_model, trained_modules
+from lightning_qlora.adapters.conversion import conversion_of
+from lightning_qlora.adapters.peft_config import exact
+from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes, refuse
+from lightning_qlora.checks import shown
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
+from lightning_qlora.layers.input_statistics import stop_waiting
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import join, owner_name, without_wrappers
+from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
+from lightning_qlora.layers.records import base_fingerprints
+from lightning_qlora.layers.trainable_tokens import DELTA, token_adapters, token_indices
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
+
+    Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
+    """
+    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
+    parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
+    bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
+    if any(map(is_sharded, chain.from_iterable(parameters.values()))):
+        bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
+    if bad:
+        trainer = vars(module).get("_trainer")  # of a LightningModule
+        step = ""
+        if trainer is not None:
+            step = f" after step {trainer.global_step}"
+        raise ValueError(
+            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
+            f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
+            "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
+            "in the batches."
+        )
+
+
+def get_adapter(module: nn.Module, unchanged: Container[Any] | None = None) -> Adapter:
+    """The adapters of a module; names are those in the base model.
+
+    `unchanged`: its `base_fingerprints`, if they are known. ValueError if PEFT's format has no place for what trained.
+    """
+    _, base = find_base_model(module)
+    layers = base_layers(base)
+    _check_converted(module, layers)
+    check_finite(module)
+    if unchanged is None:
+        unchanged = base_fingerprints(base)
+    trained = trained_modules(base, unchanged)
+    if "" in trained:
+        raise ValueError(
+            f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "
+            "inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
+        )
+    _check_endings(list(trained), base)
+    saved: dict[str, Tensor] = {}
+    for name, part in trained.items():
+        saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
+    return adapter_on_base(
+        describe_base(module, next(iter(layers.values())).config, trained),
+        {name: layer.config for name, layer in layers.items()},
+        {name: _adapter_of_layer(layer) for name, layer in layers.items()},
+        saved=saved,
+        base_fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
+        source=type(module).__name__,
+    )
+
+
+def _adapter_of_layer(layer: LoRALayer) -> LayerAdapter:
+    """Its parameters, whole."""
+    magnitude: Tensor | None = layer.lora_magnitude_vector
+    if magnitude is not None:
+        magnitude = gather(magnitude).detach()
+    return LayerAdapter(
+        lora_A=gather(layer.lora_A).detach(),
+        lora_B=gather(layer.lora_B).detach(),
+        alpha=layer.config.lora_alpha,
+        magnitude=magnitude,
+        initial=layer.initial,
+    )
+
+
+def _check_converted(module: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
+            "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
+        )
+
+
+def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
+    """Set the adapters of a converted module, in place: the parameters stay the same objects.
+
+    Raises CheckpointMismatchError as `load_adapter`.
+    """
+    _, base = find_base_model(module)
+    layers = base_layers(base)
+    _check_converted(module, layers)
+    adapter = assign_parameters(adapter, base)
+    _check_fits(base, layers, adapter)
+    check_required_base(adapter, layers)
+    for name, layer in layers.items():
+        stop_waiting(layer)
+        layer.set_initial(None)
+        record_initialization(layer, adapter.quantization)
+        saved = adapter.layers.get(name)
+        if saved is None:
+            layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora))
+            layer.reset_adapter()
+            continue
+        layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora, r=saved.r, lora_alpha=saved.alpha))
+        values = {"lora_A": saved.lora_A, "lora_B": saved.lora_B, MAGNITUDE: saved.magnitude}
+        for key, value in values.items():
+            if value is not None:
+                layer.write(key, value.to(layer.lora_A.dtype).contiguous())
+    tensors = _named_tensors(base)
+    with torch.no_grad():
+        for key, value in adapter.saved.items():
+            tensors[key].copy_(shard_like(value, tensors[key]))
+    for part in module.modules():
+        conversion = conversion_of(part)
+        if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
+            conversion.config = replace(
+                conversion.config,
+                r=adapter.r,
+                lora_alpha=adapter.alpha,
+                use_rslora=adapter.use_rslora,
+                rank_pattern={},
+                alpha_pattern={},
+            )
+
+
+def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
+    """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
+    prefix, base = find_base_model(module)
+    adapter = assign_parameters(adapter, base)
+    inner = [*(name for name, _ in base.named_modules()), *adapter.experts]
+    names = {without_wrappers(name): join(prefix, name) for name in inner}
+    targets = list(adapter.layers)
+    missing = [name for name in targets if name not in names]
+    if missing:
+        refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
+    owners = {owner_name(key) for key in adapter.saved}
+    return replace(
+        config.with_initialization("default"),
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        rank_pattern=exact(adapter.rank_pattern, prefix),
+        alpha_pattern=exact(adapter.alpha_pattern, prefix),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        target_modules="|".join(re.escape(names[name]) for name in targets),
+        exclude_modules=[],
+        modules_to_save=sorted(names[owner] for owner in owners if owner in names),
+        trainable_token_indices={names.get(name, name): indices for name, indices in adapter.tokens.items()} or None,
+        adapter=None,
+    )
+
+
+def _named_tensors(base: nn.Module) -> dict[str, Tensor]:
+    tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
+    return {without_wrappers(name): tensor for name, tensor in tensors}
+
+
+def _state_of(part: nn.Module) -> dict[str, Tensor]:
+    """The tensors that PEFT saves of a module: its direct parameters and persistent buffers."""
+    return {
+        key: gather(value).detach()
+        for key, value in {**part._parameters, **part._buffers}.items()
+        if value is not None and key not in part._non_persistent_buffers_set
+    }
+
+
+def _check_endings(names: list[str], base: nn.Module) -> None:
+    """Refuse names that are the ending of another module's name: PEFT's modules_to_save would select both."""
+    modules = [without_wrappers(name) for name, _ in base.named_modules()]
+    for name in names:
+        others = [other for other in modules if other.endswith(name) and other not in names]
+        if others:
+            raise ValueError(
+                f"{name!r} was trained in full, and PEFT would also select {others[0]!r}, whose name ends the same: "
+                "its modules_to_save has no form for one alone. Use a Lightning checkpoint, or merge the adapters."
+            )
+
+
+def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter) -> None:
+    for name, saved in adapter.layers.items():
+        key = f"{name}.lora_A.weight"
+        layer = layers.get(name)
+        if layer is None:
+            refuse(adapter, key, base, "has no layer with an adapter there")
+        check_sizes(adapter, name, base, layer.out_features, layer.in_features)
+        if is_sharded(layer.lora_A) and saved.lora_A.shape != layer.lora_A.shape:
+            raise CheckpointMismatchError(
+                f"{adapter.source}: key '{PREFIX}{key}' has rank {saved.r}, and the sharded layer keeps "
+                f"its rank {layer.r}. Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
+            )
+        if (saved.magnitude is None) != (layer.lora_magnitude_vector is None):
+            dora = layer.lora_magnitude_vector is not None
+            refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
+    indices = token_indices(base)
+    for name, rows in adapter.tokens.items():
+        if rows != indices.get(name):
+            difference = (
+                f"is for the rows {shown(rows)}, and trainable_token_indices is {shown(indices.get(name))} there"
+            )
+            refuse(adapter, f"{name}.{DELTA}", base, difference)
+    for tied in tied_names(base):
+        check_tie(adapter, tied)
+    tensors = _named_tensors(base)
+    for key, value in adapter.saved.items():
+        if key not in tensors:
+            refuse(adapter, key, base, "has no such parameter")
+        if tensors[key].shape != value.shape:
+            refuse(adapter, key, base, f"has shape {list(tensors[key].shape)} there, the adapter {list(value.shape)}")

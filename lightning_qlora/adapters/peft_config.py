@@ -1,0 +1,150 @@
+"""PEFT's adapter_config.json: what it says of an adapter, read with checks, and its rules for names.
+
+Source of the format: peft/tuners/lora/config.py (0.17 to 0.21).
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_names,
+    check_number,
+    check_patterns,
+    check_string,
+    check_token_indices,
+    shown,
+)
+from lightning_qlora.config import MOST_ALPHA, first_match
+from lightning_qlora.files.safetensors_folder import read_json
+from lightning_qlora.layers.names import join, last_part
+from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
+
+CONFIG_FILE = "adapter_config.json"
+DEFAULT_ALPHA = 8  # PEFT's
+# PEFT's arguments for adapters that QLoRALinear does not compute.
+UNSUPPORTED = (
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits only
+# the changed weights, and its folder does not contain them.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    if adapter.expert_adapters:  # they are written as they were read
+        return adapter.peft_config
+    modules_to_save = [name for name in adapter.modules_to_save if last_part(name) != TOKEN_ADAPTER]
+    config = {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": adapter.target_modules,
+        "modules_to_save": modules_to_save or None,
+        "rank_pattern": exact(adapter.rank_pattern),
+        "alpha_pattern": exact(adapter.alpha_pattern),
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "init_lora_weights": True,
+        "bias": "none",
+    }
+    if adapter.tokens:
+        config["trainable_token_indices"] = adapter.tokens
+    if adapter.target_parameters:
+        config["target_parameters"] = adapter.target_parameters
+        config["lora_dropout"] = 0.0  # PEFT refuses parameters with dropout
+    return config
+
+
+def read_peft_config(path: Path) -> dict[str, Any]:
+    """The content of the file, with the default of lora_alpha.
+
+    FileNotFoundError or ValueError if it is missing or broken, or QLoRALinear does not compute this kind of adapter.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    config = read_json(path)
+    config.setdefault("peft_type", "")
+    config.setdefault("lora_alpha", DEFAULT_ALPHA)
+    for name, check in CHECKS.items():
+        if config.get(name) is not None or name == "lora_alpha":
+            try:
+                check(name, config[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The pattern with keys that match one name only; PEFT takes a key for a regular expression of endings."""
+    return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}
+
+
+def is_target(config: dict[str, Any], name: str) -> bool:
+    """Whether PEFT's target_parameters name a parameter, in full or by the end of its name."""
+    return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or [])
+
+
+def alpha_of_name(config: dict[str, Any], name: str) -> float:
+    """Alpha of a layer or parameter: that of the first pattern that matches (peft.utils.other.get_pattern_key)."""
+    return float(first_match(config.get("alpha_pattern"), [name], config["lora_alpha"]))
+
+
+def _check_unset(name: str, value: Any) -> None:
+    if value:
+        raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read.")
+
+
+def _check_initialization(name: str, value: Any) -> None:
+    if isinstance(value, str) and value.lower().startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"{name}={shown(value)}: PEFT changed the base weights for this initialization, and the adapter fits only "
+            "those. Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes it "
+            "a plain adapter. 'loftq' can be merged in PEFT instead."
+        )
+
+
+def _check_targets(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        check_names(name, value, or_regex=True)
+
+
+# Checks of the values in adapter_config.json. A value that is null stands for PEFT's default.
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "peft_type": partial(check_choice, allowed=("LORA",)),
+    "bias": partial(check_choice, allowed=("none",)),
+    **dict.fromkeys(UNSUPPORTED, _check_unset),
+    "init_lora_weights": _check_initialization,
+    "r": partial(check_integer, at_least=1),
+    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
+    "use_rslora": check_bool,
+    "use_dora": check_bool,
+    "fan_in_fan_out": check_bool,
+    "task_type": check_string,
+    "base_model_name_or_path": check_string,
+    "lora_dropout": partial(check_number, at_least=0, below=1),
+    "modules_to_save": check_names,
+    "target_parameters": check_names,
+    "trainable_token_indices": check_token_indices,
+    "target_modules": _check_targets,
+    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
+}

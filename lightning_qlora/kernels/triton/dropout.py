@@ -1,0 +1,72 @@
+"""Dropout from a seed, as a launch of its own and inside of products.
+
+    out[i] = x[i] / (1 - p) if hash[i] >= p * 2^32 else 0;       hash[i] = mix(mix(i + seed_low) ^ seed_high)
+
+The mask is that of `reference.dropout`, bit for bit, so a run drops the same elements on every device. It is a function
+of the seed: the backward pass computes it again, and nothing stores it.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_qlora.kernels.reference import as_int32, dropout_threshold
+from lightning_qlora.kernels.scratch import is_capturing
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
+
+
+@triton.jit
+def _mix(h):
+    """The 32-bit hash of `reference`."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def is_kept(i, low, high, least_kept):
+    """Whether the elements with the flat indices i are kept; low and high are the halves of the seed."""
+    word = _mix(_mix(i.to(tl.uint32) + low.to(tl.uint32)) ^ high.to(tl.uint32))
+    return word.to(tl.int32, bitcast=True) >= least_kept
+
+
+@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr):
+    """A program computes SIZE elements."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    values = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32) * scale
+    tl.store(out + i, tl.where(is_kept(i, low, high, least_kept), values, 0.0).to(out.dtype.element_ty), mask=i < n)
+
+
+def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[tuple[int, int, int], float]:
+    """What the kernels take: the halves of the seed and the smallest hash, and the factor 1 / (1 - p)."""
+    if seed is None:
+        return (0, 0, 0), 1.0
+    if is_capturing(device):
+        raise RuntimeError(
+            "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "
+            "lora_dropout=0, or call eval() first."
+        )
+    number = int(seed.item())
+    least_kept, scale = dropout_threshold(p)
+    return (as_int32(number), as_int32(number >> 32), least_kept), scale
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor, scales: bool = True) -> Tensor:
+    """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`.
+
+    Without `scales` what is kept is not divided by 1 - p.
+    """
+    mask, scale = dropout_arguments(p, seed, x.device)
+    if not scales:
+        scale = 1.0
+    _launch_of_dropout(x.device, find_tile("dropout", x.device), x.numel())((x, out), (*mask, scale))
+    return out
+
+
+@lru_cache(MAX_LAUNCHES)
+def _launch_of_dropout(device: torch.device, tile: Tile, n: int) -> Launch:
+    return Launch(_dropout_kernel, device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)

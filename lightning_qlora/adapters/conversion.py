@@ -41,7 +41,7 @@ class Conversion:
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
         replaced: Whether the state dict that is being loaded holds a dense base.
-        left_out: Keys of what that state dict leaves out and has fingerprints of.
+        left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
     config: QLoRAConfig

@@ -136,7 +136,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
         _keep_initialization(root, conversion, saved)
         keys, unknown = _check_base(root, saved)
         keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
-        conversion.left_out = {prefix + key for key in keys}
+        conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
         unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
         conversion.replaced = False
@@ -195,7 +195,7 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
     if conversion is None:
         return
     missing: list[str] = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if key not in conversion.left_out]
+    missing[:] = [key for key in missing if without_wrappers(key, (CHECKPOINTED,)) not in conversion.left_out]
     if conversion.replaced:
         conversion.replaced = False
         renew(root)

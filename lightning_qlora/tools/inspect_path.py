@@ -11,6 +11,7 @@ from lightning_qlora.adapters.base_folder import stored_format
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.config import first_match
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
@@ -39,9 +40,10 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     layers = adapter.layers | adapter.expert_adapters
-    # The matrices of `expert_adapters` hold many experts: their rank is that of adapter_config.json.
+    config = adapter.peft_config
     ranks = Counter(layer.r for layer in adapter.layers.values())
-    ranks[adapter.peft_config.get("r", 0)] += len(adapter.expert_adapters)
+    for name in adapter.expert_adapters:  # matrices of many experts: only adapter_config.json has their rank
+        ranks[first_match(config.get("rank_pattern"), [name], config.get("r", 0))] += 1
     alphas = Counter(layer.alpha for layer in layers.values())
     endings = Counter(last_part(name) for name in layers)
     tensors = list(adapter.saved.values())
@@ -62,7 +64,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("quantization", quantization),
         ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
-        ("rank", _counts(+ranks)),  # +: without those that no layer has
+        ("rank", _counts(ranks)),
         ("alpha", _counts(alphas)),
         ("kind of LoRA", ", ".join(kinds) or "plain"),
         ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),

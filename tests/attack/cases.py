@@ -140,7 +140,7 @@ def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
             config |= {name: draw.choice(values) for name in draw.sample([*config, "target_parameters"], 2)}
         elif which == 1:
             inner = {draw.choice(["quant_type", "init_lora_weights", "layers.0.proj", "a"]): draw.choice(values)}
-            entry = {draw.choice(["quantization", "fingerprints", "experts"]): draw.choice([*values, inner])}
+            entry = {draw.choice(["quantization", "fingerprints"]): draw.choice([*values, inner])}
             metadata[BASE] = json.dumps(draw.choice([*values, entry]))
         else:
             key = draw.choice(list(tensors))

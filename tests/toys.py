@@ -8,6 +8,7 @@ import torch
 
 from lightning_qlora import convert
 from lightning_qlora.kernels import ops
+from lightning_qlora.layers.dora import dora_scale
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -153,7 +154,7 @@ def delta(layer):
         added = layer.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
         if matrix.magnitude is not None:
             base = ops.dequantize(matrix.weight, torch.float32)
-            added = layer.dora_scale(matrix)[:, None] * (base + added) - base
+            added = dora_scale(layer, matrix)[:, None] * (base + added) - base
         parts.append(added)
     return layer.as_dense(parts).detach()
 

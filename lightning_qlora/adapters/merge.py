@@ -14,11 +14,13 @@ from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
 from lightning_qlora.layers.deferred_head import compute_logits
+from lightning_qlora.layers.dora import TINY
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
 from lightning_qlora.layers.held_types import release
-from lightning_qlora.layers.lora_layer import DTYPES, TINY, LoRALayer
+from lightning_qlora.layers.input_statistics import stop_waiting
+from lightning_qlora.layers.lora_layer import DTYPES, LoRALayer
 from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.provenance import mark_as_loaded
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, base_layers, to_dense
@@ -69,7 +71,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "
     release(module)
 
     def merged(layer: LoRALayer) -> Tensor:
-        layer.stop_waiting()
+        stop_waiting(layer)
         weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
         return merged_weight(layer, weight_dtype, names[layer], weights.pop(names[layer], None))
 
@@ -117,7 +119,7 @@ def merged_weight(layer: LoRALayer, dtype: torch.dtype, name: str, weight: Tenso
             dense = weight[matrix.number]
         else:
             dense = weight
-        total = dense.contiguous().float() + layer.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
+        total = dense.contiguous().float() + matrix.product(layer.scaling)
         if matrix.magnitude is not None:
             scale = matrix.magnitude.float() / total.norm(dim=1).clamp_min(TINY)
             total *= scale[:, None]

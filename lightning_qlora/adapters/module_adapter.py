@@ -18,6 +18,7 @@ from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
+from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
@@ -114,8 +115,8 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     _check_fits(base, layers, adapter)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
-        layer.stop_waiting()
-        layer.set_initial(None, None)
+        stop_waiting(layer)
+        layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
         saved = adapter.layers.get(name)
         if saved is None:

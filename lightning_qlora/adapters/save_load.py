@@ -113,9 +113,7 @@ def layers_that_are_only_read(base: nn.Module) -> list[str]:
     """Names of converted layers whose weight other code multiplied with, or read without calling the layer."""
     names = []
     for name, layer in adapted_layers(base).items():
-        if type(layer).forward is not QLoRALinear.forward:
-            continue
-        if layer.weight_was_called or (layer.weight_was_read and not layer.was_called):
+        if type(layer).forward is QLoRALinear.forward and layer.is_only_read:
             names.append(name)
     return names
 

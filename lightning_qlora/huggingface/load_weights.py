@@ -132,7 +132,7 @@ def _share(layer: LoRALayer, whole: LoRALayer | None, source: int, device: torch
         tensors[key] = _with_data(empty, value, device)
         values[key] = value
     if layer.initial is not None:
-        layer.set_initial(values["lora_A"], values["lora_B"])
+        layer.set_initial((values["lora_A"], values["lora_B"]))
     if whole is not None and whole.input_statistics is not None and layer.input_statistics is not None:
         # The calibrated adapter is computed on this rank.
         layer.input_statistics.dense_weight = whole.input_statistics.dense_weight

@@ -1,8 +1,8 @@
 """DoRA (Liu et al. 2024, equation 5): y = g (x W^T + s (drop(x) A^T) B^T) + bias with g = m / ||W + s B A||, by rows.
 
 g acts before the sum is rounded: it multiplies the fp32 scales of the blocks of W and the rows of B, and the op of the
-layer computes the rest with its one rounding (`kernels/reference.py`). The norm counts as a constant in the gradient
-(section 4.3):
+layer computes the rest with its one rounding (`kernels/reference.py`). PEFT computes g x W^T as x W^T + (g - 1) drop(x)
+W^T: equal on average, with a second product with W. The norm counts as a constant in the gradient (section 4.3):
 
     dm = 1 / ||W + s B A|| * sum over rows of dY (x W^T + s xa B^T) = 1 / m * sum over rows of dY (y - bias)
 """
@@ -19,11 +19,40 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import grad_bias, lora_linear, refuse_second_derivative
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
+TINY = torch.finfo(torch.float32).tiny
+
+
+@torch.no_grad()
+def row_norm(layer: Any, matrix: Any) -> Tensor:
+    """||W + s B A|| of every row of a `Matrix` of a `LoRALayer`, [out], fp32, computed without that sum.
+
+    Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is
+    the bracket. W may be some of the rows.
+    """
+    weight = matrix.weight
+    a = matrix.lora_a.float()
+    b = matrix.lora_b.float()
+    s = layer.scaling
+    squares = layer._base_squares.get(matrix.number)
+    if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
+        squares = ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
+        layer._base_squares[matrix.number] = squares
+    bracket = lora_linear(a, weight, None, LoRA(a, b, s / 2))  # [r, out]
+    norm: Tensor = (squares + 2 * s * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
+    return norm
+
+
+def dora_scale(layer: Any, matrix: Any) -> Tensor:
+    """g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
+    scale: Tensor = matrix.magnitude / row_norm(layer, matrix).clamp_min(TINY)
+    return scale
+
 
 def dora_linear(
     x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, magnitude: Tensor, norm: Tensor
 ) -> Tensor:
     """The layer, differentiable in x, A, B and the magnitudes m [out]; norm: ||W + s B A|| [out], see `lora_linear`."""
+    norm = norm.clamp_min(TINY)
     factor = (magnitude.detach() / norm).float()
     scaled = scale_rows(weight, factor)
     if scaled is None:

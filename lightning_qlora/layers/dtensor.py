@@ -1,7 +1,7 @@
 """Tensors of which every rank holds a part (FSDP2), the whole and the part of a whole; and values of all ranks."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -48,27 +48,19 @@ def shard_like(value: Tensor, like: Tensor | None) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def by_mesh(parameters: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
-    """The parameters with a gradient, by the device mesh over which it is split; None: by none."""
-    groups: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
-        grad = parameter.grad
-        if grad is not None:
-            mesh = grad.device_mesh if isinstance(grad, DTensor) else None
-            groups.setdefault(mesh, []).append(parameter)
-    return groups
-
-
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *options: Any, **named: Any) -> Tensor:
     """torch's `clip_grad_norm_`, which takes no parameters that are split over several meshes, or some over none.
 
     `options` are `norm_type` and `error_if_nonfinite`; the result is the norm before clipping.
     """
-    groups = by_mesh(parameters)
-    gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
+    by_mesh: dict[Any, list[Tensor]] = {}  # the parameters with a gradient; None: those that are split over no mesh
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    gradients = [[cast(Tensor, parameter.grad) for parameter in group] for group in by_mesh.values()]
     norms = [gather(get_total_norm(group, *options, **named)) for group in gradients]
     norm = get_total_norm(norms, *options, **named)
-    for group in groups.values():
+    for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, norm)
     return norm
 

@@ -11,8 +11,8 @@ only if code reads it in a way that is not in this list. The module that held th
 subclass of its class.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,13 @@ from lightning_qlora.kernels.lora_linear import is_eager
 from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.lora_layer import Matrix
 from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.qlora_linear import REPLACED
-from lightning_qlora.layers.readable_weight import Readable, readable_weight
+from lightning_qlora.layers.readable_weight import ReadableStack
 from lightning_qlora.layers.routed_experts import is_routed, join_rows, routed_forward, rows_of_experts
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
+VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
 
 
 class QLoRAExperts(SavedLayer):
@@ -142,19 +142,31 @@ class QLoRAExperts(SavedLayer):
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return y if has_autocast(x.device.type) else y.to(x.dtype)
 
-    def matrix(self, number: int) -> Matrix:
-        """One matrix, for code that reads them one after the other."""
+    def _split_adapter(self) -> list[Sequence[Tensor]]:
+        """As in LoRALayer, with the same views until a parameter changes.
+
+        Autograd stacks the gradients of the views of one `unbind` once. With views of its own, each expert that code
+        reads would get a gradient of the size of the whole stack.
+        """
         parameters = self.adapter_parameters()
-        is_plain = all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters)
-        if not is_plain or not torch.is_grad_enabled() or not is_eager(self.packed, parameters[0]):
-            (matrix,) = self.matrices([number])
-            return matrix
-        unbound = self.__dict__.setdefault("_unbound", _Unbound())
-        lora_a, lora_b, *magnitude = (views[number] for views in unbound.of(parameters))
-        return Matrix(self.whole_bytes.expert(number), lora_a, lora_b, magnitude[0] if magnitude else None, number)
+        if not is_eager(self.packed, parameters[0]) or not torch.is_grad_enabled():
+            return super()._split_adapter()
+        if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
+            return super()._split_adapter()
+        key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        cached: tuple[Any, list[Sequence[Tensor]], Any] | None = self.__dict__.get(VIEWS)
+        if cached is None or cached[0] != key:
+            # With the parameters: as long as they exist, no other has the same id and memory.
+            cached = key, [parameter.unbind() for parameter in parameters], parameters
+            self.__dict__[VIEWS] = cached
+        return cached[1]
+
+    def __getstate__(self) -> Any:
+        """Without the views, which torch does not copy."""
+        return {key: value for key, value in super().__getstate__().items() if key != VIEWS}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRAExperts":
-        self.__dict__.pop("_unbound", None)  # its views would keep the memory of another device
+        self.__dict__.pop(VIEWS, None)  # they would keep the memory of another device
         super()._apply(fn, recurse)
         return self
 
@@ -169,128 +181,6 @@ class QLoRAExperts(SavedLayer):
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""
         return f"experts={len(self)}, {super().extra_repr()}"
-
-
-class _Unbound:
-    """The matrices of a stack's adapter as views of its parameters. A copy or a pickle of it is empty."""
-
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._parameters: list[nn.Parameter] = []
-        self._views: list[tuple[Tensor, ...]] = []
-
-    def __reduce__(self) -> Any:
-        return _Unbound, ()
-
-    def of(self, parameters: list[nn.Parameter]) -> list[tuple[Tensor, ...]]:
-        """The views of each parameter: the same ones until it changes.
-
-        Autograd stacks the gradients of the views of one `unbind` once. With views of their own, each expert would get
-        a gradient of the size of the whole stack.
-        """
-        key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
-        if self._key != key:
-            self._views = [parameter.unbind() for parameter in parameters]
-            self._parameters = parameters  # as long as these exist, no other has the same id and memory
-            self._key = key
-        return self._views
-
-
-class Expert(NamedTuple):
-    """One expert of a stack, as the source of a readable weight."""
-
-    stack: QLoRAExperts
-    matrix: Matrix
-
-    def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-        """Shape [out, in], type and device of the weight."""
-        shape, dtype, device = self.stack.weight_metadata()
-        return shape[1:], dtype, device
-
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        """The parameters that train."""
-        return self.stack.adapter_parameters()
-
-    @property
-    def _qlora_disabled(self) -> int:
-        return self.stack._qlora_disabled
-
-    def effective_weight(self) -> Tensor:
-        """W + s B A."""
-        return self.stack.effective_matrix(self.matrix)
-
-    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What `F.linear(x, weight, bias)` computes."""
-        return self.stack.compute(x, self.matrix, bias)
-
-
-class ReadableStack(Readable):
-    """What code gets when it reads a stack of experts: W + s B A of each, with gradients for every A and B."""
-
-    _experts: QLoRAExperts
-
-    @staticmethod
-    def __new__(
-        cls, experts: QLoRAExperts, shape: tuple[int, ...] | None = None, detached: bool = False
-    ) -> "ReadableStack":
-        """A tensor with the shape, type and device of the parameter, and no memory."""
-        _, dtype, device = experts.weight_metadata()
-        trains = torch.is_grad_enabled() and not (detached or experts._qlora_disabled)
-        requires_grad = trains and any(parameter.requires_grad for parameter in experts.adapter_parameters())
-        stack: ReadableStack = Tensor._make_wrapper_subclass(
-            cls, shape or experts.weight_shape, dtype=dtype, device=device, requires_grad=requires_grad
-        )
-        stack._experts = experts
-        stack._is_detached = detached
-        return stack
-
-    def values(self) -> Tensor:
-        """The effective weights."""
-        return self._experts.effective_weight().view(self.shape)
-
-    def detach(self) -> "ReadableStack":
-        """The same without a gradient."""
-        return ReadableStack(self._experts, tuple(self.shape), detached=True)
-
-    def _weight(self, matrix: Matrix) -> Tensor:
-        weight = readable_weight(Expert(self._experts, matrix), self._experts._transposed)
-        return weight.detach() if self._is_detached else weight
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        stack: Any = args[0] if args else None
-        if isinstance(stack, ReadableStack):
-            experts = stack._experts
-            count = len(experts)
-            rows, columns = experts.expert_shape
-            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                return stack._weight(experts.matrix(range(count)[int(args[1])]))
-            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
-                weights = [stack._weight(matrix) for matrix in experts.matrices()]
-                if func is Tensor.__iter__:
-                    return iter(weights)
-                return tuple(weights)
-            if func in (Tensor.view, Tensor.reshape) and experts.flat:
-                sizes = args[1:]
-                if not isinstance(args[1], int):
-                    sizes = args[1]
-                if tuple(sizes) in ((-1, rows, columns), (count, rows, columns)):
-                    return ReadableStack(experts, (count, rows, columns), stack._is_detached)
-        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._experts._transposed:
-            x = args[0]
-            experts = args[1]._experts
-            ends = torch.arange(1, len(experts) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
-            return experts(x.flatten(0, 1), ends).view(len(experts), -1, experts.out_features)
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _is_number(index: Any) -> bool:
-    """Whether an index is the number of an expert. Booleans, and bytes in a tensor, are masks for torch."""
-    if isinstance(index, Tensor):
-        is_mask = index.dtype in (torch.bool, torch.uint8)
-        return index.ndim == 0 and not index.dtype.is_floating_point and not is_mask
-    return isinstance(index, int) and not isinstance(index, bool)
 
 
 def _restore_order(entries: dict[str, Any], names: list[str]) -> None:

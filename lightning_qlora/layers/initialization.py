@@ -16,7 +16,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +26,12 @@ from lightning_qlora.layers.fingerprint import has_values
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
+Start = tuple[PackedWeight, Tensor, Tensor]  # of a layer: the base [out, in], A [r, in] and B [out, r] in fp32
 Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the matrix is about u diag(sigma) v^T
 WITHOUT_SOLVERS = ("mps",)  # types of devices
 
 
-class Initialization(NamedTuple):
-    """A layer before its first step: the 4-bit base [out, in], A [r, in] and B [out, r] in fp32."""
-
-    base: PackedWeight
-    lora_a: Tensor
-    lora_b: Tensor
-
-
-def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
     """The 4-bit base and the initial adapter of a layer, computed on the weight's device.
 
     "calibrated" gives the values of "default": `calibrated_adapter` replaces them when the inputs are known.
@@ -52,7 +44,7 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization
     return STARTS[config.initialization](weight, config, name)
 
 
-def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
+def _without_data(weight: Tensor, config: QLoRAConfig) -> Start:
     """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
     r = config.r
     if config.init_kind.keeps_initial:
@@ -60,7 +52,7 @@ def _without_data(weight: Tensor, config: QLoRAConfig) -> Initialization:
     base = ops.quantize_unchecked(weight, config.quant_type, config.block_size, config.double_quant)
     lora_a = weight.new_empty(r, weight.shape[1], dtype=torch.float32)
     lora_b = weight.new_empty(weight.shape[0], r, dtype=torch.float32)
-    return Initialization(base, lora_a, lora_b)
+    return base, lora_a, lora_b
 
 
 def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
@@ -109,20 +101,20 @@ def seed_of_layer(name: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
 
 
-def _random(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
-    return Initialization(quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name))
+def _random(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
+    return quantize(weight, config), *random_adapter(weight.shape[1], weight.shape[0], config, name)
 
 
-def _until_data(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+def _until_data(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
     _checked_rank(weight, config)  # an error at conversion, not at the first batch
     return _random(weight, config, name)
 
 
-def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
     return _alternate(weight, weight, config.loftq_iterations, config, name)
 
 
-def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
+def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
     dense = weight.float()
     r = _checked_rank(weight, config)
     if config.pissa_iterations is None:
@@ -133,10 +125,10 @@ def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Initialization:
     residual = dense - config.scaling * (lora_b @ lora_a)
     if config.loftq_iterations > 1:
         return _alternate(weight, residual, config.loftq_iterations - 1, config, name)
-    return Initialization(replace(quantize(residual, config), dtype=weight.dtype), lora_a, lora_b)
+    return replace(quantize(residual, config), dtype=weight.dtype), lora_a, lora_b
 
 
-def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAConfig, name: str) -> Initialization:
+def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAConfig, name: str) -> Start:
     """Repeat: Q = quantize(residual), s B A = SVD_r(W - Q), residual = W - s B A."""
     dense = weight.float()
     r = _checked_rank(weight, config)
@@ -144,7 +136,7 @@ def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAC
         base = quantize(residual, config)
         lora_a, lora_b = _split(exact(dense - base.dequantize(torch.float32), r), config, name)
         residual = dense - config.scaling * (lora_b @ lora_a)
-    return Initialization(replace(base, dtype=weight.dtype), lora_a, lora_b)
+    return replace(base, dtype=weight.dtype), lora_a, lora_b
 
 
 def _split(factors: Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
@@ -219,7 +211,7 @@ def _like(matrix: Tensor, u: Tensor, sigma: Tensor, v: Tensor) -> Factors:
 
 
 # Name in `INITIALIZATIONS` -> what computes the base and the adapter.
-STARTS: dict[str, Callable[[Tensor, QLoRAConfig, str], Initialization]] = {
+STARTS: dict[str, Callable[[Tensor, QLoRAConfig, str], Start]] = {
     "default": _random,
     "gaussian": _random,
     "loftq": _loftq,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_qlora.checks import shown
 from lightning_qlora.layers.dtensor import gather, is_sharded
+from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
-from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
@@ -67,10 +67,10 @@ class SavedLayer(LoRALayer):
         """
         needs_data = self.config.init_kind.needs_data
         if not needs_data or self.initial is not None or gather(self.lora_B).any():
-            self.stop_waiting()
+            stop_waiting(self)
         elif initial is not None:
             self.set_adapter(*initial)
-            self.set_initial(*initial)
+            self.set_initial(initial)
         elif self.input_statistics is None:
             warnings.warn(
                 f"{self.full_name}: the loaded state dict was saved before the calibration of the adapter "
@@ -164,14 +164,13 @@ def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tup
                     "checkpoint."
                 )
         if lora_a.shape != layer.lora_A.shape:
-            name = prefix.removesuffix(".") or "the layer itself"
             raise CheckpointMismatchError(
-                f"{name}: the checkpoint's adapter has rank {lora_a.shape[-2]} for {lora_a.shape[-1]} inputs, this "
-                f"layer's has rank {layer.r} for {layer.in_features}. Set r (or rank_pattern) so that it has "
-                f"rank {lora_a.shape[-2]}."
+                f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "
+                f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
+                f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
             )
-        initial = [state_dict.pop(prefix + key, None) for key in INITIAL]
-        layer.set_initial(*(None if value is None else value.contiguous() for value in initial))
+        initial = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
+        layer.set_initial(initial if len(initial) == len(INITIAL) else None)
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     has_weight = _load_weight(layer, state_dict, prefix, with_adapter)
     if prefix + "bias" in state_dict and not has_weight and not with_adapter:
@@ -205,12 +204,9 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
         shape = entries[key].shape
         expected = layer.weight_shape
     if tuple(shape) != expected:
-        name = key
-        if layer.is_stack:
-            name = parameter_name(prefix.removesuffix("."))
         raise CheckpointMismatchError(
-            f"{name}: has shape {list(shape)} in the checkpoint, {list(expected)} here. Build the model of the "
-            "training."
+            f"{layer.full_name or 'the layer itself'}: its weight has shape {list(shape)} in the checkpoint, "
+            f"{list(expected)} here. Build the model of the training."
         )
     device = layer.packed.device
     if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none

@@ -2,13 +2,12 @@
 
     y = x W^T + s (drop(x) A^T) B^T
 
-Dropout acts on the input of the adapter alone. With DoRA, PEFT computes g x W^T as x W^T + (g - 1) drop(x) W^T: equal
-on average, with a second product with W. A `QLoRALinear` has one matrix W with its adapter, a `QLoRAExperts` one for
-each expert.
+Dropout acts on the input of the adapter alone. A `QLoRALinear` has one matrix W with its adapter, a `QLoRAExperts` one
+for each expert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +20,15 @@ from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.kernels.rounding import round_by_index
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
-from lightning_qlora.layers.dora import dora_linear
+from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
 from lightning_qlora.layers.dtensor import gather, shard_like
-from lightning_qlora.layers.input_statistics import InputStatistics
+from lightning_qlora.layers.input_statistics import InputStatistics, wait_for_inputs
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.slow_types import has_bf16
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight
-TINY = torch.finfo(torch.float32).tiny
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -43,6 +41,10 @@ class Matrix(NamedTuple):
     magnitude: Tensor | None = None
     number: int = 0  # in a stack
 
+    def product(self, scaling: float) -> Tensor:
+        """s B A, [out, in], fp32."""
+        return scaling * (self.lora_b.float() @ self.lora_a.float())
+
 
 class LoRALayer(WithAdapter, PackedLayer):
     """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
@@ -50,9 +52,8 @@ class LoRALayer(WithAdapter, PackedLayer):
     The tensors of a stack have a first dimension for the experts.
     """
 
-    if TYPE_CHECKING:  # else they were names that a class of the user's layers must not have
-        in_features: int
-        out_features: int
+    in_features: int
+    out_features: int
     lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type
     lora_B: nn.Parameter  # [out, r], fp32
     lora_magnitude_vector: nn.Parameter | None  # [out], fp32, with DoRA
@@ -65,8 +66,8 @@ class LoRALayer(WithAdapter, PackedLayer):
     input_statistics: InputStatistics | None = None  # "calibrated": until the adapter is initialized
     initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory
     initial_B: Tensor | None = None
-    was_called: bool = False  # whether the op of the layer ran, and whether other code read the weight
-    weight_was_read: bool = False
+    was_called: bool = False  # whether the op of the layer ran
+    weight_was_read: bool = False  # whether other code read the weight
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
     def set_arguments(self, config: QLoRAConfig, name: str, seed_name: str) -> None:
@@ -103,11 +104,11 @@ class LoRALayer(WithAdapter, PackedLayer):
                 weights.append(rows)
         self.set_packed_weights(bases)
         if weights:
-            self._wait(self.join_matrices(weights))
+            wait_for_inputs(self, self.join_matrices(weights))
         adapter = [self.join_matrices(values) for values in zip(*adapters, strict=True)]
         self.set_adapter(*adapter)
         if self.config.init_kind.keeps_initial and not weights:
-            self.set_initial(*adapter)
+            self.set_initial(adapter)
 
     def __setstate__(self, state: Any) -> None:
         """A copy waits for inputs together with this layer."""
@@ -115,84 +116,57 @@ class LoRALayer(WithAdapter, PackedLayer):
         if self.input_statistics is not None:
             self.input_statistics.join(self)
 
-    def _wait(self, dense_weight: Tensor) -> None:
-        """Wait for inputs with this float weight."""
-        previous = self.input_statistics
-        if previous is not None and previous.layers == [self]:
-            previous.dense_weight = dense_weight
-            return
-        statistics = InputStatistics(dense_weight, self.matrix_count, self._shape[-1], self.packed.device)
-        statistics.join(self)
-        if previous is not None:  # the copies keep the weight that this layer had
-            previous.calibration.add(statistics, self.full_name)
-            self.stop_waiting()
-        self.input_statistics = statistics
-
-    def stop_waiting(self) -> None:
-        """Wait for no inputs any more: the adapter has its values."""
-        statistics = vars(self).pop("input_statistics", None)  # absent, which torch.compile guards on
-        if statistics is not None:
-            statistics.leave(self)
-
     def add_input(self, number: int, x: Tensor) -> None:
-        """Count an input of a matrix, in training, if the adapter waits for it."""
-        statistics = self.input_statistics
-        if statistics is not None and self.training and torch.is_grad_enabled() and x.is_floating_point():
-            statistics.add(number, x)
+        """Count an input of a matrix, in training, for an adapter that waits for it."""
+        assert self.input_statistics is not None
+        if self.training and torch.is_grad_enabled() and x.is_floating_point():
+            self.input_statistics.add(number, x)
 
     def reset_adapter(self) -> None:
         """Set A to random values and B to 0, which need no float weight."""
-        numbers = range(self.matrix_count)
         sizes = self.in_features, self.out_features
-        adapters = [initialization.random_adapter(*sizes, self.config, self.seed_name_of(number)) for number in numbers]
+        names = map(self.seed_name_of, range(self.matrix_count))
+        adapters = [initialization.random_adapter(*sizes, self.config, name) for name in names]
         self.set_adapter(*(self.join_matrices(values) for values in zip(*adapters, strict=True)))
 
     def seed_name_of(self, number: int) -> str:
         """The name that the seed of a matrix is made from."""
-        if self.is_stack:
-            return f"{self.seed_name}.{number}"
-        return self.seed_name
+        return f"{self.seed_name}.{number}" if self.is_stack else self.seed_name
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
         self.write("lora_A", lora_a)
         self.write("lora_B", lora_b)
         if self.config.use_dora:
-            norms = [self.row_norm(matrix) for matrix in self.matrices()]
+            norms = [row_norm(self, matrix) for matrix in self.matrices()]
             self.write("lora_magnitude_vector", self.join_matrices(norms))
         else:
             self.register_parameter("lora_magnitude_vector", None)
 
-    def set_initial(self, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+    def set_initial(self, adapter: Sequence[Tensor] | None) -> None:
         """Keep copies of the A and B that training begins with: an adapter for the 16-bit base is the difference."""
-        values = []
-        for value in (lora_a, lora_b):
-            if value is not None and not value.is_meta:
-                value = value.detach().to("cpu", copy=True)
-            values.append(value)
-        self.initial_A, self.initial_B = values
+        values = [value if value.is_meta else value.detach().to("cpu", copy=True) for value in adapter or ()]
+        self.initial_A, self.initial_B = values or (None, None)
 
     @property
     def initial(self) -> tuple[Tensor, Tensor] | None:
         """`initial_A` and `initial_B`; None if training began with B = 0, or from values of another module."""
-        if self.initial_A is None or self.initial_B is None:
-            return None
-        return self.initial_A, self.initial_B
+        return None if self.initial_A is None or self.initial_B is None else (self.initial_A, self.initial_B)
 
     def matrices(self, numbers: Sequence[int] | None = None) -> list[Matrix]:
         """The matrices of these numbers, None: all; of a sharded layer gathered, so all ranks must ask for them."""
         weight = self.whole_bytes
-        adapter = [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
+        adapter = self._split_adapter()
         matrices = []
-        if numbers is None:
-            numbers = range(len(adapter[0]))
-        for number in numbers:
+        for number in range(self.matrix_count) if numbers is None else numbers:
             lora_a, lora_b, *magnitude = (values[number] for values in adapter)
-            base = weight
-            if self.is_stack:
-                base = weight.expert(number)
+            base = weight.expert(number) if self.is_stack else weight
             matrices.append(Matrix(base, lora_a, lora_b, magnitude[0] if magnitude else None, number))
         return matrices
+
+    def _split_adapter(self) -> list[Sequence[Tensor]]:
+        """The values of each parameter for each matrix."""
+        return [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
 
     def write(self, name: str, value: Tensor) -> None:
         """Set a parameter of the adapter, and create it if it does not exist."""
@@ -206,13 +180,9 @@ class LoRALayer(WithAdapter, PackedLayer):
                 parameter.copy_(shard_like(value, parameter))
 
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
-        """Replace the base weight by a float weight of the shape of `weight`, quantized with this layer's config.
-
-        It is quantized on `device`, None: that of the layer.
-        """
-        rows = [
-            self._as_stored(dense.detach()).to(device or self.packed.device) for dense in self.split_matrices(weight)
-        ]
+        """Quantize a float weight of the shape of `weight` on `device`, None: that of the layer: the new base."""
+        device = device or self.packed.device
+        rows = [self._as_stored(dense.detach()).to(device) for dense in self.split_matrices(weight)]
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
     def check_can_disable(self) -> None:
@@ -224,6 +194,11 @@ class LoRALayer(WithAdapter, PackedLayer):
                 "base without it is not the pretrained model. Use another one."
             )
 
+    @property
+    def is_only_read(self) -> bool:
+        """Whether other code multiplied with the weight, or read it, in place of a call of the layer."""
+        return self.weight_was_called or (self.weight_was_read and not self.was_called)
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters that train."""
         parameters = [self._parameters.get(name) for name in ADAPTER]
@@ -233,9 +208,6 @@ class LoRALayer(WithAdapter, PackedLayer):
     def r(self) -> int:
         """Rank of the adapter."""
         return self.lora_A.shape[-2]
-
-    def _product(self, matrix: Matrix) -> Tensor:
-        return self.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
 
     def effective_weight(self) -> Tensor:
         """W + s B A, with DoRA g (W + s B A), [out, in], differentiable in the adapter.
@@ -252,33 +224,10 @@ class LoRALayer(WithAdapter, PackedLayer):
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         with torch.autocast(self.packed.device.type, enabled=False):
-            total = base.float() + self._product(matrix)
+            total = base.float() + matrix.product(self.scaling)
         if matrix.magnitude is not None:
-            total = self.dora_scale(matrix).unsqueeze(1) * total
+            total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)
-
-    @torch.no_grad()
-    def row_norm(self, matrix: Matrix) -> Tensor:
-        """||W + s B A|| of every row, [out], fp32, computed without that matrix; W may be some of the rows.
-
-        Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is
-        the bracket.
-        """
-        weight = matrix.weight
-        a = matrix.lora_a.float()
-        b = matrix.lora_b.float()
-        s = self.scaling
-        squares = self._base_squares.get(matrix.number)
-        if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
-            squares = ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
-            self._base_squares[matrix.number] = squares
-        bracket = lora_linear(a, weight, None, LoRA(a, b, s / 2))  # [r, out]
-        return (squares + 2 * s * (b * bracket.T).sum(1)).clamp_min(0).sqrt()
-
-    def dora_scale(self, matrix: Matrix) -> Tensor:
-        """DoRA's factor g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
-        assert matrix.magnitude is not None
-        return matrix.magnitude / self.row_norm(matrix).clamp_min(TINY)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The type this call multiplies in: autocast's, else the configured one, else the weight's.
@@ -308,11 +257,17 @@ class LoRALayer(WithAdapter, PackedLayer):
             dtype = torch.float32
         if x.dtype is dtype:
             return x, in_fp16
-        return cast_input(x, dtype), in_fp16
+        if not x.is_floating_point():  # the result would be rounded to integers
+            raise TypeError(
+                "x: must be float32, bfloat16 or float16 (or float64, computed in float32), not "
+                f"{x.dtype}. Cast it first."
+            )
+        return x.to(dtype), in_fp16
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
-        self.add_input(matrix.number, x)
+        if self.input_statistics is not None:
+            self.add_input(matrix.number, x)
         input_dtype = x.dtype
         x, in_fp16 = self.cast_input(x)
         weight, a, b, magnitude, _ = matrix
@@ -327,8 +282,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         if magnitude is None:
             y = lora_linear(x, weight, bias, lora)
         else:
-            norm = self.row_norm(matrix).clamp_min(TINY)
-            y = dora_linear(x, weight, bias, lora, magnitude, norm)
+            y = dora_linear(x, weight, bias, lora, magnitude, row_norm(self, matrix))
         if input_dtype is x.dtype or has_autocast(x.device.type) or self.held_on is not None:
             return y
         return y.to(input_dtype)
@@ -363,12 +317,3 @@ class LoRALayer(WithAdapter, PackedLayer):
         if self.input_statistics is not None:
             self.input_statistics.to(self.packed.device)
         return self
-
-
-def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the type that a layer computes in; TypeError for integers, to which the result would be rounded."""
-    if not x.is_floating_point():
-        raise TypeError(
-            f"x: must be float32, bfloat16 or float16 (or float64, computed in float32), not {x.dtype}. Cast it first."
-        )
-    return x.to(dtype)

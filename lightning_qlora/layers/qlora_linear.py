@@ -153,10 +153,11 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
 def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
     """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
-    names = {"in_features", "out_features"} - {*kind_of(layer.classes_before[QLoRALinear]).sizes}
+    names: set[str] = set()  # that a layer has while it is in 4 bits
     for kind in type(layer).__mro__:
-        if issubclass(kind, PackedLayer):  # the names that a layer has while it is in 4 bits
+        if issubclass(kind, PackedLayer):
             names |= kind.__annotations__.keys()
+    names -= {*kind_of(layer.classes_before[QLoRALinear]).sizes}
     others = {key: value for key, value in layer._parameters.items() if key not in names}
     for name in names & layer.__dict__.keys():
         del layer.__dict__[name]
@@ -169,6 +170,7 @@ def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
 MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks
 for kind in (HeldTypes, PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
+MEMBERS -= nn.Linear.__annotations__.keys()
 
 
 def adapted_layers(module: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
@@ -206,7 +208,7 @@ def use_base_of_rank_0(module: nn.Module) -> None:
             continue
         weights, initial = values
         layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
-        layer.set_initial(*(initial or (None, None)))
+        layer.set_initial(initial)
         if layer.input_statistics is not None:
             layer.input_statistics.leave_to_another_rank()
 

@@ -22,7 +22,8 @@ from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modu
 from lightning_qlora.layers.provenance import ModuleFacts, name_clash, new_parameters, shape_of, too_small
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import is_recorded
-from lightning_qlora.layers.trainable_tokens import TrainableTokens, select_tokens
+from lightning_qlora.layers.token_selection import select_tokens
+from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
 SavedLayers = Mapping[str, Mapping[str, Any]]  # name of a layer in a checkpoint -> its own arguments

@@ -15,7 +15,7 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, last_part, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.provenance import LOADED
 from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection, has_adapter, names_of_stack
-from lightning_qlora.layers.trainable_tokens import check_tokens
+from lightning_qlora.layers.token_selection import check_tokens
 
 # Parameters or modules of a layer with an adapter, by their names in lower case.
 FOREIGN = (

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_qlora.checks import check_module
 from lightning_qlora.layers.dtensor import gather, world_size
-from lightning_qlora.layers.input_statistics import InputStatistics
+from lightning_qlora.layers.input_statistics import InputStatistics, stop_waiting
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.calibrated_adapter import (
     adapter_of,
@@ -119,7 +119,7 @@ class Calibration:
         name = self._waiting[statistics]
         layers = []
         for layer in statistics.layers:
-            layer.stop_waiting()
+            stop_waiting(layer)
             if gather(layer.lora_B).any():
                 warnings.warn(
                     f"init_lora_weights='calibrated': {name} was trained before its calibration, so its adapter is not "
@@ -136,7 +136,7 @@ class Calibration:
         for layer in layers:
             if any(error is not None for error in errors):
                 layer.set_adapter(lora_a, lora_b)
-            layer.set_initial(lora_a, lora_b)
+            layer.set_initial((lora_a, lora_b))
             for parameter in layer.adapter_parameters():
                 parameter.grad = None  # the optimizer's step skips it
         computed = [error for error in errors if error is not None]

@@ -228,9 +228,7 @@ def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
 
 def _adopt_loaded(layer: LoRALayer, config: QLoRAConfig, name: str) -> None:
     """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.set_config(config)
-    layer.lora_dropout = config.lora_dropout
-    layer.full_name = name
+    layer.set_arguments(config, name, layer.seed_name)
     layer.loaded = False
 
 

@@ -156,8 +156,7 @@ def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]
     for name, layer in layers.items():
         trains = [parameter for parameter in layer.adapter_parameters() if parameter.requires_grad]
         if trains and all(parameter.grad is None for parameter in trains):
-            was_read = layer.weight_was_called or (layer.weight_was_read and not layer.was_called)
-            reasons[name] = READ if was_read else UNUSED
+            reasons[name] = READ if layer.is_only_read else UNUSED
     return reasons
 
 

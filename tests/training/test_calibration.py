@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_qlora import QLoRAPrecision, convert, merge, quantize, save_adapter
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.layers import initialization
+from lightning_qlora.layers.dora import dora_scale
 from tests.conftest import loader
 from tests.toys import delta
 
@@ -492,7 +493,7 @@ def test_16_bit_weights_and_dora():
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     step(net, x)
     layer = net.layers[0]
-    torch.testing.assert_close(layer.dora_scale(layer.matrices()[0]), torch.ones(96))
+    torch.testing.assert_close(dora_scale(layer, layer.matrices()[0]), torch.ones(96))
     assert layer.lora_A.dtype == torch.float32
 
 
@@ -534,7 +535,7 @@ def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapte
     net.layers[0].lora_B.data += 1
     net.load_state_dict(before)
     assert all(torch.equal(start[name], value) for name, value in adapters(net).items())
-    net.layers[0].set_initial(None, None)  # as after loading the adapter folder of a calibrated module
+    net.layers[0].set_initial(None)  # as after loading the adapter folder of a calibrated module
     with pytest.warns(UserWarning, match=r"layers\.0: the loaded state dict was saved before the calibration"):
         net.load_state_dict(before)
     assert not net.layers[0].lora_B.any()

@@ -59,6 +59,13 @@ def test_an_error_of_a_wrong_type_names_the_value(name, value):
     assert repr(value) in str(caught.value)
 
 
+def test_a_long_value_is_shortened():
+    with pytest.raises(ValueError, match=r"quant_type='x{199}\.\.\. \(1002 characters\): must be one of"):
+        QLoRAConfig(quant_type="x" * 1000)
+    with pytest.raises(ValueError, match="r=int of thousands of digits: must be"):
+        QLoRAConfig(r=-(10**5000))
+
+
 def test_an_unknown_argument_is_named():
     with pytest.raises(TypeError, match="rank"):
         QLoRAPrecision(rank=4)

@@ -21,6 +21,7 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX
 from lightning_qlora.adapters.conversion import CONVERSION
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_folder import BASE
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
@@ -130,6 +131,35 @@ def test_damaged_arguments_of_the_conversion(change, words, changed):
 
     path = changed(damage)
     refused(lambda: load_from_checkpoint(Classifier, path), path.name, CONVERSION, *words)
+
+
+def test_what_export_cant_read(changed, tmp_path):
+    def without_base(state):
+        text = with_entry("base", {})(bytes(state[CONVERSION].tolist()))
+        state[CONVERSION] = torch.tensor(list(text), dtype=torch.uint8)
+
+    def without_adapters(state):
+        for key in [key for key in state if ".lora_" in key]:
+            del state[key]
+
+    for change, words in ((without_base, "does not name the base model"), (without_adapters, "no adapter")):
+        path = changed(change)
+        refused(lambda path=path: read_adapter_from_checkpoint(path), path, words)
+    (tmp_path / "empty").mkdir()
+    for read, words in (
+        (read_adapter_from_checkpoint, "no checkpoint (no meta.pt in it)"),
+        (WeightFolder, "has neither"),
+    ):
+        refused(lambda read=read: read(tmp_path / "empty"), tmp_path / "empty", words, kind=FileNotFoundError)
+    refused(lambda: WeightFolder(tmp_path / "x"), tmp_path / "x", "no such folder", kind=FileNotFoundError)
+
+
+def test_a_module_whose_layers_were_built_anew_refuses_adapters(files):
+    module = Classifier()
+    convert(module, r=4)
+    module.net = Classifier().net
+    state = torch.load(files / "adapter.ckpt", weights_only=True)["state_dict"]
+    refused(lambda: module.load_state_dict(state), "Classifier has none", "its layers were built anew")
 
 
 def test_a_damaged_quant_state(changed):

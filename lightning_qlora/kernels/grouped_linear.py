@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.lora import LoRA, check_devices
 from lightning_qlora.kernels.lora_linear import is_eager, refuse_second_derivative
-from lightning_qlora.kernels.ops import as_factor, check_devices
+from lightning_qlora.kernels.ops import as_factor
+from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
 
@@ -38,7 +39,7 @@ def grouped_linear(x: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA) -> 
     device, ascending. The weight is [experts, out, in], A [experts, r, in], B [experts, out, r]. The dropout mask
     depends on the index among all rows.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.shape[1:] != weight.shape[2:]:
+    if x.dtype not in FLOATS or x.shape[1:] != weight.shape[2:]:
         raise ValueError(
             f"grouped_linear: x must be [rows, {weight.shape[2]}] of a float type with at most 32 bits; got "
             f"{list(x.shape)}, {x.dtype}."

@@ -1,4 +1,4 @@
-"""The op table: schema, shape function (fake) and argument checks of every op; `backends` chooses who computes it.
+"""The op table: schema and shape function (fake) of every op; `backends` chooses who computes it.
 
 Quantizing, decoding, the scales, the layer and its gradients are `torch.library` ops, so torch.compile sees each as one
 opaque node and `torch.library.opcheck` can test them. The steps of AdamW are plain functions. Call `quantize` and
@@ -19,7 +19,7 @@ from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.backends import backend, has_kernels
 from lightning_qlora.kernels.half import Half
-from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE, dequantize_absmax
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, aligned, check_bytes
 
@@ -213,7 +213,7 @@ def lora_project(
     x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> tuple[Tensor, Tensor, Tensor | Half]:
     """First part of the layer: an uninitialized y [..., out], drop(x) A^T [m, r], and the rows for `linear_into`."""
-    _check_linear(x, weight, bias, lora)
+    check_operands(x, weight, bias, lora)
     with no_autocast(x):
         rows = as_factor(_rows(x), lora)
         xa = backend(x.device).lora_project(rows, lora)
@@ -237,7 +237,7 @@ def lora_linear_in_one_call(x: Tensor, weight: PackedBytes, bias: Tensor | None,
     """Both parts without dropout, for code that needs no gradient; None where no backend has them in one call."""
     if has_kernels(x.device) or lora.in_fp16:
         return None
-    _check_linear(x, weight, bias, lora)
+    check_operands(x, weight, bias, lora)
     y = eager.lora_linear(_rows(x), weight, bias, lora)
     if y is None or x.dim() == 2:
         return y
@@ -274,38 +274,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     if has_autocast(device) and torch.get_autocast_dtype(device) is not x.dtype:
         return torch.autocast(device, enabled=False)
     return _NO_CHANGE
-
-
-def _check_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
-    if lora.in_fp16 and x.dtype is not torch.float32:
-        raise TypeError(f"x: must be float32 for products in fp16 whose results are float32, not {x.dtype}.")
-    out_features, in_features = weight.shape
-    r = lora.a.shape[0]
-    matches = x.shape[-1:] == (in_features,) and lora.a.shape == (r, in_features) and lora.b.shape == (out_features, r)
-    if not matches or (bias is not None and bias.shape != (out_features,)):
-        shapes = [tuple(lora.a.shape), tuple(lora.b.shape), None if bias is None else tuple(bias.shape)]
-        raise ValueError(
-            f"lora_linear: with a weight [{out_features}, {in_features}] x must be [..., {in_features}], A [r, "
-            f"{in_features}], B [{out_features}, r] and bias [{out_features}]; got x {list(x.shape)} and {shapes}."
-        )
-    check_bytes(weight)
-    check_devices(x, weight, lora, bias)
-
-
-def check_devices(x: Tensor, weight: PackedBytes, lora: LoRA, bias: Tensor | None = None) -> None:
-    """Raise ValueError if a layer is not on the device of its input: kernels would read from wrong addresses."""
-    device = x.device
-    is_one = weight.packed.device == device and lora.a.device == device and lora.b.device == device
-    if is_one and (bias is None or bias.device == device):
-        return
-    devices = {"x": x, "the 4-bit weight": weight.packed, "A": lora.a, "B": lora.b, "the bias": bias}
-    places = [f"{name} is on {tensor.device}" for name, tensor in devices.items() if tensor is not None]
-    raise ValueError(
-        f"{', '.join(places)}. All must be on one device: move the input with x.to(device), or the module with "
-        "module.to(device); what is on the meta device has no values, load them first."
-    )
 
 
 def adamw_step(params: list[Tensor], *rest: Any) -> None:

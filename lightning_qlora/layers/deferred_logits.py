@@ -172,13 +172,14 @@ class DeferredLogits(Readable):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA:
+        logits = args[0] if args else None
+        is_real = isinstance(logits, DeferredLogits) and logits._real is not None  # `grad` is that of the real ones
+        if func in METADATA and not is_real:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is F.cross_entropy:
             result = _cross_entropy(*args, **kwargs)
         else:
-            logits = args[0] if args else None
             result = None
             if isinstance(logits, DeferredLogits) and not logits.is_computed:
                 result = _deferred(func, logits, args[1:], kwargs)

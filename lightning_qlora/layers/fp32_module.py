@@ -51,7 +51,7 @@ def _types(module: nn.Module) -> Iterator[torch.dtype]:
             yield tensor.dtype
         if isinstance(part, PackedLayer):
             yield part.weight_dtype
-        if isinstance(part, FullPrecision):
+        if isinstance(part, FullPrecision) and part.autocast_dtype is not None:
             yield part.autocast_dtype
         yield from vars(part).get("held_types", {}).values()
 

@@ -1,6 +1,7 @@
 """Parameters that train in full: held in fp32 for the optimizer, and computed in the model's 16-bit type by autocast.
 
     parameters of a module, in its forward pass and outside of it     fp32
+    its buffers, such as the statistics of BatchNorm                  fp32, as torch takes them beside such parameters
     forward pass of the module that holds them                        under autocast(16-bit type), its output cast back
     forward pass and steps of the module that was converted           under the same autocast, its output as it is
 
@@ -18,30 +19,31 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, in_fp32
+from lightning_qlora.layers.held_types import HeldTypes, cast_in_place, cast_values, in_fp32
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.slow_types import IN_16_BITS
 from lightning_qlora.lightning_copies import classes
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
-# torch has no product of two types for the first, also under autocast, and a slow one for the second.
-TAKES_FP32 = (nn.Bilinear, nn.RMSNorm)
+# torch has no product of two types for the first two, also under autocast, and a slow one for the third.
+TAKES_FP32 = (nn.Bilinear, nn.EmbeddingBag, nn.RMSNorm)
 
 
 class FullPrecision(HeldTypes, Derived):
     """A class whose forward pass, and steps of a LightningModule, compute under autocast.
 
     Attributes:
-        types_before: Key of each parameter in fp32 -> the 16-bit type that it had.
-        autocast_dtype: The type of the forward pass; another one than 16 bits: without autocast.
+        types_before: Key of each parameter and buffer in fp32 -> the 16-bit type that it had.
+        autocast_dtype: The type of the forward pass; None, or one that has not 16 bits: without autocast.
         casts_output: Whether the output of the forward pass is cast to that type.
     """
 
     types_before: dict[str, torch.dtype]
-    autocast_dtype: torch.dtype = torch.float32
+    autocast_dtype: torch.dtype | None = None
     casts_output: bool = False
 
     @classmethod
@@ -61,13 +63,20 @@ class FullPrecision(HeldTypes, Derived):
             return self.autocast_dtype
         return super().output_dtype
 
+    def _tensors_in_fp32(self) -> Iterator[Tensor]:
+        yield from super()._tensors_in_fp32()
+        attributes = vars(self)
+        tensors = attributes["_buffers"] | attributes["_parameters"]
+        yield from (tensors[key] for key in attributes.get("types_before", {}) if tensors.get(key) is not None)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As in nn.Module; a cast of the module casts what it computes in, too."""
         super()._apply(fn, recurse)
         types: dict[str, torch.dtype] = vars(self).get("types_before", {})
         for key, dtype in types.items():
             types[key] = _applied(fn, dtype)
-        self.autocast_dtype = _applied(fn, self.autocast_dtype)
+        if self.autocast_dtype is not None:
+            self.autocast_dtype = _applied(fn, self.autocast_dtype)
         return self
 
 
@@ -89,6 +98,7 @@ def _under_autocast(method: Any, takes_fp32: bool) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         if takes_fp32:
             args = tuple(_cast_values(value, dtype, torch.float32) for value in args)
+            kwargs = {key: _cast_values(value, dtype, torch.float32) for key, value in kwargs.items()}
         with _autocast(self, dtype):
             output = method(self, *args, **kwargs)
         if self.casts_output:
@@ -109,11 +119,7 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[A
 
 def _cast_values(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
     """A tensor of one type in another, also in a tuple or list; other values, and losses, as they are."""
-    if isinstance(value, Tensor):
-        return value.to(after) if value.dtype is before and value.ndim else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast_values(each, before, after) for each in value)
-    return value
+    return cast_values(value, lambda tensor: tensor.to(after) if tensor.dtype is before and tensor.ndim else tensor)
 
 
 def train_in_full_precision(module: nn.Module) -> dict[str, int]:
@@ -141,12 +147,22 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
             sizes[in_16_bits[id(parameter)]] = parameter.numel()
             continue
         with_types(owner).types_before[key] = dtype
+        _hold_buffers(owner)
         for user in _users(owner, parents):
             compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
         if can_derive(module):
             compute_in(module, dtype)
         cast_in_place(parameter, torch.float32)
     return sizes
+
+
+def _hold_buffers(owner: nn.Module) -> None:
+    """Hold the 16-bit buffers of a module that trains in fp32, and those of its parametrizations (spectral_norm)."""
+    for part in owner.modules() if isinstance(owner, ParametrizationList) else [owner]:
+        for key, buffer in part.named_buffers(recurse=False):
+            if buffer.dtype in IN_16_BITS and can_derive(part):
+                with_types(part).types_before[key] = buffer.dtype
+                cast_in_place(buffer, torch.float32)
 
 
 def _parents(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -202,10 +218,12 @@ def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Param
 
 
 def undo_full_precision(module: nn.Module) -> None:
-    """Give each module the class that it had, in place; its parameters do not change."""
+    """Give each module the class that it had, and its buffers their types, in place; its parameters do not change."""
     for part in module.modules():
         if not isinstance(part, FullPrecision):
             continue
+        for key, buffer in part.named_buffers(recurse=False):
+            cast_in_place(buffer, part.types_before.get(key, buffer.dtype))
         for name in ("types_before", "autocast_dtype", "casts_output"):
             vars(part).pop(name, None)
         if "classes_before" in vars(type(part)):  # else a library derived a class from it (parametrizations)

@@ -54,17 +54,17 @@ class HeldTypes:
             vars(self).pop(name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As in nn.Module; a cast also casts the types of before, and on another device the module may be released."""
+        """As in nn.Module; a cast also casts the types of before. It, or another device, may release the module."""
         super()._apply(fn, recurse)  # type: ignore[misc]
         if self.held_on is None:
             return self
         types: dict[str, torch.dtype] = vars(self).setdefault("held_types", {})
         for key, dtype in types.items():
             types[key] = fn(torch.empty(0, dtype=dtype, device=self.held_on)).dtype
-        device = fn(torch.empty(0, dtype=torch.float32, device=self.held_on)).device
-        if self.held_always or device.type == self.held_on:
-            return self
-        if not any(reason_for_fp32(device, dtype) for dtype in types.values()):
+        applied = fn(torch.empty(0, dtype=torch.float32, device=self.held_on))
+        is_cast = applied.dtype is not torch.float32
+        moves = not self.held_always and applied.device.type != self.held_on
+        if is_cast or (moves and not any(reason_for_fp32(applied.device, dtype) for dtype in types.values())):
             self.restore_types()
         return self
 
@@ -84,17 +84,31 @@ class HeldTypes:
     def _load_from_state_dict(self, *args: Any) -> None:
         """As in nn.Module; with assign=True the values that were assigned are cast."""
         super()._load_from_state_dict(*args)  # type: ignore[misc]
-        for _, tensor, dtype in self.held_tensors():
-            if tensor.dtype is dtype:
+        for tensor in self._tensors_in_fp32():
+            if tensor.dtype in IN_16_BITS:
                 cast_in_place(tensor, torch.float32)
+
+    def _tensors_in_fp32(self) -> Iterator[Tensor]:
+        for _, tensor, _ in self.held_tensors():
+            yield tensor
 
 
 def in_fp32(value: Any) -> Any:
     """A 16-bit tensor in fp32, also in a tuple or list; other values as they are."""
+    return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
+
+
+def cast_values(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor after a cast, also in a tuple or list; one in which nothing changes, and other values, as they are.
+
+    So a forward pass may append to a list of its caller.
+    """
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in IN_16_BITS else value
+        return cast(value)
     if type(value) in (tuple, list):
-        return type(value)(map(in_fp32, value))
+        values = [cast_values(each, cast) for each in value]
+        if any(new is not old for new, old in zip(values, value, strict=True)):
+            return type(value)(values)
     return value
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from safetensors.torch import load_file
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.tools.cli import main
+from tests.adapters.folders import assert_same_folders
 from tests.conftest import elsewhere
 from tests.toys import ARGUMENTS, Lit, logits, toy
 
@@ -40,11 +41,8 @@ def same_folders(lit, checkpoint, folder):
     """The folder that the checkpoint gives is the one that the module gives; its config."""
     save_adapter(lit, folder / "a")
     write_adapter(read_adapter_from_checkpoint(checkpoint), folder / "b")
-    a, b = (load_file(folder / f"{x}/adapter_model.safetensors") for x in "ab")
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    a, b = (json.loads((folder / f"{x}/adapter_config.json").read_text()) for x in "ab")
-    assert a == b
-    return b
+    assert_same_folders(folder / "a", folder / "b")
+    return json.loads((folder / "a/adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("part", ["whole", "block"])
@@ -59,6 +57,24 @@ def test_compiled_parts_have_plain_names(part, saved, tmp_path):
     adapter = read_adapter_from_checkpoint(checkpoint)
     assert adapter.layers["model.layers.1.self_attn.v_proj"].alpha == 3
     assert list(adapter.saved) == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_dora": True, "use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": [3, 7], "quant_type": "fp4", "checkpoint": "full"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, saved, tmp_path):
+    lit = Lit(toy("llama"))
+    checkpoint = saved(lit, **arguments)
+    same_folders(lit, checkpoint, tmp_path)
+    layers = read_adapter_from_checkpoint(checkpoint).layers
+    for name, layer in get_adapter(lit).layers.items():
+        torch.testing.assert_close(layers[name].initial, layer.initial, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("targets", ["q_proj", r".*layers\.1.*q_proj", r".*layers\.1\..*proj"])

@@ -18,7 +18,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.module_adapter import config_of_adapter
-from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.config import QLoRAConfig
 from tests.conftest import Classifier
 from tests.layers.test_experts import made, qwen3_moe
@@ -75,8 +75,7 @@ def test_peft_reads_ours_on_the_4_bit_base(name, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("name", "rslora"), zip(NAMES, [False, True, False, True], strict=True))
 def test_peft_to_ours_to_peft(name, rslora, tmp_path):
     targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query"], "t5": ["q", "wo"]}
     theirs = peft.get_peft_model(
@@ -576,6 +575,24 @@ def test_experts_that_a_folder_lacks_get_the_default_initialization(tmp_path):
     load_adapter(perturb(model), tmp_path)
     stack, expected = (net.model.layers[0].mlp.experts.gate_up_proj_experts for net in (model, fresh))
     assert torch.equal(stack.lora_A, expected.lora_A) and not stack.lora_B.any()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lora_dropout": 0.0, "init_lora_weights": "pissa", "trainable_token_indices": [3, 7]},
+        {"lora_dropout": 0.3, "use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}},
+        {"lora_dropout": 0.1, "alpha_pattern": {"v_proj": 3}, "modules_to_save": ["norm"], "quant_type": "fp4"},
+    ],
+    ids=str,
+)
+def test_a_folder_that_is_read_and_written_again_has_the_same_bytes(arguments, tmp_path):
+    lit = Lit(toy("llama"))
+    convert(lit, r=4, **arguments)
+    save_adapter(perturb(lit), tmp_path / "a")
+    write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
 
 
 def test_a_layer_whose_name_ends_another_name_is_alone_in_the_folder_too(tmp_path):

@@ -287,6 +287,19 @@ def test_a_gradient_hook_on_the_logits_is_called_after_a_view_was_made():
     assert grads[0].shape == (2, 3, V)
 
 
+def test_the_logits_keep_their_gradient_if_they_are_asked_to():
+    grads = []
+    for defers in (True, False):
+        head = made_head("trained")
+        if defers:
+            defer_logits(head)
+        z = head(torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)))
+        z.retain_grad()
+        F.cross_entropy(z.view(-1, V), labels(21)).backward()
+        grads.append(z.grad)
+    torch.testing.assert_close(*grads)
+
+
 def test_a_loss_scale_for_fp16_acts_before_the_gradient_is_rounded():
     head = made_head("frozen").half()
     defer_logits(head)

@@ -248,6 +248,59 @@ def test_a_cast_by_the_user_is_what_the_user_asked_for(slow):
     assert module.lm_head.weight.dtype is module.model.layers[0].mlp.up_proj.weight.dtype is torch.float32
 
 
+class Shift(nn.Module):
+    """A part with a buffer and no parameter, as rotary embeddings are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.ones(64))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_module_that_was_cast_computes_and_trains_in_that_type(slow, dtype):
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Shift(), nn.Linear(64, 4)).bfloat16()
+    convert(module, r=1, lora_dropout=0.0, modules_to_save=["3"])
+    x = torch.randn(2, 64).bfloat16()
+    expected = module(x).detach()
+    y = module.to(dtype)(x.to(dtype))
+    assert y.dtype is dtype and {p.dtype for p in module.parameters()} == {dtype} == {module[0].weight.dtype}
+    torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0.02)
+    y.sum().backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_values_in_16_bits_that_are_assigned_to_what_trains_are_held_in_fp32(fast):
+    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)).bfloat16()
+    module = copy.deepcopy(dense)
+    with torch.backends.mkldnn.flags(enabled=fast):
+        convert(module, r=1, lora_dropout=0.0, modules_to_save=["1"])
+        module.load_state_dict(dense.state_dict(), assign=True)
+        assert module[1].weight.dtype is torch.float32 and module[1].weight.requires_grad
+        module(torch.randn(2, 64).bfloat16()).sum().backward()
+
+
+class Collects(nn.Linear):
+    """A part that appends to a list of its caller, and returns one."""
+
+    def forward(self, x, outputs):
+        outputs.append(super().forward(x))
+        return outputs
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_forward_pass_appends_to_a_list_of_its_caller(fast):
+    part = Collects(64, 4).bfloat16()
+    module = nn.ModuleList([nn.Linear(64, 64), part]).bfloat16()
+    with torch.backends.mkldnn.flags(enabled=fast):
+        convert(module, r=1, target_modules=["0"], modules_to_save=["1"])
+        outputs = []
+        assert part(torch.randn(2, 64).bfloat16(), outputs) is outputs and len(outputs) == 1
+
+
 class In16Bits(Classifier):
     """It casts to a constant type, as code of a server does."""
 

@@ -20,6 +20,7 @@ from lightning_qlora import (
 )
 from tests.conftest import Classifier, loader
 from tests.toys import ARGUMENTS, BERT, LLAMA, ids, toy
+from tests.twin import dense_twin, error
 
 transformers = pytest.importorskip("transformers")
 CLASSES = torch.tensor([0, 1])
@@ -90,16 +91,15 @@ def in_type(inputs, dtype):
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
-@pytest.mark.parametrize("lr", [2e-4, 2e-5])
 @pytest.mark.parametrize("make", [llama_classifier, llama, bert, vit, convnext, whisper, t5])
-def test_every_element_with_a_gradient_moves_in_three_steps(make, lr):
+def test_every_element_with_a_gradient_moves_in_three_steps(make):
     model, modules, inputs = make()
     model = model.bfloat16()
     inputs = in_type(inputs, torch.bfloat16)
     convert(model, **ARGUMENTS, modules_to_save=modules)
     before = {name: p.detach().clone() for name, p in in_full(model).items()}
     assert {p.dtype for p in before.values()} == {torch.float32}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-30)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, eps=1e-30)
     has_gradient = {}
     for _ in range(3):
         optimizer.zero_grad()
@@ -236,6 +236,46 @@ def test_the_module_still_works_with(how):
     y.sum().backward()
     held = use if isinstance(use, nn.Module) else model
     assert all(p.grad.dtype is torch.float32 for p in in_full(held).values())
+
+
+def weighted_bag(head, x):
+    return head(torch.arange(8).view(8, 1), per_sample_weights=x[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (lambda: nn.BatchNorm1d(16), nn.Module.__call__),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Module.__call__),
+        (lambda: nn.utils.spectral_norm(nn.Linear(16, 16)), nn.Module.__call__),
+        (lambda: nn.EmbeddingBag(8, 16, mode="sum"), weighted_bag),
+    ],
+    ids=["BatchNorm", "spectral_norm", "old spectral_norm", "EmbeddingBag"],
+)
+def test_modules_whose_tensors_have_one_type_train_as_in_fp32(make, call):
+    """Torch takes no 16-bit statistics beside fp32 parameters, and no 16-bit weights of an fp32 EmbeddingBag."""
+
+    def built():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"linear": nn.Linear(16, 16), "head": make()}).bfloat16()
+
+    ours = built()
+    convert(ours, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=["head"], compute_dtype="bf16")
+    dense = dense_twin(ours, built())
+    x = torch.randn(3, 8, 16).bfloat16()
+    for module, dtype in ((ours, torch.bfloat16), (dense, torch.float32)):
+        optimizer = torch.optim.SGD(module["head"].parameters(), lr=0.01)
+        for batch in x.to(dtype):
+            optimizer.zero_grad()
+            y = call(module["head"], module["linear"](batch))
+            assert y.dtype is dtype
+            (y.float() - 1).square().mean().backward()
+            optimizer.step()
+    expected = dense["head"].state_dict()
+    for name, value in ours["head"].state_dict().items():
+        assert value.dtype is not torch.bfloat16 and error(value, expected[name]) < 0.01, name
+    merge(ours)
+    assert {tensor.dtype for tensor in ours.state_dict().values()} <= {torch.bfloat16, torch.int64}
 
 
 def test_code_outside_of_a_forward_pass_gets_the_parameter_that_trains():

@@ -165,3 +165,14 @@ def test_a_save_reads_frozen_values_once_and_in_less_time_than_thirty_copies(mon
         assert seconds(lambda: fingerprint(weight)) < 30 * seconds(lambda: weight.clone())
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_checkpoint_fits_a_module_in_which_more_trains_if_the_base_is_the_same():
+    source, same, other = (student_and_teacher() for _ in range(3))
+    other["student"][1].bias.data.add_(1)
+    convert(source, r=4, target_modules=["student.0"])
+    for module in (same, other):
+        convert(module, r=4, target_modules=["student.0"], modules_to_save=["student.1"])
+    same.load_state_dict(source.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=r"student\.1\.bias: .* another base weight"):
+        other.load_state_dict(source.state_dict())

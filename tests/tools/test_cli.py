@@ -82,6 +82,15 @@ def test_inspect(tmp_path, capsys):
     assert f"4-bit {size_text(in_4_bits)}" in lines["size"].split(", ")
 
 
+def test_inspect_names_the_kind_of_lora_and_counts(tmp_path, capsys):
+    lit = Lit(toy("llama"))
+    convert(lit, **ARGUMENTS, use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2})
+    save_adapter(lit, tmp_path)
+    lines = json.loads(prints(["inspect", tmp_path, "--json"], capsys))
+    assert lines["kind of LoRA"] == "rsLoRA, DoRA" and re.fullmatch(r"4 \(x\d+\), 2 \(x2\)", lines["rank"])
+    assert lines["weights"] == f"{sum(p.numel() for p in lit.parameters() if p.requires_grad):,}"
+
+
 def test_export_and_merge(trained, tmp_path, capsys):
     out = prints(["export", tmp_path / "last.ckpt", tmp_path / "exported"], capsys)
     assert "14 layers" in out

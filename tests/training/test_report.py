@@ -1,5 +1,6 @@
 """The report as people read it: in a terminal, in a notebook, and as a short repr."""
 
+import copy
 import re
 
 import pytest
@@ -21,6 +22,19 @@ def test_a_line_begins_with_the_whole_name_of_its_layers():
     dense = toy("llama", tie_word_embeddings=True).num_parameters()
     assert f"{adapters:,} of {dense + adapters:,} parameters train" in text
     assert "no weights are known to be loaded: linear layers larger than their adapter" in text
+
+
+def test_the_summary_has_the_lines_that_apply():
+    net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    *lines, last = convert(copy.deepcopy(net), r=4, target_modules=["0"]).summary().splitlines()
+    assert lines == ["512 of 4,800 parameters train (10.67%)"]
+    assert re.fullmatch(r"parameters take [\d.]+ kB, 17.15 kB before; converted 1 layers in [\d.]+ s", last)
+    arguments = {"target_modules": ["0"], "modules_to_save": ["1"], "compute_dtype": "bf16"}
+    *lines, _ = convert(net.bfloat16(), r=4, **arguments).summary().splitlines()
+    assert lines == [
+        "640 of 4,800 parameters train (13.33%): 512 in adapters and 128 in full",
+        "what trains in full is held in fp32 (512 bytes) and computes in bfloat16",
+    ]
 
 
 def test_a_notebook_shows_a_table():

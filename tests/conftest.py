@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from itertools import count
+from itertools import combinations, count, product
 from pathlib import Path
 
 # Set before torch is imported: pytest-xdist runs as many tests at a time as there are cores.
@@ -128,6 +128,21 @@ def make_trainer(root, package=pl, **arguments) -> pl.Trainer:
         "default_root_dir": root,
     }
     return package.Trainer(**{**defaults, **arguments})
+
+
+def every_pair(*axes) -> list[tuple]:
+    """Cases of a test in which each value of an axis meets each value of any other axis; the whole product has more."""
+
+    def pairs(case):
+        return {*combinations(enumerate(case), 2)}
+
+    cases = [*product(*(range(len(axis)) for axis in axes))]
+    missing = set().union(*map(pairs, cases))
+    chosen = []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return [tuple(axis[i] for axis, i in zip(axes, case, strict=True)) for case in chosen]
 
 
 def elsewhere() -> torch.device:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from safetensors.torch import load_file
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.tools.cli import main
+from tests.adapters.folders import assert_same_folders
 from tests.conftest import elsewhere
 from tests.toys import ARGUMENTS, Lit, logits, toy
 
@@ -41,11 +41,8 @@ def same_folders(lit, checkpoint, folder):
     """The folder that the checkpoint gives is the one that the module gives; its config."""
     save_adapter(lit, folder / "a")
     write_adapter(read_adapter_from_checkpoint(checkpoint), folder / "b")
-    a, b = (load_file(folder / f"{x}/adapter_model.safetensors") for x in "ab")
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    a, b = (json.loads((folder / f"{x}/adapter_config.json").read_text()) for x in "ab")
-    assert a == b
-    return b
+    assert_same_folders(folder / "a", folder / "b")
+    return json.loads((folder / "a/adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("part", ["whole", "block"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import cycle
 
 import pytest
 import torch
@@ -15,25 +16,12 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.names import matches
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.inspect_path import inspect_path
+from tests.adapters.folders import assert_same_folders
+from tests.huggingface.test_experts_on_load import deepseek_v3, mixtral
 from tests.layers import test_experts as toys
 
 peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers", minversion="5")
-
-
-def mixtral():
-    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
-    return transformers.MixtralForCausalLM, transformers.MixtralConfig(**{**toys.SMALL, **more})
-
-
-def deepseek_v3():
-    more = {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
-        "n_shared_experts": 1,
-    }  # fmt: skip
-    return transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config(**{**toys.SMALL, **more})
 
 
 def olmoe():
@@ -81,13 +69,6 @@ def logits(model):
     return toys.outputs(model).logits.detach()
 
 
-def assert_same_folders(first, second):
-    """Safetensors writes metadata in no fixed order, so the bytes of the files may differ."""
-    assert (first / "adapter_config.json").read_text() == (second / "adapter_config.json").read_text()
-    a, b = load_file(first / "adapter_model.safetensors"), load_file(second / "adapter_model.safetensors")
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("build", FAMILIES)
 def test_peft_reads_ours(build, tmp_path):
     model = converted(build)
@@ -98,8 +79,7 @@ def test_peft_reads_ours(build, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("build", FAMILIES)
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("build", "rslora"), zip(FAMILIES, cycle([False, True]), strict=False))
 def test_we_read_pefts(build, rslora, tmp_path):
     model = converted(build)
     names = [name for name, _, _, _ in expert_stacks(model)]

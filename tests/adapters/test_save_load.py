@@ -75,8 +75,7 @@ def test_peft_reads_ours_on_the_4_bit_base(name, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(lit.model), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("name", "rslora"), zip(NAMES, [False, True, False, True], strict=True))
 def test_peft_to_ours_to_peft(name, rslora, tmp_path):
     targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query"], "t5": ["q", "wo"]}
     theirs = peft.get_peft_model(

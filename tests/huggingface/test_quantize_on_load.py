@@ -214,8 +214,12 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+OF_TRANSPOSED = ("default", "rank", "dora", "pissa", "sketch", "loftq", "calibrated")  # those that read the weight
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"), [("llama", choice) for choice in CHOICES] + [("gpt2", choice) for choice in OF_TRANSPOSED]
+)
 def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, choice, folder, trainer):
     path = folder(name)
     arguments = {**ARGUMENTS, **CHOICES[choice](name)}
@@ -568,15 +572,15 @@ def same_entries(model, folder):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes"),
     [
-        {},
-        {"bnb_4bit_quant_type": "fp4"},
-        {"bnb_4bit_use_double_quant": False},
-        {"llm_int8_skip_modules": None},  # transformers' own choice: BERT's head is in 4 bits
+        *[(name, {}) for name in NAMES],
+        ("gpt2", {"bnb_4bit_quant_type": "fp4"}),
+        ("llama", {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
+        ("t5", {"bnb_4bit_use_double_quant": False}),
+        ("bert", {"llm_int8_skip_modules": None}),  # transformers' own choice: BERT's head is in 4 bits
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_a_folder_of_bitsandbytes_is_loaded_with_its_bytes(name, changes, bnb_folder):
     path = bnb_folder(name, **changes)
     with QLoRAPrecision(**ARGUMENTS).init():
@@ -628,9 +632,17 @@ def test_layers_that_are_not_chosen_are_decoded(bnb_folder):
 
 
 @pytest.mark.parametrize(
-    "choice", ["default", "exclude an expression", "target a name", "rank", "rank too large for some", "save a block"]
+    ("name", "choice"),
+    [
+        ("llama", "default"),
+        ("gpt2", "default"),
+        ("llama", "exclude an expression"),
+        ("gpt2", "target a name"),
+        ("llama", "rank"),
+        ("gpt2", "rank too large for some"),
+        ("llama", "save a block"),
+    ],
 )
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_choices_for_bnb_folders(name, choice, bnb_folder, trainer):
     path = bnb_folder(name)
     arguments = {**ARGUMENTS, **CHOICES[choice](name)}
@@ -844,3 +856,16 @@ def test_a_folder_of_pickled_weights_is_loaded(folder, trainer):
     module = InConfigureModel(class_of("llama"), path)
     trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(module)
     same_bytes(packed(module), packed(expected))
+
+
+def test_transformers_may_be_imported_where_the_model_is_created(tmp_path):
+    toy("llama").save_pretrained(tmp_path)
+    code = (
+        "import sys; from lightning_qlora import QLoRALinear, QLoRAPrecision\n"
+        "with QLoRAPrecision(r=4).init():\n"
+        "    from transformers import AutoModelForCausalLM\n"
+        "    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(sum(isinstance(part, QLoRALinear) for part in model.modules()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 14

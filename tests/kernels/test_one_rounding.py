@@ -9,6 +9,7 @@ from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.layers.dora import dora_scale
+from tests.conftest import every_pair
 from tests.kernels.forward import forward
 from tests.kernels.shares import experts, share, shares
 
@@ -49,10 +50,9 @@ def _compiled_anew():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("bias", [None, 0.0, 8.0])
-@pytest.mark.parametrize("rows", [16, 256, 2048])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "rows", "bias", "dtype"), every_pair([*LAYERS], [16, 256, 2048], [None, 0.0, 8.0], HALVES)
+)
 def test_the_share_of_a_small_adapter(layer, rows, bias, dtype):
     """With few rows several layers count together: the noise of one is larger than the bound."""
     repeats = max(1, 1024 // rows) * (4 if bias == 8 and dtype is torch.bfloat16 else 1)
@@ -68,11 +68,13 @@ def test_the_share_of_experts(dtype):
     assert shares(experts(reference, [300, 512]), 512, 512, 512, dtype) == pytest.approx([1, 1], abs=0.1)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("inputs", "block_size"), [(512, 64), (96, 64), (720, 64), (512, 1024)])
-@pytest.mark.parametrize("change", [1e-4, 1e-3])
-def test_the_share_of_a_change_of_doras_magnitudes(change, inputs, block_size, dtype):
+BLOCKS = [(512, 64), (96, 64), (720, 64), (512, 1024)]
+
+
+@pytest.mark.parametrize(("blocks", "change", "dtype"), every_pair(BLOCKS, [1e-4, 1e-3], HALVES))
+def test_the_share_of_a_change_of_doras_magnitudes(change, blocks, dtype):
     """Blocks within rows, blocks that are split at rows, and rows that consist of no blocks of 32."""
+    inputs, block_size = blocks
     changes = ([], [])
     expected = ([], [])
     for seed in range(6 if dtype is torch.bfloat16 else 2):

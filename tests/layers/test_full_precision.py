@@ -91,16 +91,15 @@ def in_type(inputs, dtype):
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
-@pytest.mark.parametrize("lr", [2e-4, 2e-5])
 @pytest.mark.parametrize("make", [llama_classifier, llama, bert, vit, convnext, whisper, t5])
-def test_every_element_with_a_gradient_moves_in_three_steps(make, lr):
+def test_every_element_with_a_gradient_moves_in_three_steps(make):
     model, modules, inputs = make()
     model = model.bfloat16()
     inputs = in_type(inputs, torch.bfloat16)
     convert(model, **ARGUMENTS, modules_to_save=modules)
     before = {name: p.detach().clone() for name, p in in_full(model).items()}
     assert {p.dtype for p in before.values()} == {torch.float32}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-30)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, eps=1e-30)
     has_gradient = {}
     for _ in range(3):
         optimizer.zero_grad()

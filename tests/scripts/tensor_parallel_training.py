@@ -1,7 +1,6 @@
 """Run by test_tensor_parallel, in two or four processes: each case is compared with one device, in place."""
 
 import copy
-import itertools
 import os
 import warnings
 from pathlib import Path
@@ -29,7 +28,7 @@ from lightning_qlora import (
 )
 from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.conftest import make_trainer, run_rank
+from tests.conftest import every_pair, make_trainer, run_rank
 from tests.kernels.shares import share
 from tests.toys import delta, ids, save_in_4_bits, toy
 
@@ -192,7 +191,7 @@ def with_dropout(mesh):
 def with_one_rounding(mesh):
     """A small adapter's part arrives in the sum over the ranks, in y and in dX (`tests/kernels/shares.py`)."""
     styles = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
-    for style, dtype, bias in itertools.product(styles, (torch.bfloat16, torch.float16), (0.0, 8.0)):
+    for style, dtype, bias in every_pair(styles, (torch.bfloat16, torch.float16), (0.0, 8.0)):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(512, 512, dtype=dtype))
         torch.nn.init.normal_(net[0].bias, bias, 0.1)

@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import fingerprints
 
 AVERAGES = {"ema": lambda: EMAWeightAveraging(decay=0.9), "swa": lambda: WeightAveraging()}
@@ -69,21 +67,3 @@ def test_a_run_with_averaged_weights_resumes_exactly(average, trainer, tmp_path)
         assert torch.equal(resumed.get_parameter(name), value), name
     for name in ("net.0.weight", "net.1.weight", "net.2.bias"):
         assert torch.equal(resumed.get_parameter(name), before[name])
-
-
-def test_frozen_parameters_that_change_are_averaged_as_in_a_dense_module():
-    """A teacher that follows its student through `.data`."""
-    torch.manual_seed(0)
-    module = nn.ModuleDict({"student": nn.Linear(64, 64), "teacher": nn.Linear(64, 64).requires_grad_(False)})
-    dense = nn.ModuleDict({"teacher": nn.Linear(64, 64).requires_grad_(False)})
-    dense.load_state_dict({key: value.clone() for key, value in module.state_dict().items() if "teacher" in key})
-    convert(module, r=4, target_modules=["student"])
-    assert list(adapted_layers(module)) == ["student"]
-    averages = [AveragedModel(each, avg_fn=get_ema_avg_fn(0.9)) for each in (module, dense)]
-    for step in range(3):
-        for each, average in zip((module, dense), averages, strict=True):
-            each["teacher"].weight.data.mul_(0.9).add_(0.1 * step)
-            average.update_parameters(each)
-    found, expected = (average.module["teacher"] for average in averages)
-    assert torch.equal(found.weight, expected.weight)
-    assert torch.equal(found.bias, module["teacher"].bias)

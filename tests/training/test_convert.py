@@ -166,36 +166,6 @@ def test_peak_memory_is_the_module_plus_little():
     assert process.memory_info().rss - start < -6 * one_layer
 
 
-def test_the_encoder_layers_of_torch_use_their_adapters_in_evaluation():
-    """Their fused inference path would read the weights and leave the adapters out."""
-    torch.manual_seed(0)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2)
-    convert(encoder, r=4, lora_dropout=0.0)
-    x = torch.randn(2, 5, 64)
-    with torch.no_grad():
-        before = encoder.eval()(x)
-        for layer in encoder.modules():
-            if isinstance(layer, QLoRALinear):
-                layer.lora_B.normal_()
-        after = encoder.eval()(x)
-    assert not torch.allclose(before, after)
-    for layer in encoder.modules():
-        if isinstance(layer, nn.Dropout | nn.MultiheadAttention):
-            layer.p = layer.dropout = 0.0
-    torch.testing.assert_close(encoder.train()(x), after, rtol=1e-4, atol=1e-4)
-
-
-def test_an_encoder_with_a_padding_mask_evaluates():
-    """Without gradients torch's encoder makes nested tensors of such an input, for a path that is closed here."""
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0), 2)
-    convert(encoder, r=4, lora_dropout=0.0)
-    x, mask = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    expected = encoder(x, src_key_padding_mask=mask)
-    with torch.no_grad():
-        result = encoder.eval()(x, src_key_padding_mask=mask)
-    torch.testing.assert_close(result[~mask], expected[~mask])
-
-
 def test_lost_hooks_of_a_weight_are_named():
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     module[0].weight.register_hook(lambda gradient: 0 * gradient)

@@ -218,8 +218,9 @@ def test_adapters_of_experts_go_through_an_adapter_folder(build, tmp_path):
         torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, dbrx, jetmoe])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("build", "dtype"), [(qwen3_moe, "float32"), (gpt_oss, "bfloat16"), (dbrx, "float32"), (jetmoe, "bfloat16")]
+)
 def test_the_planner_counts_experts(build, dtype):
     kind, config = build()
     config.architectures, config.dtype = [kind.__name__], getattr(torch, dtype)

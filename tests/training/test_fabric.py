@@ -35,14 +35,6 @@ def train(fabric, model, optimizer, batches):
     return losses
 
 
-def test_an_unchanged_module_trains_in_a_custom_loop():
-    fabric, plugin = launch()
-    model, optimizer = setup(fabric, Classifier())
-    losses = train(fabric, model, optimizer, list(loader()) * 12)
-    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
-    assert plugin.report.converted == ["net.0", "net.4"]
-
-
 def test_save_and_load_resume_bit_equal(tmp_path):
     batches = list(loader(64))
     torch.manual_seed(1)
@@ -116,21 +108,6 @@ def test_a_second_setup_of_the_same_module_changes_nothing():
     setup(launch()[0], module)
     assert module.net[0].packed is packed
     assert isinstance(module.net[0], QLoRALinear)
-
-
-def test_a_closure_is_run():
-    fabric, _ = launch()
-    model, optimizer = setup(fabric, Classifier())
-    x, y = next(iter(loader()))
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        fabric.backward(loss)
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(20)]
-    assert losses[-1] < losses[0]
 
 
 def test_autocast_covers_layers_that_are_not_converted():

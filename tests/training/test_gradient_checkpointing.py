@@ -3,7 +3,6 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert
@@ -285,23 +284,3 @@ def test_models_that_cache_unless_told_not_to_train_with_equal_gradients(kind):
     assert blocks_not_recomputed(checkpointed, adapted_layers(checkpointed).values()) == []
     with torch.no_grad():  # the cache is off only where autograd records
         assert plain(**inputs).keys() == checkpointed(**inputs).keys()
-
-
-def test_a_lightning_module_of_blocks_trains(trainer):
-    class Blocks(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Plain(2)
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch).square().mean()
-
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(torch.randn(4, 64))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    lit = Blocks()
-    trainer(plugins=QLoRAPrecision(**ARGUMENTS, gradient_checkpointing=True), max_steps=2).fit(lit)
-    assert lit.net.blocks[0].calls == 4

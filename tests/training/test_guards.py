@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import (
     ThroughputMonitor,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
@@ -161,14 +160,6 @@ def test_an_optimizer_of_frozen_parameters_only_is_refused(trainer, kind):
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
 
 
-def test_lbfgs_over_all_parameters_trains(trainer):
-    module = Classifier()
-    module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=4)
-    one_batch = loader(32, 32)  # of several, the last may be harder than the first
-    trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=4).fit(module, one_batch)
-    assert module.losses[-1] < module.losses[0]
-
-
 def test_weights_that_were_never_loaded_are_refused(trainer):
     with torch.device("meta"):
         module = Classifier()
@@ -206,16 +197,6 @@ def test_a_checkpoint_on_an_exception_waits_for_no_other_rank(trainer, tmp_path,
         run.fit(module, loader())
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert saved["global_step"] == 3 and len(saved["QLoRAPrecision"]["random_state"]) == 1
-
-
-def test_fsdp1_is_refused_by_lightning():
-    with pytest.raises(TypeError, match="FSDPPrecision"):
-        FSDPStrategy(precision_plugin=QLoRAPrecision(r=4))
-
-
-def test_precision_beside_the_plugin_is_refused_by_lightning(trainer):
-    with pytest.raises(ValueError, match="precision"):
-        trainer(plugins=QLoRAPrecision(r=4), precision="bf16-mixed")
 
 
 def test_a_trainer_whose_callbacks_hold_other_modules_is_accepted(trainer):

@@ -70,21 +70,9 @@ def test_validation_then_fit_trains(trainer):
     assert trainer(plugins=plugin()).validate(module, loader(), verbose=False)[0]["val_loss"] < before
 
 
-def test_several_fits_continue_the_training(trainer):
-    module = Classifier()
-    for _ in range(3):
-        before = adapters(module)
-        trainer(plugins=plugin()).fit(module, loader(), loader())
-        assert all(not torch.equal(before[name], value) for name, value in adapters(module).items() if name in before)
-    assert sum(isinstance(layer, QLoRALinear) for layer in module.modules()) == 2
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"accumulate_grad_batches": 2},
-        {"gradient_clip_val": 0.3},
-        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
         {"fast_dev_run": True},
         {"overfit_batches": 1},
         {"enable_model_summary": True},
@@ -112,31 +100,15 @@ def test_callbacks_work(trainer):
     assert finder.optimal_lr is not None
 
 
-def test_accumulated_batches_equal_one_large_batch(trainer):
-    results = []
-    for size, accumulate in ((8, 4), (32, 1)):
-        module = Classifier()
-        trainer(plugins=plugin(lora_dropout=0.0), accumulate_grad_batches=accumulate, max_epochs=2).fit(
-            module, loader(batch_size=size)
-        )
-        results.append(adapters(module))
-    for name, value in results[0].items():
-        torch.testing.assert_close(value, results[1][name], rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
-        lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
         lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
-        lambda p: torch.optim.Adagrad(p, 1e-1),
-        lambda p: torch.optim.RMSprop(p, 1e-2),
-        lambda p: torch.optim.NAdam(p, 1e-2),
         lambda p: torch.optim.Adafactor(p, 1e-2),
     ],
-    ids=["sgd", "adam", "fused", "foreach", "adagrad", "rmsprop", "nadam", "adafactor"],
+    ids=["sgd", "fused", "foreach", "adafactor"],
 )
 def test_optimizers_over_all_parameters_work(trainer, make):
     module = Classifier()
@@ -344,28 +316,6 @@ def test_a_model_made_in_configure_model_trains(trainer):
     run.fit(module, loader())
     assert isinstance(module.net[0], QLoRALinear)
     trainer(plugins=plugin(), max_epochs=3).fit(Late(), loader(), ckpt_path=run.checkpoint_callback.best_model_path)
-
-
-def test_a_vision_model_with_a_linear_head_trains(trainer):
-    class Vision(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(
-                nn.Unflatten(1, (1, 8, 8)),
-                nn.Conv2d(1, 4, 3),
-                nn.BatchNorm2d(4),
-                nn.ReLU(),
-                nn.Flatten(),
-                nn.Linear(144, 64),
-                nn.ReLU(),
-                nn.Linear(64, 8),
-            )
-
-    module = Vision()
-    mean = module.net[2].running_mean.clone()
-    trainer(plugins=plugin(), max_epochs=20).fit(module, loader())
-    assert sum(module.losses[-4:]) < 0.7 * sum(module.losses[:4])
-    assert not torch.equal(module.net[2].running_mean, mean)
 
 
 def test_the_ranks_compare_their_kernels_once_on_the_device_of_the_layers(monkeypatch, trainer):

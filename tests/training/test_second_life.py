@@ -79,20 +79,6 @@ def test_merge_gives_back_what_conversion_took():
     assert not [name for part in module.modules() for name in vars(part) if name.startswith(("was_", "lora_"))]
 
 
-def test_stages_of_relora_are_those_of_fresh_modules():
-    module = body()
-    for stage in range(3):
-        fresh = body()
-        fresh.load_state_dict({key: value.clone() for key, value in module.state_dict().items()})
-        for net in (module, fresh):
-            convert(net, r=4, lora_alpha=4 + stage)
-            net(X).sum().backward()
-            trained(net, stage)
-        assert torch.equal(module(X), fresh(X))
-        assert module.state_dict().keys() == fresh.state_dict().keys()
-        merge(module)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_merge_after_a_cast_of_the_module(dtype):
     module = trained(body())

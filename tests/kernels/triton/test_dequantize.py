@@ -5,6 +5,7 @@ from lightning_qlora.kernels import backends, ops, reference
 from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.quantize import dequantize, dequantize_into
 from lightning_qlora.quantization.packed_weight import PackedBytes
+from tests.conftest import every_pair
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Whole runs, a program more and less, a tail inside a block, inside a word, inside a byte; a single weight.
@@ -23,9 +24,12 @@ def test_equals_the_reference_bit_for_bit(shape, dtype):
     assert torch.equal(dequantize(packed, dtype), reference.dequantize(packed, dtype))
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant", "block_size"), every_pair(["nf4", "fp4", "int4"], [True, False], BLOCK_SIZES)
+)
 def test_every_format_and_block_size(quant_type, double_quant, block_size):
     packed = weight((67, 130), quant_type, block_size, double_quant)
     assert torch.equal(dequantize(packed, torch.float32), reference.dequantize(packed, torch.float32))

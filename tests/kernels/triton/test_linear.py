@@ -5,6 +5,7 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton.dropout import dropout
+from tests.conftest import every_pair
 from tests.kernels.forward import forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,9 +31,7 @@ def assert_near(ours, theirs, dtype):
     assert (ours - theirs).abs().max() <= TOLERANCE[dtype] * scale
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("p", [0.05, 0.5])
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 7, 2**63 - 1])
+@pytest.mark.parametrize(("dtype", "p", "seed"), every_pair(DTYPES, [0.05, 0.5], [0, 1, 2**31, 2**40 + 7, 2**63 - 1]))
 def test_dropout_equals_the_reference_bit_for_bit(dtype, p, seed):
     x = torch.randn(1503).to(dtype)
     memory = torch.full((1600,), 7.0, dtype=dtype)
@@ -42,9 +41,7 @@ def test_dropout_equals_the_reference_bit_for_bit(dtype, p, seed):
     assert torch.equal(dropout(x, p, key, x.clone()), memory[:1503])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("dtype", "p", "has_bias"), every_pair(DTYPES, [0.0, 0.3], [True, False]))
 def test_many_rows_forward_and_backward(dtype, p, has_bias):
     weight, x, grad, bias, lora_a, lora_b = layer(96, 160, 8, dtype, m=80)
     seed = torch.tensor([5]) if p else None

@@ -6,6 +6,7 @@ from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.launch import COUNTERS, Launch, number_of_shares
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
+from tests.conftest import every_pair
 from tests.kernels.triton.test_linear import DTYPES, assert_near
 
 # One row; a few; a whole tile and one row more; ranks below, at and above a tile; sizes that no tile divides.
@@ -17,12 +18,15 @@ def draw(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
-@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_the_three_products(dtype, adapter_dtype, seed, m, n, r):
+ADAPTERS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+CASES = pytest.mark.parametrize(("dtype", "adapters", "seed", "shape"), every_pair(DTYPES, ADAPTERS, SEEDS, SHAPES))
+
+
+@CASES
+def test_the_three_products(dtype, adapters, seed, shape):
     """A matrix of an adapter in both layouts: [r, n] as A, and the transpose of [n, r] as B."""
+    m, n, r = shape
+    adapter_dtype = adapters[0]
     x = draw(m, n, dtype=dtype)
     h = draw(m, r, dtype=dtype)
     dropped = reference.dropout(x.double(), 0.3, seed)
@@ -34,19 +38,17 @@ def test_the_three_products(dtype, adapter_dtype, seed, m, n, r):
         assert_near(ours.double(), reference.dropout(up, 0.3, seed), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("adapter_dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-@pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
-@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_the_gradients(dtype, adapter_dtypes, seed, m, n, r):
+@CASES
+def test_the_gradients(dtype, adapters, seed, shape):
     """More columns of A than of B, and fewer; matrices in both layouts, of different types."""
+    m, n, r = shape
     out_features = 48 if r % 16 else 130
     x = draw(m, n, dtype=dtype)
     grad_xa = draw(m, r, dtype=dtype)
     xa = draw(m, r, dtype=dtype).flip(0)
     grad = draw(m, out_features, dtype=dtype)
     dropped = reference.dropout(x.double(), 0.3, seed)
-    (of_a, of_b), (k, n) = adapter_dtypes, (n, out_features)
+    (of_a, of_b), (k, n) = adapters, (n, out_features)
     for grad_a, grad_b in (
         (torch.full((r, k), 7.0, dtype=of_a), torch.full((n, r), 7.0, dtype=of_b)),
         (torch.full((k, r), 7.0, dtype=of_a).T, torch.full((r, n), 7.0, dtype=of_b).T),

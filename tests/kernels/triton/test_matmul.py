@@ -6,26 +6,29 @@ from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.linear import add_matmul_, can_add_matmul
+from tests.conftest import every_pair
 from tests.kernels.forward import forward
 from tests.kernels.triton.test_linear import assert_near, layer
 
 HALVES = [torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("m", [1, 15, 16, 17, 64])
-@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 448), (7, 128), (130, 1088)])
-def test_adds_the_product(dtype, m, rows, columns):
-    weight, x, _, bias, _, _ = layer(rows, columns, 4, dtype, m)
+SHAPES = [(64, 64), (100, 448), (7, 128), (130, 1088)]
+
+
+@pytest.mark.parametrize(("dtype", "m", "shape"), every_pair(HALVES, [1, 15, 16, 17, 64], SHAPES))
+def test_adds_the_product(dtype, m, shape):
+    rows = shape[0]
+    weight, x, _, bias, _, _ = layer(*shape, 4, dtype, m)
     y = torch.randn(m, rows).to(dtype)
     expected = y.double() + x.double() @ reference.dequantize(weight, torch.float32).double().T
     assert_near(add_matmul_(y.clone(), x, weight).double(), expected, dtype)
     assert_near(add_matmul_(y.clone(), x, weight, bias).double(), expected + bias.double(), dtype)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant", "block_size"), every_pair(["nf4", "fp4", "int4"], [True, False], [32, 64, 256, 4096])
+)
 def test_every_format_and_block_size(quant_type, double_quant, block_size):
     """Also blocks that cross rows: 192 columns are no whole number of blocks of 256."""
     weight, x, _, _, _, _ = layer(40, 192, 4, torch.float16, 5, quant_type, block_size, double_quant)

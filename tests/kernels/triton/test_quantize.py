@@ -3,6 +3,7 @@ import torch
 
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.triton.quantize import quantize
+from tests.conftest import every_pair
 
 
 def assert_equal(ours, theirs):
@@ -16,9 +17,12 @@ def weight(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(64, 64), (129, 130), (5, 7), (1, 1), (3, 21), (400, 96)])
+SHAPES = [(64, 64), (129, 130), (5, 7), (1, 1), (3, 21), (400, 96)]
+
+
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant", "shape"), every_pair(["nf4", "fp4", "int4"], [True, False], SHAPES)
+)
 def test_equals_the_reference_byte_for_byte(quant_type, double_quant, shape):
     values = weight(*shape)
     assert_equal(

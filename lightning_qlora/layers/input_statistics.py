@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.initialization import solver_device
+from lightning_qlora.layers.packed_linear import PackedLayer
 
 
 class InputStatistics:
@@ -81,22 +82,23 @@ class InputStatistics:
         sums[-1] += len(rows)
 
 
-def wait_for_inputs(layer: Any, dense_weight: Tensor) -> None:
-    """Let a `LoRALayer`, which has this float weight, wait for inputs."""
-    previous = layer.input_statistics
+def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
+    """The statistics with which a `LoRALayer`, which has this float weight, waits for inputs."""
+    previous: InputStatistics | None = layer.input_statistics
     if previous is not None and previous.layers == [layer]:
         previous.dense_weight = dense_weight
-        return
+        return previous
     statistics = InputStatistics(dense_weight, layer.matrix_count, dense_weight.shape[-1], layer.packed.device)
     statistics.join(layer)
     if previous is not None:  # the copies keep the weight that this layer had
         previous.calibration.add(statistics, layer.full_name)
         stop_waiting(layer)
-    layer.input_statistics = statistics
+    return statistics
 
 
-def stop_waiting(layer: Any) -> None:
+def stop_waiting(layer: PackedLayer) -> None:
     """Let a layer wait for no inputs any more: its adapter has its values."""
-    statistics = vars(layer).pop("input_statistics", None)  # absent, which torch.compile guards on
+    # Absent, and not None: torch.compile guards on it.
+    statistics: InputStatistics | None = vars(layer).pop("input_statistics", None)
     if statistics is not None:
         statistics.leave(layer)

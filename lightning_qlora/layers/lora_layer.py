@@ -104,7 +104,7 @@ class LoRALayer(WithAdapter, PackedLayer):
                 weights.append(rows)
         self.set_packed_weights(bases)
         if weights:
-            wait_for_inputs(self, self.join_matrices(weights))
+            self.input_statistics = wait_for_inputs(self, self.join_matrices(weights))
         adapter = [self.join_matrices(values) for values in zip(*adapters, strict=True)]
         self.set_adapter(*adapter)
         if self.config.init_kind.keeps_initial and not weights:

@@ -39,6 +39,7 @@ class Readable(Tensor):
 
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
     _is_detached = False
+    _source: Any  # what computes the values
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -120,7 +121,9 @@ def _without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool
     _, dtype, device = source.weight_metadata()
     trains = torch.is_grad_enabled() and not (detached or source._qlora_disabled)
     requires_grad = trains and any(parameter.requires_grad for parameter in source.adapter_parameters())
-    weight = Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+    weight: Readable = Tensor._make_wrapper_subclass(
+        kind, shape, dtype=dtype, device=device, requires_grad=requires_grad
+    )
     weight._source = source
     weight._is_detached = detached
     return weight
@@ -129,7 +132,6 @@ def _without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool
 class ReadableWeight(Readable):
     """The weight of a source, [out, in], or [in, out] if transposed. A source is a layer, or an `Expert` of a stack."""
 
-    _source: Any
     _transposed: bool
 
     @staticmethod
@@ -223,8 +225,6 @@ class Expert(NamedTuple):
 
 class ReadableStack(Readable):
     """The weights of a `QLoRAExperts` in the shape of the parameter that it was."""
-
-    _source: Any
 
     @staticmethod
     def __new__(cls, source: Any, shape: tuple[int, ...] | None = None, detached: bool = False) -> "ReadableStack":

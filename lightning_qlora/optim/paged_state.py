@@ -107,7 +107,6 @@ class ParamState(_ObservedDict):
     """The state of one parameter: name -> value. A copy or a pickle of it is a plain dict."""
 
     def __init__(self, state: PagedState, param: Any, values: Mapping[Any, Any]) -> None:
-        super().__init__()
         self.on_write = state.on_write
         self.on_read = state.on_read
         self._param = param

@@ -856,3 +856,16 @@ def test_a_folder_of_pickled_weights_is_loaded(folder, trainer):
     module = InConfigureModel(class_of("llama"), path)
     trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(module)
     same_bytes(packed(module), packed(expected))
+
+
+def test_transformers_may_be_imported_where_the_model_is_created(tmp_path):
+    toy("llama").save_pretrained(tmp_path)
+    code = (
+        "import sys; from lightning_qlora import QLoRALinear, QLoRAPrecision\n"
+        "with QLoRAPrecision(r=4).init():\n"
+        "    from transformers import AutoModelForCausalLM\n"
+        "    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(sum(isinstance(part, QLoRALinear) for part in model.modules()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 14

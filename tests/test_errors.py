@@ -176,7 +176,7 @@ def test_a_4_bit_weight_of_another_shape(changed):
     def change(state):
         state.update(quantize(torch.randn(64, 128)).bnb_state_dict("net.0.weight"))
 
-    message = ["net.0.weight", "[64, 128] in the checkpoint, [64, 64] here"]
+    message = ["net.0: its weight", "[64, 128] in the checkpoint, [64, 64] here"]
     refused(lambda: load_from_checkpoint(Classifier, changed(change, "full")), *message, kind=CheckpointMismatchError)
 
 

@@ -98,8 +98,7 @@ def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
 
 def stop_waiting(layer: PackedLayer) -> None:
     """Let a layer wait for no inputs any more: its adapter has its values."""
-    statistics: InputStatistics | None = vars(layer).pop(
-        "input_statistics", None
-    )  # absent, which torch.compile guards on
+    # Absent, and not None: torch.compile guards on it.
+    statistics: InputStatistics | None = vars(layer).pop("input_statistics", None)
     if statistics is not None:
         statistics.leave(layer)

@@ -187,7 +187,7 @@ def test_a_checkpoint_on_an_exception_waits_for_no_other_rank(trainer, tmp_path,
 
     def fail(*_):
         if module.global_step == 3:
-            for place in ("layers.dtensor", "training.checkpoint", "adapters.module_state"):
+            for place in ("layers.dtensor", "training.checkpoint", "adapters.module_adapter"):
                 monkeypatch.setattr(f"lightning_qlora.{place}.of_all_ranks", gather)
             raise ZeroDivisionError
 

@@ -121,12 +121,15 @@ def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor, numbers: 
     return _fingerprint(owner, parameter, numbers)
 
 
-def renew(module: nn.Module, loaded: Collection[int]) -> None:
-    """Record the present values of frozen parameters as those of the base; `loaded` are the ids of these parameters."""
+def renew(module: nn.Module, loaded: Collection[int] | None = None) -> None:
+    """Record the present values of frozen parameters as those of the base.
+
+    `loaded` are the ids of these parameters; None: all of the module.
+    """
     record(
         Unrecorded(owner, key, old.trained, old.dtype)
         for _, owner, key, parameter, old in frozen_parameters(module)
-        if id(parameter) in loaded
+        if loaded is None or id(parameter) in loaded
     )
 
 

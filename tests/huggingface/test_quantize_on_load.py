@@ -600,6 +600,8 @@ def test_bnb_layers_loaded_in_init_keep_their_bytes(name, bnb_folder, trainer):
     assert packed(lit) and "Linear4bit" not in repr(lit)
     assert not (name == "t5" and any("wo" in layer for layer in packed(lit)))  # dense in the folder, dense here
     same_entries(lit.model, path)
+    assert not vars(lit.model).keys() & {"hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"}
+    assert not hasattr(lit.model.config, "quantization_config")
 
 
 @needs("transformers", "5.22", "older versions cast the bytes to the type of the model, which is refused")

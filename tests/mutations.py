@@ -246,7 +246,11 @@ class Record:
         places = () if mutant.once else mutant.lines
         around = ([test for test in lines.get(line, ()) if test in self.seconds] for line in places)
         chosen = next(filter(None, around), None) or {*chain.from_iterable(lines.values())} & self.seconds.keys()
-        return sorted(chosen, key=lambda test: (self.seconds[test], test))
+        slowest: dict[str, float] = {}  # of each file: its setup may be a fixture that others of the file need too
+        for test, seconds in self.seconds.items():
+            file = test.split("::")[0]
+            slowest[file] = max(seconds, slowest.get(file, 0))
+        return sorted(chosen, key=lambda test: (self.seconds[test] + slowest[test.split("::")[0]] / 10, test))
 
 
 def recorded(file: Path) -> Record:

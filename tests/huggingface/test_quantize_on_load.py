@@ -839,6 +839,19 @@ def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
     assert torch.equal(logits(model), logits(plain))
 
 
+def test_what_transformers_asks_of_every_quantizer():
+    from lightning_qlora.huggingface.quantizer import Loading, QLoRAQuantizer
+
+    model = toy("llama")
+    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS)))
+    quantizer._process_model_before_weight_loading(model)
+    sizes = {name: quantizer.param_element_size(model, name, p) for name, p in model.named_parameters()}
+    assert {name for name, size in sizes.items() if size == 0.5} == quantizer.chosen.keys() and len(
+        quantizer.chosen
+    ) == 14
+    assert {*sizes.values()} == {0.5, 4} and quantizer.is_trainable and not quantizer.is_serializable()
+
+
 @pytest.mark.parametrize("before", [None, "0"])
 def test_loading_leaves_the_environment_as_it_was(before, folder, monkeypatch):
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)

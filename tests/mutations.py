@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from difflib import SequenceMatcher
 from importlib import import_module
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,12 +209,13 @@ class Record:
         stale = [path for path in texts if Path(path).name.startswith("test_") and texts[path] != self.texts.get(path)]
         gone = {*stale, *(self.texts.keys() - texts.keys())}
         self.seconds = {test: spent for test, spent in self.seconds.items() if test.split("::")[0] not in gone}
-        self.texts = texts
+        self.texts = {path: lines for path, lines in texts.items() if path not in stale}
         return stale
 
     def add(self, folder: Path) -> None:
         """Add what pytest and coverage.py wrote to a folder."""
         from coverage import CoverageData
+        from coverage.exceptions import DataError
 
         of_file = defaultdict(set)
         for case in ET.parse(folder / "times.xml").iter("testcase"):
@@ -226,7 +227,10 @@ class Record:
                 of_file[path].add(test)
         for file in folder.glob("data*"):
             data = CoverageData(str(file))
-            data.read()
+            try:
+                data.read()
+            except DataError:
+                continue  # of a process that a test killed
             for name in data.measured_files():
                 lines = self.tests.setdefault(name[name.rindex(f"{PACKAGE}/") :], {})
                 for line, contexts in data.contexts_by_lineno(name).items():
@@ -249,8 +253,9 @@ def recorded(file: Path) -> Record:
     """The record of the tests, made or brought up to date."""
     record = Record(json.loads(file.read_text()) if file.exists() else {})
     sources = sorted(path for name in (PACKAGE, "tests") for path in (ROOT / name).rglob("*.py"))
-    stale = record.follow({str(path.relative_to(ROOT)): path.read_text().splitlines() for path in sources})
-    if stale:
+    texts = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in sources}
+    for _, folder_of_tests in groupby(record.follow(texts), os.path.dirname):
+        stale = [*folder_of_tests]
         with tempfile.TemporaryDirectory() as folder:
             settings = Path(folder) / "coverage.ini"
             settings.write_text(COVERAGE % (Path(folder) / "data"))
@@ -260,8 +265,9 @@ def recorded(file: Path) -> Record:
                 cwd=ROOT, env={**os.environ, "COVERAGE_PROCESS_START": str(settings)},
             )  # fmt: skip
             record.add(Path(folder))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record.stored()))
+        record.texts |= {path: texts[path] for path in stale}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record.stored()))
     return record
 
 

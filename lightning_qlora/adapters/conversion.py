@@ -40,7 +40,7 @@ class Conversion:
             are those of this conversion.
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
-        replaced: Whether the state dict that is being loaded holds a dense base.
+        replaced: The names in the state dict that is being loaded, if it holds a dense base.
         left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
@@ -48,7 +48,7 @@ class Conversion:
     given: list[QLoRAConfig]
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
-    replaced: bool = False
+    replaced: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
 
 

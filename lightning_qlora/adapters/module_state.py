@@ -128,10 +128,13 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     reshard(root)
     _check_same_layers(root, adapters)
     conversion.left_out = set()
+    conversion.replaced = set()
+    names = {key.removeprefix(prefix) for key in state_dict}
     saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
-        conversion.replaced = not saved.fingerprints
+        if not saved.fingerprints:
+            conversion.replaced = names
         _check_same_function(root, saved)
         _keep_initialization(root, conversion, saved)
         keys, unknown = _check_base(root, saved)
@@ -139,11 +142,10 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
         conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
         unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
-        conversion.replaced = False
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
             missing_keys.append(prefix + CONVERSION)
     else:
-        conversion.replaced = True
+        conversion.replaced = names
         _begin_with_rows_of_dense_module(root, state_dict, prefix)
     for name, part in _named_modules(root):
         for key, parameter in part._parameters.items():
@@ -197,8 +199,9 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
     missing: list[str] = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if without_wrappers(key, (CHECKPOINTED,)) not in conversion.left_out]
     if conversion.replaced:
-        conversion.replaced = False
-        renew(root)
+        parameters = _dense_parameters(root)
+        renew(root, {id(parameter) for name, _, _, parameter in parameters if name in conversion.replaced})
+        conversion.replaced = set()
 
 
 def _layers_with_adapter(state_dict: Mapping[str, Any], prefix: str) -> set[str]:

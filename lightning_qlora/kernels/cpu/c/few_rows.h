@@ -154,7 +154,10 @@ static inline __attribute__((always_inline)) void add_products(const int rows, c
             for (int j = 0; j < OUTPUTS; j++) sums[m][j] = TABLE_HAS_SCALE ? total[m][j] : zeros();
         for (int64_t g = k; g < k + run; g += GROUP) {
             Lanes weights[OUTPUTS][GROUP / LANES];
-            for (int j = 0; j < OUTPUTS; j++) look_up_group(w->packed + ((begin[j] + g) >> 1), &table[j], weights[j]);
+            for (int j = 0; j < OUTPUTS; j++) {
+                __builtin_prefetch(w->packed + ((begin[j] + OUTPUTS * w->columns + g) >> 1)); /* of the next outputs */
+                look_up_group(w->packed + ((begin[j] + g) >> 1), &table[j], weights[j]);
+            }
             for (int m = 0; m < rows; m++)
                 for (int i = 0; i < GROUP / LANES; i++) {
                     Lanes here = read(x + m * w->columns + g + i * LANES);

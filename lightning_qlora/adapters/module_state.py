@@ -119,7 +119,7 @@ def _restore(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """Check that a state fits the module, and that the module has the base that the state names."""
     _, _, missing_keys, unexpected_keys, _ = arguments
-    adapters = _layers_with_adapter(state_dict, prefix)
+    adapters = _layers_with_adapter(root, state_dict, prefix)
     conversion = _conversion_with_layers(root)
     if conversion is None:
         if conversion_of(root) is not None and adapters and prefix + CONVERSION in state_dict:
@@ -204,8 +204,10 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
         conversion.replaced = set()
 
 
-def _layers_with_adapter(state_dict: Mapping[str, Any], prefix: str) -> set[str]:
-    return {owner_name(key[len(prefix) :]) for key in state_dict if last_part(key) == "lora_A"}
+def _layers_with_adapter(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
+    """Names of the layers with an adapter in a state dict; a parameter of the user may have its name."""
+    adapters = {key.removeprefix(prefix) for key in state_dict if last_part(key) == "lora_A"}
+    return {owner_name(key) for key in adapters - {name for name, _, _, _ in _dense_parameters(root)}}
 
 
 def _check_same_layers(root: nn.Module, saved: set[str]) -> None:

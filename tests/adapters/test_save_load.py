@@ -108,6 +108,7 @@ def test_peft_to_ours_to_peft(name, rslora, tmp_path):
 def test_ours_to_peft_to_ours(name, tmp_path):
     lit = converted(name)
     save_adapter(lit, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())["fan_in_fan_out"] is (name == "gpt2")
     peft.PeftModel.from_pretrained(toy(name), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     again = converted(name, seed=1)
     load_adapter(again, tmp_path / "theirs")

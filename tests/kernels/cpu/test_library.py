@@ -22,6 +22,7 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import _all_threads, release, scratch
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.quantization.packed_weight import PackedBytes
+from tests.conftest import raises_in_one_line
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (5, 4096), (70, 2112)]
@@ -209,6 +210,23 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
 
 
 @pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Makes a shell script the compiler of an empty cache; `{cc}` in it is the real one. Its path."""
+
+    def use(script):
+        if "{cc}" in script and module.compiled_library() is None:
+            pytest.skip("no C compiler")
+        path = tmp_path / "cc"
+        path.write_text("#!/bin/sh\n" + script.replace("{cc}", build.compiler() if "{cc}" in script else ""))
+        path.chmod(0o755)
+        monkeypatch.setenv("CC", str(path))
+        monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+        return path
+
+    return use
+
+
+@pytest.fixture
 def train(monkeypatch):
     """Trains a little in this process, as if it was new: the library is looked for again, with another environment."""
 
@@ -240,11 +258,8 @@ def test_without_a_compiler_everything_works_and_one_line_says_so(train, tmp_pat
     torch.testing.assert_close(grad, grad_without, rtol=1e-4, atol=0)
 
 
-def test_a_failing_compiler_is_reported_with_its_words(train, tmp_path, caplog):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho 'cc1: no such thing' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    train(tmp_path, CC=broken)
+def test_a_failing_compiler_is_reported_with_its_words(train, compiler, tmp_path, caplog):
+    train(tmp_path, CC=compiler("echo 'cc1: no such thing' >&2\nexit 1"))
     assert caplog.text.count("C kernels not compiled") == 1
     assert "cc1: no such thing" in caplog.text
 
@@ -302,12 +317,17 @@ def cache(tmp_path, monkeypatch):
     return Path(shutil.copy2(module.compiled_library()._loaded._name, build.cache_folder()))
 
 
+def path_of_a_new_process(**environment):
+    command = [sys.executable, "-c", "from lightning_qlora.kernels import eager; print(eager.path())"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
 def test_half_a_library_is_built_again_and_not_loaded(cache):
     """Loading it would end the process with a bus error, at every start."""
     os.truncate(cache, cache.stat().st_size // 2)
-    code = "from lightning_qlora.kernels import eager; print(eager.path())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert (result.returncode, result.stdout.strip()) == (0, eager.path())
+    assert path_of_a_new_process() == eager.path()
 
 
 def test_the_copy_is_loaded_and_not_compiled_again(cache, monkeypatch):
@@ -388,14 +408,8 @@ def test_a_planted_library_is_compiled_again(how, cache, monkeypatch, tmp_path):
     assert len(made) == 1
 
 
-def test_eight_processes_compile_once(tmp_path, monkeypatch):
-    if module.compiled_library() is None:
-        pytest.skip("no C compiler")
-    compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/calls"\nexec "{build.compiler()}" "$@"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+def test_eight_processes_compile_once(tmp_path, compiler):
+    compiler(f'echo x >> "{tmp_path}/calls"\nexec "{{cc}}" "$@"')
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=build.load, args=(module.SOURCE, module.SYMBOLS)) for _ in range(8)]
     for process in processes:
@@ -407,46 +421,25 @@ def test_eight_processes_compile_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_full_disk_is_no_reason_for_a_slower_variant(tmp_path, monkeypatch):
-    full = tmp_path / "cc"
-    full.write_text("#!/bin/sh\necho 'fatal error: error writing to x.o: No space left on device' >&2\nexit 1\n")
-    full.chmod(0o755)
-    monkeypatch.setenv("CC", str(full))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(build.BuildError, match=r"bytes free.*Free some space") as error:
+def test_a_full_disk_is_no_reason_for_a_slower_variant(compiler, monkeypatch):
+    compiler("echo 'fatal error: error writing to x.o: No space left on device' >&2\nexit 1")
+    with raises_in_one_line(build.BuildError, r"bytes free.*Free some space"):
         build.load(module.SOURCE)
-    assert "\n" not in str(error.value)
-    full.write_text("#!/bin/sh\nexit 1\n")  # killed, for example
+    compiler("exit 1")  # killed, for example
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     with pytest.raises(build.BuildError, match="100,000 bytes free"):
         build.load(module.SOURCE)
 
 
-def test_a_compiler_without_openmp_is_a_warning(tmp_path, monkeypatch, caplog):
-    if module.compiled_library() is None:
-        pytest.skip("no C compiler")
-    compiler = tmp_path / "cc"
-    script = f'case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec "{build.compiler()}" "$@"\n'
-    compiler.write_text("#!/bin/sh\n" + script)
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+def test_a_compiler_without_openmp_is_a_warning(compiler, caplog):
+    compiler('case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec "{cc}" "$@"')
     build.load(module.SOURCE, module.SYMBOLS)
     assert "compiled without threads, so 4-bit layers are slower: -march=native -fopenmp: no OpenMP" in caplog.text
 
 
-def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(tmp_path, monkeypatch, caplog):
-    if module.compiled_library() is None:
-        pytest.skip("no C compiler")
-    compiler = tmp_path / "cc"
-    script = f"""#!/bin/sh
-case "$*" in *-fopenmp*) echo "unsupported" >&2; exit 1;; esac
-exec "{build.compiler()}" $(echo "$@" | sed "s/-undefined dynamic_lookup//")
-"""
-    compiler.write_text(script)  # this machine's linker does not have the option of Apple's
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(compiler, monkeypatch, caplog):
+    without_apples_option = '$(echo "$@" | sed "s/-undefined dynamic_lookup//")'
+    compiler(f'case "$*" in *-fopenmp*) echo no >&2; exit 1;; esac\nexec "{{cc}}" {without_apples_option}')
     monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
     with caplog.at_level("INFO", "lightning_qlora"):
         build.load(module.SOURCE, variants=build.flag_lists("Darwin"))
@@ -466,10 +459,8 @@ def test_the_library_has_no_instructions_that_torch_does_not_use(capability, for
     """Of an emulated processor or a copied home folder, torch's choice is the surer one: others end the process."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or module.compiled_library() is None:
         pytest.skip("needs AVX-512 and a C compiler")
-    code = "from lightning_qlora.kernels import eager; print(eager.path())"
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "LIGHTNING_QLORA_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert result.stdout.strip() == f"C kernels, {form}", result.stderr
+    environment = {"ATEN_CPU_CAPABILITY": capability, "LIGHTNING_QLORA_CACHE": str(tmp_path / "cache")}
+    assert path_of_a_new_process(**environment) == f"C kernels, {form}"
 
 
 def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(monkeypatch, cache):
@@ -489,12 +480,8 @@ def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(monkeypatch, cach
     assert opened == [(None, 0), (of_torch, os.RTLD_GLOBAL | os.RTLD_NOLOAD), (str(cache), 0)]
 
 
-def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(tmp_path, monkeypatch):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nprintf 'caf\\351' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path))
+def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(compiler, monkeypatch):
+    compiler("printf 'caf\\351' >&2\nexit 1")
     with pytest.raises(build.BuildError, match="caf"):
         build.load(module.SOURCE)
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")

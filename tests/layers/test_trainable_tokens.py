@@ -202,7 +202,8 @@ def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch(reads):
 
 def test_an_embedding_that_scales_its_output_stays_as_it_was_in_bf16_and_can_be_copied_and_compiled():
     transformers = pytest.importorskip("transformers")
-    config = transformers.Gemma3TextConfig(**LLAMA | {"hidden_size": 72, "num_hidden_layers": 1}, head_dim=16)
+    sizes = {"hidden_size": 72, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    config = transformers.Gemma3TextConfig(**LLAMA | sizes, head_dim=16)
     model = transformers.Gemma3ForCausalLM(config).to(torch.bfloat16).eval()
     embedded = model.get_input_embeddings()(ids())
     convert(model, trainable_token_indices=TOKENS, **ARGUMENTS, compute_dtype="bf16")

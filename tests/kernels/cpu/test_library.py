@@ -458,7 +458,9 @@ def test_flags_fit_the_system():
     assert all(lists[-1] == () for lists in (mac, build.flag_lists("Linux"), build.flag_lists("Windows")))
 
 
-@pytest.mark.parametrize(("capability", "form"), [("avx2", "AVX2"), ("default", "plain C")])
+@pytest.mark.parametrize(
+    ("capability", "form"), [("avx2", "AVX2"), pytest.param("default", "plain C", marks=pytest.mark.slow)]
+)
 def test_the_library_has_no_instructions_that_torch_does_not_use(capability, form, tmp_path):
     """Of an emulated processor or a copied home folder, torch's choice is the surer one: others end the process."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or module.compiled_library() is None:

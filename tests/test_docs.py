@@ -105,6 +105,10 @@ device='gpu', json=False)
 """
 
 
+def test_every_public_name_is_in_dir():
+    assert set(dir(lightning_qlora)) >= {*lightning_qlora.__all__, "__version__"}
+
+
 def test_a_default_changes_on_purpose():
     """docs/api.md says what is public, and that a changed default is announced; its table has those of QLoRAConfig."""
     for line in SIGNATURES.splitlines():

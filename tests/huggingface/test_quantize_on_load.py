@@ -582,6 +582,8 @@ def test_bnb_layers_loaded_in_init_keep_their_bytes(name, bnb_folder, fit):
     assert packed(lit) and "Linear4bit" not in repr(lit)
     assert not (name == "t5" and any("wo" in layer for layer in packed(lit)))  # dense in the folder, dense here
     same_entries(lit.model, path)
+    assert not vars(lit.model).keys() & {"hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"}
+    assert not hasattr(lit.model.config, "quantization_config")
 
 
 @needs("transformers", "5.22", "older versions cast the bytes to the type of the model, which is refused")
@@ -778,6 +780,19 @@ def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(fit):
     convert(plain, **ARGUMENTS)
     convert(model, **ARGUMENTS)
     assert torch.equal(logits(model), logits(plain))
+
+
+def test_what_transformers_asks_of_every_quantizer():
+    from lightning_qlora.huggingface.quantizer import Loading, QLoRAQuantizer
+
+    model = toy("llama")
+    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS)))
+    quantizer._process_model_before_weight_loading(model)
+    sizes = {name: quantizer.param_element_size(model, name, p) for name, p in model.named_parameters()}
+    assert {name for name, size in sizes.items() if size == 0.5} == quantizer.chosen.keys() and len(
+        quantizer.chosen
+    ) == 14
+    assert {*sizes.values()} == {0.5, 4} and quantizer.is_trainable and not quantizer.is_serializable()
 
 
 @pytest.mark.parametrize("before", [None, "0"])

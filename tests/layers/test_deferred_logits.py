@@ -346,3 +346,15 @@ def test_a_loss_without_gradient_computes_none(monkeypatch):
     with torch.no_grad():
         loss = F.cross_entropy(z, labels(4, ignored=1))
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize(("elements", "rows"), [(5 * V, [5, 3]), (V // 2, [1] * 8)])
+def test_rows_whose_label_is_ignored_are_not_multiplied(elements, rows, monkeypatch):
+    monkeypatch.setattr(piecewise_cross_entropy, "PIECE_ELEMENTS", elements)
+    compute = DeferredLogits.compute
+    seen = []
+    monkeypatch.setattr(DeferredLogits, "compute", lambda self, piece: seen.append(len(piece)) or compute(self, piece))
+    head = made_head("frozen")
+    defer_logits(head)
+    F.cross_entropy(head(torch.randn(12, H, requires_grad=True)), labels(12)).backward()
+    assert seen == rows

@@ -95,7 +95,7 @@ def test_few_rows_are_the_references(library, dtype, tolerance):
             if not library.multiplies(1, weight, dtype):  # only rows of whole groups of 32 weights
                 assert shape[1] % 32
                 continue
-            for m, r in [(1, 16), (2, 3), (3, 64), (4, 0), (6, 8), (16, 17), (module.MOST_ROWS, 4)]:
+            for m, r in [(1, 16), (2, 3), (3, 64), (4, 0), (6, 8), (16, 17), (module.MOST_ROWS_WIDE, 4)]:
                 x = torch.randn(m, shape[1]).to(dtype)
                 a = torch.randn(r, shape[1]) * shape[1] ** -0.5
                 b = torch.randn(shape[0], r)

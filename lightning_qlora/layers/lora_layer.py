@@ -230,15 +230,15 @@ class LoRALayer(WithAdapter, PackedLayer):
         return round_by_index(total, self.weight_dtype)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The type this call multiplies in: autocast's, else the configured one, else the weight's.
+        """The type this call multiplies in: the configured one, else autocast's, else the weight's.
 
         A GPU multiplies fp32 weights in bf16, and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32.
         """
         device = x.device.type
-        if has_autocast(device):
-            return torch.get_autocast_dtype(device)
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
+        if has_autocast(device):
+            return torch.get_autocast_dtype(device)
         if self.weight_dtype is torch.float64:
             return torch.float32
         if device in ("cuda", "xpu") and self.weight_dtype is not torch.float16:
@@ -252,7 +252,9 @@ class LoRALayer(WithAdapter, PackedLayer):
         scales its loss.
         """
         dtype = self.compute_dtype(x)
-        in_fp16 = dtype is torch.float16 and not has_autocast(x.device.type)
+        device = x.device.type
+        autocast_dtype = torch.get_autocast_dtype(device) if has_autocast(device) else None
+        in_fp16 = dtype is torch.float16 and autocast_dtype is not torch.float16
         if in_fp16:
             dtype = torch.float32
         if x.dtype is dtype:
@@ -283,9 +285,14 @@ class LoRALayer(WithAdapter, PackedLayer):
             y = lora_linear(x, weight, bias, lora)
         else:
             y = dora_linear(x, weight, bias, lora, magnitude, row_norm(self, matrix))
-        if input_dtype is x.dtype or has_autocast(x.device.type) or self.held_on is not None:
-            return y
-        return y.to(input_dtype)
+        return self.cast_output(y, input_dtype)
+
+    def cast_output(self, y: Tensor, input_dtype: torch.dtype) -> Tensor:
+        """y in the type of the input; under autocast in that of other layers, and of a module held in fp32 as it is."""
+        device = y.device.type
+        if has_autocast(device):
+            return y.to(torch.get_autocast_dtype(device))
+        return y if self.held_on is not None else y.to(input_dtype)
 
     def dropout_seed(self, rank: int = 0) -> Tensor | None:
         """A seed for the dropout of one call; None: no dropout.

@@ -229,12 +229,11 @@ class LoRALayer(WithAdapter, PackedLayer):
             total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The type this call multiplies in: autocast's, else the configured one, else the weight's.
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """The type that a call on this type of device multiplies in: autocast's, the configured one, or the weight's.
 
         A GPU multiplies fp32 weights in bf16, and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32.
         """
-        device = x.device.type
         if has_autocast(device):
             return torch.get_autocast_dtype(device)
         if self.config.compute_dtype != "auto":
@@ -251,7 +250,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         Under autocast in fp16 they are plain products in fp16, as those of other layers are: the loop that uses it
         scales its loss.
         """
-        dtype = self.compute_dtype(x)
+        dtype = self.compute_dtype(x.device.type)
         in_fp16 = dtype is torch.float16 and not has_autocast(x.device.type)
         if in_fp16:
             dtype = torch.float32

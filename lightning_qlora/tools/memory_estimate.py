@@ -20,7 +20,6 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.held_types import reason_for_fp32
-from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
@@ -227,7 +226,7 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
     """Bytes of the decode buffers: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
-        dtypes = {LoRALayer.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))}
+        dtypes = {layer.compute_dtype("cpu")}
         if layer.config.use_dora:
             dtypes.add(torch.float32)  # for the norm of the rows
         for dtype in dtypes:

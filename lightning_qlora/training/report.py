@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.candidate import FROZEN
 from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters, held_bytes
-from lightning_qlora.layers.held_types import IN_16_BITS
+from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters
+from lightning_qlora.layers.held_types import IN_16_BITS, held_bytes
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
@@ -56,6 +57,29 @@ EMPTY = {  # argument -> type of the empty value that None stands for
     "loftq_config": dict,
     "rank_pattern": dict,
     "alpha_pattern": dict,
+}
+
+CHECKS: dict[str, Callable[[str, Any], None]] = {  # argument -> what its value must be
+    "quant_type": partial(check_choice, allowed=get_args(QuantType)),
+    "double_quant": check_bool,
+    "block_size": check_integer,
+    "compute_dtype": partial(check_choice, allowed=get_args(ComputeDtype)),
+    "r": partial(check_integer, at_least=1),
+    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
+    "lora_dropout": partial(check_number, at_least=0, below=1),
+    "target_modules": partial(check_names, or_regex=True),
+    "exclude_modules": partial(check_names, or_regex=True),
+    "modules_to_save": check_names,
+    "trainable_token_indices": check_token_indices,
+    "use_rslora": check_bool,
+    "use_dora": check_bool,
+    "rank_pattern": partial(check_patterns, check=partial(check_integer, at_least=1)),
+    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
+    "paged_optimizer": check_auto,
+    "gradient_checkpointing": check_bool,
+    "checkpoint": partial(check_choice, allowed=get_args(Checkpoint)),
+    "adapter": check_string,
+    "deferred_logits": check_auto,
 }
 
 
@@ -151,23 +175,11 @@ class QLoRAConfig:
                 object.__setattr__(self, name, empty())
         if not isinstance(self.compute_dtype, str):  # a torch.dtype; YAML and checkpoints have our word
             object.__setattr__(self, "compute_dtype", TORCH_DTYPES.get(str(self.compute_dtype), self.compute_dtype))
-        check_choice("quant_type", self.quant_type, get_args(QuantType))
-        check_choice("compute_dtype", self.compute_dtype, get_args(ComputeDtype))
-        check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
-        check_integer("block_size", self.block_size)
+        for name, check in CHECKS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("trainable_token_indices", "adapter"):
+                check(name, value)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
-        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
-            check_bool(name, getattr(self, name))
-        check_integer("r", self.r, at_least=1)
-        check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)
-        check_number("lora_dropout", self.lora_dropout, at_least=0, below=1)
-        check_patterns("rank_pattern", self.rank_pattern, functools.partial(check_integer, at_least=1))
-        check_patterns("alpha_pattern", self.alpha_pattern, functools.partial(check_number, above=0, below=MOST_ALPHA))
-        check_names("target_modules", self.target_modules, or_regex=True)
-        check_names("exclude_modules", self.exclude_modules, or_regex=True)
-        check_names("modules_to_save", self.modules_to_save)
-        if self.trainable_token_indices is not None:
-            check_token_indices("trainable_token_indices", self.trainable_token_indices)
         if self.target_modules in ("", []):
             raise ValueError(
                 f"target_modules={self.target_modules!r} selects no layer: use 'all-linear', a regular expression, "
@@ -180,10 +192,7 @@ class QLoRAConfig:
                 "linear layers and others use a list, such as ['all-linear', 'lm_head']."
             )
         check_initialization(self.init_lora_weights, self.loftq_config)
-        check_auto("paged_optimizer", self.paged_optimizer)
-        check_auto("deferred_logits", self.deferred_logits)
         if self.adapter is not None:
-            check_string("adapter", self.adapter)
             if not os.path.exists(self.adapter):
                 raise ValueError(
                     f"adapter={self.adapter!r}: does not exist (seen from {os.getcwd()}). It must be a folder on this "

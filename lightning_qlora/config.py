@@ -193,14 +193,12 @@ class QLoRAConfig:
             )
         check_initialization(self.init_lora_weights, self.loftq_config)
         if self.adapter is not None:
-            if not os.path.exists(self.adapter):
-                raise ValueError(
-                    f"adapter={self.adapter!r}: does not exist (seen from {os.getcwd()}). It must be a folder on this "
-                    "machine; an adapter of the Hugging Face Hub is downloaded before."
-                )
             files = ("adapter_config.json", "adapter_model.safetensors")  # one may be missing after an interrupted save
             if not any(os.path.isfile(os.path.join(self.adapter, file)) for file in files):
-                raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's {' and '.join(files)}.")
+                raise ValueError(
+                    f"adapter={self.adapter!r}: must be a folder on this machine with PEFT's {' and '.join(files)} "
+                    f"(seen from {os.getcwd()}). An adapter of the Hugging Face Hub is downloaded before."
+                )
 
     def __repr__(self) -> str:
         """The arguments that are not the defaults."""

@@ -239,7 +239,7 @@ STOPS = {
     "stops_load": (
         ("training/patches.py", "convert_before_checkpoint_is_restored", "the module is converted first"),
         ("adapters/module_state.py", "_before_load", "the hook of the module that was converted"),
-        ("adapters/module_state.py", "_check_same_function", "the same layers, ranks and arguments"),
+        ("adapters/module_state.py", "_take_arguments", "the arguments by which the adapters compute are the same"),
         ("adapters/module_state.py", "_check_base", "the same base, by its fingerprints"),
         ("layers/layer_state.py", "load_layer", "each layer takes its adapter, and a base if there is one"),
         ("adapters/module_state.py", "_after_load", "what has a fingerprint is not missing; a loaded base is recorded"),

@@ -132,8 +132,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
         conversion.replaced = not saved.fingerprints
-        _check_same_function(root, saved)
-        _keep_initialization(root, conversion, saved)
+        _take_arguments(root, conversion, saved)
         keys, unknown = _check_base(root, saved)
         keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
         conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
@@ -218,8 +217,11 @@ def _check_same_layers(root: nn.Module, saved: set[str]) -> None:
         )
 
 
-def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
-    """Refuse arguments that change what the adapters compute, but not their shapes."""
+def _take_arguments(root: nn.Module, conversion: Conversion, saved: SavedConversion) -> None:
+    """Refuse arguments that change what the adapters compute, but not their shapes; take those of the initialization.
+
+    The initialization decides which base the adapters fit.
+    """
     _, base = find_base_model(root)
     saved_tokens = saved.base.get("tokens", {})
     tokens = token_indices(base)
@@ -228,20 +230,15 @@ def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
             f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(tokens)} here, by names of "
             "embeddings. Set it to the value of the checkpoint."
         )
-    for name, layer in base_layers(base).items():
-        check_same_arguments(layer, vars(config_of_layer(saved.base, name, saved.config)))
-
-
-def _keep_initialization(root: nn.Module, conversion: Conversion, saved: SavedConversion) -> None:
-    """Store how the adapters of a checkpoint were initialized: this decides which base they fit."""
+    arguments = {
+        layer: vars(config_of_layer(saved.base, name, saved.config)) for name, layer in base_layers(base).items()
+    }
+    for layer, of_layer in arguments.items():
+        check_same_arguments(layer, of_layer)
     quantization = saved.base.get("quantization")
-    _, base = find_base_model(root)
-    for name, layer in base_layers(base).items():
-        if required_base(quantization):
-            # The arguments do not name the initialization of adapters that came from a folder.
-            record_initialization(layer, quantization)
-        else:
-            record_initialization(layer, vars(config_of_layer(saved.base, name, saved.config)))
+    for layer, of_layer in arguments.items():
+        # The arguments do not name the initialization of adapters that came from a folder.
+        record_initialization(layer, quantization if required_base(quantization) else of_layer)
     method = saved.config.init_lora_weights
     config = conversion.config.with_initialization(method, saved.config.loftq_config)
     if config != conversion.config:

@@ -86,14 +86,15 @@ class QLoRAExperts(SavedLayer):
         The experts are quantized on `device`, None: where the parameter is. The seed of expert i is made from
         `seed_name.i`. If the parameter has no data, `weights` yields the weight of each expert in its layout.
         """
-        owner, key, experts, transposed = part
+        owner: nn.Module = part.owner
+        key = part.key
         vars(owner).setdefault(PARAMETERS, list(owner._parameters))
         parameter: Any = owner._parameters[key]
-        stack = QLoRAExperts(transposed, flat=parameter.ndim == 2)
+        stack = QLoRAExperts(part.transposed, flat=parameter.ndim == 2)
         setattr(parameter, REPLACED, stack)  # for an optimizer that was created before conversion
         stack.set_arguments(config, name, seed_name)
         if weights is None:
-            weights = parameter.detach().view(experts, -1, parameter.shape[-1]).unbind()
+            weights = parameter.detach().view(part.experts, -1, parameter.shape[-1]).unbind()
         stack.initialize(weights, device)
         stack.train(owner.training)
         del owner._parameters[key]  # last: while `weights` yields, transformers reads its type

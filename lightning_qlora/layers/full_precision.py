@@ -172,9 +172,9 @@ def train_in_full_precision(module: nn.Module) -> None:
         cast_in_place(parameter, torch.float32)
 
 
-def _set_type(owner: Any, key: str, dtype: torch.dtype) -> None:
-    derive(FullPrecision, owner)
-    owner.types_before = {**owner.types_before, key: dtype}
+def _set_type(owner: nn.Module, key: str, dtype: torch.dtype) -> None:
+    own: FullPrecision = derive(FullPrecision, owner)
+    own.types_before = {**own.types_before, key: dtype}
 
 
 def _hold_buffers(owner: nn.Module) -> None:
@@ -209,12 +209,12 @@ def can_derive(part: nn.Module) -> bool:
     return "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule)
 
 
-def compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
+def compute_in(part: nn.Module, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
-    derive(FullPrecision, part)
-    if part.autocast_dtype not in IN_16_BITS:
-        part.autocast_dtype = dtype
-    part.casts_output = part.casts_output or casts_output
+    own: FullPrecision = derive(FullPrecision, part)
+    if own.autocast_dtype not in IN_16_BITS:
+        own.autocast_dtype = dtype
+    own.casts_output = own.casts_output or casts_output
 
 
 def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:

@@ -62,8 +62,7 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
         if earlier is not None:
             requests += earlier.given
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
-    conversion = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
-    root._qlora_conversion = conversion  # type: ignore[assignment]
+    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]

@@ -123,7 +123,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         try:
             if self._split is not None:
                 return split_linear(self, x, bias)
-            return self.compute(x, Matrix(self.weight_bytes, a, b, magnitude), bias)
+            return self.compute(x, Matrix(self.weight_bytes, a, b, magnitude), bias)  # lora_layer.py
         except (TypeError, ValueError) as error:
             raise self._named(error, x) from error
 

@@ -231,7 +231,7 @@ STOPS = {
         ("layers/layer_state.py", "_save_to_state_dict", "each layer writes itself whole: A, B and its base"),
         ("adapters/module_state.py", "_after_state_dict", "the hook of the module that was converted"),
         ("layers/records.py", "base_fingerprints", "which frozen values are still those of conversion"),
-        ("layers/layer_state.py", "remove_base", "what has a fingerprint is left out"),
+        ("layers/layer_state.py", "pop_base", "what has a fingerprint is left out"),
         ("adapters/conversion.py", "SavedConversion", "one entry: arguments, base model, fingerprints"),
         ("training/checkpoint.py", "torch_rng_states", "the random generators, in the plugin's state"),
         ("training/patches.py", "check_complete_checkpoint", "no NaN, no adapter missing"),

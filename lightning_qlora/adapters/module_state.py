@@ -34,7 +34,7 @@ from lightning_qlora.layers.layer_state import (
     base_entries,
     check_same_arguments,
     has_base,
-    remove_base,
+    pop_base,
 )
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
@@ -95,10 +95,10 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     saved = saved_conversion(root, conversion.config)
     for name, part in _converted_parts(root):
         _restore(part, state_dict, f"{prefix}{name}.")
-    layers = dict(_named_layers(root))
+    layers = {name for name, _ in _named_layers(root)}
     for name in saved.fingerprints:
         if name in layers:
-            remove_base(layers[name], state_dict, prefix + _prefix(name))
+            pop_base(state_dict, prefix + _prefix(name))
         else:
             state_dict.pop(prefix + name, None)
     state_dict[prefix + CONVERSION] = entry_of(saved.text())

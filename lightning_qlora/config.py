@@ -1,13 +1,12 @@
 """QLoRAConfig: every argument of a QLoRA run, described once and checked when the object is created."""
 
-import functools
 import inspect
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
@@ -50,7 +49,6 @@ ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-
 EMPTY = {  # argument -> type of the empty value that None stands for
     "exclude_modules": list,
     "modules_to_save": list,
@@ -87,7 +85,7 @@ def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
     """Class decorator: positional and unknown arguments raise an error that names our argument."""
     init: Callable[..., None] = cls.__init__
 
-    @functools.wraps(init)
+    @wraps(init)
     def wrapper(self: "QLoRAConfig", /, *args: Any, **kwargs: Any) -> None:
         if args:
             raise TypeError(
@@ -290,7 +288,7 @@ def takes_arguments_of(
     """
 
     def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
-        @functools.wraps(init)
+        @wraps(init)
         def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
             init(self, config_class(*args, **kwargs))
 
@@ -317,6 +315,6 @@ def fits(name: str, pattern: str) -> bool:
     return _compiled(pattern).match(name) is not None
 
 
-@functools.cache
+@cache  # that of `re` has 512 patterns; an adapter may have two for each of its layers
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")  # peft/utils/other.py, get_pattern_key

@@ -59,12 +59,16 @@ def _is_transposed(owner: Any, key: str, parameter: Tensor, experts: int) -> boo
     if isinstance(getattr(owner, "is_transposed", None), bool):
         return bool(owner.is_transposed)
     hidden = getattr(owner, "hidden_size", getattr(owner, "hidden_dim", None))
-    columns = parameter.shape[-1]
-    rows = parameter.numel() // experts // columns
-    inputs = rows
-    if any(word in key for word in DOWN):
-        inputs = columns
-    return rows != columns and hidden == inputs
+    pairs = {key: (parameter.numel() // experts // parameter.shape[-1], parameter.shape[-1])}
+    if pairs[key][0] == pairs[key][1]:  # then the other stacks of the module decide
+        pairs = {k: (p.shape[1], p.shape[2]) for k, p in owner._parameters.items() if p is not None and p.ndim == 3}
+    for name, (rows, columns) in pairs.items():
+        inputs = rows
+        if any(word in name for word in DOWN):
+            inputs = columns
+        if rows != columns and hidden == inputs:
+            return True
+    return False
 
 
 def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:

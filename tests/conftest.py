@@ -188,6 +188,14 @@ def run_rank(main: Callable[..., object]) -> None:
 
 
 @contextmanager
+def raises_in_one_line(kinds, match):
+    """As pytest.raises, of an error whose text is one line."""
+    with pytest.raises(kinds, match=match) as raised:
+        yield raised
+    assert "\n" not in str(raised.value)
+
+
+@contextmanager
 def raises_before_teardown(kinds, match):
     """As pytest.raises. After it, Lightning's teardown may fail too: it can't move tensors on the meta device."""
     with pytest.raises((*(kinds if isinstance(kinds, tuple) else (kinds,)), NotImplementedError)) as raised:

@@ -118,7 +118,7 @@ def _restore(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """Check that a state fits the module, and that the module has the base that the state names."""
     _, _, missing_keys, unexpected_keys, _ = arguments
-    adapters = _layers_with_adapter(state_dict, prefix)
+    adapters = _layers_with_adapter(root, state_dict, prefix)
     conversion = _conversion_with_layers(root)
     if conversion is None:
         if conversion_of(root) is not None and adapters and prefix + CONVERSION in state_dict:
@@ -127,21 +127,23 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     reshard(root)
     _check_same_layers(root, adapters)
     conversion.left_out = set()
+    conversion.replaced = set()
+    names = {key.removeprefix(prefix) for key in state_dict}
     saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
-        conversion.replaced = not saved.fingerprints
+        if not saved.fingerprints:
+            conversion.replaced = names
         _take_arguments(root, conversion, saved)
         keys, unknown = _check_base(root, saved)
         keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
         conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
         unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
-        conversion.replaced = False
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
             missing_keys.append(prefix + CONVERSION)
     else:
-        conversion.replaced = True
+        conversion.replaced = names
         _begin_with_rows_of_dense_module(root, state_dict, prefix)
     for name, part in _named_modules(root):
         for key, parameter in part._parameters.items():
@@ -195,12 +197,15 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
     missing: list[str] = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if without_wrappers(key, (CHECKPOINTED,)) not in conversion.left_out]
     if conversion.replaced:
-        conversion.replaced = False
-        renew(root)
+        parameters = _dense_parameters(root)
+        renew(root, {id(parameter) for name, _, _, parameter in parameters if name in conversion.replaced})
+        conversion.replaced = set()
 
 
-def _layers_with_adapter(state_dict: Mapping[str, Any], prefix: str) -> set[str]:
-    return {owner_name(key[len(prefix) :]) for key in state_dict if last_part(key) == "lora_A"}
+def _layers_with_adapter(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
+    """Names of the layers with an adapter in a state dict; a parameter of the user may have its name."""
+    adapters = {key.removeprefix(prefix) for key in state_dict if last_part(key) == "lora_A"}
+    return {owner_name(key) for key in adapters - {name for name, _, _, _ in _dense_parameters(root)}}
 
 
 def _check_same_layers(root: nn.Module, saved: set[str]) -> None:

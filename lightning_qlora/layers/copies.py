@@ -81,7 +81,9 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _sample(tensor: Tensor) -> tuple[float, ...] | None:
     """Some elements; None if they are all the same."""
-    places = [torch.linspace(0, size - 1, SAMPLES, device=tensor.device).long() for size in tensor.shape]
+    places = [
+        torch.linspace(0, size - 1, SAMPLES, dtype=torch.float32, device=tensor.device).long() for size in tensor.shape
+    ]
     values: list[float] = tensor[tuple(places)].float().tolist()
     return None if len({*values}) == 1 else tuple(values)
 

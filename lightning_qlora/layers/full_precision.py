@@ -167,9 +167,10 @@ def train_in_full_precision(module: nn.Module) -> None:
         _hold_buffers(owner)
         for user in _users(owner, parents):
             compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
+        cast_in_place(parameter, torch.float32)
+    for _, _, dtype in full_precision_parameters(module):  # those of parts that were converted before too
         if can_derive(module):
             compute_in(module, dtype)
-        cast_in_place(parameter, torch.float32)
 
 
 def _set_type(owner: nn.Module, key: str, dtype: torch.dtype) -> None:

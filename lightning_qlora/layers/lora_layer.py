@@ -42,8 +42,9 @@ class Matrix(NamedTuple):
     number: int = 0  # in a stack
 
     def product(self, scaling: float) -> Tensor:
-        """s B A, [out, in], fp32."""
-        return scaling * (self.lora_b.float() @ self.lora_a.float())
+        """s B A, [out, in], fp32, under autocast too."""
+        with torch.autocast(self.lora_b.device.type, enabled=False):
+            return scaling * (self.lora_b.float() @ self.lora_a.float())
 
 
 class LoRALayer(WithAdapter, PackedLayer):
@@ -223,8 +224,7 @@ class LoRALayer(WithAdapter, PackedLayer):
             return base
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
-        with torch.autocast(self.packed.device.type, enabled=False):
-            total = base.float() + matrix.product(self.scaling)
+        total = base.float() + matrix.product(self.scaling)
         if matrix.magnitude is not None:
             total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)

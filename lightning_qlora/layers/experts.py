@@ -22,7 +22,6 @@ from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager
-from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
@@ -167,7 +166,7 @@ class QLoRAExperts(SavedLayer):
             for number, part in zip(*rows_of_experts(x, ends), strict=True):
                 self.add_input(number, part)
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
-        return y if has_autocast(x.device.type) else y.to(x.dtype)
+        return self.cast_output(y, x.dtype)
 
     def _split_adapter(self) -> list[Sequence[Tensor]]:
         """As in LoRALayer, with the same views until a parameter changes.

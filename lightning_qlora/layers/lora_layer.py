@@ -230,14 +230,14 @@ class LoRALayer(WithAdapter, PackedLayer):
         return round_by_index(total, self.weight_dtype)
 
     def compute_dtype(self, device: str) -> torch.dtype:
-        """The type that a call on this type of device multiplies in: autocast's, the configured one, or the weight's.
+        """The type that a call on this type of device multiplies in: the configured one, autocast's, or the weight's.
 
         A GPU multiplies fp32 weights in bf16, and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32.
         """
-        if has_autocast(device):
-            return torch.get_autocast_dtype(device)
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
+        if has_autocast(device):
+            return torch.get_autocast_dtype(device)
         if self.weight_dtype is torch.float64:
             return torch.float32
         if device in ("cuda", "xpu") and self.weight_dtype is not torch.float16:
@@ -250,8 +250,10 @@ class LoRALayer(WithAdapter, PackedLayer):
         Under autocast in fp16 they are plain products in fp16, as those of other layers are: the loop that uses it
         scales its loss.
         """
-        dtype = self.compute_dtype(x.device.type)
-        in_fp16 = dtype is torch.float16 and not has_autocast(x.device.type)
+        device = x.device.type
+        dtype = self.compute_dtype(device)
+        autocast_dtype = torch.get_autocast_dtype(device) if has_autocast(device) else None
+        in_fp16 = dtype is torch.float16 and autocast_dtype is not torch.float16
         if in_fp16:
             dtype = torch.float32
         if x.dtype is dtype:
@@ -282,9 +284,14 @@ class LoRALayer(WithAdapter, PackedLayer):
             y = lora_linear(x, weight, bias, lora)
         else:
             y = dora_linear(x, weight, bias, lora, magnitude, row_norm(self, matrix))
-        if input_dtype is x.dtype or has_autocast(x.device.type) or self.held_on is not None:
-            return y
-        return y.to(input_dtype)
+        return self.cast_output(y, input_dtype)
+
+    def cast_output(self, y: Tensor, input_dtype: torch.dtype) -> Tensor:
+        """y in the type of the input; under autocast in that of other layers, and of a module held in fp32 as it is."""
+        device = y.device.type
+        if has_autocast(device):
+            return y.to(torch.get_autocast_dtype(device))
+        return y if self.held_on is not None else y.to(input_dtype)
 
     def dropout_seed(self, rank: int = 0) -> Tensor | None:
         """A seed for the dropout of one call; None: no dropout.

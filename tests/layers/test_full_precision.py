@@ -433,3 +433,24 @@ def test_torchs_encoder_of_which_a_part_trains_computes_the_same_without_gradien
     with torch.no_grad():
         y = module(x, mask)
     assert torch.equal(y, expected) and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"),
+    [(torch.bfloat16, "fp32"), (torch.float16, "fp32"), (torch.float16, "bf16"), (torch.bfloat16, "bf16")],
+)
+def test_a_compute_type_that_is_asked_for_holds_beside_what_trains_in_full(dtype, compute_dtype):
+    """There the whole module computes under autocast."""
+    x = torch.randn(16, 64).to(dtype)
+    outputs = []
+    for modules in ([], ["2"]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).to(dtype)
+        convert(net, **ARGUMENTS | {"target_modules": ["0"]}, modules_to_save=modules, compute_dtype=compute_dtype)
+        net[0].register_forward_hook(lambda _layer, _input, output: outputs.append(output))
+        net.eval()(x)
+    assert outputs[1].dtype is dtype
+    assert torch.equal(*outputs)
+    dense = F.linear(x.float(), net[0].packed_weight.dequantize(torch.float32), net[0].bias.float())
+    rounding = torch.finfo(dtype if compute_dtype == "fp32" else torch.bfloat16).eps
+    assert error(outputs[1].float(), dense) < rounding / 2

@@ -11,7 +11,6 @@ values decide about the power.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +111,8 @@ def product(a: Tensor | Half, b: Any, s: float = 1.0, out: Tensor | None = None)
         return take_out(multiply(a.values, b.values, out), a.factor, b.factor).mul_(s)
     if s == 1.0:
         return torch.mm(a, b.to(a.dtype), out=out)
-    return torch.addmm(_empty(a.dtype, a.device), a, b.to(a.dtype), beta=0, alpha=s, out=out)
+    unread = a.new_empty(())  # since beta is 0
+    return torch.addmm(unread, a, b.to(a.dtype), beta=0, alpha=s, out=out)
 
 
 def add_product_(total: Tensor, a: Tensor | Half, b: Any) -> Tensor:
@@ -120,12 +120,6 @@ def add_product_(total: Tensor, a: Tensor | Half, b: Any) -> Tensor:
     if isinstance(a, Half):
         return total.add_(product(a, b))
     return total.addmm_(a, b)
-
-
-@cache
-def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The first argument of `addmm` if beta is 0, so that it is not read."""
-    return torch.empty((), dtype=dtype, device=device)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -171,6 +171,12 @@ COUNTERS = tl.constexpr(1024)  # tiles that may be split
 
 
 @triton.jit
+def steps_of_share(steps, share, shares):
+    """The first of the steps of a share, and their end; with the number of `number_of_shares` no share is empty."""
+    return share * steps // shares, (share + 1) * steps // shares
+
+
+@triton.jit
 def add_shares(total, memory, share, shares, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum over all shares of a tile [ROWS, COLUMNS], and a mask that is true in the program that has the sum."""
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)

@@ -31,6 +31,7 @@ from lightning_qlora.kernels.triton.launch import (
     find_tile,
     share_memory,
     shared_launch,
+    steps_of_share,
 )
 
 MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
@@ -48,12 +49,10 @@ def _down_kernel(
     row = tl.program_id(0) * M + tl.arange(0, M)
     rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
-    steps = tl.cdiv(k, K)
-    per_share = tl.cdiv(steps, shares)
+    begin, stop = steps_of_share(tl.cdiv(k, K), share, shares)
     total = sum_over_columns(
-        x, w, row, m, rank, r, k, share * per_share, tl.minimum((share + 1) * per_share, steps),
-        w_rank_stride, w_stride, low, high, least_kept, DROPOUT, R, M, K,
-    )  # fmt: skip
+        x, w, row, m, rank, r, k, begin, stop, w_rank_stride, w_stride, low, high, least_kept, DROPOUT, R, M, K
+    )
     write = (row < m)[:, None] & (rank < r)[None, :]
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, M, R)
@@ -95,12 +94,8 @@ def _gradient(
     column = tile * N + tl.arange(0, N)
     rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
-    steps = tl.cdiv(m, M)
-    per_share = tl.cdiv(steps, shares)
-    total = sum_over_rows(
-        h, x, 0, m, rank, r, column, n, share * per_share, tl.minimum((share + 1) * per_share, steps),
-        low, high, least_kept, DROPOUT, R, M, N,
-    )  # fmt: skip
+    begin, stop = steps_of_share(tl.cdiv(m, M), share, shares)
+    total = sum_over_rows(h, x, 0, m, rank, r, column, n, begin, stop, low, high, least_kept, DROPOUT, R, M, N)
     write = (rank < r)[:, None] & (column < n)[None, :]
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, R, N)

@@ -5,9 +5,7 @@
     over rows      total[r, n] = sum_m h[m, r] drop(x)[m, n]
 
 `row`, `rank` and `column` are the indices of the program's elements; those from `end`, r, and k or n on do not exist.
-w has any strides, and is rounded to the type of the other factor. There is at least one column and one rank. The
-compiler is told so: with a path past the loop, whose sums are zeros, it keeps more registers, and on sm_90 it waits for
-each `wgmma`.
+w has any strides, and is rounded to the type of the other factor.
 """
 
 import triton
@@ -21,9 +19,8 @@ def sum_over_columns(
     x, w, row, end, rank, r, k, begin, stop, rank_stride, stride, low, high, least_kept,
     DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """[M, R], over the steps from `begin` to `stop` of K columns, at least one."""
+    """[M, R], over the steps from `begin` to `stop` of K columns."""
     total = tl.zeros((M, R), tl.float32)
-    tl.assume(begin < stop)
     for step in tl.range(begin, stop):
         column = step * K + tl.arange(0, K)
         place = row.to(tl.int64)[:, None] * k + column[None, :]
@@ -42,13 +39,12 @@ def sum_over_ranks(
 ):
     """[M, N]."""
     total = tl.zeros((M, N), tl.float32)
-    tl.assume(r > 0)
     for begin in tl.range(0, r, R):
         rank = begin + tl.arange(0, R)
         at = h + row.to(tl.int64)[:, None] * r + rank[None, :]
         inputs = tl.load(at, mask=(row < end)[:, None] & (rank < r)[None, :], other=0.0)
-        at = rank[:, None] * rank_stride + column[None, :] * stride
-        weights = tl.load(w + at, mask=(rank < r)[:, None] & (column < n)[None, :], other=0.0)
+        at = w + rank[:, None] * rank_stride + column[None, :] * stride
+        weights = tl.load(at, mask=(rank < r)[:, None] & (column < n)[None, :], other=0.0)
         total += tl.dot(inputs, weights.to(h.dtype.element_ty), input_precision="ieee")
     return total
 

@@ -65,7 +65,7 @@ def _product_kernel(
         COLUMNS: tl.constexpr = RUN if BACKWARD else N
         total = tl.zeros((M, COLUMNS), tl.float32)
         steps = tl.cdiv(n, N) if BACKWARD else k // RUN
-        tl.assume(steps > 0)
+        tl.assume((steps > 0) & (r > 0))  # else sums of zeros, from paths past the loops, take registers
         for step in tl.range(0, steps):
             output = (step if BACKWARD else tl.program_id(1)) * N + tl.arange(0, N)
             run = tl.program_id(1) if BACKWARD else step

@@ -33,7 +33,6 @@ from lightning_qlora.kernels.triton.launch import (
     find_tile,
     share_memory,
     shared_launch,
-    steps_of_share,
 )
 from lightning_qlora.kernels.triton.lora_products import in_16_bits, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize_into, levels_of_codes, load_scales, weight_arguments
@@ -131,8 +130,8 @@ def _matmul_kernel(
     inputs_of_row = x + column.to(tl.int64)[:, None] * k + tl.arange(0, RUN)[None, :]
     table = tl.load(levels + tl.arange(0, 16))
     total = tl.zeros((N, M), tl.float32)
-    begin, stop = steps_of_share(k // RUN, share, shares)
-    for run in tl.range(begin, stop):
+    runs = tl.cdiv(k // RUN, shares)
+    for run in tl.range(share * runs, tl.minimum((share + 1) * runs, k // RUN)):
         codes = tl.load(bytes_of_row + run * (RUN // 2), mask=row[:, None] < n, other=0)
         level = levels_of_codes(codes, table, N, RUN).to(x.dtype.element_ty)
         inputs = tl.load(inputs_of_row + run * RUN, mask=column[:, None] < m, other=0.0)

@@ -31,7 +31,6 @@ from lightning_qlora.kernels.triton.launch import (
     find_tile,
     share_memory,
     shared_launch,
-    steps_of_share,
 )
 
 MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
@@ -49,7 +48,11 @@ def _down_kernel(
     row = tl.program_id(0) * M + tl.arange(0, M)
     rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
-    begin, stop = steps_of_share(tl.cdiv(k, K), share, shares)
+    steps = tl.cdiv(k, K)
+    per_share = tl.cdiv(steps, shares)
+    begin = share * per_share
+    stop = tl.minimum(begin + per_share, steps)
+    tl.assume(begin < stop)  # with a path past the loop, whose sums are zeros, sm_90 waits for each wgmma
     total = sum_over_columns(
         x, w, row, m, rank, r, k, begin, stop, w_rank_stride, w_stride, low, high, least_kept, DROPOUT, R, M, K
     )
@@ -94,8 +97,12 @@ def _gradient(
     column = tile * N + tl.arange(0, N)
     rank = tl.program_id(1) * R + tl.arange(0, R)
     share = tl.program_id(2)
-    begin, stop = steps_of_share(tl.cdiv(m, M), share, shares)
-    total = sum_over_rows(h, x, 0, m, rank, r, column, n, begin, stop, low, high, least_kept, DROPOUT, R, M, N)
+    steps = tl.cdiv(m, M)
+    per_share = tl.cdiv(steps, shares)
+    total = sum_over_rows(
+        h, x, 0, m, rank, r, column, n, share * per_share, tl.minimum((share + 1) * per_share, steps),
+        low, high, least_kept, DROPOUT, R, M, N,
+    )  # fmt: skip
     write = (rank < r)[:, None] & (column < n)[None, :]
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, R, N)

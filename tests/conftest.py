@@ -29,6 +29,9 @@ from lightning_qlora.layers.packed_linear import PackedLayer
 ROOT = Path(__file__).parent.parent
 # Of this process of pytest alone, and not among those that the kernel gives away (Linux: from 32768 on).
 PORTS = count(10_000 + os.getpid() * 50 % 20_000)
+# What torchrun gives to each of two processes, and the variables with the rank there and under SLURM.
+TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -185,6 +188,14 @@ def run_rank(main: Callable[..., object]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@contextmanager
+def raises_in_one_line(kinds, match):
+    """As pytest.raises, of an error whose text is one line."""
+    with pytest.raises(kinds, match=match) as raised:
+        yield raised
+    assert "\n" not in str(raised.value)
 
 
 @contextmanager

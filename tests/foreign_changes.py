@@ -13,6 +13,7 @@ text does not show counts as foreign: annotate it.
 """
 
 import ast
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -275,6 +276,7 @@ def changes_in(tree: ast.Module, package: Package) -> list[Change]:
     )
 
 
+@functools.cache
 def changes_of(folder: Path) -> dict[str, list[Change]]:
     """File, relative to the package's folder -> its changes."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from difflib import SequenceMatcher
 from importlib import import_module
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         '(torch.ones(ROWS, WIDTH, dtype=each, device="cpu"), torch.ones(WIDTH, WIDTH, dtype=each, device="cpu"))',
         "torch.ones(ROWS, WIDTH, dtype=each)",
     ): "it is called in a thread of its own, which has no default device",
+}
+# They read the package's files, so that no line of these is executed in their name.
+READERS = {
+    f"tests/test_default_device.py::test_every_tensor_of_the_package_is_made_with_a_{word}"
+    for word in ("device", "type")
 }
 BATCHES = (8, 64, sys.maxsize)  # most mutants fail a quick test, before the other files of tests are imported
 PASSES, FAILS, TOO_LONG = "passes", "fails", "too long"
@@ -209,12 +214,13 @@ class Record:
         stale = [path for path in texts if Path(path).name.startswith("test_") and texts[path] != self.texts.get(path)]
         gone = {*stale, *(self.texts.keys() - texts.keys())}
         self.seconds = {test: spent for test, spent in self.seconds.items() if test.split("::")[0] not in gone}
-        self.texts = texts
+        self.texts = {path: lines for path, lines in texts.items() if path not in stale}
         return stale
 
     def add(self, folder: Path) -> None:
         """Add what pytest and coverage.py wrote to a folder."""
         from coverage import CoverageData
+        from coverage.exceptions import DataError
 
         of_file = defaultdict(set)
         for case in ET.parse(folder / "times.xml").iter("testcase"):
@@ -226,7 +232,10 @@ class Record:
                 of_file[path].add(test)
         for file in folder.glob("data*"):
             data = CoverageData(str(file))
-            data.read()
+            try:
+                data.read()
+            except DataError:
+                continue  # of a process that a test killed
             for name in data.measured_files():
                 lines = self.tests.setdefault(name[name.rindex(f"{PACKAGE}/") :], {})
                 for line, contexts in data.contexts_by_lineno(name).items():
@@ -242,15 +251,21 @@ class Record:
         places = () if mutant.once else mutant.lines
         around = ([test for test in lines.get(line, ()) if test in self.seconds] for line in places)
         chosen = next(filter(None, around), None) or {*chain.from_iterable(lines.values())} & self.seconds.keys()
-        return sorted(chosen, key=lambda test: (self.seconds[test], test))
+        slowest: dict[str, float] = {}  # of each file: its setup may be a fixture that others of the file need too
+        for test, seconds in self.seconds.items():
+            file = test.split("::")[0]
+            slowest[file] = max(seconds, slowest.get(file, 0))
+        chosen = {*chosen, *(READERS & self.seconds.keys())}
+        return sorted(chosen, key=lambda test: (self.seconds[test] + slowest[test.split("::")[0]] / 10, test))
 
 
 def recorded(file: Path) -> Record:
     """The record of the tests, made or brought up to date."""
     record = Record(json.loads(file.read_text()) if file.exists() else {})
     sources = sorted(path for name in (PACKAGE, "tests") for path in (ROOT / name).rglob("*.py"))
-    stale = record.follow({str(path.relative_to(ROOT)): path.read_text().splitlines() for path in sources})
-    if stale:
+    texts = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in sources}
+    for _, folder_of_tests in groupby(record.follow(texts), os.path.dirname):
+        stale = [*folder_of_tests]
         with tempfile.TemporaryDirectory() as folder:
             settings = Path(folder) / "coverage.ini"
             settings.write_text(COVERAGE % (Path(folder) / "data"))
@@ -260,8 +275,9 @@ def recorded(file: Path) -> Record:
                 cwd=ROOT, env={**os.environ, "COVERAGE_PROCESS_START": str(settings)},
             )  # fmt: skip
             record.add(Path(folder))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record.stored()))
+        record.texts |= {path: texts[path] for path in stale}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record.stored()))
     return record
 
 

@@ -1,4 +1,4 @@
-"""The package under a default device that is not the module's, as in `configure_model` on a GPU.
+"""The package under a default device and a default type that are not the module's, as in `configure_model` on a GPU.
 
 Lightning and Fabric run the user's code inside `with root_device`. A tensor that the package makes without a device is
 then on the GPU, while the module is on the CPU. Every function must compute the same bits there as anywhere else.
@@ -9,6 +9,7 @@ import copy
 import inspect
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.layers.deferred_head import defer_logits
-from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
+from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.tools import doctor
@@ -50,6 +52,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PACKAGE = Path(lightning_qlora.__file__).parent
 TORCH = str(Path(torch.__file__).parent) + os.sep
 OURS = str(PACKAGE) + os.sep
+F32 = torch.float32
 SMALL = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 TORCH_NAMES_DEVICES = needs("torch", "2.12", "before, AdamW and checkpoint make tensors without a device themselves")
 
@@ -111,23 +114,34 @@ def same(a, b) -> bool:
 
 
 def check(function, context=elsewhere):
-    """The function computes the same in the context, with the same random numbers."""
+    """The function computes the same in the context, and with float64 as default, with the same random numbers."""
     torch.manual_seed(1)
     expected = function()
-    torch.manual_seed(1)
-    codebooks.codebook.cache_clear()
-    codebooks.dynamic_map.cache_clear()
-    with context() as mode:
-        result = function()
-    assert same(result, expected)
-    assert not getattr(mode, "asked", None)
+    for inside in [context] if context is PackageElsewhere else [context, float64]:
+        torch.manual_seed(1)
+        codebooks.codebook.cache_clear()
+        codebooks.dynamic_map.cache_clear()
+        with inside() as mode:
+            result = function()
+        assert same(result, expected), inside
+        assert not getattr(mode, "asked", None)
+
+
+@contextmanager
+def float64():
+    """For code whose own tensors have a type; random numbers of float64 would be others."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def net(width=64, **arguments):
     """A converted two-layer module whose B is not zero."""
     with torch.device("cpu"), torch.random.fork_rng():
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(width, 96), nn.GELU(), nn.Linear(96, width, bias=False))
+        module = nn.Sequential(nn.Linear(width, 96, dtype=F32), nn.GELU(), nn.Linear(96, width, bias=False, dtype=F32))
     convert(module, **{**SMALL, **arguments})
     for layer in adapted_layers(module).values():
         layer.lora_B.data.add_(0.01)
@@ -136,7 +150,7 @@ def net(width=64, **arguments):
 
 def inputs(*shape, dtype=torch.float32):
     generator = torch.Generator("cpu").manual_seed(3)
-    return torch.randn(*shape or (5, 64), generator=generator, device="cpu").to(dtype).requires_grad_()
+    return torch.randn(*shape or (5, 64), dtype=F32, generator=generator, device="cpu").to(dtype).requires_grad_()
 
 
 def backward(module, x=None):
@@ -183,6 +197,12 @@ def test_quantize_and_its_state_dict(kind, dtype):
     check(run)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fingerprints(dtype):
+    values = inputs(70, 70, dtype=dtype).detach()
+    check(lambda: fingerprint(values))
+
+
 def test_readable_weights():
     def run():
         module = net(use_dora=True)
@@ -212,7 +232,9 @@ def test_experts(transposed):
     def run():
         owner = nn.Module()
         owner.register_parameter("stack", nn.Parameter(stack.clone(), requires_grad=False))
-        experts = QLoRAExperts.from_parameter(owner, "stack", QLoRAConfig(**SMALL), "stack", 3, transposed)
+        experts = QLoRAExperts.from_parameter(
+            ExpertParameter(owner, "stack", 3, transposed), QLoRAConfig(**SMALL), "stack", None, "stack"
+        )
         experts.lora_B.data.add_(0.01)
         read = experts.weight[1]
         loss = experts.effective_weight().square().sum() + read.sum()
@@ -227,7 +249,7 @@ def test_deferred_logits(quantized):
     labels = torch.arange(5)
 
     def run():
-        head = net()[0] if quantized else nn.Linear(64, 97, device="cpu").requires_grad_(False)
+        head = net()[0] if quantized else nn.Linear(64, 97, device="cpu", dtype=F32).requires_grad_(False)
         defer_logits(head)
         hidden = inputs()
         loss = F.cross_entropy(head(hidden), labels)
@@ -250,7 +272,8 @@ def test_paged_optimizers(kind):
                 again = kind(params, lr=1e-2)
                 again.load_state_dict(optimizer.state_dict())
                 optimizer = again
-        return params, optimizer.state_dict()["state"]
+        state = optimizer.state_dict()["state"].values()
+        return params, [each | {"step": float(each["step"])} for each in state]  # torch's AdamW has the default type
 
     check(run)
 
@@ -287,7 +310,7 @@ def test_estimate_memory():
 
     def run():
         example = inputs()
-        dense = nn.Sequential(nn.Linear(64, 64, device="cpu"))
+        dense = nn.Sequential(nn.Linear(64, 64, device="cpu", dtype=F32))
         return (
             estimate_memory(dense, example=example, **SMALL),
             estimate_memory(llama, 2, 12, optimizer="adamw8bit", use_dora=True, **SMALL),
@@ -426,6 +449,19 @@ ALLOWED = {
 }
 
 
+FLOATS = {"zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "logspace", "empty_strided"}
+ANY_TYPE = {
+    "torch.empty(entry.shape, device='meta')",  # transformers compares shapes
+}
+
+
+def calls_without_dtype(source: str) -> set[str]:
+    """Text of each call of a torch factory that would make a tensor of the user's default type."""
+    calls = {node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+    made = {call for call in calls if ast.unparse(call.func) in {f"torch.{name}" for name in FLOATS}}
+    return {ast.unparse(call) for call in made if not any(keyword.arg == "dtype" for keyword in call.keywords)}
+
+
 def calls_without_device(source: str) -> list[tuple[int, str]]:
     """Line and text of each use of a torch factory or a torch module's constructor without a device.
 
@@ -464,6 +500,11 @@ def test_every_tensor_of_the_package_is_made_with_a_device():
             )
             used.add((name, text))
     assert used == set(ALLOWED)
+
+
+def test_every_tensor_of_the_package_is_made_with_a_type():
+    texts = {text for path in PACKAGE.rglob("*.py") for text in calls_without_dtype(path.read_text())}
+    assert texts == ANY_TYPE and calls_without_dtype("x = f(torch.ones(3, device='cpu'), torch.arange(3))")
 
 
 @pytest.mark.parametrize(

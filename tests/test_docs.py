@@ -1,10 +1,12 @@
 """docs/contributing.md lists every file in the order of the import rule, and every mark; pages name what exists."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import lightning_qlora
+from lightning_qlora.tools import cli
 from tests.test_imports import ORDER
 
 PACKAGE = Path(lightning_qlora.__file__).parent
@@ -74,3 +76,46 @@ def test_every_file_that_the_readme_links_to_exists():
     linked = re.findall(r"lightning-qlora/lightning-qlora/(?:(?:blob|tree)/)?main/([\w./-]+)", pages)
     assert len(linked) > 20 and not [path for path in linked if not (root / path).exists()]
     assert not re.findall(r"\]\((?!https?://|#)", pages)
+
+
+SIGNATURES = """\
+PagedAdamW(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, **kwargs)
+PagedAdamW8bit(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, paged=True)
+PagedOptimizer(min_numel=4096)
+QLoRALinear(in_features, out_features, bias=True, device=None, dtype=None)
+calibrate(module, replicas=None)
+convert(module, **arguments)
+disable_adapter(module)
+estimate_memory(model, batch_size=1, sequence_length=512, optimizer='adamw', example=None, device='gpu', **arguments)
+load_adapter(module, folder)
+load_from_checkpoint(module_class, checkpoint_path, map_location=None, weights_only=None, **hyperparameters)
+load_weights(module, folder)
+loraplus_groups(module, lr, loraplus_lr_ratio=16.0)
+merge(module, dtype='auto')
+quantize(weight, quant_type='nf4', block_size=64, double_quant=True)
+save_adapter(module, folder, base='quantized')
+to_parameters(module)
+doctor(check=False, json=False)
+export(checkpoint, output, base='quantized', weights_only=True)
+inspect(path, weights_only=True, json=False)
+merge_adapter(adapter, output, base_model=None, dtype='auto', base='quantized', weights_only=True, \
+trust_remote_code=False, json=False)
+plan(model, batch_size=1, sequence_length=512, optimizer='adamw', gpu_memory=None, devices=1, strategy='fsdp', \
+device='gpu', json=False)
+"""
+
+
+def test_every_public_name_is_in_dir():
+    assert set(dir(lightning_qlora)) >= {*lightning_qlora.__all__, "__version__"}
+
+
+def test_a_default_changes_on_purpose():
+    """docs/api.md says what is public, and that a changed default is announced; its table has those of QLoRAConfig."""
+    for line in SIGNATURES.splitlines():
+        name = line.partition("(")[0]
+        function = getattr(lightning_qlora, name, None) or getattr(cli, name)
+        parameters = inspect.signature(function).parameters.values()
+        if name == "plan":
+            parameters = [each for each in parameters if each.kind is not each.KEYWORD_ONLY]
+        texts = [str(each.replace(annotation=each.empty)) for each in parameters]
+        assert f"{name}({', '.join(texts)})" == line

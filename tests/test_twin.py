@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import (
     QLoRAPrecision,
+    calibrate,
     convert,
     disable_adapter,
     load_adapter,
@@ -233,6 +234,9 @@ class Kind:
                 module.net.set_up(QLoRAPrecision(**arguments), reverse)
             else:
                 convert(module, **arguments)
+        if arguments.get("init_lora_weights") == "calibrated":
+            module(self.batch(0))
+            calibrate(module)
 
     def batch(self, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -255,6 +259,7 @@ KINDS = {
     "Experts": Kind("experts", tokens=True),
     "TwoInFabric": Kind("in_fabric"),
     "MixedInFabric": Kind("in_fabric_mixed", {"compute_dtype": "bf16"}, tolerance=0.1),
+    "Calibrated": Kind("plain", {"init_lora_weights": "calibrated"}),
 }
 
 
@@ -302,9 +307,9 @@ class Pair:
         self.optimizers = None
 
     @property
-    def is_pissa(self):
+    def moves_base(self):
         """Its base is not the pretrained model: disable_adapter and folders without base="float" refuse it."""
-        return "init_lora_weights" in self.kind.arguments
+        return self.kind.arguments.get("init_lora_weights") == "pissa"
 
     @property
     def both(self):
@@ -687,7 +692,7 @@ def copies(pair, n):
 @action
 def without_adapter(pair, n):
     """The reference model of DPO, also where code in the context raises."""
-    if pair.is_pissa:
+    if pair.moves_base:
         return
     with disabled(pair):
         pair.same_outputs()
@@ -700,7 +705,7 @@ def without_adapter(pair, n):
 @action
 def copies_without_adapter(pair, n):
     """A copy that is made in disable_adapter computes as the module does when it ends."""
-    if pair.is_pissa:
+    if pair.moves_base:
         return
     with disabled(pair):
         kept = copy.deepcopy(pair.ours)
@@ -820,7 +825,7 @@ def resume_optimizer(pair, n):
 @action
 def adapter_folder(pair, n):
     """A folder of PEFT, in a module that was made anew: by load_adapter, or by the conversion."""
-    if pair.is_pissa or pair.touched or len(pair.parameters(trained=True)) != len(pair.trained_by_conversion()):
+    if pair.moves_base or pair.touched or len(pair.parameters(trained=True)) != len(pair.trained_by_conversion()):
         return
     ours = pair.make()
     if n % 2 or pair.kind.in_fabric:

@@ -40,7 +40,7 @@ class Conversion:
             are those of this conversion.
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
-        replaced: Whether the state dict that is being loaded holds a dense base.
+        replaced: The names in the state dict that is being loaded, if it holds a dense base.
         left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
@@ -48,7 +48,7 @@ class Conversion:
     given: list[QLoRAConfig]
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
-    replaced: bool = False
+    replaced: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
 
 
@@ -158,19 +158,23 @@ class SavedConversion:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
         prefix = self.base.get("prefix", "")
         arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
-        return {name: arguments.get(name, {}) for name in names_of_layers(state_dict).values()}
+        return {name: arguments.get(name, {}) for name in self.names_of_layers(state_dict).values()}
 
+    def names_of_layers(self, state_dict: Mapping[str, Any], root: str = "") -> dict[str, str]:
+        """Beginning of the keys of each layer with an adapter in a state dict -> its name, or that of its parameter.
 
-def names_of_layers(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Beginning of the keys of each layer with an adapter in a state dict -> its name, or that of its parameter."""
-    names = {}
-    for key in state_dict:
-        if last_part(key) == "lora_A":
+        `root`: what the keys of the converted module begin with.
+        """
+        outer = join(without_wrappers(root).removesuffix("."), self.base.get("prefix", ""))
+        in_full = {join(outer, name) for name in self.base.get("trained_in_full", [])}
+        names = {}
+        for key in state_dict:
             name = without_wrappers(owner_name(key))
-            if len(state_dict[key].shape) == 3:
-                name = parameter_name(name)
-            names[key.removesuffix("lora_A")] = name
-    return names
+            if last_part(key) == "lora_A" and name not in in_full:  # else a parameter of the user, of this name
+                if len(state_dict[key].shape) == 3:
+                    name = parameter_name(name)
+                names[key.removesuffix("lora_A")] = name
+        return names
 
 
 def entry_of(text: str) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
-from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, names_of_layers, read_conversion
+from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.layer_state import read_base
@@ -28,7 +28,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     outer = without_wrappers(root)
     if description["prefix"]:
         outer += f"{description['prefix']}."
-    names = names_of_layers(state)
+    names = conversion.names_of_layers(state, root)
     if not names:
         raise ValueError(f"{path}: no adapter.")
     configs = {}

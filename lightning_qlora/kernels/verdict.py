@@ -160,7 +160,7 @@ def check(name: str, ops: Iterable[str], output: IO[str]) -> None:
     """In a child: write what each op does wrong on the device of this name, until one does."""
     kernels = import_module(KERNELS)
     device = torch.device(name)
-    torch.zeros(1, device=device)
+    torch.zeros(1, dtype=torch.float32, device=device)
     print(MARK + json.dumps(READY), file=output, flush=True)
     for op in ops:
         text = fault(kernels, device, op)

@@ -80,7 +80,8 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
     step = min(step, piece * len(sums))
     width = min(_PIECE, -(-tensor.numel() // per_word))
     odd = _odd_numbers(width, flat.device)
-    floats = torch.empty(step, device=flat.device)  # buffers: new memory would cost more time than the sums
+    # Buffers: new memory would cost more time than the sums.
+    floats = torch.empty(step, dtype=torch.float32, device=flat.device)
     buffers = torch.empty(2, step // per_word, dtype=torch.int64, device=flat.device)
     for begin in range(first - first % piece, first + flat.numel(), step):
         values = flat[max(begin - first, 0) : begin + step - first]

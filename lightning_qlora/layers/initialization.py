@@ -41,7 +41,8 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
     """
     if not has_values(weight):
         return _without_data(weight, config)
-    return STARTS[config.initialization](weight, config, name)
+    with torch.autocast(weight.device.type, enabled=False):
+        return STARTS[config.initialization](weight, config, name)
 
 
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Start:

@@ -42,8 +42,9 @@ class Matrix(NamedTuple):
     number: int = 0  # in a stack
 
     def product(self, scaling: float) -> Tensor:
-        """s B A, [out, in], fp32."""
-        return scaling * (self.lora_b.float() @ self.lora_a.float())
+        """s B A, [out, in], fp32, under autocast too."""
+        with torch.autocast(self.lora_b.device.type, enabled=False):
+            return scaling * (self.lora_b.float() @ self.lora_a.float())
 
 
 class LoRALayer(WithAdapter, PackedLayer):
@@ -223,22 +224,20 @@ class LoRALayer(WithAdapter, PackedLayer):
             return base
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
-        with torch.autocast(self.packed.device.type, enabled=False):
-            total = base.float() + matrix.product(self.scaling)
+        total = base.float() + matrix.product(self.scaling)
         if matrix.magnitude is not None:
             total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The type this call multiplies in: autocast's, else the configured one, else the weight's.
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """The type that a call on this type of device multiplies in: the configured one, autocast's, or the weight's.
 
         A GPU multiplies fp32 weights in bf16, and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32.
         """
-        device = x.device.type
-        if has_autocast(device):
-            return torch.get_autocast_dtype(device)
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
+        if has_autocast(device):
+            return torch.get_autocast_dtype(device)
         if self.weight_dtype is torch.float64:
             return torch.float32
         if device in ("cuda", "xpu") and self.weight_dtype is not torch.float16:
@@ -251,8 +250,10 @@ class LoRALayer(WithAdapter, PackedLayer):
         Under autocast in fp16 they are plain products in fp16, as those of other layers are: the loop that uses it
         scales its loss.
         """
-        dtype = self.compute_dtype(x)
-        in_fp16 = dtype is torch.float16 and not has_autocast(x.device.type)
+        device = x.device.type
+        dtype = self.compute_dtype(device)
+        autocast_dtype = torch.get_autocast_dtype(device) if has_autocast(device) else None
+        in_fp16 = dtype is torch.float16 and autocast_dtype is not torch.float16
         if in_fp16:
             dtype = torch.float32
         if x.dtype is dtype:
@@ -283,9 +284,14 @@ class LoRALayer(WithAdapter, PackedLayer):
             y = lora_linear(x, weight, bias, lora)
         else:
             y = dora_linear(x, weight, bias, lora, magnitude, row_norm(self, matrix))
-        if input_dtype is x.dtype or has_autocast(x.device.type) or self.held_on is not None:
-            return y
-        return y.to(input_dtype)
+        return self.cast_output(y, input_dtype)
+
+    def cast_output(self, y: Tensor, input_dtype: torch.dtype) -> Tensor:
+        """y in the type of the input; under autocast in that of other layers, and of a module held in fp32 as it is."""
+        device = y.device.type
+        if has_autocast(device):
+            return y.to(torch.get_autocast_dtype(device))
+        return y if self.held_on is not None else y.to(input_dtype)
 
     def dropout_seed(self, rank: int = 0) -> Tensor | None:
         """A seed for the dropout of one call; None: no dropout.

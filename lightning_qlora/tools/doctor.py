@@ -105,9 +105,9 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
             wrong.append(CPU_INSTEAD)
         yield f"{name}: ops", "; ".join(wrong) or f"all {len(OPS)} compute what the reference does", not wrong
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(64, 768, generator=generator, device="cpu").to(device)
-    target = torch.randn(64, 512, generator=generator, device="cpu").to(device)
-    layer = nn.Sequential(nn.Linear(768, 512, device="cpu"))
+    x = torch.randn(64, 768, dtype=torch.float32, generator=generator, device="cpu").to(device)
+    target = torch.randn(64, 512, dtype=torch.float32, generator=generator, device="cpu").to(device)
+    layer = nn.Sequential(nn.Linear(768, 512, dtype=torch.float32, device="cpu"))
     convert(layer, r=8, lora_dropout=0.0, compute_dtype="fp32")
     layer.to(device)
     optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)

@@ -28,8 +28,8 @@ def adapter_of(
     for number, weight in enumerate(layer.split_matrices(dense_weight)):
         if not input_rms[number].any():
             continue
-        values = [torch.empty(part.shape, device=device) for part in adapters[number]]
-        values.append(torch.empty((), device=device))
+        values = [torch.empty(part.shape, dtype=torch.float32, device=device) for part in adapters[number]]
+        values.append(torch.empty((), dtype=torch.float32, device=device))
         if group is None or dist.get_rank(group) == rank:
             with torch.autocast(device.type, enabled=False):
                 operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number].to(device)

@@ -22,8 +22,7 @@ from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.layers.held_types import reason_for_fp32
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import last_part, owner_name, without_wrappers
+from lightning_qlora.layers.names import last_part, without_wrappers
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
@@ -162,9 +161,9 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
 
     def convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         """Convert layers that replaced converted ones, if a state dict has adapters for them."""
-        adapters = {without_wrappers(owner_name(key)) for key in state_dict if last_part(key) == "lora_A"}
-        layers = {without_wrappers(name) for name, part in module.named_modules() if isinstance(part, LoRALayer)}
-        if conversion_of(module) is not None and not adapters <= layers:
+        adapters = {without_wrappers(key) for key in state_dict if last_part(key) == "lora_A"}
+        present = {without_wrappers(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+        if conversion_of(module) is not None and not adapters <= present:
             forget_conversion(module)
             self.convert_module(module)
 

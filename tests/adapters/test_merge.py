@@ -6,7 +6,8 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.adapters.merge import round_stochastically
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, logits, toy
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, toy
 
 pytest.importorskip("transformers")
 
@@ -85,3 +86,12 @@ def test_the_same_name_gives_the_same_rounding():
     first, again, other = (round_stochastically(weight, torch.bfloat16, name) for name in ("a", "a", "b"))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert round_stochastically(weight, torch.float32, "a") is weight
+
+
+def test_a_merge_under_autocast_has_the_sum_in_fp32():
+    lit = converted("llama")
+    expected = {name: layer.decode() + delta(layer) for name, layer in adapted_layers(lit).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        merge(lit)
+    for name, weight in expected.items():
+        torch.testing.assert_close(lit.get_submodule(name).weight, weight, atol=1e-6, rtol=1e-6)

@@ -31,12 +31,15 @@ class Raises(nn.Module):
         super()._save_to_state_dict(*args)
 
 
+def encoder():
+    return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Raises(), nn.Linear(64, 64))
+
+
 def build(seed=0, **arguments):
     """A converted encoder and head with trained adapters."""
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Raises(), nn.Linear(64, 64))
     module = nn.Sequential()
-    module.encoder = encoder
+    module.encoder = encoder()
     module.head = nn.Linear(64, 64)
     if seed:
         with torch.no_grad():
@@ -55,9 +58,23 @@ def same(one, other):
 @pytest.mark.parametrize("arguments", [{}, {"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
 def test_a_part_and_a_single_layer_load_alone_into_parts_of_another_base(arguments):
     source, target = build(**arguments), build(seed=3, **arguments)
-    target.encoder.load_state_dict(source.encoder.state_dict())
+    state = source.encoder.state_dict()
+    assert "_qlora_conversion" not in state and {"0.weight.absmax", "1.bias", "3.bias"} <= state.keys()
+    target.encoder.load_state_dict(state)
     target.head.load_state_dict(source.head.state_dict())
     assert same(target, source) and same(target.encoder, source.encoder)
+
+
+def test_a_module_around_a_part_saves_and_loads_it():
+    source, target = build(), build(seed=3)
+    state = nn.ModuleDict({"policy": source.encoder}).state_dict()
+    assert not [key for key in state if key.endswith("_qlora_conversion")]
+    around = nn.ModuleDict({"policy": target.encoder})
+    around.load_state_dict(state)
+    assert same(target.encoder, source.encoder)
+    without = {key: value for key, value in state.items() if ".3.weight" not in key}
+    with pytest.raises(RuntimeError, match=r"Missing key.*policy\.3\.weight"):
+        around.load_state_dict(without)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))], ids=["copy", "pickle"])
@@ -92,6 +109,8 @@ def test_a_part_with_another_scale_is_refused_and_one_without_its_base_is_incomp
     state = build().encoder.state_dict()
     with pytest.raises(CheckpointMismatchError, match=r"0: lora_alpha is 16 in the checkpoint and 8 here"):
         build(lora_alpha=8).encoder.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):  # the bytes
+        encoder().load_state_dict(state, strict=False)
     of_whole = {key: value for key, value in build().state_dict().items() if key.startswith("encoder.")}
     without_base = {key.removeprefix("encoder."): value for key, value in of_whole.items()}
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight.*3\.weight"):
@@ -102,7 +121,7 @@ def test_a_part_with_another_scale_is_refused_and_one_without_its_base_is_incomp
 
 def test_a_part_of_a_dense_checkpoint_is_quantized():
     torch.manual_seed(5)
-    dense = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Raises(), nn.Linear(64, 64))
+    dense = encoder()
     target = build()
     adapters = {name: layer.lora_B.clone() for name, layer in adapted_layers(target.encoder).items()}
     target.encoder.load_state_dict(dense.state_dict())

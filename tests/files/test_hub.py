@@ -14,3 +14,16 @@ def test_a_hub_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", no_connection)
     with pytest.raises(FileNotFoundError, match=r"Check the name, the connection, and"):
         resolve_model("someone/typo")
+    with pytest.raises(FileNotFoundError, match=r"in the cache .* pass its name: base_model='someone/typo'"):
+        resolve_model("someone/typo", download=False)
+
+
+def test_what_is_asked_of_the_hub(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **arguments: asked.append((name, arguments)) or "folder")
+    assert resolve_model("someone/model") == resolve_model("someone/model", download=False) == "folder"
+    files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    offline = [{"allow_patterns": files, "local_files_only": offline} for offline in (False, True)]
+    assert asked == [("someone/model", arguments) for arguments in offline]
+    assert resolve_model(str(tmp_path)) == str(tmp_path)

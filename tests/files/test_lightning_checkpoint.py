@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -138,3 +140,12 @@ def test_a_truncated_index_is_one_line(shards):
         with pytest.raises(ValueError, match="not a checkpoint, or truncated") as error:
             read_checkpoint(folder)
         assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_that_is_gone_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "was_here", ModuleType("was_here"))
+    sys.modules["was_here"].Kind = type("Kind", (), {"__module__": "was_here"})
+    torch.save({"hyper_parameters": sys.modules["was_here"].Kind()}, tmp_path / "x.ckpt")
+    monkeypatch.delitem(sys.modules, "was_here")
+    with pytest.raises(ValueError, match=r"x.ckpt: holds an object whose class cannot be imported \(No module named"):
+        read_checkpoint(tmp_path / "x.ckpt", weights_only=False)

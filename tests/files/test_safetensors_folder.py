@@ -34,3 +34,10 @@ def test_keys_and_metadata_of_any_language_are_written_and_read(tmp_path):
     entries, metadata = read_header(path)
     assert entries.keys() == {"schicht.größe", "層"} and metadata == {"b": "é", "a": "層"}
     assert torch.equal(load_file(path)["schicht.größe"], torch.ones(2))
+    kinds = (torch.bool, torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64)
+    tensors = {str(dtype): torch.ones(2, 3).to(dtype) for dtype in kinds} | {"scalar": torch.tensor(1.0)}
+    write_safetensors(tensors, path, {})
+    entries, _ = read_header(path)
+    assert {key: (entry.shape, entry.nbytes) for key, entry in entries.items()} == {
+        key: (tuple(value.shape), value.nbytes) for key, value in tensors.items()
+    }

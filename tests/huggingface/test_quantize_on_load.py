@@ -3,7 +3,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.files.safetensors_folder import WeightFolder
-from tests.conftest import Classifier, loader, raises_before_teardown
+from tests.conftest import ROOT, Classifier, loader, raises_before_teardown, raises_in_one_line
 from tests.toys import ARGUMENTS, NAMES, Lit, ids, logits, needs, perturb, toy
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -38,8 +37,38 @@ def folder(tmp_path):
     return save
 
 
+@pytest.fixture
+def fit(trainer):
+    """One step, whose Trainer is returned."""
+
+    def run(module, data=None, max_steps=1, **arguments):
+        used = trainer(plugins=QLoRAPrecision(**arguments or ARGUMENTS), max_steps=max_steps)
+        used.fit(module, data)
+        return used
+
+    return run
+
+
+@pytest.fixture
+def as_converted(trainer):
+    """What is quantized while it loads under the plugin equals what is converted after loading; both reports."""
+
+    def check(streamed, loaded, **arguments):
+        plugin = QLoRAPrecision(**arguments)
+        trainer(plugins=plugin).predict(streamed)
+        report = convert(loaded, **arguments)
+        same_modules(streamed, loaded)
+        return plugin.report, report
+
+    return check
+
+
 def class_of(name):
     return type(toy(name))
+
+
+def llama(path, **arguments):
+    return transformers.LlamaForCausalLM.from_pretrained(path, **arguments)
 
 
 class InConfigureModel(LightningModule):
@@ -78,6 +107,9 @@ def same_bytes(a, b):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+OF_LAYER = ["r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "loaded"]
+
+
 def same_modules(streamed, loaded):
     """Parameters and what they are for, equal to the bit."""
     ours = dict(streamed.named_parameters())
@@ -90,54 +122,33 @@ def same_modules(streamed, loaded):
     layers = {n: layer for n, layer in streamed.named_modules() if isinstance(layer, QLoRALinear)}
     for name, layer in layers.items():
         other = loaded.get_submodule(name)
-        for word in (
-            "r",
-            "scaling",
-            "lora_dropout",
-            "config",
-            "full_name",
-            "seed_name",
-            "quant_type",
-            "weight_dtype",
-            "loaded",
-        ):
+        for word in OF_LAYER:
             assert getattr(layer, word) == getattr(other, word), (name, word)
     kinds = {name: type(layer).__name__ for name, layer in loaded.named_modules() if name}
     assert kinds == {name: type(layer).__name__ for name, layer in streamed.named_modules() if name}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_configure_model_equals_conversion_after_loading(name, folder, trainer):
+def test_configure_model_equals_conversion_after_loading(name, folder, as_converted):
     path = folder(name)
-    plugin = QLoRAPrecision(**ARGUMENTS)
-    streamed = InConfigureModel(class_of(name), path)
-    seen = []
-    kind = class_of(name)
-    original = kind.from_pretrained
-    streamed.kind = type("Kind", (), {"from_pretrained": lambda f: seen.append(original(f)) or seen[0]})
-    trainer(plugins=plugin).predict(streamed)
-    loaded = Lit(kind.from_pretrained(path))
-    report = convert(loaded, **ARGUMENTS)
+    streamed, loaded = InConfigureModel(class_of(name), path), Lit(class_of(name).from_pretrained(path))
+    ours, expected = as_converted(streamed, loaded, **ARGUMENTS)
     same_bytes(packed(streamed.model), packed(loaded.model))
     assert torch.equal(logits(streamed.model), logits(loaded.model))
-    assert plugin.report.converted == report.converted and plugin.report.skipped == report.skipped
-    assert plugin.report.trained_in_full == report.trained_in_full
-    assert plugin.report.bytes_before == report.bytes_before and plugin.report.bytes_after == report.bytes_after
-    frozen = {n: p.requires_grad for n, p in streamed.named_parameters()}
-    assert frozen == {n: p.requires_grad for n, p in loaded.named_parameters()}
-    same_modules(streamed, loaded)
+    for word in ("converted", "skipped", "trained_in_full", "bytes_before", "bytes_after"):
+        assert getattr(ours, word) == getattr(expected, word), word
     assert not streamed.model.__dict__.keys() & {"hf_quantizer", "is_quantized"}
     streamed.to(torch.bfloat16)
 
 
-def test_weights_are_quantized_before_from_pretrained_returns(folder, trainer):
+def test_weights_are_quantized_before_from_pretrained_returns(folder, fit):
     class Looking(InConfigureModel):
         def configure_model(self):
             super().configure_model()
             self.found = len(packed(self.model))
 
     lit = Looking(transformers.AutoModelForCausalLM, folder("llama"))
-    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2).fit(lit)
+    fit(lit, max_steps=2)
     assert lit.found == 14
     assert any(bool(layer.lora_B.any()) for layer in lit.model.modules() if isinstance(layer, QLoRALinear))
 
@@ -186,7 +197,7 @@ def test_a_bias_that_the_files_lack_is_initialized(folder):
     memory = [torch.full((64,), 7.0) for _ in range(200)]  # so that memory without values does not happen to hold zeros
     del memory
     with QLoRAPrecision(**ARGUMENTS).init():
-        model = transformers.LlamaForCausalLM.from_pretrained(path, config=config)
+        model = llama(path, config=config)
     biases = [p for name, p in model.named_parameters() if name.endswith("proj.bias")]
     assert len(biases) == 8 and not any(bias.any() for bias in biases)
 
@@ -220,16 +231,12 @@ OF_TRANSPOSED = ("default", "rank", "dora", "pissa", "sketch", "loftq", "calibra
 @pytest.mark.parametrize(
     ("name", "choice"), [("llama", choice) for choice in CHOICES] + [("gpt2", choice) for choice in OF_TRANSPOSED]
 )
-def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, choice, folder, trainer):
+def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, choice, folder, as_converted):
     path = folder(name)
     arguments = {**ARGUMENTS, **CHOICES[choice](name)}
-    streamed = InConfigureModel(class_of(name), path)
-    loaded = Lit(class_of(name).from_pretrained(path))
-    plugin = QLoRAPrecision(**arguments)
-    trainer(plugins=plugin).predict(streamed)
-    report = convert(loaded, **arguments)
-    same_modules(streamed, loaded)
-    assert plugin.report.skipped == report.skipped and plugin.report.trained_in_full == report.trained_in_full
+    streamed, loaded = InConfigureModel(class_of(name), path), Lit(class_of(name).from_pretrained(path))
+    ours, expected = as_converted(streamed, loaded, **arguments)
+    assert ours.skipped == expected.skipped and ours.trained_in_full == expected.trained_in_full
     model = class_of(name).from_pretrained(path)
     convert(model, **arguments)
     ours = dict(streamed.model.named_parameters())
@@ -241,10 +248,10 @@ def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, 
 def test_nothing_is_read_from_a_file_twice(choice, folder):
     path = folder("llama")
     arguments = {**ARGUMENTS, **CHOICES[choice]("llama")}
-    loaded = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    loaded = Lit(llama(path))
     plugin = QLoRAPrecision(**arguments)
     with plugin.init():
-        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+        streamed = Lit(llama(path))
     for file in path.glob("*.safetensors"):
         file.unlink()
     plugin.convert_module(streamed)
@@ -268,13 +275,10 @@ def test_a_pattern_for_a_name_with_the_attribute_of_the_module_is_refused(choice
     path = folder("llama")
     arguments = {**ARGUMENTS, **WITH_THE_ATTRIBUTE[choice]}
     argument = next(iter(WITH_THE_ATTRIBUTE[choice]))
-    message = (
-        rf"^{argument}: .* matches 'model\..*', the name in the InConfigureModel, and not '.*', the name in the Llama"
-    )
-    with pytest.raises(ValueError, match=message) as error:
+    names = r"matches 'model\..*', the name in the InConfigureModel, and not '.*', the name in the Llama"
+    with raises_in_one_line(ValueError, rf"^{argument}: .* {names}.*leave out the attribute"):
         trainer(plugins=QLoRAPrecision(**arguments)).predict(InConfigureModel(class_of("llama"), path))
-    assert "\n" not in str(error.value) and "leave out the attribute" in str(error.value)
-    loaded, relative = (Lit(transformers.LlamaForCausalLM.from_pretrained(path)) for _ in range(2))
+    loaded, relative = (Lit(llama(path)) for _ in range(2))
     convert(loaded, **arguments)
     text = json.dumps(WITH_THE_ATTRIBUTE[choice]).replace(r"model\\.model", "model").replace("model.model", "model")
     convert(relative, **ARGUMENTS, **json.loads(text.replace("model.lm_head", "lm_head")))
@@ -284,63 +288,51 @@ def test_a_pattern_for_a_name_with_the_attribute_of_the_module_is_refused(choice
 
 
 class TeacherAndStudent(LightningModule):
-    def __init__(self, folder):
+    def __init__(self, folder, loaded=False):
         super().__init__()
         self.folder = folder
         self.teacher = None
         self.student = None
+        if loaded:
+            self.configure_model()
 
     def configure_model(self):
         if self.teacher is None:
-            self.teacher = transformers.LlamaForCausalLM.from_pretrained(self.folder)
-            self.student = transformers.LlamaForCausalLM.from_pretrained(self.folder)
+            self.teacher = llama(self.folder)
+            self.student = llama(self.folder)
 
     predict_step = InConfigureModel.predict_step
     predict_dataloader = InConfigureModel.predict_dataloader
 
 
-def test_names_in_one_of_two_models(folder, trainer):
+def test_names_in_one_of_two_models(folder, trainer, as_converted):
     """Both models have the same names in them; a name that tells them apart needs a model that was loaded before."""
     path = folder("llama")
     arguments = {**ARGUMENTS, "exclude_modules": [Q["llama"]], "init_lora_weights": "pissa"}
     streamed = TeacherAndStudent(path)
-    loaded = TeacherAndStudent(path)
-    loaded.configure_model()
-    trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
-    convert(loaded, **arguments)
-    same_modules(streamed, loaded)
+    as_converted(streamed, TeacherAndStudent(path, loaded=True), **arguments)
     assert len(packed(streamed.teacher)) == len(packed(streamed.student)) == 13
     arguments["exclude_modules"] = r"teacher\..*"
-    with pytest.raises(
-        ValueError, match=r"'teacher\.model\.layers.*', the name in the TeacherAndStudent, and not 'model"
-    ):
+    message = r"'teacher\.model\.layers.*', the name in the TeacherAndStudent, and not 'model"
+    with pytest.raises(ValueError, match=message):
         trainer(plugins=QLoRAPrecision(**arguments)).predict(TeacherAndStudent(path))
-    loaded = TeacherAndStudent(path)
-    loaded.configure_model()
+    loaded = TeacherAndStudent(path, loaded=True)
     convert(loaded, **arguments)
     assert not packed(loaded.teacher) and len(packed(loaded.student)) == 14
 
 
-def test_an_adapter_for_one_of_two_models(folder, trainer, tmp_path):
+def test_an_adapter_for_one_of_two_models(folder, as_converted, tmp_path):
     path = folder("llama")
-    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    lit = Lit(llama(path))
     convert(lit, **ARGUMENTS, target_modules=["q_proj", "v_proj"])
     save_adapter(perturb(lit), tmp_path / "adapter")
-    streamed = TeacherAndStudent(path)
-    loaded = TeacherAndStudent(path)
-    loaded.configure_model()
-    trainer(plugins=QLoRAPrecision(adapter=str(tmp_path / "adapter"))).predict(streamed)
-    convert(loaded, adapter=str(tmp_path / "adapter"))
-    same_modules(streamed, loaded)
+    as_converted(TeacherAndStudent(path), TeacherAndStudent(path, loaded=True), adapter=str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (
-            {"r": 2, "quant_type": "fp4"},
-            r"quant_type='nf4' and not 'fp4', r=4 and not 2\). Load and convert with",
-        ),
+        ({"r": 2, "quant_type": "fp4"}, r"quant_type='nf4' and not 'fp4', r=4 and not 2\). Load and convert with"),
         (
             {"use_dora": True, "init_lora_weights": "pissa"},
             "use_dora=False and not True, init_lora_weights='default' and",
@@ -352,13 +344,10 @@ def test_an_adapter_for_one_of_two_models(folder, trainer, tmp_path):
 )
 def test_other_arguments_at_conversion_are_refused(other, message, folder):
     with QLoRAPrecision(**ARGUMENTS).init():
-        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(folder("llama")))
+        streamed = Lit(llama(folder("llama")))
     before = streamed.state_dict()
-    with pytest.raises(
-        ValueError, match=rf"^model.model.layers.0.self_attn.q_proj: was quantized .*{message}"
-    ) as error:
+    with raises_in_one_line(ValueError, rf"^model.model.layers.0.self_attn.q_proj: was quantized .*{message}"):
         convert(streamed, **{**ARGUMENTS, **other})
-    assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in streamed.state_dict().items())
     report = convert(streamed, **{**ARGUMENTS, "lora_dropout": 0.5, "compute_dtype": "bf16"})
     layers = [layer for layer in streamed.modules() if isinstance(layer, QLoRALinear)]
@@ -374,7 +363,7 @@ def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(start, 
     modules = []
     for plugin in plugins:
         with plugin.init():
-            modules.append(Lit(transformers.LlamaForCausalLM.from_pretrained(path)))
+            modules.append(Lit(llama(path)))
     cast, expected = modules
     cast.to(torch.bfloat16).half().to(torch.bfloat16)
     for plugin, module in zip(plugins, modules, strict=True):
@@ -392,11 +381,11 @@ def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(start, 
 
 def test_an_adapter_that_was_loaded_in_between_stays(folder, tmp_path):
     path = folder("llama")
-    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    lit = Lit(llama(path))
     convert(lit, **ARGUMENTS)
     save_adapter(perturb(lit), tmp_path / "adapter")
     with QLoRAPrecision(**ARGUMENTS).init():
-        streamed = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+        streamed = Lit(llama(path))
     load_adapter(streamed, tmp_path / "adapter")
     convert(streamed, **ARGUMENTS)
     assert torch.equal(logits(streamed.model), logits(lit.model))
@@ -449,12 +438,9 @@ def test_a_model_made_of_loaded_models_keeps_what_they_were_loaded_with(folder, 
 @pytest.mark.parametrize("change", [{"intermediate_size": 256}, {"num_key_value_heads": 4}])
 def test_a_shape_that_is_not_the_models_is_refused(change, folder, trainer):
     lit = InConfigureModel(transformers.LlamaForCausalLM, folder("llama"), **change)
-    message = (
-        r"model-0000.*safetensors: 'model.layers.0.*weight' has shape \[\d+, \d+\], and the model has \[\d+, \d+\]"
-    )
-    with pytest.raises(ValueError, match=message) as error:
+    shapes = r"has shape \[\d+, \d+\], and the model has \[\d+, \d+\]"
+    with raises_in_one_line(ValueError, rf"model-0000.*safetensors: 'model.layers.0.*weight' {shapes}"):
         trainer(plugins=QLoRAPrecision(**ARGUMENTS)).predict(lit)
-    assert "\n" not in str(error.value)
 
 
 def test_a_shape_that_transformers_did_not_compare_is_refused(folder):
@@ -480,11 +466,9 @@ def test_layers_of_another_size_start_anew_where_that_is_asked_for(folder, train
     assert isinstance(lit.model.classifier, QLoRALinear) and lit.model.classifier.weight.shape == (100, 64)
     loaded = Lit(kind.from_pretrained(path, num_labels=100, ignore_mismatched_sizes=True))
     convert(loaded, **arguments)
-    ours = packed(lit.model)
-    theirs = packed(loaded.model)
-    same_bytes(
-        {n: x for n, x in ours.items() if n != "classifier"}, {n: theirs[n] for n in theirs if n != "classifier"}
-    )
+    ours, theirs = packed(lit.model), packed(loaded.model)
+    del ours["classifier"], theirs["classifier"]
+    same_bytes(ours, theirs)
 
 
 def test_tied_weights_stay_tied(folder):
@@ -504,7 +488,7 @@ def test_a_class_without_the_head_and_one_with_a_new_head(folder):
     assert not judge.score.weight.is_meta and judge.score.weight.std() > 0
 
 
-def test_a_checkpoint_of_a_streamed_model_comes_back(folder, trainer, tmp_path):
+def test_a_checkpoint_of_a_streamed_model_comes_back(folder, fit, trainer, tmp_path):
     path = folder("llama")
 
     class Ours(InConfigureModel):
@@ -512,9 +496,7 @@ def test_a_checkpoint_of_a_streamed_model_comes_back(folder, trainer, tmp_path):
             super().__init__(transformers.LlamaForCausalLM, path)
 
     lit = Ours()
-    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2)
-    run.fit(lit)
-    run.save_checkpoint(tmp_path / "x.ckpt")
+    fit(lit, max_steps=2).save_checkpoint(tmp_path / "x.ckpt")
     again = load_from_checkpoint(Ours, tmp_path / "x.ckpt")
     assert torch.equal(logits(again.model), logits(lit.model))
     resumed = Ours()
@@ -524,7 +506,7 @@ def test_a_checkpoint_of_a_streamed_model_comes_back(folder, trainer, tmp_path):
 
 def test_with_an_adapter(folder, trainer, tmp_path):
     path = folder("llama")
-    lit = Lit(transformers.LlamaForCausalLM.from_pretrained(path))
+    lit = Lit(llama(path))
     convert(lit, **ARGUMENTS, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
     save_adapter(perturb(lit), tmp_path / "adapter")
     streamed = InConfigureModel(transformers.LlamaForCausalLM, path)
@@ -592,28 +574,30 @@ def test_a_folder_of_bitsandbytes_is_loaded_with_its_bytes(name, changes, bnb_fo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bnb_layers_loaded_in_init_keep_their_bytes(name, bnb_folder, trainer):
+def test_bnb_layers_loaded_in_init_keep_their_bytes(name, bnb_folder, fit):
     """A BitsAndBytesConfig of the user, or a 4-bit folder loaded in __init__: conversion gets bitsandbytes' layers."""
     path = bnb_folder(name)
     lit = Lit(class_of(name).from_pretrained(path, device_map="cpu"))
-    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit)
+    fit(lit)
     assert packed(lit) and "Linear4bit" not in repr(lit)
     assert not (name == "t5" and any("wo" in layer for layer in packed(lit)))  # dense in the folder, dense here
     same_entries(lit.model, path)
+    assert not vars(lit.model).keys() & {"hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"}
+    assert not hasattr(lit.model.config, "quantization_config")
 
 
 @needs("transformers", "5.22", "older versions cast the bytes to the type of the model, which is refused")
 def test_another_storage_type_holds_the_same_bytes(bnb_folder):
     path = bnb_folder("llama", bnb_4bit_quant_storage="bfloat16")
     with QLoRAPrecision(**ARGUMENTS).init():
-        model = transformers.LlamaForCausalLM.from_pretrained(path)
+        model = llama(path)
     convert(model, **ARGUMENTS)
     same_entries(model, path)
 
 
 def test_ours_is_what_bitsandbytes_writes(folder, bnb_folder, tmp_path):
     path = bnb_folder("llama")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = llama(tmp_path / "base")
     convert(model, **ARGUMENTS)
     same_entries(model, path)
     assert not hasattr(model.config, "quantization_config")
@@ -643,14 +627,10 @@ def test_layers_that_are_not_chosen_are_decoded(bnb_folder):
         ("llama", "save a block"),
     ],
 )
-def test_choices_for_bnb_folders(name, choice, bnb_folder, trainer):
+def test_choices_for_bnb_folders(name, choice, bnb_folder, as_converted):
     path = bnb_folder(name)
-    arguments = {**ARGUMENTS, **CHOICES[choice](name)}
-    streamed = InConfigureModel(class_of(name), path)
     loaded = Lit(class_of(name).from_pretrained(path, device_map="cpu"))
-    trainer(plugins=QLoRAPrecision(**arguments)).predict(streamed)
-    convert(loaded, **arguments)
-    same_modules(streamed, loaded)
+    as_converted(InConfigureModel(class_of(name), path), loaded, **ARGUMENTS, **CHOICES[choice](name))
 
 
 def test_a_bnb_folder_of_another_shape_is_refused(bnb_folder):
@@ -659,20 +639,17 @@ def test_a_bnb_folder_of_another_shape_is_refused(bnb_folder):
         pytest.raises(ValueError, match=r"model.safetensors: 'model.layers.*' has shape \[64, 128\], and the model"),
         QLoRAPrecision(**ARGUMENTS).init(),
     ):
-        transformers.LlamaForCausalLM.from_pretrained(path, intermediate_size=256)
+        llama(path, intermediate_size=256)
 
 
 def test_starts_that_need_the_float_weight_are_refused(bnb_folder):
     path = bnb_folder("llama")
     message = r"layers.0.*: init_lora_weights='pissa' needs the float weight"
+    arguments = {**ARGUMENTS, "init_lora_weights": "pissa"}
     with pytest.raises(ValueError, match=message):
-        convert(
-            transformers.LlamaForCausalLM.from_pretrained(path, device_map="cpu"),
-            **ARGUMENTS,
-            init_lora_weights="pissa",
-        )
-    with pytest.raises(ValueError, match=message), QLoRAPrecision(**ARGUMENTS, init_lora_weights="pissa").init():
-        transformers.LlamaForCausalLM.from_pretrained(path)
+        convert(llama(path, device_map="cpu"), **arguments)
+    with pytest.raises(ValueError, match=message), QLoRAPrecision(**arguments).init():
+        llama(path)
 
 
 def test_nan_in_a_weight_is_named(tmp_path):
@@ -683,94 +660,62 @@ def test_nan_in_a_weight_is_named(tmp_path):
         pytest.raises(ValueError, match=r"model.safetensors: model.layers.1.mlp.up_proj: weight: holds NaN"),
         QLoRAPrecision(**ARGUMENTS).init(),
     ):
-        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+        llama(tmp_path)
 
 
 def shard(folder, number=2):
     return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
 
 
-def foreign_quant_type(folder):
-    path = folder / "model.safetensors"
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda file: file.unlink(), r"this shard is missing; .* holds 'model.layers"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "not a safetensors file, or truncated"),
+    ],
+)
+def test_a_broken_folder_is_named(harm, message, folder, fit):
+    path = folder("llama")
+    harm(shard(path))
+    with raises_in_one_line((ValueError, FileNotFoundError), rf"model-00002-of-\d+.safetensors: {message}"):
+        fit(InConfigureModel(transformers.LlamaForCausalLM, path))
+
+
+def test_a_foreign_quant_type_is_named(bnb_folder, fit):
+    path = bnb_folder("llama") / "model.safetensors"
     state = load_file(path)
     key = next(key for key in state if "bitsandbytes__nf4" in key)
     meta = json.loads(bytes(state[key].tolist()))
     state[key] = torch.tensor(list(json.dumps({**meta, "quant_type": "af4"}).encode()), dtype=torch.uint8)
-
     save_file(state, path, metadata={"format": "pt"})
+    with raises_in_one_line(ValueError, r"safetensors: model.layers.*weight: quant_type='af4'"):
+        fit(InConfigureModel(transformers.LlamaForCausalLM, path.parent))
 
 
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda f: shard(f).unlink(), r"model-00002-of-\d+.safetensors: this shard is missing; .* holds 'model.layers"),
-        (
-            lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-9]),
-            r"model-00002-of-\d+.safetensors: not a safetensors file, or truncated",
-        ),
-    ],
-)
-def test_a_broken_folder_is_named(harm, message, folder, trainer):
-    path = folder("llama")
-    harm(path)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(
-            InConfigureModel(transformers.LlamaForCausalLM, path)
-        )
-    assert "\n" not in str(error.value)
-
-
-def test_a_foreign_quant_type_is_named(bnb_folder, trainer):
-    path = bnb_folder("llama")
-    foreign_quant_type(path)
-    with pytest.raises(ValueError, match=r"safetensors: model.layers.*weight: quant_type='af4'") as error:
-        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(
-            InConfigureModel(transformers.LlamaForCausalLM, path)
-        )
-    assert "\n" not in str(error.value)
-
-
-def test_an_adapter_of_another_architecture(folder, trainer, tmp_path):
+def test_an_adapter_of_another_architecture(folder, fit, tmp_path):
     lit = Lit(toy("gpt2"))
     convert(lit, **ARGUMENTS)
     save_adapter(lit, tmp_path / "adapter")
     with pytest.raises(CheckpointMismatchError, match=r"adapter_model.safetensors: key .* has no such layer"):
-        trainer(plugins=QLoRAPrecision(adapter=str(tmp_path / "adapter")), max_steps=1).fit(
-            InConfigureModel(transformers.LlamaForCausalLM, folder("llama"))
-        )
+        fit(InConfigureModel(transformers.LlamaForCausalLM, folder("llama")), adapter=str(tmp_path / "adapter"))
 
 
 def test_200_mb_in_shards_never_stand_in_memory(tmp_path):
     """Peak of anonymous memory above the start: at most 0.42 of the 16-bit size; 0.13 are the two embeddings."""
-    config = transformers.LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        vocab_size=8000,
-        num_key_value_heads=12,
-        tie_word_embeddings=False,
-    )
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 8000}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=12, tie_word_embeddings=False)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     size = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     del model
-    script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
-    run = subprocess.run(
-        [sys.executable, script, tmp_path, "8"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=script.parents[2],
-        env={**os.environ, "PYTHONPATH": "."},
-    )
+    command = [sys.executable, "-m", "tests.scripts.memory_of_loading", tmp_path, "8"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     layers, peak = re.search(r"(\d+) layers, peak ([\d.]+) MB", run.stdout).groups()
     assert int(layers) == 84
     assert float(peak) * 2**20 <= 0.42 * size
 
 
-def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused(tmp_path, trainer):
-
+def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused(tmp_path, fit):
     save_file(Classifier().net.state_dict(), tmp_path / "net.safetensors")
 
     class Later(Classifier):
@@ -789,11 +734,11 @@ def test_a_meta_module_loaded_later_is_quantized_and_one_never_loaded_is_refused
 
     lit = Later()
     expected = Classifier()
-    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(lit, loader())
+    fit(lit, loader())
     convert(expected, **ARGUMENTS)
     same_bytes(packed(lit), packed(expected))
     with raises_before_teardown(ValueError, r"net.0.weight: this parameter is on the meta device"):
-        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(Later(load=False), loader())
+        fit(Later(load=False), loader())
 
 
 class PartlyLoaded(Classifier):
@@ -817,12 +762,12 @@ class PartlyLoaded(Classifier):
         ("seen", "seen: this buffer is"),
     ],
 )
-def test_what_stayed_on_the_meta_device_is_named(missing, message, trainer):
+def test_what_stayed_on_the_meta_device_is_named(missing, message, fit):
     with raises_before_teardown(ValueError, f"^{message}.* on the meta device.* Load it[^\n]*$"):
-        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(PartlyLoaded(missing), loader())
+        fit(PartlyLoaded(missing), loader())
 
 
-def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
+def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(fit):
     plain = toy("llama")
     state = toy("llama").state_dict()
     with torch.device("meta"):
@@ -830,11 +775,24 @@ def test_a_buffer_that_no_state_dict_holds_is_named_with_what_to_do(trainer):
     model.load_state_dict(state, assign=True)
     message = r"^model.model.rotary_emb.inv_freq: this buffer .* from_pretrained\(None, config=..., state_dict=...\).$"
     with raises_before_teardown(ValueError, message):
-        trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(Lit(model))
+        fit(Lit(model))
     model = type(plain).from_pretrained(None, config=plain.config, state_dict=state)
     convert(plain, **ARGUMENTS)
     convert(model, **ARGUMENTS)
     assert torch.equal(logits(model), logits(plain))
+
+
+def test_what_transformers_asks_of_every_quantizer():
+    from lightning_qlora.huggingface.quantizer import Loading, QLoRAQuantizer
+
+    model = toy("llama")
+    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS)))
+    quantizer._process_model_before_weight_loading(model)
+    sizes = {name: quantizer.param_element_size(model, name, p) for name, p in model.named_parameters()}
+    assert {name for name, size in sizes.items() if size == 0.5} == quantizer.chosen.keys() and len(
+        quantizer.chosen
+    ) == 14
+    assert {*sizes.values()} == {0.5, 4} and quantizer.is_trainable and not quantizer.is_serializable()
 
 
 @pytest.mark.parametrize("before", [None, "0"])
@@ -847,14 +805,13 @@ def test_loading_leaves_the_environment_as_it_was(before, folder, monkeypatch):
     assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == before
 
 
-def test_a_folder_of_pickled_weights_is_loaded(folder, trainer):
+def test_a_folder_of_pickled_weights_is_loaded(folder, fit):
     path = folder("llama", max_shard_size="1GB")
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
-    expected = InConfigureModel(class_of("llama"), path)
-    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(expected)
+    expected, module = (InConfigureModel(class_of("llama"), path) for _ in range(2))
+    fit(expected)
     (path / "model.safetensors").unlink()
-    module = InConfigureModel(class_of("llama"), path)
-    trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=1).fit(module)
+    fit(module)
     same_bytes(packed(module), packed(expected))
 
 

@@ -2,13 +2,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import convert, quantize
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.grouped_linear import can_group
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.lora_linear import is_eager, lora_linear
 from tests.kernels.forward import forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -310,6 +311,23 @@ def test_recomputation_of_a_checkpointed_block_skips_the_large_product_of_its_la
     gradients = torch.autograd.grad(y.sum(), [x, *adapter, *last_adapter])
     assert products == [48, 40, 48]
     assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+
+
+def test_plain_tensors_alone_take_the_short_way(monkeypatch):
+    x = torch.randn(2, 4)
+    a = torch.nn.Parameter(torch.randn(3, 4))
+    assert is_eager(x, a) and is_eager(torch.nn.Parameter(x), a.detach())
+    other = type("Other", (torch.Tensor,), {})
+    assert not is_eager(x.as_subclass(other), a) and not is_eager(x, a.detach().as_subclass(other))
+    assert not is_eager(x.to("meta"), a)
+    with TorchDispatchMode():
+        assert not is_eager(x, a)
+    seen = []
+    torch.jit.trace(lambda x: seen.append(is_eager(x, a)) or x + 1, x, check_trace=False)
+    torch.func.vmap(lambda row: seen.append(is_eager(torch.zeros(4), a)) or row)(x)
+    assert seen == [False, False]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not is_eager(x, a)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -25,7 +25,7 @@ def _small_pieces(monkeypatch):
     monkeypatch.setattr(piecewise_cross_entropy, "PIECE_ELEMENTS", 5 * V)
 
 
-def made_head(kind):
+def made_head(kind, deferred=False):
     torch.manual_seed(0)
     head = nn.Linear(H, V, bias=kind == "bias")
     if kind == "4-bit":
@@ -35,17 +35,21 @@ def made_head(kind):
             head.lora_B.normal_(std=0.1)
     else:
         head.requires_grad_(kind == "trained")
+    if deferred:
+        defer_logits(head)
     return head
+
+
+def hidden_states():
+    return torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1))
 
 
 def both(kind, function, dtype=torch.float32):
     """Result, gradient of the hidden states and of the head, with deferred and with real logits."""
     results = []
     for defers in (True, False):
-        head = made_head(kind).to(dtype)
-        if defers:
-            defer_logits(head)
-        hidden = torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        head = made_head(kind, defers).to(dtype)
+        hidden = hidden_states().to(dtype).requires_grad_()
         logits = head(hidden)
         assert isinstance(logits, DeferredLogits) is defers
         result = function(logits)
@@ -53,6 +57,13 @@ def both(kind, function, dtype=torch.float32):
         trained = [p.grad for p in head.parameters() if p.requires_grad]
         results.append([result.detach(), hidden.grad, *trained])
     return results
+
+
+def assert_same(results, relative=1e-5, absolute=1e-6):
+    """Of deferred and of real logits; the absolute error is of the largest value, if that is above 1."""
+    for ours, expected in zip(*results, strict=True):
+        largest = max(1, expected.float().abs().max().item())
+        torch.testing.assert_close(ours, expected, rtol=relative, atol=absolute * largest)
 
 
 def labels(*shape, ignored=-100):
@@ -105,15 +116,13 @@ REAL = {
 @pytest.mark.parametrize("function", LOSSES.values(), ids=LOSSES)
 def test_a_loss_in_pieces_is_the_loss_and_no_logits_are_made(kind, function, monkeypatch):
     monkeypatch.setattr(DeferredLogits, "computed", lambda *_: pytest.fail("the logits were computed"))
-    for ours, expected in zip(*both(kind, function), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * max(1, expected.abs().max().item()))
+    assert_same(both(kind, function))
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("function", REAL.values(), ids=REAL)
 def test_anything_else_gets_the_real_logits(kind, function):
-    for ours, expected in zip(*both(kind, function), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * max(1, expected.abs().max().item()))
+    assert_same(both(kind, function))
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -126,10 +135,8 @@ def test_bf16_and_autocast(kind):
 
     results = []
     for defers in (True, False):
-        head = made_head(kind)
-        if defers:
-            defer_logits(head)
-        hidden = torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        head = made_head(kind, defers)
+        hidden = hidden_states().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             logits = head(hidden)
             assert logits.dtype is torch.bfloat16
@@ -158,8 +165,7 @@ def test_an_autograd_function_gets_values_and_its_gradient_reaches_the_hidden_st
 
 
 def test_backward_twice_and_a_second_derivative():
-    head = made_head("frozen")
-    defer_logits(head)
+    head = made_head("frozen", deferred=True)
     hidden = torch.randn(4, H, requires_grad=True)
     loss = F.cross_entropy(head(hidden), labels(4, ignored=1))
     loss.backward(retain_graph=True)
@@ -172,8 +178,7 @@ def test_backward_twice_and_a_second_derivative():
 
 
 def test_all_labels_ignored_is_nan_without_a_gradient_as_in_torch_and_an_empty_batch_too():
-    head = made_head("frozen")
-    defer_logits(head)
+    head = made_head("frozen", deferred=True)
     hidden = torch.randn(4, H, requires_grad=True)
     loss = F.cross_entropy(head(hidden), torch.full((4,), -100))
     loss.backward()
@@ -182,8 +187,7 @@ def test_all_labels_ignored_is_nan_without_a_gradient_as_in_torch_and_an_empty_b
 
 
 def test_evaluation_and_compiled_code_get_real_logits():
-    head = made_head("frozen")
-    defer_logits(head)
+    head = made_head("frozen", deferred=True)
     with torch.no_grad():
         assert type(head(torch.randn(2, H))) is torch.Tensor
     assert type(head(torch.randn(2, H))) is torch.Tensor  # nothing trains
@@ -196,8 +200,7 @@ def test_evaluation_and_compiled_code_get_real_logits():
 @pytest.mark.parametrize("kind", ["frozen", "4-bit"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_copy_of_the_head_defers_too(copied, kind):
-    head = made_head(kind)
-    defer_logits(head)
+    head = made_head(kind, deferred=True)
     again = copied(head)
     hidden = torch.randn(2, H, requires_grad=True)
     assert type(again) is type(head) and isinstance(again(hidden), DeferredLogits)
@@ -206,8 +209,7 @@ def test_a_copy_of_the_head_defers_too(copied, kind):
 
 def test_dropout_of_the_adapter_is_drawn_once_for_all_that_read_the_logits():
     """In pieces, and at each read without a gradient, another mask was drawn."""
-    head = made_head("4-bit")
-    defer_logits(head)
+    head = made_head("4-bit", deferred=True)
     head.lora_dropout = 0.5
     hidden = torch.randn(21, H, requires_grad=True)
     torch.manual_seed(5)
@@ -237,8 +239,7 @@ def test_a_metric_without_gradient_does_not_take_the_gradient_from_the_loss(mode
             assert not (z.argmax(-1).float() * 0).any()
         return F.cross_entropy(z.view(-1, V), labels(21))
 
-    for ours, expected in zip(*both("trained", function), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_same(both("trained", function))
 
 
 def write_item(z):
@@ -258,9 +259,7 @@ WRITES = {
 def test_what_is_written_to_the_logits_stays(write, in_checkpoint):
     results = []
     for defers in (True, False):
-        head = made_head("trained")
-        if defers:
-            defer_logits(head)
+        head = made_head("trained", defers)
 
         def function(hidden, head=head):
             z = head(hidden)
@@ -268,19 +267,16 @@ def test_what_is_written_to_the_logits_stays(write, in_checkpoint):
             write(z)
             return F.cross_entropy(flat, labels(21))
 
-        hidden = torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hidden = hidden_states().requires_grad_()
         loss = checkpoint(function, hidden, use_reentrant=False) if in_checkpoint else function(hidden)
         loss.backward()
         results.append([loss.detach(), hidden.grad, head.weight.grad])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_same(results)
 
 
 def test_a_gradient_hook_on_the_logits_is_called_after_a_view_was_made():
-    head = made_head("frozen")
     grads = []
-    defer_logits(head)
-    z = head(torch.randn(2, 3, H, requires_grad=True))
+    z = made_head("frozen", deferred=True)(torch.randn(2, 3, H, requires_grad=True))
     flat = z.view(-1, V)
     z.register_hook(grads.append)
     F.cross_entropy(flat, labels(6)).backward()
@@ -290,10 +286,7 @@ def test_a_gradient_hook_on_the_logits_is_called_after_a_view_was_made():
 def test_the_logits_keep_their_gradient_if_they_are_asked_to():
     grads = []
     for defers in (True, False):
-        head = made_head("trained")
-        if defers:
-            defer_logits(head)
-        z = head(torch.randn(3, 7, H, generator=torch.Generator().manual_seed(1)))
+        z = made_head("trained", defers)(hidden_states())
         z.retain_grad()
         F.cross_entropy(z.view(-1, V), labels(21)).backward()
         grads.append(z.grad)
@@ -314,8 +307,7 @@ def test_a_loss_scale_for_fp16_acts_before_the_gradient_is_rounded():
 
 @pytest.mark.parametrize("change", [lambda head, _: head.weight.mul_(2), lambda _, hidden: hidden.add_(1)])
 def test_logits_are_refused_after_the_weight_or_the_input_changed(change):
-    head = made_head("trained")
-    defer_logits(head)
+    head = made_head("trained", deferred=True)
     hidden = torch.randn(4, H) + 0
     z = head(hidden)
     with torch.no_grad():
@@ -325,8 +317,7 @@ def test_logits_are_refused_after_the_weight_or_the_input_changed(change):
 
 
 def test_a_functional_call_never_uses_another_weight_than_the_given_one():
-    head = made_head("trained")
-    defer_logits(head)
+    head = made_head("trained", deferred=True)
     hidden = torch.randn(4, H)
     other = torch.randn(V, H, requires_grad=True)
     assert torch.equal(torch.func.functional_call(head, {"weight": other}, (hidden,)), hidden @ other.T)
@@ -349,10 +340,21 @@ def test_tracing_and_offloading_hooks_get_real_logits():
 
 
 def test_a_loss_without_gradient_computes_none(monkeypatch):
-    head = made_head("trained")
-    defer_logits(head)
+    head = made_head("trained", deferred=True)
     z = head(torch.randn(4, H))
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
     with torch.no_grad():
         loss = F.cross_entropy(z, labels(4, ignored=1))
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize(("elements", "rows"), [(5 * V, [5, 3]), (V // 2, [1] * 8)])
+def test_rows_whose_label_is_ignored_are_not_multiplied(elements, rows, monkeypatch):
+    monkeypatch.setattr(piecewise_cross_entropy, "PIECE_ELEMENTS", elements)
+    compute = DeferredLogits.compute
+    seen = []
+    monkeypatch.setattr(DeferredLogits, "compute", lambda self, piece: seen.append(len(piece)) or compute(self, piece))
+    head = made_head("frozen")
+    defer_logits(head)
+    F.cross_entropy(head(torch.randn(12, H, requires_grad=True)), labels(12)).backward()
+    assert seen == rows

@@ -59,21 +59,11 @@ def convnext():
 
 
 def whisper():
+    sizes = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
+    both = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in sizes.items()}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = transformers.WhisperConfig(
-        vocab_size=128,
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_source_positions=16,
-        max_target_positions=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
+        vocab_size=128, d_model=64, max_source_positions=16, max_target_positions=32, **both, **tokens
     )
     inputs = {"input_features": torch.randn(2, 80, 32), "labels": ids()}
     return transformers.WhisperForConditionalGeneration(config), ["conv1", "layer_norm"], inputs
@@ -187,9 +177,7 @@ def test_outputs_and_gradients_are_as_close_to_fp32_as_those_of_the_model_in_bf1
         y.square().sum().backward()
     grads = [[p.grad for p in in_full(model).values()] for model in (ours, plain, exact)]
     assert {grad.dtype for grad in grads[0]} == {torch.float32}
-    for y, other, expected in zip(
-        [outputs[0], *grads[0]], [outputs[1], *grads[1]], [outputs[2], *grads[2]], strict=True
-    ):
+    for y, other, expected in zip(*([y, *grad] for y, grad in zip(outputs, grads, strict=True)), strict=True):
         error = (y.float() - expected).norm()
         assert error <= 1.3 * (other.float() - expected).norm() + 1e-3 * expected.norm()
     with torch.no_grad():
@@ -304,9 +292,8 @@ def test_merging_gives_the_type_and_the_classes_of_before_and_keeps_small_change
     merge(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(p.requires_grad for p in model.parameters())
-    assert [part.__class__.__name__ for part in model.modules()] == [
-        part.__class__.__name__ for part in plain.modules()
-    ]
+    names = [[part.__class__.__name__ for part in each.modules()] for each in (model, plain)]
+    assert names[0] == names[1]
     assert not any(hasattr(part, "types_before") for part in model.modules())
     assert (model.norm.weight == 1).all()
     assert 0 < (model.embedding.weight != 1).float().mean() < 0.3
@@ -441,10 +428,29 @@ def test_torchs_encoder_of_which_a_part_trains_computes_the_same_without_gradien
     convert(module, r=2, lora_dropout=0.0, target_modules=["head"], modules_to_save=[part])
     module.eval()
     x = torch.randn(2, 5, 64).bfloat16()
-    mask = None
-    if masked:
-        mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
     expected = module(x, mask)
     with torch.no_grad():
         y = module(x, mask)
     assert torch.equal(y, expected) and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"),
+    [(torch.bfloat16, "fp32"), (torch.float16, "fp32"), (torch.float16, "bf16"), (torch.bfloat16, "bf16")],
+)
+def test_a_compute_type_that_is_asked_for_holds_beside_what_trains_in_full(dtype, compute_dtype):
+    """There the whole module computes under autocast."""
+    x = torch.randn(16, 64).to(dtype)
+    outputs = []
+    for modules in ([], ["2"]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).to(dtype)
+        convert(net, **ARGUMENTS | {"target_modules": ["0"]}, modules_to_save=modules, compute_dtype=compute_dtype)
+        net[0].register_forward_hook(lambda _layer, _input, output: outputs.append(output))
+        net.eval()(x)
+    assert outputs[1].dtype is dtype
+    assert torch.equal(*outputs)
+    dense = F.linear(x.float(), net[0].packed_weight.dequantize(torch.float32), net[0].bias.float())
+    rounding = torch.finfo(dtype if compute_dtype == "fp32" else torch.bfloat16).eps
+    assert error(outputs[1].float(), dense) < rounding / 2

@@ -140,6 +140,34 @@ def test_reads_outside_of_a_forward_pass_compute_as_the_module_in_16_bits(how, t
         assert losses_of(how, loop, trainer)[0] == losses
 
 
+def test_a_module_around_a_part_that_was_converted_before_computes_the_same(trainer):
+    expected, _, _ = losses_of("linear", "trainer", trainer)
+    module = Reads("linear")
+    convert(module, **ARGUMENTS)
+
+    class Outer(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = module
+            self.losses = []
+
+        def training_step(self, batch, _):
+            x, y = batch
+            logits = F.linear(self.net.hidden(x), self.net.head.weight)
+            loss = F.cross_entropy(logits.float(), y)
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+    outer = Outer()
+    trainer(plugins=QLoRAPrecision(**ARGUMENTS), enable_checkpointing=False, max_steps=3).fit(outer, loader())
+    assert outer.losses == expected
+    merge(outer)
+    assert {p.dtype for p in outer.parameters()} == {torch.bfloat16} and type(outer) is Outer
+
+
 class Writes(nn.Module):
     """CLIP's clamp of its scale, and SwAV's normalized prototypes, written by the module that holds the layer."""
 

@@ -150,3 +150,15 @@ def resumed(net, name, loftq_config):
     torch.optim.SGD(other.parameters(), lr=0.0).step()
     assert torch.equal(other(X), net(X)) and all(layer.input_statistics is None for layer in layers(other))
     return other
+
+
+@every
+def test_autocast_changes_no_value(name, loftq_config):
+    expected = begun(name, loftq_config).state_dict()
+    net = body()
+    with torch.autocast("cpu", torch.bfloat16):
+        convert(net, r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=name, loftq_config=loftq_config)
+    if not INITIALIZATIONS[name].needs_data:  # else it has its values after a step
+        state = net.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())

@@ -176,3 +176,20 @@ def test_a_checkpoint_fits_a_module_in_which_more_trains_if_the_base_is_the_same
     same.load_state_dict(source.state_dict())
     with pytest.raises(CheckpointMismatchError, match=r"student\.1\.bias: .* another base weight"):
         other.load_state_dict(source.state_dict())
+
+
+def test_a_state_of_some_parameters_makes_no_other_change_a_part_of_the_base():
+    """A head's state, loaded with strict=False after code wrote to a frozen value."""
+    source, plain, target = student_and_teacher(), student_and_teacher(), student_and_teacher()
+    convert(source, r=4, target_modules=["student.0"])
+    convert(target, r=4, target_modules=["student.0"])
+    part = {"teacher.1.bias": torch.randn(64)}
+    for module in (source, plain):
+        module["teacher"][0].weight.data.mul_(0.5)
+        module.load_state_dict(part, strict=False)
+    state = source.state_dict()
+    assert "teacher.0.weight" in state and "teacher.1.bias" not in state
+    target.load_state_dict(part, strict=False)  # the base that the fingerprint of this value names
+    target.load_state_dict(state)
+    for name, value in plain["teacher"].state_dict().items():
+        assert torch.equal(target["teacher"].state_dict()[name], value), name

@@ -9,59 +9,23 @@ from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.selection import REFUSE, RULES, select_layers
 from tests.conftest import ROOT
-from tests.toys import delta
+from tests.layers.test_experts import qwen3_moe
+from tests.toys import NAMES, delta, toy
 
 transformers = pytest.importorskip("transformers")
 
 
-def toy(kind, tied=False):
-    small = {"vocab_size": 64}
-    torch.manual_seed(0)
-    if kind == "llama":
-        config = transformers.LlamaConfig(
-            **small,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-        return transformers.LlamaForCausalLM(config)
-    if kind == "gpt2":
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, n_embd=64, n_layer=2, n_head=4))
-    if kind == "bert":
-        config = transformers.BertConfig(
-            **small, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_labels=2
-        )
-        return transformers.BertForSequenceClassification(config)
-    if kind == "t5":
-        config = transformers.T5Config(
-            **small, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0
-        )
-        return transformers.T5ForConditionalGeneration(config)
-    config = transformers.Qwen3MoeConfig(
-        **small,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        head_dim=16,
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
+def adapted_by(model):
+    """Names of the layers to which PEFT added an adapter."""
+    return {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("kind", NAMES)
 def test_all_linear_converts_what_peft_adapts(kind):
     peft = pytest.importorskip("peft")
     task = {"bert": "SEQ_CLS"}.get(kind)
     adapted = peft.get_peft_model(toy(kind), peft.LoraConfig(r=2, target_modules="all-linear", task_type=task))
-    theirs = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
-    theirs -= {name for name in theirs if name.endswith(("lora_A", "lora_B"))}
+    theirs = adapted_by(adapted)
     report = convert(toy(kind), r=2)
     too_small = set(report.trained_in_full)
     assert set(report.converted) | (too_small & theirs) == theirs
@@ -73,8 +37,7 @@ def test_all_linear_converts_what_peft_adapts(kind):
 def test_named_targets_are_those_peft_finds(targets):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(toy("llama"), peft.LoraConfig(r=2, target_modules=targets))
-    theirs = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
-    assert set(convert(toy("llama"), r=2, target_modules=targets).converted) == theirs
+    assert set(convert(toy("llama"), r=2, target_modules=targets).converted) == adapted_by(adapted)
 
 
 def test_excluded_layers_stay_dense_and_frozen():
@@ -108,8 +71,8 @@ def test_tied_weights_stay_tied_and_dense():
 
 
 def test_routers_stay_dense_and_experts_are_converted():
-    model = toy("moe")
-    report = convert(model, r=2)
+    kind, config = qwen3_moe()
+    report = convert(kind(config), r=2)
     assert not any(name.endswith(".gate") for name in report.converted)
     assert "model.layers.0.mlp.experts.gate_up_proj" in report.converted
 
@@ -302,12 +265,8 @@ def test_a_layer_with_an_attribute_that_a_4_bit_layer_would_overwrite_is_not_con
 def test_falcons_linear_layers_are_converted():
     config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
     report = convert(transformers.FalconForCausalLM(config), r=4)
-    assert [name.rpartition(".")[2] for name in report.converted] == [
-        "query_key_value",
-        "dense",
-        "dense_h_to_4h",
-        "dense_4h_to_h",
-    ]
+    names = [name.rpartition(".")[2] for name in report.converted]
+    assert names == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
 
 class Shared(nn.Module):
@@ -356,15 +315,12 @@ def test_all_linear_and_others_in_a_list(tmp_path):
     convert(model := toy("llama"), r=2, target_modules=["all-linear", "lm_head"])
     save_adapter(model, tmp_path)
     theirs = peft.get_peft_model(toy("llama"), peft.LoraConfig.from_pretrained(tmp_path))
-    adapted = {
-        name.removeprefix("base_model.model.") for name, part in theirs.named_modules() if hasattr(part, "lora_A")
-    }
-    assert adapted == set(both.converted)
+    assert adapted_by(theirs) == set(both.converted)
 
 
 def test_a_tied_head_that_is_named_among_others_is_warned_of():
     with pytest.warns(UserWarning, match=r"names layers that stay dense.* lm_head: its weight is tied to model\.embed"):
-        report = convert(toy("llama", tied=True), r=2, target_modules=["all-linear", "lm_head"])
+        report = convert(toy("llama", tie_word_embeddings=True), r=2, target_modules=["all-linear", "lm_head"])
     assert "lm_head" in report.skipped and len(report.converted) == 14
 
 

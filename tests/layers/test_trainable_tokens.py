@@ -29,7 +29,7 @@ from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import replace_parameters_by_adapters
 from tests.conftest import make_trainer
-from tests.toys import Lit, ids, logits, needs, perturb, toy
+from tests.toys import LLAMA, Lit, ids, logits, needs, perturb, toy
 
 TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]
 KEY = "model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -202,15 +202,8 @@ def test_the_row_of_the_padding_token_gets_no_gradient_as_in_torch(reads):
 
 def test_an_embedding_that_scales_its_output_stays_as_it_was_in_bf16_and_can_be_copied_and_compiled():
     transformers = pytest.importorskip("transformers")
-    config = transformers.Gemma3TextConfig(
-        vocab_size=128,
-        hidden_size=72,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
+    sizes = {"hidden_size": 72, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    config = transformers.Gemma3TextConfig(**LLAMA | sizes, head_dim=16)
     model = transformers.Gemma3ForCausalLM(config).to(torch.bfloat16).eval()
     embedded = model.get_input_embeddings()(ids())
     convert(model, trainable_token_indices=TOKENS, **ARGUMENTS, compute_dtype="bf16")

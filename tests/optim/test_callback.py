@@ -3,7 +3,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -11,8 +10,21 @@ import torch
 
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.optim.pager import PagedOptimizer
+from tests.conftest import PORTS, RANKS, ROOT, TORCHRUN
 from tests.optim.runs import ManualRegression, Regression, data, fit, parameters
 from tests.optim.stand_in import assert_all_paged
+
+
+@pytest.fixture
+def half(tmp_path):
+    """The checkpoint of a paged run after half of its steps."""
+
+    def save(make_optimizer=None):
+        path = tmp_path / "half.ckpt"
+        fit(Regression(make_optimizer), callbacks=PagedOptimizer(), epochs=1, save=path)
+        return path
+
+    return save
 
 
 @pytest.mark.parametrize("kind", [Regression, ManualRegression])
@@ -27,24 +39,22 @@ def test_a_paged_run_equals_an_unpaged_one_and_leaves_nothing(stand_in, kind):
 
 
 @pytest.mark.parametrize("make_optimizer", [None, lambda params: PagedAdamW8bit(params, lr=1e-2)])
-def test_resume_is_bit_equal(stand_in, tmp_path, make_optimizer):
+def test_resume_is_bit_equal(stand_in, half, make_optimizer):
     straight = Regression(make_optimizer)
     fit(straight)
-    fit(Regression(make_optimizer), callbacks=PagedOptimizer(), epochs=1, save=tmp_path / "half.ckpt")
     resumed = Regression(make_optimizer, placed=stand_in)
-    fit(resumed, callbacks=PagedOptimizer(), ckpt_path=tmp_path / "half.ckpt")
+    fit(resumed, callbacks=PagedOptimizer(), ckpt_path=half(make_optimizer))
     assert torch.equal(parameters(straight), parameters(resumed))
     del straight  # without the callback the state of PagedAdamW8bit is paged as long as the optimizer exists
     gc.collect()
     assert stand_in.nbytes == 0
 
 
-def test_a_paged_checkpoint_resumes_without_paging(stand_in, tmp_path):
+def test_a_paged_checkpoint_resumes_without_paging(stand_in, half):
     straight = Regression()
     resumed = Regression()
     fit(straight)
-    fit(Regression(), callbacks=PagedOptimizer(), epochs=1, save=tmp_path / "half.ckpt")
-    fit(resumed, ckpt_path=tmp_path / "half.ckpt")
+    fit(resumed, ckpt_path=half())
     assert torch.equal(parameters(straight), parameters(resumed))
 
 
@@ -70,17 +80,17 @@ def test_with_precision_plugin_and_clipping(stand_in):
     assert torch.equal(parameters(plain), parameters(paged))
 
 
-def test_after_a_refusal_the_run_goes_on_from_its_checkpoint(stand_in, tmp_path):
+def test_after_a_refusal_the_run_goes_on_from_its_checkpoint(stand_in, half):
     straight = Regression()
     fit(straight)
-    fit(Regression(), callbacks=PagedOptimizer(), epochs=1, save=tmp_path / "half.ckpt")
+    path = half()
     stand_in.budget = 1000
     with pytest.raises(MemoryError, match=r"MiB of .* memory were requested and refused"):
-        fit(Regression(), callbacks=PagedOptimizer(), ckpt_path=tmp_path / "half.ckpt")
+        fit(Regression(), callbacks=PagedOptimizer(), ckpt_path=path)
     assert stand_in.nbytes == 0
     stand_in.budget = 2**40
     resumed = Regression()
-    fit(resumed, callbacks=PagedOptimizer(), ckpt_path=tmp_path / "half.ckpt")
+    fit(resumed, callbacks=PagedOptimizer(), ckpt_path=path)
     assert torch.equal(parameters(straight), parameters(resumed))
 
 
@@ -202,15 +212,20 @@ def test_fabric_resume(stand_in, tmp_path):
 
 def test_two_processes(tmp_path):
     """DDP through the Trainer, FSDP2 through torch's own fully_shard: bit-equal, every page placed, nothing left."""
-    script = Path(__file__).parents[1] / "scripts" / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    root = str(script.parents[2])
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    for mode in ("ddp", "fsdp2", "fsdp2_8bit"):
-        assert result.stdout.count(f"{mode}: bit-equal, all paged, nothing left") == 2
+    command = [sys.executable, "-m", "tests.scripts.two_processes"]
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS)), "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **TORCHRUN, **own, **dict.fromkeys(RANKS, rank)},
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for process in ranks:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        for mode in ("ddp", "fsdp2", "fsdp2_8bit"):
+            assert f"{mode}: bit-equal, all paged, nothing left" in output
 
 
 def test_a_copy_of_the_callback_has_its_own_pages():

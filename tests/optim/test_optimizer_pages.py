@@ -52,6 +52,20 @@ OPTIMIZERS = {
 }
 
 
+def attached(optimizer):
+    """The optimizer, whose state a Pager moves from now on."""
+    Pager().attach(optimizer)
+    return optimizer
+
+
+def paged_run(steps=0):
+    """A model and its AdamW with a Pager, after some steps."""
+    net = model()
+    optimizer = attached(torch.optim.AdamW(net.parameters()))
+    train(net, optimizer, steps)
+    return net, optimizer
+
+
 def assert_equal_parameters(a, b):
     for left, right in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -65,7 +79,7 @@ def test_paged_equals_unpaged(stand_in, name, use_closure):
     plain = model()
     paged = model()
     optimizers = [OPTIMIZERS[name](net.parameters()) for net in (plain, paged)]
-    Pager().attach(optimizers[1])
+    attached(optimizers[1])
     for net, optimizer in zip((plain, paged), optimizers, strict=True):
         train(net, optimizer, 5 if name == "LBFGS" else 20, use_closure=use_closure)
     assert_equal_parameters(plain, paged)
@@ -102,8 +116,7 @@ def test_an_odd_optimizer_trains_and_resumes(stand_in):
     plain = model()
     paged = model()
     reference = Odd(plain.parameters())
-    optimizer = Odd(paged.parameters())
-    Pager().attach(optimizer)
+    optimizer = attached(Odd(paged.parameters()))
     train(plain, reference, 20)
     train(paged, optimizer, 10)
     assert_all_paged(stand_in, optimizer, least=6)
@@ -112,8 +125,7 @@ def test_an_odd_optimizer_trains_and_resumes(stand_in):
     assert saved[1]["state"][0]["nothing"] is None
     again = model()
     again.load_state_dict(saved[0])
-    resumed = Odd(again.parameters())
-    Pager().attach(resumed)
+    resumed = attached(Odd(again.parameters()))
     resumed.load_state_dict(saved[1])
     assert_all_paged(stand_in, resumed, least=2)
     train(again, resumed, 10, start=10)
@@ -121,10 +133,7 @@ def test_an_odd_optimizer_trains_and_resumes(stand_in):
 
 
 def test_the_closure_runs_before_the_state_is_fetched(managed):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
-    train(net, optimizer, 1)
+    _, optimizer = paged_run(1)
     log = managed.pools[0].log
     log.clear()
     optimizer.step(lambda: log.append("forward and backward"))
@@ -133,10 +142,7 @@ def test_the_closure_runs_before_the_state_is_fetched(managed):
 
 
 def test_a_prefetched_step_never_faults(managed):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
-    train(net, optimizer, 1)
+    net, optimizer = paged_run(1)
     pool = managed.pools[0]
     for step in range(3):
         pool.driver_evicts()  # forward and backward of a long sequence
@@ -150,12 +156,9 @@ def test_a_prefetched_step_never_faults(managed):
 
 
 def test_pinned_state_is_on_the_host_between_steps_and_the_cpu_waits_only_to_read_it(pinned):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
-    train(net, optimizer, 3)
+    _, optimizer = paged_run(3)
     pool = pinned.pools[0]
-    assert pool.on_device <= 0
+    assert optimizer.state and pool.on_device <= 0
     assert [entry for entry in pool.log if entry.startswith("fetch")] == ["fetch 4", "fetch 4"]
     assert pool.counts["synchronizations"] == 0, "three steps, and the CPU has waited for no copy"
     assert pool.to_host
@@ -178,21 +181,16 @@ READS = {
 @pytest.mark.parametrize("read", READS)
 def test_reading_pinned_state_waits_for_its_copies(pinned, read):
     plain = model()
-    paged = model()
-    reference, optimizer = (torch.optim.AdamW(net.parameters()) for net in (plain, paged))
-    Pager().attach(optimizer)
+    reference = torch.optim.AdamW(plain.parameters())
     train(plain, reference, 3)
-    train(paged, optimizer, 3)
+    paged, optimizer = paged_run(3)
     expected = reference.state[next(plain.parameters())]["exp_avg"]
     assert pinned.pools[0].to_host
     assert torch.equal(READS[read](optimizer, next(paged.parameters())), expected)
 
 
 def test_an_entry_that_was_read_before_the_step_waits_too(pinned):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
-    train(net, optimizer, 1)
+    net, optimizer = paged_run(1)
     entry = optimizer.state[next(net.parameters())]
     train(net, optimizer, 1)
     assert entry["exp_avg"].isfinite().all()
@@ -218,15 +216,12 @@ def test_existing_state_is_paged_when_attached(stand_in):
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
     train(net, optimizer, 2)
-    Pager().attach(optimizer)
+    attached(optimizer)
     assert_all_paged(stand_in, optimizer, least=4)
 
 
 def test_pages_are_freed_with_the_optimizer(stand_in):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
-    train(net, optimizer, 2)
+    _, optimizer = paged_run(2)
     assert stand_in.nbytes > 0
     del optimizer
     gc.collect()
@@ -234,10 +229,7 @@ def test_pages_are_freed_with_the_optimizer(stand_in):
 
 
 def test_a_checkpoint_knows_nothing_of_paging(stand_in, tmp_path):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
-    train(net, optimizer, 2)
+    net, optimizer = paged_run(2)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     assert type(loaded["state"][0]) is dict
@@ -249,13 +241,9 @@ def test_a_checkpoint_knows_nothing_of_paging(stand_in, tmp_path):
 
 
 def test_no_tensor_is_on_the_device_twice_while_loading(pinned):
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
-    train(net, optimizer, 2)
+    net, optimizer = paged_run(2)
     saved = copy.deepcopy(optimizer.state_dict())
-    fresh = torch.optim.AdamW(net.parameters())
-    Pager().attach(fresh)
+    fresh = attached(torch.optim.AdamW(net.parameters()))
     fresh.load_state_dict(saved)
     assert pinned.pools[-1].most_on_device == 0
     for state, old in zip(fresh.state.values(), saved["state"].values(), strict=True):
@@ -269,15 +257,13 @@ def test_a_bf16_parameter_loads_its_state_in_bf16_as_torch_does(stand_in):
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].float()
-    paged = torch.optim.AdamW([param])
-    Pager().attach(paged)
+    paged = attached(torch.optim.AdamW([param]))
     paged.load_state_dict(saved)
     assert paged.state[param]["exp_avg"].dtype == torch.bfloat16
 
 
 def test_loading_the_wrong_state_fails_as_in_torch(stand_in):
-    optimizer = torch.optim.AdamW(model().parameters())
-    Pager().attach(optimizer)
+    optimizer = attached(torch.optim.AdamW(model().parameters()))
     other = torch.optim.AdamW(torch.nn.Linear(4, 4).parameters())
     with pytest.raises(ValueError, match="doesn't match the size"):
         optimizer.load_state_dict(other.state_dict())
@@ -285,8 +271,7 @@ def test_loading_the_wrong_state_fails_as_in_torch(stand_in):
 
 def test_state_that_shares_the_parameters_memory_stays(stand_in):
     param = torch.nn.Parameter(torch.randn(64, 64))
-    optimizer = torch.optim.AdamW([param])
-    Pager().attach(optimizer)
+    optimizer = attached(torch.optim.AdamW([param]))
     optimizer.state[param]["alias"] = param.data
     optimizer.state[param]["the parameter"] = param
     optimizer.state[param]["row"] = torch.zeros(2, 8192)[0]
@@ -296,8 +281,7 @@ def test_state_that_shares_the_parameters_memory_stays(stand_in):
 
 def test_channels_last_state_keeps_its_strides(stand_in):
     conv = torch.nn.Conv2d(16, 64, 3).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(conv.parameters())
-    Pager().attach(optimizer)
+    optimizer = attached(torch.optim.AdamW(conv.parameters()))
     conv(torch.randn(1, 16, 8, 8)).sum().backward()
     optimizer.step()
     state = optimizer.state[conv.weight]["exp_avg"]
@@ -307,9 +291,7 @@ def test_channels_last_state_keeps_its_strides(stand_in):
 
 def test_a_refused_allocation_says_what_to_do(stand_in):
     stand_in.budget = 1000
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
+    net, optimizer = paged_run()
     with pytest.raises(MemoryError, match=r"MiB of (managed|pinned) memory were requested and refused") as error:
         train(net, optimizer, 1)
     for advice in ("PagedAdamW8bit", "paged_optimizer=False", "ckpt_path"):
@@ -323,8 +305,7 @@ def test_an_optimizer_with_its_own_load_state_dict_is_paged_again(stand_in):
             self.__setstate__({"state": {p: dict(s) for p, s in state_dict.items()}})
 
     net = model()
-    optimizer = Own(net.parameters())
-    Pager().attach(optimizer)
+    optimizer = attached(Own(net.parameters()))
     train(net, optimizer, 1)
     optimizer.load_state_dict({p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()})
     train(net, optimizer, 1)
@@ -335,8 +316,7 @@ def test_loaded_state_may_be_a_part_of_a_larger_tensor(stand_in):
     param = torch.nn.Parameter(torch.randn(64, 64))
     state = {"step": torch.tensor(1.0), "exp_avg": torch.randn(64, 128)[:, ::2], "exp_avg_sq": torch.ones(1, 64)}
     state["exp_avg_sq"] = state["exp_avg_sq"].expand(64, 64)
-    optimizer = torch.optim.AdamW([param])
-    Pager().attach(optimizer)
+    optimizer = attached(torch.optim.AdamW([param]))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
     for key in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(optimizer.state[param][key], state[key])
@@ -352,16 +332,14 @@ def test_under_another_default_device_state_is_where_its_parameter_is(stand_in, 
     reference = kind(plain.parameters(), lr=1e-2, **options)
     train(plain, reference, 3)
     with torch.device("meta"):
-        optimizer = kind(paged.parameters(), lr=1e-2, **options)
-        Pager().attach(optimizer)
+        optimizer = attached(kind(paged.parameters(), lr=1e-2, **options))
     for step in range(2):
         backward_of_step(paged, optimizer, step)
         with torch.device("meta"):
             optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     with torch.device("meta"):
-        resumed = kind(paged.parameters(), lr=1e-2, **options)
-        Pager().attach(resumed)
+        resumed = attached(kind(paged.parameters(), lr=1e-2, **options))
         resumed.load_state_dict(saved)
     backward_of_step(paged, resumed, 2)
     with torch.device("meta"):

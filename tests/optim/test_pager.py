@@ -8,7 +8,7 @@ from lightning_qlora.optim.adamw import PagedAdamW
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.optim.pool import SEGMENT_BYTES
 from tests.optim.stand_in import StandIn, assert_all_paged
-from tests.optim.test_optimizer_pages import assert_equal_parameters, model, train
+from tests.optim.test_optimizer_pages import assert_equal_parameters, model, paged_run, train
 
 
 def test_attaching_twice_changes_nothing(stand_in):
@@ -100,9 +100,7 @@ def test_on_a_cpu_nothing_is_paged():
 
 def test_state_is_paged_if_the_parameters_move_between_attach_and_the_first_step(monkeypatch):
     """`Pager.attach` and PagedAdamW8bit(model.parameters()) may come before model.to(device)."""
-    net = model()
-    optimizer = torch.optim.AdamW(net.parameters())
-    Pager().attach(optimizer)
+    net, optimizer = paged_run()
     stand_in = StandIn("managed").install(monkeypatch)
     train(net, optimizer, 1)
     assert all(stand_in.owns(entry["exp_avg"]) for param, entry in optimizer.state.items() if param.numel() >= 4096)

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lightning_qlora
-from lightning_qlora import QLoRAPrecision, convert, save_adapter
+from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
 from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.tools.cli import main
+from lightning_qlora.tools.memory_estimate import fits
 from lightning_qlora.training.report import size_text
 from tests.conftest import ROOT
 from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
@@ -84,21 +85,73 @@ def test_inspect(tmp_path, capsys):
 
 def test_inspect_names_the_kind_of_lora_and_counts(tmp_path, capsys):
     lit = Lit(toy("llama"))
-    convert(lit, **ARGUMENTS, use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2})
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "modules_to_save": ["norm", "lm_head"]}
+    convert(lit, **ARGUMENTS, use_dora=True, use_rslora=True, **patterns)
     save_adapter(lit, tmp_path)
     lines = json.loads(prints(["inspect", tmp_path, "--json"], capsys))
-    assert lines["kind of LoRA"] == "rsLoRA, DoRA" and re.fullmatch(r"4 \(x\d+\), 2 \(x2\)", lines["rank"])
-    assert lines["weights"] == f"{sum(p.numel() for p in lit.parameters() if p.requires_grad):,}"
+    bits = "quant_type=nf4, block_size=64, double_quant=True"
+    assert lines.pop("trained on").startswith(
+        f"the model in 4 bits ({bits}). On the model in 16 bits its outputs differ"
+    )
+    trained = [p for p in lit.parameters() if p.requires_grad]
+    assert lines == {
+        "kind": "PEFT adapter",
+        "base": "unknown",
+        "quantization": f"{bits}, init_lora_weights=default, base_changed=False",
+        "layers": "14: down_proj x2, gate_proj x2, up_proj x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2",
+        "rank": "4 (x12), 2 (x2)",
+        "alpha": "8 (x12), 3 (x2)",
+        "kind of LoRA": "rsLoRA, DoRA",
+        "modules_to_save": "lm_head, model.norm",
+        "weights": f"{sum(p.numel() for p in trained):,}",
+        "size of the weights": size_text(sum(p.nbytes for p in trained)),
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "a byte that is not UTF-8: \udcff"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert "a byte that is not UTF-8: \\udcff\n" in prints(["inspect", tmp_path], capsys)
+    toy("llama").save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    assert json.loads(prints(["inspect", tmp_path / "base", "--json"], capsys)) == {
+        "kind": "model folder",
+        "architecture": "LlamaForCausalLM",
+        "quantization": "none",
+        "4-bit layers": "0",
+        "tensors": "21",
+        "files": "8: model-00001-of-00008.safetensors to model-00008-of-00008.safetensors",
+        "size": f"F32 {size_text(sum(p.nbytes for p in toy('llama').parameters()))}",
+    }
 
 
 def test_export_and_merge(trained, tmp_path, capsys):
-    out = prints(["export", tmp_path / "last.ckpt", tmp_path / "exported"], capsys)
-    assert "14 layers" in out
-    assert "trained on: the model in 4 bits" in out and "outputs differ from those in training" in out
+    main(["export", str(tmp_path / "last.ckpt"), str(tmp_path / "exported")])
+    out = capsys.readouterr()
+    assert out.out.startswith(
+        f"{tmp_path}/exported: 14 layers for {tmp_path}/base\ntrained on: the model in 4 bits (quant"
+    )
+    assert not out.err
     for number, source in enumerate(("last.ckpt", "exported", "adapter")):
-        prints(["merge", tmp_path / source, tmp_path / f"merged{number}"], capsys)
+        text = prints(["merge", tmp_path / source, tmp_path / f"merged{number}"], capsys)
+        files = sorted((tmp_path / f"merged{number}").iterdir())
+        size = sum(path.stat().st_size for path in files) / 1e6
+        names = f"{tmp_path}/merged{number}: {tmp_path}/base with {tmp_path / source} merged"
+        assert text == f"{names}; {len(files)} files, {size:.1f} MB\n"
         merged = type(trained.model).from_pretrained(tmp_path / f"merged{number}")
         torch.testing.assert_close(logits(merged), logits(trained.model), atol=1e-5, rtol=0)
+
+
+def test_lines_are_as_wide_as_a_terminal(tmp_path, monkeypatch, capsys):
+    toy("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    whole = prints(["inspect", tmp_path], capsys)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for width in (80, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        text = prints(["inspect", tmp_path], capsys)
+        assert (text == whole) == (width == 60)
+        if width == 80:
+            assert max(map(len, text.splitlines())) <= 80 and re.sub(r"\n {31}", " ", text) == whole
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    main(["plan", str(tmp_path), "--r", "4", "--sequence_length", "16"])
+    assert capsys.readouterr().err == f"Running a step of {tmp_path} without weights ...\n"
 
 
 def test_plan(tmp_path, capsys):
@@ -140,6 +193,47 @@ def test_doctor_looks_at_an_apple_gpu_and_says_what_to_use_in_its_place(monkeypa
     assert what.endswith('use accelerator="cpu"') and not good
     what, good = checks["self-test on mps"]
     assert what.endswith('use accelerator="cpu"') and not good
+
+
+def test_doctor_on_a_machine_with_a_card(monkeypatch):
+    from lightning_qlora.tools import doctor
+
+    card = SimpleNamespace(name="A card", is_integrated=0)
+    for name, value in {"is_available": True, "device_count": 1, "mem_get_info": (10**9, 2 * 10**9)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(doctor, "why_not_managed", lambda device: "no driver")
+    monkeypatch.setattr(doctor.backends, "failures", lambda device, check: {})
+    monkeypatch.setattr(doctor.backends, "describe", lambda device: f"kernels of {device}")
+    monkeypatch.setattr(doctor, "_self_test", lambda device: [(f"self-test on {device}", "ran", True)])
+    monkeypatch.setattr(doctor.build, "compiler", lambda: (_ for _ in ()).throw(doctor.build.BuildError("none found")))
+    checks = {name: text for name, text, good in doctor.examine() if good}
+    assert checks["C compiler"] == "none found; the CPU path is slower without one"
+    assert checks["cuda:0"] == "A card, 1 GB of 2 GB free" and checks["cuda:0 paging"] == "no driver"
+    for device in ("cpu", "cuda:0"):
+        assert checks[f"{device} kernels"] == f"kernels of {device}" and checks[f"self-test on {device}"] == "ran"
+    assert "GPU" not in checks
+    names = ("TRITON_INTERPRET", "LIGHTNING_QLORA_CACHE", "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    for name in names:
+        monkeypatch.setenv(name, f"x{name}")
+    monkeypatch.delenv("CC")
+    assert doctor.environment() == {name: f"x{name}" for name in names if name != "CC"}
+
+
+def test_doctor_says_which_op_is_wrong_and_whether_a_layer_learns(monkeypatch):
+    from lightning_qlora.tools import doctor
+
+    (ops, text, good), (training, losses, learns) = doctor._self_test(torch.device("cpu"))
+    assert (ops, good) == (
+        "self-test on cpu: ops",
+        True,
+    ) and text == f"all {len(doctor.OPS)} compute what the reference does"
+    first, last = map(float, re.match(r"loss ([\d.]+) to ([\d.]+) in 20 steps; \d+\.\d s in total$", losses).groups())
+    assert training == "self-test on cpu: training" and learns and last < 0.9 * first
+    monkeypatch.setattr(doctor, "fault", lambda backend, device, op: "differs" if op in doctor.OPS[:2] else None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    (_, text, good), (_, _, learns) = doctor._self_test(torch.device("cpu"))
+    assert text == "; ".join(f"{op}: differs" for op in doctor.OPS[:2]) and not good and not learns
 
 
 def test_doctor_names_the_remedy_for_loops_without_threads(monkeypatch):
@@ -206,6 +300,8 @@ def test_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "x.ckpt").write_bytes(b"x")
     assert "x.ckpt: not a checkpoint" in fails(["export", tmp_path / "x.ckpt", tmp_path / "out"], capsys)
     assert "dtype" in fails(["merge", "a", "b", "--dtype", "int8"], capsys, code=2)
+    assert "--base_mod" in fails(["merge", "a", "b", "--base_mod", "c"], capsys, code=2)
+    assert "devices=0: must be an integer >= 1" in fails(["plan", tmp_path / "base", "--devices", "0"], capsys)
     (tmp_path / "gguf").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "gguf" / name).touch()
@@ -350,6 +446,13 @@ def test_help_and_mistakes_do_not_import_torch():
     assert "--lora_r" in done.stderr and "lora_r: use r." in done.stderr and "usage:" not in done.stderr
 
 
+def vit(folder):
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(folder)
+
+
 @pytest.mark.usefixtures("trained")
 def test_json(tmp_path, capsys):
     def read(*arguments):
@@ -357,9 +460,18 @@ def test_json(tmp_path, capsys):
 
     assert read("inspect", tmp_path / "adapter")["kind"].startswith("PEFT adapter")
     merged = read("merge", tmp_path / "last.ckpt", tmp_path / "merged")
-    assert merged["files"].keys() == {path.name for path in (tmp_path / "merged").iterdir()}
+    files = {path.name: path.stat().st_size for path in (tmp_path / "merged").iterdir()}
+    names = {"output": f"{tmp_path}/merged", "base_model": f"{tmp_path}/base", "adapter": f"{tmp_path}/last.ckpt"}
+    assert merged == names | {"files": files}
+    vit(tmp_path / "vit")
     plan = read("plan", tmp_path / "base", "--r", "4", "--sequence_length", "32", "--gpu_memory", "1GB")
-    assert plan["total"] >= plan["device"] > plan["parts"]["4-bit weights"] > 0 and plan["fits"]
+    estimate = estimate_memory(f"{tmp_path}/base", sequence_length=32, r=4)
+    needed = estimate.device + estimate.parts["decode buffer"]
+    answer = fits(needed, 10**9, QLoRAConfig(r=4))
+    totals = {"total": estimate.total, "device": estimate.device, "on_each_device": needed, "fits": answer}
+    assert plan == json.loads(json.dumps(vars(estimate) | totals))
+    unknown = read("plan", tmp_path / "vit", "--r", "4", "--gpu_memory", "1GB")
+    assert unknown["fits"] == "It is not known whether it fits: the activations could not be counted."
 
 
 @pytest.mark.usefixtures("trained")

@@ -1,18 +1,21 @@
 """`plan --gpu-memory` and `--devices`: whether a run fits, what to change, and what each device holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_qlora import convert, to_parameters
+from lightning_qlora import MemoryEstimate, convert, estimate_memory, to_parameters
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.memory_estimate import (
     DRIVER,
     FRAGMENTATION,
     PlannedRun,
+    both_units,
     bytes_on_each,
     fits,
     parse_memory,
@@ -43,10 +46,16 @@ def test_whether_it_fits_and_what_to_change():
     config = QLoRAConfig(**R)
     needed = 10 * 10**9
     just = int((needed + DRIVER) / (1 - FRAGMENTATION)) + 1
-    assert fits(needed, just, config).startswith("It fits")
-    too_little = fits(needed, just - 10**7, config)
-    assert too_little.startswith("It does not fit: it needs 10 GB") and "gradient_checkpointing=True" in too_little
-    assert "gradient_checkpointing" not in fits(needed, 10**9, QLoRAConfig(gradient_checkpointing=True))
+    assert fits(needed, just, config) == (
+        "It fits: it needs 10 GB (9.313 GiB), and there are 10 GB (9.313 GiB) of 11.25 GB (10.48 GiB) (the driver "
+        "takes up to 800 MB, fragmentation 4%)."
+    )
+    too_little = fits(needed, just - 10, config)
+    assert too_little.startswith("It does not fit: it needs 10 GB (9.313 GiB), and there are 10 GB (9.313 GiB) of ")
+    other = "a smaller batch_size, sequence_length or r, more devices with FSDP2 (--devices)."
+    assert too_little.endswith(f". Try gradient_checkpointing=True, {other}")
+    config = QLoRAConfig(gradient_checkpointing=True, paged_optimizer=False, deferred_logits=False)
+    assert fits(needed, 10**9, config).endswith(f". Try paged_optimizer=auto, deferred_logits=auto, {other}")
 
 
 def test_what_each_device_holds():
@@ -62,6 +71,8 @@ def test_what_each_device_holds():
             model = toy("llama")
             convert(model, **R)
             to_parameters(model)
+            blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.model.layers]
+            whole = sum(parameter.nbytes for parameter in model.parameters())
             for part in (*model.model.layers, model):
                 fully_shard(part, mesh=init_device_mesh("cpu", (devices,)))
             parameters = list(model.parameters())
@@ -69,10 +80,56 @@ def test_what_each_device_holds():
     finally:
         torch.distributed.destroy_process_group()
     assert few - many == pytest.approx(parts[2] - parts[8], rel=0.01)
+    sharded = whole + estimate.parts["gradients"] + estimate.parts["optimizer state"]
+    gathered = whole - sum(blocks) + 2 * max(blocks)
+    buffers = estimate.parts["activations"] + 2 * estimate.parts["decode buffer"]
+    assert many == gathered + buffers + sharded // 8
+    paged = replace(estimate, paged=True)
+    assert bytes_on_each(run, paged, 2, "fsdp") == few - estimate.parts["optimizer state"] // 2
+    assert bytes_on_each(run, paged, 1, "fsdp") == paged.device + estimate.parts["decode buffer"]
 
 
 def test_the_lines_of_the_command(tmp_path, capsys):
-    toy("llama").config.save_pretrained(tmp_path)
+    toy("llama", vocab_size=512).config.save_pretrained(tmp_path)
     main(["plan", str(tmp_path), "--r", "4", "--sequence_length", "16", "--devices", "8", "--gpu-memory", "24GiB"])
-    device, answer = capsys.readouterr().out.splitlines()[-2:]
-    assert device.startswith("Each of 8 devices (fsdp) needs ") and answer.startswith("It fits: it needs ")
+    run = PlannedRun(str(tmp_path), "adamw", QLoRAConfig(r=4, deferred_logits=False))
+    estimate = run.estimate(1, 16)
+    needed = bytes_on_each(run, estimate, 8, "fsdp")
+    answer = fits(needed, 24 * 2**30, run.config)
+    assert capsys.readouterr() == (f"{estimate}\nEach of 8 devices (fsdp) needs {both_units(needed)}.\n{answer}\n", "")
+    main(["plan", str(tmp_path), "--r", "4", "--sequence_length", "16"])
+    whole = estimate_memory(str(tmp_path), sequence_length=16, r=4)
+    assert capsys.readouterr().out == f"{whole}\n" != f"{estimate}\n"
+
+
+def test_the_whole_text_of_an_estimate():
+    parts = [4 * 10**9, 3 * 10**8, 10**7, 2 * 10**7, 4 * 10**7, 5 * 10**6, 6 * 10**8]
+    names = ["4-bit weights", "other frozen weights", "trained weights", "gradients", "optimizer state"]
+    parts = dict(zip([*names, "decode buffer", "activations"], parts, strict=True))
+    rows = [("layers.*.q", "4-bit", "2")]
+    assert f"{MemoryEstimate(parts, 5 * 10**6, True, 2500, 8 * 10**9, 16 * 10**9, True, rows)}\n" == TEXT
+    parts |= {"activations": 0}
+    lines = str(MemoryEstimate(parts, 2 * 10**7, False, 1, 1, 1, False, rows)).splitlines()
+    assert lines[3:5] == [
+        "gradients                    20 MB   19.07 MiB",
+        "optimizer state              40 MB   38.15 MiB",
+    ]
+    assert lines[6].startswith("activations                unknown  (pass example=; ")
+    assert lines[7] == "total at the peak         4.375 GB   4.075 GiB" and lines[8].startswith("1 of 1 weights")
+
+
+TEXT = """\
+4-bit weights                 4 GB   3.725 GiB
+other frozen weights        300 MB   286.1 MiB
+trained weights              10 MB   9.537 MiB
+gradients                    20 MB   19.07 MiB  (5 MB of it at the peak of all parts)
+optimizer state              40 MB   38.15 MiB  (may move to host memory)
+decode buffer                 5 MB   4.768 MiB
+activations                 600 MB   572.2 MiB
+total at the peak          4.96 GB   4.619 GiB
+  on the device            4.92 GB   4.582 GiB  (the optimizer state in host memory)
+2,500 of 8,000,000,000 weights are trained. Before quantization the weights alone take 16 GB. Not counted: \
+the driver's own memory (0.3 to 0.8 GB on CUDA), on a CPU the imported libraries (about 0.3 GB), and \
+fragmentation (a few percent).
+layers.*.q  x2  4-bit
+"""

@@ -1,21 +1,16 @@
 """Merging into a folder: the same weights as merging in memory, and what is refused."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_qlora import (
-    CheckpointMismatchError,
-    QLoRAPrecision,
-    convert,
-    merge,
-    save_adapter,
-)
+from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, convert, merge, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.adapters.module_adapter import get_adapter
@@ -24,7 +19,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.adapters.folders import assert_same_folders
-from tests.conftest import elsewhere
+from tests.conftest import elsewhere, raises_in_one_line
 from tests.layers import test_experts as experts
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
 
@@ -46,16 +41,29 @@ def load(name, folder, **arguments):
     return type(toy(name)).from_pretrained(folder, **arguments).eval()
 
 
+def assert_merged(folder, lit, name="llama"):
+    """The model of the folder computes what the module does with its adapters."""
+    torch.testing.assert_close(logits(load(name, folder)), logits(lit.model), atol=1e-5, rtol=0)
+
+
+def assert_same_weights(merged, expected):
+    """Those of a model that was loaded from the folder, or those of one of its files, are those merged in memory."""
+    state = merged if isinstance(merged, dict) else merged.state_dict()
+    expected = expected.state_dict()
+    assert all(value.dtype is expected[key].dtype and torch.equal(value, expected[key]) for key, value in state.items())
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_folder_is_the_merged_module(name, dora, base, tmp_path):
-    lit, (_, folder) = converted(name, use_dora=dora), base(name, max_shard_size="50KB")
+    """With DoRA, also with ranks and alphas of their own."""
+    first = {"llama": "q_proj", "gpt2": "c_attn"}.get(name)
+    patterns = {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}} if dora and first else {}
+    lit, (_, folder) = converted(name, use_dora=dora, **patterns), base(name, max_shard_size="50KB")
     merge_folder(folder, get_adapter(lit), tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").is_file()
-    merged = load(name, tmp_path / "out")
-    torch.testing.assert_close(logits(merged), logits(lit.model), atol=1e-5, rtol=0)
-    expected = merge(lit).model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in merged.state_dict().items())
+    assert_merged(tmp_path / "out", lit, name)
+    assert_same_weights(load(name, tmp_path / "out"), merge(lit).model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -67,9 +75,7 @@ def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path):
     convert(lit, **ARGUMENTS, modules_to_save=["norm", "lm_head"] if name == "llama" else ["ln_f"])
     perturb(lit)
     merge_folder(tmp_path / "base", get_adapter(lit), tmp_path / "out", dtype=dtype)
-    merged = load(name, tmp_path / "out").state_dict()
-    expected = merge(lit, dtype=dtype).model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in merged.items())
+    assert_same_weights(load(name, tmp_path / "out"), merge(lit, dtype=dtype).model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
@@ -77,7 +83,7 @@ def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path):
     lit, (_, folder) = converted(name, modules_to_save=["lm_head"]), base(name)
     save_adapter(lit, tmp_path / "adapter")
     merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out")
-    torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+    assert_merged(tmp_path / "out", lit, name)
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]])
@@ -117,10 +123,9 @@ def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_o
         convert(model, **ARGUMENTS)
         perturb(model)
         merge_folder(folder, get_adapter(model), tmp_path / kind.__name__)
-        merged = kind.from_pretrained(tmp_path / kind.__name__).state_dict()
-        expected = merge(model).state_dict()
-        assert merged.keys() == expected.keys()
-        assert all(torch.equal(value, expected[key]) for key, value in merged.items())
+        merged = kind.from_pretrained(tmp_path / kind.__name__)
+        assert_same_weights(merged, merge(model))
+        assert merged.state_dict().keys() == model.state_dict().keys()
 
 
 def test_another_base_than_that_of_the_training_is_refused(base, tmp_path):
@@ -138,9 +143,9 @@ def test_a_base_that_was_trained_in_another_type(base, tmp_path):
     convert(lit, **ARGUMENTS)
     perturb(lit)
     merge_folder(folder, get_adapter(lit), tmp_path / "out")
-    merged = load("llama", tmp_path / "out").state_dict()
-    expected = merge(lit).model.state_dict()
-    assert all(value.dtype is torch.bfloat16 and torch.equal(value, expected[key]) for key, value in merged.items())
+    merged = load("llama", tmp_path / "out")
+    assert_same_weights(merged, merge(lit).model)
+    assert {value.dtype for value in merged.state_dict().values()} == {torch.bfloat16}
 
 
 def test_code_of_a_folder_runs_only_if_the_user_says_so(base, tmp_path):
@@ -158,8 +163,7 @@ def test_code_of_a_folder_runs_only_if_the_user_says_so(base, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         merge_folder(folder, get_adapter(lit), tmp_path / "out")
     merge_folder(folder, get_adapter(lit), tmp_path / "out", trust_remote_code=True)
-    expected = merge(lit).model.state_dict()
-    assert all(torch.equal(value, expected[k]) for k, value in load_file(tmp_path / "out/model.safetensors").items())
+    assert_same_weights(load_file(tmp_path / "out/model.safetensors"), merge(lit).model)
     assert (tmp_path / "out/ours.py").is_file()
 
 
@@ -168,7 +172,7 @@ def test_a_4_bit_base(name, base, tmp_path):
     lit, (_, folder) = converted(name), base(name)
     save_in_4_bits(type(toy(name)), folder, tmp_path / "bnb")
     merge_folder(tmp_path / "bnb", get_adapter(lit), tmp_path / "out", dtype="fp32")
-    torch.testing.assert_close(logits(load(name, tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+    assert_merged(tmp_path / "out", lit, name)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     # Layers without an adapter are decoded too.
     few = converted(name, target_modules=["down_proj", "c_fc"][name == "gpt2" :][:1])
@@ -188,40 +192,40 @@ def test_from_a_lightning_checkpoint(base, tmp_path, trainer):
     write_adapter(adapter, tmp_path / "a"), write_adapter(ours, tmp_path / "b")
     assert_same_folders(tmp_path / "a", tmp_path / "b")
     merge_folder(folder, adapter, tmp_path / "out")
-    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("harm", "error", "message"),
-    [
-        (lambda f: shard(f, 2).unlink(), FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;"),
-        (
-            lambda f: shard(f, 2).write_bytes(shard(f, 2).read_bytes()[:-10]),
-            ValueError,
-            r"model-00002-of-\d+.safetensors: not a safetensors file, or truncated",
-        ),
-        (lambda f: change_index(f), ValueError, r"model-00001-of-\d+.safetensors: has no tensor 'no.such', though"),
-        (lambda f: (f / "model.safetensors.index.json").unlink(), FileNotFoundError, r"has neither model.safetensors"),
-    ],
-)
-def test_a_broken_base_is_named_in_one_line(harm, error, message, base, tmp_path):
-    _, folder = base("llama", max_shard_size="50KB")
-    harm(folder)
-    with pytest.raises(error, match=message) as raised:
-        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "out").exists()
+    assert_merged(tmp_path / "out", lit)
 
 
 def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
 
 
-def change_index(folder):
+def cut_short(folder):
+    file = shard(folder, 2)
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def change_index(folder, name="no.such", file=None):
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"]["no.such"] = shard(folder, 1).name
+    index["weight_map"][name] = file or shard(folder, 1).name
     path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "message"),
+    [
+        (lambda f: shard(f, 2).unlink(), FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;"),
+        (cut_short, ValueError, r"model-00002-of-\d+.safetensors: not a safetensors file, or truncated"),
+        (change_index, ValueError, r"model-00001-of-\d+.safetensors: has no tensor 'no.such', though"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), FileNotFoundError, r"has neither model.safetensors"),
+    ],
+)
+def test_a_broken_base_is_named_in_one_line(harm, error, message, base, tmp_path):
+    _, folder = base("llama", max_shard_size="50KB")
+    harm(folder)
+    with raises_in_one_line(error, message):
+        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
@@ -230,47 +234,29 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
         merge_folder(folder, get_adapter(converted("gpt2")), tmp_path / "out")
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)
-    with pytest.raises(
-        CheckpointMismatchError,
-        match=r"lora_A.weight' does not fit: the LlamaForCausalLM has a layer of 64 inputs and 128",
-    ):
+    message = r"lora_A.weight' does not fit: the LlamaForCausalLM has a layer of 64 inputs and 128"
+    with pytest.raises(CheckpointMismatchError, match=message):
         merge_folder(folder, get_adapter(wider), tmp_path / "out")
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         merge_folder(folder, get_adapter(converted("llama")), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-KILLED = """
-import os, signal, sys
-from transformers import PreTrainedModel
-from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.tools.cli import main
-PreTrainedModel.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-main(["merge", *sys.argv[1:]])
-"""
-
-
-def test_a_killed_merge_leaves_no_output_and_can_be_run_again(base, tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_a_killed_merge_leaves_no_output_and_can_be_run_again(base, tmp_path, monkeypatch):
     lit, (_, folder) = converted("llama"), base("llama")
     save_adapter(lit, tmp_path / "adapter")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, tmp_path / "adapter", out, "--base_model", folder]
-    run = subprocess.run(command, check=False)
-    assert run.returncode == -9
+    arguments = ["merge", str(tmp_path / "adapter"), str(out), "--base_model", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lit.model), "save_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
+        process.start()
+        process.join(300)
+    assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
     merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
     assert {"adapter", "base", "out"} == {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_dora_and_patterns(name, base, tmp_path):
-    first = {"llama": "q_proj", "gpt2": "c_attn"}[name]
-    lit = converted(name, use_dora=True, rank_pattern={first: 8}, alpha_pattern={first: 3})
-    _, folder = base(name)
-    merge_folder(folder, get_adapter(lit), tmp_path / "out")
-    before = logits(lit.model)
-    torch.testing.assert_close(logits(merge(lit).model), before, atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits(load(name, tmp_path / "out")), before, atol=1e-5, rtol=0)
 
 
 def test_an_adapter_whose_initialization_changed_the_base(base, tmp_path, trainer):
@@ -280,7 +266,7 @@ def test_an_adapter_whose_initialization_changed_the_base(base, tmp_path, traine
     run.fit(lit)
     run.save_checkpoint(tmp_path / "last.ckpt")
     merge_folder(folder, read_adapter_from_checkpoint(tmp_path / "last.ckpt"), tmp_path / "out")
-    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(lit.model), atol=1e-5, rtol=0)
+    assert_merged(tmp_path / "out", lit)
     write_adapter(get_adapter(lit), tmp_path / "adapter")
     with pytest.raises(CheckpointMismatchError, match="or of those in the module, changed the 4-bit weights"):
         merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
@@ -298,13 +284,10 @@ def test_the_default_device_has_no_effect(arguments, base, tmp_path):
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"])
 def test_an_index_that_names_a_file_outside_of_the_folder_is_refused(name, base, tmp_path):
     _, folder = base("llama", max_shard_size="50KB")
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["lm_head.weight"] = name
-    path.write_text(json.dumps(index))
+    change_index(folder, "lm_head.weight", name)
     with pytest.raises(ValueError, match=r"'lm_head.weight' is '.*', which is not a file of this folder") as error:
         merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
-    assert str(path) in str(error.value) and not (tmp_path / "out").exists()
+    assert str(folder / "model.safetensors.index.json") in str(error.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "config.json", "extra.txt"])

@@ -154,18 +154,9 @@ def opt():
     import transformers
 
     torch.manual_seed(0)
-    return transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            hidden_size=64,
-            ffn_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=128,
-            dropout=0.5,
-            max_position_embeddings=64,
-            word_embed_proj_dim=64,
-        )
-    ).eval()
+    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    config = transformers.OPTConfig(**sizes, dropout=0.5, max_position_embeddings=64, word_embed_proj_dim=64)
+    return transformers.OPTForCausalLM(config).eval()
 
 
 class Recording(Lit):

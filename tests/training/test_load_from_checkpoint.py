@@ -4,6 +4,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from tests.conftest import Classifier, fingerprints, loader
 
 
@@ -160,3 +161,44 @@ def test_a_checkpoint_that_the_module_filtered_is_loaded_by_what_the_plugin_save
     convert(again, r=4, lora_alpha=32, lora_dropout=0.0)
     again.load_state_dict(torch.load(weights_only, weights_only=True)["state_dict"], strict=False)
     assert torch.equal(again.eval()(x), module(x))
+
+
+class Factors(nn.Module):
+    """Low-rank factors of a new part, with the names that an adapter has."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.randn(4, 64) / 8)
+        self.lora_B = nn.Parameter(torch.zeros(64, 4))
+
+    def forward(self, x):
+        return x + x @ self.lora_A.T @ self.lora_B.T
+
+
+class WithFactors(Classifier):
+    def __init__(self):
+        super().__init__(width=64)
+        self.net.append(nn.Linear(8, 64))
+        self.net.append(Factors())
+        self.net.append(nn.Linear(64, 8))
+
+
+def test_parameters_of_the_module_may_have_the_names_of_an_adapter(trainer):
+    arguments = {"r": 4, "lora_dropout": 0.0, "target_modules": ["net.0", "net.4"], "modules_to_save": ["net.6"]}
+    torch.manual_seed(0)
+    module = WithFactors()
+    run = trainer(plugins=QLoRAPrecision(**arguments), max_epochs=1)
+    run.fit(module, loader())
+    path = run.checkpoint_callback.best_model_path
+    torch.manual_seed(0)
+    again = load_from_checkpoint(WithFactors, path)
+    assert [name for name, part in again.named_modules() if isinstance(part, QLoRALinear)] == ["net.0", "net.4"]
+    torch.manual_seed(0)
+    resumed = WithFactors()
+    trainer(plugins=QLoRAPrecision(**arguments), max_epochs=2).fit(resumed, loader(), ckpt_path=path)
+    trainer(plugins=QLoRAPrecision(**arguments), max_epochs=2).fit(module, loader(), ckpt_path=path)
+    for name, value in module.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    adapter = read_adapter_from_checkpoint(path)
+    assert adapter.layers.keys() == {"0", "4"}  # the base is `net`
+    assert torch.equal(adapter.saved["6.lora_A"], again.net[6].lora_A)

@@ -12,14 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_qlora import (
-    QLoRAPrecision,
-    convert,
-    load_adapter,
-    load_from_checkpoint,
-    merge,
-    save_adapter,
-)
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from tests.conftest import Classifier, loader, make_trainer
 from tests.toys import Lit, ids, logits, perturb, toy
@@ -183,9 +176,8 @@ class LitGPTAdapterV2Linear(nn.Module):
 @pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear, LitGPTAttention, LitGPTAdapterV2Linear])
 def test_lora_matrices_of_other_libraries_are_refused(kind):
     model = nn.Sequential(nn.Linear(64, 64), kind())
-    with pytest.raises(
-        ValueError, match=rf"^1: is tests's {kind.__name__}, a layer that contains another library's adapter"
-    ):
+    message = rf"^1: is tests's {kind.__name__}, a layer that contains another library's adapter"
+    with pytest.raises(ValueError, match=message):
         convert(model, r=2)
     assert type(model[0]) is nn.Linear  # nothing was converted
     report = convert(model, r=2, exclude_modules=["1"])
@@ -205,9 +197,8 @@ class OwnLoRA(nn.Module):
 
 def test_adapters_written_by_hand_are_named_before_a_second_one_is_added():
     model = nn.Sequential(nn.Linear(64, 64), OwnLoRA(nn.Linear(64, 64)))
-    with pytest.warns(
-        UserWarning, match=r"1 frozen linear layers have adapters.*by hand.*: 1\.linear\. Conversion adds"
-    ):
+    message = r"1 frozen linear layers have adapters.*by hand.*: 1\.linear\. Conversion adds"
+    with pytest.warns(UserWarning, match=message):
         convert(model, r=2, target_modules=["0", "linear"])
 
 
@@ -215,10 +206,9 @@ def test_adapters_written_by_hand_are_named_before_a_second_one_is_added():
 def test_a_peft_model_is_refused_until_it_is_merged(inside):
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(toy("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    message = r"is peft's .* with a PEFT adapter.*before get_peft_model.*adapter=FOLDER"
     for target in ("all-linear", ["v_proj"]):
-        with pytest.raises(
-            ValueError, match=r"is peft's .* with a PEFT adapter.*before get_peft_model.*adapter=FOLDER"
-        ):
+        with pytest.raises(ValueError, match=message):
             convert(Lit(wrapped) if inside else wrapped, r=4, target_modules=target)
     assert len(convert(wrapped.merge_and_unload(), r=4).converted) == 14
 
@@ -242,9 +232,8 @@ def test_a_converted_model_in_a_peft_model_is_refused_before_it_trains(kind):
         "PromptTuningConfig": {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"},
     }
     # An AttributeError of PEFT, which takes a method of the 4-bit layer for its type; of a prompt, ours.
-    with pytest.raises(
-        (AttributeError, ValueError), match=r"is_floating_point|is peft's .*Convert the model without them"
-    ):
+    message = r"is_floating_point|is peft's .*Convert the model without them"
+    with pytest.raises((AttributeError, ValueError), match=message):
         convert(peft.get_peft_model(model, getattr(peft, kind)(**words[kind])), r=4)
 
 
@@ -473,9 +462,8 @@ def test_a_torchscript_module_stays_as_it_is(how, in_list, tmp_path):
 
 
 def test_a_torchscript_module_that_is_named_or_the_whole():
-    with pytest.raises(
-        ValueError, match=r"No layer was converted[\s\S]*inner: a torch.jit.ScriptModule, which can't be"
-    ):
+    message = r"No layer was converted[\s\S]*inner: a torch.jit.ScriptModule, which can't be"
+    with pytest.raises(ValueError, match=message):
         convert(WithScripted(), target_modules=["inner"])
     with pytest.raises(ValueError, match=r"\(the module itself\): a torch.jit.ScriptModule, which can't be changed"):
         convert(torch.jit.script(nn.Sequential(nn.Linear(64, 64))))

@@ -20,8 +20,9 @@ def plugin(**arguments):
     return QLoRAPrecision(**{"r": 4, "lora_dropout": 0.1, **arguments})
 
 
-def adapters(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters() if "lora_" in name}
+def share_of_loss(module):
+    """The last losses of a run by its first ones."""
+    return sum(module.losses[-4:]) / sum(module.losses[:4])
 
 
 def test_an_unchanged_module_trains(trainer):
@@ -29,7 +30,7 @@ def test_an_unchanged_module_trains(trainer):
     one_argument = plugin()
     base = [quantize(module.net[0].weight), quantize(module.net[4].weight)]
     trainer(plugins=one_argument, max_epochs=15).fit(module, loader(), loader())
-    assert sum(module.losses[-4:]) < 0.5 * sum(module.losses[:4])
+    assert share_of_loss(module) < 0.5
     assert torch.equal(module.net[0].packed.view(-1), base[0].packed.view(-1))
     assert torch.equal(module.net[4].packed.view(-1), base[1].packed.view(-1))
     assert one_argument.report.converted == ["net.0", "net.4"]
@@ -39,8 +40,7 @@ def test_only_adapters_get_optimizer_state(trainer):
     module = Classifier()
     run = trainer(plugins=plugin())
     run.fit(module, loader())
-    with_state = {id(p) for p in run.optimizers[0].state}
-    assert with_state == {id(p) for name, p in module.named_parameters() if "lora_" in name}
+    assert {*run.optimizers[0].state} == {p for name, p in module.named_parameters() if "lora_" in name}
 
 
 def test_all_stages_give_the_same_loss(trainer):
@@ -115,34 +115,8 @@ def test_optimizers_over_all_parameters_work(trainer, make):
     module.configure_optimizers = lambda: make(module.parameters())
     packed = quantize(module.net[0].weight).packed
     trainer(plugins=plugin(), max_epochs=8).fit(module, loader())
-    assert sum(module.losses[-4:]) < sum(module.losses[:4])
+    assert share_of_loss(module) < 1
     assert torch.equal(module.net[0].packed.view(-1), packed.view(-1))
-
-
-class Manual(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        for optimizer in (first, second):
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in (first, second):
-            self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
-            optimizer.step()
-        self.losses.append(loss.item())
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.net[0].parameters(), 1e-2), torch.optim.AdamW(self.net[4].parameters(), 1e-2)
-
-
-def test_manual_optimization_with_two_optimizers(trainer):
-    module = Manual()
-    trainer(plugins=plugin(), max_epochs=10).fit(module, loader())
-    assert sum(module.losses[-4:]) < 0.7 * sum(module.losses[:4])
 
 
 def test_the_module_keeps_its_mode_and_adapters_use_dropout_only_in_training(trainer):
@@ -284,13 +258,13 @@ def test_bf16_modules_and_explicit_compute_types_train(trainer):
     module = Classifier().to(torch.bfloat16)
     module.forward = lambda x: module.net(x.bfloat16())
     trainer(plugins=plugin(), max_epochs=10).fit(module, loader())
-    assert sum(module.losses[-4:]) < 0.8 * sum(module.losses[:4])
+    assert share_of_loss(module) < 0.8
     module = Classifier()
     seen = []
     module.net[1].register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
     trainer(plugins=plugin(compute_dtype="bf16"), max_epochs=10).fit(module, loader())
     assert set(seen) == {torch.bfloat16}
-    assert sum(module.losses[-4:]) < 0.8 * sum(module.losses[:4])
+    assert share_of_loss(module) < 0.8
 
 
 def test_a_module_compiled_by_the_user_trains(trainer):
@@ -298,7 +272,7 @@ def test_a_module_compiled_by_the_user_trains(trainer):
     module = Classifier()
     module.net = torch.compile(module.net, backend="aot_eager", fullgraph=True)
     trainer(plugins=plugin(), max_epochs=10).fit(module, loader())
-    assert sum(module.losses[-4:]) < 0.7 * sum(module.losses[:4])
+    assert share_of_loss(module) < 0.7
 
 
 def test_a_model_made_in_configure_model_trains(trainer):

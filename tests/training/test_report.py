@@ -6,8 +6,8 @@ import re
 import pytest
 from torch import nn
 
-from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, quantize
-from lightning_qlora.training.report import CalibrationReport
+from lightning_qlora import ConversionReport, QLoRAConfig, QLoRAPrecision, convert, quantize
+from lightning_qlora.training.report import CalibrationReport, size_text
 from tests.toys import Lit, toy
 
 
@@ -55,9 +55,48 @@ def test_reprs_are_short_and_say_what_matters():
     assert repr(QLoRAConfig()) == "QLoRAConfig()"
 
 
-def test_what_waits_for_data_is_named_beside_what_was_calibrated():
-    report = CalibrationReport(waiting=["a"], host_bytes=4096)
-    assert str(report).startswith("1 adapters will be calibrated in the first step; until then 4,096 bytes")
-    report.calibrated, report.rows = ["b"], 1234
-    assert str(report).startswith("1 adapters calibrated on 1,234 rows")
-    assert str(report).endswith("waiting for the first step of their optimizer: a")
+def test_the_whole_text():
+    calibration = CalibrationReport(["w"], 4096)
+    text = (
+        "1 adapters will be calibrated in the first step; until then 4,096 bytes of dense weights stay in host memory"
+    )
+    assert str(calibration) == text
+    errors = {f"l{number}": number / 10 for number in range(7)}
+    calibration = CalibrationReport(["w"], 4096, ["a", "b"], ["u"], {}, 1234, 2.0, errors)
+    shapes = {"h.0.q": (64, 32), "h.1.q": (64, 32), "z": (4, 64, 32)}
+    report = ConversionReport(
+        list(shapes), {"head": "new"}, {"": "frozen", "1": "frozen"}, 1500, 6000, 4_000_000, 1500, 1.26, shapes,
+        ["norm"], 1000, {"tokens": 3}, 5000, 4000, {"lm_head": 3_840_000, "": 0}, 1000, ["bfloat16", "float16"],
+        ["bf16 is slow", "fp16 is slow"], 999, calibration, True,
+    )  # fmt: skip
+    assert f"{report}\n" == TEXT
+    names = "ConversionReport(3 layers in 4 bits, 1 trained in full, 2 skipped, 1,500 of 6,000 parameters train)"
+    assert repr(report) == names and repr(calibration) == f"CalibrationReport({calibration})"
+    counts = (999, 1000, 2**20, 2**30)
+    assert [*map(size_text, counts)] == ["999 bytes", "1 kB", "1.049 MB", "1.074 GB"]
+    assert [size_text(count, 1024) for count in counts] == ["999 bytes", "1000 bytes", "1 MiB", "1 GiB"]
+
+
+TEXT = """\
+QLoRA
+z                    x1   4-bit + adapter, 4 experts of 64x32
+h.*.q                x2   4-bit + adapter, 64x32
+head                 x1   trains in full: new
+(the module itself)  x1   skipped: frozen
+1                    x1   skipped: frozen
+tokens               x1   3 rows train, the others are frozen
+norm                 x1   frozen by conversion
+1,500 of 6,000 parameters train (25.00%): 1,000 in adapters and 500 in full
+bf16 is slow; fp16 is slow: so all but the 4-bit weights is held in fp32 and computes in it (999 bytes more); \
+files and merged weights have the types of before
+what trains in full is held in fp32 (1 kB) and computes in bfloat16 and float16
+layers that the module froze take 5 kB; naming them in target_modules would save 4 kB
+parameters take 1.5 kB, 4 MB before; converted 3 layers in 1.3 s
+logits of lm_head: deferred, saves 3.84 MB for each 1,000 tokens
+logits of (the module itself): not deferred (sharded, or its adapter has lora_dropout)
+no weights are known to be loaded: linear layers larger than their adapter get
+4 bits, smaller ones train in full; name a new head in modules_to_save
+2 adapters calibrated on 1,234 rows of data in 2.0 s; 4,096 bytes of dense weights were kept until then; \
+largest errors left: l6 60.0%, l5 50.0%, l4 40.0%, l3 30.0%, l2 20.0%; default initialization, because the first \
+step had no input for them: u; waiting for the first step of their optimizer: w
+"""

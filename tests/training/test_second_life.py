@@ -197,49 +197,6 @@ def test_an_adapter_folder_for_a_converted_module_is_loaded_once_or_refused(tmp_
         convert(other, **arguments)
 
 
-def test_the_state_dict_of_a_part_is_complete(tmp_path):
-    module = Built()
-    convert(module, r=4)
-    trained(module)
-    state = copy.deepcopy(module.net.state_dict())
-    assert "_qlora_conversion" not in state and {"0.weight.absmax", "1.bias", "3.bias"} <= state.keys()
-    other = Built()
-    with torch.no_grad():
-        other.net[3].weight.mul_(2)
-        other.net[1].bias.add_(1)
-    convert(other, r=4)
-    other.net.load_state_dict(state)
-    assert torch.equal(other.eval()(X), module(X))
-    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):  # the bytes
-        body().load_state_dict(state, strict=False)
-    wrong = Built()
-    convert(wrong, r=4, lora_alpha=32)
-    with pytest.raises(CheckpointMismatchError, match=r"0: lora_alpha is 16 in the checkpoint and 32 here"):
-        wrong.net.load_state_dict(state)
-    target = Built().eval()  # a target network is synchronized in this way
-    convert(target, r=4)
-    target.net[0].load_state_dict(module.net[0].state_dict())
-    assert torch.equal(target.net[0](X), module.net[0](X))
-
-
-def test_the_state_dict_of_a_module_around_a_part_is_complete():
-    module, other = Built(), Built()
-    with torch.no_grad():
-        other.net[3].weight.mul_(2)
-    for built in (module, other):
-        convert(built, r=4)
-    around = nn.ModuleDict({"policy": trained(module).net})
-    target = nn.ModuleDict({"policy": other.net})
-    state = around.state_dict()
-    assert not [key for key in state if key.endswith("_qlora_conversion")]
-    target.load_state_dict(state)
-    assert torch.equal(other.eval()(X), module(X))
-    for key in [key for key in state if ".3.weight" in key]:
-        del state[key]
-    with pytest.raises(RuntimeError, match=r"Missing key.*policy\.3\.weight"):
-        target.load_state_dict(state)
-
-
 ARGUMENTS = {
     "r": [2, 4], "lora_alpha": [4, 16], "use_rslora": [False, True], "quant_type": ["nf4", "fp4", "int4"],
     "block_size": [32, 64], "double_quant": [False, True], "use_dora": [False, True],

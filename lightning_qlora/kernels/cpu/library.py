@@ -24,7 +24,7 @@ SYMBOLS = ("dequantize", "quantize", "quantize_scales", "dropout", "form", "has_
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_ROWS = 16  # up to which `lora_linear` is faster than decoding and torch's product
-MOST_ROWS_WIDE = 32  # the same in fp32 with AVX-512
+MOST_ROWS_WIDE = 64  # the same in fp32 with AVX-512
 GROUP = 32  # c/few_rows.h: weights of a row that are decoded together
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 

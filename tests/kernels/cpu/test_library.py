@@ -22,6 +22,7 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import _all_threads, release, scratch
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.quantization.packed_weight import PackedBytes
+from tests.conftest import raises_in_one_line
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (5, 4096), (70, 2112)]
@@ -94,7 +95,7 @@ def test_few_rows_are_the_references(library, dtype, tolerance):
             if not library.multiplies(1, weight, dtype):  # only rows of whole groups of 32 weights
                 assert shape[1] % 32
                 continue
-            for m, r in [(1, 16), (2, 3), (3, 64), (4, 0), (6, 8), (16, 17), (module.MOST_ROWS, 4)]:
+            for m, r in [(1, 16), (2, 3), (3, 64), (4, 0), (6, 8), (16, 17), (module.MOST_ROWS_WIDE, 4)]:
                 x = torch.randn(m, shape[1]).to(dtype)
                 a = torch.randn(r, shape[1]) * shape[1] ** -0.5
                 b = torch.randn(shape[0], r)
@@ -209,6 +210,32 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
 
 
 @pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads a library of one function, which compiles in less time than ours, from a cache of the test's own."""
+    if module.compiled_library() is None or os.name != "posix":
+        pytest.skip("no C compiler, or no owners of files")
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source" / "small.c"
+    source.parent.mkdir()
+    source.write_text("int one(void) { return 1; }")
+    return lambda **arguments: build.load(source, ["one"], **arguments)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Makes a shell script the compiler of an empty cache; `{cc}` in it is the real one."""
+
+    def use(script):
+        path = tmp_path / "cc"
+        path.write_text("#!/bin/sh\n" + script.replace("{cc}", build.compiler() if "{cc}" in script else ""))
+        path.chmod(0o755)
+        monkeypatch.setenv("CC", str(path))
+        monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+
+    return use
+
+
+@pytest.fixture
 def train(monkeypatch):
     """Trains a little in this process, as if it was new: the library is looked for again, with another environment."""
 
@@ -230,7 +257,7 @@ def train(monkeypatch):
 
 
 def test_without_a_compiler_everything_works_and_one_line_says_so(train, tmp_path, caplog):
-    _, packed, grad = train(tmp_path / "with")
+    _, packed, grad = train(build.cache_folder())
     caplog.clear()
     path, packed_without, grad_without = train(tmp_path / "without", PATH=tmp_path, CC="")
     assert path.startswith("plain torch")
@@ -240,27 +267,20 @@ def test_without_a_compiler_everything_works_and_one_line_says_so(train, tmp_pat
     torch.testing.assert_close(grad, grad_without, rtol=1e-4, atol=0)
 
 
-def test_a_failing_compiler_is_reported_with_its_words(train, tmp_path, caplog):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho 'cc1: no such thing' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    train(tmp_path, CC=broken)
+def test_a_failing_compiler_is_reported_with_its_words(train, compiler, tmp_path, caplog):
+    compiler("echo 'cc1: no such thing' >&2\nexit 1")
+    train(tmp_path)
     assert caplog.text.count("C kernels not compiled") == 1
     assert "cc1: no such thing" in caplog.text
 
 
-def test_it_is_built_once_however_many_start_together(tmp_path, monkeypatch):
-    try:
-        build.compiler()
-    except build.BuildError:
-        pytest.skip("no C compiler")
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+def test_it_is_built_once_however_many_start_together(load, tmp_path, monkeypatch):
     made = []
     failures = []
 
     def start():
         try:
-            made.append(build.load(module.SOURCE))
+            made.append(load())
         except Exception as error:
             failures.append(error)
 
@@ -275,7 +295,7 @@ def test_it_is_built_once_however_many_start_together(tmp_path, monkeypatch):
     assert [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cache", library)] == [0o700, 0o700]
     before = library.stat().st_mtime_ns
     monkeypatch.setattr(build, "_run", lambda command: pytest.fail("built again"))
-    build.load(module.SOURCE)
+    load()
     assert library.stat().st_mtime_ns == before
 
 
@@ -294,25 +314,35 @@ def test_it_uses_the_threads_that_torch_has():
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The library in a cache of the test's own: a copy, because compiling takes more than a second."""
-    if module.compiled_library() is None or os.name != "posix":
-        pytest.skip("no C compiler, or no owners of files")
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copy2(module.compiled_library()._loaded._name, build.cache_folder()))
+def cache(load):
+    """The library of `load` in its cache: a copy, which is not loaded yet."""
+    library = Path(load()._name)
+    copied = Path(shutil.copy2(library, library.with_name("copy")))
+    return copied.rename(library)
 
 
-def test_half_a_library_is_built_again_and_not_loaded(cache):
+def in_forks(number, call):
+    """The exit codes of processes that call it at the same time."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=call) for _ in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def test_half_a_library_is_built_again_and_not_loaded(cache, load):
     """Loading it would end the process with a bus error, at every start."""
-    os.truncate(cache, cache.stat().st_size // 2)
-    code = "from lightning_qlora.kernels import eager; print(eager.path())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert (result.returncode, result.stdout.strip()) == (0, eager.path())
+    size = cache.stat().st_size
+    os.truncate(cache, size // 2)
+    assert in_forks(1, lambda: load().one()) == [0]
+    assert [file.stat().st_size for file in cache.parent.iterdir()] == [size]
 
 
-def test_the_copy_is_loaded_and_not_compiled_again(cache, monkeypatch):
+def test_the_copy_is_loaded_and_not_compiled_again(cache, load, monkeypatch):
     made = builds(monkeypatch)
-    build.load(module.SOURCE, module.SYMBOLS)
+    load()
     assert not made
 
 
@@ -325,16 +355,16 @@ def builds(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
-def test_a_folder_that_others_can_write_to_is_refused(mode, cache, monkeypatch):
+def test_a_folder_that_others_can_write_to_is_refused(mode, cache, load, monkeypatch):
     """Even if they could not write to it when the library was compiled."""
     cache.parent.chmod(mode)
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: pytest.fail("loaded"))
     monkeypatch.setattr(cache_folder, "_is_private_group", lambda _: False)
     with pytest.raises(build.BuildError, match=r"can be written by other users .*only you can write to \(chmod 700\)"):
-        build.load(module.SOURCE, module.SYMBOLS)
+        load()
 
 
-def test_a_group_without_other_members_may_write(cache, monkeypatch):
+def test_a_group_without_other_members_may_write(cache, load, monkeypatch):
     import grp
     import pwd
 
@@ -344,33 +374,33 @@ def test_a_group_without_other_members_may_write(cache, monkeypatch):
     monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
     cache.parent.chmod(0o770)
     os.chown(cache.parent, -1, user.pw_gid)
-    build.load(module.SOURCE, module.SYMBOLS)
+    load()
     members.append("somebody")
     with pytest.raises(build.BuildError, match="can be written by other users"):
-        build.load(module.SOURCE, module.SYMBOLS)
+        load()
 
 
-def test_a_folder_above_the_cache_counts_too(cache):
+def test_a_folder_above_the_cache_counts_too(cache, load):
     cache.parents[1].chmod(0o777)
     with pytest.raises(build.BuildError, match=f"{cache.parents[1]} can be written by other users"):
-        build.load(module.SOURCE, module.SYMBOLS)
+        load()
     cache.parents[1].chmod(0o1777)  # as /tmp: others can't replace the cache
-    build.load(module.SOURCE, module.SYMBOLS)
+    load()
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root can give files away")
-def test_a_cache_or_a_library_of_another_user_is_not_loaded(cache, monkeypatch):
+def test_a_cache_or_a_library_of_another_user_is_not_loaded(cache, load, monkeypatch):
     made = builds(monkeypatch)
     os.chown(cache, 12345, 0)
-    build.load(module.SOURCE, module.SYMBOLS)
+    load()
     assert len(made) == 1 and made[0].stat().st_uid == os.geteuid()
     os.chown(cache.parent, 12345, 0)
     with pytest.raises(build.BuildError, match=r"belongs to another user \(uid 12345\)"):
-        build.load(module.SOURCE, module.SYMBOLS)
+        load()
 
 
 @pytest.mark.parametrize("how", ["writable", "link", "other functions"])
-def test_a_planted_library_is_compiled_again(how, cache, monkeypatch, tmp_path):
+def test_a_planted_library_is_compiled_again(how, cache, load, monkeypatch, tmp_path):
     made = builds(monkeypatch)
     if how == "writable":
         cache.chmod(0o722)
@@ -384,72 +414,39 @@ def test_a_planted_library_is_compiled_again(how, cache, monkeypatch, tmp_path):
         cache.unlink()
         cache = (tmp_path / "planted.so").rename(cache.with_name(f"{name}-{build._hash(tmp_path / 'planted.so')}.so"))
         cache.chmod(0o700)
-    module.Library(build.load(module.SOURCE, module.SYMBOLS))
+    assert load().one() == 1
     assert len(made) == 1
 
 
-def test_eight_processes_compile_once(tmp_path, monkeypatch):
-    if module.compiled_library() is None:
-        pytest.skip("no C compiler")
-    compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/calls"\nexec "{build.compiler()}" "$@"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=build.load, args=(module.SOURCE, module.SYMBOLS)) for _ in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 8
+def test_eight_processes_compile_once(load, tmp_path, compiler):
+    compiler(f'echo x >> "{tmp_path}/calls"\nsleep 0.2\nexec "{{cc}}" "$@"')
+    assert in_forks(8, load) == [0] * 8
     assert (tmp_path / "calls").read_text().split() == ["x", "x"]  # compile, link
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_full_disk_is_no_reason_for_a_slower_variant(tmp_path, monkeypatch):
-    full = tmp_path / "cc"
-    full.write_text("#!/bin/sh\necho 'fatal error: error writing to x.o: No space left on device' >&2\nexit 1\n")
-    full.chmod(0o755)
-    monkeypatch.setenv("CC", str(full))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(build.BuildError, match=r"bytes free.*Free some space") as error:
-        build.load(module.SOURCE)
-    assert "\n" not in str(error.value)
-    full.write_text("#!/bin/sh\nexit 1\n")  # killed, for example
+def test_a_full_disk_is_no_reason_for_a_slower_variant(load, compiler, monkeypatch):
+    compiler("echo 'fatal error: error writing to x.o: No space left on device' >&2\nexit 1")
+    with raises_in_one_line(build.BuildError, r"bytes free.*Free some space"):
+        load()
+    compiler("exit 1")  # killed, for example
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     with pytest.raises(build.BuildError, match="100,000 bytes free"):
-        build.load(module.SOURCE)
+        load()
 
 
-def test_a_compiler_without_openmp_is_a_warning(tmp_path, monkeypatch, caplog):
-    if module.compiled_library() is None:
-        pytest.skip("no C compiler")
-    compiler = tmp_path / "cc"
-    script = f'case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec "{build.compiler()}" "$@"\n'
-    compiler.write_text("#!/bin/sh\n" + script)
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
-    build.load(module.SOURCE, module.SYMBOLS)
+def test_a_compiler_without_openmp_is_a_warning(load, compiler, caplog):
+    compiler('case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec "{cc}" "$@"')
+    load()
     assert "compiled without threads, so 4-bit layers are slower: -march=native -fopenmp: no OpenMP" in caplog.text
 
 
-def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(tmp_path, monkeypatch, caplog):
-    if module.compiled_library() is None:
-        pytest.skip("no C compiler")
-    compiler = tmp_path / "cc"
-    script = f"""#!/bin/sh
-case "$*" in *-fopenmp*) echo "unsupported" >&2; exit 1;; esac
-exec "{build.compiler()}" $(echo "$@" | sed "s/-undefined dynamic_lookup//")
-"""
-    compiler.write_text(script)  # this machine's linker does not have the option of Apple's
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path / "cache"))
+def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(load, compiler, monkeypatch, caplog):
+    without_apples_option = '$(echo "$@" | sed "s/-undefined dynamic_lookup//")'
+    compiler(f'case "$*" in *-fopenmp*) echo no >&2; exit 1;; esac\nexec "{{cc}}" {without_apples_option}')
     monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
     with caplog.at_level("INFO", "lightning_qlora"):
-        build.load(module.SOURCE, variants=build.flag_lists("Darwin"))
+        load(variants=build.flag_lists("Darwin"))
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "CC=gcc-14" in build.remedy("Darwin")
 
@@ -461,7 +458,9 @@ def test_flags_fit_the_system():
     assert all(lists[-1] == () for lists in (mac, build.flag_lists("Linux"), build.flag_lists("Windows")))
 
 
-@pytest.mark.parametrize(("capability", "form"), [("avx2", "AVX2"), ("default", "plain C")])
+@pytest.mark.parametrize(
+    ("capability", "form"), [("avx2", "AVX2"), pytest.param("default", "plain C", marks=pytest.mark.slow)]
+)
 def test_the_library_has_no_instructions_that_torch_does_not_use(capability, form, tmp_path):
     """Of an emulated processor or a copied home folder, torch's choice is the surer one: others end the process."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or module.compiled_library() is None:
@@ -472,7 +471,7 @@ def test_the_library_has_no_instructions_that_torch_does_not_use(capability, for
     assert result.stdout.strip() == f"C kernels, {form}", result.stderr
 
 
-def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(monkeypatch, cache):
+def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(cache, monkeypatch):
     """As torch's wheels for ARM load it. Another package's is not taken."""
     opened = []
 
@@ -489,19 +488,15 @@ def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(monkeypatch, cach
     assert opened == [(None, 0), (of_torch, os.RTLD_GLOBAL | os.RTLD_NOLOAD), (str(cache), 0)]
 
 
-def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(tmp_path, monkeypatch):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nprintf 'caf\\351' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", str(tmp_path))
+def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(load, compiler, monkeypatch):
+    compiler("printf 'caf\\351' >&2\nexit 1")
     with pytest.raises(build.BuildError, match="caf"):
-        build.load(module.SOURCE)
+        load()
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home.")))
     with pytest.raises(build.BuildError, match="Set LIGHTNING_QLORA_CACHE"):
-        build.load(module.SOURCE)
+        load()
 
 
 def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):

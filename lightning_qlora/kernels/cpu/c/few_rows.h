@@ -1,7 +1,9 @@
-/* A layer, y = x W^T + bias + s (x A^T) B^T, for few rows of x: W is decoded into registers and never written to memory.
-   With AVX-512 in every type, with AVX2 and NEON in fp32. */
+/* A layer, y = x W^T + bias + s (x A^T) B^T, for few rows of x: W is decoded into registers (with AVX-512 for more than
+   four rows into the L1 cache) and never written to memory. With AVX-512 in every type, with AVX2 and NEON in fp32. The
+   products are in fp32 for every type: vdpbf16ps was as fast for one row, and slower for more (Intel Xeon with AMX). */
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__)) || defined(__aarch64__)
 enum { GROUP = 32, MOST_TOGETHER = 4 }; /* weights that are decoded together (library.py), rows of x that are multiplied */
+enum { STEP = 256, MOST_ROWS = 64 }; /* weights of a row in the L1 cache, rows of x in a call (library.py) */
 
 /* Three sets of instructions. OUTPUTS rows of W are multiplied together. `look_up_group` gives the levels of 32 codes, of
    each 2 EVEN the even ones first. `table_of` makes what it reads: with AVX-512, where the 16 levels fit one register, for
@@ -18,6 +20,9 @@ static inline Lanes add_product(Lanes total, Lanes a, Lanes b) { return _mm512_f
 static inline float sum_of(Lanes v) { return _mm512_reduce_add_ps(v); }
 
 static inline Lanes rounded(Lanes f, int type) {
+#ifdef __AVX512BF16__ /* may turn denormal numbers into zero */
+    if (type == BF16) return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(f)), 16);
+#endif
     if (type == BF16) return (Lanes)(bf16_words((Floats)f) << 16);
     if (type == FP16) return _mm512_cvtph_ps(_mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
     return f;
@@ -111,7 +116,7 @@ static inline Lanes rounded(Lanes f, int type) { return f; } /* only fp32 */
 
 typedef struct { /* a call of `lora_linear` */
     const Weight *w;
-    const void *x;   /* [rows, in], in the order and type of the products */
+    const float *x;  /* [rows, in], with `even_before_odd` */
     void *y;
     int type;
     const void *bias;
@@ -135,7 +140,7 @@ static void even_before_odd(float *out, const void *x, int type, int64_t n) {
 static inline __attribute__((always_inline)) void add_products(const int rows, const Layer *layer, int64_t first,
                                                                const int64_t *begin, Lanes (*total)[OUTPUTS]) {
     const Weight *w = layer->w;
-    const float *x = (const float *)layer->x + first * w->columns;
+    const float *x = layer->x + first * w->columns;
     int64_t block = (int64_t)1 << w->block_shift, run = w->columns % block ? GROUP : block; /* weights of one scale */
     for (int64_t k = 0; k < w->columns; k += run) {
         float scale[OUTPUTS];
@@ -149,7 +154,10 @@ static inline __attribute__((always_inline)) void add_products(const int rows, c
             for (int j = 0; j < OUTPUTS; j++) sums[m][j] = TABLE_HAS_SCALE ? total[m][j] : zeros();
         for (int64_t g = k; g < k + run; g += GROUP) {
             Lanes weights[OUTPUTS][GROUP / LANES];
-            for (int j = 0; j < OUTPUTS; j++) look_up_group(w->packed + ((begin[j] + g) >> 1), &table[j], weights[j]);
+            for (int j = 0; j < OUTPUTS; j++) {
+                __builtin_prefetch(w->packed + ((begin[j] + OUTPUTS * w->columns + g) >> 1)); /* of the next outputs */
+                look_up_group(w->packed + ((begin[j] + g) >> 1), &table[j], weights[j]);
+            }
             for (int m = 0; m < rows; m++)
                 for (int i = 0; i < GROUP / LANES; i++) {
                     Lanes here = read(x + m * w->columns + g + i * LANES);
@@ -162,58 +170,11 @@ static inline __attribute__((always_inline)) void add_products(const int rows, c
     }
 }
 
-/* The same in bf16, 64 weights at a time, of which the even ones come first: half of the instructions of the original
-   order. The instructions may turn denormal numbers into zero. */
-#ifdef __AVX512BF16__
-static int is_in_bf16(const Weight *w, int type) { return type == BF16 && w->columns % 64 == 0 && w->block_shift >= 6; }
-
-static void even_before_odd_bf16(uint16_t *out, const uint16_t *x, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64)
-        for (int k = 0; k < 32; k++) out[i + k] = x[i + 2 * k], out[i + 32 + k] = x[i + 2 * k + 1];
-}
-
-static inline Lanes add_product_bf16(Lanes total, __m512i w, const uint16_t *x) {
-    return _mm512_dpbf16_ps(total, (__m512bh)_mm512_loadu_si512(x), (__m512bh)w);
-}
-
-static inline __attribute__((always_inline)) void add_products_bf16(const int rows, const Layer *layer, int64_t first,
-                                                                    const int64_t *begin, Lanes (*total)[OUTPUTS]) {
+/* Adds the adapter and the bias to the sums of `rows` rows and OUTPUTS outputs, and stores them. */
+static inline __attribute__((always_inline)) void finish(const int rows, const Layer *layer, int64_t first,
+                                                         int64_t output, Lanes (*total)[OUTPUTS]) {
     const Weight *w = layer->w;
-    const uint16_t *x = (const uint16_t *)layer->x + first * w->columns;
-    for (int64_t k = 0; k < w->columns; k += 64) {
-        __m512i even[OUTPUTS], odd[OUTPUTS];
-        for (int j = 0; j < OUTPUTS; j++) {
-            int64_t i = begin[j] + k;
-            __m512 values = table_of(w->levels, scale_of_block(w, i >> w->block_shift), FP32);
-            __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
-            __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w->packed + (i >> 1))));
-            even[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(byte, 4), table);
-            odd[j] = _mm512_permutexvar_epi16(byte, table); /* twice 16 values: the fifth bit does not matter */
-        }
-        for (int m = 0; m < rows; m++)
-            for (int j = 0; j < OUTPUTS; j++) {
-                const uint16_t *here = x + m * w->columns + k;
-                total[m][j] = add_product_bf16(add_product_bf16(total[m][j], even[j], here), odd[j], here + 32);
-            }
-    }
-}
-#endif
-
-/* y for `rows` rows, from `first` on, and OUTPUTS outputs, from `output` on. */
-static inline __attribute__((always_inline)) void some_rows(const int rows, const Layer *layer, int64_t first,
-                                                            int64_t output) {
-    const Weight *w = layer->w;
-    int64_t r = layer->r, whole = r / LANES * LANES, begin[OUTPUTS];
-    Lanes total[MOST_TOGETHER][OUTPUTS];
-    for (int j = 0; j < OUTPUTS; j++) {
-        begin[j] = min64(output + j, w->rows - 1) * w->columns;
-        for (int m = 0; m < rows; m++) total[m][j] = zeros();
-    }
-#ifdef __AVX512BF16__
-    if (is_in_bf16(w, layer->type)) add_products_bf16(rows, layer, first, begin, total);
-    else
-#endif
-    add_products(rows, layer, first, begin, total);
+    int64_t r = layer->r, whole = r / LANES * LANES;
     for (int j = 0; j < OUTPUTS && output + j < w->rows; j++) {
         const float *xa = layer->xa + first * r, *b = layer->b + (output + j) * r;
         for (int64_t k = 0; k < whole; k += LANES) {
@@ -227,6 +188,47 @@ static inline __attribute__((always_inline)) void some_rows(const int rows, cons
             store(layer->y, (first + m) * w->rows + output + j, layer->type, sum);
         }
     }
+}
+
+/* y for `rows` rows, from `first` on, and OUTPUTS outputs, from `output` on. */
+static inline __attribute__((always_inline)) void some_rows(const int rows, const Layer *layer, int64_t first,
+                                                            int64_t output, const int64_t *begin) {
+    Lanes total[MOST_TOGETHER][OUTPUTS];
+    for (int m = 0; m < rows; m++)
+        for (int j = 0; j < OUTPUTS; j++) total[m][j] = zeros();
+    add_products(rows, layer, first, begin, total);
+    finish(rows, layer, first, output, total);
+}
+
+/* y for all rows, more than four, and OUTPUTS outputs: STEP weights of each are decoded for all rows. If the number of
+   rows is no multiple of four, the last four contain rows of the four before, which are computed twice. */
+static void many_rows(const Layer *layer, int64_t rows, int64_t output, const int64_t *begin) {
+    const Weight *w = layer->w;
+    int64_t block = (int64_t)1 << w->block_shift, run = w->columns % block ? GROUP : min64(block, STEP);
+    Lanes total[MOST_ROWS][OUTPUTS], tile[OUTPUTS][STEP / LANES];
+    memset(total, 0, sizeof total[0] * ((rows + 3) / 4 * 4));
+    for (int64_t k = 0; k < w->columns; k += STEP) {
+        int64_t n = min64(STEP, w->columns - k);
+        for (int j = 0; j < OUTPUTS; j++)
+            for (int64_t i = 0; i < n; i += run) {
+                float scale = scale_of_block(w, (begin[j] + k + i) >> w->block_shift);
+                Table table = table_of(w->levels, scale, layer->type);
+                for (int64_t g = i; g < i + run; g += GROUP)
+                    look_up_group(w->packed + ((begin[j] + k + g) >> 1), &table, &tile[j][g / LANES]);
+            }
+        for (int64_t m = 0; m < rows; m += 4) {
+            const float *x = layer->x + min64(m, rows - 4) * w->columns + k;
+            Lanes sums[4][OUTPUTS];
+            memcpy(sums, total[m], sizeof sums);
+            for (int64_t v = 0; v < n / LANES; v++)
+                for (int i = 0; i < 4; i++) {
+                    Lanes here = read(x + i * w->columns + v * LANES);
+                    for (int j = 0; j < OUTPUTS; j++) sums[i][j] = add_product(sums[i][j], tile[j][v], here);
+                }
+            memcpy(total[m], sums, sizeof sums);
+        }
+    }
+    for (int64_t m = 0; m < rows; m += 4) finish(4, layer, min64(m, rows - 4), output, total + m);
 }
 
 /* The inner products of the row `x` and of up to four rows of a [., n], rounded to a type. */
@@ -263,18 +265,19 @@ void lora_linear(const Weight *w, const void *x, void *y, int type, int64_t rows
                                projected + m * r + i);
     }
     for (int64_t i = 0; i < rows * r; i++) projected[i] = scaling * (xa ? load(xa, i, type) : to_type(projected[i], type));
-#ifdef __AVX512BF16__
-    if (is_in_bf16(w, type)) even_before_odd_bf16((uint16_t *)in, x, n);
-    else
-#endif
     even_before_odd(in, x, type, n);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t output = 0; output < w->rows; output += OUTPUTS) {
-        int64_t m = 0;
-        for (; m + 4 <= rows; m += 4) some_rows(4, &layer, m, output);
-        if (rows - m == 3) some_rows(3, &layer, m, output);
-        if (rows - m == 2) some_rows(2, &layer, m, output);
-        if (rows - m == 1) some_rows(1, &layer, m, output);
+        int64_t begin[OUTPUTS], m = 0;
+        for (int j = 0; j < OUTPUTS; j++) begin[j] = min64(output + j, w->rows - 1) * w->columns;
+        if (TABLE_HAS_SCALE && rows > 4) {
+            many_rows(&layer, rows, output, begin);
+            continue;
+        }
+        for (; m + 4 <= rows; m += 4) some_rows(4, &layer, m, output, begin);
+        if (rows - m == 3) some_rows(3, &layer, m, output, begin);
+        if (rows - m == 2) some_rows(2, &layer, m, output, begin);
+        if (rows - m == 1) some_rows(1, &layer, m, output, begin);
     }
 }
 #endif

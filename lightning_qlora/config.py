@@ -1,12 +1,12 @@
 """QLoRAConfig: every argument of a QLoRA run, described once and checked when the object is created."""
 
-import functools
 import inspect
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
@@ -49,7 +49,6 @@ ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-
 EMPTY = {  # argument -> type of the empty value that None stands for
     "exclude_modules": list,
     "modules_to_save": list,
@@ -58,12 +57,35 @@ EMPTY = {  # argument -> type of the empty value that None stands for
     "alpha_pattern": dict,
 }
 
+CHECKS: dict[str, Callable[[str, Any], None]] = {  # argument -> what its value must be
+    "quant_type": partial(check_choice, allowed=get_args(QuantType)),
+    "double_quant": check_bool,
+    "block_size": check_integer,
+    "compute_dtype": partial(check_choice, allowed=get_args(ComputeDtype)),
+    "r": partial(check_integer, at_least=1),
+    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
+    "lora_dropout": partial(check_number, at_least=0, below=1),
+    "target_modules": partial(check_names, or_regex=True),
+    "exclude_modules": partial(check_names, or_regex=True),
+    "modules_to_save": check_names,
+    "trainable_token_indices": check_token_indices,
+    "use_rslora": check_bool,
+    "use_dora": check_bool,
+    "rank_pattern": partial(check_patterns, check=partial(check_integer, at_least=1)),
+    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
+    "paged_optimizer": check_auto,
+    "gradient_checkpointing": check_bool,
+    "checkpoint": partial(check_choice, allowed=get_args(Checkpoint)),
+    "adapter": check_string,
+    "deferred_logits": check_auto,
+}
+
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
     """Class decorator: positional and unknown arguments raise an error that names our argument."""
     init: Callable[..., None] = cls.__init__
 
-    @functools.wraps(init)
+    @wraps(init)
     def wrapper(self: "QLoRAConfig", /, *args: Any, **kwargs: Any) -> None:
         if args:
             raise TypeError(
@@ -151,23 +173,11 @@ class QLoRAConfig:
                 object.__setattr__(self, name, empty())
         if not isinstance(self.compute_dtype, str):  # a torch.dtype; YAML and checkpoints have our word
             object.__setattr__(self, "compute_dtype", TORCH_DTYPES.get(str(self.compute_dtype), self.compute_dtype))
-        check_choice("quant_type", self.quant_type, get_args(QuantType))
-        check_choice("compute_dtype", self.compute_dtype, get_args(ComputeDtype))
-        check_choice("checkpoint", self.checkpoint, get_args(Checkpoint))
-        check_integer("block_size", self.block_size)
+        for name, check in CHECKS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("trainable_token_indices", "adapter"):
+                check(name, value)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
-        for name in ("double_quant", "use_rslora", "use_dora", "gradient_checkpointing"):
-            check_bool(name, getattr(self, name))
-        check_integer("r", self.r, at_least=1)
-        check_number("lora_alpha", self.lora_alpha, above=0, below=MOST_ALPHA)
-        check_number("lora_dropout", self.lora_dropout, at_least=0, below=1)
-        check_patterns("rank_pattern", self.rank_pattern, functools.partial(check_integer, at_least=1))
-        check_patterns("alpha_pattern", self.alpha_pattern, functools.partial(check_number, above=0, below=MOST_ALPHA))
-        check_names("target_modules", self.target_modules, or_regex=True)
-        check_names("exclude_modules", self.exclude_modules, or_regex=True)
-        check_names("modules_to_save", self.modules_to_save)
-        if self.trainable_token_indices is not None:
-            check_token_indices("trainable_token_indices", self.trainable_token_indices)
         if self.target_modules in ("", []):
             raise ValueError(
                 f"target_modules={self.target_modules!r} selects no layer: use 'all-linear', a regular expression, "
@@ -180,18 +190,13 @@ class QLoRAConfig:
                 "linear layers and others use a list, such as ['all-linear', 'lm_head']."
             )
         check_initialization(self.init_lora_weights, self.loftq_config)
-        check_auto("paged_optimizer", self.paged_optimizer)
-        check_auto("deferred_logits", self.deferred_logits)
         if self.adapter is not None:
-            check_string("adapter", self.adapter)
-            if not os.path.exists(self.adapter):
-                raise ValueError(
-                    f"adapter={self.adapter!r}: does not exist (seen from {os.getcwd()}). It must be a folder on this "
-                    "machine; an adapter of the Hugging Face Hub is downloaded before."
-                )
             files = ("adapter_config.json", "adapter_model.safetensors")  # one may be missing after an interrupted save
             if not any(os.path.isfile(os.path.join(self.adapter, file)) for file in files):
-                raise ValueError(f"adapter={self.adapter!r}: must be a folder with PEFT's {' and '.join(files)}.")
+                raise ValueError(
+                    f"adapter={self.adapter!r}: must be a folder on this machine with PEFT's {' and '.join(files)} "
+                    f"(seen from {os.getcwd()}). An adapter of the Hugging Face Hub is downloaded before."
+                )
 
     def __repr__(self) -> str:
         """The arguments that are not the defaults."""
@@ -283,7 +288,7 @@ def takes_arguments_of(
     """
 
     def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
-        @functools.wraps(init)
+        @wraps(init)
         def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
             init(self, config_class(*args, **kwargs))
 
@@ -310,6 +315,6 @@ def fits(name: str, pattern: str) -> bool:
     return _compiled(pattern).match(name) is not None
 
 
-@functools.cache
+@cache  # that of `re` has 512 patterns; an adapter may have two for each of its layers
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")  # peft/utils/other.py, get_pattern_key

@@ -29,6 +29,9 @@ from lightning_qlora.layers.packed_linear import PackedLayer
 ROOT = Path(__file__).parent.parent
 # Of this process of pytest alone, and not among those that the kernel gives away (Linux: from 32768 on).
 PORTS = count(10_000 + os.getpid() * 50 % 20_000)
+# What torchrun gives to each of two processes, and the variables with the rank there and under SLURM.
+TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

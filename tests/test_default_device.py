@@ -39,7 +39,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.layers.deferred_head import defer_logits
-from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.quantization import codebooks
@@ -232,7 +232,9 @@ def test_experts(transposed):
     def run():
         owner = nn.Module()
         owner.register_parameter("stack", nn.Parameter(stack.clone(), requires_grad=False))
-        experts = QLoRAExperts.from_parameter(owner, "stack", QLoRAConfig(**SMALL), "stack", 3, transposed)
+        experts = QLoRAExperts.from_parameter(
+            ExpertParameter(owner, "stack", 3, transposed), QLoRAConfig(**SMALL), "stack", None, "stack"
+        )
         experts.lora_B.data.add_(0.01)
         read = experts.weight[1]
         loss = experts.effective_weight().square().sum() + read.sum()

@@ -231,7 +231,7 @@ STOPS = {
         ("layers/layer_state.py", "_save_to_state_dict", "each layer writes itself whole: A, B and its base"),
         ("adapters/module_state.py", "_after_state_dict", "the hook of the module that was converted"),
         ("layers/records.py", "base_fingerprints", "which frozen values are still those of conversion"),
-        ("layers/layer_state.py", "remove_base", "what has a fingerprint is left out"),
+        ("layers/layer_state.py", "pop_base", "what has a fingerprint is left out"),
         ("adapters/conversion.py", "SavedConversion", "one entry: arguments, base model, fingerprints"),
         ("training/checkpoint.py", "torch_rng_states", "the random generators, in the plugin's state"),
         ("training/patches.py", "check_complete_checkpoint", "no NaN, no adapter missing"),
@@ -239,7 +239,7 @@ STOPS = {
     "stops_load": (
         ("training/patches.py", "convert_before_checkpoint_is_restored", "the module is converted first"),
         ("adapters/module_state.py", "_before_load", "the hook of the module that was converted"),
-        ("adapters/module_state.py", "_check_same_function", "the same layers, ranks and arguments"),
+        ("adapters/module_state.py", "_take_arguments", "the arguments by which the adapters compute are the same"),
         ("adapters/module_state.py", "_check_base", "the same base, by its fingerprints"),
         ("layers/layer_state.py", "load_layer", "each layer takes its adapter, and a base if there is one"),
         ("adapters/module_state.py", "_after_load", "what has a fingerprint is not missing; a loaded base is recorded"),

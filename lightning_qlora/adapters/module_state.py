@@ -34,7 +34,7 @@ from lightning_qlora.layers.layer_state import (
     base_entries,
     check_same_arguments,
     has_base,
-    remove_base,
+    pop_base,
 )
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
@@ -62,8 +62,7 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
         if earlier is not None:
             requests += earlier.given
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
-    conversion = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
-    root._qlora_conversion = conversion  # type: ignore[assignment]
+    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
@@ -96,10 +95,10 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     saved = saved_conversion(root, conversion.config)
     for name, part in _converted_parts(root):
         _restore(part, state_dict, f"{prefix}{name}.")
-    layers = dict(_named_layers(root))
+    layers = {name for name, _ in _named_layers(root)}
     for name in saved.fingerprints:
         if name in layers:
-            remove_base(layers[name], state_dict, prefix + _prefix(name))
+            pop_base(state_dict, prefix + _prefix(name))
         else:
             state_dict.pop(prefix + name, None)
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
@@ -135,8 +134,7 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     if saved is not None:
         if not saved.fingerprints:
             conversion.replaced = names
-        _check_same_function(root, saved)
-        _keep_initialization(root, conversion, saved)
+        _take_arguments(root, conversion, saved)
         keys, unknown = _check_base(root, saved)
         keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
         conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
@@ -223,8 +221,11 @@ def _check_same_layers(root: nn.Module, saved: set[str]) -> None:
         )
 
 
-def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
-    """Refuse arguments that change what the adapters compute, but not their shapes."""
+def _take_arguments(root: nn.Module, conversion: Conversion, saved: SavedConversion) -> None:
+    """Refuse arguments that change what the adapters compute, but not their shapes; take those of the initialization.
+
+    The initialization decides which base the adapters fit.
+    """
     _, base = find_base_model(root)
     saved_tokens = saved.base.get("tokens", {})
     tokens = token_indices(base)
@@ -233,20 +234,15 @@ def _check_same_function(root: nn.Module, saved: SavedConversion) -> None:
             f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(tokens)} here, by names of "
             "embeddings. Set it to the value of the checkpoint."
         )
-    for name, layer in base_layers(base).items():
-        check_same_arguments(layer, vars(config_of_layer(saved.base, name, saved.config)))
-
-
-def _keep_initialization(root: nn.Module, conversion: Conversion, saved: SavedConversion) -> None:
-    """Store how the adapters of a checkpoint were initialized: this decides which base they fit."""
+    arguments = {
+        layer: vars(config_of_layer(saved.base, name, saved.config)) for name, layer in base_layers(base).items()
+    }
+    for layer, of_layer in arguments.items():
+        check_same_arguments(layer, of_layer)
     quantization = saved.base.get("quantization")
-    _, base = find_base_model(root)
-    for name, layer in base_layers(base).items():
-        if required_base(quantization):
-            # The arguments do not name the initialization of adapters that came from a folder.
-            record_initialization(layer, quantization)
-        else:
-            record_initialization(layer, vars(config_of_layer(saved.base, name, saved.config)))
+    for layer, of_layer in arguments.items():
+        # The arguments do not name the initialization of adapters that came from a folder.
+        record_initialization(layer, quantization if required_base(quantization) else of_layer)
     method = saved.config.init_lora_weights
     config = conversion.config.with_initialization(method, saved.config.loftq_config)
     if config != conversion.config:

@@ -10,18 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.checks import (
-    check_bool,
-    check_choice,
-    check_integer,
-    check_names,
-    check_number,
-    check_patterns,
-    check_string,
-    check_token_indices,
-    shown,
-)
-from lightning_qlora.config import MOST_ALPHA, first_match
+from lightning_qlora.checks import check_bool, check_choice, check_names, check_string, shown
+from lightning_qlora.config import CHECKS as OF_ARGUMENTS
+from lightning_qlora.config import first_match
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.names import join, last_part
 from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
@@ -38,6 +29,17 @@ UNSUPPORTED = (
     "arrow_config",
     "kasa_config",
     "monteclora_config",
+)
+# Entries whose values are those of our arguments.
+ARGUMENTS = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "modules_to_save",
+    "trainable_token_indices",
+    "alpha_pattern",
 )
 # PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits only
 # the changed weights, and its folder does not contain them.
@@ -134,17 +136,10 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "bias": partial(check_choice, allowed=("none",)),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
     "init_lora_weights": _check_initialization,
-    "r": partial(check_integer, at_least=1),
-    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
-    "use_rslora": check_bool,
-    "use_dora": check_bool,
+    **{name: OF_ARGUMENTS[name] for name in ARGUMENTS},
     "fan_in_fan_out": check_bool,
     "task_type": check_string,
     "base_model_name_or_path": check_string,
-    "lora_dropout": partial(check_number, at_least=0, below=1),
-    "modules_to_save": check_names,
     "target_parameters": check_names,
-    "trainable_token_indices": check_token_indices,
     "target_modules": _check_targets,
-    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
 }

@@ -21,7 +21,7 @@ from lightning_qlora.adapters.peft_config import CONFIG_FILE, alpha_of_name, is_
 from lightning_qlora.adapters.peft_experts import stack_adapters
 from lightning_qlora.checks import shown
 from lightning_qlora.files.folder_writer import atomic_files
-from lightning_qlora.files.safetensors_folder import open_safetensors, write_safetensors
+from lightning_qlora.files.safetensors_folder import open_safetensors, parse_json, write_safetensors
 from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weights
 from lightning_qlora.layers.names import last_part, named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
@@ -91,15 +91,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
 def _entry(metadata: dict[str, str], key: str) -> dict[str, Any] | None:
     """An object that `_metadata` stored; None if the file does not have it."""
-    if key not in metadata:
-        return None
-    try:
-        entry = json.loads(metadata[key])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its metadata {key!r} is not valid JSON ({error}). Copy or save it again.") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"its metadata {key!r} is {str(entry)[:80]!r}, not an object. Copy or save it again.")
-    return entry
+    return parse_json(metadata[key], f"its metadata {key!r}") if key in metadata else None
 
 
 def _check_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

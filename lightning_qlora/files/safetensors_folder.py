@@ -76,12 +76,17 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file; FileNotFoundError or ValueError if there is none."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: str | bytes, source: object) -> dict[str, Any]:
+    """The object in a JSON text; ValueError, with the source, if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
+        raise ValueError(f"{source}: not valid JSON ({error}). Copy or write the file again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: contains a JSON {type(content).__name__}, not an object.")
+        raise ValueError(f"{source}: contains {shown(content)}, not an object. Copy or write the file again.")
     return content
 
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import ConversionOps, MergeModulelist
 from lightning_qlora.huggingface.model_folder import single_tensor
 from lightning_qlora.layers.derived import restore
 from lightning_qlora.layers.dtensor import local
-from lightning_qlora.layers.expert_selection import ExpertParameter
+from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.kinds import decode_as_stored, is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name, stack_name
@@ -124,23 +124,17 @@ class Quantize(_Operation):
             weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
         if weight.shape != place.shape:
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
-        owner: Any = chosen.part
-        inner = "weight"
-        name = key.removesuffix(".weight")
-        if isinstance(owner, ExpertParameter):
-            inner = owner.key
-            owner = owner.owner
-            name = key
+        owner, inner = chosen.place
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
-            layer = chosen.convert(name, weights=experts)
+            layer = chosen.convert(weights=experts)
             if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
             if isinstance(owner, QLoRALinear):
                 restore(owner, QLoRALinear)
             owner._parameters[inner] = place
-            return self.refuse(source, key, part, f"{name}: {error}")
+            return self.refuse(source, key, part, f"{chosen.name}: {error}")
         return self.quantized(layer, key, missing_keys)
 
 

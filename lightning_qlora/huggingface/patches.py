@@ -56,7 +56,7 @@ def load_without_data(
     quantizer = load_config.hf_quantizer
     if getattr(quantizer, "folder", None) is None:
         return original(model, state, files, load_config, *args, **kwargs)
-    return quantizer.load_without_data(original, model, load_config)
+    return quantizer.load_without_data(original, model, load_config)  # quantizer.py
 
 
 def forget_quantizer(module: nn.Module) -> None:

@@ -48,7 +48,7 @@ from lightning_qlora.huggingface.without_data import (
     versions,
 )
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.expert_selection import ExpertParameter
+from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.provenance import LOADED, keep_marks
@@ -147,11 +147,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, ToConvert]:
         """The layers and stacks of experts to convert, by the names of their parameters."""
-        chosen = {}
-        for name, each in select_layers(model, config).convert.items():
-            if not isinstance(each.part, ExpertParameter):
-                name = join(name, "weight")
-            chosen[name] = each
+        chosen = {each.weight_name: each for each in select_layers(model, config).convert.values()}
         keys: Any = getattr(model, "all_tied_weights_keys", {})
         for key in (*keys, *keys.values()):  # will be tied when they are loaded
             chosen.pop(join(owner_name(key), "weight"), None)

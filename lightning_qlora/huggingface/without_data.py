@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.layers.expert_selection import ExpertParameter
-from lightning_qlora.layers.names import join, named_tensors, owner_name, parameter_name
+from lightning_qlora.layers.names import join, named_tensors, parameter_name
 from lightning_qlora.layers.packed_linear import PackedLayer, to_parameters
 from lightning_qlora.layers.provenance import LOADED_TENSOR
 from lightning_qlora.layers.selection import ToConvert
@@ -35,8 +34,7 @@ def convert_without_data(
         else:
             exists = entry.shape == shapes[key]
         if exists:
-            name = key if isinstance(each.part, ExpertParameter) else owner_name(key)
-            each.convert(name).loaded = True
+            each.convert().loaded = True
     to_parameters(model)
 
 

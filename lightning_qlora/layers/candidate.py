@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.expert_selection import ExpertParameter, is_router
+from lightning_qlora.layers.expert_selection import is_router
+from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.kinds import is_linear, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import LayerNames, join, without_wrappers

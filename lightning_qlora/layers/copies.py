@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.layers.expert_selection import ExpertParameter
 from lightning_qlora.layers.fingerprint import has_values, is_strided
-from lightning_qlora.layers.names import join, name_endings, owner_name
-from lightning_qlora.layers.selection import Selection, ToConvert
+from lightning_qlora.layers.names import name_endings, owner_name
+from lightning_qlora.layers.selection import Selection
 
 SAMPLES = 16  # elements of a weight that are compared first
 
@@ -40,7 +39,7 @@ def find_copies(module: nn.Module, choice: Selection) -> list[Copy]:
     Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone
     (`nn.TransformerEncoder` makes its layers as copies of one).
     """
-    targets = {_weight_name(name, each) for name, each in choice.convert.items()}
+    targets = {each.weight_name for each in choice.convert.values()}
     groups: dict[object, list[tuple[str, Tensor]]] = {}
     for name, tensor in _matrices(module):
         key = _sample(tensor)
@@ -64,16 +63,12 @@ def find_copies(module: nn.Module, choice: Selection) -> list[Copy]:
 def share_seeds(choice: Selection, copies: list[Copy]) -> None:
     """Let a layer that is a copy of another one begin with the same adapter."""
     layers = choice.convert
-    names = {_weight_name(name, each): name for name, each in layers.items()}
+    names = {each.weight_name: name for name, each in layers.items()}
     for copy in copies:
         if copy.name in names and copy.original in names:
             name = names[copy.name]
             layers[name] = layers[name]._replace(seed_name=layers[names[copy.original]].seed_name)
             choice.decisions[name] = choice.decisions[name]._replace(layer=layers[name])
-
-
-def _weight_name(name: str, each: ToConvert) -> str:
-    return name if isinstance(each.part, ExpertParameter) else join(name, "weight")
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -51,7 +51,7 @@ class Source:
                         "its adapter is disabled now. Read the logits before that, for example by logits.detach(), or "
                         "pass deferred_logits=False."
                     )
-            logits: Tensor = self.head.plain_forward(hidden)
+            logits: Tensor = self.head.plain_forward(hidden)  # deferred_head.py
         return logits
 
 

@@ -34,13 +34,14 @@ class Derived:
         return _new, (original, mixins), *reduced[2:]
 
 
-def derive(mixin: Any, instance: Any, before: Any = None) -> None:
+def derive(mixin: Any, instance: Any, before: Any = None) -> Any:
     """Add a mixin to the class of a module, in place. `before`: the class to derive from; None: that of the module."""
     if not isinstance(instance, mixin):
         kind: Any = type(instance)
         if before is not None:
             kind = before
         instance.__class__ = _derived_class(mixin, kind)
+    return instance
 
 
 def restore(instance: Any, mixin: Any) -> None:

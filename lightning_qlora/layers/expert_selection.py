@@ -4,43 +4,17 @@ A stack is recognized by the number of experts that its module knows, so no list
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import owner_name, parameter_name, stack_of
+from lightning_qlora.layers.names import owner_name, parameter_name
 
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
-
-
-class ExpertParameter(NamedTuple):
-    """A parameter with the weights of all experts, or the experts in 4 bits that it became while its model loaded."""
-
-    owner: nn.Module
-    key: str  # its name in the owner
-    experts: int  # number of experts
-    transposed: bool  # whether one expert is [in, out]
-
-    @property
-    def loaded(self) -> QLoRAExperts | None:
-        """The experts, if they are in 4 bits."""
-        return stack_of(self.owner, self.key)  # type: ignore[no-any-return]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of one expert, [out, in]."""
-        if self.loaded is not None:
-            return self.loaded.out_features, self.loaded.in_features
-        stack: Any = self.owner._parameters[self.key]
-        columns = stack.shape[-1]
-        rows = stack.numel() // self.experts // columns
-        if self.transposed:
-            return columns, rows
-        return rows, columns
 
 
 def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:

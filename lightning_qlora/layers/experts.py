@@ -12,7 +12,7 @@ subclass of its class.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,35 @@ PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were conv
 VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
 
 
+class ExpertParameter(NamedTuple):
+    """A parameter with the weights of all experts, or the experts in 4 bits that it became while its model loaded.
+
+    It is [experts, out, in], [experts, in, out] or [experts * width, in].
+    """
+
+    owner: nn.Module
+    key: str  # its name in the owner
+    experts: int  # number of experts
+    transposed: bool  # whether one expert is [in, out]
+
+    @property
+    def loaded(self) -> "QLoRAExperts | None":
+        """The experts, if they are in 4 bits."""
+        return stack_of(self.owner, self.key)  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of one expert, [out, in]."""
+        if self.loaded is not None:
+            return self.loaded.out_features, self.loaded.in_features
+        stack: Any = self.owner._parameters[self.key]
+        columns = stack.shape[-1]
+        rows = stack.numel() // self.experts // columns
+        if self.transposed:
+            return columns, rows
+        return rows, columns
+
+
 class QLoRAExperts(SavedLayer):
     """The experts of one parameter, in 4 bits, each with an adapter.
 
@@ -48,25 +77,23 @@ class QLoRAExperts(SavedLayer):
 
     @staticmethod
     def from_parameter(
-        owner: nn.Module, key: str, config: QLoRAConfig, name: str, experts: int, transposed: bool,
-        device: torch.device | None = None, seed_name: str | None = None, weights: Iterable[Tensor] | None = None,
+        part: ExpertParameter, config: QLoRAConfig, name: str, device: torch.device | None, seed_name: str,
+        weights: Iterable[Tensor] | None = None,
     ) -> "QLoRAExperts":  # fmt: skip
-        """Replace the parameter `key` of a module by a 4-bit layer with adapters, in place.
+        """Replace a parameter of a module by a 4-bit layer with adapters, in place.
 
-        The parameter is [experts, out, in], [experts, in, out] (`transposed`) or [experts * width, in]. Its full name
-        is `name`. The experts are quantized on `device`, None: where the parameter is. The seed of expert i is made
-        from `seed_name.i`; None: from `name.i`. If the parameter has no data, `weights` yields the weight of each
-        expert in the layout of the parameter.
+        The experts are quantized on `device`, None: where the parameter is. The seed of expert i is made from
+        `seed_name.i`. If the parameter has no data, `weights` yields the weight of each expert in its layout.
         """
+        owner: nn.Module = part.owner
+        key = part.key
         vars(owner).setdefault(PARAMETERS, list(owner._parameters))
         parameter: Any = owner._parameters[key]
-        stack = QLoRAExperts(transposed, flat=parameter.ndim == 2)
+        stack = QLoRAExperts(part.transposed, flat=parameter.ndim == 2)
         setattr(parameter, REPLACED, stack)  # for an optimizer that was created before conversion
-        if seed_name is None:
-            seed_name = name
         stack.set_arguments(config, name, seed_name)
         if weights is None:
-            weights = parameter.detach().view(experts, -1, parameter.shape[-1]).unbind()
+            weights = parameter.detach().view(part.experts, -1, parameter.shape[-1]).unbind()
         stack.initialize(weights, device)
         stack.train(owner.training)
         del owner._parameters[key]  # last: while `weights` yields, transformers reads its type

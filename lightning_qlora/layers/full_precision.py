@@ -142,29 +142,26 @@ def _cast_values(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
     return cast_values(value, lambda tensor: tensor.to(after) if tensor.dtype is before and tensor.ndim else tensor)
 
 
-def train_in_full_precision(module: nn.Module) -> dict[str, int]:
+def train_in_full_precision(module: nn.Module) -> None:
     """Hold the 16-bit parameters that train in full in fp32, in place.
 
-    Returns:
-        Name -> number of elements, of those that train in 16 bits still: sharded ones, and those of a ScriptModule, or
-        of a module with a forward pass of its own that hides that of its class.
+    Those that are sharded, or of a ScriptModule, or of a module with a forward pass of its own that hides that of its
+    class, train in 16 bits still.
     """
-    trained: list[tuple[str, Any, str, nn.Parameter, torch.dtype]] = [
-        (name, owner, key, parameter, parameter.dtype)
-        for name, owner in module.named_modules()
+    trained: list[tuple[Any, str, nn.Parameter, torch.dtype]] = [
+        (owner, key, parameter, parameter.dtype)
+        for owner in module.modules()
         for key, parameter in owner.named_parameters(recurse=False)
         if parameter.requires_grad and parameter.dtype in IN_16_BITS
     ]
     parents = _parents(module)
-    in_16_bits: dict[int, str] = {}  # tied ones are held in fp32 if all of their modules can
-    for name, owner, key, parameter, _ in trained:
+    in_16_bits = set[int]()  # tied ones are held in fp32 if all of their modules can
+    for owner, _, parameter, _ in trained:
         can_cast = can_derive(owner) and all(map(can_derive, _users(owner, parents)))
         if is_sharded(parameter) or not can_cast:
-            in_16_bits.setdefault(id(parameter), join(name, key))
-    sizes: dict[str, int] = {}
-    for _, owner, key, parameter, dtype in trained:
+            in_16_bits.add(id(parameter))
+    for owner, key, parameter, dtype in trained:
         if id(parameter) in in_16_bits:
-            sizes[in_16_bits[id(parameter)]] = parameter.numel()
             continue
         _set_type(owner, key, dtype)
         _hold_buffers(owner)
@@ -174,11 +171,10 @@ def train_in_full_precision(module: nn.Module) -> dict[str, int]:
     for _, _, dtype in full_precision_parameters(module):  # those of parts that were converted before too
         if can_derive(module):
             compute_in(module, dtype)
-    return sizes
 
 
 def _set_type(owner: nn.Module, key: str, dtype: torch.dtype) -> None:
-    own: FullPrecision = _with_types(owner)
+    own: FullPrecision = derive(FullPrecision, owner)
     own.types_before = {**own.types_before, key: dtype}
 
 
@@ -214,15 +210,9 @@ def can_derive(part: nn.Module) -> bool:
     return "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule)
 
 
-def _with_types(part: Any) -> Any:
-    """The module, in place with a class derived from its own."""
-    derive(FullPrecision, part)
-    return part
-
-
-def compute_in(part: Any, dtype: torch.dtype, casts_output: bool = False) -> None:
+def compute_in(part: nn.Module, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
-    own: FullPrecision = _with_types(part)
+    own: FullPrecision = derive(FullPrecision, part)
     if own.autocast_dtype not in IN_16_BITS:
         own.autocast_dtype = dtype
     own.casts_output = own.casts_output or casts_output
@@ -328,12 +318,3 @@ def _device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return device
     return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def held_bytes(module: nn.Module) -> int:
-    """How many bytes more a module takes, because it is held in fp32; shared tensors count once."""
-    held: dict[Tensor, torch.dtype] = {}
-    for part in module.modules():
-        if isinstance(part, HeldTypes):
-            held |= {tensor: dtype for _, tensor, dtype in part.held_tensors()}
-    return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held.items())

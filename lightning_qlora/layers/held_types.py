@@ -173,3 +173,12 @@ def release(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, HeldTypes):
             part.restore_types()
+
+
+def held_bytes(module: nn.Module) -> int:
+    """How many bytes more a module takes, because it is held in fp32; shared tensors count once."""
+    held: dict[Tensor, torch.dtype] = {}
+    for part in module.modules():
+        if isinstance(part, HeldTypes):
+            held |= {tensor: dtype for _, tensor, dtype in part.held_tensors()}
+    return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held.items())

@@ -49,7 +49,7 @@ class InputStatistics:
         """Remove a layer, whose adapter got its values."""
         self._layers = [each for each in self._layers if each() not in (layer, None)]
         if not self._layers and self.calibration is not None:
-            self.calibration.remove(self)
+            self.calibration.remove(self)  # training/calibration.py
 
     def leave_to_another_rank(self) -> None:
         """Free the weight: another rank has it, and computes the values of the adapter."""

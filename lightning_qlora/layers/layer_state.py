@@ -94,10 +94,10 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, more)
 
 
-def remove_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> None:
-    """Remove the entries that `base_entries` has."""
-    for key in (*(prefix + name for name in BASE), *bnb_keys(f"{prefix}weight", layer.quant_type)):
-        state_dict.pop(key, None)
+def pop_base(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Remove the base of a layer, dense or in 4 bits, from a state dict; returns its entries."""
+    keys = (*(prefix + name for name in BASE), *bnb_keys(f"{prefix}weight"))
+    return {key: state_dict.pop(key) for key in keys if key in state_dict}
 
 
 def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -185,10 +185,7 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     key = prefix + "weight"
     if not has_base(state_dict, prefix):
         return False
-    of_base = {prefix + name for name in BASE}
-    names = [name for name in state_dict if name == key or name.startswith(key + ".") or name in of_base]
-    entries = {name: state_dict.pop(name) for name in names}
-    entries = {name: value.contiguous() for name, value in entries.items()}
+    entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
     if with_adapter:
         meta = read_bnb_meta(entries, key) or {}
         check_same_arguments(layer, meta.get("adapter"))

@@ -229,12 +229,11 @@ class LoRALayer(WithAdapter, PackedLayer):
             total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The type this call multiplies in: the configured one, else autocast's, else the weight's.
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """The type that a call on this type of device multiplies in: the configured one, autocast's, or the weight's.
 
         A GPU multiplies fp32 weights in bf16, and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32.
         """
-        device = x.device.type
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
         if has_autocast(device):
@@ -251,8 +250,8 @@ class LoRALayer(WithAdapter, PackedLayer):
         Under autocast in fp16 they are plain products in fp16, as those of other layers are: the loop that uses it
         scales its loss.
         """
-        dtype = self.compute_dtype(x)
         device = x.device.type
+        dtype = self.compute_dtype(device)
         autocast_dtype = torch.get_autocast_dtype(device) if has_autocast(device) else None
         in_fp16 = dtype is torch.float16 and autocast_dtype is not torch.float16
         if in_fp16:

@@ -93,12 +93,11 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     def _become(
         layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str
     ) -> "QLoRALinear":
-        derive(QLoRALinear, layer, dense_class)
-        assert isinstance(layer, QLoRALinear)
-        layer.set_arguments(config, name, seed_name)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(False)
-        return layer
+        new: QLoRALinear = derive(QLoRALinear, layer, dense_class)
+        new.set_arguments(config, name, seed_name)
+        if new.bias is not None:
+            new.bias.requires_grad_(False)
+        return new
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -124,7 +123,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         try:
             if self._split is not None:
                 return split_linear(self, x, bias)
-            return self.compute(x, Matrix(self.weight_bytes, a, b, magnitude), bias)
+            return self.compute(x, Matrix(self.weight_bytes, a, b, magnitude), bias)  # lora_layer.py
         except (TypeError, ValueError) as error:
             raise self._named(error, x) from error
 

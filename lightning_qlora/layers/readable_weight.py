@@ -130,7 +130,10 @@ def _without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool
 
 
 class ReadableWeight(Readable):
-    """The weight of a source, [out, in], or [in, out] if transposed. A source is a layer, or an `Expert` of a stack."""
+    """The weight of a source, [out, in], or [in, out] if transposed.
+
+    A source is a layer (`qlora_linear.py`, `trainable_tokens.py`), or an `Expert` of a stack.
+    """
 
     _transposed: bool
 

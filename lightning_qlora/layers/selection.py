@@ -7,15 +7,15 @@ model loaded counts as the dense layer that it was.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.candidate import Candidate, Context, SavedLayers
-from lightning_qlora.layers.expert_selection import ExpertParameter, expert_parameters
-from lightning_qlora.layers.experts import QLoRAExperts
+from lightning_qlora.layers.expert_selection import expert_parameters
+from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names
@@ -68,18 +68,28 @@ RULES = (
 class ToConvert(NamedTuple):
     """A layer to convert, or the experts of one parameter."""
 
+    name: str
     part: nn.Module | ExpertParameter
     config: QLoRAConfig  # the arguments, with its own rank and lora_alpha
     seed_name: str
 
-    def convert(
-        self, name: str, device: torch.device | None = None, weights: Iterable[Tensor] | None = None
-    ) -> LoRALayer:
-        """Convert it, in place, to a 4-bit layer. For the other arguments see `QLoRAExperts.from_parameter`."""
-        part, config, seed_name = self
+    @property
+    def place(self) -> tuple[Any, str]:
+        """The module that holds its weight, and the key."""
+        if isinstance(self.part, ExpertParameter):
+            return self.part.owner, self.part.key
+        return self.part, "weight"
+
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight; that of a stack of experts is the parameter."""
+        return self.name if isinstance(self.part, ExpertParameter) else join(self.name, "weight")
+
+    def convert(self, device: torch.device | None = None, weights: Iterable[Tensor] | None = None) -> LoRALayer:
+        """Convert it, in place, to a 4-bit layer. For the arguments see `QLoRAExperts.from_parameter`."""
+        name, part, config, seed_name = self
         if isinstance(part, ExpertParameter):
-            owner, key, count, transposed = part
-            return QLoRAExperts.from_parameter(owner, key, config, name, count, transposed, device, seed_name, weights)
+            return QLoRAExperts.from_parameter(part, config, name, device, seed_name, weights)
         if is_packed(part):
             setattr(part.weight, REPLACED, part)  # for an optimizer that was created before conversion
             QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
@@ -134,7 +144,9 @@ class Selection:
             if reason:
                 break
         text = rule.when if reason is True else str(reason)
-        to_convert = ToConvert(layer.part, layer.config, layer.names.seed_name) if outcome == CONVERT else None
+        to_convert = (
+            ToConvert(layer.name, layer.part, layer.config, layer.names.seed_name) if outcome == CONVERT else None
+        )
         self.decisions[layer.name] = Decision(str(outcome), text, to_convert)
 
     def of_parameters(self, module: nn.Module) -> dict[int, Decision]:

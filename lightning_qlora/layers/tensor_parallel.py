@@ -120,7 +120,7 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
         layer.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+def split_linear(layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor:
     """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
     split: Split = layer._split
     parameters = layer._parameters
@@ -143,7 +143,7 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         placements = [Partial()]
     matrix = Matrix(_weight_of_rank(layer), a, b, local(parameters["lora_magnitude_vector"]))
     if not isinstance(x, DTensor):
-        return layer.compute(x, matrix, bias, rank)  # type: ignore[no-any-return]
+        return layer.compute(x, matrix, bias, rank)
     y: Tensor = layer.compute(x.to_local(grad_placements=placements), matrix, bias, rank)
     placement: Placement = Shard(y.dim() - 1)
     if split.by_inputs:
@@ -152,7 +152,7 @@ def split_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _weight_of_rank(layer: Any) -> PackedBytes:
+def _weight_of_rank(layer: LoRALayer) -> PackedBytes:
     """The weight of this rank with fp32 scales; it decodes to the bits of its part of the whole."""
     packed, absmax, nested = (local(layer._parameters[name]) for name in BASE)
     split: Split = layer._split

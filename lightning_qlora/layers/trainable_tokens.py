@@ -99,8 +99,12 @@ class TrainableTokens(Derived):
 
     def base(self) -> Any:
         """This layer with its dense class: it computes with W alone."""
-        view = object.__new__(self.classes_before[TrainableTokens])
-        view.__dict__.update(self.__dict__)
+        return self._view(self.classes_before[TrainableTokens])
+
+    def _view(self, kind: Any, **changed: Any) -> Any:
+        """This layer with another class, and other values of attributes."""
+        view = object.__new__(kind)
+        view.__dict__.update(self.__dict__, **changed)
         return view
 
     def rows(self) -> Tensor:
@@ -110,8 +114,7 @@ class TrainableTokens(Derived):
     def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:
         """Call `forward` of the dense class with delta as the weight; a class may scale its result, for example."""
         dense: Any = original_class(type(self))
-        view: Any = object.__new__(dense)
-        view.__dict__.update(self.__dict__, _parameters={"weight": self.rows(), **others}, **changed)
+        view = self._view(dense, _parameters={"weight": self.rows(), **others}, **changed)
         return dense.forward(view, input)  # type: ignore[no-any-return]
 
     def effective_weight(self) -> Tensor:

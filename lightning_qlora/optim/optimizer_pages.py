@@ -6,8 +6,7 @@
                            3. the update; new state is paged as soon as it is made
                            4. evict the state
 
-It uses the public hooks of `torch.optim.Optimizer`. The step pre-hook runs before the closure, so before backward: it
-replaces the closure with one that prefetches when the gradients are ready.
+It uses the public hooks of `torch.optim.Optimizer`.
 """
 
 import weakref
@@ -19,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qlora.optim.closure import before_update
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
 from lightning_qlora.optim.paged_state import PagedState, tensors_in
 from lightning_qlora.optim.pool import Pool
@@ -145,25 +145,11 @@ class OptimizerPages:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._in_update = False  # the step before may have raised
         self._observe(optimizer)
-        closure = kwargs.get("closure")
-        if len(args) > 1:
-            closure = args[1]
-        if closure is None:
-            self._begin_update(optimizer)
-            return None
-
-        def closure_and_prefetch() -> Any:
-            loss = closure()
-            self._begin_update(optimizer)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], closure_and_prefetch, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_and_prefetch}
+        return before_update(args, kwargs, lambda: self._begin_update(optimizer))
 
     def _begin_update(self, optimizer: Optimizer) -> None:
         self._in_update = True
-        if not getattr(optimizer, "steps_in_windows", False):  # else its `step` calls `windows`
+        if not getattr(optimizer, "steps_in_windows", False):  # as PagedAdamW8bit (adamw.py), which calls `windows`
             self.prefetch()
             self.wait_prefetch()
 

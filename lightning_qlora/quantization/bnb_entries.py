@@ -29,9 +29,10 @@ def bnb_meta(
     return {f"{prefix}.{META}{quant_type}": text}
 
 
-def bnb_keys(prefix: str, quant_type: str) -> list[str]:
+def bnb_keys(prefix: str) -> list[str]:
     """The keys that `bnb_state_dict` may have."""
-    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{META}{quant_type}")
+    metas = (META + quant_type for quant_type in get_args(QuantType))
+    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *metas)
     return [prefix, *(f"{prefix}.{name}" for name in names)]
 
 

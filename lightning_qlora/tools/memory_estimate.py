@@ -20,15 +20,13 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.held_types import reason_for_fp32
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.training.convert import Run, convert_module
 from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
-from lightning_qlora.training.report import packed_layers, parameter_bytes, size_text
+from lightning_qlora.training.report import packed_bytes, packed_layers, parameter_bytes, size_text
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
@@ -182,7 +180,7 @@ class PlannedRun:
             self._report = convert_module(self.model, config, Run(decide=decide))
             run_without_data(self.model)
         layers = packed_layers(self.model)
-        packed = sum(getattr(layer, name).nbytes for layer in layers for name in BASE)
+        packed = packed_bytes(layers)
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         if optimizer == "adamw8bit":
             state = int(self._report.trainable_parameters * STATE_8BIT)
@@ -227,7 +225,7 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
     """Bytes of the decode buffers: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
-        dtypes = {LoRALayer.compute_dtype(layer, torch.empty(0, dtype=layer.weight_dtype, device="cpu"))}
+        dtypes = {layer.compute_dtype("cpu")}
         if layer.config.use_dora:
             dtypes.add(torch.float32)  # for the norm of the rows
         for dtype in dtypes:

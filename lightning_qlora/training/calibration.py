@@ -26,6 +26,7 @@ from lightning_qlora.checks import check_module
 from lightning_qlora.layers.dtensor import gather, world_size
 from lightning_qlora.layers.input_statistics import InputStatistics, stop_waiting
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.optim.closure import before_update, closure_of
 from lightning_qlora.training.calibrated_adapter import (
     adapter_of,
     keep_weights_of_this_rank,
@@ -233,17 +234,6 @@ def calibrate_before_closure(optimizer: Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def after_closure(closure: Callable[[], Any], action: Callable[[], Any]) -> Callable[[], Any]:
-    """A closure of an optimizer that does something after the backward pass."""
-
-    def run() -> Any:
-        loss = closure()
-        action()
-        return loss
-
-    return run
-
-
 @contextmanager
 def step_of_all_ranks() -> Iterator[None]:
     """Within this the Trainer or Fabric steps, whose plugin calls the functions above, and the hook does nothing."""
@@ -257,20 +247,12 @@ def step_of_all_ranks() -> Iterator[None]:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Initialize before `step()`, or inside `step(closure)` after the closure, which runs the backward pass."""
+    """Initialize in a step of a loop of your own."""
     if _has_plugin:
         return None
-    closure = kwargs.get("closure")
-    if len(args) > 1:  # args[0] is the optimizer
-        closure = args[1]
-    if closure is None:
-        _calibrate_alone(optimizer, calibrate_before_step)
-        return None
-    _calibrate_alone(optimizer, calibrate_before_closure)
-    closure = after_closure(closure, lambda: _calibrate_alone(optimizer, calibrate_before_step))
-    if len(args) > 1:
-        return (args[0], closure, *args[2:]), kwargs
-    return args, {**kwargs, "closure": closure}
+    if closure_of(args, kwargs) is not None:
+        _calibrate_alone(optimizer, calibrate_before_closure)
+    return before_update(args, kwargs, lambda: _calibrate_alone(optimizer, calibrate_before_step))
 
 
 def _calibrate_alone(optimizer: Optimizer, calibrate: Callable[[Optimizer], None]) -> None:

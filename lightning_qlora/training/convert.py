@@ -22,7 +22,7 @@ from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.expert_selection import ExpertParameter
+from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.full_precision import Decide, hold_in_fp32, train_in_full_precision
 from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
@@ -144,7 +144,7 @@ def _convert_new(
     report.skipped = choice.skip
     report.frozen = freeze(module, choice, new, kept)
     _add_tokens(module, choice)
-    in_16_bits = train_in_full_precision(module)
+    train_in_full_precision(module)
     report.held_in_fp32 = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
@@ -160,7 +160,7 @@ def _convert_new(
     if config.init_kind.needs_data and choice.convert:
         Calibration(module, run.sharded)
     report.count(module)
-    warn_after_conversion(module, choice, config, report, in_16_bits, first=not kept)
+    warn_after_conversion(module, choice, config, report, first=not kept)
     warn_of_slow_products(module, run.device)
 
 
@@ -196,38 +196,27 @@ def _quantize(module: nn.Module, choice: Selection, device: torch.device | None)
     layers = choice.convert.items()
     for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(name or type(chosen.part).__name__):
-            _convert(name, chosen, device)
+            _convert(chosen, device)
     for layer in module.modules():
         if is_packed(layer):
             decode_packed_layer(layer)
 
 
-def _convert(name: str, chosen: ToConvert, device: torch.device | None) -> None:
+def _convert(chosen: ToConvert, device: torch.device | None) -> None:
     """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
-    part = chosen.part
-    if isinstance(part, ExpertParameter):
-        weight: Any = part.owner._parameters.get(part.key)
-        loaded: LoRALayer | None = part.loaded
-    else:
-        weight = part._parameters.get("weight")
-        loaded = None
-        if isinstance(part, LoRALayer):
-            loaded = part
-        elif weight is None:  # the parameters of another quantized format
-            raise ValueError(f"has no float weight to quantize, but {', '.join(part._parameters)}. {IN_INIT}")
-    if loaded is not None:
+    loaded = chosen.part.loaded if isinstance(chosen.part, ExpertParameter) else chosen.part
+    if isinstance(loaded, LoRALayer):
         if not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
             _check_not_sharded(loaded.lora_A)
-        _adopt_loaded(loaded, chosen.config, name)
-    else:
-        _check_not_sharded(weight)
-        chosen.convert(name, device)
-
-
-def _adopt_loaded(layer: LoRALayer, config: QLoRAConfig, name: str) -> None:
-    """Set what conversion decides for a layer that was quantized while its model loaded."""
-    layer.set_arguments(config, name, layer.seed_name)
-    layer.loaded = False
+        loaded.set_arguments(chosen.config, chosen.name, loaded.seed_name)
+        loaded.loaded = False
+        return
+    owner, key = chosen.place
+    weight = owner._parameters.get(key)
+    if weight is None:  # the parameters of another quantized format
+        raise ValueError(f"has no float weight to quantize, but {', '.join(owner._parameters)}. {IN_INIT}")
+    _check_not_sharded(weight)
+    chosen.convert(device)
 
 
 def _check_not_sharded(weight: Any) -> None:

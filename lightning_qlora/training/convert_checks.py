@@ -3,7 +3,6 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -16,7 +15,7 @@ from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.candidate import FROZEN, LARGE_RANK
 from lightning_qlora.layers.copies import Copy
-from lightning_qlora.layers.held_types import reason_for_fp32
+from lightning_qlora.layers.held_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import PackedLayer
@@ -102,16 +101,11 @@ def warn_of_copies(copies: Iterable[Copy]) -> None:
 
 
 def warn_after_conversion(
-    module: nn.Module,
-    choice: Selection,
-    config: QLoRAConfig,
-    report: ConversionReport,
-    in_16_bits: dict[str, int],
-    first: bool,
+    module: nn.Module, choice: Selection, config: QLoRAConfig, report: ConversionReport, first: bool
 ) -> None:
-    """Warn of what a user may not expect of a converted module; `in_16_bits` are parameters that can't be in fp32."""
+    """Warn of what a user may not expect of a converted module."""
     _warn_of_what_stayed(module, choice)
-    _warn_of_16_bits(in_16_bits)
+    _warn_of_16_bits(module)
     if not first and choice.convert:
         _warn_of_two_configs(module)
     elif not first and not config.rank_pattern and not config.alpha_pattern:
@@ -220,9 +214,8 @@ def _warn_of_hooks(choice: Selection) -> None:
     """Warn of hooks for the gradient of a weight that is replaced."""
     hooked = []
     for name, each in choice.convert.items():
-        if not isinstance(each.part, nn.Module):
-            continue
-        weight: Any = each.part._parameters.get("weight")
+        owner, key = each.place
+        weight = owner._parameters.get(key)
         if getattr(weight, "_backward_hooks", None) or getattr(weight, "_post_accumulate_grad_hooks", None):
             hooked.append(name)
     if hooked:
@@ -234,15 +227,15 @@ def _warn_of_hooks(choice: Selection) -> None:
         )
 
 
-def _warn_of_16_bits(names: dict[str, int]) -> None:
+def _warn_of_16_bits(module: nn.Module) -> None:
     """Warn of parameters that train in full in 16 bits, because they can't be held in fp32."""
-    if names:
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    sizes = {name: p.numel() for name, p in trained if p.dtype in IN_16_BITS}
+    if sizes:
         rank_zero_warn(
-            f"{first_of(names, 5)}: {sum(names.values()):,} elements train in "
-            "16 bits, in which most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that "
-            "of 2e-4 is smaller than half of the last bit of every bf16 value above 0.1. They can't be held in fp32: "
-            "they are of a sharded module, of a ScriptModule, or of a module whose `forward` was replaced. Build them "
-            "in fp32.",
+            f"{first_of(sizes, 5)}: {sum(sizes.values()):,} elements train in 16 bits, in which most steps of an "
+            "optimizer are lost. They can't be held in fp32: they are of a sharded module, of a ScriptModule, or of a "
+            "module whose `forward` was replaced. Build them in fp32.",
             stacklevel=2,
         )
 

@@ -114,5 +114,5 @@ def _autocast_dtype(module: nn.Module, trains_fp32: bool) -> torch.dtype | None:
     layer = next(_layers(module), None)
     if layer is None or (layer.weight_dtype is not torch.float32 and not trains_fp32):
         return None
-    dtype = layer.compute_dtype(layer.packed)
+    dtype = layer.compute_dtype(layer.packed.device.type)
     return dtype if dtype is torch.bfloat16 else None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.candidate import FROZEN
 from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters, held_bytes
-from lightning_qlora.layers.held_types import IN_16_BITS
+from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters
+from lightning_qlora.layers.held_types import IN_16_BITS, held_bytes
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
@@ -241,12 +241,10 @@ class ConversionReport:
 def count_parameters(module: nn.Module) -> tuple[int, int, int]:
     """Parameters that train, all parameters, and their bytes; shared ones count once, a 4-bit weight as its weights."""
     layers = packed_layers(module)
-    stored = {id(getattr(layer, name)) for layer in layers for name in BASE}
-    parameters = [parameter for parameter in module.parameters() if id(parameter) not in stored]
+    parameters = _others(module, layers, BASE)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    dense = sum(parameter.numel() for parameter in parameters)
-    packed = sum(layer.weight_bytes.numel for layer in layers)
-    return trainable, dense + packed, parameter_bytes(module)
+    total = sum(parameter.numel() for parameter in parameters) + sum(layer.weight_bytes.numel for layer in layers)
+    return trainable, total, parameter_bytes(module)
 
 
 def packed_layers(module: nn.Module) -> list[PackedLayer]:
@@ -254,22 +252,28 @@ def packed_layers(module: nn.Module) -> list[PackedLayer]:
     return [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
 
 
+def packed_bytes(layers: Iterable[PackedLayer]) -> int:
+    """Bytes of 4-bit weights."""
+    return sum(tensor.nbytes for layer in layers for tensor in layer.weight_bytes[:3])
+
+
 def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and 4-bit weights."""
-    tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in module.parameters()}
-    for layer in packed_layers(module):
-        for name in BASE:
-            tensor = getattr(layer, name)
-            tensors[id(tensor)] = tensor
-    return sum(map(_nbytes, tensors.values()))
+    layers = packed_layers(module)
+    return packed_bytes(layers) + sum(map(_nbytes, _others(module, layers, BASE)))
 
 
 def dense_bytes(module: nn.Module) -> int:
     """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
     layers = packed_layers(module)
-    of_layers = {id(getattr(layer, name, None)) for layer in layers for name in (*BASE, *ADAPTER)}
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
-    return dense + sum(_nbytes(p) for p in module.parameters() if id(p) not in of_layers)
+    return dense + sum(map(_nbytes, _others(module, layers, (*BASE, *ADAPTER))))
+
+
+def _others(module: nn.Module, layers: Iterable[PackedLayer], names: tuple[str, ...]) -> list[Tensor]:
+    """The parameters of a module without those of its 4-bit layers that have these names."""
+    of_layers = {id(getattr(layer, name, None)) for layer in layers for name in names}
+    return [parameter for parameter in module.parameters() if id(parameter) not in of_layers]
 
 
 def _nbytes(tensor: Tensor) -> int:

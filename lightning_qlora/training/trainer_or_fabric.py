@@ -17,12 +17,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_qlora.lightning_copies import classes, modules
-from lightning_qlora.training.calibration import (
-    after_closure,
-    calibrate_before_closure,
-    calibrate_before_step,
-    step_of_all_ranks,
-)
+from lightning_qlora.optim.closure import after_closure
+from lightning_qlora.training.calibration import calibrate_before_closure, calibrate_before_step, step_of_all_ranks
 
 
 def trainer_of(module: nn.Module | None) -> Trainer | None:

@@ -12,7 +12,7 @@ from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.experts import ExpertParameter, expert_stacks
 from lightning_qlora.layers.names import matches
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.inspect_path import inspect_path
@@ -178,7 +178,8 @@ def test_the_order_of_conversion_does_not_matter(tmp_path):
     for name, owner in list(reverse.named_modules()):
         for key in ("down_proj", "gate_up_proj"):
             if key in owner._parameters and owner._parameters[key].ndim == 3:
-                toys.QLoRAExperts.from_parameter(owner, key, toys.CONFIG, f"{name}.{key}", 6, False)
+                part = ExpertParameter(owner, key, 6, False)
+                toys.QLoRAExperts.from_parameter(part, toys.CONFIG, f"{name}.{key}", None, f"{name}.{key}")
     unfreeze(reverse)
     convert(reverse, r=2, lora_alpha=4)
     save_adapter(model, tmp_path)

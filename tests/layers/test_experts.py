@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRAConfig
-from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
+from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts, expert_stacks
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -80,7 +80,8 @@ def convert_stacks(model):
             if count and parameter is not None and (parameter.ndim == 3 or flat):
                 transposed = getattr(owner, "is_transposed", "Llama4" in type(owner).__name__)
                 dense[f"{name}.{key}"] = parameter
-                QLoRAExperts.from_parameter(owner, key, CONFIG, f"{name}.{key}", count, transposed)
+                part = ExpertParameter(owner, key, count, transposed)
+                QLoRAExperts.from_parameter(part, CONFIG, f"{name}.{key}", None, f"{name}.{key}")
     for stack in stacks_of(model):
         with torch.no_grad():
             stack.lora_B.normal_(std=0.05)

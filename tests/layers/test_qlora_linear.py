@@ -1,5 +1,4 @@
 import copy
-import types
 
 import pytest
 import torch
@@ -138,10 +137,10 @@ def test_an_input_that_is_not_floating_point_is_refused(dtype, mixed):
 
 def test_compute_type_follows_weight_argument_and_autocast():
     x = torch.randn(2, 128)
-    assert converted()[0].compute_dtype(x) == torch.float32
-    assert converted(nn.Linear(128, 96, dtype=torch.bfloat16))[0].compute_dtype(x) == torch.bfloat16
+    assert converted()[0].compute_dtype("cpu") == torch.float32
+    assert converted(nn.Linear(128, 96, dtype=torch.bfloat16))[0].compute_dtype("cpu") == torch.bfloat16
     layer = converted(compute_dtype="bf16")[0]
-    assert layer.compute_dtype(x) == torch.bfloat16
+    assert layer.compute_dtype("cpu") == torch.bfloat16
     assert layer(x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert converted()[0](x).dtype == torch.bfloat16
@@ -313,7 +312,7 @@ def test_a_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypa
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     held_types._cuda_has_bf16.cache_clear()
     try:
-        dtype = layer.compute_dtype(types.SimpleNamespace(device=torch.device("cuda")))
+        dtype = layer.compute_dtype("cuda")
     finally:
         held_types._cuda_has_bf16.cache_clear()
     assert dtype is (torch.bfloat16 if native else torch.float16)

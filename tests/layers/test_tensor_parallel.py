@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import ROOT, launch
+from tests.layers.test_experts import qwen3_moe
 from tests.toys import needs, toy
 
 transformers = pytest.importorskip("transformers")
@@ -24,18 +25,8 @@ def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
     """The assertions are in the script, where both are in one process; a file moves from one device and to it."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # as in the script: the initial adapters depend on it
     toy("llama", attention_bias=True).save_pretrained(tmp_path / "llama")
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        moe_intermediate_size=64,
-        num_experts=4,
-        num_experts_per_tok=2,
-        head_dim=16,
-        vocab_size=128,
-    )
-    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    kind, config = qwen3_moe(num_hidden_layers=1, moe_intermediate_size=64, num_experts=4, vocab_size=128)
+    kind(config).save_pretrained(tmp_path / "moe")
     fit(tmp_path, 1, devices=1)[0].save_checkpoint(tmp_path / "one.ckpt")
     ranks = launch("tests.scripts.tensor_parallel_training", tmp_path)[1]
     _, moved = fit(tmp_path, 2, str(tmp_path / "halfTrue.ckpt"), devices=1)

@@ -10,7 +10,7 @@ import torch
 
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.optim.pager import PagedOptimizer
-from tests.conftest import ROOT
+from tests.conftest import PORTS, RANKS, ROOT, TORCHRUN
 from tests.optim.runs import ManualRegression, Regression, data, fit, parameters
 from tests.optim.stand_in import assert_all_paged
 
@@ -212,13 +212,20 @@ def test_fabric_resume(stand_in, tmp_path):
 
 def test_two_processes(tmp_path):
     """DDP through the Trainer, FSDP2 through torch's own fully_shard: bit-equal, every page placed, nothing left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command.append(str(ROOT / "tests/scripts/two_processes.py"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    for mode in ("ddp", "fsdp2", "fsdp2_8bit"):
-        assert result.stdout.count(f"{mode}: bit-equal, all paged, nothing left") == 2
+    command = [sys.executable, "-m", "tests.scripts.two_processes"]
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS)), "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **TORCHRUN, **own, **dict.fromkeys(RANKS, rank)},
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    for process in ranks:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        for mode in ("ddp", "fsdp2", "fsdp2_8bit"):
+            assert f"{mode}: bit-equal, all paged, nothing left" in output
 
 
 def test_a_copy_of_the_callback_has_its_own_pages():

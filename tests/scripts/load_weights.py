@@ -14,6 +14,7 @@ from transformers.distributed import DistributedConfig
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import make_trainer, run_rank, tensors
+from tests.layers.test_experts import qwen3_moe
 from tests.toys import ids, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -23,18 +24,7 @@ MODELS = {
     "gpt2": lambda: toy("gpt2"),
     "bert": lambda: transformers.BertModel(toy("bert").config),  # the head of a classifier is new
     "mixture": lambda: transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            moe_intermediate_size=72,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_experts=4,
-            num_experts_per_tok=2,
-            vocab_size=128,
-            head_dim=16,
-        )
+        qwen3_moe(num_experts=4, moe_intermediate_size=72, vocab_size=128)[1]
     ),
 }
 

@@ -36,10 +36,8 @@ def test_the_estimate_is_the_memory_of_a_run(name, checkpointing):
     parts = estimate.parts
     assert parts["4-bit weights"] + parts["other frozen weights"] + parts["trained weights"] == report.bytes_after
     assert estimate.dense_bytes == report.bytes_before
-    assert (estimate.trainable_parameters, estimate.total_parameters) == (
-        report.trainable_parameters,
-        report.total_parameters,
-    )
+    assert estimate.trainable_parameters == report.trainable_parameters
+    assert estimate.total_parameters == report.total_parameters
     trained = [p for p in lit.parameters() if p.requires_grad]
     lit.train()
     losses = []
@@ -89,9 +87,8 @@ def test_any_module_with_an_example_and_without():
     module = Plain()
     convert(module, **ARGUMENTS)
     kept = saved_bytes(lambda: module(torch.randn(256, 64)))
-    assert (
-        kept < estimate.parts["activations"] < kept + 3 * 256 * 64 * 8 * 4
-    )  # and temporary tensors of the backward pass
+    temporary = 3 * 256 * 64 * 8 * 4  # tensors of the backward pass
+    assert kept < estimate.parts["activations"] < kept + temporary
     without = estimate_memory(Classifier(), **ARGUMENTS)
     assert not without.counted_activations and "unknown" in str(without)
     example = {"x": torch.randn(2, 64)}
@@ -114,17 +111,14 @@ def test_an_adapter_to_start_from_decides_on_the_layers(tmp_path):
     assert planned.trainable_parameters == 4 * (64 + 64) and planned.layers[0][0] == "1"
 
 
+def llama_sizes(width, inner, depth, heads):
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": depth, "num_attention_heads": heads}
+    return {**sizes, "vocab_size": 32000, "dtype": "bfloat16"}
+
+
 def test_a_model_of_70_billion_weights_is_not_allocated():
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=4,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        dtype="bfloat16",
-    )
+    config = transformers.LlamaConfig(**llama_sizes(8192, 28672, 4, 64), num_key_value_heads=8)
     estimate = estimate_memory(config, 1, 512, r=64)
     bits = 8 * estimate.parts["4-bit weights"] / (4 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672))
     assert bits == pytest.approx(4.127, abs=0.002)  # paper: 4 + 8 / 64 + 32 / (64 * 256)
@@ -215,13 +209,9 @@ def test_the_decode_buffer_is_what_a_step_allocates(dora):
 
 def measured(name):
     """[setting, planned, measured] of training steps in another process."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.memory_of_training", name],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
-    )
+    command = [sys.executable, "-m", "tests.scripts.memory_of_training", name]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -235,22 +225,13 @@ def test_the_measured_peak_is_within_10_percent(name):
         assert planned == pytest.approx(peak, rel=0.1), setting
 
 
-@pytest.mark.parametrize(
-    "size", ["7B", *(pytest.param(size, marks=pytest.mark.slow) for size in ("13B", "33B", "65B"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["7B", "13B", "33B", "65B"])
 def test_the_paper(size):
     """Dettmers et al. 2023, figure 6: 1 x 512 tokens, r = 64 on all linear layers, gradient checkpointing; GB."""
     transformers = pytest.importorskip("transformers")
-    width, inner, depth, heads, gigabytes = LLAMAS[size]
-    config = transformers.LlamaConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        vocab_size=32000,
-        dtype="bfloat16",
-    )
-    estimate = estimate_memory(config, 1, 512, gradient_checkpointing=True)
+    *sizes, gigabytes = LLAMAS[size]
+    estimate = estimate_memory(transformers.LlamaConfig(**llama_sizes(*sizes)), 1, 512, gradient_checkpointing=True)
     assert estimate.total / 1e9 == pytest.approx(gigabytes, rel=0.1)
     if size == "65B":
         assert 12 * (estimate.total_parameters - estimate.trainable_parameters) > 780e9 and estimate.device < 48e9
@@ -262,22 +243,15 @@ LLAMAS = {
     "33B": (6656, 17920, 60, 52, 24.7),
     "65B": (8192, 22016, 80, 64, 45.0),
 }
-SPECIAL = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MIXTURE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MIXTURE = {**LLAMA, **SPECIAL, "num_hidden_layers": 1, "num_local_experts": 4}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_mixtures_of_experts_are_counted(dtype):
     """The peak of such a small model is not all saved tensors."""
     transformers = pytest.importorskip("transformers", minversion="5")
-    config = transformers.MixtralConfig(**MIXTURE, **SPECIAL, dtype=dtype)
+    config = transformers.MixtralConfig(**MIXTURE, dtype=dtype)
     estimate = estimate_memory(config, 2, 16, **ARGUMENTS)
     assert estimate.counted_activations
     torch.manual_seed(0)
@@ -291,23 +265,16 @@ def test_mixtures_of_experts_are_counted(dtype):
 
 
 def test_a_mixture_whose_code_reads_the_routing_is_not_counted():
-    transformers = pytest.importorskip("transformers", minversion="5")
-    config = transformers.DbrxConfig(
-        d_model=64,
-        n_heads=4,
-        n_layers=1,
-        max_seq_len=64,
-        vocab_size=128,
-        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
-        ffn_config={"hidden_size": 64, "ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
-    )
-    estimate = estimate_memory(config, 2, 16, **ARGUMENTS)
+    pytest.importorskip("transformers", minversion="5")
+    from tests.layers.test_experts import dbrx
+
+    estimate = estimate_memory(dbrx()[1], 2, 16, **ARGUMENTS)
     assert not estimate.counted_activations and "unknown" in str(estimate)
 
 
 def test_dense_experts_in_fp32():
     transformers = pytest.importorskip("transformers", minversion="5")
-    mixture = transformers.MixtralConfig(**MIXTURE, **SPECIAL, dtype="float32")
+    mixture = transformers.MixtralConfig(**MIXTURE, dtype="float32")
     estimate = estimate_memory(mixture, 1, 16, target_modules=["q_proj"], **ARGUMENTS)
     assert estimate.counted_activations
     assert "model.layers.0.mlp.experts.gate_up_proj  x1  skipped: not in target_modules" in str(estimate)

@@ -170,7 +170,12 @@ def test_lost_hooks_of_a_weight_are_named():
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     module[0].weight.register_hook(lambda gradient: 0 * gradient)
     module[2].weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    with pytest.warns(UserWarning, match=r"hooks of 2 weights \(0, 2\) are lost"):
+    experts = nn.Module()
+    experts.num_experts = 3
+    experts.stack = nn.Parameter(torch.randn(3, 64, 64))
+    experts.stack.register_hook(lambda gradient: 0 * gradient)
+    module.append(experts)
+    with pytest.warns(UserWarning, match=r"hooks of 3 weights \(0, 2, 3\.stack\) are lost"):
         convert(module, r=4)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from tests.conftest import PORTS, ROOT
+from tests.conftest import PORTS, RANKS, ROOT, TORCHRUN
 from tests.scripts.failing_rank import TIMEOUT
 
 pytestmark = pytest.mark.slow
@@ -24,10 +24,8 @@ class Ended(NamedTuple):
     text: str
 
 
-TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
 SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
 SLURM |= {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "test"}
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def run(folder, strategy, failure, step, resume="", end=2, launcher=TORCHRUN) -> list[Ended]:

@@ -1,7 +1,6 @@
 """Training with products in fp16: no loss scale, whatever the size of activations and gradients."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,7 +214,7 @@ def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monke
     full_precision.hold_in_fp32(model, "auto", card)
     layer = next(part for part in model.modules() if isinstance(part, QLoRALinear))
     assert layer.weight_dtype is torch.float32 and layer.dtype_before is torch.bfloat16
-    assert layer.compute_dtype(SimpleNamespace(device=card)) is torch.float16
+    assert layer.compute_dtype("cuda") is torch.float16
     monkeypatch.setattr(held_types, "_cuda_has_bf16", lambda: True)
     assert held_types.reason_for_fp32(card, torch.bfloat16) is None
     assert "fp16" in held_types.reason_for_fp32(card, torch.float16)

@@ -68,6 +68,11 @@ def broken(tmp_path, monkeypatch):
     return replace
 
 
+def found(monkeypatch, reason=None):
+    """The check finds this of each op; None: nothing."""
+    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS, reason))
+
+
 def only(monkeypatch, *some):
     """Check these ops alone, in less time."""
     monkeypatch.setattr(verdict, "OPS", some)
@@ -223,7 +228,7 @@ def test_a_read_only_cache_folder_is_read_and_else_each_process_checks(monkeypat
         facts = verdict.setup(CPU)
         monkeypatch.setenv("LIGHTNING_QLORA_CACHE", folder)
         monkeypatch.setattr(verdict, "setup", lambda device: facts)
-        monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS, "of before"))
+        found(monkeypatch, "of before")
         if stored:
             verdict.verdict(CPU)
         os.chmod(folder, 0o555)
@@ -235,9 +240,9 @@ def test_a_read_only_cache_folder_is_read_and_else_each_process_checks(monkeypat
         def reads(rank):
             if os.geteuid() == 0:
                 os.seteuid(65534)
-            monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS, "of now"))
-            found = verdict.verdict(CPU) == dict.fromkeys(verify.OPS, expected)
-            return found and stored == ("checked again in each process" not in caplog.text)
+            found(monkeypatch, "of now")
+            is_expected = verdict.verdict(CPU) == dict.fromkeys(verify.OPS, expected)
+            return is_expected and stored == ("checked again in each process" not in caplog.text)
 
         assert in_forks(1, reads)
         assert os.listdir(folder) == files
@@ -247,7 +252,7 @@ def test_a_read_only_cache_folder_is_read_and_else_each_process_checks(monkeypat
 def test_a_folder_that_others_can_write_to_is_not_used(monkeypatch, fresh, caplog):
     fresh.mkdir()
     fresh.chmod(0o777)
-    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
+    found(monkeypatch)
     assert verdict.verdict(CPU) == dict.fromkeys(verify.OPS)
     assert not list(fresh.iterdir()) and "can be written by other users" in caplog.text
 
@@ -261,7 +266,7 @@ def train(dtype=torch.bfloat16, rows=20):
     b = torch.zeros(64, 8, requires_grad=True)
     bias = torch.zeros(64).half().requires_grad_()
     optimizer = PagedAdamW8bit([a, b, bias], lr=1e-2)
-    found = []
+    losses = []
     for step in range(5):
         x = torch.randn(rows if step < 2 else 3 * rows, 128, generator=draw)
         seed = torch.randint(1 << 62, (1,))
@@ -269,8 +274,8 @@ def train(dtype=torch.bfloat16, rows=20):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.item())
-    return [*found, torch.rand(()).item()]
+        losses.append(loss.item())
+    return [*losses, torch.rand(()).item()]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,7 @@ def train(dtype=torch.bfloat16, rows=20):
 )
 def test_a_variant_that_fails_in_mid_run_falls_back_without_a_change_of_the_run(monkeypatch, recwarn, kernel, failing):
     """The fourth launch of a kernel and all later ones; of AdamW that is the second of two types of parameters."""
-    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
+    found(monkeypatch)
     monkeypatch.setattr(ops, "backend", lambda device: eager)
     expected = train()
     monkeypatch.setattr(ops, "backend", backends.backend)
@@ -307,7 +312,7 @@ def test_a_variant_that_fails_in_mid_run_falls_back_without_a_change_of_the_run(
 @pytest.mark.parametrize("in_8bit", [False, True], ids=["32-bit", "8-bit"])
 def test_a_step_that_raises_after_it_wrote_is_not_repeated(monkeypatch, recwarn, in_8bit):
     """A second step from the moments of the first one would be silently wrong."""
-    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
+    found(monkeypatch)
     launch = MODULE["launch"].Launch
     run = launch.__call__
 
@@ -332,7 +337,7 @@ def test_a_step_that_raises_after_it_wrote_is_not_repeated(monkeypatch, recwarn,
 
 
 def test_an_error_of_the_arguments_or_of_memory_is_raised_and_not_a_fall_back(monkeypatch, recwarn):
-    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
+    found(monkeypatch)
     made = backends.backend(CPU)
     with pytest.raises((RuntimeError, ValueError)):
         made.lora_project(torch.zeros(2, 64), LoRA(torch.zeros(4, 63), torch.zeros(8, 4)))
@@ -343,7 +348,7 @@ def test_an_error_of_the_arguments_or_of_memory_is_raised_and_not_a_fall_back(mo
 
 
 def test_all_ranks_take_the_path_of_the_rank_whose_kernels_fail(monkeypatch, tmp_path):
-    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS))
+    found(monkeypatch)
 
     def agrees(rank):
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
@@ -386,10 +391,9 @@ def test_on_a_gpu_another_interpreter_of_python_checks(monkeypatch, tmp_path):
     monkeypatch.setattr(verdict, "PACKAGE", root)
     monkeypatch.setattr(verdict, "LIMIT", 20.0)
     only(monkeypatch, "quantize", "dequantize", "adamw_step")
-
-    found = verdict.examine(CPU)
-    assert found["quantize"] == verdict.ENDED and found["adamw_step"] == "no result after 20 s"
-    assert found["dequantize"].startswith("differs from the reference")
+    failures = verdict.examine(CPU)
+    assert failures["quantize"] == verdict.ENDED and failures["adamw_step"] == "no result after 20 s"
+    assert failures["dequantize"].startswith("differs from the reference")
 
 
 def test_what_the_interpreter_makes_of_bf16_without_the_repairs_is_a_fault():

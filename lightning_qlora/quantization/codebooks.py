@@ -57,8 +57,9 @@ def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codeb
         *tables, in_order = codebook(quant_type)
         return Codebook._make([*(table.to(device) for table in tables), in_order])
     check_choice("quant_type", quant_type, tuple(_LEVELS))
-    levels = torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")
-    order = torch.argsort(levels, stable=True)
+    numbers = _LEVELS[quant_type]
+    levels = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    order = torch.tensor(sorted(range(16), key=numbers.__getitem__), device="cpu")
     ascending = levels[order]
     byte = torch.arange(256, device="cpu")
     pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)

@@ -19,7 +19,12 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_qlora.adapters.base_compatibility import convert_to_float_base, quantization_of, required_base
+from lightning_qlora.adapters.base_compatibility import (
+    convert_to_float_base,
+    quantization_of,
+    required_base,
+    trained_on,
+)
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
@@ -310,3 +315,7 @@ def test_the_base_that_an_adapter_needs():
         init_lora_weights="pissa_niter_4"
     )
     assert "which changed the base" in needed(init_lora_weights="loftq", loftq_config={"loftq_iter": 5})
+
+
+def test_an_adapter_that_does_not_say_what_it_was_trained_on():
+    assert trained_on(None) == "not recorded"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_qlora.adapters import peft_folder
-from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
+from lightning_qlora.adapters.adapter import Adapter, LayerAdapter, round_alpha
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
 from tests.conftest import elsewhere
@@ -144,3 +144,8 @@ def test_a_base_without_a_name_has_none(name, tmp_path):
     """transformers' names of a model that was not loaded from a folder."""
     write_adapter(replace(adapter(3), base_model=name), tmp_path)
     assert read_adapter(tmp_path).base_model is None
+
+
+def test_an_alpha_that_was_computed_has_nine_digits():
+    alphas = [round_alpha(alpha) for alpha in (8 / 2**0.5, 3 * (1 / 3 + 1e-12), 0.1 * 3)]
+    assert alphas == [5.656854249, 1, 0.3] and type(alphas[1]) is int

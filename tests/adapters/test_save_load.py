@@ -127,6 +127,7 @@ def test_peft_to_ours_to_peft(name, rslora, tmp_path):
     after = load_file(tmp_path / "ours/adapter_model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+    assert read_adapter(tmp_path / "ours").fan_in_fan_out is (name == "gpt2")
     assert_peft_computes_the_same(lit, tmp_path / "ours")
 
 

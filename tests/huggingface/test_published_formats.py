@@ -214,6 +214,18 @@ def test_dense_experts_of_a_4_bit_folder_are_quantized_while_they_load(build, tm
     assert_same_conversion(model, expected)
 
 
+def test_a_4_bit_folder_whose_experts_can_only_be_loaded_dense(tmp_path, monkeypatch):
+    """As with transformers before 5.22, which can put no operation of ours behind its own."""
+    monkeypatch.setattr("lightning_qlora.huggingface.quantizer.COMPOSES", False)
+    made(qwen3_moe).save_pretrained(tmp_path / "base")
+    save_in_4_bits(qwen3_moe()[0], tmp_path / "base", tmp_path / "folder")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    model = loaded(tmp_path / "folder")
+    assert adapted_layers(model) and not list(expert_stacks(model))
+    assert convert(model, r=2).converted == convert(expected, r=2).converted
+    same_parameters(model, expected)
+
+
 def lfm2():
     kinds = ["conv", "full_attention"]
     more = {"layer_types": kinds, "intermediate_size": 96, "block_auto_adjust_ff_dim": False, "norm_eps": 1e-5}

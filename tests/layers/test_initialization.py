@@ -278,6 +278,10 @@ def test_more_ranks_than_singular_values_are_refused():
     net = nn.Sequential(nn.Linear(64, 16))
     with pytest.raises(ValueError, match=r"0: r=20: a 16x64 weight has only 16 singular values.*rank_pattern"):
         convert(net, r=20, target_modules=["0"], init_lora_weights="pissa")
+    net = nn.Sequential(nn.Linear(64, 16))
+    dense = net[0].weight.detach().clone()
+    convert(net, r=16, lora_alpha=16, target_modules=["0"], init_lora_weights="pissa")
+    torch.testing.assert_close(net[0].weight, dense, rtol=0, atol=0.05 * dense.abs().max().item())
 
 
 def test_patterns_that_match_no_layer_are_refused():

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
+from lightning_qlora.training.guards import check_fsdp_groups
 from tests.conftest import Classifier, loader, raises_before_teardown
 
 
@@ -302,3 +303,9 @@ def test_a_model_that_on_load_checkpoint_builds_again_is_converted_again(trainer
         assert torch.equal(again.net[0].lora_B, module.net[0].lora_B) and module.net[0].lora_B.any()
     loaded = load_from_checkpoint(BuildsAgain, tmp_path / "x.ckpt")
     assert torch.equal(loaded.net[0].lora_B, module.net[0].lora_B)
+
+
+def test_types_may_differ_where_nothing_is_sharded():
+    layer = torch.nn.Linear(4, 4)
+    layer.bias = torch.nn.Parameter(layer.bias.detach().bfloat16())
+    check_fsdp_groups(torch.nn.Sequential(layer))

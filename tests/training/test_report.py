@@ -63,7 +63,7 @@ def test_the_whole_text():
     assert str(calibration) == text
     errors = {f"l{number}": number / 10 for number in range(7)}
     calibration = CalibrationReport(["w"], 4096, ["a", "b"], ["u"], {}, 1234, 2.0, errors)
-    shapes = {"h.0.q": (64, 32), "h.1.q": (64, 32), "e": (4, 64, 32)}
+    shapes = {"h.0.q": (64, 32), "h.1.q": (64, 32), "z": (4, 64, 32)}
     report = ConversionReport(
         list(shapes), {"head": "new"}, {"": "frozen", "1": "frozen"}, 1500, 6000, 4_000_000, 1500, 1.26, shapes,
         ["norm"], 1000, {"tokens": 3}, 5000, 4000, {"lm_head": 3_840_000, "": 0}, 1000, ["bfloat16", "float16"],
@@ -79,7 +79,7 @@ def test_the_whole_text():
 
 TEXT = """\
 QLoRA
-e                    x1   4-bit + adapter, 4 experts of 64x32
+z                    x1   4-bit + adapter, 4 experts of 64x32
 h.*.q                x2   4-bit + adapter, 64x32
 head                 x1   trains in full: new
 (the module itself)  x1   skipped: frozen

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half, add_product_, decoded, factor, product
+from lightning_qlora.kernels.half import Half, add_product_, cast, decoded, factor, product
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
@@ -48,7 +48,7 @@ def _library(x: Tensor) -> Library | None:
 
 def _library_for_few_rows(x: Tensor, weight: PackedBytes) -> Library | None:
     library = _library(x)
-    if library is None or not library.multiplies(len(x), weight, x.dtype):
+    if library is None or not library.multiplies(x.shape[0], weight, x.dtype):
         return None
     return library
 
@@ -99,7 +99,7 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
     library = _library_for_few_rows(x, weight)
     if library is None:
         return None
-    return library.lora_linear(x.new_empty(len(x), weight.shape[0]), x, weight, bias, lora)
+    return library.lora_linear(x.new_empty(x.shape[0], weight.shape[0]), x, weight, bias, lora)
 
 
 def linear_backward(
@@ -107,8 +107,8 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """See `reference.linear_backward`."""
     grad_xa = factor(product(grad, lora.b, lora.scaling), grad)
-    grad_b = product(grad.T, xa, lora.scaling).to(lora.b.dtype)
-    grad_a = product(grad_xa.T, _dropped(x, lora)).to(lora.a.dtype)
+    grad_b = cast(product(grad.T, xa, lora.scaling), lora.b.dtype)
+    grad_a = cast(product(grad_xa.T, _dropped(x, lora)), lora.a.dtype)
     if not needs_x:
         return None, grad_a, grad_b
     grad_x = product(grad_xa, lora.a)

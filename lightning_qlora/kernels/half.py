@@ -11,7 +11,6 @@ values decide about the power.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +101,12 @@ def factor(matrix: Any, like: Tensor | Half) -> Any:
     """A matrix as the factor of another one: rounded to its type, or a `Half` as it is."""
     if isinstance(like, Half):
         return matrix if isinstance(matrix, Half) else to_half(matrix)
-    return matrix.to(like.dtype)
+    return cast(matrix, like.dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes as long as a small product, 1 us, where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def product(a: Tensor | Half, b: Any, s: float = 1.0, out: Tensor | None = None) -> Tensor:
@@ -110,9 +114,12 @@ def product(a: Tensor | Half, b: Any, s: float = 1.0, out: Tensor | None = None)
     if isinstance(a, Half):
         b = factor(b, a)
         return take_out(multiply(a.values, b.values, out), a.factor, b.factor).mul_(s)
+    b = cast(b, a.dtype)
     if s == 1.0:
-        return torch.mm(a, b.to(a.dtype), out=out)
-    return torch.addmm(_empty(a.dtype, a.device), a, b.to(a.dtype), beta=0, alpha=s, out=out)
+        return torch.mm(a, b, out=out)
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1])
+    return out.addmm_(a, b, beta=0, alpha=s)
 
 
 def add_product_(total: Tensor, a: Tensor | Half, b: Any) -> Tensor:
@@ -120,12 +127,6 @@ def add_product_(total: Tensor, a: Tensor | Half, b: Any) -> Tensor:
     if isinstance(a, Half):
         return total.add_(product(a, b))
     return total.addmm_(a, b)
-
-
-@cache
-def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The first argument of `addmm` if beta is 0, so that it is not read."""
-    return torch.empty((), dtype=dtype, device=device)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """Products in fp16 with a power of two: no size of x, of a gradient or of a weight overflows or is lost."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -145,6 +147,27 @@ def test_the_host_does_not_wait_for_the_power():
         x = torch.randn(4, 8)
         y = product(to_half(x), to_half(torch.randn(8, 2)))
     assert y.shape == (4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_keeps_no_tensor_of_the_mode_or_thread_before(dtype):
+    """One of a fake tensor or of inference mode would break training after it; no other test multiplies in fp64."""
+    a = torch.randn(4, 8, dtype=dtype)
+    b = torch.randn(8, 2, dtype=dtype)
+    expected = 0.5 * (a @ b)
+    with FakeTensorMode() as mode:
+        assert product(mode.from_tensor(a), mode.from_tensor(b), 0.5).shape == (4, 2)
+    with torch.inference_mode():
+        torch.testing.assert_close(product(a, b, 0.5), expected)
+    inputs = a.clone().requires_grad_(), b.clone().requires_grad_()
+    y = product(*inputs, 0.5)
+    torch.testing.assert_close(y, expected)
+    grad_a, grad_b = torch.autograd.grad(y.sum(), inputs)
+    torch.testing.assert_close(grad_a, 0.5 * b.sum(1).expand(4, 8))
+    torch.testing.assert_close(grad_b, 0.5 * a.sum(0)[:, None].expand(8, 2))
+    with ThreadPoolExecutor(2) as pool:
+        for y in pool.map(lambda _: product(a, b, 0.5), range(20)):
+            torch.testing.assert_close(y, expected)
 
 
 def test_an_adapter_that_is_disabled_has_rank_0():

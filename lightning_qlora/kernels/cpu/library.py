@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
+from lightning_qlora.kernels.half import cast
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch
@@ -217,7 +218,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
+    return cast(tensor, torch.float32).contiguous()
 
 
 def _threads(numel: int) -> int:

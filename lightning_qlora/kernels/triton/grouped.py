@@ -64,7 +64,9 @@ def _product_kernel(
         inside = row < end
         COLUMNS: tl.constexpr = RUN if BACKWARD else N
         total = tl.zeros((M, COLUMNS), tl.float32)
-        for step in tl.range(0, tl.cdiv(n, N) if BACKWARD else k // RUN):
+        steps = tl.cdiv(n, N) if BACKWARD else k // RUN
+        tl.assume((steps > 0) & (r > 0))  # else sums of zeros, from paths past the loops, take registers
+        for step in tl.range(0, steps):
             output = (step if BACKWARD else tl.program_id(1)) * N + tl.arange(0, N)
             run = tl.program_id(1) if BACKWARD else step
             at = packed + output.to(tl.int64)[:, None] * tl.multiple_of(k // 2, RUN // 2) + run * (RUN // 2)
@@ -83,11 +85,11 @@ def _product_kernel(
         # The adapter: B [n, r], or backward A [r, k] as [k, r].
         width = k if BACKWARD else n
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        place = row.to(tl.int64)[:, None] * width + column[None, :]
         rank_stride = k if BACKWARD else 1
         stride = 1 if BACKWARD else r
         matrix = lora + number * r * width
         added = sum_over_ranks(h, matrix, row, end, column, width, r, rank_stride, stride, R, M, COLUMNS)
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
         if DROPOUT:
             added = tl.where(is_kept(place, low, high, least_kept), added, 0.0)
         if HALF:

@@ -192,7 +192,7 @@ def add_shares(total, memory, share, shares, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 def number_of_shares(tiles: int, programs: int, steps: int) -> int:
-    """Enough shares that all programs are busy, with at least four of the `steps` of the loop for each.
+    """Enough shares that all programs are busy, with about four of the `steps` of the loop for each; none is empty.
 
     One on AMD: on CDNA (MI200, MI300) Triton 3.6 to 3.9 compiles the barrier to `s_barrier` alone, and the wave that
     counts waits for its own stores only, so the last program could read a share before another wave's part of it is
@@ -200,7 +200,9 @@ def number_of_shares(tiles: int, programs: int, steps: int) -> int:
     """
     if torch.version.hip or tiles > COUNTERS.value:
         return 1
-    return max(1, min(programs // tiles, steps // 4))
+    shares = max(1, min(programs // tiles, steps // 4))
+    per_share = max(1, -(-steps // shares))
+    return max(1, -(-steps // per_share))
 
 
 def shared_launch(

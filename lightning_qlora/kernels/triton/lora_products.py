@@ -50,10 +50,12 @@ def _down_kernel(
     share = tl.program_id(2)
     steps = tl.cdiv(k, K)
     per_share = tl.cdiv(steps, shares)
+    begin = share * per_share
+    stop = tl.minimum(begin + per_share, steps)
+    tl.assume(begin < stop)  # with a path past the loop, whose sums are zeros, sm_90 waits for each wgmma
     total = sum_over_columns(
-        x, w, row, m, rank, r, k, share * per_share, tl.minimum((share + 1) * per_share, steps),
-        w_rank_stride, w_stride, low, high, least_kept, DROPOUT, R, M, K,
-    )  # fmt: skip
+        x, w, row, m, rank, r, k, begin, stop, w_rank_stride, w_stride, low, high, least_kept, DROPOUT, R, M, K
+    )
     write = (row < m)[:, None] & (rank < r)[None, :]
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, M, R)

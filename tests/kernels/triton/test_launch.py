@@ -17,7 +17,7 @@ from triton.runtime import driver
 from benchmarks.compiled import recorded, source
 from benchmarks.host_overhead import Driver
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.kernels.triton.launch import Launch, Tile
+from lightning_qlora.kernels.triton.launch import Launch, Tile, number_of_shares
 from lightning_qlora.kernels.triton.lora_products import _down_kernel, _up_kernel, lora_down, lora_gradients
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +26,16 @@ W = torch.zeros(64, 16)
 OUT = torch.zeros(3, 64).bfloat16()
 H = torch.zeros(3, 16).bfloat16()
 CONSTANTS = {"DROPOUT": False, "HALF": False, "ADD": False, "R": 16}
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 200])
+def test_no_share_of_a_sum_is_empty(tiles):
+    """`_down_kernel` tells the compiler so. Of 41 steps in 10 shares of 5 the last had none."""
+    for steps in range(1, 300):
+        shares = number_of_shares(tiles, 512, steps)
+        per_share = -(-steps // shares)
+        assert shares >= 1
+        assert (shares - 1) * per_share < steps <= shares * per_share
 
 
 @pytest.fixture

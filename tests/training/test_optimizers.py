@@ -341,3 +341,14 @@ def test_an_optimizer_made_in_init_trains_the_adapters(trainer, make):
     trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=4).fit(module, loader(32, 32))
     assert module.losses[-1] < module.losses[0]
     assert module.net[0].lora_B.abs().sum() > 0
+
+
+def test_steps_in_fp32_are_not_judged(recwarn):
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    convert(module, r=4, target_modules=["0"], modules_to_save=["1"])
+    module[1].weight.data.fill_(1e6)  # a step of a learning rate is lost here too
+    recwarn.clear()
+    module(torch.randn(4, 64)).sum().backward()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+    Audit({}).before_step(module, optimizer)
+    assert not recwarn.list

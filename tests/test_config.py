@@ -59,6 +59,19 @@ def test_an_error_of_a_wrong_type_names_the_value(name, value):
     assert repr(value) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("rank_pattern", [0, 4.0, "4"]), ("alpha_pattern", [0, -1.0, float("inf"), "x", None])]
+)
+def test_a_wrong_entry_of_a_pattern_is_named(name, wrong):
+    for value in wrong:
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}\['q_proj'\]={re.escape(repr(value))}: "):
+            QLoRAConfig(**{name: {"k_proj": 1, "q_proj": value}})
+    with pytest.raises(ValueError, match=rf"^{name}='\(': not a valid regular expression"):
+        QLoRAConfig(**{name: {"(": 3}})
+    with pytest.raises(TypeError, match=rf"^{name}=\[1\]: must be a dict"):
+        QLoRAConfig(**{name: [1]})
+
+
 def test_a_long_value_is_shortened():
     with pytest.raises(ValueError, match=r"quant_type='x{199}\.\.\. \(1002 characters\): must be one of"):
         QLoRAConfig(quant_type="x" * 1000)

@@ -8,7 +8,7 @@ W^T: equal on average, with a second product with W. The norm counts as a consta
 """
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,23 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 TINY = torch.finfo(torch.float32).tiny
 
 
+class Matrix(NamedTuple):
+    """A 4-bit weight [out, in] with its adapter."""
+
+    weight: PackedBytes
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor | None = None
+    number: int = 0  # in a stack
+
+    def product(self, scaling: float) -> Tensor:
+        """s B A, [out, in], fp32, under autocast too."""
+        with torch.autocast(self.lora_b.device.type, enabled=False):
+            return scaling * (self.lora_b.float() @ self.lora_a.float())
+
+
 @torch.no_grad()
-def row_norm(layer: Any, matrix: Any) -> Tensor:
+def row_norm(layer: Any, matrix: Matrix) -> Tensor:
     """||W + s B A|| of every row of a `Matrix` of a `LoRALayer`, [out], fp32, computed without that sum.
 
     Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is
@@ -42,8 +57,9 @@ def row_norm(layer: Any, matrix: Any) -> Tensor:
     return norm
 
 
-def dora_scale(layer: Any, matrix: Any) -> Tensor:
+def dora_scale(layer: Any, matrix: Matrix) -> Tensor:
     """g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
+    assert matrix.magnitude is not None
     scale: Tensor = matrix.magnitude / row_norm(layer, matrix).clamp_min(TINY)
     return scale
 

@@ -7,7 +7,7 @@ for each expert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,15 @@ from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.kernels.rounding import round_by_index
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
-from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
+from lightning_qlora.layers.dora import Matrix, dora_linear, dora_scale, row_norm
 from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.held_types import has_bf16
 from lightning_qlora.layers.input_statistics import InputStatistics, wait_for_inputs
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.quantization.packed_weight import PackedBytes
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Matrix(NamedTuple):
-    """A 4-bit weight [out, in] with its adapter."""
-
-    weight: PackedBytes
-    lora_a: Tensor
-    lora_b: Tensor
-    magnitude: Tensor | None = None
-    number: int = 0  # in a stack
-
-    def product(self, scaling: float) -> Tensor:
-        """s B A, [out, in], fp32, under autocast too."""
-        with torch.autocast(self.lora_b.device.type, enabled=False):
-            return scaling * (self.lora_b.float() @ self.lora_a.float())
 
 
 class LoRALayer(WithAdapter, PackedLayer):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
+from lightning_qlora.layers.dora import Matrix
 from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
 from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.lora_layer import LoRALayer, Matrix
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import parameter_name, without_wrappers
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight

@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lightning_qlora.kernels import ops
+from lightning_qlora.layers.dora import Matrix
 from lightning_qlora.layers.dtensor import local
-from lightning_qlora.layers.lora_layer import LoRALayer, Matrix
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.packed_linear import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
 

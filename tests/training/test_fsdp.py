@@ -348,3 +348,12 @@ def test_a_checkpoint_in_one_file_is_loaded_as_strictly_as_asked(tmp_path):
     with pytest.raises(RuntimeError, match="lora_B"):
         load_whole_tensors(None, tmp_path / "c.ckpt", {"model": other})
     load_whole_tensors(None, tmp_path / "c.ckpt", {"model": other}, False)
+    more = {"model": module, "count": 3}
+    with pytest.raises(KeyError, match="contains a key 'count' that does not exist"):
+        load_whole_tensors(None, save_whole(tmp_path, module), more)
+    load_whole_tensors(None, save_whole(tmp_path, module), more, False)
+
+
+def save_whole(folder, module):
+    torch.save({"model": module.state_dict()}, folder / "whole.ckpt")
+    return folder / "whole.ckpt"

@@ -57,13 +57,18 @@ def quantize(
         raise ValueError("weight: is on the meta device, so there is no data to quantize; load the weights first.")
     if not weight.numel():
         raise ValueError(f"weight: has shape {list(weight.shape)} and no element to quantize.")
-    low, high = torch.aminmax(weight.detach())
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
+    check_finite(weight)
     packed = quantize_unchecked(weight, quant_type, block_size, double_quant)
     if not isfinite(packed.offset):
         raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
     return packed
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ValueError if a weight holds NaN or Inf."""
+    low, high = torch.aminmax(weight.detach())
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
 
 
 def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedWeight:

@@ -116,6 +116,7 @@ def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
+    ops.check_finite(weight)  # a decomposition would fail without the reason
     dense = weight.float()
     r = _checked_rank(weight, config)
     if config.pissa_iterations is None:

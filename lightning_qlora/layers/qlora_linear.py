@@ -63,7 +63,12 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         """
         weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
         setattr(weight, REPLACED, layer)
-        QLoRALinear._become(layer, type(layer), config, name, seed_name).initialize(weight, device)
+        new = QLoRALinear._become(layer, type(layer), config, name, seed_name)
+        try:
+            new.initialize(weight, device)
+        except BaseException:
+            to_dense(new, weight)  # type: ignore[arg-type]  # the layer computes, and can be converted later
+            raise
         layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
 
     @staticmethod

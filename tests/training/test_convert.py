@@ -110,12 +110,24 @@ def test_large_weights_that_are_not_linear_are_named():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused_with_its_layer(bad):
+@pytest.mark.parametrize("init", ["default", "loftq", "pissa"])
+def test_a_weight_that_is_not_finite_is_refused_with_its_layer(init, bad):
     model = mlp()
+    expected = copy.deepcopy(model)
+    convert(expected, r=8, init_lora_weights=init)
+    weight = model[3].weight
+    before = weight[0, 0].item()
     with torch.no_grad():
-        model[3].weight[0, 0] = bad
+        weight[0, 0] = bad
     with pytest.raises(ValueError, match=r"^3: .*NaN or Inf"):
-        convert(model, r=8)
+        convert(model, r=8, init_lora_weights=init)
+    assert type(model[3]) is nn.Linear  # a dense layer still, with its weight
+    assert model[3].weight is weight
+    with torch.no_grad():
+        weight[0, 0] = before
+    convert(model, r=8, init_lora_weights=init)
+    x = torch.arange(8)
+    assert torch.equal(model.eval()(x), expected.eval()(x))
 
 
 def test_weights_on_the_meta_device_are_refused_with_their_layer():

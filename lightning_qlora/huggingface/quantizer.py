@@ -293,6 +293,11 @@ class DequantizingQuantizer(QLoRAQuantizer):
         """The conversions of the format, each followed by ours."""
         return self.followed_by_ours(self._original.update_weight_conversions(weight_conversions, *model))
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
+        if not self.errors:
+            self._original._process_model_after_weight_loading(model)
+        return super()._process_model_after_weight_loading(model, **arguments)
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """See HfQuantizer."""
         return self._original.update_dtype(dtype)  # type: ignore[no-any-return]

@@ -100,6 +100,16 @@ def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
     assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
 
 
+def test_the_quantizer_of_the_format_ends_the_load(folders, monkeypatch):
+    published, _ = folders("mxfp4", gpt_oss)
+    kind = transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
+    ended = []
+    monkeypatch.setattr(kind, "_process_model_after_weight_loading", lambda self, model, **_: ended.append(model))
+    model = loaded(published)
+    assert len(ended) == 1
+    assert ended[0] is model
+
+
 @needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
 @pytest.mark.parametrize(("format", "build"), [*CASES[:4], ("ct-fp8", llama), ("ct-int4", qwen3_moe)])
 def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path):

@@ -48,7 +48,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "lightning_qlora/kernels/cpu/products.py",
         '(torch.ones(ROWS, WIDTH, dtype=each, device="cpu"), torch.ones(WIDTH, WIDTH, dtype=each, device="cpu"))',
         "torch.ones(ROWS, WIDTH, dtype=each)",
-    ): "it is called in a thread of its own, which has no default device",
+    ): "it runs in a new thread, and the default device of another thread does not apply there",
 }
 # They read the package's files, so that no line of these is executed in their name.
 READERS = {

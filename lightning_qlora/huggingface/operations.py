@@ -131,7 +131,7 @@ class Quantize(_Operation):
             if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
-            if isinstance(owner, QLoRALinear):
+            if isinstance(owner, QLoRALinear):  # `split` refused it
                 restore(owner, QLoRALinear)
             owner._parameters[inner] = place
             return self.refuse(source, key, part, f"{chosen.name}: {error}")

@@ -145,8 +145,8 @@ def _cast_values(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
 def train_in_full_precision(module: nn.Module) -> None:
     """Hold the 16-bit parameters that train in full in fp32, in place.
 
-    Those that are sharded, or of a ScriptModule, or of a module with a forward pass of its own that hides that of its
-    class, train in 16 bits still.
+    Three kinds of parameters still train in 16 bits: sharded ones, those of a ScriptModule, and those of a module whose
+    `forward` was replaced.
     """
     trained: list[tuple[Any, str, nn.Parameter, torch.dtype]] = [
         (owner, key, parameter, parameter.dtype)

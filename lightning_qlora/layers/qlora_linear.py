@@ -61,13 +61,13 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
         The seed of the adapter is made from `seed_name`, the same on every rank.
         """
-        weight: Tensor = layer._parameters.pop("weight")  # type: ignore[assignment]
+        weight: Any = layer._parameters.pop("weight")
         setattr(weight, REPLACED, layer)
         new = QLoRALinear._become(layer, type(layer), config, name, seed_name)
         try:
             new.initialize(weight, device)
         except BaseException:
-            to_dense(new, weight)  # type: ignore[arg-type]  # the layer computes, and can be converted later
+            to_dense(new, weight)  # the layer computes, and can be converted later
             raise
         layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
 

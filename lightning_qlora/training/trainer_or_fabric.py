@@ -85,7 +85,7 @@ class TrainerOrFabricPrecision(Precision):
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """See Precision; it clips only for a LightningModule of its own package."""
+        """See Precision: the class of `lightning` or `pytorch_lightning` clips only for its own LightningModule."""
         precision_class(model)._clip_gradients(self, model, *args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import subprocess
@@ -172,8 +173,37 @@ def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> t
     return done.stdout, [torch.load(path, weights_only=False) for path in saved]
 
 
-def run_rank(main: Callable[..., object]) -> None:
-    """Call `main` with the arguments of the script, and end this rank without the end of the interpreter.
+def fork_ranks(main: Callable[..., object], folder: Path, *arguments: object, size: int = 2) -> list:
+    """Call `main(folder, *arguments)` in several processes as torchrun starts them: what each saved in the folder.
+
+    They are forked from a process that has imported the libraries, once for all tests, so they begin at once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "transformers", "lightning_qlora"])
+    environment = {**TORCHRUN, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
+    ranks = [
+        context.Process(target=_forked_rank, args=(main, environment, rank, folder, *arguments), daemon=True)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    outputs = [(folder / f"output{rank}.txt").read_text()[-5000:] for rank in range(size)]
+    assert not any(process.exitcode for process in ranks), "\n".join(outputs)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _forked_rank(main, environment, rank, folder, *arguments):
+    output = os.open(folder / f"output{rank}.txt", os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(environment | dict.fromkeys(RANKS, str(rank)))
+    run_rank(main, folder, *arguments)
+
+
+def run_rank(main: Callable[..., object], *arguments: object) -> None:
+    """Call `main` with arguments, or those of the script, and end this rank without the end of the interpreter.
 
     A thread of gloo may still hold the tensors of the last collective, and the process crashes if the interpreter is
     gone when they are freed (pytorch pull request 179291). destroy_process_group does not wait for the threads of a
@@ -181,7 +211,7 @@ def run_rank(main: Callable[..., object]) -> None:
     """
     code = 0
     try:
-        main(*sys.argv[1:])
+        main(*(arguments or sys.argv[1:]))
     except BaseException:
         traceback.print_exc()
         code = 1

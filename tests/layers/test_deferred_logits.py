@@ -1,8 +1,5 @@
 """Deferred logits against the real ones: losses and gradients of everything a training step may do with logits."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,17 +109,17 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("function", LOSSES.values(), ids=LOSSES)
-def test_a_loss_in_pieces_is_the_loss_and_no_logits_are_made(kind, function, monkeypatch):
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_in_pieces_is_the_loss_and_no_logits_are_made(name, monkeypatch):
     monkeypatch.setattr(DeferredLogits, "computed", lambda *_: pytest.fail("the logits were computed"))
-    assert_same(both(kind, function))
+    for kind in HEADS:
+        assert_same(both(kind, LOSSES[name]))
 
 
-@pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("function", REAL.values(), ids=REAL)
-def test_anything_else_gets_the_real_logits(kind, function):
-    assert_same(both(kind, function))
+@pytest.mark.parametrize("name", REAL)
+def test_anything_else_gets_the_real_logits(name):
+    for kind in HEADS:
+        assert_same(both(kind, REAL[name]))
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -186,25 +183,13 @@ def test_all_labels_ignored_is_nan_without_a_gradient_as_in_torch_and_an_empty_b
     assert F.cross_entropy(head(hidden[:0]), torch.zeros(0, dtype=torch.long)).isnan()
 
 
-def test_evaluation_and_compiled_code_get_real_logits():
+def test_real_logits_where_nothing_trains_and_of_a_single_row():
     head = made_head("frozen", deferred=True)
+    x = torch.randn(2, H, requires_grad=True)
     with torch.no_grad():
-        assert type(head(torch.randn(2, H))) is torch.Tensor
-    assert type(head(torch.randn(2, H))) is torch.Tensor  # nothing trains
-    hidden = torch.randn(5, H, requires_grad=True)
-    target = labels(5)
-    compiled = torch.compile(lambda h: F.cross_entropy(head(h), target), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(hidden), F.cross_entropy(head(hidden), target))
-
-
-@pytest.mark.parametrize("kind", ["frozen", "4-bit"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_a_copy_of_the_head_defers_too(copied, kind):
-    head = made_head(kind, deferred=True)
-    again = copied(head)
-    hidden = torch.randn(2, H, requires_grad=True)
-    assert type(again) is type(head) and isinstance(again(hidden), DeferredLogits)
-    torch.testing.assert_close(again(hidden) + 0, head(hidden) + 0)
+        assert type(head(x)) is torch.Tensor
+    assert type(head(x.detach())) is torch.Tensor
+    assert type(head(x[0])) is torch.Tensor and isinstance(head(x), DeferredLogits)
 
 
 def test_dropout_of_the_adapter_is_drawn_once_for_all_that_read_the_logits():

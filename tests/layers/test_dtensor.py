@@ -1,15 +1,13 @@
 """FSDP2 on two processes: the same numbers as one process has, checkpoints, and what is refused."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lightning_qlora import load_from_checkpoint
 from lightning_qlora.tools.cli import main
-from tests.conftest import fingerprints, launch
-from tests.scripts.fsdp_training import Llama, train
+from tests.conftest import fingerprints, fork_ranks
+from tests.scripts.fsdp_training import Llama, train, train_on_two_ranks
 from tests.toys import toy
 
 pytest.importorskip("transformers")
@@ -21,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 def run(folder, *cases):
     """What each rank has of each case: a loop, if checkpoints are single files, and arguments."""
     folder.mkdir()
-    return zip(*launch("tests.scripts.fsdp_training", folder, *map(json.dumps, cases))[1], strict=True)
+    return zip(*fork_ranks(train_on_two_ranks, folder, *cases), strict=True)
 
 
 def adapters_in(folder):
@@ -39,7 +37,7 @@ def check_ranks(ranks):
 def two(tmp_path_factory):
     """The folder of three loops on two ranks, the arguments of the last one, and what each rank has of each."""
     folder = tmp_path_factory.mktemp("fsdp")
-    toy("llama").bfloat16().save_pretrained(folder / "base")
+    toy("llama", num_hidden_layers=1).bfloat16().save_pretrained(folder / "base")
     of_llama = {
         "optimizer": "PagedAdamW8bit",
         "folder": str(folder / "base"),

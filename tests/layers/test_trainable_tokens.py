@@ -26,6 +26,8 @@ from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoin
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
+from lightning_qlora.layers.names import names_of_modules
+from lightning_qlora.layers.token_selection import check_tokens
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import replace_parameters_by_adapters
 from tests.conftest import make_trainer
@@ -296,6 +298,15 @@ def test_modules_without_an_embedding_or_with_one_that_other_code_uses_are_refus
     module["user"].table = module["embedding"].weight
     with pytest.raises(ValueError, match=r"'user.table' is tied to the embedding.*modules_to_save"):
         convert(module, trainable_token_indices=[1], r=4)
+    without = nn.Sequential(nn.Embedding(8, 64, device="meta"), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"'0' has no values yet\. Load the module before it is converted\."):
+        check_tokens(without, [1], names_of_modules(without), {})
+    net = nn.Sequential(nn.Linear(64, 64))
+    convert(net, r=4)
+    with pytest.raises(
+        ValueError, match=r"'0\.0' is a QLoRALinear in 4 bits: only rows of nn\.Embedding and nn\.Linear"
+    ):
+        convert(nn.Sequential(net, nn.Linear(64, 64)), trainable_token_indices={"0.0": [1]}, r=4)
     with pytest.raises(TypeError, match="must be a list of indices, or a dict of such lists"):
         QLoRAConfig(trainable_token_indices=[])
 

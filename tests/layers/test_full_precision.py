@@ -1,7 +1,6 @@
 """What trains in full: held in fp32, so that each step arrives, and computed as the model in 16 bits computes it."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -133,16 +132,14 @@ class Tied(nn.Module):
         return F.linear(x, self.embedding.weight)
 
 
-MODULES = ["embedding", "norm", "convolution", "attention", "recurrent", "scales", "last"]
-
-
-def tied(modules=MODULES):
+def tied():
+    """In bf16 also on a CPU that is slow in it."""
     model = Tied().bfloat16()
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
-    arguments = {"compute_dtype": "bf16"}  # also on a CPU that is slow in it
-    convert(model, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=modules, **arguments)
+    modules = [name for name, _ in model.named_children() if name != "linear"]
+    convert(model, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=modules, compute_dtype="bf16")
     return model
 
 
@@ -185,31 +182,24 @@ def test_a_part_with_a_list_of_parameters_computes_in_16_bits_also_alone():
     torch.testing.assert_close(model[1](x), dense(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile", "compile a block", "checkpoint", "autocast"])
+@pytest.mark.parametrize("how", ["deepcopy", "compile", "compile a block", "autocast"])
 def test_the_module_still_works_with(how):
     model = tied()
-    if how == "pickle":
-        model.convolution = nn.Identity()  # torch pickles no parametrized module
     expected = model(TOKENS)
     use = model
     if how == "deepcopy":
         use = copy.deepcopy(model)
-    if how == "pickle":
-        use = pickle.loads(pickle.dumps(model))
     if how == "compile":
         model = nn.Sequential(model.embedding, model.norm, model.linear)
         expected = model(TOKENS)
         use = torch.compile(model, backend="aot_eager")
     if how == "compile a block":
         model.norm.compile(backend="aot_eager", fullgraph=True)
-    if how == "checkpoint":
-        use = lambda tokens: torch.utils.checkpoint.checkpoint(model, tokens, use_reentrant=False)  # noqa: E731
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         y = use(TOKENS)
     torch.testing.assert_close(y, expected, atol=0.05 if how == "autocast" else 0, rtol=0)
     y.sum().backward()
-    held = use if isinstance(use, nn.Module) else model
-    assert all(p.grad.dtype is torch.float32 for p in in_full(held).values())
+    assert all(p.grad.dtype is torch.float32 for p in in_full(use).values())
 
 
 def weighted_bag(head, x):

@@ -47,23 +47,26 @@ def test_the_same_layer_with_other_parameters():
     assert repr(layer) == f"QLoRALinear({line})"
 
 
-def test_weight_can_be_read_but_not_written():
+def test_weight_can_be_read_but_not_written(monkeypatch):
     layer, dense = converted()
     expected = quantize(dense.weight).dequantize()
-    assert layer.weight.shape == (96, 128)
-    assert layer.weight.dtype == torch.float32
-    assert layer.weight.device.type == "cpu"
-    assert isinstance(layer.weight, torch.Tensor)
+    with monkeypatch.context() as patch:  # its properties decode nothing
+        for name in ("decode", "effective_weight"):
+            patch.setattr(QLoRALinear, name, lambda self: pytest.fail("decoded"))
+        weight = layer.weight
+        properties = weight.shape, weight.dtype, weight.device.type, weight.numel(), len(weight), weight.requires_grad
+        assert properties == ((96, 128), torch.float32, "cpu", 96 * 128, 96, True)
+        with torch.no_grad():
+            assert isinstance(layer.weight, torch.Tensor) and not layer.weight.requires_grad
     assert torch.equal(layer.weight, expected)
     assert torch.equal(layer.packed_weight.dequantize(), expected)
     assert torch.equal(layer.weight[3:5] * 2, expected[3:5] * 2)
+    assert all(map(torch.equal, layer.weight, expected))
     assert (layer.weight.numpy() == expected.numpy()).all()
     torch.testing.assert_close(nn.functional.linear(torch.ones(1, 128), layer.weight), expected.sum(1)[None])
     target = torch.zeros(96, 128)
     target.copy_(layer.weight)
     assert torch.equal(target, expected)
-    with pytest.raises(RuntimeError, match="read-only"):
-        layer.weight.mul_(2)
     with pytest.raises(RuntimeError, match="read-only"):
         layer.weight = nn.Parameter(torch.zeros(96, 128))
 
@@ -75,6 +78,7 @@ WRITES = {
     "set data": lambda w: setattr(w, "data", torch.zeros(96, 128)),
     "init": torch.nn.init.zeros_,
     "augmented": lambda w: w.__iadd__(1),
+    "in place": lambda w: w.mul_(2),
     "out": lambda w: torch.add(torch.ones(96, 128), 1, out=w),
 }
 
@@ -100,19 +104,6 @@ def test_a_copy_of_the_weight_is_dense():
     torch.testing.assert_close(layer.weight.data[3:5] + 0, expected[3:5])
 
 
-def test_reading_type_device_or_shape_of_the_weight_decodes_nothing(monkeypatch):
-    layer, _ = converted()
-    for name in ("decode", "effective_weight"):
-        monkeypatch.setattr(QLoRALinear, name, lambda self: pytest.fail("decoded"))
-    assert (layer.weight.dtype, layer.weight.shape[0], layer.weight.device.type) == (torch.float32, 96, "cpu")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_output_has_the_type_of_the_input(dtype):
-    layer, _ = converted()
-    assert layer(torch.randn(2, 128, dtype=dtype)).dtype == dtype
-
-
 @pytest.mark.parametrize(
     ("dtype", "mixed"), [(torch.int64, False), (torch.bool, True), (torch.complex64, False)], ids=str
 )
@@ -123,10 +114,12 @@ def test_an_input_that_is_not_floating_point_is_refused(dtype, mixed):
         layer(torch.ones(2, 128, dtype=dtype))
 
 
-def test_compute_type_follows_weight_argument_and_autocast():
+def test_compute_type_follows_weight_argument_and_autocast_and_the_output_the_input():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer, _ = converted(nn.Linear(128, 96, dtype=dtype))
+        assert layer.compute_dtype("cpu") == (torch.float32 if layer.held_on else dtype)
+        assert converted()[0](torch.randn(2, 128, dtype=dtype)).dtype == dtype
     x = torch.randn(2, 128)
-    assert converted()[0].compute_dtype("cpu") == torch.float32
-    assert converted(nn.Linear(128, 96, dtype=torch.bfloat16))[0].compute_dtype("cpu") == torch.bfloat16
     layer = converted(compute_dtype="bf16")[0]
     assert layer.compute_dtype("cpu") == torch.bfloat16
     assert layer(x).dtype == torch.float32

@@ -84,6 +84,9 @@ CHOICES = {  # module, arguments, and what is converted, trains in full, and sta
         linear((64, 64), (64, 64)), {"r": 99, "rank_pattern": {"0": 4}}, ["0"], {"1": SMALL(99, "64x64")}, {},
     ),
     "small, frozen": (frozen(linear((256, 256), (256, 2)), "1"), {"r": 8}, ["0"], {}, {"1": "frozen by the module"}),
+    "frozen, named": (
+        frozen(linear((64, 64), (64, 64)), "1"), {"r": 4, "target_modules": ["0", "1"]}, ["0", "1"], {}, {},
+    ),
     "small, all frozen": (frozen(linear((256, 256), (256, 2)), ""), {"r": 8}, ["0"], {}, {"1": SMALL(8, "2x256")}),
     "small, named": (
         linear((256, 256), (256, 2)), {"r": 8, "target_modules": ["1"]}, ["1"], {}, {"0": "not in target_modules"},

@@ -9,7 +9,13 @@ from torch.utils.checkpoint import checkpoint
 from lightning_qlora import convert
 from lightning_qlora.kernels import reference
 from lightning_qlora.layers import piecewise_cross_entropy
-from lightning_qlora.layers.deferred_head import defer_logits
+from lightning_qlora.layers.deferred_head import (
+    compute_logits,
+    defer_logits,
+    defer_output_embeddings,
+    deferred_heads,
+    output_embeddings,
+)
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 
 V = 97
@@ -332,3 +338,51 @@ def test_rows_whose_label_is_ignored_are_not_multiplied(elements, rows, monkeypa
     defer_logits(head)
     F.cross_entropy(head(torch.randn(12, H, requires_grad=True)), labels(12)).backward()
     assert seen == rows
+
+
+class Own(nn.Linear):
+    pass
+
+
+class Model(nn.Module):
+    """It says which layer is its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.out, self.side = nn.Embedding(99, 8), nn.Linear(8, 99), nn.Linear(8, 99)
+
+    def get_output_embeddings(self):
+        return self.out
+
+
+def words(size=99, **layers):
+    return nn.ModuleDict({"words": nn.Embedding(size, 8), **layers})
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (words(out=nn.Linear(8, 99), other=nn.Linear(8, 98)), ["out"]),
+        (words(out1=nn.Linear(8, 99), out2=nn.Linear(8, 99), out=nn.Linear(8, 99)), ["out"]),
+        (words(out=Own(8, 99), lm_head=Own(8, 9)), []),
+        (nn.ModuleDict({"lm_head": nn.Linear(8, 9), "head": nn.Linear(8, 9)}), ["lm_head"]),
+        (words(50, model=Model(), out=nn.Linear(8, 50), side=nn.Linear(8, 99)), ["model.out", "out"]),
+    ],
+)
+def test_which_layers_are_output_embeddings(module, names):
+    assert [*output_embeddings(module)] == names
+
+
+def test_auto_defers_those_with_four_times_as_many_outputs_as_inputs():
+    for outputs, setting, dtype, saved in (
+        (32, "auto", torch.float32, {"out": 1000 * 32 * 12}),
+        (32, "auto", torch.bfloat16, {"out": 1000 * 32 * 10}),
+        (31, "auto", torch.float32, {}),
+        (31, True, torch.float32, {"out": 1000 * 31 * 12}),
+        (32, False, torch.float32, {}),
+    ):
+        module = words(outputs, out=nn.Linear(8, outputs)).to(dtype)
+        assert defer_output_embeddings(module, setting, sharded=True) == dict.fromkeys(saved, 0)
+        assert defer_output_embeddings(module, setting) == deferred_heads(module) == saved
+        compute_logits(module)
+        assert deferred_heads(module) == {} and type(module["out"]) is nn.Linear

@@ -83,7 +83,7 @@ def test_a_step_is_that_of_an_fp32_run(slow, dtype, extra):
     )
     for (name, p), other in zip(trained(narrow).items(), trained(wide).values(), strict=True):
         assert torch.equal(p.grad, other.grad), name
-    held = sum(p.numel() for p in narrow.parameters() if not p.requires_grad)
+    held = sum(t.numel() for t in (*narrow.parameters(), *narrow.buffers()) if not t.requires_grad)
     assert "held in fp32" in report.summary() and report.held_bytes == 2 * held
     narrow.generate(ids(), max_new_tokens=2)
 

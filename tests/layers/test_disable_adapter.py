@@ -11,7 +11,6 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from lightning_qlora import convert, disable_adapter
 from lightning_qlora.layers.deferred_head import defer_logits
 from tests.conftest import every_pair
-from tests.layers.test_experts import made, qwen3_moe
 from tests.toys import ids, perturb, toy
 
 
@@ -193,14 +192,6 @@ def test_a_copy_made_inside_has_its_adapter_and_the_context_ends_for_the_module_
     own.square().mean().backward()
     assert all(parameter.grad is not None for part in (other[0], other[2]) for parameter in part.adapter_parameters())
     assert getattr(other[0], "copies", 1) == 1
-
-
-def test_copies_of_experts_and_of_rows_of_tokens_have_them_too():
-    model, _ = trained(made(qwen3_moe).requires_grad_(True), trainable_token_indices=[3, 5], lora_dropout=0.0)
-    own = model.eval()(input_ids=ids() % 96).logits
-    with disable_adapter(model), pytest.warns(UserWarning, match="has its adapter enabled"):
-        other = copy.deepcopy(model)
-    assert torch.equal(other(input_ids=ids() % 96).logits, own)
 
 
 def _run(thread):

@@ -20,7 +20,6 @@ from tests.twin import dense_twin, error
 
 transformers = pytest.importorskip("transformers")
 CLASSES = torch.tensor([0, 1])
-IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def llama_classifier():
@@ -83,30 +82,6 @@ def test_every_element_with_a_gradient_moves_in_a_step(make):
     optimizer.step()
     for name, p in in_full(model).items():
         assert p.grad.any() and ((p != before[name]) | (p.grad == 0)).all(), name
-
-
-@IN_16_BITS
-def test_the_loss_follows_that_of_an_fp32_model(dtype):
-    """With parameters in 16 bits, as a cast after conversion leaves them, bf16 is further away and fp16 diverges."""
-    losses = {}
-    for name in ("fp32", "ours", "16 bits"):
-        torch.manual_seed(0)
-        model, modules, inputs = llama_classifier()
-        model = model.train().to(dtype)
-        convert(model, **ARGUMENTS, modules_to_save=modules, compute_dtype="fp32" if name == "fp32" else "auto")
-        if name != "ours":
-            model.to(torch.float32 if name == "fp32" else dtype)
-        optimizer = torch.optim.AdamW(list(in_full(model).values()), lr=2e-4, weight_decay=0.0)
-        losses[name] = []
-        for _ in range(20):
-            loss = F.cross_entropy(model(**inputs).logits.float(), CLASSES)
-            losses[name].append(loss.item())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    fp32, ours, narrow = (torch.tensor(losses[name]) for name in ("fp32", "ours", "16 bits"))
-    assert (ours - fp32).abs().max() < 5e-3
-    assert not (narrow - fp32).abs().max() < 1e-2
 
 
 class Tied(nn.Module):

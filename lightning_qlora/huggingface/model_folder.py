@@ -170,7 +170,7 @@ class ModelFolder(WeightFolder):
         """Split a group that stacks experts into one per expert, so that memory holds one expert at a time."""
         numbers = {len(keys) for keys in group.sources.values()}
         operation: Any = group.transform.operations[0]
-        if not isinstance(operation, merge_experts) or getattr(operation, "dim", None) != 0 or len(numbers) != 1:
+        if not isinstance(operation, merge_experts) or operation.dim != 0 or len(numbers) != 1:
             return [group]
         return [
             replace(group, sources={p: [keys[i]] for p, keys in group.sources.items()}, expert=i)

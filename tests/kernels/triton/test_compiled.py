@@ -27,8 +27,13 @@ def table(tmp_path, monkeypatch):
     return tmp_path / "tiles.json"
 
 
+SHORT = [case for case in cases("sm_90") if case.short]
+ONE_OF_EACH = {case.name.split(",")[0]: case for case in SHORT}.values()
+OTHERS = [pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in SHORT if case not in ONE_OF_EACH]
+
+
 @needs("triton", "3.9", "the budgets are those of its code")
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases("sm_90") if case.short])
+@pytest.mark.parametrize("case", [*(pytest.param(case, id=case.name) for case in ONE_OF_EACH), *OTHERS])
 def test_a_launch_compiles_within_its_budget(case):
     _, _, wrong = check(case, "sm_90")
     assert not wrong

@@ -62,15 +62,6 @@ def test_many_rows_of_one_expert_and_rank_1():
     check(*experts([0, 66], 66, 64, 1, torch.bfloat16))
 
 
-def test_no_rows_at_all():
-    x, grad, ends, weight, *adapter = experts([0, 0], 100, 128, 4, torch.bfloat16)
-    choices = ends, weight, LoRA(*adapter, 0.7)
-    y, xa = kernels.grouped_linear(x, *choices)
-    grads = kernels.grouped_linear_backward(grad, x, xa, *choices)
-    assert y.shape == (0, 100) and grads[0].shape == (0, 128)
-    assert grads[1].shape == (2, 4, 128) and grads[2].shape == (2, 100, 4) and not grads[1].any()
-
-
 def test_nothing_of_the_size_of_a_weight_is_allocated(monkeypatch):
     x, grad, ends, weight, *adapter = experts([2, 1], 128, 128, 4, torch.bfloat16)
     choices = ends, weight, LoRA(*adapter, 0.7)

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from benchmarks import host_overhead
 from benchmarks.compiled import recorded, source
 from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.half import to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
@@ -22,7 +23,14 @@ from lightning_qlora.kernels.triton.adamw_kernel import adamw_step
 from lightning_qlora.kernels.triton.grouped import can_group
 from lightning_qlora.kernels.triton.launch import Launch, Tile, number_of_shares
 from lightning_qlora.kernels.triton.linear import can_add_matmul
-from lightning_qlora.kernels.triton.lora_products import _down_kernel, _up_kernel, lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import (
+    _down_kernel,
+    _up_kernel,
+    lora_down,
+    lora_gradients,
+    lora_up,
+    rank_tile,
+)
 from lightning_qlora.quantization.packed_weight import stack_bytes
 from tests.kernels.triton.launches import forget_launches
 
@@ -51,6 +59,10 @@ def test_programs_are_shared_only_where_the_loop_is_long_enough(monkeypatch):
     assert [number_of_shares(tiles, 1 << 20, steps=100) for tiles in (1024, 1025)] == [25, 1]  # counters
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert number_of_shares(tiles=2, programs=512, steps=100) == 1
+
+
+def test_the_tile_of_ranks():
+    assert [rank_tile(r) for r in (1, 16, 17, 32, 33, 64, 65, 200)] == [16, 16, 32, 32, 64, 64, 64, 64]
 
 
 def test_the_tile_of_a_size_and_a_card(monkeypatch):
@@ -98,12 +110,19 @@ def test_what_the_kernels_leave_to_torch(monkeypatch):
     assert not can_group(experts, stack, lora._replace(a=torch.zeros(lora.a.numel() + 1)[1:].view(lora.a.shape)))
     assert not can_group(*layer(64, 100, 2))
     monkeypatch.setattr(Launch, "__call__", lambda *_: pytest.fail("a kernel ran"))
+    w = torch.randn(8, 64)
+    assert lora_down(X[:0], w).shape == (0, 8) and lora_down(X, w[:0]).shape == (3, 0)
+    assert not lora_up(H[:, :0], w.T[:, :0], torch.ones(3, 64).bfloat16()).any()
+    none = (torch.zeros(2, dtype=torch.int32), stack, lora)
+    y, xa = kernels.grouped_linear(experts[:0], *none)
+    gradients = kernels.grouped_linear_backward(y, experts[:0], xa, *none)
+    assert [each.shape for each in (y, xa, *gradients)] == [(0, 64), (0, 4), (0, 128), lora.a.shape, lora.b.shape]
+    assert not any(gradient.any() for gradient in gradients)
     for target, has_tiles in {"sm_70": False, "sm_75": False, "sm_80": True, "sm_121": True}.items():
         monkeypatch.setattr(launch, "target", lambda device, target=target: target)
         assert can_add_matmul(x, small) == can_group(experts, stack, lora) == has_tiles
         if not has_tiles:
             h = torch.randn(5, 64).half()
-            w = torch.randn(8, 64)
             torch.testing.assert_close(lora_down(h, w, 0.5), 0.5 * h @ w.half().T)
             torch.testing.assert_close(lora_up(h[:, :8], w.T, torch.empty_like(h), 0.5), 0.5 * h[:, :8] @ w.half())
             grad_a, grad_b = torch.empty(8, 64), torch.empty(64, 8)

@@ -22,11 +22,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_qlora
 from lightning_qlora.layers.packed_linear import PackedLayer
 
 ROOT = Path(__file__).parent.parent
+FILES_OF_TORCH, FILES_OF_PACKAGE = (f"{Path(each.__file__).parent}{os.sep}" for each in (torch, lightning_qlora))
 # Of this process of pytest alone, and not among those that the kernel gives away (Linux: from 32768 on).
 PORTS = count(10_000 + os.getpid() * 50 % 20_000)
 # What torchrun gives to each of two processes, and the variables with the rank there and under SLURM.
@@ -154,6 +158,32 @@ def elsewhere() -> torch.device:
     Tensors that are made in it without a device have no data, so any use of them fails.
     """
     return torch.device("meta")
+
+
+class PackageElsewhere(TorchFunctionMode):
+    """`elsewhere()` for the code of this package alone, for use around a Trainer, a DataLoader or `from_pretrained`.
+
+    These fail themselves under `torch.device("meta")`. Here a tensor without a device is made on the meta device if the
+    first caller outside of torch is a file of the package: a torch module or optimizer that it runs counts as its own.
+
+    Attributes:
+        asked: The calls without a device, as "file:line"; all of them that should have one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None:
+            frame = sys._getframe(1)
+            while frame.f_back and frame.f_code.co_filename.startswith(FILES_OF_TORCH):
+                frame = frame.f_back
+            if frame.f_code.co_filename.startswith(FILES_OF_PACKAGE):
+                self.asked.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> tuple[str, list]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 import subprocess
@@ -203,50 +202,37 @@ def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> t
     return done.stdout, [torch.load(path, weights_only=False) for path in saved]
 
 
-def fork_ranks(main: Callable[..., object], folder: Path, *arguments: object, size: int = 2) -> list:
-    """Call `main(folder, *arguments)` in several processes as torchrun starts them: what each saved in the folder.
+def run_rank(main: Callable[..., object], ranks: int = 1) -> None:
+    """Call `main` with the arguments of the script, and end this rank without the end of the interpreter.
 
-    They are forked from a process that has imported the libraries, once for all tests, so they begin at once.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "transformers", "lightning_qlora"])
-    environment = {**TORCHRUN, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
-    ranks = [
-        context.Process(target=_forked_rank, args=(main, environment, rank, folder, *arguments), daemon=True)
-        for rank in range(size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    outputs = [(folder / f"output{rank}.txt").read_text()[-5000:] for rank in range(size)]
-    assert not any(process.exitcode for process in ranks), "\n".join(outputs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
-
-
-def _forked_rank(main, environment, rank, folder, *arguments):
-    output = os.open(folder / f"output{rank}.txt", os.O_CREAT | os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.environ.update(environment | dict.fromkeys(RANKS, str(rank)))
-    run_rank(main, folder, *arguments)
-
-
-def run_rank(main: Callable[..., object], *arguments: object) -> None:
-    """Call `main` with arguments, or those of the script, and end this rank without the end of the interpreter.
+    With `ranks` this process is rank 0 and forks the others, with the variables that torchrun sets: an import of torch,
+    Lightning and transformers takes 8 s, and they share it.
 
     A thread of gloo may still hold the tensors of the last collective, and the process crashes if the interpreter is
     gone when they are freed (pytorch pull request 179291). destroy_process_group does not wait for the threads of a
     group that a module or a cache of torch refers to.
     """
+    others = []
+    if ranks > 1:
+        sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(TORCHRUN | sizes | {"RANK": "0", "LOCAL_RANK": "0"})
+    for rank in range(1, ranks):
+        child = os.fork()
+        if child == 0:
+            others.clear()
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            break
+        others.append(child)
     code = 0
     try:
-        main(*(arguments or sys.argv[1:]))
+        main(*sys.argv[1:])
     except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in others:
+        code = code or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code)
 
 

@@ -1,13 +1,15 @@
 """FSDP2 on two processes: the same numbers as one process has, checkpoints, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lightning_qlora import load_from_checkpoint
 from lightning_qlora.tools.cli import main
-from tests.conftest import fingerprints, fork_ranks
-from tests.scripts.fsdp_training import Llama, train, train_on_two_ranks
+from tests.conftest import fingerprints, launch
+from tests.scripts.fsdp_training import Llama, train
 from tests.toys import toy
 
 pytest.importorskip("transformers")
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 def run(folder, *cases):
     """What each rank has of each case: a loop, if checkpoints are single files, and arguments."""
     folder.mkdir()
-    return zip(*fork_ranks(train_on_two_ranks, folder, *cases), strict=True)
+    return zip(*launch("tests.scripts.fsdp_training", folder, *map(json.dumps, cases))[1], strict=True)
 
 
 def adapters_in(folder):

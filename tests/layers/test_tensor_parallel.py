@@ -13,12 +13,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import ROOT, fork_ranks
+from tests.conftest import ROOT, launch
 from tests.layers.test_experts import qwen3_moe
 from tests.toys import needs, toy
 
 transformers = pytest.importorskip("transformers")
-from tests.scripts.tensor_parallel_training import fit, main  # noqa: E402
+from tests.scripts.tensor_parallel_training import fit  # noqa: E402
 
 
 def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
@@ -28,7 +28,7 @@ def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
     kind, config = qwen3_moe(num_hidden_layers=1, moe_intermediate_size=64, num_experts=4, vocab_size=128)
     kind(config).save_pretrained(tmp_path / "moe")
     fit(tmp_path, 1, devices=1)[0].save_checkpoint(tmp_path / "one.ckpt")
-    ranks = fork_ranks(main, tmp_path)
+    ranks = launch("tests.scripts.tensor_parallel_training", tmp_path)[1]
     _, moved = fit(tmp_path, 2, str(tmp_path / "halfTrue.ckpt"), devices=1)
     torch.testing.assert_close(moved.losses, ranks[0]["losses"][3:], rtol=1e-5, atol=1e-6)
     for rank in ranks:

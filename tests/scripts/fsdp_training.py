@@ -1,6 +1,7 @@
-"""Called by test_dtensor, on two ranks and on one: trains under FSDP2, with the Trainer or Fabric."""
+"""Run by test_dtensor on two ranks, and imported there for one: trains under FSDP2, with the Trainer or Fabric."""
 
 import copy
+import json
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, save_adapter
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import Classifier, loader, make_trainer
+from tests.conftest import Classifier, loader, make_trainer, run_rank
 from tests.toys import ids
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -178,10 +179,14 @@ def train(root, devices, loop, single_file, **arguments):
     return rank, {"straight": adapters(straight), "resumed": adapters(resumed), **more}
 
 
-def train_on_two_ranks(root, *cases):
-    """Each case has the loop, if checkpoints are single files, and arguments. Its folder has the loop's name."""
+def main(root, *cases):
+    """Each case is JSON: the loop, if checkpoints are single files, and arguments. Its folder has the loop's name."""
     results = []
-    for loop, single_file, arguments in cases:
-        rank, result = train(root / loop, 2, loop, single_file, **arguments)
+    for loop, single_file, arguments in map(json.loads, cases):
+        rank, result = train(Path(root) / loop, 2, loop, single_file, **arguments)
         results.append(copy.deepcopy(result))
-    torch.save(results, root / f"rank{rank}.pt")
+    torch.save(results, Path(root) / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    run_rank(main, ranks=2)

@@ -317,4 +317,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_rank(main, ranks=1 if "WORLD_SIZE" in os.environ else 2)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_qlora import QLoRAConfig, convert, disable_adapter
@@ -230,6 +231,25 @@ def test_an_index_means_what_it_means_for_a_tensor():
     for refused in (6, -7, 1.0, torch.tensor(1.0)):
         with pytest.raises(IndexError):
             stack[refused]
+
+
+def test_views_of_a_flat_stack_and_batched_products():
+    model = made(dbrx)
+    convert_stacks(model)
+    flat = model.transformer.blocks[0].ffn.experts.mlp.w1
+    dense = flat + 0
+    torch.testing.assert_close(flat[3] + 0, dense[3])
+    for shape in ((4, 32, 64), (-1, 32, 64), (8, -1), (2, 2, 32, 64)):
+        for view in (flat.view(*shape), flat.reshape(shape)):
+            torch.testing.assert_close(view[1] + 0, dense.view(shape)[1])
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(F.linear(x, flat.detach().view(4, 32, 64)[2]), x @ dense[64:96].T)
+    for build in (gpt_oss, qwen3_moe):
+        convert_stacks(model := made(build))
+        stack = model.model.layers[0].mlp.experts.down_proj
+        x = torch.randn(stack.shape[0], 3, stack.shape[1])
+        for product in (torch.bmm(x, stack), x.bmm(stack)):
+            torch.testing.assert_close(product, torch.bmm(x, stack + 0))
 
 
 def test_a_parameter_becomes_one_module_with_one_gradient_for_all_experts():

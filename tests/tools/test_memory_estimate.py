@@ -190,7 +190,7 @@ def test_the_decode_buffer_is_what_a_step_allocates(dora):
     assert estimate.parts["decode buffer"] == sum(buffers.values())
 
 
-SLOW = ("recomputed", "smollm2")
+SLOW = ("larger", "smollm2")
 
 
 def measured(name):

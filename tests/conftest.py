@@ -22,11 +22,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_qlora
 from lightning_qlora.layers.packed_linear import PackedLayer
 
 ROOT = Path(__file__).parent.parent
+FILES_OF_TORCH, FILES_OF_PACKAGE = (f"{Path(each.__file__).parent}{os.sep}" for each in (torch, lightning_qlora))
 # Of this process of pytest alone, and not among those that the kernel gives away (Linux: from 32768 on).
 PORTS = count(10_000 + os.getpid() * 50 % 20_000)
 # What torchrun gives to each of two processes, and the variables with the rank there and under SLURM.
@@ -156,6 +160,32 @@ def elsewhere() -> torch.device:
     return torch.device("meta")
 
 
+class PackageElsewhere(TorchFunctionMode):
+    """`elsewhere()` for the code of this package alone, for use around a Trainer, a DataLoader or `from_pretrained`.
+
+    These fail themselves under `torch.device("meta")`. Here a tensor without a device is made on the meta device if the
+    first caller outside of torch is a file of the package: a torch module or optimizer that it runs counts as its own.
+
+    Attributes:
+        asked: The calls without a device, as "file:line"; all of them that should have one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None:
+            frame = sys._getframe(1)
+            while frame.f_back and frame.f_code.co_filename.startswith(FILES_OF_TORCH):
+                frame = frame.f_back
+            if frame.f_code.co_filename.startswith(FILES_OF_PACKAGE):
+                self.asked.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> tuple[str, list]:
     """Run a script whose Trainer starts its ranks itself: what it prints, and what each rank saved in the folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
@@ -172,13 +202,27 @@ def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> t
     return done.stdout, [torch.load(path, weights_only=False) for path in saved]
 
 
-def run_rank(main: Callable[..., object]) -> None:
+def run_rank(main: Callable[..., object], ranks: int = 1) -> None:
     """Call `main` with the arguments of the script, and end this rank without the end of the interpreter.
+
+    With `ranks` this process is rank 0 and forks the others, with the variables that torchrun sets: an import of torch,
+    Lightning and transformers takes 8 s, and they share it.
 
     A thread of gloo may still hold the tensors of the last collective, and the process crashes if the interpreter is
     gone when they are freed (pytorch pull request 179291). destroy_process_group does not wait for the threads of a
     group that a module or a cache of torch refers to.
     """
+    others = []
+    if ranks > 1:
+        sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(TORCHRUN | sizes | {"RANK": "0", "LOCAL_RANK": "0"})
+    for rank in range(1, ranks):
+        child = os.fork()
+        if child == 0:
+            others.clear()
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            break
+        others.append(child)
     code = 0
     try:
         main(*sys.argv[1:])
@@ -187,6 +231,8 @@ def run_rank(main: Callable[..., object]) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in others:
+        code = code or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code)
 
 

@@ -2,13 +2,11 @@
 
 Lightning and Fabric run the user's code inside `with root_device`. A tensor that the package makes without a device is
 then on the GPU, while the module is on the CPU. Every function must compute the same bits there as anywhere else.
+tests/test_twin.py does what users do under `PackageElsewhere`.
 """
 
 import ast
-import copy
 import inspect
-import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils.checkpoint import checkpoint
 
@@ -31,12 +28,9 @@ from lightning_qlora import (
     QLoRAPrecision,
     convert,
     estimate_memory,
-    load_adapter,
-    load_from_checkpoint,
     loraplus_groups,
     merge,
     quantize,
-    save_adapter,
 )
 from lightning_qlora.layers.deferred_head import defer_logits
 from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
@@ -44,43 +38,14 @@ from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.tools import doctor
-from tests.conftest import Classifier, elsewhere, loader
-from tests.toys import Lit, delta, ids, needs, toy
-from tests.training import test_fabric as fabric
+from tests.conftest import PackageElsewhere, elsewhere
+from tests.toys import Lit, delta, needs, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PACKAGE = Path(lightning_qlora.__file__).parent
-TORCH = str(Path(torch.__file__).parent) + os.sep
-OURS = str(PACKAGE) + os.sep
 F32 = torch.float32
 SMALL = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 TORCH_NAMES_DEVICES = needs("torch", "2.12", "before, AdamW and checkpoint make tensors without a device themselves")
-
-
-class PackageElsewhere(TorchFunctionMode):
-    """`elsewhere()` for the code of this package alone, for use around a Trainer, a DataLoader or `from_pretrained`.
-
-    These fail themselves under `torch.device("meta")`. Here a tensor without a device is made on the meta device if the
-    first caller outside of torch is a file of the package: a torch module or optimizer that it runs counts as its own.
-
-    Attributes:
-        asked: The calls without a device, as "file:line"; all of them that should have one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
-            frame = sys._getframe(1)
-            while frame.f_back and frame.f_code.co_filename.startswith(TORCH):
-                frame = frame.f_back
-            if frame.f_code.co_filename.startswith(OURS):
-                self.asked.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-                kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -161,237 +126,133 @@ def backward(module, x=None):
     return y, x.grad, module
 
 
-ARGUMENTS = [
+CONVERSIONS = [
     {},
     {"quant_type": "fp4"},
     {"quant_type": "int4", "double_quant": False},
     {"use_dora": True},
-    {"use_rslora": True},
     {"init_lora_weights": "gaussian"},
-    {"init_lora_weights": "loftq"},
-    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
     {"init_lora_weights": "pissa_niter_4"},
-    {"loftq_config": {"loftq_iter": 2}, "init_lora_weights": "loftq"},
     {"gradient_checkpointing": True},
     {"compute_dtype": "bf16"},
-    {"checkpoint": "full"},
     {"modules_to_save": ["2"]},
 ]
 
 
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize("arguments", CONVERSIONS, ids=str)
 def test_convert_and_a_training_step(arguments):
     check(lambda: backward(net(**arguments)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
-def test_quantize_and_its_state_dict(kind, dtype):
+def test_quantize_and_its_state_dict_and_fingerprints(kind, dtype):
     weight = inputs(70, 33, dtype=dtype).detach()
 
     def run():
         packed = quantize(weight, quant_type=kind)
         again = PackedWeight.from_bnb_state_dict(packed.bnb_state_dict())
-        return packed, again.dequantize(), again.to_bytes()
+        return packed, again.dequantize(), again.to_bytes(), fingerprint(weight)
 
     check(run)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fingerprints(dtype):
-    values = inputs(70, 70, dtype=dtype).detach()
-    check(lambda: fingerprint(values))
+def readable_weights():
+    module = net(use_dora=True)
+    loss = F.linear(inputs(), module[0].weight).sum() + (inputs() @ module[0].weight.T).square().sum()
+    (loss + module[2].weight.norm()).backward()
+    return loss, module, module[0].effective_weight(), delta(module[0])
 
 
-def test_readable_weights():
-    def run():
-        module = net(use_dora=True)
-        loss = F.linear(inputs(), module[0].weight).sum() + (inputs() @ module[0].weight.T).square().sum()
-        (loss + module[2].weight.norm()).backward()
-        return loss, module, module[0].effective_weight(), delta(module[0])
-
-    check(run)
-
-
-def test_a_step_within_a_checkpoint_of_torch_and_autocast():
-    def run():
-        module = net()
-        x = inputs()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = checkpoint(module, x, use_reentrant=False).float().square().sum()
-        loss.backward()
-        return loss, x.grad, module
-
-    check(run)
+def step_in_checkpoint_and_autocast():
+    module = net()
+    x = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = checkpoint(module, x, use_reentrant=False).float().square().sum()
+    loss.backward()
+    return loss, x.grad, module
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_experts(transposed):
-    stack = inputs(3, 64, 32).detach()
-
-    def run():
-        owner = nn.Module()
-        owner.register_parameter("stack", nn.Parameter(stack.clone(), requires_grad=False))
-        experts = QLoRAExperts.from_parameter(
-            ExpertParameter(owner, "stack", 3, transposed), QLoRAConfig(**SMALL), "stack", None, "stack"
-        )
-        experts.lora_B.data.add_(0.01)
-        read = experts.weight[1]
-        loss = experts.effective_weight().square().sum() + read.sum()
-        loss.backward()
-        return loss, owner
-
-    check(run)
+def experts(transposed):
+    owner = nn.Module()
+    owner.register_parameter("stack", nn.Parameter(inputs(3, 64, 32).detach(), requires_grad=False))
+    layer = QLoRAExperts.from_parameter(
+        ExpertParameter(owner, "stack", 3, transposed), QLoRAConfig(**SMALL), "stack", None, "stack"
+    )
+    layer.lora_B.data.add_(0.01)
+    loss = layer.effective_weight().square().sum() + layer.weight[1].sum()
+    loss.backward()
+    return loss, owner
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["frozen", "4-bit"])
-def test_deferred_logits(quantized):
-    labels = torch.arange(5)
-
-    def run():
-        head = net()[0] if quantized else nn.Linear(64, 97, device="cpu", dtype=F32).requires_grad_(False)
-        defer_logits(head)
-        hidden = inputs()
-        loss = F.cross_entropy(head(hidden), labels)
-        loss.backward()
-        return loss, hidden.grad, head
-
-    check(run)
+def deferred_logits(quantized):
+    head = net()[0] if quantized else nn.Linear(64, 97, device="cpu", dtype=F32).requires_grad_(False)
+    defer_logits(head)
+    hidden = inputs()
+    loss = F.cross_entropy(head(hidden), torch.arange(5, device="cpu"))
+    loss.backward()
+    return loss, hidden.grad, head
 
 
-@pytest.mark.parametrize("kind", [pytest.param(PagedAdamW, marks=TORCH_NAMES_DEVICES), PagedAdamW8bit])
-def test_paged_optimizers(kind):
-    def run():
-        params = [nn.Parameter(inputs(70, 70).detach()), nn.Parameter(inputs(3).detach())]
-        optimizer = kind(params, lr=1e-2)
-        for step in range(5):
-            for param in params:
-                param.grad = param.detach() * 0.1 + step
-            optimizer.step()
-            if step == 2:
-                again = kind(params, lr=1e-2)
-                again.load_state_dict(optimizer.state_dict())
-                optimizer = again
-        state = optimizer.state_dict()["state"].values()
-        return params, [each | {"step": float(each["step"])} for each in state]  # torch's AdamW has the default type
-
-    check(run)
+def paged_optimizer(kind):
+    params = [nn.Parameter(inputs(70, 70).detach()), nn.Parameter(inputs(3).detach())]
+    optimizer = kind(params, lr=1e-2)
+    for step in range(5):
+        for param in params:
+            param.grad = param.detach() * 0.1 + step
+        optimizer.step()
+        if step == 2:
+            again = kind(params, lr=1e-2)
+            again.load_state_dict(optimizer.state_dict())
+            optimizer = again
+    state = optimizer.state_dict()["state"].values()
+    return params, [each | {"step": float(each["step"])} for each in state]  # torch's AdamW has the default type
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_loraplus_groups_and_state_dicts(use_dora, tmp_path):
-    def run():
-        module = net(use_dora=use_dora)
-        module.load_state_dict(net(use_dora=use_dora).state_dict())
-        save_adapter(module, tmp_path / "adapter")
-        load_adapter(module, tmp_path / "adapter")
-        return (
-            [len(group["params"]) for group in loraplus_groups(module, lr=1e-3)],
-            module,
-            net(adapter=str(tmp_path / "adapter"), use_dora=use_dora),
-        )
-
-    check(run)
+def merged(dtype):
+    module = net(use_dora=True)
+    merge(module, dtype=dtype)
+    return module
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bf16"])
-def test_merge(dtype):
-    def run():
-        module = net(use_dora=True)
-        merge(module, dtype=dtype)
-        return module
-
-    check(run)
+def estimates():
+    dense = nn.Sequential(nn.Linear(64, 64, device="cpu", dtype=F32))
+    return (
+        estimate_memory(dense, example=inputs(), **SMALL),
+        estimate_memory(toy("llama").config, 2, 12, optimizer="adamw8bit", use_dora=True, **SMALL),
+    )
 
 
-def test_estimate_memory():
-    pytest.importorskip("transformers")
-    llama = toy("llama")
-
-    def run():
-        example = inputs()
-        dense = nn.Sequential(nn.Linear(64, 64, device="cpu", dtype=F32))
-        return (
-            estimate_memory(dense, example=example, **SMALL),
-            estimate_memory(llama, 2, 12, optimizer="adamw8bit", use_dora=True, **SMALL),
-            estimate_memory(llama.config, 2, 12, gradient_checkpointing=True, **SMALL),
-        )
-
-    check(run)
-
-
-@TORCH_NAMES_DEVICES
-def test_doctor():
-    def run():
-        checks = list(doctor.examine())
-        assert all(good for _, _, good in checks), checks
-        return [text.partition(";")[0] for _, text, _ in checks]  # the rest is seconds
-
-    check(run)
-
-
-# A DataLoader, a Trainer and from_pretrained fail under torch.device("meta") without this package too.
-
-
-def fit(trainer, module, path, **arguments):
-    """Fit, validate and save; then resume from the checkpoint in another module: all that was computed."""
-    first = trainer(plugins=QLoRAPrecision(**{**SMALL, **arguments}), max_epochs=1, num_sanity_val_steps=1)
-    lit = module()
-    first.fit(lit, loader(), loader())
-    first.save_checkpoint(path)
-    metrics = first.validate(lit, loader(), verbose=False)
-    second = trainer(plugins=QLoRAPrecision(**{**SMALL, **arguments}), max_epochs=2)
-    resumed = module()
-    second.fit(resumed, loader(), ckpt_path=path)
-    return lit, lit.losses, metrics, resumed, resumed.losses, first.predict(lit, loader())
+def checks_of_the_doctor():
+    checks = list(doctor.examine())
+    assert all(good for _, _, good in checks), checks
+    return [text.partition(";")[0] for _, text, _ in checks]  # the rest is seconds
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("function", "arguments"),
     [
-        {},
-        {"use_dora": True},
-        {"checkpoint": "full"},
-        {"init_lora_weights": "calibrated"},
-        {"gradient_checkpointing": True},
+        (readable_weights, ()),
+        (step_in_checkpoint_and_autocast, ()),
+        (experts, (False,)),
+        (experts, (True,)),
+        (deferred_logits, (False,)),
+        (deferred_logits, (True,)),
+        pytest.param(paged_optimizer, (PagedAdamW,), marks=TORCH_NAMES_DEVICES),
+        (paged_optimizer, (PagedAdamW8bit,)),
+        (merged, ("auto",)),
+        (merged, ("bf16",)),
+        (estimates, ()),
+        pytest.param(checks_of_the_doctor, (), marks=TORCH_NAMES_DEVICES),
     ],
-    ids=str,
 )
-def test_the_trainer(arguments, trainer, tmp_path):
-    check(lambda: fit(trainer, Classifier, tmp_path / "a.ckpt", **arguments), PackageElsewhere)
-    check(lambda: load_from_checkpoint(Classifier, tmp_path / "a.ckpt"), PackageElsewhere)
-
-
-class Optimized(Classifier):
-    def configure_optimizers(self):
-        return PagedAdamW8bit(loraplus_groups(self, lr=1e-2))
-
-
-def test_the_trainer_with_a_paged_optimizer(trainer, tmp_path):
-    def run():
-        lit = Optimized()
-        trainer(plugins=QLoRAPrecision(**SMALL), callbacks=PagedOptimizer()).fit(lit, loader())
-        return lit, lit.losses
-
-    check(run, PackageElsewhere)
-    check(lambda: fit(trainer, Optimized, tmp_path / "a.ckpt"), PackageElsewhere)
-
-
-def test_fabric(tmp_path):
-    def run():
-        launched, plugin = fabric.launch(lora_dropout=0.3)
-        model, optimizer = fabric.setup(launched, Classifier(dropout=0.1))
-        losses = fabric.train(launched, model, optimizer, list(loader()))
-        state = {"model": model, "optimizer": optimizer, "qlora": plugin}
-        launched.save(tmp_path / "a.ckpt", state)
-        launched.load(tmp_path / "a.ckpt", state)
-        return losses, fabric.train(launched, model, optimizer, list(loader())), model
-
-    check(run, PackageElsewhere)
+def test_the_same_bits(function, arguments):
+    check(lambda: function(*arguments))
 
 
 class InConfigureModel(LightningModule):
-    """Loads a folder where Lightning's documentation has it for large models."""
+    """Loads a folder where Lightning's documentation has it for large models, and trains it with a paged optimizer."""
 
     def __init__(self, folder):
         super().__init__()
@@ -404,39 +265,26 @@ class InConfigureModel(LightningModule):
         if self.model is None:
             self.model = transformers.LlamaForCausalLM.from_pretrained(self.folder)
 
+    def configure_optimizers(self):
+        return PagedAdamW8bit(loraplus_groups(self, lr=1e-2))
+
     training_step = Lit.training_step
     train_dataloader = Lit.train_dataloader
-    configure_optimizers = Lit.configure_optimizers
 
 
 @pytest.mark.parametrize(
     "arguments", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "calibrated"}], ids=str
 )
 def test_configure_model(arguments, trainer, tmp_path):
+    """A Trainer and from_pretrained fail under torch.device("meta") without this package too."""
     pytest.importorskip("transformers", minversion="5")
     toy("llama").save_pretrained(tmp_path / "base")
 
     def run():
         lit = InConfigureModel(tmp_path / "base")
-        trainer(plugins=QLoRAPrecision(**{**SMALL, **arguments}), max_steps=2).fit(lit)
+        plugin = QLoRAPrecision(**{**SMALL, **arguments})
+        trainer(plugins=plugin, callbacks=PagedOptimizer(), max_steps=2).fit(lit)
         return lit
-
-    check(run, PackageElsewhere)
-
-
-@TORCH_NAMES_DEVICES
-def test_a_whole_model_under_the_default_device():
-    pytest.importorskip("transformers")
-    model = toy("llama")
-    tokens = ids()
-
-    def run():
-        module = copy.deepcopy(model)
-        convert(module, gradient_checkpointing=True, **SMALL)
-        module.train()
-        loss = module(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        return loss, module
 
     check(run, PackageElsewhere)
 

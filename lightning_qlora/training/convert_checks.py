@@ -282,7 +282,7 @@ def _warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
             if key not in choice.skip:
                 sizes[key] = parameter.numel()
     _, total, _ = count_parameters(module)
-    share = sum(sizes.values()) / max(total, 1)
+    share = sum(sizes.values()) / total
     if share > UNEXPECTED_SHARE:
         largest = sorted(sizes, key=lambda name: -sizes[name])
         warnings.warn(

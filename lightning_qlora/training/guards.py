@@ -67,7 +67,7 @@ def check_fsdp_groups(module: nn.Module) -> None:
     groups = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
     first: dict[str, tuple[str, Any]] = {}  # group -> name and dtype of its first trainable parameter
     for name, parameter in module.named_parameters():
-        group = max((group for group in groups if inside(name, group)), key=len, default=None)
+        group = max((group for group in groups if inside(name, group)), default=None)  # the innermost
         if group is None or not parameter.requires_grad:
             continue
         other, dtype = first.setdefault(group, (name, parameter.dtype))
@@ -93,11 +93,9 @@ def check_equal_batches(trainer: Trainer) -> None:
 
 def check_state_dict(module: nn.Module) -> None:
     """RuntimeError for a module whose state dict, and so every checkpoint, would lack adapters."""
-    layers = adapted_layers(module)
-    if not layers:
-        return
     missing = _missing_adapters(module, module.state_dict())
     if missing:
+        layers = adapted_layers(module)
         raise RuntimeError(
             f"{type(module).__name__}.state_dict() leaves out the adapters of {len(missing)} of {len(layers)} layers "
             f"({first_of(missing, 3)}), so no checkpoint would hold what they "

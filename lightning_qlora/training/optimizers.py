@@ -47,8 +47,6 @@ def leave_out_bytes(optimizer: Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         kept = [index for index, param in enumerate(group["params"]) if param.is_floating_point()]
-        if len(kept) == len(group["params"]):
-            continue
         for key in group.keys() & {"params", "param_names"}:
             group[key][:] = [group[key][index] for index in kept]
 

@@ -76,7 +76,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         self._has_batches = False
 
     def __repr__(self) -> str:
-        return repr(self.config).replace(type(self.config).__name__, type(self).__name__, 1)
+        return type(self).__name__ + repr(self.config).removeprefix(type(self.config).__name__)
 
     @override
     @contextmanager
@@ -196,7 +196,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         for optimizer in optimizers:
             self.on_setup_optimizer(optimizer)
         module = self._modules.last  # `model` may be DDP's wrapper
-        if module is not None and self.report is not None and not self._evaluating:
+        if module is not None and not self._evaluating:
             warn_of_adapters_in_no_optimizer(module, optimizers)
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)

@@ -118,7 +118,7 @@ class ConversionReport:
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
     trained_rows: dict[str, int] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class ConversionReport:
     held_bytes: int = 0
     calibration: CalibrationReport | None = None
     by_size: bool = False
-    unused: dict[str, str] = field(default_factory=dict, repr=False)
+    unused: dict[str, str] = field(default_factory=dict)
 
     def count(self, module: nn.Module) -> None:
         """Count the layers, parameters and bytes of the module that was converted."""
@@ -182,7 +182,7 @@ class ConversionReport:
 
     def summary(self) -> str:
         """Parameters, bytes, time, deferred logits, and the calibration."""
-        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        share = 100 * self.trainable_parameters / self.total_parameters
         first = f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"
         in_full = self.trainable_parameters - self.adapter_parameters
         if in_full > 0:

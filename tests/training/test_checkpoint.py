@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint
+from lightning_qlora.training.checkpoint import leave_out_networks
 from tests.conftest import loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance")
@@ -33,12 +34,21 @@ class Template(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
 
 
+class Data(pl.LightningDataModule):
+    def __init__(self, net):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self):
+        return loader()
+
+
 @pytest.fixture(params=["adapter", "full"])
 def saved(request, trainer, tmp_path):
     net = make_net()
     module = Template(net, parts={"first": [net[0]]})
     used = trainer(plugins=QLoRAPrecision(r=4, checkpoint=request.param))
-    used.fit(module, loader())
+    used.fit(module, Data(net))
     used.save_checkpoint(tmp_path / "c.ckpt")
     used.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     assert module.hparams.net is net  # the user's code may read it
@@ -56,18 +66,25 @@ def test_the_network_must_be_passed(saved, tmp_path):
             load_from_checkpoint(Template, path, **given)
 
 
-def test_the_base_is_not_in_the_file_a_second_time(saved):
-    _, path, _ = saved
-    hyperparameters = torch.load(path, weights_only=True)["hyper_parameters"]
-    assert [type(hyperparameters[key]).__name__ for key in ("net", "lr")] == ["LeftOut", "float"]
-    assert type(hyperparameters["parts"]["first"][0]).__name__ == "LeftOut"
-
-
-def test_lightnings_own_loading_says_how(saved):
+def test_the_base_is_not_in_the_file_a_second_time_and_lightnings_own_loading_says_how(saved, trainer, tmp_path):
+    content = torch.load(saved[1], weights_only=True)
+    hyperparameters = content["hyper_parameters"]
+    first = hyperparameters["parts"]["first"][0]
+    for network in (hyperparameters["net"], content["datamodule_hyper_parameters"]["net"], first):
+        assert type(network).__name__ == "LeftOut"
+    assert hyperparameters["lr"] == 1e-2
+    other = {"hyper_parameters": {"other": nn.Linear(2, 2)}}
+    leave_out_networks(other, saved[0])
+    assert type(other["hyper_parameters"]["other"]) is nn.Linear  # it is no part of the module
     with pytest.raises(RuntimeError, match=r"Unexpected key.*_qlora_conversion"):
         Template.load_from_checkpoint(saved[1])
     with pytest.raises(AttributeError, match=r"'in_features' of a Sequential: .*load_from_checkpoint"):
-        _ = torch.load(saved[1], weights_only=True)["hyper_parameters"]["net"].in_features
+        _ = hyperparameters["net"].in_features
+    plain = trainer()
+    plain.fit(Template(make_net()), loader())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    hyperparameters = torch.load(tmp_path / "plain.ckpt", weights_only=False)["hyper_parameters"]
+    assert type(hyperparameters["net"]) is nn.Sequential
 
 
 def test_the_trainer_resumes(saved, trainer):

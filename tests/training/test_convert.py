@@ -1,4 +1,5 @@
 import copy
+import re
 import threading
 import time
 from contextlib import nullcontext
@@ -8,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.nn.utils import weight_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora import (
@@ -18,7 +20,6 @@ from lightning_qlora import (
     load_adapter,
     load_from_checkpoint,
     merge,
-    quantize,
     save_adapter,
 )
 from lightning_qlora.training.convert import is_converted
@@ -29,22 +30,17 @@ def mlp():
     return nn.Sequential(nn.Embedding(10, 128), nn.Linear(128, 256), nn.LayerNorm(256), nn.Linear(256, 128))
 
 
-def test_layers_are_converted_in_place_and_only_adapters_train():
+def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
     model = mlp()
+    model.register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
     layers = list(model)
     report = convert(model, r=8)
     assert list(model) == layers
     assert report.converted == ["1", "3"]
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {"1.lora_A", "1.lora_B", "3.lora_A", "3.lora_B"}
-
-
-def test_converting_again_changes_nothing():
-    model = mlp()
-    convert(model, r=8)
     state = copy.deepcopy(model.state_dict())
-    again = convert(model, r=4)
-    assert again.converted == ["1", "3"]
+    assert convert(model, r=4).converted == ["1", "3"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -58,36 +54,6 @@ def test_aliases_and_a_root_layer_are_converted_once():
     assert isinstance(root, QLoRALinear)
 
 
-def test_the_report_counts_weights_not_bytes():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
-    report = convert(model, r=4)
-    assert report.total_parameters == 4160 + 4096 + 2 * 4 * (64 + 64)
-    assert report.trainable_parameters == 2 * 4 * (64 + 64)
-    assert report.bytes_before == 4 * (4160 + 4096)
-    packed = quantize(torch.randn(64, 64)).nbytes
-    assert report.bytes_after == 2 * packed + 4 * 64 + 4 * report.trainable_parameters
-    assert report.seconds > 0
-    text = str(report)
-    assert "4-bit + adapter, 64x64" in text
-    assert f"{report.total_parameters:,}" in text
-
-
-def test_the_report_groups_layers_and_gives_reasons(capsys):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    model = nn.ModuleDict({"blocks": nn.ModuleList([Block() for _ in range(3)]), "head": nn.Linear(64, 2)})
-    report = convert(model, r=4)
-    assert ("blocks.*.up", "4-bit + adapter, 128x64", "3") in report.rows()
-    assert any(name == "head" and "trains in full" in what for name, what, _ in report.rows())
-    print(report)
-    printed = capsys.readouterr().out
-    assert "blocks.*.up" in printed
-    assert "parameters train" in printed
-
-
 def test_a_module_without_linear_layers_is_refused():
     with pytest.raises(ValueError, match=r"No layer was converted.*no linear layer"):
         convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
@@ -98,19 +64,40 @@ def test_a_rank_that_is_too_large_for_all_layers_is_refused_unless_they_are_name
         ValueError, match=r"No layer was converted.*r=1024.*2 would train in full: 0, 1\. Set a smaller"
     ):
         convert(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)), r=1024)
-    with pytest.warns(UserWarning, match=r"No layer was converted.*r=1024"):
-        report = convert(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)), r=1024, modules_to_save=["0", "1"])
-    assert set(report.trained_in_full) == {"0", "1"}
+    for layers, end in (((), "each"), ((nn.Linear(10, 10).requires_grad_(False),), "it names")):
+        model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10), *layers)
+        with pytest.warns(UserWarning, match=rf"No layer was converted.*r=1024\)\. The report has .* {end}\.$"):
+            report = convert(model, r=1024, modules_to_save=["0", "1"])
+        assert set(report.trained_in_full) == {"0", "1"}
 
 
-def test_large_weights_that_are_not_linear_are_named():
-    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Flatten(), nn.Linear(64, 64))
-    with pytest.warns(UserWarning, match=r"0\.weight.*modules_to_save"):
-        convert(model, r=4)
+@pytest.mark.parametrize(
+    ("first", "arguments", "message"),
+    [
+        (
+            lambda: nn.Conv2d(16, 64, 3),
+            {},
+            r"^66% of the weights are .*not linear: 0\.weight\. Name a module in ",
+        ),
+        (lambda: nn.Conv2d(16, 64, 3), {"modules_to_save": ["0"]}, None),
+        (
+            lambda: weight_norm(nn.Linear(64, 64)),
+            {},
+            r"^47% of the weights are frozen and .*: 0\.weight_v, 0\.weight_g\.",
+        ),
+        (lambda: nn.Embedding(64, 64), {}, None),
+        (lambda: nn.BatchNorm1d(4096), {}, None),
+        (lambda: nn.Conv1d(1, 20, 20), {}, None),  # 8% of them
+    ],
+    ids=("conv", "trained", "weight norm", "embedding", "vectors", "small"),
+)
+def test_large_weights_that_are_not_linear_are_named(first, arguments, message, recwarn):
+    convert(nn.Sequential(first(), nn.Linear(64, 64)), r=4, **arguments)
+    texts = [str(each.message) for each in recwarn if "not linear" in str(each.message)]
+    assert len(texts) == (message is not None) and all(re.search(message, text) for text in texts)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("init", ["default", "loftq", "pissa"])
+@pytest.mark.parametrize(("init", "bad"), [("default", float("nan")), ("loftq", float("inf")), ("pissa", float("nan"))])
 def test_a_weight_that_is_not_finite_is_refused_with_its_layer(init, bad):
     model = mlp()
     expected = copy.deepcopy(model)
@@ -148,13 +135,6 @@ def test_a_lazy_layer_that_has_not_run_is_refused_with_what_to_do(lazy, function
     function(model, r=2)
 
 
-def test_wrong_arguments_are_named():
-    with pytest.raises(TypeError, match="rank"):
-        convert(mlp(), rank=4)
-    with pytest.raises(ValueError, match="r=0"):
-        convert(mlp(), r=0)
-
-
 def test_peak_memory_is_the_module_plus_little():
     """Sampled from a thread: the resident size during conversion of 302 MB of fp32 weights."""
     psutil = pytest.importorskip("psutil")
@@ -188,12 +168,6 @@ def test_lost_hooks_of_a_weight_are_named():
     experts.stack.register_hook(lambda gradient: 0 * gradient)
     module.append(experts)
     with pytest.warns(UserWarning, match=r"hooks of 3 weights \(0, 2, 3\.stack\) are lost"):
-        convert(module, r=4)
-
-
-def test_weights_of_weight_norm_are_named():
-    module = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 64))
-    with pytest.warns(UserWarning, match=r"47% of the weights are frozen and not in 4 bits.*0\.weight_v"):
         convert(module, r=4)
 
 
@@ -243,6 +217,7 @@ def test_views_of_one_mapped_tensor_share_memory_after_conversion_too(tmp_path):
     module = nn.Sequential(nn.Linear(64, 64))
     views = {"whole": mapped[:32], "first": mapped[:8], "middle": mapped[20:30:2], "beside": mapped[32:]}
     views["bits"] = mapped.view(torch.int32)[30:32]
+    module.append(nn.LayerNorm(64).share_memory())
     for name, view in views.items():  # as files are loaded: tensors that do not keep the one that they are a view of
         part = (view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
         module[0].register_buffer(name, view.new_empty(0).set_(*part))
@@ -251,6 +226,7 @@ def test_views_of_one_mapped_tensor_share_memory_after_conversion_too(tmp_path):
     convert(module, r=4)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     layer = module[0]
+    assert module[1].weight.is_shared()
     assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
     shared = {name: value.untyped_storage().data_ptr() for name, value in module.named_buffers()}
     assert len({shared["0.whole"], shared["0.first"], shared["0.middle"], shared["0.bits"]}) == 1
@@ -293,18 +269,15 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_tensor_that_is_not_strided_stays_as_it_is(layout, place):
     """As the `alignment_heads` of openai-whisper, a sparse buffer."""
-    module = nn.Sequential(nn.Linear(64, 64))
+    module, plain = nn.Sequential(nn.Linear(64, 64)), nn.Module()
     tensor = LAYOUTS[layout]()
     if place == "parameter":
         tensor = nn.Parameter(tensor, requires_grad=False)
-        module.odd = tensor
-    else:
-        module.register_buffer("odd", tensor, persistent=place != "buffer")
-    plain = nn.Module()
-    if place == "parameter":
-        plain.odd = tensor
-    else:
-        plain.register_buffer("odd", tensor, persistent=place != "buffer")
+    for each in (module, plain):
+        if place == "parameter":
+            each.odd = tensor
+        else:
+            each.register_buffer("odd", tensor, persistent=place != "buffer")
     report = convert(module, r=4)
     assert report.converted == ["0"] and module.odd is tensor
     assert "4-bit + adapter" in str(report)
@@ -319,14 +292,14 @@ def test_a_tensor_that_is_not_strided_stays_as_it_is(layout, place):
 
 def test_a_second_conversion_does_not_thaw_what_was_frozen_since():
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 2))
-    convert(module, r=4)
+    assert convert(module, r=4).by_size
     assert module[2].weight.requires_grad  # smaller than an adapter
     module[2].requires_grad_(False)
     module[0].lora_A.requires_grad_(False)
     assert is_converted(module)
     module.append(nn.Linear(2, 2)).append(nn.Linear(2, 512))
     assert not is_converted(module)
-    convert(module, r=1)
+    assert not convert(module, r=1).by_size
     assert is_converted(module)
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert not {"2.weight", "2.bias", "0.lora_A"} & trained and "0.lora_B" in trained

@@ -1,7 +1,5 @@
 """strategy="ddp" on two CPU processes, started by Lightning's own launcher."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,14 +8,11 @@ from lightning_qlora import convert
 from tests.conftest import dataset, launch, tensors
 from tests.toys import toy
 
-HAS_TRANSFORMERS = find_spec("transformers") is not None
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    if HAS_TRANSFORMERS:
-        toy("llama").bfloat16().save_pretrained(folder / "base")
+    toy("llama").bfloat16().save_pretrained(folder / "base")
     return folder
 
 
@@ -56,7 +51,6 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(folder, ranks):
     assert started[0]["sent"] == ["net.5.running_mean", "net.5.running_var", "net.5.num_batches_tracked"]
 
 
-@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs transformers")
 def test_every_rank_quantizes_what_it_loads_in_configure_model(ranks):
     first, second = (rank["loaded"] for rank in ranks)
     model = toy("llama").bfloat16()

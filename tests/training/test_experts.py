@@ -16,7 +16,6 @@ from lightning_qlora import (
     estimate_memory,
     load_from_checkpoint,
     merge,
-    save_adapter,
 )
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.layers.experts import expert_stacks
@@ -75,13 +74,17 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_trainer_trains_experts_in_4_bits(tmp_path):
-    module, run = fit(tmp_path)
+def test_the_trainer_trains_experts_in_4_bits_with_an_optimizer_made_before_and_resumes_bit_equal(tmp_path):
+    module, run = fit(tmp_path / "a", module=Lit(early=True))
     stacks = [stack for *_, stack in expert_stacks(module)]
     assert len(stacks) == 4 and module.losses[-1] < module.losses[0]
     names = [name for name, _ in module.named_parameters() if ".experts." in name]
     assert all("_experts." in name for name in names)
     assert any(stack.lora_B.any() for stack in stacks)
+    group = run.optimizers[0].param_groups[0]
+    held = {id(p) for p in group["params"]}
+    assert all(id(p) in held for stack in stacks for p in stack.adapter_parameters())
+    assert f"{ROUTED}.down_proj_experts.lora_B" in group["param_names"]
     report = run.precision_plugin.report
     rows = {(name, status): count for name, status, count in report.rows()}
     assert rows["model.model.layers.*.mlp.experts.gate_up_proj", "4-bit + adapter, 4 experts of 64x64"] == "2"
@@ -91,14 +94,10 @@ def test_the_trainer_trains_experts_in_4_bits(tmp_path):
     adapters = report.trainable_parameters
     assert report.total_parameters == linear + experts + rest + adapters
     assert report.bytes_before == 4 * (linear + experts + rest)
-
-
-def test_a_resumed_run_is_bit_equal(tmp_path):
-    whole, _ = fit(tmp_path / "a", epochs=2)
-    _, half = fit(tmp_path / "b", epochs=1)
+    _, half = fit(tmp_path / "b", epochs=1, module=Lit(early=True))
     saved = half.checkpoint_callback.best_model_path  # written at the end of the first epoch
-    resumed, _ = fit(tmp_path / "c", epochs=2, ckpt=saved)
-    assert resumed.losses == whole.losses[2:] and same(trained(resumed), trained(whole))
+    resumed, _ = fit(tmp_path / "c", ckpt=saved, module=Lit(early=True))
+    assert resumed.losses == module.losses[2:] and same(trained(resumed), trained(module))
 
 
 @pytest.mark.parametrize("arguments", [{"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
@@ -115,11 +114,14 @@ def test_the_distributed_checkpoint_api_saves_and_loads_stacks(arguments):
 
 @pytest.mark.parametrize("checkpoint", ["adapter", "full"])
 def test_load_from_checkpoint_gives_the_trained_module(tmp_path, checkpoint):
-    module, run = fit(tmp_path, checkpoint=checkpoint)
+    module, run = fit(tmp_path, epochs=1, checkpoint=checkpoint)
     run.save_checkpoint(tmp_path / "x.ckpt")
-    keys = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    assert keys[f"{ROUTED}.gate_up_proj_experts.lora_A"].shape == (4, 2, 64)
-    assert (f"{ROUTED}.gate_up_proj_experts.packed" in keys) is (checkpoint == "full")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    prefix = f"{ROUTED}.gate_up_proj_experts."
+    assert state[f"{prefix}lora_A"].shape == (4, 2, 64)
+    base = {"packed", "absmax", "nested", "weight.quant_state.bitsandbytes__nf4"}
+    keys = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+    assert keys == {"lora_A", "lora_B"} | (base if checkpoint == "full" else set())
     again = load_from_checkpoint(Lit, tmp_path / "x.ckpt")
     assert same(trained(again), trained(module))
     assert torch.equal(outputs(again.model.eval()).logits, outputs(module.model.eval()).logits)
@@ -139,14 +141,15 @@ def test_a_dense_state_loads_into_converted_experts():
         converted.load_state_dict(wrong, strict=False)
 
 
-@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, dbrx])
+@pytest.mark.parametrize("build", [gpt_oss, dbrx])
 def test_merged_experts_are_the_parameter_with_the_adapters(build):
+    """Of other layouts than those of Qwen3, which is a kind of the twin."""
     model = made(build)
     kinds, shapes = [type(m) for m in model.modules()], {n: p.shape for n, p in model.named_parameters()}
     convert(model, r=2, lora_dropout=0.0)
     for layer in adapted_layers(model).values():
         nn.init.normal_(layer.lora_B, std=0.05)
-    expected, logits = {}, outputs(model).logits
+    expected, logits = {}, outputs(model.eval()).logits
     for name, _, _, stack in expert_stacks(model):
         expected[name] = stack.decode() + delta(stack)
     merge(model)
@@ -175,52 +178,22 @@ def test_a_second_conversion_changes_nothing():
     assert same(dict(model.named_parameters()), before) and second.converted == first.converted
 
 
-def test_an_optimizer_made_before_conversion_gets_the_adapters_of_experts(tmp_path):
-    module, run = fit(tmp_path, module=Lit(early=True))
-    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
-    adapters = [p for *_, stack in expert_stacks(module) for p in stack.adapter_parameters()]
-    assert adapters and all(id(p) in held for p in adapters)
-    names = run.optimizers[0].param_groups[0]["param_names"]
-    assert f"{ROUTED}.down_proj_experts.lora_B" in names
-
-
-def test_a_calibrated_start_covers_the_experts_that_tokens_reached(tmp_path):
-    module, run = fit(tmp_path, epochs=1, init_lora_weights="calibrated", lora_dropout=0.0)
-    calibration = run.precision_plugin.report.calibration
-    assert not calibration.waiting and {*calibration.calibrated} == {*adapted_layers(module)}
-    for name, *_ in expert_stacks(module):
-        for number in range(4):
-            assert calibration.input_rms[name][number].any() == (f"{name}.{number}" not in calibration.unseen)
-
-
-def test_experts_without_tokens_keep_the_default_start():
+def test_a_calibrated_start_covers_the_experts_that_tokens_reached():
     model = made(lambda: qwen3_moe(num_experts=32)).train()
     report = convert(model, r=2, init_lora_weights="calibrated")
     model(input_ids=torch.tensor([[5, 6]]))
     calibrate(model)
-    name, _, _, stack = next(iter(expert_stacks(model)))
-    unseen = [number for number in range(32) if f"{name}.{number}" in report.calibration.unseen]
-    assert 0 < len(unseen) < 32 and not stack.lora_B[unseen].any()
-    assert stack.lora_B.flatten(1).any(dim=1).sum() == 32 - len(unseen)
+    calibration = report.calibration
+    assert not calibration.waiting and {*calibration.calibrated} == {*adapted_layers(model)}
+    for name, _, _, stack in expert_stacks(model):
+        unseen = [number for number in range(32) if f"{name}.{number}" in calibration.unseen]
+        assert 0 < len(unseen) < 32 and not stack.lora_B[unseen].any()
+        assert stack.lora_B.flatten(1).any(dim=1).sum() == 32 - len(unseen)
+        assert not calibration.input_rms[name][unseen].any()
+        assert calibration.input_rms[name].any(dim=1).sum() == 32 - len(unseen)
 
 
-@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
-def test_adapters_of_experts_go_through_an_adapter_folder(build, tmp_path):
-    model, ids = made(build), torch.arange(8).view(1, 8)
-    convert(model, r=2)
-    with torch.no_grad():
-        for layer in adapted_layers(model).values():
-            layer.lora_B.normal_(std=0.05)
-    save_adapter(model, tmp_path)
-    loaded = made(build)
-    convert(loaded, adapter=str(tmp_path))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("build", "dtype"), [(qwen3_moe, "float32"), (gpt_oss, "bfloat16"), (dbrx, "float32"), (jetmoe, "bfloat16")]
-)
+@pytest.mark.parametrize(("build", "dtype"), [(gpt_oss, "bfloat16"), (jetmoe, "float32")])
 def test_the_planner_counts_experts(build, dtype):
     kind, config = build()
     config.architectures, config.dtype = [kind.__name__], getattr(torch, dtype)
@@ -229,12 +202,4 @@ def test_the_planner_counts_experts(build, dtype):
     report = convert(model, r=2)
     assert estimate.trainable_parameters == report.trainable_parameters
     assert sum(estimate.parts[part] for part in list(estimate.parts)[:3]) == report.bytes_after
-    assert estimate.counted_activations == (build not in (dbrx, jetmoe))  # their routing needs values
-
-
-def test_a_state_has_the_base_of_a_stack_as_one_weight():
-    model = made(qwen3_moe)
-    convert(model, r=2, checkpoint="full")
-    prefix = f"{ROUTED.removeprefix('model.')}.gate_up_proj_experts."
-    keys = {key.removeprefix(prefix) for key in model.state_dict() if key.startswith(prefix)}
-    assert keys == {"lora_A", "lora_B", "packed", "absmax", "nested", "weight.quant_state.bitsandbytes__nf4"}
+    assert estimate.counted_activations == (build is not jetmoe)  # their routing needs values

@@ -93,40 +93,31 @@ def test_losses_are_those_of_fp32(trainer, kind, arguments):
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=5e-3, atol=2e-3)
 
 
-def test_a_resumed_run_is_bit_equal_and_its_checkpoint_has_no_scale(trainer, tmp_path):
-    straight, _ = fit(trainer, Scaled(30.0, dropout=0.1), dropout=0.3)
-    _, first = fit(trainer, Scaled(30.0, dropout=0.1), dropout=0.3, max_epochs=1)
+@pytest.mark.parametrize("types", [("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp16")])
+def test_a_run_goes_on_in_the_same_or_another_type(trainer, types):
+    """A checkpoint does not say in which type the products were, and has no scale."""
+    module, _ = fit(trainer, Scaled(30.0, dropout=0.1), types[1], dropout=0.3)
+    _, first = fit(trainer, Scaled(30.0, dropout=0.1), types[0], dropout=0.3, max_epochs=1)
     best = first.checkpoint_callback.best_model_path
-    assert "loss_scale" not in torch.load(best)["QLoRAPrecision"]
-    resumed, _ = fit(trainer, Scaled(30.0, dropout=0.1), dropout=0.3, ckpt=best)
-    assert resumed.losses == straight.losses[4:]
-
-
-@pytest.mark.parametrize("types", [("fp16", "fp32"), ("fp32", "fp16"), ("fp16", "bf16")])
-def test_a_run_goes_on_in_another_type(trainer, types):
-    """A checkpoint does not say in which type the products were."""
-    module, _ = fit(trainer, Scaled(), types[1])
-    _, first = fit(trainer, Scaled(), types[0], max_epochs=1)
-    resumed, _ = fit(trainer, Scaled(), types[1], ckpt=first.checkpoint_callback.best_model_path)
-    torch.testing.assert_close(torch.tensor(resumed.losses), torch.tensor(module.losses[4:]), rtol=5e-2, atol=2e-2)
+    assert torch.load(best)["QLoRAPrecision"].keys() == {"random_state", "kernels", "_qlora_conversion"}
+    resumed, _ = fit(trainer, Scaled(30.0, dropout=0.1), types[1], dropout=0.3, ckpt=best)
+    tolerance = 0 if types[0] == types[1] else 5e-2
+    torch.testing.assert_close(*map(torch.tensor, (resumed.losses, module.losses[4:])), rtol=tolerance, atol=0)
 
 
 def test_fabric_clips_and_steps_as_a_plain_loop():
-    batches = list(loader()) * 2
     losses = {}
     for way in ("fabric", "loop"):
-        module = Scaled(LARGE)
+        module = model = Scaled(LARGE)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-        model = module
         if way == "loop":
             convert(module, r=4, lora_dropout=0.0, compute_dtype="fp16")
             optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-            module.train()
         else:
             fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin())
             model, optimizer = fabric.setup(module, optimizer)
         losses[way] = []
-        for x, y in batches:
+        for x, y in loader():
             optimizer.zero_grad()
             loss = LARGE * F.cross_entropy(model(x), y)
             if way == "loop":
@@ -158,7 +149,7 @@ class Loud(nn.Module):
 def test_activations_that_fp16_does_not_have(use_dora):
     """Plain fp16 is not finite; with a power of two losses and gradients are those of fp32."""
     torch.manual_seed(0)
-    base = nn.Sequential(*(Loud() for _ in range(4)))
+    base = nn.Sequential(*(Loud() for _ in range(3)))
     x = torch.randn(32, 64)
     target = torch.randn(32, 64)
     losses = {}
@@ -168,7 +159,7 @@ def test_activations_that_fp16_does_not_have(use_dora):
         convert(module, r=4, lora_dropout=0.0, compute_dtype=dtype, use_dora=use_dora)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
         losses[dtype] = []
-        for _ in range(10):
+        for _ in range(6):
             loss = F.mse_loss(module(x), target)
             optimizer.zero_grad()
             loss.backward()

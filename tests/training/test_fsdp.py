@@ -32,6 +32,7 @@ from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
+from lightning_qlora.training.guards import check_fsdp_groups
 from lightning_qlora.training.patches import load_whole_tensors
 from tests.conftest import Classifier, dataset, fingerprints, loader, raises_in_one_line
 from tests.files.test_lightning_checkpoint import save_shards
@@ -102,6 +103,7 @@ def test_a_block_in_a_checkpoint_wrapper_that_is_not_in_the_module_yet(fit):
     fit(plain)
     assert module.losses == plain.losses
     assert [gather(p).tolist() for p in module.parameters()] == [gather(p).tolist() for p in plain.parameters()]
+    assert all(is_sharded(layer.packed) for layer in adapted_layers(plain).values())
 
 
 def test_a_model_that_is_sharded_before_it_is_converted_is_refused_and_other_models_are_not_converted(fit, run):
@@ -122,20 +124,17 @@ def test_a_model_that_is_sharded_before_it_is_converted_is_refused_and_other_mod
     run(Sharded())  # Lightning's own plugin does nothing there
 
 
-def test_the_bytes_of_a_model_that_is_converted_as_a_part_are_split(fit):
-    module = Sharded()
-    fit(module)
-    assert all(is_sharded(layer.packed) for layer in adapted_layers(module).values())
-
-
 def test_two_trainable_dtypes_in_one_group_are_named(fit):
     class Fp64(Sharded):
         def __init__(self):
             super().__init__()
             self.net[2].double()
 
+    module = Fp64()
     with pytest.raises(ValueError, match=r"net\.4\.lora_A \(torch.float32\) and net\.2\.weight \(torch.float64\)"):
-        fit(Fp64(), modules_to_save=["2"])
+        fit(module, modules_to_save=["2"])
+    module.net[2].requires_grad_(False)
+    check_fsdp_groups(module)  # a frozen one may have another type
 
 
 @pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
@@ -177,7 +176,7 @@ def test_parameters_gathered_by_an_evaluation_are_sharded_again_before_saving_an
         assert value.dtype is after[name].dtype is torch.float32 and torch.equal(value, after[name])
 
 
-def test_adapters_are_disabled_in_shards(setup_module):
+def test_adapters_are_disabled_in_shards_which_are_not_merged(setup_module):
     fabric, net = setup_module(shard)
     untouched = Classifier().net.eval()
     x = torch.randn(2, 64)
@@ -192,11 +191,7 @@ def test_adapters_are_disabled_in_shards(setup_module):
         base = net(x)
     fabric.backward((net(x) - base.detach()).square().sum())
     assert all(p.grad is not None for layer in adapted_layers(net).values() for p in layer.adapter_parameters())
-
-
-def test_merging_is_refused_after_an_evaluation_too(setup_module):
-    _, net = setup_module(lambda net, mesh: fully_shard(net, mesh=mesh["data_parallel"]))
-    net.eval()(torch.randn(2, 64))
+    net.eval()(x)
     with pytest.raises(ValueError, match="is sharded"):
         merge(net)
 
@@ -340,20 +335,13 @@ def test_sharded_layers_are_calibrated_in_the_first_step(fit):
 
 
 def test_a_checkpoint_in_one_file_is_loaded_as_strictly_as_asked(tmp_path):
-    module, other = Classifier(seed=1), Classifier(seed=1)
-    for each in (module, other):
-        convert(each, r=4)
-    state = {key: value.clone() for key, value in module.state_dict().items() if key != "net.0.lora_B"}
-    torch.save({"model": state}, tmp_path / "c.ckpt")
+    convert(module := Classifier(), r=4)
+    for name, left_out in (("partial", "net.0.lora_B"), ("whole", "")):
+        state = {key: value.clone() for key, value in module.state_dict().items() if key != left_out}
+        torch.save({"model": state}, tmp_path / name)
     with pytest.raises(RuntimeError, match="lora_B"):
-        load_whole_tensors(None, tmp_path / "c.ckpt", {"model": other})
-    load_whole_tensors(None, tmp_path / "c.ckpt", {"model": other}, False)
-    more = {"model": module, "count": 3}
+        load_whole_tensors(None, tmp_path / "partial", {"model": module})
+    load_whole_tensors(None, tmp_path / "partial", {"model": module}, False)
     with pytest.raises(KeyError, match="contains a key 'count' that does not exist"):
-        load_whole_tensors(None, save_whole(tmp_path, module), more)
-    load_whole_tensors(None, save_whole(tmp_path, module), more, False)
-
-
-def save_whole(folder, module):
-    torch.save({"model": module.state_dict()}, folder / "whole.ckpt")
-    return folder / "whole.ckpt"
+        load_whole_tensors(None, tmp_path / "whole", {"model": module, "count": 3})
+    load_whole_tensors(None, tmp_path / "whole", {"model": module, "count": 3}, False)

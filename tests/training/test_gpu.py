@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -64,11 +65,13 @@ class Recorder(pl.Callback):
 def test_an_unchanged_module_trains(trainer, device):
     module = Classifier()
     spy = Recorder()
-    base = quantize(module.net[0].weight)
-    trainer(plugins=plugin(r=4), max_epochs=15, accelerator=accelerator(device), callbacks=[spy]).fit(module, loader())
+    base = {name: quantize(module.net[int(name)].weight) for name in ("0", "4")}
+    run = trainer(plugins=plugin(r=4), max_epochs=15, accelerator=accelerator(device), callbacks=[spy])
+    run.fit(module, loader())
     assert falls(module.losses, 0.5)
-    assert spy.devices == {device}
-    assert torch.equal(module.net[0].packed.cpu().view(-1), base.packed.view(-1))
+    assert spy.devices == {device} and run.precision_plugin.report.converted == ["net.0", "net.4"]
+    for name, weight in base.items():
+        assert torch.equal(module.net[int(name)].packed.cpu().view(-1), weight.packed.view(-1))
 
 
 class Late(Classifier):
@@ -126,9 +129,8 @@ class Tokens(pl.LightningModule):
         return DataLoader(ids(8), batch_size=2)
 
 
-@on_each_device
+@pytest.mark.parametrize("device", DEVICES[1:])  # on a CPU tests/huggingface/test_models.py
 def test_a_transformers_model_is_quantized_while_it_loads(trainer, device, tmp_path):
-    transformers = pytest.importorskip("transformers")
     model = toy("llama")
     model.save_pretrained(tmp_path / "base")
     lit = Tokens(lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
@@ -249,9 +251,8 @@ def test_16_bit_types_train(trainer, device, kind):
     assert falls(module.losses, 0.8)
 
 
-@on_each_device
+@pytest.mark.parametrize("device", DEVICES[1:])  # on a CPU test_gradient_checkpointing.py
 def test_recomputed_activations_give_equal_gradients(device):
-    pytest.importorskip("transformers")
     gradients = []
     tokens = ids(2, 24).to(device)
     for checkpointing in (False, True):

@@ -32,50 +32,37 @@ def hard_weight(kind, dtype):
 @pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bytes_and_decoded_values_are_those_of_the_cpu(device, kind, dtype, quant_type, double_quant):
+def test_bytes_are_those_of_the_cpu_and_of_bitsandbytes(device, kind, dtype, quant_type, double_quant):
+    """On a CPU all bytes are equal. The CUDA kernels of bitsandbytes use inexact divisions, so that a value halfway
+    between two levels may get the other one; they flush subnormals; and the codes of a zero block differ, but decode to
+    zero as well.
+    """
     weight = hard_weight(kind, dtype)
     cpu = quantize(weight, quant_type, double_quant=double_quant).to_bytes()
-    ours = quantize(weight.to(device), quant_type, double_quant=double_quant).to_bytes()
+    packed = quantize(weight.to(device), quant_type, double_quant=double_quant)
+    ours = packed.to_bytes()
     for name in ("packed", "absmax", "nested"):
         assert torch.equal(getattr(ours, name).cpu().view(-1), getattr(cpu, name).view(-1)), name
     for to in FLOATS:
         expected = PackedWeight.from_bytes(cpu, dtype).dequantize(to)
         assert torch.equal(ops.dequantize(ours, to).cpu(), expected)
 
-
-@on_each_device
-@pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_bytes_of_bitsandbytes_decode_as_there(device, kind, dtype, quant_type, double_quant):
     functional = pytest.importorskip("bitsandbytes").functional
-    packed, state = functional.quantize_4bit(
-        hard_weight(kind, dtype).to(device), blocksize=64, quant_type=quant_type, compress_statistics=double_quant
+    codes, state = functional.quantize_4bit(
+        weight.to(device), blocksize=64, quant_type=quant_type, compress_statistics=double_quant
     )
-    entries = {"weight": packed, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
+    entries = {"weight": codes, **{f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}}
     theirs = PackedWeight.from_bnb_state_dict(entries).to_bytes()
-    decoded = ops.dequantize(theirs, dtype)
-    assert (decoded - functional.dequantize_4bit(packed, state)).abs().max() <= SMALLEST_NORMAL
-
-
-@on_each_device
-@pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_bytes_are_those_of_bitsandbytes(device, kind, dtype, quant_type):
-    """On a CPU all bytes are equal. The CUDA kernels of bitsandbytes use inexact divisions, so that a value halfway
-    between two levels may get the other one; they flush subnormals; and the codes of a zero block differ, but decode to
-    zero as well.
-    """
-    functional = pytest.importorskip("bitsandbytes").functional
-    weight = hard_weight(kind, dtype).to(device)
-    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=False)
-    ours = quantize(weight, quant_type, double_quant=False)
-    assert (state.absmax - ours.absmax).abs().max() <= SMALLEST_NORMAL
-    if device == "cpu":
-        assert torch.equal(packed.view(-1), ours.packed.view(-1))
+    decoded = functional.dequantize_4bit(codes, state)
+    assert (ops.dequantize(theirs, dtype) - decoded).abs().max() <= SMALLEST_NORMAL
+    if double_quant:
         return
-    difference = (ours.dequantize(torch.float32) - functional.dequantize_4bit(packed, state).float()).abs()
-    scales = ours.absmax.repeat_interleave(64).view(weight.shape)
+    assert (state.absmax - packed.absmax).abs().max() <= SMALLEST_NORMAL
+    if device == "cpu":
+        assert torch.equal(codes.view(-1), ours.packed.view(-1))
+        return
+    difference = (packed.dequantize(torch.float32) - decoded.float()).abs()
+    scales = packed.absmax.repeat_interleave(64).view(weight.shape)
     rounded = torch.finfo(dtype).eps * scales  # bitsandbytes decodes to the type of the weight
     assert (difference <= WIDEST_GAP * scales + SMALLEST_NORMAL).all()
     assert (difference > rounded + SMALLEST_NORMAL).float().mean() <= 1e-3

@@ -1,7 +1,6 @@
 """Errors where Lightning would train the wrong parameters, or lose the adapters, without an error."""
 
 import copy
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -22,44 +21,57 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
-from lightning_qlora.training.guards import check_fsdp_groups
-from tests.conftest import Classifier, loader, raises_before_teardown
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge
+from lightning_qlora.training.guards import check_fsdp_groups, check_state_dict, check_trainer
+from lightning_qlora.training.optimizers import check_optimizer
+from tests.conftest import Classifier, loader
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_launchers_that_would_lose_the_adapters_are_refused(trainer, strategy):
     run = trainer(plugins=QLoRAPrecision(r=4), strategy=strategy, devices=2)
-    from lightning_qlora.training import guards
-
-    with pytest.raises(RuntimeError, match=r"ddp_(spawn|fork).*lost without an error.*strategy='ddp'"):
-        guards.check_trainer(run, Classifier())
+    with pytest.raises(RuntimeError, match=r"ddp_(spawn|fork)'.*lost without an error.*strategy='ddp'"):
+        check_trainer(run, Classifier())
 
 
+@pytest.mark.slow
 def test_a_spawned_fit_is_refused_by_the_process_itself(trainer):
     with pytest.raises(Exception, match="lost without an error"):
         trainer(plugins=QLoRAPrecision(r=4), strategy="ddp_spawn", devices=1).fit(Classifier(), loader())
 
 
-def test_a_callback_that_copied_the_module_before_conversion_is_refused(trainer):
-    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[StochasticWeightAveraging(1e-2)], max_epochs=4)
-    with pytest.raises(RuntimeError, match=r"StochasticWeightAveraging copied the module.*lightning_qlora.convert"):
-        run.fit(Classifier(), loader())
+REFUSED = {
+    "StochasticWeightAveraging copied the module.*lightning_qlora.convert": lambda: StochasticWeightAveraging(1e-2),
+    "BackboneFinetuning freezes parameters before.*modules_to_save": lambda: BackboneFinetuning(1),
+    "ModelPruning sets entries of float weights to zero.*merge": lambda: ModelPruning("l1_unstructured", amount=0.5),
+}
 
 
-def test_callbacks_that_unfreeze_parameters_are_refused(trainer):
-    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[BackboneFinetuning(1)])
+@pytest.mark.parametrize("message", REFUSED)
+def test_callbacks_that_change_weights_which_conversion_replaces_are_refused(trainer, message):
     module = Classifier()
     module.backbone = module.net
-    with pytest.raises(RuntimeError, match=r"BackboneFinetuning freezes parameters before.*modules_to_save"):
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[REFUSED[message]()], max_epochs=4)
+    with pytest.raises(RuntimeError, match=message):
         run.fit(module, loader())
 
 
-def test_pruning_is_refused(trainer):
-    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[ModelPruning("l1_unstructured", amount=0.5)])
-    with pytest.raises(RuntimeError, match=r"ModelPruning sets entries of float weights to zero.*merge"):
-        run.fit(Classifier(), loader())
+class Holder(pl.Callback):
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize("average", [copy.deepcopy, AveragedModel])
+def test_a_callback_may_hold_modules_but_no_dense_copy(trainer, average):
+    dense, module = Classifier(), Classifier()
+    convert(module, r=4)
+    for value in (module, module.net, nn.Linear(64, 64), average(module)):
+        check_trainer(trainer(callbacks=[Holder(value)]), module)
+    with pytest.raises(RuntimeError, match=r"Holder copied the module \(its attribute 'value'\)"):
+        check_trainer(trainer(callbacks=[Holder(average(dense))]), module)
 
 
 def tunable():
@@ -72,25 +84,21 @@ def tunable():
     return module
 
 
-MEASURING = {
-    "throughput": lambda: ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0])),
-    "device": lambda: DeviceStatsMonitor(cpu_stats=True),
-    "learning rate": LearningRateMonitor,
-    "early stopping": lambda: EarlyStopping("val_loss"),
-    "accumulation": lambda: GradientAccumulationScheduler({0: 2}),
-}
-
-
-@pytest.mark.parametrize("kind", MEASURING)
-def test_callbacks_that_measure_or_schedule_work(trainer, kind, tmp_path):
+def test_callbacks_that_measure_or_schedule_work(trainer, tmp_path):
     """What they log, and what is trained, is what Lightning's own run has."""
-    if kind == "device":
-        pytest.importorskip("psutil")
+    pytest.importorskip("psutil")
     columns = {}
     for plugins in ({}, {"plugins": QLoRAPrecision(r=4)}):
         module = tunable()
         logger = CSVLogger(tmp_path, name=str(len(columns)))
-        run = trainer(callbacks=[MEASURING[kind]()], logger=logger, log_every_n_steps=1, **plugins)
+        callbacks = [
+            ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0])),
+            DeviceStatsMonitor(cpu_stats=True),
+            LearningRateMonitor(),
+            EarlyStopping("val_loss"),
+            GradientAccumulationScheduler({0: 2}),
+        ]
+        run = trainer(callbacks=callbacks, logger=logger, log_every_n_steps=1, **plugins)
         run.fit(module)
         header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
         columns[bool(plugins)] = header.split(","), run.global_step
@@ -99,12 +107,13 @@ def test_callbacks_that_measure_or_schedule_work(trainer, kind, tmp_path):
 
 
 @pytest.mark.parametrize("through", ["callback", "tuner"])
-def test_the_batch_size_finder_works_and_trains_the_adapters_from_their_initial_values(trainer, through):
+def test_the_batch_size_finder_works_and_trains_the_adapters_from_their_initial_values(trainer, through, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)  # slow
     module = tunable()
-    plugin = QLoRAPrecision(r=4)
     arguments = {"steps_per_trial": 1, "max_trials": 2}
-    callbacks = [BatchSizeFinder(**arguments)] if through == "callback" else []
-    run = trainer(plugins=plugin, callbacks=callbacks)
+    run = trainer(
+        plugins=QLoRAPrecision(r=4), callbacks=[BatchSizeFinder(**arguments)] if through == "callback" else []
+    )
     if through == "tuner":
         Tuner(run).scale_batch_size(module, **arguments)
         assert isinstance(module.net[0], QLoRALinear) and not module.net[0].lora_B.any()
@@ -147,38 +156,30 @@ def test_an_optimizer_made_in_init_that_has_state_is_refused(trainer, kind):
 
     with pytest.raises(RuntimeError, match=r"created before the module was converted.*configure_optimizers.*no state"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(Early(), loader())
+    module = Early()
+    module.early.state[module.net[0].weight] = {}
+    merge(convert_and_return(module))
+    with pytest.raises(RuntimeError, match=r"replaced weights of 2 layers \(merged since, \.\.\.\)"):
+        check_optimizer(module.early)
+
+
+def convert_and_return(module):
+    convert(module, r=4)
+    return module
 
 
 @pytest.mark.parametrize("kind", ["frozen after conversion", "part that conversion froze"])
 def test_an_optimizer_of_frozen_parameters_only_is_refused(trainer, kind):
     module = Classifier()
     if kind == "frozen after conversion":
-        convert(module, r=4)
-        module.requires_grad_(False)
+        convert_and_return(module).requires_grad_(False)
     else:
         module.configure_optimizers = lambda: torch.optim.SGD(module.net[2].parameters(), lr=1e-2)  # a layer norm
     with pytest.raises(RuntimeError, match=r"All \d+ parameters of the (AdamW|SGD) are frozen.*modules_to_save"):
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
 
 
-def test_weights_that_were_never_loaded_are_refused(trainer):
-    with torch.device("meta"):
-        module = Classifier()
-    with raises_before_teardown(ValueError, r"net\.0.weight: .*meta device"):
-        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
-
-
-def test_a_checkpoint_on_an_exception_holds_the_adapters(trainer, tmp_path):
-    module = Classifier()
-    module.on_train_batch_end = lambda *_: 1 / (module.global_step < 3)
-    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[OnExceptionCheckpoint(tmp_path)])
-    with pytest.raises(ZeroDivisionError):
-        run.fit(module, loader())
-    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["state_dict"]
-    assert torch.equal(saved["net.0.lora_B"], module.net[0].lora_B) and "net.0.weight" not in saved
-
-
-def test_a_checkpoint_on_an_exception_waits_for_no_other_rank(trainer, tmp_path, monkeypatch):
+def test_a_checkpoint_on_an_exception_holds_the_adapters_and_waits_for_no_other_rank(trainer, tmp_path, monkeypatch):
     """The other ranks are in another collective, or have ended."""
 
     def gather(*_):
@@ -198,18 +199,8 @@ def test_a_checkpoint_on_an_exception_waits_for_no_other_rank(trainer, tmp_path,
         run.fit(module, loader())
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert saved["global_step"] == 3 and len(saved["QLoRAPrecision"]["random_state"]) == 1
-
-
-def test_a_trainer_whose_callbacks_hold_other_modules_is_accepted(trainer):
-    class Holder(pl.Callback):
-        def __init__(self):
-            self.metric = torch.nn.Linear(64, 64)
-
-    module = Classifier()
-    holder = Holder()
-    trainer(plugins=QLoRAPrecision(r=4), callbacks=[holder]).fit(module, loader())
-    assert isinstance(module.net[0], QLoRALinear)
-    assert type(holder.metric) is torch.nn.Linear
+    state = saved["state_dict"]
+    assert torch.equal(state["net.0.lora_B"], module.net[0].lora_B) and "net.0.weight" not in state
 
 
 class Chosen(Classifier):
@@ -224,22 +215,27 @@ def test_an_optimizer_of_a_decoded_weight_is_refused(trainer):
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
 
 
-def test_adapters_in_no_optimizer_are_named(trainer):
+def test_adapters_in_no_optimizer_are_named(trainer, recwarn):
     module = Chosen()
     module.chosen = module.net[0].parameters
-    with pytest.warns(UserWarning, match=r"adapters of 1 of 2 layers are in no optimizer.*: net\.4\. Pass self.param"):
-        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+    run = {"plugins": QLoRAPrecision(r=4), "enable_checkpointing": False, "max_steps": 1}
+    trainer(**run).fit(module, loader())
     assert module.net[0].lora_B.any() and not module.net[4].lora_B.any()
-
-
-def test_no_warning_if_two_optimizers_hold_all_adapters(trainer):
-    module = Classifier()
-    module.automatic_optimization = False
-    parts = (module.net[0], module.net[4])
-    module.configure_optimizers = lambda: [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in parts]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*in no optimizer")
-        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+    trainer(**run).validate(module, loader())
+    both = Classifier()
+    both.automatic_optimization = False
+    both.configure_optimizers = lambda: [torch.optim.AdamW(both.net[i].parameters(), lr=1e-3) for i in (0, 4)]
+    trainer(**run).fit(both, loader())
+    none = Classifier()
+    none.automatic_optimization = False
+    none.configure_optimizers = lambda: []
+    trainer(**run).fit(none, loader())
+    frozen = Chosen()
+    convert_and_return(frozen).net[4].requires_grad_(False)
+    frozen.chosen = frozen.net[0].parameters
+    trainer(**run).fit(frozen, loader())
+    texts = [str(each.message) for each in recwarn if "in no optimizer" in str(each.message)]
+    assert len(texts) == 1 and "adapters of 1 of 2 layers are in no optimizer, so they do not train: net.4." in texts[0]
 
 
 class WithoutEncoder(Classifier):
@@ -256,17 +252,26 @@ def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(
     ):
         trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
     assert not module.net[0].lora_B.any()
+    module.net[0].requires_grad_(False)
+    check_state_dict(module)
 
 
-class OnlyNet(Classifier):
-    """Saves and loads a part of itself; the adapters are in it, by other names."""
-
-    def state_dict(self, *args, **kwargs):
-        return self.net.state_dict()
-
-
-def test_a_state_dict_with_other_names_is_no_error(trainer):
-    trainer(plugins=QLoRAPrecision(r=4), max_steps=1, enable_checkpointing=False).fit(OnlyNet(), loader())
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda key: key.removeprefix("net."),  # saves a part of itself
+        lambda key: f"model.{key}",
+        lambda key: key.replace("net.0", "alias"),
+        lambda key: key.replace("net", "net._checkpoint_wrapped_module"),
+    ],
+    ids=("part", "whole", "shared", "wrapped"),
+)
+def test_a_state_dict_with_other_names_is_no_error(name):
+    module = convert_and_return(Classifier())
+    module.alias = module.net[0]
+    state = {name(key): value for key, value in module.state_dict().items() if key.startswith("net.")}
+    module.state_dict = lambda: state
+    check_state_dict(module)
 
 
 def test_adapters_that_on_save_checkpoint_removes_are_named(trainer, tmp_path):
@@ -276,9 +281,7 @@ def test_adapters_that_on_save_checkpoint_removes_are_named(trainer, tmp_path):
 
     fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=1, enable_checkpointing=False)
     fit.fit(Removes(), loader())
-    with pytest.warns(
-        UserWarning, match=r"checkpoint lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"
-    ):
+    with pytest.warns(UserWarning, match=r"lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"):
         fit.save_checkpoint(tmp_path / "x.ckpt")
 
 

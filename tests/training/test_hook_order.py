@@ -2,15 +2,16 @@
 
 import datetime
 import os
-import pickle
 import signal
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import LambdaCallback, Timer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
+from lightning_qlora.training.patches import requeue_between_batches
 from tests.conftest import Classifier, ResumableLoader, loader
 
 
@@ -57,6 +58,10 @@ class Module(Classifier):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+def count_of_added(trainer):
+    return sum(isinstance(callback, LambdaCallback) for callback in trainer.callbacks)
+
+
 @pytest.mark.parametrize("with_plugin", [False, True])
 def test_callbacks_and_module_hooks_come_in_lightnings_order(trainer, tmp_path, with_plugin):
     plugins = {"plugins": QLoRAPrecision(r=4)} if with_plugin else {}
@@ -79,7 +84,7 @@ def test_callbacks_and_module_hooks_come_in_lightnings_order(trainer, tmp_path, 
         "callback.on_fit_start, fits=1",
         "module.on_fit_start",
     ]
-    assert module.lr == 1e-3
+    assert module.lr == 1e-3 and count_of_added(module.trainer) == 0
     assert isinstance(module.net[0], QLoRALinear) == with_plugin
 
 
@@ -96,16 +101,6 @@ def test_a_timer_whose_time_is_used_up_trains_no_further_step(trainer, tmp_path)
     content["callbacks"]["Timer"]["time_elapsed"]["train"] = 100.0
     torch.save(content, tmp_path / "c.ckpt")
     assert run(8, tmp_path / "c.ckpt").global_step == 2
-
-
-def test_a_trainer_that_ran_can_be_pickled_and_runs_again(trainer):
-    run = trainer(plugins=QLoRAPrecision(r=4), max_epochs=1)
-    run.fit(Classifier(), loader())
-    again = pickle.loads(pickle.dumps(run))
-    module = Classifier()
-    again.fit_loop.max_epochs = 2
-    again.fit(module, loader())
-    assert module.net[0].lora_B.any()
 
 
 class Signalled(Classifier):
@@ -129,9 +124,14 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
     first = Signalled(dropout=0.1)
     resumed = Classifier(dropout=0.1)
     plugins = {"plugins": QLoRAPrecision(r=4, lora_dropout=0.1)} if with_plugin else {}
-    trainer(**plugins).fit(first, ResumableLoader())
+    run = trainer(**plugins)
+    run.fit(first, ResumableLoader())
     assert (tmp_path / "queued").read_text() == "requeue 4711\n"
     assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=False)["global_step"] == 2 + with_plugin
     if with_plugin:
+        requeue_between_batches(run)
+        assert count_of_added(run) == 1
+        requeue_between_batches(other := trainer(plugins=SLURMEnvironment(auto_requeue=False)))
+        assert count_of_added(other) == 0
         trainer(**plugins).fit(resumed, ResumableLoader())  # Lightning finds the checkpoint
         assert resumed.losses == first.losses[3:]

@@ -52,12 +52,10 @@ def run(tmp_path, form, *arguments):
     )
 
 
-@pytest.mark.parametrize("form", ["list", "single"])
-def test_a_yaml_file_trains(tmp_path, form):
-    cli = run(tmp_path, form)
+def test_a_yaml_file_trains(tmp_path):
+    cli = run(tmp_path, "list")
     cli.trainer.fit(cli.model, loader())
-    assert isinstance(cli.model.net[0], QLoRALinear)
-    assert cli.model.net[0].lora_B.abs().sum() > 0
+    assert isinstance(cli.model.net[0], QLoRALinear) and cli.model.net[0].lora_B.any()
 
 
 OPTIMIZERS = {
@@ -99,19 +97,12 @@ def scheduled(optimizer):
     return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path, name):
+def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path):
+    optimizer = ["--optimizer", "lightning_qlora.PagedAdamW8bit", "--optimizer.lr=0.01"]
+    arguments = [*optimizer, "--trainer.plugins.lora_dropout=0.1", "--seed_everything=1"]
+
     def fit(epochs, ckpt_path=None):
-        cli = run(
-            tmp_path,
-            "single",
-            "--optimizer",
-            OPTIMIZERS[name][0],
-            "--optimizer.lr=0.01",
-            f"--trainer.max_epochs={epochs}",
-            "--trainer.plugins.lora_dropout=0.1",
-            "--seed_everything=1",
-        )
+        cli = run(tmp_path, "single", *arguments, f"--trainer.max_epochs={epochs}")
         cli.trainer.fit(cli.model, loader(), ckpt_path=ckpt_path)
         return cli
 
@@ -121,11 +112,8 @@ def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path
     assert resumed.model.losses == whole.model.losses[8:]
 
 
-def test_a_bare_name_takes_the_defaults(tmp_path):
+def test_a_bare_name_takes_the_defaults_and_the_command_line_overrides(tmp_path):
     assert run(tmp_path, "name").trainer.precision_plugin.config == QLoRAPrecision().config
-
-
-def test_the_command_line_overrides(tmp_path):
     cli = run(tmp_path, "single", "--trainer.plugins.r=2", "--trainer.plugins.init_args.lora_alpha=8")
     config = cli.trainer.precision_plugin.config
     assert (config.r, config.lora_alpha, config.compute_dtype) == (2, 8, "fp32")
@@ -140,15 +128,12 @@ def test_help_explains_every_argument(tmp_path, capsys):
     assert text.count("--trainer.plugins.") >= 2 * len(dataclasses.fields(QLoRAConfig))  # usage and description
 
 
-def test_print_config_shows_every_argument(tmp_path, capsys):
+def test_print_config_shows_every_argument_and_a_wrong_value_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "single", "--print_config")
     text = capsys.readouterr().out
     for name in ("quant_type: nf4", "block_size: 64", "lora_dropout: 0.05", "checkpoint: adapter"):
         assert name in text
-
-
-def test_a_wrong_value_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "single", "--trainer.plugins.quant_type=nf5")
     assert "nf5" in capsys.readouterr().err

@@ -8,39 +8,33 @@ from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoin
 from tests.conftest import Classifier, fingerprints, loader
 
 
-@pytest.fixture
-def trained(trainer):
-    module = Classifier(width=64, dropout=0.1)
-    run = trainer(plugins=QLoRAPrecision(r=4, lora_alpha=8), max_epochs=2)
+@pytest.mark.parametrize("kind", ["adapter", "full", "weights only"])
+def test_a_trained_module_comes_back_from_its_checkpoint(kind, trainer, tmp_path):
+    module = Classifier(dropout=0.1)
+    checkpoint = "full" if kind == "full" else "adapter"
+    run = trainer(plugins=QLoRAPrecision(r=4, lora_alpha=8, checkpoint=checkpoint), max_epochs=2)
     run.fit(module, loader())
-    return module, run.checkpoint_callback.best_model_path
-
-
-def test_a_trained_module_comes_back_from_its_checkpoint(trained):
-    module, path = trained
+    path = tmp_path / "c.ckpt"
+    run.save_checkpoint(path, weights_only=kind == "weights only")
     again = load_from_checkpoint(Classifier, path)
     assert type(again) is Classifier
     assert again.hparams == module.hparams
     x = torch.randn(3, 64)
     assert torch.equal(again.eval()(x), module.eval()(x))
+    again = load_from_checkpoint(Classifier, path, dropout=0.7)
+    assert again.hparams.dropout == again.net[3].p == 0.7
+    if kind != "full":
+        with pytest.raises(CheckpointMismatchError, match=r"net\.0"):
+            load_from_checkpoint(Classifier, path, seed=8)
 
 
-def test_arguments_of_the_class_can_be_given(trained):
-    again = load_from_checkpoint(Classifier, trained[1], dropout=0.7)
-    assert again.hparams.dropout == 0.7
-    assert again.net[3].p == 0.7
-
-
-def test_another_base_is_refused(trained):
-    with pytest.raises(CheckpointMismatchError, match=r"net\.0"):
-        load_from_checkpoint(Classifier, trained[1], seed=8)
-
-
-def test_a_plain_checkpoint_is_refused(trainer):
+def test_a_plain_checkpoint_is_refused(trainer, tmp_path):
     run = trainer()
     run.fit(Classifier(), loader())
-    with pytest.raises(ValueError, match="not saved from a converted module"):
-        load_from_checkpoint(Classifier, run.checkpoint_callback.best_model_path)
+    torch.save([1], tmp_path / "list.ckpt")
+    for path in (run.checkpoint_callback.best_model_path, tmp_path / "list.ckpt"):
+        with pytest.raises(ValueError, match=r"not saved from a converted module\. Load it with Classifier\.load_from"):
+            load_from_checkpoint(Classifier, path)
 
 
 def test_a_model_made_in_configure_model_comes_back(trainer):
@@ -51,9 +45,7 @@ def test_a_model_made_in_configure_model_comes_back(trainer):
 
         def configure_model(self):
             if self.net is None:
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)
-                    self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+                self.net = Classifier().net
 
     module = Late()
     run = trainer(plugins=QLoRAPrecision(r=4))
@@ -62,18 +54,6 @@ def test_a_model_made_in_configure_model_comes_back(trainer):
     assert isinstance(again.net[0], QLoRALinear)
     x = torch.randn(3, 64)
     assert torch.equal(again.eval()(x), module.eval()(x))
-
-
-def test_full_and_weights_only_checkpoints_come_back(trainer, tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    for place, arguments in enumerate([{"checkpoint": "full"}, {}]):
-        callback = ModelCheckpoint(tmp_path / str(place), save_weights_only=not arguments)
-        module = Classifier()
-        trainer(plugins=QLoRAPrecision(r=4, **arguments), callbacks=[callback]).fit(module, loader())
-        again = load_from_checkpoint(Classifier, callback.best_model_path)
-        x = torch.randn(3, 64)
-        assert torch.equal(again.eval()(x), module.eval()(x))
 
 
 def test_hooks_and_methods_that_edit_the_state_are_used(trainer):
@@ -96,9 +76,9 @@ def test_hooks_and_methods_that_edit_the_state_are_used(trainer):
             checkpoint["state_dict"] = {**state, **own}
 
         @classmethod
-        def load_from_checkpoint(cls, path, *args, **kwargs):
+        def load_from_checkpoint(cls, path, map_location=None):
             assert "x.net.0.lora_A" in torch.load(path, weights_only=True)["state_dict"]
-            return super().load_from_checkpoint(path, *args, **kwargs)
+            return super().load_from_checkpoint(path, map_location)
 
     module = Edits()
     run = trainer(plugins=QLoRAPrecision(r=4))
@@ -195,8 +175,8 @@ def test_parameters_of_the_module_may_have_the_names_of_an_adapter(trainer):
     assert [name for name, part in again.named_modules() if isinstance(part, QLoRALinear)] == ["net.0", "net.4"]
     torch.manual_seed(0)
     resumed = WithFactors()
-    trainer(plugins=QLoRAPrecision(**arguments), max_epochs=2).fit(resumed, loader(), ckpt_path=path)
-    trainer(plugins=QLoRAPrecision(**arguments), max_epochs=2).fit(module, loader(), ckpt_path=path)
+    for each in (resumed, module):
+        trainer(plugins=QLoRAPrecision(**arguments), max_epochs=2).fit(each, loader(), ckpt_path=path)
     for name, value in module.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     adapter = read_adapter_from_checkpoint(path)

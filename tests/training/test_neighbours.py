@@ -2,13 +2,13 @@
 
 import copy
 import os
-import sys
 import warnings
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import prune
 
@@ -20,8 +20,7 @@ from tests.toys import Lit, ids, logits, perturb, toy
 # ---------------------------------------------------------------- save_pretrained
 
 
-@pytest.mark.parametrize("checkpoint", ["adapter", "full"])
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("checkpoint", "inside"), [("adapter", False), ("full", True)])
 def test_save_pretrained_of_a_converted_model_writes_the_adapter_that_peft_loads(tmp_path, checkpoint, inside):
     peft = pytest.importorskip("peft")
     model = toy("llama")
@@ -40,9 +39,11 @@ def test_save_pretrained_of_a_converted_model_writes_the_adapter_that_peft_loads
     assert not (tmp_path / "other rank").exists()
     with pytest.raises(ValueError, match=r"Call model\.push_to_hub"):
         model.save_pretrained(tmp_path / "hub", push_to_hub=True)
-    dense = merge(copy.deepcopy(model)).state_dict()
-    model.save_pretrained(tmp_path / "dense", state_dict=dense)  # the user chose what is written
-    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "dense").eval()), logits(model.eval()))
+    merged = merge(copy.deepcopy(model))
+    merged.save_pretrained(tmp_path / "merged")
+    model.save_pretrained(tmp_path / "dense", state_dict=merged.state_dict())  # the user chose what is written
+    for name in ("merged", "dense"):
+        torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / name).eval()), logits(model.eval()))
 
 
 def test_push_to_hub_uploads_the_adapter(monkeypatch):
@@ -66,7 +67,6 @@ def test_push_to_hub_uploads_the_adapter(monkeypatch):
 
 def test_a_module_that_saves_its_model_in_on_save_checkpoint_trains(trainer, tmp_path):
     """As lightning-ir (base/module.py) and Donut do."""
-    pytest.importorskip("transformers")
 
     class Saves(Lit):
         def on_save_checkpoint(self, checkpoint):
@@ -81,31 +81,7 @@ def test_a_module_that_saves_its_model_in_on_save_checkpoint_trains(trainer, tmp
         assert torch.equal(layer.lora_B, other.lora_B) and layer.lora_B.any()
 
 
-def test_what_the_warning_names_can_be_loaded(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = toy("llama")
-    convert(model, r=4, lora_dropout=0.0)
-    perturb(model)
-    expected = logits(model)
-    save_adapter(model, tmp_path / "adapter")
-    merge(model).save_pretrained(tmp_path / "merged")
-    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged.eval()), expected, atol=1e-5, rtol=1e-5)
-    again = toy("llama")
-    convert(again, adapter=str(tmp_path / "adapter"), lora_dropout=0.0)
-    torch.testing.assert_close(logits(again.eval()), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_other_models_are_saved_as_before(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    convert(toy("llama"), r=4)
-    model = toy("llama")
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
-
-
 def test_a_checkpoint_of_huggingfaces_trainer_has_the_adapter(tmp_path):
-    transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     model = toy("llama")
     convert(model, r=4)
@@ -123,57 +99,35 @@ def test_a_checkpoint_of_huggingfaces_trainer_has_the_adapter(tmp_path):
 # ---------------------------------------------------------------- adapters of other libraries
 
 
-class LitGPTLinear(nn.Module):
-    """As litgpt/lora.py, LoRALinear."""
+def parts_of(name, **parts):
+    """A class of another library: a module with these parts."""
 
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(64, 64)
-        self.lora_A = nn.Parameter(torch.zeros(4, 64))
-        self.lora_B = nn.Parameter(torch.zeros(64, 4))
+    def build(self):
+        nn.Module.__init__(self)
+        for key, make in parts.items():
+            setattr(self, key, make())
 
-
-class TorchtuneLinear(nn.Module):
-    """As torchtune/modules/peft/lora.py, LoRALinear."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(64, 64))
-        self.lora_a = nn.Linear(64, 4, bias=False)
-        self.lora_b = nn.Linear(4, 64, bias=False)
+    return type(name, (nn.Module,), {"__init__": build})
 
 
-class KohyaLinear(nn.Module):
-    """As networks/lora.py of kohya-ss/sd-scripts, LoRAModule."""
-
-    def __init__(self):
-        super().__init__()
-        self.org_module = nn.Linear(64, 64)
-        self.lora_down = nn.Linear(64, 4, bias=False)
-        self.lora_up = nn.Linear(4, 64, bias=False)
+def linear(columns=64, rows=64):
+    return lambda: nn.Linear(columns, rows, bias=columns == rows)
 
 
-class LitGPTAttention(nn.Module):
-    """As litgpt/adapter.py, CausalSelfAttention."""
-
-    def __init__(self):
-        super().__init__()
-        self.proj = nn.Linear(64, 64)
-        self.adapter_wte = nn.Embedding(10, 64)
-        self.gating_factor = nn.Parameter(torch.zeros(1, 1, 4, 1))
+def zeros(*shape):
+    return lambda: nn.Parameter(torch.zeros(shape))
 
 
-class LitGPTAdapterV2Linear(nn.Module):
-    """As litgpt/adapter_v2.py, AdapterV2Linear."""
+OTHERS = [
+    parts_of("LitGPTLinear", linear=linear(), lora_A=zeros(4, 64), lora_B=zeros(64, 4)),  # litgpt/lora.py
+    parts_of("TorchtuneLinear", weight=zeros(64, 64), lora_a=linear(64, 4), lora_b=linear(4, 64)),
+    parts_of("KohyaLinear", org_module=linear(), lora_down=linear(64, 4), lora_up=linear(4, 64)),  # sd-scripts
+    parts_of("Attention", proj=linear(), adapter_wte=lambda: nn.Embedding(10, 64), gating_factor=zeros(1, 1, 4, 1)),
+    parts_of("AdapterV2Linear", linear=linear(), adapter_bias=zeros(64), adapter_scale=zeros(64)),  # litgpt
+]
 
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(64, 64)
-        self.adapter_bias = nn.Parameter(torch.zeros(64))
-        self.adapter_scale = nn.Parameter(torch.ones(64))
 
-
-@pytest.mark.parametrize("kind", [LitGPTLinear, TorchtuneLinear, KohyaLinear, LitGPTAttention, LitGPTAdapterV2Linear])
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
 def test_lora_matrices_of_other_libraries_are_refused(kind):
     model = nn.Sequential(nn.Linear(64, 64), kind())
     message = rf"^1: is tests's {kind.__name__}, a layer that contains another library's adapter"
@@ -202,21 +156,16 @@ def test_adapters_written_by_hand_are_named_before_a_second_one_is_added():
         convert(model, r=2, target_modules=["0", "linear"])
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_peft_model_is_refused_until_it_is_merged(inside):
+def test_a_peft_model_is_refused_until_it_is_merged_and_an_adapter_that_was_injected():
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(toy("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    wrapped = peft.get_peft_model(toy("llama"), config)
     message = r"is peft's .* with a PEFT adapter.*before get_peft_model.*adapter=FOLDER"
-    for target in ("all-linear", ["v_proj"]):
+    for module, target in ((wrapped, "all-linear"), (Lit(wrapped), "all-linear"), (wrapped, ["v_proj"])):
         with pytest.raises(ValueError, match=message):
-            convert(Lit(wrapped) if inside else wrapped, r=4, target_modules=target)
+            convert(module, r=4, target_modules=target)
     assert len(convert(wrapped.merge_and_unload(), r=4).converted) == 14
-
-
-def test_an_adapter_that_was_injected_is_refused():
-    peft = pytest.importorskip("peft")
-    model = toy("llama")
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
+    peft.inject_adapter_in_model(config, model := toy("llama"))
     with pytest.raises(ValueError, match=r"q_proj: is peft's Linear, a layer with a PEFT adapter"):
         convert(model, r=4)
 
@@ -239,7 +188,6 @@ def test_a_converted_model_in_a_peft_model_is_refused_before_it_trains(kind):
 
 def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_path, trainer):
     peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path / "base")
 
     class Late(Lit):
@@ -271,18 +219,22 @@ def test_a_run_without_a_layer_that_is_large_enough_resumes(trainer, tmp_path):
 # ---------------------------------------------------------------- a second conversion
 
 
-def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer):
+def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer, recwarn):
     module = Classifier()
     trainer(plugins=QLoRAPrecision(r=4, paged_optimizer=False)).fit(module, loader())
     with pytest.warns(UserWarning, match=r"Classifier: was converted before, with r=4 and not 2, and stays so"):
         convert(module, r=2)
     with pytest.warns(UserWarning, match=r"with quant_type='nf4' and not 'fp4', r=4 and not 64, and stays so"):
         trainer(plugins=QLoRAPrecision(quant_type="fp4")).test(module, loader())
-    outer = nn.Module()
-    outer.net = Classifier().net
-    convert(outer.net, r=4)
-    with pytest.warns(UserWarning, match=r"net\.0: was converted before, with r=4 and not 8"):
-        convert(outer, r=8)
+    for patterns in ({}, {"rank_pattern": {"net.0": 2}}, {"alpha_pattern": {"net.0": 2}}):
+        outer = nn.Module()
+        outer.net = Classifier().net
+        convert(outer.net, r=4)
+        recwarn.clear()
+        convert(outer, r=8, **patterns)
+        texts = [str(each.message) for each in recwarn if "converted before" in str(each.message)]
+        assert len(texts) == (not patterns)
+        assert all(text.startswith("net.0: was converted before, with r=4 and not 8, and") for text in texts)
 
 
 def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
@@ -311,32 +263,30 @@ def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
 # ---------------------------------------------------------------- checkpoints in a module that is not converted
 
 
-@pytest.mark.parametrize("way", ["class", "trainer", "state", "merged"])
-def test_an_adapter_checkpoint_in_a_dense_module_is_refused_by_strict_loading(way, trainer):
+def test_an_adapter_checkpoint_in_a_dense_module_is_refused_by_strict_loading(trainer):
     run = trainer(plugins=QLoRAPrecision(r=4))
     run.fit(Classifier(), loader())
     path = run.checkpoint_callback.best_model_path
-    module = Classifier()
-
-    def load():
-        if way == "class":
-            return Classifier.load_from_checkpoint(path)
-        if way == "trainer":
-            return trainer().fit(module, loader(), ckpt_path=path)
-        if way == "merged":
-            convert(module, r=4)
-            merge(module)
-        return module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*net\.0\.lora_A"):
-        load()
+    state = torch.load(path, weights_only=True)["state_dict"]
+    convert(merged := Classifier(), r=4)
+    for load in (
+        lambda: Classifier.load_from_checkpoint(path),
+        lambda: trainer().fit(Classifier(), loader(), ckpt_path=path),
+        lambda: Classifier().load_state_dict(state),
+        lambda: merge(merged).load_state_dict(state),
+    ):
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*net\.0\.lora_A"):
+            load()
     assert load_from_checkpoint(Classifier, path).net[0].lora_B.any()
 
 
 def test_a_module_without_the_plugin_loads_its_checkpoints(trainer):
     run = trainer()
-    run.fit(Classifier(), loader())
-    assert isinstance(Classifier.load_from_checkpoint(run.checkpoint_callback.best_model_path).net[0], nn.Linear)
+    run.fit(module := Classifier(), loader())
+    path = run.checkpoint_callback.best_model_path
+    trainer(max_epochs=2).fit(resumed := Classifier(), loader(), ckpt_path=path)
+    for each in (module, resumed, Classifier.load_from_checkpoint(path)):
+        assert type(each.net[0]) is nn.Linear
     missing = Classifier().load_state_dict({}, strict=False).missing_keys
     assert missing == list(Classifier().state_dict())
 
@@ -360,7 +310,6 @@ def test_a_dense_weight_in_a_4_bit_layer_is_refused(write):
 
 @pytest.mark.parametrize("arguments", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [1]}}])
 def test_an_adapter_that_resizing_removed_is_an_error_and_not_lost(arguments, trainer):
-    pytest.importorskip("transformers")
     convert(model := toy("llama"), r=4, **arguments)
     model.resize_token_embeddings(140)
     for use in (model.state_dict, lambda: trainer(plugins=QLoRAPrecision(r=4)).fit(Lit(model))):
@@ -370,7 +319,6 @@ def test_an_adapter_that_resizing_removed_is_an_error_and_not_lost(arguments, tr
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_that_were_resized_after_conversion_are_in_the_state(tied):
-    pytest.importorskip("transformers")
     model, again = (toy("llama", tie_word_embeddings=tied) for _ in range(2))
     for each in (model, again):
         convert(each, r=4)
@@ -386,17 +334,13 @@ def test_embeddings_that_were_resized_after_conversion_are_in_the_state(tied):
 
 
 def test_freezing_and_dense_modules_are_as_before():
-    module = Classifier()
-    convert(module, r=4)
+    convert(module := Classifier(), r=4)
     assert module.net[2].requires_grad_().weight.requires_grad  # a layer norm
     module.freeze()
     assert not any(p.requires_grad for p in module.requires_grad_(False).parameters())
-    dense = Classifier()
-    dense.freeze()
+    (dense := Classifier()).freeze()
     dense.unfreeze()
     assert all(p.requires_grad for p in dense.parameters())
-    assert isinstance(dense, pl.LightningModule) and dense.net.requires_grad_() is dense.net
-    assert "unfreeze" not in vars(Classifier) and sys.modules["torch"] is torch
 
 
 def test_torchscript_by_tracing_and_after_a_merge():
@@ -437,8 +381,7 @@ class WithScripted(pl.LightningModule):
     configure_optimizers = Classifier.configure_optimizers
 
 
-@pytest.mark.parametrize("how", ["script", "trace"])
-@pytest.mark.parametrize("in_list", [False, True])
+@pytest.mark.parametrize(("how", "in_list"), [("script", False), ("trace", True)])
 def test_a_torchscript_module_stays_as_it_is(how, in_list, tmp_path):
     module = WithScripted(how, in_list)
     plugin = QLoRAPrecision(r=4)

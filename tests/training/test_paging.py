@@ -10,7 +10,7 @@ from tests.optim.runs import ManualRegression, Regression, data, fit, parameters
 from tests.optim.stand_in import StandIn, assert_all_paged
 
 
-@pytest.fixture(params=["managed", "pinned"])
+@pytest.fixture
 def stand_in(request, monkeypatch):
     return StandIn(request.param).install(monkeypatch)
 
@@ -20,20 +20,20 @@ def plugin(paged):
     return QLoRAPrecision(r=256, target_modules=["net.0", "net.2"], lora_dropout=0.1, paged_optimizer=paged)
 
 
-@pytest.mark.parametrize("kind", [Regression, ManualRegression])
+@pytest.mark.parametrize(
+    ("stand_in", "kind"), [("managed", Regression), ("pinned", ManualRegression)], indirect=["stand_in"]
+)
 def test_a_paged_run_equals_an_unpaged_one_and_leaves_nothing(stand_in, kind):
-    one = kind()
-    other = kind(placed=stand_in)
-    torch.manual_seed(3)
-    fit(one, plugins=plugin(False))
-    assert not stand_in.pools
-    torch.manual_seed(3)
-    fit(other, plugins=plugin(True))
-    assert torch.equal(parameters(one), parameters(other))
-    assert stand_in.pools
+    runs = [kind(), kind(placed=stand_in)]
+    for paged, module in enumerate(runs):
+        torch.manual_seed(3)
+        fit(module, plugins=plugin(bool(paged)))
+        assert bool(stand_in.pools) is bool(paged)
+    assert torch.equal(*map(parameters, runs))
     assert stand_in.nbytes == 0
 
 
+@pytest.mark.parametrize("stand_in", ["managed"], indirect=True)
 def test_resume_is_bit_equal(stand_in, tmp_path):
     torch.manual_seed(3)
     straight = Regression()
@@ -47,6 +47,7 @@ def test_resume_is_bit_equal(stand_in, tmp_path):
     assert stand_in.nbytes == 0
 
 
+@pytest.mark.parametrize("stand_in", ["managed", "pinned"], indirect=True)
 def test_fabric_pages_from_the_first_step(stand_in):
     precision = plugin("auto")
     fabric = Fabric(accelerator="cpu", devices=1, plugins=precision)

@@ -3,7 +3,7 @@
 import copy
 import re
 
-import pytest
+import torch
 from torch import nn
 
 from lightning_qlora import ConversionReport, QLoRAConfig, QLoRAPrecision, convert, quantize
@@ -12,7 +12,6 @@ from tests.toys import Lit, toy
 
 
 def test_a_line_begins_with_the_whole_name_of_its_layers():
-    pytest.importorskip("transformers")
     module = Lit(toy("llama", tie_word_embeddings=True))
     text = str(convert(module, r=4))
     for name, count in (("layers.*.self_attn.q_proj", 2), ("layers.*.post_attention_layernorm", 2)):
@@ -24,17 +23,40 @@ def test_a_line_begins_with_the_whole_name_of_its_layers():
     assert "no weights are known to be loaded: linear layers larger than their adapter" in text
 
 
-def test_the_summary_has_the_lines_that_apply():
-    net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
-    *lines, last = convert(copy.deepcopy(net), r=4, target_modules=["0"]).summary().splitlines()
-    assert lines == ["512 of 4,800 parameters train (10.67%)"]
-    assert re.fullmatch(r"parameters take [\d.]+ kB, 17.15 kB before; converted 1 layers in [\d.]+ s", last)
-    arguments = {"target_modules": ["0"], "modules_to_save": ["1"], "compute_dtype": "bf16"}
-    *lines, _ = convert(net.bfloat16(), r=4, **arguments).summary().splitlines()
-    assert lines == [
-        "640 of 4,800 parameters train (13.33%): 512 in adapters and 128 in full",
-        "what trains in full is held in fp32 (512 bytes) and computes in bfloat16",
-    ]
+def test_the_numbers_of_a_conversion():
+    """16-bit parameters in an embedding of which rows train, two 4-bit layers, a dense one, a norm, and a head."""
+    linear = nn.Linear(64, 64, bias=False)
+    layers = nn.Embedding(16, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64), linear, nn.Linear(64, 8)
+    module = nn.Sequential(*layers).bfloat16()
+    other = copy.deepcopy(module)
+    arguments = {"r": 4, "target_modules": ["1", "2"], "modules_to_save": ["5"]}
+    others = 16 * 64 + 2 * 64 + 2 * 64 + 64 * 64  # without weights in 4 bits, adapters, and the head
+    head = 64 * 8 + 8
+    adapters = 2 * 2 * 4 * 64
+    packed = quantize(torch.randn(64, 64)).nbytes
+    expected = {
+        "converted": ["1", "2"],
+        "trained_in_full": {"5": "in modules_to_save"},
+        "skipped": {"4": "not in target_modules"},
+        "trainable_parameters": adapters + 3 * 64 + head,
+        "total_parameters": others + 2 * 64 * 64 + head + adapters + 3 * 64,
+        "bytes_before": 2 * (others + 2 * 64 * 64 + head),
+        "bytes_after": 2 * others + 2 * packed + 4 * (adapters + 3 * 64 + head),
+        "shapes": {"1": (64, 64), "2": (64, 64)},
+        "frozen": ["3"],
+        "adapter_parameters": adapters + 3 * 64,
+        "trained_rows": {"0": 3},
+        "full_precision_bytes": 4 * head,
+        "full_precision_computes_in": ["bfloat16"],
+    }
+    report = convert(module, **arguments, trainable_token_indices={"0": [1, 2, 3]}, compute_dtype="bf16")
+    assert report == ConversionReport(**expected, seconds=report.seconds) and report.seconds > 0
+    again = convert(module, **arguments, trainable_token_indices={"0": [1, 2, 3]}, compute_dtype="bf16")
+    for name in ("converted", "trainable_parameters", "total_parameters", "bytes_after", "trained_rows"):
+        assert getattr(again, name) == expected[name]
+    held = convert(other, **arguments, compute_dtype="fp16")
+    assert (held.held_bytes, held.bytes_after) == (2 * others, 4 * (others + adapters + head) + 2 * packed)
+    assert held.full_precision_computes_in == [] and held.held_in_fp32[0].startswith("compute_dtype='fp16'")
 
 
 def test_a_notebook_shows_a_table():

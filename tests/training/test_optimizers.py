@@ -322,7 +322,7 @@ def test_16_bit_parameters_that_a_step_of_adam_does_not_move_are_named(kind, rec
         parameter.grad = None if name == "unused" else torch.ones_like(parameter)
     Audit({}).before_step(module, optimizer)
     texts = [str(each.message) for each in recwarn]
-    named = f"quarter, a_half train in 16 bits, and a step of {kind.__name__}, about its learning rate, is smaller "
+    named = f"a_half, quarter train in 16 bits, and a step of {kind.__name__}, about its learning rate, is smaller "
     if kind is torch.optim.SGD:
         assert texts == []
     else:

@@ -207,9 +207,7 @@ class QLoRAConfig:
     @property
     def all_linear(self) -> bool:
         """Whether target_modules has all linear layers."""
-        if isinstance(self.target_modules, str):
-            return self.target_modules == ALL_LINEAR
-        return ALL_LINEAR in self.target_modules
+        return ALL_LINEAR in self.target_modules  # no regular expression contains it
 
     @property
     def named_targets(self) -> str | list[str]:

@@ -69,14 +69,16 @@ class Built(pl.LightningModule):
         return getattr(y, "logits", y)
 
     def training_step(self, batch, batch_idx):
-        return distance(self(batch))
+        return loss_of(self(batch), batch)
 
     def configure_optimizers(self):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.5)
 
 
-def distance(y):
-    """The loss of outputs: to another target for each row, with a gradient of at most 1."""
+def loss_of(y, batch):
+    """Cross entropy of logits of tokens; else the distance to another target for each row, with gradients up to 1."""
+    if y.ndim == 3:
+        return F.cross_entropy(y.flatten(0, 1), batch.flatten())
     target = torch.arange(len(y), dtype=torch.float32).view(-1, *[1] * (y.ndim - 1))
     return F.smooth_l1_loss(y.float(), (0.5 + target).expand(y.shape))
 
@@ -250,13 +252,16 @@ KINDS = {
     "Dropout": Kind("plain", {"lora_dropout": 0.3, "use_rslora": True, "checkpoint": "full"}),
     "DoRA": Kind("plain", {"use_dora": True}),
     "PiSSA": Kind("plain", {"init_lora_weights": "pissa"}),
-    "Teacher": Kind("teacher", {"modules_to_save": ["head"]}),
-    "Tied": Kind("tied"),
+    "Teacher": Kind("teacher", {"modules_to_save": ["head"], "quant_type": "int4"}),
+    "Tied": Kind("tied", {"quant_type": "fp4", "double_quant": False}),
     "NewHead": Kind("in_16_bits", {"modules_to_save": ["head"]}, tolerance=0.1),
-    "Llama": Kind("llama", tokens=True),
-    "GPT2": Kind("gpt2", tokens=True),
+    "Llama": Kind("llama", {"deferred_logits": True}, tokens=True),
+    "Tokens": Kind(
+        "llama", {"trainable_token_indices": [5, 3, 60], "target_modules": ["all-linear", "lm_head"]}, tokens=True
+    ),
+    "GPT2": Kind("gpt2", {"use_dora": True, "block_size": 32}, tokens=True),
     "Bert": Kind("bert", {"modules_to_save": ["classifier"]}, tokens=True),
-    "Experts": Kind("experts", tokens=True),
+    "Experts": Kind("experts", {"use_rslora": True}, tokens=True),
     "TwoInFabric": Kind("in_fabric"),
     "MixedInFabric": Kind("in_fabric_mixed", {"compute_dtype": "bf16"}, tolerance=0.1),
     "Calibrated": Kind("plain", {"init_lora_weights": "calibrated"}),
@@ -337,7 +342,7 @@ class Pair:
 
     def loss(self, module, batch, call=None):
         torch.manual_seed(self.batches)
-        return distance((call or module)(batch))
+        return loss_of((call or module)(batch), batch)
 
     def derive(self, module, loss):
         """The backward pass of a loss."""

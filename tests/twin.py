@@ -3,8 +3,9 @@
     twin = dense_twin(converted, plain)     # `plain`: an equal module that was not converted
 
 Every 4-bit weight becomes the decoded one with a parametrization of torch (`Adapted`), whose parameters are A and B,
-with DoRA the magnitudes. What is done to both must have the same result (`assert_same`). A twin of a module in 16 bits
-is in fp32: it has the values of the 16 bits, and none of their rounding.
+with DoRA the magnitudes; an embedding of which some tokens train has one with their rows (`WithRows`). What is done to
+both must have the same result. A twin of a module in 16 bits is in fp32: it has the values of the 16 bits, and none of
+their rounding.
 """
 
 from types import MethodType
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from lightning_qlora.kernels.reference import dropout
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
 
@@ -39,9 +41,23 @@ class Adapted(nn.Module):
         delta = self.scaling * (self.lora_B @ self.lora_A)
         total = weight + (delta.mT if self.transposed else delta)
         if self.lora_magnitude_vector is not None:
-            norm = total.detach().norm(dim=1)
-            total = (self.lora_magnitude_vector / norm)[:, None] * total
+            inputs = 0 if self.transposed else 1
+            norm = total.detach().norm(dim=inputs)
+            total = (self.lora_magnitude_vector / norm).unsqueeze(inputs) * total
         return total
+
+
+class WithRows(nn.Module):
+    """W -> W with the rows of the tokens that train."""
+
+    def __init__(self, adapter):
+        super().__init__()
+        self.rows = nn.Parameter(adapter.trainable_tokens_delta.detach().clone())
+        self.indices = adapter.token_indices.tolist()
+        self.enabled = True
+
+    def forward(self, weight):
+        return weight.index_put((torch.tensor(self.indices),), self.rows) if self.enabled else weight
 
 
 def _with_dropout(layer, x):
@@ -67,13 +83,17 @@ def dense_twin(converted, plain):
         parametrize.register_parametrization(owner, key, Adapted(layer), unsafe=True)
         if layer.lora_dropout:
             owner.forward = MethodType(_with_dropout, owner)
+    for name, part in converted.named_modules():
+        if isinstance(part, TrainableTokens):
+            rows = WithRows(part.token_adapter)
+            parametrize.register_parametrization(plain.get_submodule(name), "weight", rows)
     for ours, dense in matched(converted, plain).values():
         dense.requires_grad_(ours.requires_grad)
     return plain
 
 
 def adapters_of(twin):
-    return [part for part in twin.modules() if isinstance(part, Adapted)]
+    return [part for part in twin.modules() if isinstance(part, (Adapted, WithRows))]
 
 
 def matched(converted, twin):
@@ -90,7 +110,10 @@ def matched(converted, twin):
             if ours is not None:
                 pairs[f"{name}.{part}"] = ours, getattr(adapted, part)
                 seen.add(id(ours))
-    others = dict(twin.named_parameters(remove_duplicate=False))
+    others = dict(twin.named_parameters(remove_duplicate=False))  # also what the user parametrized
+    for name, parameter in [*others.items()]:
+        name = name.replace("parametrizations.weight.original", "weight")
+        others[name.replace("parametrizations.weight.0.rows", DELTA)] = parameter
     for name, ours in converted.named_parameters():
         if id(ours) not in seen:
             pairs[name] = ours, others[name]

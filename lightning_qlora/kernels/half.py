@@ -71,7 +71,7 @@ def _largest(x: Tensor) -> Tensor:
     """The largest finite magnitude, [1]; 0 if there is none."""
     if not x.numel():
         return x.new_zeros(1)
-    return torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)
 
 
 def scaled_weight(weight: PackedBytes, scale: Any = scaled) -> tuple[PackedBytes, Tensor]:

@@ -66,7 +66,7 @@ def quantize(
 
 def check_finite(weight: Tensor) -> None:
     """Raise ValueError if a weight holds NaN or Inf."""
-    low, high = torch.aminmax(weight.detach())
+    low, high = torch.aminmax(weight)
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
 

@@ -281,14 +281,6 @@ CHECKS = {
 }
 
 
-KNOWN: dict[tuple[str, str], str] = {}
-
-
-def known(kind, check):
-    """Why a check is not made."""
-    return KNOWN.get((kind, check))
-
-
 def assert_equal(ours, expected):
     assert ours.keys() == expected.keys()
     for name, value in expected.items():

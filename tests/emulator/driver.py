@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.triton import launch
 from tests.emulator import accesses, arithmetic, tensor_cores, warps  # noqa: F401  they enter their instructions
 from tests.emulator.machine import run
 from tests.emulator.program import Program
+from tests.kernels.triton.launches import forget_launches
 
 SHARED = {"cuda": 227 * 1024, "hip": 64 * 1024}  # of a block, at most
 PROGRAMS: dict[bytes, Any] = {}
@@ -58,12 +57,12 @@ def emulated(target: str) -> Iterator[Emulation]:
     launch.target = lambda device: target
     knobs.runtime.add_stages_inspection_hook = _without_ptxas
     torch.version.hip = "emulated" if _target(target).backend == "hip" else None
-    _forget_launches()
+    forget_launches()
     try:
         yield emulation
     finally:
         driver._active, launch.target, knobs.runtime.add_stages_inspection_hook, torch.version.hip = before
-        _forget_launches()
+        forget_launches()
 
 
 def _without_ptxas(*stages: Any) -> tuple[str, str] | None:
@@ -73,14 +72,6 @@ def _without_ptxas(*stages: Any) -> tuple[str, str] | None:
     if "cubin" in stages[1]:
         stages[1]["cubin"] = lambda source, metadata: source.encode()
     return None
-
-
-def _forget_launches() -> None:
-    """Prepared launches hold kernels that were compiled for one target."""
-    for module in iter_modules(kernels.__path__):
-        for value in vars(import_module(f"{kernels.__name__}.{module.name}")).values():
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
 
 
 def _target(name: str) -> GPUTarget:
@@ -142,10 +133,6 @@ class EmulatedDriver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        """Nothing is timed: of several tiles the first one is used."""
-        return lambda call, quantiles: [1.0] * len(quantiles)
 
 
 def _launch(

@@ -50,9 +50,7 @@ def _compiled_anew():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(
-    ("layer", "rows", "bias", "dtype"), every_pair([*LAYERS], [16, 256, 2048], [None, 0.0, 8.0], HALVES)
-)
+@pytest.mark.parametrize(("layer", "rows", "bias", "dtype"), every_pair([*LAYERS], [16, 256], [None, 8.0], HALVES))
 def test_the_share_of_a_small_adapter(layer, rows, bias, dtype):
     """With few rows several layers count together: the noise of one is larger than the bound."""
     repeats = max(1, 1024 // rows) * (4 if bias == 8 and dtype is torch.bfloat16 else 1)

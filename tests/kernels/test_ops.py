@@ -1,15 +1,20 @@
+import re
+from contextlib import suppress
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import convert, quantize
-from lightning_qlora.kernels import ops, reference
-from lightning_qlora.kernels.grouped_linear import can_group
+from lightning_qlora.kernels import eager, ops, reference
+from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager, lora_linear
+from lightning_qlora.quantization.packed_weight import stack_bytes
 from tests.kernels.forward import forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,22 +54,35 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lead", [(0,), (2, 0)])
-def test_an_input_without_rows_has_an_output_without_rows(dtype, lead):
-    """As an expert of a mixture gets it that no token chose; columns of whole runs, for the fused products."""
+@pytest.mark.parametrize(("lead", "p"), [((0,), 0.0), ((2, 0), 0.1)])
+def test_an_input_without_rows_has_an_output_without_rows(dtype, lead, p):
+    """As an expert that no token chose gets it; columns of whole runs, for the loops that once read four rows."""
     weight, x, bias, lora_a, lora_b = make(columns=128, lead=lead, dtype=dtype)
-    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, 0.1, torch.tensor([3])))
+    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, p, torch.tensor([3]) if p else None))
     assert y.shape == (*lead, 48)
     grads = torch.autograd.grad(y.sum(), [x, bias, lora_a, lora_b])
     assert grads[0].shape == x.shape
     assert all((grad == 0).all() for grad in grads[1:])
 
 
-def test_a_weight_of_another_width_or_with_too_few_bytes_is_refused():
+def test_operands_that_do_not_fit_are_refused():
     """The fused products read by address, so they would read past the input or the weight."""
-    weight, x, _, lora_a, lora_b = make(columns=128, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"weight \[48, 128\] x must be \[\.\.\., 128\], .*got x \[2, 5, 64\]"):
-        lora_linear(x[..., :64], weight, None, LoRA(lora_a[:, :64], lora_b, 0.5))
+    weight, x, bias, lora_a, lora_b = make(columns=128, dtype=torch.bfloat16)
+    lora = LoRA(lora_a, lora_b, 0.5)
+    expected = "lora_linear: with a weight [48, 128] x must be [..., 128], A [r, 128], B [48, r] and bias [48]; got x "
+    for operands, text in (
+        ((x[..., :64], None, lora), "[2, 5, 64] and [(4, 128), (48, 4), None]."),
+        ((x, None, lora._replace(a=lora_a[:, 1:])), "[2, 5, 128] and [(4, 127), (48, 4), None]."),
+        ((x, None, lora._replace(b=lora_b[:, 1:])), "[2, 5, 128] and [(4, 128), (48, 3), None]."),
+        ((x, None, lora._replace(b=lora_b[1:])), "[2, 5, 128] and [(4, 128), (47, 4), None]."),
+        ((x, bias[1:], lora), "[2, 5, 128] and [(4, 128), (48, 4), (47,)]."),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(expected + text)}$"):
+            lora_linear(operands[0], weight, *operands[1:])
+    with pytest.raises(TypeError, match=r"^x: must be float32, bfloat16 or float16, not torch\.float64\.$"):
+        lora_linear(x.double(), weight, None, lora)
+    with pytest.raises(TypeError, match=r"^x: must be float32 for products in fp16 whose .* not torch\.bfloat16\.$"):
+        lora_linear(x, weight, None, lora._replace(in_fp16=True))
     wide = torch.cat([x, x], -1)
     lora_a = torch.cat([lora_a, lora_a], -1)
     wrong = weight._replace(shape=(48, 256))
@@ -84,15 +102,29 @@ def test_another_device_than_that_of_the_input_is_an_error(places, grad, m):
     """Each of these ended the process: kernels read from an address of another device."""
     weight, x, bias, lora_a, lora_b = make(rows=64, columns=64, lead=(m,))
     layer = {"lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    for key in places if isinstance(places, tuple) else (places,):
+    places = places if isinstance(places, tuple) else (places,)
+    for key in places:
         if key in layer:
             layer[key] = layer[key].detach().to("meta")
         else:
             weight = weight._replace(**{key: getattr(weight, key).to("meta")})
-    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"meta.*one device"):
+
+    def pattern(has_bias):
+        """A weight on two devices has an error of its own."""
+        if places != ("packed", "absmax", "nested") and {"packed", "absmax"} & {*places}:
+            return "A 4-bit weight has its codes on .* Move all to one device"
+        names = {"packed": "the 4-bit weight", "lora_a": "A", "lora_b": "B"} | (
+            {"bias": "the bias"} if has_bias else {}
+        )
+        texts = [f"{name} is on {'meta' if key in places else 'cpu'}" for key, name in names.items()]
+        return re.escape(
+            f"x is on cpu, {', '.join(texts)}. All must be on one device: move the input with x.to(device), "
+        )
+
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=pattern(True)):
         lora_linear(x, weight, layer["bias"], LoRA(layer["lora_a"], layer["lora_b"], 0.5))
-    if places != "bias":  # the experts of one function have none
-        with pytest.raises(ValueError, match=r"meta.*one device"):
+    if places != ("bias",):  # the experts of one function have none
+        with pytest.raises(ValueError, match=pattern(False)):
             can_group(x, weight, LoRA(layer["lora_a"], layer["lora_b"]))
 
 
@@ -161,8 +193,8 @@ def test_gradcheck_of_the_adapter_in_double_precision_through_the_reference():
     assert torch.autograd.gradcheck(Reference.apply, inputs)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_opcheck_passes_forward_and_backward(p):
+@pytest.mark.parametrize(("p", "needs_x"), [(0.0, False), (0.3, True)])
+def test_opcheck_passes_forward_and_backward(p, needs_x):
     weight, x, bias, lora_a, lora_b = make()
     seed = torch.tensor([7]) if p else None
     forward = (x, *weight, bias, *LoRA(lora_a, lora_b, 0.5, p, seed))
@@ -170,17 +202,17 @@ def test_opcheck_passes_forward_and_backward(p):
     grad = torch.randn(2, 5, 48)
     xa = torch.randn(10, 4)
     lora = LoRA(lora_a.detach(), lora_b.detach(), 0.5, p, seed)
-    for needs_x in (True, False):
-        backward = (grad, x.detach(), xa, *weight, *lora, needs_x)
-        torch.library.opcheck(torch.ops.lightning_qlora.lora_linear_backward, backward)
+    backward = (grad, x.detach(), xa, *weight, *lora, needs_x)
+    torch.library.opcheck(torch.ops.lightning_qlora.lora_linear_backward, backward)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_opcheck_passes_for_quantize_and_dequantize(double_quant):
+def test_opcheck_passes_for_quantize_dequantize_and_scales(double_quant):
     weight = torch.randn(5, 77)
     torch.library.opcheck(torch.ops.lightning_qlora.quantize, (weight, "nf4", 64, double_quant))
     packed = quantize(weight, double_quant=double_quant).to_bytes()
     torch.library.opcheck(torch.ops.lightning_qlora.dequantize, (*packed, torch.bfloat16))
+    torch.library.opcheck(torch.ops.lightning_qlora.scales, (packed.absmax, packed.nested, None))
 
 
 def test_the_backward_pass_keeps_x_and_xa_and_parameters_alone():
@@ -220,22 +252,23 @@ def test_dropout_keeps_the_expectation():
     assert (kept == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_torch_compile_sees_one_graph(p):
-    weight, x, bias, lora_a, lora_b = make()
+@pytest.mark.parametrize(("p", "dtype"), [(0.0, torch.bfloat16), (0.3, torch.float32)])
+def test_torch_compile_sees_one_graph(p, dtype):
+    """A bias of another type than x, and an input that needs no gradient, too."""
+    weight, x, bias, lora_a, lora_b = make(dtype=dtype)
     seed = torch.tensor([7]) if p else None
 
     def function(x):
         return torch.relu(lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, p, seed)))
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    grad = torch.randn(2, 5, 48)
-    for one, other in zip(
-        torch.autograd.grad(compiled(x), [x, lora_a, lora_b], grad),
-        torch.autograd.grad(function(x), [x, lora_a, lora_b], grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other)
+    grad = torch.randn(2, 5, 48, dtype=dtype)
+    for each, inputs in ((x, [x, bias, lora_a, lora_b]), (x.detach(), [bias, lora_a, lora_b])):
+        y = compiled(each)
+        assert y.dtype is dtype
+        gradients = torch.autograd.grad(y, inputs, grad)
+        for one, other in zip(gradients, torch.autograd.grad(function(each), inputs, grad), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
@@ -249,24 +282,6 @@ def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
     second = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
     second.sum().backward()
     torch.testing.assert_close(first, second.detach())  # the order of the sums differs
-
-
-def test_wrong_shapes_and_types_are_named():
-    weight, x, bias, lora_a, lora_b = make()
-    with pytest.raises((ValueError, RuntimeError), match=r"A \[r, 36\]"):
-        lora_linear(x, weight, bias, LoRA(lora_a[:, :-1], lora_b, 0.5))
-    with pytest.raises((TypeError, RuntimeError), match="float64"):
-        lora_linear(x.double(), weight, bias, LoRA(lora_a, lora_b, 0.5))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_no_rows_at_all(dtype):
-    """The C loops for few rows once read four where there were none."""
-    weight, _, _, lora_a, lora_b = make(rows=64, columns=128)
-    x = torch.empty(0, 128, dtype=dtype, requires_grad=True)
-    y = lora_linear(x, weight, None, LoRA(lora_a, lora_b, 0.5))
-    y.sum().backward()
-    assert (y.shape, x.grad.shape, lora_a.grad.abs().sum()) == ((0, 64), (0, 128), 0)
 
 
 @pytest.mark.parametrize("m", [4, 100])
@@ -330,7 +345,72 @@ def test_plain_tensors_alone_take_the_short_way(monkeypatch):
     assert not is_eager(x, a)
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_opcheck_passes_for_scales(double_quant):
-    packed = quantize(torch.randn(5, 77), double_quant=double_quant).to_bytes()
-    torch.library.opcheck(torch.ops.lightning_qlora.scales, (packed.absmax, packed.nested, None))
+@pytest.mark.parametrize("lead", [(3,), (1, 3), ()])
+def test_a_pass_without_gradient_and_dropout_is_one_call_of_c(monkeypatch, lead):
+    """The result is that of the two parts."""
+    if eager.compiled_library() is None:
+        pytest.skip("no C compiler")
+    weight, x, bias, *adapter = make(columns=64, lead=lead)
+    calls = []
+    in_one_call = eager.lora_linear
+    monkeypatch.setattr(eager, "lora_linear", lambda *given: calls.append(1) or in_one_call(*given))
+    lora = LoRA(*adapter, 0.5)
+    expected = lora_linear(x, weight, bias, lora)
+    with torch.no_grad():
+        lora_linear(x, weight, bias, lora._replace(p=0.5, seed=torch.tensor([1])))
+        lora_linear(x, weight, bias, lora._replace(in_fp16=True))
+        with forward_ad.dual_level(), suppress(NotImplementedError):
+            lora_linear(forward_ad.make_dual(x, x), weight, bias, lora)
+        assert not calls
+        y = lora_linear(x, weight, bias, lora)
+    assert calls == [1] and y.shape == (*lead, 48)
+    torch.testing.assert_close(y, expected)
+    with torch.no_grad():
+        many = lora_linear(x.new_ones(65, 64), weight, bias, lora)  # more rows than the loops are fast for
+    assert many.shape == (65, 48)
+
+
+def test_experts_in_one_function_are_one_layer_after_another(monkeypatch):
+    """Outputs, zeros for rows that no expert has, gradients, and the dropout mask of all rows."""
+    weights, a, b = zip(*((weight, a, b) for weight, _, _, a, b in (make(24, 64) for _ in range(3))), strict=True)
+    stack = stack_bytes(weights)
+    ends = torch.tensor([4, 4, 9], dtype=torch.int32)
+    x, a, b = (tensor.detach().requires_grad_() for tensor in (torch.randn(11, 64), torch.stack(a), torch.stack(b)))
+    seed = torch.tensor([5])
+    lora = LoRA(a, b, 0.7, 0.3, seed)
+    y = grouped_linear(x, ends, stack, lora)
+    dropped = reference.dropout(x, 0.3, seed)
+    parts = [
+        x[rows] @ reference.dequantize(weights[e], x.dtype).T + 0.7 * dropped[rows] @ a[e].T @ b[e].T
+        for e, rows in ((0, slice(4)), (2, slice(4, 9)))
+    ]
+    expected = torch.cat([*parts, x.new_zeros(2, 24)])
+    grad = torch.randn(11, 24)
+    torch.testing.assert_close(y, expected)
+    ours, theirs = (torch.autograd.grad(of, [x, a, b], grad, retain_graph=True) for of in (y, expected))
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="have no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    turned = grouped_linear(x.T.contiguous().T, ends, stack, lora)
+    assert torch.equal(turned, y)
+    for wrong in (x[:, 1:], x.double()):
+        text = f"x must be [rows, 64] of a float type with at most 32 bits; got {[*wrong.shape]}, {wrong.dtype}."
+        with pytest.raises(ValueError, match=f"^grouped_linear: {re.escape(text)}$"):
+            grouped_linear(wrong, ends, stack, lora)
+
+
+def test_which_experts_one_function_computes(monkeypatch):
+    """On a CPU none; else those whose adapters are of one type and have a rank, outside of torch.compile."""
+    weights, a, b = zip(*((weight, a, b) for weight, _, _, a, b in (make(24, 64) for _ in range(2))), strict=True)
+    stack = stack_bytes(weights)
+    x = torch.randn(3, 64)
+    lora = LoRA(torch.stack(a), torch.stack(b))
+    assert can_group(x, stack, lora) is False
+    monkeypatch.setattr(eager, "can_group", lambda *given: given == (x, stack, lora) or given[0] is x)
+    assert can_group(x, stack, lora)
+    assert not can_group(x, stack, lora._replace(a=lora.a.bfloat16()))
+    assert not can_group(x, stack, LoRA(lora.a[:, :0], lora.b[..., :0]))
+    assert not can_group(x.to("meta"), stack, lora)
+    with pytest.raises(ValueError, match="A 4-bit weight"):
+        can_group(x, stack._replace(packed=stack.packed[:, :-1]), lora)

@@ -121,7 +121,7 @@ class Library:
     def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
         """See `reference.quantize`."""
         book = codebook(quant_type)
-        flat = weight.detach().reshape(-1).contiguous()
+        flat = weight.reshape(-1).contiguous()
         packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
         absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
         self._loaded.quantize(

@@ -201,8 +201,8 @@ def number_of_shares(tiles: int, programs: int, steps: int) -> int:
     if torch.version.hip or tiles > COUNTERS.value:
         return 1
     shares = max(1, min(programs // tiles, steps // 4))
-    per_share = max(1, -(-steps // shares))
-    return max(1, -(-steps // per_share))
+    per_share = -(-steps // shares)
+    return -(-steps // per_share)
 
 
 def shared_launch(

@@ -84,7 +84,7 @@ def _nest_kernel(absmax, mean, codes, nested, code_at, n, BLOCK: tl.constexpr, B
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`; it does not wait for the device."""
     device = weight.device
-    flat = weight.detach().reshape(-1)
+    flat = weight.reshape(-1)
     n = flat.numel()
     book = codebook(quant_type, str(device))
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)

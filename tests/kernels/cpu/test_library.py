@@ -1,6 +1,5 @@
 """The C kernels in every variant this machine can run, against the specification; and what happens without them."""
 
-import multiprocessing
 import os
 import shutil
 import stat
@@ -9,6 +8,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from lightning_qlora.kernels.scratch import _all_threads, release, scratch
 from lightning_qlora.quantization import codebooks
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from tests.conftest import raises_in_one_line
+from tests.kernels.forks import in_forks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (5, 4096), (70, 2112)]
@@ -112,7 +113,8 @@ def test_few_rows_are_the_references(library, dtype, tolerance):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.99])
-def test_the_dropout_mask_is_the_references_everywhere(library, dtype, p):
+def test_the_dropout_mask_is_the_references_everywhere(library, dtype, p, monkeypatch):
+    monkeypatch.setattr(eager, "CHUNK", 999)
     x = torch.randn(37, 1000).to(dtype)
     seed = torch.tensor([2**61 + 12345])
     expected = reference.dropout(x, p, seed)
@@ -152,15 +154,36 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, width, library):
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
-def test_a_weight_given_as_views_is_read_right(library):
+def test_views_are_read_right(library):
     made = library.quantize(torch.randn(64, 64), "nf4", 64, True)
-    strided = [torch.stack([part, part], 1)[:, 0] for part in made[:3]]
-    out = library.dequantize_into(torch.empty(64 * 64), PackedBytes(*strided, *made[3:]))
+    strided = PackedBytes(*(torch.stack([part, part], 1)[:, 0] for part in made[:3]), *made[3:])
+    out = library.dequantize_into(torch.empty(64 * 64), strided)
     assert torch.equal(out, reference.dequantize(made, torch.float32).view(-1))
     transposed = torch.randn(96, 32).T
     assert torch.equal(
         library.quantize(transposed, "nf4", 64, True).packed, reference.quantize(transposed, "nf4", 64, True).packed
     )
+    if library.multiplies(4, made, torch.float32):
+        lora = LoRA(torch.randn(64, 8).T, torch.randn(8, 64).T.bfloat16(), 0.5)
+        x = torch.randn(64, 4).T
+        bias = torch.randn(128)[::2].double()
+        for xa in (reference.lora_project(x, lora), torch.randn(8, 4).T):
+            expected = torch.empty(4, 64)
+            reference.linear_into(expected, x, xa, made, bias, lora)
+            torch.testing.assert_close(library.lora_linear(torch.empty(4, 64), x, strided, bias, lora, xa), expected)
+
+
+def test_for_how_many_rows_the_loops_multiply(library, request):
+    form = request.node.callspec.params["library"]
+    assert library.form.endswith(", one thread") == (form == "plain, one thread")
+    wide = "AVX-512" in library.form
+    weights = [reference.quantize(torch.ones(2, columns), "nf4", 64, True) for columns in (64, 80)]
+    multiplies = [library.multiplies(m, weights[0], torch.float32) for m in (0, 1, 16, 17, 64, 65)]
+    assert multiplies in ([False, True, True, wide, wide, False], [False] * 6)
+    assert multiplies[1] or form == "plain, one thread"
+    of_halves = [library.multiplies(m, weights[0], torch.bfloat16) for m in (0, 1, 16, 17)]
+    assert of_halves == [False, wide, wide, False]
+    assert not library.multiplies(1, weights[1], torch.float32)
 
 
 def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(library):
@@ -256,22 +279,23 @@ def train(monkeypatch):
     module.compiled_library.cache_clear()
 
 
-def test_without_a_compiler_everything_works_and_one_line_says_so(train, tmp_path, caplog):
+@pytest.mark.parametrize("fails", [False, True], ids=["none", "one that fails"])
+def test_without_a_compiler_everything_works_and_one_line_says_so(train, compiler, tmp_path, caplog, fails):
     _, packed, grad = train(build.cache_folder())
     caplog.clear()
-    path, packed_without, grad_without = train(tmp_path / "without", PATH=tmp_path, CC="")
-    assert path.startswith("plain torch")
-    assert caplog.text.count("C kernels not compiled") == 1
-    assert "no C compiler on PATH" in caplog.text
+    without = {"PATH": tmp_path, "CC": ""}
+    text = "no C compiler on PATH (tried the environment variable CC and gcc, cc, clang)"
+    if fails:
+        compiler("echo 'cc1: no such thing' >&2\nexit 1")
+        without = {}
+        text = "no flags: cc1: no such thing"
+    path, packed_without, grad_without = train(tmp_path / "without", **without)
+    assert path == "plain torch (the C kernels could not be compiled)"
+    (message,) = caplog.messages
+    assert message.startswith("C kernels not compiled, so 4-bit layers run in plain torch, which is slower: ")
+    assert message.endswith(text)
     assert torch.equal(packed, packed_without)
     torch.testing.assert_close(grad, grad_without, rtol=1e-4, atol=0)
-
-
-def test_a_failing_compiler_is_reported_with_its_words(train, compiler, tmp_path, caplog):
-    compiler("echo 'cc1: no such thing' >&2\nexit 1")
-    train(tmp_path)
-    assert caplog.text.count("C kernels not compiled") == 1
-    assert "cc1: no such thing" in caplog.text
 
 
 def test_it_is_built_once_however_many_start_together(load, tmp_path, monkeypatch):
@@ -321,29 +345,12 @@ def cache(load):
     return copied.rename(library)
 
 
-def in_forks(number, call):
-    """The exit codes of processes that call it at the same time."""
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=call) for _ in range(number)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
-
-
 def test_half_a_library_is_built_again_and_not_loaded(cache, load):
     """Loading it would end the process with a bus error, at every start."""
     size = cache.stat().st_size
     os.truncate(cache, size // 2)
-    assert in_forks(1, lambda: load().one()) == [0]
+    assert in_forks(1, lambda _: load().one()) == [0]
     assert [file.stat().st_size for file in cache.parent.iterdir()] == [size]
-
-
-def test_the_copy_is_loaded_and_not_compiled_again(cache, load, monkeypatch):
-    made = builds(monkeypatch)
-    load()
-    assert not made
 
 
 def builds(monkeypatch):
@@ -399,7 +406,7 @@ def test_a_cache_or_a_library_of_another_user_is_not_loaded(cache, load, monkeyp
         load()
 
 
-@pytest.mark.parametrize("how", ["writable", "link", "other functions"])
+@pytest.mark.parametrize("how", ["as it was", "writable", "link", "other functions"])
 def test_a_planted_library_is_compiled_again(how, cache, load, monkeypatch, tmp_path):
     made = builds(monkeypatch)
     if how == "writable":
@@ -407,7 +414,7 @@ def test_a_planted_library_is_compiled_again(how, cache, load, monkeypatch, tmp_
     elif how == "link":
         cache.rename(tmp_path / "planted.so")
         cache.symlink_to(tmp_path / "planted.so")
-    else:
+    elif how == "other functions":
         (tmp_path / "planted.c").write_text("int planted(void) { return 1; }")
         subprocess.run([build.compiler(), "-shared", tmp_path / "planted.c", "-o", tmp_path / "planted.so"], check=True)
         name = cache.stem.rpartition("-")[0]
@@ -415,18 +422,98 @@ def test_a_planted_library_is_compiled_again(how, cache, load, monkeypatch, tmp_
         cache = (tmp_path / "planted.so").rename(cache.with_name(f"{name}-{build._hash(tmp_path / 'planted.so')}.so"))
         cache.chmod(0o700)
     assert load().one() == 1
-    assert len(made) == 1
+    assert len(made) == (how != "as it was")
 
 
 def test_eight_processes_compile_once(load, tmp_path, compiler):
     compiler(f'echo x >> "{tmp_path}/calls"\nsleep 0.2\nexec "{{cc}}" "$@"')
-    assert in_forks(8, load) == [0] * 8
+    assert in_forks(8, lambda _: load()) == [0] * 8
     assert (tmp_path / "calls").read_text().split() == ["x", "x"]  # compile, link
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_full_disk_is_no_reason_for_a_slower_variant(load, compiler, monkeypatch):
-    compiler("echo 'fatal error: error writing to x.o: No space left on device' >&2\nexit 1")
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("echo out; echo 'cc1: no' >&2; exit 1", "cc1: no"),
+        ("echo out; exit 1", "out"),
+        ("exit 3", "exit status 3"),
+        ("echo $LC_ALL; exit 1", "C"),
+        ("printf 'caf\\351' >&2; exit 1", "caf\ufffd"),
+        ("printf '%500s' x; exit 1", "x"),
+        ("printf 'y%.0s' $(seq 500); exit 1", "y" * 400),
+    ],
+)
+def test_what_a_failing_compiler_says_is_in_the_error(load, compiler, script, text):
+    compiler(script)
+    with pytest.raises(build.BuildError) as raised:
+        load(variants=((), ("-x", "-y")))
+    assert str(raised.value) == f"{os.environ['CC']} failed; no flags: {text}; -x -y: {text}"
+
+
+def test_a_compiler_that_takes_too_long_is_an_error(load, compiler, monkeypatch):
+    compiler("exec sleep 60")
+    monkeypatch.setattr(build, "TIMEOUT", 0.3)
+    with pytest.raises(build.BuildError) as raised:
+        load()
+    assert str(raised.value) == (
+        "the compiler took more than 0.3 seconds: try again when the machine is less busy, or set CC to another "
+        "compiler"
+    )
+
+
+def test_the_compiler_is_the_one_of_the_environment_else_the_first_on_the_path(monkeypatch, tmp_path):
+    for name in ("clang", "cc"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for cc, expected in (("", "cc"), ("clang", "clang"), ("missing", "cc")):
+        monkeypatch.setenv("CC", cc)
+        assert build.compiler() == str(tmp_path / expected)
+
+
+def test_what_a_library_depends_on(load, tmp_path, monkeypatch):
+    made = builds(monkeypatch)
+    variants = ((),)
+    for number, change in enumerate(
+        (
+            lambda: None,
+            lambda: (tmp_path / "source" / "included.h").write_text("// another source"),
+            lambda: monkeypatch.setattr(build, "_processor", lambda: "another one"),
+            lambda: monkeypatch.setattr(build, "FLAGS", build.FLAGS[:-1]),
+        ),
+        start=1,
+    ):
+        change()
+        for _ in range(2):
+            load(variants=variants)
+        assert len(made) == number
+
+
+def test_what_is_known_of_a_processor(monkeypatch, tmp_path):
+    """Of a Mac what sysctl says."""
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor: 0\nmodel name: X\nflags: a b\n\nprocessor: 1\nmodel name: Y\n")
+    monkeypatch.setattr(build, "Path", lambda name: info if name == "/proc/cpuinfo" else Path(name))
+    calls = []
+    monkeypatch.setattr(build.platform, "machine", lambda: "m")
+    monkeypatch.setattr(build.platform, "processor", lambda: "Intel64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert build._processor() == "m AVX2 model name: Xflags: a b"
+    info.unlink()
+    monkeypatch.setattr(build.platform, "system", lambda: "Windows")
+    assert build._processor() == "m AVX2 Intel64"
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    answer = SimpleNamespace(stdout="Apple M1")
+    monkeypatch.setattr(build.subprocess, "run", lambda command, **options: calls.append((command, options)) or answer)
+    assert build._processor() == "m AVX2 Apple M1"
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    assert calls == [(command, {"capture_output": True, "text": True, "check": False})]
+
+
+@pytest.mark.parametrize("text", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_disk_is_no_reason_for_a_slower_variant(load, compiler, monkeypatch, text):
+    compiler(f"echo 'fatal error: error writing to x.o: {text}' >&2\nexit 1")
     with raises_in_one_line(build.BuildError, r"bytes free.*Free some space"):
         load()
     compiler("exit 1")  # killed, for example
@@ -452,46 +539,55 @@ def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(lo
 
 
 def test_flags_fit_the_system():
-    assert not any("march" in flag for flags in build.flag_lists("Windows") for flag in flags)
-    mac = build.flag_lists("Darwin")
-    assert mac.index(("-mcpu=native", "-fopenmp")) < mac.index(("-mcpu=native",))
-    assert all(lists[-1] == () for lists in (mac, build.flag_lists("Linux"), build.flag_lists("Windows")))
+    native, v3, mcpu, threads = "-march=native", "-march=x86-64-v3", "-mcpu=native", "-fopenmp"
+    assert build.flag_lists("Windows") == ((threads,), ())
+    with_threads = (native, threads), (v3, threads), (mcpu, threads)
+    assert build.flag_lists("Linux") == (*with_threads, (native,), (v3,), (mcpu,), ())
+    with_threads = (mcpu, threads), (native, threads), (mcpu, "-Xclang", threads), (native, "-Xclang", threads)
+    assert build.flag_lists("Darwin") == (*with_threads, (mcpu,), (native,), ())
 
 
 @pytest.mark.parametrize(
-    ("capability", "form"), [("avx2", "AVX2"), pytest.param("default", "plain C", marks=pytest.mark.slow)]
+    ("capability", "form"), [("AVX2", "AVX2"), pytest.param("DEFAULT", "plain C", marks=pytest.mark.slow)]
 )
-def test_the_library_has_no_instructions_that_torch_does_not_use(capability, form, tmp_path):
+def test_the_library_has_no_instructions_that_torch_does_not_use(capability, form, monkeypatch):
     """Of an emulated processor or a copied home folder, torch's choice is the surer one: others end the process."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or module.compiled_library() is None:
         pytest.skip("needs AVX-512 and a C compiler")
-    code = "from lightning_qlora.kernels import eager; print(eager.path())"
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "LIGHTNING_QLORA_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert result.stdout.strip() == f"C kernels, {form}", result.stderr
+    processor = build._processor()
+    monkeypatch.setattr(build, "_processor", lambda: processor)  # what is compiled already is not compiled again
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    module.compiled_library.cache_clear()
+    try:
+        assert eager.path() == f"C kernels, {form}"
+    finally:
+        module.compiled_library.cache_clear()
 
 
-def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(cache, monkeypatch):
-    """As torch's wheels for ARM load it. Another package's is not taken."""
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
+def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(cache, monkeypatch, system, exists):
+    """As torch's wheels for ARM and for Macs load it. Another package's is not taken."""
     opened = []
 
     def open_library(path, mode=0):
         opened.append((path, mode))
+        if mode and not exists:
+            raise OSError("not loaded")
         return object()  # without OpenMP's functions
 
-    of_torch = f"{build.TORCH}/lib/libgomp-1.so"
-    maps = f"00 r--p 0 00:00 0 /x/scikit_learn.libs/libgomp.so\n00 r-xp 0 00:00 0 {of_torch}\n00 rw-p 0 00:00 0\n"
+    libraries = {"Linux": f"{build.TORCH}/lib/libgomp-1.so", "Darwin": f"{build.TORCH}/lib/libomp.dylib"}
+    paths = ("/x/scikit_learn.libs/libgomp.so", libraries["Linux"], "")
+    maps = "".join(f"00 r--p 0 00:00 0 {path}\n" for path in paths)
     monkeypatch.setattr(build.ctypes, "CDLL", open_library)
-    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(build.platform, "system", lambda: system)
     monkeypatch.setattr(build.Path, "read_text", lambda _: maps)
     build._open(cache)
-    assert opened == [(None, 0), (of_torch, os.RTLD_GLOBAL | os.RTLD_NOLOAD), (str(cache), 0)]
+    of_torch = [(libraries[system], os.RTLD_GLOBAL | os.RTLD_NOLOAD)] if system in libraries else []
+    assert opened == [(None, 0)] * (system == "Linux") + of_torch + [(str(cache), 0)]
 
 
-def test_no_home_folder_and_a_compiler_that_does_not_speak_utf8_are_failures_like_others(load, compiler, monkeypatch):
-    compiler("printf 'caf\\351' >&2\nexit 1")
-    with pytest.raises(build.BuildError, match="caf"):
-        load()
+def test_no_home_folder_is_a_failure_like_others(load, monkeypatch):
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home.")))
@@ -505,5 +601,8 @@ def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):
     assert build.cache_folder() == tmp_path
 
 
-def test_the_path_says_when_the_environment_turned_the_loops_off(train, tmp_path):
+def test_the_path_says_when_the_environment_turned_the_loops_off(train, tmp_path, monkeypatch):
     assert train(tmp_path, LIGHTNING_QLORA_NO_BUILD="1")[0] == "plain torch (LIGHTNING_QLORA_NO_BUILD is set)"
+    for value in ("", "0"):
+        monkeypatch.setenv("LIGHTNING_QLORA_NO_BUILD", value)
+        assert not module.is_off()

@@ -42,6 +42,16 @@ def test_with_onednn_bf16_is_fast():
     assert products(torch.bfloat16).error <= 0.51 or torch.backends.cpu.get_cpu_capability().startswith("SVE")
 
 
+def test_the_limits_and_the_text():
+    for values, slow, text in (
+        ((15.0, 0.75), False, "products are fast and rounded once (error 0.8 eps)"),
+        ((15.4, 0.5), True, "a product takes 15 times as long as in fp32"),
+        ((1.0, 0.76), True, "the sums of a product are rounded several times (error 0.8 eps; 0.5 with one rounding)"),
+    ):
+        measured = Products(*values)
+        assert (measured.is_slow, str(measured)) == (slow, text)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.float8_e4m3fn])
 def test_only_floats_of_16_bits_are_measured(dtype, monkeypatch):
     monkeypatch.setattr(module, "_measure", lambda _: pytest.fail("measured"))

@@ -1,8 +1,8 @@
-"""The short form of the compile gate (`make compile-kernels` runs all of it), and the gate's own tests."""
+"""The short form of the compile gate for one card (`make compile-kernels` runs all of it), and the gate's own tests."""
 
 import json
-from importlib import import_module
-from pkgutil import iter_modules
+from collections import defaultdict
+from itertools import product
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import tiles as search
-from benchmarks.compile_kernels import SHORT, cases, check, main
+from benchmarks.compile_kernels import cases, check, main
 from benchmarks.compiled import recorded
 from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels import verify
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.lora_products import MAX_GRID, lora_down, lora_up
+from tests.kernels.triton.launches import MODULES, forget_launches
 from tests.toys import needs
 
 
@@ -25,12 +27,15 @@ def table(tmp_path, monkeypatch):
     return tmp_path / "tiles.json"
 
 
+SHORT = [case for case in cases("sm_90") if case.short]
+ONE_OF_EACH = {case.name.split(",")[0]: case for case in SHORT}.values()
+OTHERS = [pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in SHORT if case not in ONE_OF_EACH]
+
+
 @needs("triton", "3.9", "the budgets are those of its code")
-@pytest.mark.parametrize(
-    ("target", "case"), [pytest.param(t, c, id=f"{t}, {c.name}") for t in SHORT for c in cases(t) if c.short]
-)
-def test_a_launch_compiles_within_its_budget(target, case):
-    _, _, wrong = check(case, target)
+@pytest.mark.parametrize("case", [*(pytest.param(case, id=case.name) for case in ONE_OF_EACH), *OTHERS])
+def test_a_launch_compiles_within_its_budget(case):
+    _, _, wrong = check(case, "sm_90")
     assert not wrong
 
 
@@ -50,14 +55,43 @@ def test_a_candidate_of_the_search_for_tiles_that_does_not_compile_is_dropped(ta
 
 
 def test_no_kernel_is_left_out():
-    modules = [import_module(f"{kernels.__name__}.{module.name}") for module in iter_modules(kernels.__path__)]
     compiled = set()
     for target in ("sm_75", "sm_90"):  # torch multiplies for the first
         for case in cases(target):
             with recorded(target) as launches:
                 case.launch()
             compiled.add(launches[case.place].kernel.__name__)
-    assert compiled == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert compiled == {name for module in MODULES.values() for name in vars(module) if name.endswith("_kernel")}
+
+
+def test_the_check_of_a_card_reaches_both_values_of_each_choice_of_a_kernel():
+    """Dropout or none, sums that programs share or not, ..., and each type."""
+    seen = defaultdict(set)
+    for op, target in product(verify.OPS, ("sm_90", "sm_75")):  # torch multiplies for the second one
+        for arguments in verify.cases(op):
+            if target == "sm_75" and op.startswith("grouped"):
+                continue
+            forget_launches()
+            with recorded(target) as launches:
+                getattr(kernels, op)(*arguments)
+            for each in launches:
+                name = each.kernel.__name__
+                types = [value.dtype for value in each.arguments.values() if isinstance(value, torch.Tensor)]
+                seen[name, "types"].update(types)
+                for key, value in each.arguments.items():
+                    if isinstance(value, bool):
+                        seen[name, key].add(value)
+    alone = {key for key, values in seen.items() if "types" not in key and len(values) < 2}
+    assert alone == {("_combine_kernel", "ADD"), ("_matmul_kernel", "BIAS")}  # True in both
+    for name in (
+        "_down_kernel",
+        "_up_kernel",
+        "_matmul_kernel",
+        "_gradients_kernel",
+        "_product_kernel",
+        "_adamw_kernel",
+    ):
+        assert seen[name, "types"] >= {torch.float32, torch.bfloat16, torch.float16}, name
 
 
 @pytest.mark.parametrize(("hip", "target"), [(None, "sm_90"), ("7.0", "gfx942")])

@@ -1,10 +1,8 @@
 """Launches without a card: a driver that keeps what a launch would give to it."""
 
 import itertools
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +12,28 @@ pytest.importorskip("triton")
 import triton.compiler
 from triton.runtime import driver
 
+from benchmarks import host_overhead
 from benchmarks.compiled import recorded, source
-from benchmarks.host_overhead import Driver
+from lightning_qlora.kernels import ops, reference
+from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.half import to_half
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton.adamw_kernel import adamw_step
+from lightning_qlora.kernels.triton.grouped import can_group
 from lightning_qlora.kernels.triton.launch import Launch, Tile, number_of_shares
-from lightning_qlora.kernels.triton.lora_products import _down_kernel, _up_kernel, lora_down, lora_gradients
+from lightning_qlora.kernels.triton.linear import can_add_matmul
+from lightning_qlora.kernels.triton.lora_products import (
+    _down_kernel,
+    _up_kernel,
+    lora_down,
+    lora_gradients,
+    lora_up,
+    rank_tile,
+)
+from lightning_qlora.quantization.packed_weight import stack_bytes
+from tests.kernels.triton.launches import forget_launches
 
-ROOT = Path(__file__).parents[3]
 X = torch.zeros(3, 64).bfloat16()
 W = torch.zeros(64, 16)
 OUT = torch.zeros(3, 64).bfloat16()
@@ -38,13 +51,93 @@ def test_no_share_of_a_sum_is_empty(tiles):
         assert (shares - 1) * per_share < steps <= shares * per_share
 
 
+def test_programs_are_shared_only_where_the_loop_is_long_enough(monkeypatch):
+    assert number_of_shares(tiles=2, programs=512, steps=100) == 25
+    assert number_of_shares(tiles=100, programs=512, steps=100) == 5
+    assert number_of_shares(tiles=600, programs=512, steps=100) == 1
+    assert number_of_shares(tiles=1, programs=512, steps=3) == 1
+    assert [number_of_shares(tiles, 1 << 20, steps=100) for tiles in (1024, 1025)] == [25, 1]  # counters
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert number_of_shares(tiles=2, programs=512, steps=100) == 1
+
+
+def test_the_tile_of_ranks():
+    assert [rank_tile(r) for r in (1, 16, 17, 32, 33, 64, 65, 200)] == [16, 16, 32, 32, 64, 64, 64, 64]
+
+
+def test_the_tile_of_a_size_and_a_card(monkeypatch):
+    monkeypatch.setattr(launch, "target", launch.target.__wrapped__)
+    card = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx942:sramecc+")
+    )
+    assert [launch.target(device) for device in (card, torch.device("cpu"))] == ["sm_91", "interpreter"]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert launch.target(card) == "gfx942"
+    for target, sizes in {"sm_80": (16, 32, 64), "sm_90": (16, 32, 64), "sm_100": (16, 32, 64), "sm_75": ()}.items():
+        monkeypatch.setattr(launch, "target", lambda device, target=target: target)
+        tiles = [launch.find_tile("matmul", card, size).get("M", 0) for size in (0, 16, 17, 32, 33, 64, 65, 129)]
+        last = 64 if target == "sm_80" else 0
+        assert tiles == ([16, 16, 32, 32, 64, 64, last, 0] if sizes else [0] * 8)
+    assert (
+        launch.find_tile("adamw", card)["BLOCKS"] == 4 and launch.find_tile("quantize", card, 4096)["WEIGHTS"] == 4096
+    )
+
+
+def layer(rows, columns, *experts):
+    """x in bf16, a weight, or those of several experts, and its adapter."""
+    weight = reference.quantize(torch.randn(rows, columns), "nf4", 64, True)
+    if experts:
+        weight = stack_bytes([weight] * experts[0])
+    return (
+        torch.zeros(4, columns).bfloat16(),
+        weight,
+        LoRA(torch.zeros(*experts, 4, columns), torch.zeros(*experts, rows, 4)),
+    )
+
+
+def test_what_the_kernels_leave_to_torch(monkeypatch):
+    x, small, _ = layer(32, 128)
+    experts, stack, lora = layer(64, 128, 2)
+    assert can_add_matmul(x, small) and can_group(experts, stack, lora)
+    assert can_add_matmul(x.half(), small) and can_add_matmul(to_half(x), small)
+    assert not can_add_matmul(x.float(), small)
+    assert can_add_matmul(x.new_zeros(64, 128), small) and not can_add_matmul(x.new_zeros(65, 128), small)
+    assert not can_add_matmul(x[:0], small)
+    assert not can_add_matmul(*layer(32, 100)[:2])
+    assert not can_group(experts, stack, lora._replace(b=lora.b.mT.contiguous().mT))
+    assert not can_group(experts, stack, lora._replace(a=torch.zeros(lora.a.numel() + 1)[1:].view(lora.a.shape)))
+    assert not can_group(*layer(64, 100, 2))
+    monkeypatch.setattr(Launch, "__call__", lambda *_: pytest.fail("a kernel ran"))
+    w = torch.randn(8, 64)
+    assert lora_down(X[:0], w).shape == (0, 8) and lora_down(X, w[:0]).shape == (3, 0)
+    assert not lora_up(H[:, :0], w.T[:, :0], torch.ones(3, 64).bfloat16()).any()
+    none = (torch.zeros(2, dtype=torch.int32), stack, lora)
+    y, xa = kernels.grouped_linear(experts[:0], *none)
+    gradients = kernels.grouped_linear_backward(y, experts[:0], xa, *none)
+    assert [each.shape for each in (y, xa, *gradients)] == [(0, 64), (0, 4), (0, 128), lora.a.shape, lora.b.shape]
+    assert not any(gradient.any() for gradient in gradients)
+    for target, has_tiles in {"sm_70": False, "sm_75": False, "sm_80": True, "sm_121": True}.items():
+        monkeypatch.setattr(launch, "target", lambda device, target=target: target)
+        assert can_add_matmul(x, small) == can_group(experts, stack, lora) == has_tiles
+        if not has_tiles:
+            h = torch.randn(5, 64).half()
+            torch.testing.assert_close(lora_down(h, w, 0.5), 0.5 * h @ w.half().T)
+            torch.testing.assert_close(lora_up(h[:, :8], w.T, torch.empty_like(h), 0.5), 0.5 * h[:, :8] @ w.half())
+            grad_a, grad_b = torch.empty(8, 64), torch.empty(64, 8)
+            lora_gradients(h[:, :8], h, grad_a, h[:, 8:16], h, grad_b, 0.5)
+            torch.testing.assert_close(grad_a, (h[:, :8].T @ h).float())
+            torch.testing.assert_close(grad_b, (0.5 * h.T @ h[:, 8:16]).float())
+
+
 @pytest.fixture
 def driven(monkeypatch):
     """The calls of the driver: grid, stream, function, metadata of the kernel, and what follows."""
     calls = []
     handles = itertools.count(1)
 
-    class Recorder(Driver):
+    class Recorder(host_overhead.Driver):
         class launcher_cls:
             def __init__(self, *_):
                 pass
@@ -52,21 +145,36 @@ def driven(monkeypatch):
             def __call__(self, *arguments):
                 calls.append(arguments)
 
-        class utils(Driver.utils):
+        class utils(host_overhead.Driver.utils):
             load_binary = staticmethod(lambda *_: (1, next(handles), 32, 0, 1024))
 
         get_current_device = staticmethod(lambda: 1000)  # a real card must not get what was compiled here
 
     monkeypatch.setattr(driver, "_active", Recorder())
     monkeypatch.setattr(launch, "target", lambda device: "sm_90")
-    return calls
+    forget_launches()
+    yield calls
+    forget_launches()
 
 
-def test_launches_of_a_layer():
-    """The counts in docs/kernels.md. A new process counts, because `host_overhead` does not remove its driver."""
-    script = "from benchmarks import host_overhead as one; one.REPEATS = one.CALLS = 1; one.main([])"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    cells = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ours")]
+def test_launches_of_a_layer(driven, monkeypatch, capsys):
+    """The counts in docs/kernels.md."""
+
+    class Counter(host_overhead.Driver):
+        get_current_device = staticmethod(lambda: 1001)
+
+    monkeypatch.setattr(host_overhead, "Driver", Counter)
+    monkeypatch.setattr(host_overhead, "REPEATS", 1)
+    monkeypatch.setattr(host_overhead, "CALLS", 1)
+    monkeypatch.setattr(ops, "backend", ops.backend)
+    monkeypatch.setitem(launch.TABLE, "matmul", launch.TABLE["matmul"])
+    threads = torch.get_num_threads()
+    try:
+        host_overhead.main([])
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+    cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
     launches = {cell[0].removeprefix("| ours, "): (int(cell[1]), int(cell[3])) for cell in cells}
     assert launches == {"dropout": (4, 5), "no dropout": (4, 5), "no dropout, few rows": (3, 5)}
 
@@ -86,6 +194,40 @@ def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
     assert addresses(short[:6]) == addresses(by_triton[:6])
     assert short[6:9] == (None, None, None)
     assert addresses(short[9:]) == addresses(by_triton[9:])
+
+
+def test_what_a_launch_writes_has_a_new_version_once_it_is_compiled_and_before_it_runs(driven, monkeypatch):
+    tile = Tile(M=16, N=64, num_warps=8, num_stages=2)
+    launch = Launch(_up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, **CONSTANTS)
+    arguments = (H, W, OUT, *[OUT] * 4), (0, 0, 0, 0.5), [OUT]
+    before = OUT._version
+
+    def fail(*_, **__):
+        raise RuntimeError("fails")
+
+    for place, name in ((triton.compiler, "compile"), (driver.active.launcher_cls, "__call__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fail)
+            monkeypatch.setattr(_up_kernel, "device_caches", defaultdict(_up_kernel.create_binder))
+            with pytest.raises(RuntimeError, match="fails"):
+                launch(*arguments)
+    assert OUT._version == before + 1
+    for _ in range(2):
+        launch(*arguments)
+    assert OUT._version == before + 3
+    assert len(driven) == 2
+
+
+def test_two_types_of_parameters_in_one_launch_are_refused():
+    both = [torch.zeros(3), torch.zeros(3).half()]
+    with pytest.raises(AssertionError, match=r"read all parameters as one type, .*got \{.*float16"):
+        adamw_step(both, both, both, both, None)
+
+
+def test_a_trial_launch_that_does_nothing_is_an_error(driven):
+    with pytest.raises(RuntimeError, match="a kernel ran without an error and did nothing"):
+        launch.check_launch(torch.device("cpu"))
+    assert len(driven) == 1
 
 
 def test_other_types_and_unaligned_tensors_get_kernels_of_their_own(driven):

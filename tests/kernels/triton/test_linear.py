@@ -41,24 +41,6 @@ def test_dropout_equals_the_reference_bit_for_bit(dtype, p, seed):
     assert torch.equal(dropout(x, p, key, x.clone()), memory[:1503])
 
 
-@pytest.mark.parametrize(("dtype", "p", "has_bias"), every_pair(DTYPES, [0.0, 0.3], [True, False]))
-def test_many_rows_forward_and_backward(dtype, p, has_bias):
-    weight, x, grad, bias, lora_a, lora_b = layer(96, 160, 8, dtype, m=80)
-    seed = torch.tensor([5]) if p else None
-    choices = (lora_a, lora_b, 0.7, p, seed)
-    y, xa = forward(kernels, x, weight, bias if has_bias else None, *choices)
-    expected, expected_xa = forward(reference, x, weight, bias if has_bias else None, *choices)
-    assert_near(y, expected, dtype)
-    assert_near(xa, expected_xa, dtype)
-    for needs_x in (True, False):
-        ours = kernels.linear_backward(grad, x, xa, weight, LoRA(*choices), needs_x)
-        theirs = reference.linear_backward(grad, x, expected_xa, weight, LoRA(*choices), needs_x)
-        assert (ours[0] is None) == (not needs_x)
-        for mine, yours in zip(ours, theirs, strict=True):
-            if yours is not None:
-                assert_near(mine, yours, dtype)
-
-
 def test_gradients_are_contiguous_as_torch_compile_is_told():
     """The shape function says so, and code that Inductor generates reads them by these strides."""
     weight, x, grad, _, *adapter = layer(64, 64, 4, torch.float16, m=20)

@@ -4,7 +4,7 @@ import torch
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.kernels.triton.launch import COUNTERS, Launch, number_of_shares
+from lightning_qlora.kernels.triton.launch import COUNTERS
 from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from tests.conftest import every_pair
 from tests.kernels.triton.test_linear import DTYPES, assert_near
@@ -74,12 +74,12 @@ def test_the_mask_is_that_of_the_reference_in_every_element(dtype):
     assert torch.equal(grad_b, x.float().T)  # the input of B is not dropped
 
 
-@pytest.mark.parametrize("seed", SEEDS, ids=["all kept", "dropout"])
-def test_sums_of_several_programs_have_the_same_bits_every_time(seed, monkeypatch):
-    x = draw(600, 64).bfloat16()
-    h = draw(600, 8).bfloat16()
-    wide = draw(4, 1600).bfloat16()
-    long = draw(8, 1600)
+def test_sums_of_several_programs_have_the_same_bits_every_time(monkeypatch):
+    seed = SEEDS[1]
+    x = draw(200, 64).bfloat16()
+    h = draw(200, 8).bfloat16()
+    wide = draw(4, 800).bfloat16()
+    long = draw(8, 800)
     results = []
     for programs in (1, 64, 64):
         for kernel, size in (("lora_down", "K"), ("lora_gradients", "N")):
@@ -93,19 +93,3 @@ def test_sums_of_several_programs_have_the_same_bits_every_time(seed, monkeypatc
     assert all(torch.equal(one, other) for one, other in zip(*results[1:], strict=True))
     for one, other in zip(*results[:2], strict=True):
         assert_near(one, other, torch.bfloat16)
-
-
-def test_programs_are_shared_only_where_the_loop_is_long_enough():
-    assert number_of_shares(tiles=2, programs=512, steps=100) == 25
-    assert number_of_shares(tiles=100, programs=512, steps=100) == 5
-    assert number_of_shares(tiles=600, programs=512, steps=100) == 1
-    assert number_of_shares(tiles=1, programs=512, steps=3) == 1
-
-
-@pytest.mark.parametrize("target", ["sm_70", "sm_75"])
-def test_a_card_without_tiles_computes_with_torch(monkeypatch, target):
-    monkeypatch.setattr(launch, "target", lambda device: target)
-    monkeypatch.setattr(Launch, "__call__", lambda *_: pytest.fail("a kernel ran"))
-    x = draw(5, 64, dtype=torch.float16)
-    w = draw(8, 64)
-    assert_near(lora_down(x, w, 0.5), 0.5 * x @ w.half().T, torch.float16)

@@ -5,18 +5,16 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.kernels.triton.linear import add_matmul_, can_add_matmul
+from lightning_qlora.kernels.triton.linear import add_matmul_
 from tests.conftest import every_pair
 from tests.kernels.forward import forward
 from tests.kernels.triton.test_linear import assert_near, layer
 
 HALVES = [torch.bfloat16, torch.float16]
+SHAPES = [(64, 64), (7, 128), (100, 576)]
 
 
-SHAPES = [(64, 64), (100, 448), (7, 128), (130, 1088)]
-
-
-@pytest.mark.parametrize(("dtype", "m", "shape"), every_pair(HALVES, [1, 15, 16, 17, 64], SHAPES))
+@pytest.mark.parametrize(("dtype", "m", "shape"), every_pair(HALVES, [1, 16, 17, 64], SHAPES))
 def test_adds_the_product(dtype, m, shape):
     rows = shape[0]
     weight, x, _, bias, _, _ = layer(*shape, 4, dtype, m)
@@ -45,40 +43,11 @@ def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypat
     assert torch.equal(add_matmul_(torch.zeros_like(first), x, weight), first)
 
 
-def test_what_it_leaves_to_the_decoded_product(monkeypatch):
-    small, x, *_ = layer(32, 128, 4, torch.bfloat16, 4)
-    assert can_add_matmul(x, small)
-    assert not can_add_matmul(x.float(), small)
-    assert not can_add_matmul(x.new_zeros(65, 128), small)
-    assert not can_add_matmul(x[:0], small)
-    ragged, x, *_ = layer(32, 100, 4, torch.bfloat16, 4)
-    assert not can_add_matmul(x, ragged)
-    for target, is_fused in {"sm_70": False, "sm_75": False, "sm_80": True, "sm_121": True}.items():
-        monkeypatch.setattr(launch, "target", lambda device, target=target: target)
-        assert can_add_matmul(x.new_zeros(4, 128), small) == is_fused
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-def test_no_rows_at_all(dtype):
-    weight, x, grad, bias, lora_a, lora_b = layer(96, 256, 8, dtype, m=0)
+def test_no_rows_at_all():
+    weight, x, grad, bias, lora_a, lora_b = layer(96, 256, 8, torch.bfloat16, m=0)
     choices = (lora_a, lora_b, 0.7, 0.3, torch.tensor([5]))
     y, xa = forward(kernels, x, weight, bias, *choices)
     assert (y.shape, xa.shape) == ((0, 96), (0, 8))
     grad_x, grad_a, grad_b = kernels.linear_backward(grad, x, xa, weight, LoRA(*choices), True)
     assert grad_x.shape == (0, 256)
     assert not grad_a.any() and not grad_b.any()
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_few_rows_forward_and_backward(dtype, p):
-    weight, x, grad, bias, lora_a, lora_b = layer(96, 256, 8, dtype, m=9)
-    choices = (lora_a, lora_b, 0.7, p, torch.tensor([5]) if p else None)
-    y, xa = forward(kernels, x, weight, bias, *choices)
-    expected, expected_xa = forward(reference, x, weight, bias, *choices)
-    assert_near(y, expected, dtype)
-    ours = kernels.linear_backward(grad, x, xa, weight, LoRA(*choices), True)
-    for mine, yours in zip(
-        ours, reference.linear_backward(grad, x, expected_xa, weight, LoRA(*choices), True), strict=True
-    ):
-        assert_near(mine, yours, dtype)

@@ -1,0 +1,160 @@
+"""What the check of a backend finds, in backends of plain torch that are wrong on purpose."""
+
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_qlora.kernels import eager, reference, scratch, verify
+
+CPU = torch.device("cpu")
+RIGHT = {op: getattr(eager, op) for op in verify.OPS} | {
+    "grouped_linear": reference.grouped_linear,
+    "grouped_linear_backward": reference.grouped_linear_backward,
+}
+
+
+def fault(op, wrong, **others):
+    kernels = SimpleNamespace(**RIGHT | {op: wrong, "can_group": lambda *_: True} | others)
+    return verify.fault(kernels, CPU, op)
+
+
+@pytest.mark.parametrize("op", verify.OPS)
+def test_nothing_is_found_in_what_is_right(op):
+    calls = []
+    right = RIGHT[op]
+    assert fault(op, lambda *arguments: calls.append(1) or right(*arguments)) is None
+    assert len(calls) == len(list(verify.cases(op)))
+
+
+def scaled(op, by):
+    """The op with results that are too large."""
+
+    def wrong(*arguments):
+        result = RIGHT[op](*arguments)
+        return result * by if isinstance(result, torch.Tensor) else tuple(each * by for each in result)
+
+    return wrong
+
+
+def one_element(op, by):
+    """The op with an error in the largest element of its result."""
+
+    def wrong(*arguments):
+        result = RIGHT[op](*arguments)
+        largest = result.abs().argmax()
+        result.view(-1)[largest] *= by
+        return result
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "text"),
+    [
+        # All elements off: the bound of the norm is half of that of an element. Only exact ops have none.
+        ("lora_project", scaled("lora_project", 1 + 9e-4), None),
+        (
+            "lora_project",
+            scaled("lora_project", 1 + 1.1e-3),
+            "differs from the reference by 0.0011 of the largest value, limit 0.002, with float32 [70, 515]",
+        ),
+        ("lora_project", one_element("lora_project", 1 + 1.9e-3), None),
+        (
+            "lora_project",
+            one_element("lora_project", 1 + 2.2e-3),
+            "differs from the reference by 0.0022 of the largest value, limit 0.002, with float32 [70, 515]",
+        ),
+        (
+            "dequantize",
+            one_element("dequantize", 1 + 1e-6),
+            "differs from the reference by 9.9e-07 of the largest value, limit 0, with uint8 [9216]",
+        ),
+        (
+            "lora_project",
+            scaled("lora_project", torch.nan),
+            "differs from the reference by nan of the largest value, limit 0.002, with float32 [70, 515]",
+        ),
+        (
+            "lora_project",
+            lambda x, lora: RIGHT["lora_project"](x, lora).double(),
+            "gives torch.float64 [70, 8] and not torch.float32 [70, 8], with float32 [70, 515]",
+        ),
+        (
+            "dequantize",
+            lambda *arguments: RIGHT["dequantize"](*arguments).T,
+            "gives torch.float32 [256, 72] and not torch.float32 [72, 256], with uint8 [9216]",
+        ),
+        ("to_half", lambda x: 1 / 0, "ZeroDivisionError: division by zero, with float32 [90, 1500]"),
+        (
+            "to_half",
+            lambda x: RIGHT["to_half"](x.zero_().add_(1)),
+            "differs from the reference by 1.5 of the largest value, limit 0, with float32 [90, 1500]",
+        ),
+    ],
+)
+def test_what_is_wrong_is_described(op, wrong, text):
+    assert fault(op, wrong) == text
+
+
+def of_case(op, number, wrong):
+    """What is found in one case of an op."""
+    arguments = next(islice(verify.cases(op), number, None))
+    return verify.fault_in(arguments, SimpleNamespace(**{op: wrong}), CPU, op, [])
+
+
+@pytest.mark.parametrize(("number", "limit"), [(0, 2e-3), (1, 2e-2), (5, 4e-3), (6, 4e-3)])
+def test_the_limit_is_that_of_the_type(number, limit):
+    """fp32, bf16, fp16, and fp32 beside the fp16 of a `Half`."""
+    assert of_case("lora_project", number, one_element("lora_project", 1 + 0.7 * limit)) is None
+    assert f"limit {limit:g}" in of_case("lora_project", number, one_element("lora_project", 1 + 1.4 * limit))
+
+
+@pytest.mark.parametrize(("off", "differs"), [(1, False), (2, True)])
+def test_a_code_of_a_state_may_be_the_next_one(off, differs):
+    """Two values of fp32 can lie on two sides of the border between levels."""
+
+    def wrong(*arguments):
+        RIGHT["adamw8bit_step"](*arguments)
+        codes = arguments[2][0][0].view(-1)
+        codes[codes.argmax()] -= off
+
+    text = of_case("adamw8bit_step", 0, wrong)
+    assert text == (
+        "differs from the reference by 0.0078 of the largest value, limit 0.005, with float32 [300]"
+        if differs
+        else None
+    )
+
+
+@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda x: torch.empty(8),
+        lambda x: x.new_empty(8),
+        lambda x: torch.empty_like(x[:8]),
+        lambda x: torch.zeros(8),
+        lambda x: x.new_zeros(8),
+        lambda x: torch.zeros_like(x[:8]),
+        lambda x: scratch.scratch(8, torch.float32, CPU),
+        lambda x: x,
+    ],
+    ids=["empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "scratch", "argument"],
+)
+def test_a_write_beside_a_tensor_is_found(allocate, is_after):
+    def wrong(params, *rest):
+        RIGHT["adamw_step"](params, *rest)
+        memory = allocate(params[0])
+        place = memory.storage_offset() + (memory.numel() if is_after else -1)
+        memory.as_strided((1,), (1,), place)[0] = 1
+
+    scratch.scratch(8, torch.float32, CPU)  # a buffer of before is not used
+    assert fault("adamw_step", wrong) == "writes past the end of a tensor, with float32 [300]"
+
+
+def test_new_memory_is_nan_or_zero():
+    filled = []
+    fault("to_half", lambda x: filled.extend([torch.empty(2), torch.zeros(2)]))
+    assert filled[0].isnan().all() and not filled[1].any()

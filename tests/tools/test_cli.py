@@ -89,7 +89,6 @@ def test_inspect(trained, tmp_path, capsys):
     weights = [p for p in lit.parameters() if p.requires_grad]
     expected = {
         "base": f"{folder}/base",
-        "quantization": f"{BITS}, init_lora_weights=default, base_changed=False",
         "layers": LAYERS,
         "rank": "4",
         "alpha": "8",
@@ -98,10 +97,12 @@ def test_inspect(trained, tmp_path, capsys):
         "weights": f"{sum(p.numel() for p in weights):,}",
         "size of the weights": size_text(sum(p.nbytes for p in weights)),
     }
-    assert adapter == {"kind": "PEFT adapter"} | expected
+    words = [*BITS.split(", "), "init_lora_weights=default", "base_changed=False"]
+    assert adapter == expected | {"kind": "PEFT adapter", "quantization": ", ".join(sorted(words))}
     path = folder / "last.ckpt"
     assert read(["inspect", path], capsys) == expected | {
         "kind": "Lightning checkpoint of a converted module",
+        "quantization": ", ".join(words),
         "size of the checkpoint": size_text(path.stat().st_size),  # with two moments of the optimizer
         "trained on": trained_on,
         "base fingerprint": fingerprint_of_base(read_adapter_from_checkpoint(path)),

@@ -68,13 +68,16 @@ def _check(given: Instruction) -> None:
 
 @instruction(*FUNCTIONS)
 def _calculate(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
-    """d = f(a, b)."""
+    """d = f(a, b); max and min take three."""
     _check(given)
     to, first, *others = given.operands
-    value = blocks.read(first, given.type)
-    function = FUNCTIONS[given.words[0]]
-    value = function(value, *(blocks.read(operand, given.type) for operand in others)).astype(value.dtype, copy=False)
-    blocks.write(to, given.type, value, active)
+    function, value = FUNCTIONS[given.words[0]], blocks.read(first, given.type)
+    dtype = value.dtype
+    if not others:
+        value = function(value)
+    for operand in others:
+        value = function(value, blocks.read(operand, given.type))
+    blocks.write(to, given.type, value.astype(dtype, copy=False), active)
 
 
 def _working(type_name: str) -> type:

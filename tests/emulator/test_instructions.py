@@ -95,6 +95,7 @@ E, F, G, H = np.ascontiguousarray(FLOATS.T)
         ("fma.rn.f32 %r20, %r10, %r11, %r12;", (E.astype(float) * F + G).astype(np.float32)),
         ("div.rn.f32 %r20, %r10, %r11;", E / F),
         ("max.f32 %r20, %r10, %r11;", np.maximum(E, F)),
+        ("max.f32 %r20, %r10, %r11, %r12;", np.maximum(np.maximum(E, F), G)),
         ("abs.f32 %r21, %r10; sqrt.rn.f32 %r20, %r21;", np.sqrt(np.abs(E))),
         ("neg.f32 %r20, %r10;", -E),
         (

@@ -71,6 +71,8 @@ def test_a_wrong_value_an_error_a_hang_and_an_end_are_each_found_and_the_others_
     kernels.adamw_step = lambda *_: time.sleep(60)
     kernels.adamw8bit_step = lambda *_: os._exit(3)
     monkeypatch.setattr(verdict, "LIMIT", 4.0)
+    quick = ("quantize", "dequantize", "to_half", "adamw_step", "adamw8bit_step")
+    only(monkeypatch, *quick)
     started = []
     ended = []
 
@@ -83,7 +85,7 @@ def test_a_wrong_value_an_error_a_hang_and_an_end_are_each_found_and_the_others_
     start = time.monotonic()
     made = backends.backend(CPU)
     assert time.monotonic() - start < 40
-    assert started == [verify.OPS, verify.OPS[1:], verify.OPS[2:], verify.OPS[-1:]] and len(ended) == len(started)
+    assert started == [quick, quick[1:], quick[2:], quick[4:]] and len(ended) == len(started)
     assert made.failures == {
         "quantize": "AttributeError: 'list' object has no attribute 'undefined', with float32 [72, 256]",
         "dequantize": "differs from the reference by 1 of the largest value, limit 0, with uint8 [9216]",

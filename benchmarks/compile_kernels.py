@@ -195,13 +195,13 @@ def _adamw_cases(target: str) -> Iterator[Case]:
             kind = f"{NAMES[dtype]}{', odd size' * (n == 777)}, per element"
             # Two tensors, so that there is a table to search.
             params, grads, m, v = ([torch.zeros(n, dtype=d)] * 2 for d in (dtype, dtype, torch.float32, torch.float32))
-            codes, scales = [torch.zeros(n, dtype=torch.uint8)] * 2, [torch.zeros(-(-n // STATE_BLOCK_SIZE))] * 2
+            moment = [torch.zeros(n, dtype=torch.uint8)] * 2, [torch.zeros(-(-n // STATE_BLOCK_SIZE))] * 2
             # The usual launch, and the one of most instructions.
             short = (dtype, n) in ((torch.float32, 4096), (torch.bfloat16, 777))
             yield Case(f"AdamW {kind}", partial(adamw_step, params, grads, m, v, scalars), per_thread, 110, short=short)
             # An odd size has masks, and addresses of elements: about 35 more.
             yield Case(
-                f"8-bit AdamW {kind}", partial(adamw8bit_step, params, grads, codes, scales, codes, scales, scalars),
+                f"8-bit AdamW {kind}", partial(adamw8bit_step, params, grads, moment, moment, scalars),
                 per_thread, 260 if n == 4096 else 280, short=short,
             )  # fmt: skip
 

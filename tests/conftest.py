@@ -202,13 +202,27 @@ def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> t
     return done.stdout, [torch.load(path, weights_only=False) for path in saved]
 
 
-def run_rank(main: Callable[..., object]) -> None:
+def run_rank(main: Callable[..., object], ranks: int = 1) -> None:
     """Call `main` with the arguments of the script, and end this rank without the end of the interpreter.
+
+    With `ranks` this process is rank 0 and forks the others, with the variables that torchrun sets: an import of torch,
+    Lightning and transformers takes 8 s, and they share it.
 
     A thread of gloo may still hold the tensors of the last collective, and the process crashes if the interpreter is
     gone when they are freed (pytorch pull request 179291). destroy_process_group does not wait for the threads of a
     group that a module or a cache of torch refers to.
     """
+    others = []
+    if ranks > 1:
+        sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(TORCHRUN | sizes | {"RANK": "0", "LOCAL_RANK": "0"})
+    for rank in range(1, ranks):
+        child = os.fork()
+        if child == 0:
+            others.clear()
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            break
+        others.append(child)
     code = 0
     try:
         main(*sys.argv[1:])
@@ -217,6 +231,8 @@ def run_rank(main: Callable[..., object]) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in others:
+        code = code or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code)
 
 

@@ -89,6 +89,7 @@ MOE = [
     "hunyuan_v1_moe",
     "nllb-moe",
     "switch_transformers",
+    "afmoe",
 ]
 
 

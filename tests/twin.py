@@ -110,8 +110,8 @@ def matched(converted, twin):
             if ours is not None:
                 pairs[f"{name}.{part}"] = ours, getattr(adapted, part)
                 seen.add(id(ours))
-    others = {}
-    for name, parameter in twin.named_parameters(remove_duplicate=False):
+    others = dict(twin.named_parameters(remove_duplicate=False))  # also what the user parametrized
+    for name, parameter in [*others.items()]:
         name = name.replace("parametrizations.weight.original", "weight")
         others[name.replace("parametrizations.weight.0.rows", DELTA)] = parameter
     for name, ours in converted.named_parameters():

@@ -65,7 +65,7 @@ def run_kernels(device: torch.device) -> None:
     ops.adamw_step(params, grads, moments[0], moments[1], scalars)
     codes = [[torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes] for _ in range(2)]
     scales = [[torch.zeros(-(-size // 256), device=device) for size in sizes] for _ in range(2)]
-    ops.adamw8bit_step(params, grads, codes[0], scales[0], codes[1], scales[1], scalars)
+    ops.adamw8bit_step(params, grads, *zip(codes, scales, strict=True), scalars)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

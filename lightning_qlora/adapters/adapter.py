@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mode
 from typing import Any, NamedTuple
 
 import torch
@@ -117,12 +117,12 @@ class Adapter:
     @property
     def r(self) -> int:
         """The rank of most layers."""
-        return Counter(layer.r for layer in self.layers.values()).most_common(1)[0][0]
+        return mode(layer.r for layer in self.layers.values())
 
     @property
     def alpha(self) -> float:
         """The alpha of most layers."""
-        return Counter(round_alpha(layer.alpha) for layer in self.layers.values()).most_common(1)[0][0]
+        return mode(round_alpha(layer.alpha) for layer in self.layers.values())
 
     @property
     def rank_pattern(self) -> dict[str, int]:

@@ -123,11 +123,11 @@ def _changed_buffers(module: nn.Module, saved: Collection[str]) -> list[str]:
     conversion = conversion_of(module)
     if conversion is None:
         return []
-    buffers = {name: value for name, value in float_buffers(module) if name in conversion.buffers}
+    before = conversion.buffers
     return [
         name
-        for name, value in buffers.items()
-        if owner_name(name) not in saved and fingerprint(value) != conversion.buffers[name]
+        for name, value in float_buffers(module)
+        if name in before and owner_name(name) not in saved and fingerprint(value) != before[name]
     ]
 
 

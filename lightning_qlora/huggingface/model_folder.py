@@ -166,11 +166,11 @@ class ModelFolder(WeightFolder):
                 group.sources.setdefault(pattern, []).append(key)
         return [part for each in groups.values() for part in self._parts(each, loading.MergeModulelist)]
 
-    def _parts(self, group: TensorGroup, merge_experts: type) -> list[TensorGroup]:
+    def _parts(self, group: TensorGroup, merge_experts: Any) -> list[TensorGroup]:
         """Split a group that stacks experts into one per expert, so that memory holds one expert at a time."""
         numbers = {len(keys) for keys in group.sources.values()}
         operation: Any = group.transform.operations[0]
-        if not isinstance(operation, merge_experts) or getattr(operation, "dim", None) != 0 or len(numbers) != 1:
+        if not isinstance(operation, merge_experts) or operation.dim != 0 or len(numbers) != 1:
             return [group]
         return [
             replace(group, sources={p: [keys[i]] for p, keys in group.sources.items()}, expert=i)

@@ -258,7 +258,7 @@ class LoadPacked(_Operation):
         place: Tensor = getattr(layer, last_part(key))  # a parameter or a buffer
         if set(state) == {"weight"}:
             value = state["weight"].to(place.dtype)
-            if chosen is not None and not isinstance(getattr(chosen, "part", None), nn.Module):
+            if chosen is not None and isinstance(chosen.part, ExpertParameter):
                 return {key: value}  # quantized next
             return self.dense(key, value)
         try:

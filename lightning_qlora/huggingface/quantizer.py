@@ -101,7 +101,6 @@ class QLoRAQuantizer(HfQuantizer):
         folder: The folder of a model whose weights are read after it is sharded; None for other models.
     """
 
-    requires_calibration = False
     pre_quantized = False  # whether transformers reads tensors in the type of the files
 
     def __init__(self, loading: Loading) -> None:

@@ -190,6 +190,9 @@ def _groups(ends: Tensor) -> list[slice]:
     return [slice(begin, end) for begin, end in zip([0, *numbers], numbers, strict=False)]
 
 
+Moment = tuple[list[Tensor], list[Tensor]]  # in 8 bits: the codes of all tensors, and their scales
+
+
 @dataclass(frozen=True)
 class AdamWStep:
     """The scalars of one step, as in the formula of `adamw_step`."""
@@ -217,13 +220,7 @@ def adamw_step(
 
 @torch.no_grad()
 def adamw8bit_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg_codes: list[Tensor],
-    exp_avg_absmaxes: list[Tensor],
-    exp_avg_sq_codes: list[Tensor],
-    exp_avg_sq_absmaxes: list[Tensor],
-    scalars: AdamWStep,
+    params: list[Tensor], grads: list[Tensor], exp_avg: Moment, exp_avg_sq: Moment, scalars: AdamWStep
 ) -> None:
     """One step with 8-bit state, in place.
 
@@ -241,8 +238,8 @@ def adamw8bit_step(
     would be thousands of learning rates. Where v has a value, the maximum changes nothing in the first step and little
     later.
     """
-    moments = zip(exp_avg_codes, exp_avg_absmaxes, exp_avg_sq_codes, exp_avg_sq_absmaxes, strict=True)
-    for param, grad, (m_codes, m_absmax, v_codes, v_absmax) in zip(params, grads, moments, strict=True):
+    tensors = zip(params, grads, *exp_avg, *exp_avg_sq, strict=True)
+    for param, grad, m_codes, m_absmax, v_codes, v_absmax in tensors:
         m = dequantize_state(m_codes, m_absmax, signed=True)
         v = dequantize_state(v_codes, v_absmax, signed=False)
         _update(param, grad, m, v, scalars, bounded=True)

@@ -133,7 +133,7 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
             if op == "adamw_step":
                 yield params, grads, m, v, STEP
             else:
-                yield params, grads, [*map(codes, m)], scales, [*map(codes, v)], scales, STEP
+                yield params, grads, ([*map(codes, m)], scales), ([*map(codes, v)], scales), STEP
     elif op.startswith("grouped"):
         for (counts, *shape, p), kind in _with_halves(EXPERTS, 1):
             weights, a, b = zip(*(layer(*shape) for _ in counts), strict=True)

@@ -47,12 +47,11 @@ def initialize(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
 
 def _without_data(weight: Tensor, config: QLoRAConfig) -> Start:
     """Shapes alone. On the meta device `load_weights` reads the values once the module is sharded."""
-    r = config.r
     if config.init_kind.keeps_initial:
-        r = _checked_rank(weight, config)
+        _checked_rank(weight, config)
     base = ops.quantize_unchecked(weight, config.quant_type, config.block_size, config.double_quant)
-    lora_a = weight.new_empty(r, weight.shape[1], dtype=torch.float32)
-    lora_b = weight.new_empty(weight.shape[0], r, dtype=torch.float32)
+    lora_a = weight.new_empty(config.r, weight.shape[1], dtype=torch.float32)
+    lora_b = weight.new_empty(weight.shape[0], config.r, dtype=torch.float32)
     return base, lora_a, lora_b
 
 

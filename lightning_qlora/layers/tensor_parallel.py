@@ -117,7 +117,7 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
         placement: Placement = placements.get(name, WHOLE)
         # Without communication; `clone`: the memory of the whole is freed.
         part = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None).to_local().clone()
-        whole = DTensor.from_local(part, mesh, [placement], run_check=False)
+        whole = DTensor.from_local(part, mesh, [placement])
         layer.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
@@ -149,7 +149,7 @@ def split_linear(layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor:
     placement: Placement = Shard(y.dim() - 1)
     if split.by_inputs:
         placement = Partial()
-    return DTensor.from_local(y, split.mesh, [placement], run_check=False)
+    return DTensor.from_local(y, split.mesh, [placement])
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class TokenAdapter(WithAdapter):
         index = torch.tensor(indices, device=weight.device)
         with torch.no_grad():
             rows = F.embedding(index, weight)
-        self.trainable_tokens_delta = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True))
+        self.trainable_tokens_delta = nn.Parameter(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         self.register_buffer("token_indices", index, persistent=False)
         self.register_buffer("order", index.argsort(), persistent=False)
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
-from lightning_qlora.kernels.reference import AdamWStep
+from lightning_qlora.kernels.reference import AdamWStep, Moment
 from lightning_qlora.layers.dtensor import is_sharded, local
 from lightning_qlora.optim.optimizer_pages import windows
 from lightning_qlora.optim.pager import MIN_NUMEL, Pager
@@ -20,7 +20,6 @@ from lightning_qlora.optim.state_8bit import (
     block_count,
     is_8bit,
     quantize_like,
-    saved_betas,
     saved_parameters,
     shard_count,
     split_like,
@@ -134,11 +133,10 @@ class PagedAdamW8bit(Optimizer):
         Raises ValueError for parts of state (DTensors) that were saved in another number of shards.
         """
         super().load_state_dict({**state_dict, "state": {}})
-        betas = saved_betas(state_dict)
-        for index, param in saved_parameters(self, state_dict).items():
+        for index, param, betas in saved_parameters(self, state_dict):
             state = state_dict["state"].get(index, {})
             if not shard_count(param):
-                state = to_32bit(state, betas[index])
+                state = to_32bit(state, betas)
             saved_shards = int(state.get("shards", 1))
             if is_8bit(state) and saved_shards != shard_count(param):
                 if is_sharded(state[f"{MOMENTS[0]}_codes"]):
@@ -156,9 +154,9 @@ class PagedAdamW8bit(Optimizer):
                     device = torch.device("cpu")
                 self.state[param][key] = value.detach().to(device, copy=True)
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, params: list[Any], group: dict[str, Any]) -> None:
         for param in params:
-            if param.grad is not None and param.grad.layout != torch.strided:
+            if param.grad.layout != torch.strided:
                 raise TypeError(
                     "PagedAdamW8bit got a sparse gradient: use torch.optim.SparseAdam for that parameter, or make its "
                     "embedding with sparse=False."
@@ -170,7 +168,7 @@ class PagedAdamW8bit(Optimizer):
             state = self.state[param]
             state["step"] += 1
             # The last ranks may have no rows of a small sharded parameter.
-            if param.grad is not None and local(param).numel():
+            if local(param).numel():
                 key = (int(state["step"]), is_8bit(state), param.device, param.dtype, param.grad.dtype)
                 groups[key].append(param)
         beta1, beta2 = group["betas"]
@@ -178,32 +176,29 @@ class PagedAdamW8bit(Optimizer):
         for (step, in_8bit, *_), members in groups.items():
             scalars = AdamWStep(step, *map(float, numbers))  # they may be tensors
             params = [local(param) for param in members]
-            grads = [local(param.grad) for param in members if param.grad is not None]
+            grads = [local(param.grad) for param in members]
             if in_8bit:
-                m, v = (self._local_state(members, f"{moment}_codes") for moment in MOMENTS)
-                m_scales, v_scales = (self._local_scales(members, moment) for moment in MOMENTS)
-                adamw8bit_step(params, grads, m, m_scales, v, v_scales, scalars)
+                adamw8bit_step(params, grads, *(self._local_8bit(members, moment) for moment in MOMENTS), scalars)
             else:
-                m, v = (self._local_state(members, moment) for moment in MOMENTS)
-                adamw_step(params, grads, m, v, scalars)
+                adamw_step(params, grads, *(self._local_state(members, moment) for moment in MOMENTS), scalars)
 
     def _local_state(self, params: list[Tensor], key: str) -> list[Tensor]:
         return [local(self.state[param][key]) for param in params]
 
-    def _local_scales(self, params: list[Tensor], moment: str) -> list[Tensor]:
-        """The scales of the local blocks; a DTensor has as many on all ranks as the largest shard has blocks."""
+    def _local_8bit(self, params: list[Tensor], moment: str) -> Moment:
+        """Local codes and scales; a DTensor has as many scales on all ranks as the largest shard has blocks."""
+        codes = self._local_state(params, f"{moment}_codes")
         scales = self._local_state(params, f"{moment}_absmax")
-        return [absmax[: block_count(local(param).numel())] for param, absmax in zip(params, scales, strict=True)]
+        return codes, [absmax[: block_count(part.numel())] for part, absmax in zip(codes, scales, strict=True)]
 
 
 def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Load a state dict that was saved whole, or put together from shards: each tensor is split as its parameter is."""
     state = dict(saved["state"])
     if not isinstance(optimizer, PagedAdamW8bit):  # which splits its state in `load_state_dict`
-        betas = saved_betas(saved)
-        for index, param in saved_parameters(optimizer, saved).items():
+        for index, param, betas in saved_parameters(optimizer, saved):
             if index in state:
-                state[index] = split_like(param, to_32bit(state[index], betas[index]))
+                state[index] = split_like(param, to_32bit(state[index], betas))
     optimizer.load_state_dict({**saved, "state": state})
 
 

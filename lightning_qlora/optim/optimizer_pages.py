@@ -22,7 +22,7 @@ from lightning_qlora.optim.closure import before_update
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
 from lightning_qlora.optim.paged_state import PagedState, tensors_in
 from lightning_qlora.optim.pool import Pool
-from lightning_qlora.optim.state_8bit import saved_betas, saved_parameters, to_32bit
+from lightning_qlora.optim.state_8bit import saved_parameters, to_32bit
 
 
 class OptimizerPages:
@@ -154,8 +154,6 @@ class OptimizerPages:
             self.wait_prefetch()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.pools:
-            return
         for param, state in optimizer.state.items():
             values = [state]
             if isinstance(state, dict):
@@ -171,17 +169,16 @@ class OptimizerPages:
 
         8-bit moments are decoded: only PagedAdamW8bit can use them, and it loads its state itself.
         """
-        params = saved_parameters(optimizer, state_dict)
-        betas = saved_betas(state_dict)
         states = dict(state_dict["state"])
         self._deferred = []
-        for index, state in states.items():
-            if index not in params or not isinstance(state, dict):
+        for index, param, betas in saved_parameters(optimizer, state_dict):
+            state = states.get(index)
+            if not isinstance(state, dict):
                 continue
             states[index] = {}
-            for key, value in to_32bit(state, betas[index]).items():
-                if self._defers(params[index], key, value):
-                    self._deferred.append((params[index], key, value))
+            for key, value in to_32bit(state, betas).items():
+                if self._defers(param, key, value):
+                    self._deferred.append((param, key, value))
                 else:
                     states[index][key] = value
         return {**state_dict, "state": states}

@@ -8,7 +8,7 @@ like the parameter, and torch's distributed checkpoints save every rank's part. 
 `shards`: for another number the moments are decoded and quantized again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -57,19 +57,15 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
     return state
 
 
-def saved_betas(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-    """The betas of each index in a state dict; None for another optimizer, whose state is not in 8 bits."""
-    betas: dict[Any, Any] = {}
-    for group in state_dict["param_groups"]:
-        betas |= dict.fromkeys(group["params"], group.get("betas"))
-    return betas
+def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, Tensor, Any]]:
+    """Yield each index in a state dict, its parameter, and its betas: None for an optimizer without 8-bit state.
 
-
-def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
-    """The parameter of each index in a state dict; they are matched by their order, as in torch."""
-    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    Parameters are matched by their order, as in torch.
+    """
+    saved = ((index, group.get("betas")) for group in state_dict["param_groups"] for index in group["params"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return dict(zip(indices, params, strict=False))  # torch checks the lengths, with a better message
+    for (index, betas), param in zip(saved, params, strict=False):  # torch checks the lengths, with a better message
+        yield index, param, betas
 
 
 def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -27,14 +27,14 @@ def block_absmax(flat: Tensor, block_size: int) -> Tensor:
 
 
 def normalize(flat: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Each value divided by its block's scale, in [-1, 1]: fp32 [n] -> fp32 [n]."""
+    """Each value divided by its block's scale, in [-1, 1] up to rounding: fp32 [n] -> fp32 [n]."""
     full = flat.numel() - flat.numel() % block_size
     whole_blocks = flat[:full].view(-1, block_size)
     # As in bitsandbytes: whole blocks are multiplied by the reciprocal, a short last block is divided.
     inverse = 1.0 / absmax[: len(whole_blocks)].clamp(min=SMALLEST_SCALE)
-    scaled = (whole_blocks * inverse[:, None]).clamp(-1, 1).view(-1)
+    scaled = (whole_blocks * inverse[:, None]).view(-1)
     if full < flat.numel():
-        scaled = torch.cat([scaled, (flat[full:] / absmax[-1:]).clamp(-1, 1)])
+        scaled = torch.cat([scaled, flat[full:] / absmax[-1:]])
     return scaled
 
 
@@ -59,9 +59,7 @@ def quantize_4bit(weight: Tensor, codebook: Codebook, block_size: int) -> tuple[
         codes = torch.zeros_like(values, dtype=torch.uint8)
         for bound in codebook.bounds.tolist():
             codes += values > bound  # counts the midpoints below the value: the rank of its level
-        if not codebook.in_order:
-            codes = codebook.order[codes.int()]
-        packed[start // 2 :][: values.numel() // 2] = pack(codes)
+        packed[start // 2 :][: values.numel() // 2] = pack(codebook.order[codes.int()])
     return packed, absmax
 
 
@@ -99,10 +97,9 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, float]:
     blocks = padded.view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)
-    grid = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).int().clamp(0, 65535)
-    codes = codes_of_grid(grid)
-    codes[nested_absmax == 0] = 0
-    return codes.view(-1)[: absmax.numel()].to(torch.uint8), nested_absmax, offset.item()
+    grid = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num().int()  # NaN, of a block of zeros, becomes 0
+    codes = codes_of_grid(grid).view(-1)[: absmax.numel()]
+    return codes.to(torch.uint8), nested_absmax, offset.item()
 
 
 def codes_of_grid(places: Tensor) -> Tensor:

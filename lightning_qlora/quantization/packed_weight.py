@@ -44,7 +44,7 @@ class PackedBytes(NamedTuple):
     def expert(self, number: int) -> "PackedBytes":
         """One matrix of a stack, as views."""
         packed, absmax, nested = (tensor[number] for tensor in self[:3])
-        return PackedBytes(packed, absmax, nested, self.shape[1:], self.quant_type, self.block_size)
+        return self._replace(packed=packed, absmax=absmax, nested=nested, shape=self.shape[1:])
 
     def to(self, device: torch.device) -> "PackedBytes":
         """The same weight on another device."""
@@ -208,7 +208,7 @@ class PackedWeight:
     def bnb_state_dict(self, prefix: str = "weight", more: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict).
 
-        `more` is added to the JSON object; bitsandbytes ignores it.
+        `more` is added to the JSON object; bitsandbytes refuses names that it does not have.
         """
         meta: dict[str, Any] = {}
         entries = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).levels.to(self.packed.device)}

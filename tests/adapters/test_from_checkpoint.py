@@ -1,10 +1,10 @@
 """Adapters read from Lightning checkpoints, compared with those of the module that was saved."""
 
 import inspect
-import json
 import pickle
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,32 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qlora import QLoRAPrecision, load_from_checkpoint, save_adapter
+from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.tools.cli import main
 from tests.adapters.folders import assert_same_folders
-from tests.conftest import elsewhere
-from tests.toys import ARGUMENTS, Lit, logits, toy
+from tests.conftest import elsewhere, raises_in_one_line
+from tests.toys import ARGUMENTS, Lit, perturb, toy
 
 pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def saved(tmp_path, trainer):
+def saved(tmp_path):
+    """Converts a module with some arguments and perturbs what trains; a checkpoint of it."""
+
+    def save(lit, **arguments):
+        convert(lit, **ARGUMENTS, **arguments)
+        torch.save({"state_dict": perturb(lit).state_dict()}, tmp_path / "x.ckpt")
+        return tmp_path / "x.ckpt"
+
+    return save
+
+
+@pytest.fixture
+def trained(tmp_path, trainer):
     """Trains a module with some arguments; its checkpoint."""
 
     def train(lit, **arguments):
@@ -38,23 +50,27 @@ def saved(tmp_path, trainer):
 
 
 def same_folders(lit, checkpoint, folder):
-    """The folder that the checkpoint gives is the one that the module gives; its config."""
+    """The folder that the checkpoint gives is the one that the module gives; the adapter in the checkpoint."""
+    with elsewhere():
+        adapter = read_adapter_from_checkpoint(checkpoint)
     save_adapter(lit, folder / "a")
-    write_adapter(read_adapter_from_checkpoint(checkpoint), folder / "b")
+    exported = adapter
+    if not adapter.quantization["base_changed"]:
+        exported = replace(adapter, bases={})  # a module's folder has fingerprints of its base only if that was changed
+    write_adapter(exported, folder / "b")
     assert_same_folders(folder / "a", folder / "b")
-    return json.loads((folder / "a/adapter_config.json").read_text())
+    return adapter
 
 
 @pytest.mark.parametrize("part", ["whole", "block"])
 def test_compiled_parts_have_plain_names(part, saved, tmp_path):
     lit = Lit(toy("llama"))
     if part == "whole":
-        lit.model = torch.compile(lit.model, backend="eager")
+        lit.model = torch.compile(lit.model)
     else:
-        lit.model.model.layers[1] = torch.compile(lit.model.model.layers[1], backend="eager")
+        lit.model.model.layers[1] = torch.compile(lit.model.model.layers[1])
     checkpoint = saved(lit, modules_to_save=["norm"], rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})
-    same_folders(lit, checkpoint, tmp_path)
-    adapter = read_adapter_from_checkpoint(checkpoint)
+    adapter = same_folders(lit, checkpoint, tmp_path)
     assert adapter.layers["model.layers.1.self_attn.v_proj"].alpha == 3
     assert list(adapter.saved) == ["model.norm.weight"]
 
@@ -68,25 +84,22 @@ def test_compiled_parts_have_plain_names(part, saved, tmp_path):
     ],
     ids=str,
 )
-def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, saved, tmp_path):
+def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, trained, tmp_path):
     lit = Lit(toy("llama"))
-    checkpoint = saved(lit, **arguments)
-    same_folders(lit, checkpoint, tmp_path)
-    layers = read_adapter_from_checkpoint(checkpoint).layers
+    adapter = same_folders(lit, trained(lit, **arguments), tmp_path)
     for name, layer in get_adapter(lit).layers.items():
-        torch.testing.assert_close(layers[name].initial, layer.initial, rtol=0, atol=0)
+        torch.testing.assert_close(adapter.layers[name].initial, layer.initial, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("targets", ["q_proj", r".*layers\.1.*q_proj", r".*layers\.1\..*proj"])
+@pytest.mark.parametrize("targets", [["q_proj"], r".*layers\.1.*q_proj", r".*layers\.1\..*proj"], ids=str)
 def test_target_modules_select_only_the_adapted_layers(targets, saved, tmp_path):
     """Some layers of the same name have no adapter: the module knows them, so its checkpoint does."""
     peft = pytest.importorskip("peft")
     lit = Lit(toy("llama"))
-    checkpoint = saved(lit, target_modules=[targets] if targets == "q_proj" else targets)
-    same_folders(lit, checkpoint, tmp_path)
+    adapter = same_folders(lit, saved(lit, target_modules=targets), tmp_path)
     theirs = peft.PeftModel.from_pretrained(toy("llama"), tmp_path / "b")
     found = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    assert found == read_adapter_from_checkpoint(checkpoint).layers.keys()
+    assert found == adapter.layers.keys()
 
 
 class WithHyperparameters(Lit):
@@ -96,28 +109,27 @@ class WithHyperparameters(Lit):
 
 
 @pytest.mark.parametrize("value", [Path("data"), np.float64(0.1), torch.optim.AdamW], ids=["path", "numpy", "class"])
-def test_hyperparameters_that_are_not_plain_values(value, saved, capsys, tmp_path):
+def test_hyperparameters_that_are_not_plain_values(value, trained, capsys, tmp_path):
     """One line that says what to do, and weights_only=False, everywhere a checkpoint is read."""
-    checkpoint = str(saved(WithHyperparameters(value)))
+    checkpoint = str(trained(WithHyperparameters(value)))
     message = r"x.ckpt: holds a \S+, .* If you trust them, pass weights_only=False"
     for read in (read_adapter_from_checkpoint, lambda path: load_from_checkpoint(WithHyperparameters, path)):
-        with pytest.raises(ValueError, match=message) as error:
+        with raises_in_one_line(ValueError, message):
             read(checkpoint)
-        assert "\n" not in str(error.value)
-    commands = (["inspect", checkpoint], ["export", checkpoint, str(tmp_path / "out")])
-    for command in commands:
-        with pytest.raises(SystemExit):
-            main(command)
-        assert re.search(message, capsys.readouterr().err)
-        main([*command, "--weights_only", "false"])
     again = load_from_checkpoint(WithHyperparameters, checkpoint, weights_only=False)
     assert again.hparams.value == value
     assert read_adapter_from_checkpoint(checkpoint, weights_only=False).r == 4
+    if isinstance(value, Path):
+        for command in (["inspect", checkpoint], ["export", checkpoint, str(tmp_path / "out")]):
+            with pytest.raises(SystemExit):
+                main(command)
+            assert re.search(message, capsys.readouterr().err)
+            main([*command, "--weights_only", "false"])
 
 
 @pytest.mark.skipif("weights_only" not in inspect.signature(Trainer.fit).parameters, reason="Lightning before 2.6")
-def test_weights_only_of_the_trainer_is_used(saved, trainer):
-    checkpoint = saved(WithHyperparameters(Path("data")))
+def test_weights_only_of_the_trainer_is_used(trained, trainer):
+    checkpoint = trained(WithHyperparameters(Path("data")))
     module = WithHyperparameters(Path("data"))
     run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=4)
     for arguments in ({}, {"weights_only": False}, {}):  # and does so once
@@ -134,28 +146,6 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
         read_adapter_from_checkpoint(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x.pt' holds no '_qlora_conversion'"):
         load_from_checkpoint(Lit, tmp_path / "x.pt")
-    (tmp_path / "y.pt").write_bytes(b"nothing")
-    for read in (read_adapter_from_checkpoint, lambda path: load_from_checkpoint(Lit, path)):
-        with pytest.raises(ValueError, match=r"y.pt: not a checkpoint, or truncated"):
-            read(tmp_path / "y.pt")
-
-
-class Llama(Lit):
-    def __init__(self):
-        with torch.device("cpu"):
-            super().__init__(toy("llama"))
-
-
-@pytest.mark.parametrize("arguments", [{}, {"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
-def test_the_default_device_has_no_effect(arguments, saved, tmp_path):
-    checkpoint = saved(lit := Llama(), **arguments)
-    expected = read_adapter_from_checkpoint(checkpoint)
-    with elsewhere():
-        adapter = read_adapter_from_checkpoint(checkpoint)
-        module = load_from_checkpoint(Llama, checkpoint)
-    assert torch.equal(logits(module.model), logits(lit.model))
-    for name, layer in adapter.layers.items():
-        assert torch.equal(layer.lora_A, expected.layers[name].lora_A)
 
 
 class Heads(LightningModule):
@@ -165,12 +155,6 @@ class Heads(LightningModule):
         super().__init__()
         self.model = torch.nn.ModuleDict({"head": torch.nn.Linear(64, 64)})
         self.decoder = torch.nn.ModuleDict({"head": torch.nn.Linear(64, 64)})
-
-    def training_step(self, batch, batch_idx):
-        return self.decoder["head"](self.model["head"](torch.ones(2, 64))).square().mean()
-
-    train_dataloader = Lit.train_dataloader
-    configure_optimizers = Lit.configure_optimizers
 
 
 @pytest.mark.parametrize("pattern", ["model.head", r"^model\.head", "^head", "head"])

@@ -12,27 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_qlora import CheckpointMismatchError, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.conftest import fingerprints
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
 
 
-class Raises(nn.Module):
-    """A child whose state_dict raises while `broken` is set."""
-
-    broken = False
-
-    def forward(self, x):
-        return x
-
-    def _save_to_state_dict(self, *args):
-        if self.broken:
-            raise OSError("no state")
-        super()._save_to_state_dict(*args)
-
-
 def encoder():
-    return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), Raises(), nn.Linear(64, 64))
+    return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Identity(), nn.Linear(64, 64))
 
 
 def build(seed=0, **arguments):
@@ -58,7 +43,10 @@ def same(one, other):
 @pytest.mark.parametrize("arguments", [{}, {"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
 def test_a_part_and_a_single_layer_load_alone_into_parts_of_another_base(arguments):
     source, target = build(**arguments), build(seed=3, **arguments)
-    state = source.encoder.state_dict()
+    file = io.BytesIO()
+    torch.save(source.encoder.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
     assert "_qlora_conversion" not in state and {"0.weight.absmax", "1.bias", "3.bias"} <= state.keys()
     target.encoder.load_state_dict(state)
     target.head.load_state_dict(source.head.state_dict())
@@ -88,21 +76,6 @@ def test_copies_of_parts_save_and_load_themselves(how):
     assert same(target.encoder, source.encoder)
     again = how(source)
     assert again.state_dict().keys() == source.state_dict().keys()
-
-
-def test_a_state_dict_that_raised_in_a_child_changes_no_later_one():
-    around = nn.ModuleDict({"first": build(), "second": build(seed=2)})
-    expected = {key: value.clone() for key, value in around.state_dict().items()}
-    part = around["first"].encoder.state_dict().keys()
-    for module in (around, around["first"], around["first"].encoder):
-        around["first"].encoder[2].broken = True
-        with pytest.raises(OSError, match="no state"):
-            module.state_dict()
-        around["first"].encoder[2].broken = False
-    again = around.state_dict()
-    assert again.keys() == expected.keys() and all(torch.equal(again[key], expected[key]) for key in expected)
-    assert around["first"].encoder.state_dict().keys() == part
-    assert "encoder.3" in fingerprints(around["first"].state_dict())
 
 
 def test_a_part_with_another_scale_is_refused_and_one_without_its_base_is_incomplete():
@@ -202,12 +175,3 @@ def test_a_layer_that_is_also_held_outside_of_its_module_is_whole_there():
     assert "alias.weight.absmax" in state and "model.head.weight.absmax" not in state
     nn.ModuleDict({"model": target, "alias": target.head}).load_state_dict(state)
     assert same(target, source)
-
-
-def test_a_checkpoint_of_a_part_on_disk_is_read_without_code():
-    source, target = build(), build(seed=3)
-    file = io.BytesIO()
-    torch.save(source.encoder.state_dict(), file)
-    file.seek(0)
-    target.encoder.load_state_dict(torch.load(file, weights_only=True))
-    assert same(target.encoder, source.encoder)

@@ -19,17 +19,13 @@ from lightning_qlora.tools.inspect_path import inspect_path
 from tests.adapters.folders import assert_same_folders
 from tests.huggingface.test_experts_on_load import deepseek_v3, mixtral
 from tests.layers import test_experts as toys
+from tests.toys import perturb
 
 peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers", minversion="5")
 
 
-def olmoe():
-    more = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
-    return transformers.OlmoeForCausalLM, transformers.OlmoeConfig(**{**toys.SMALL, **more})
-
-
-FAMILIES = (toys.qwen3_moe, mixtral, toys.gpt_oss, deepseek_v3, olmoe, toys.llama4, toys.nemotron_h, toys.jetmoe)
+FAMILIES = (toys.qwen3_moe, mixtral, toys.gpt_oss, deepseek_v3, toys.llama4, toys.nemotron_h, toys.jetmoe)
 
 
 def unfreeze(model):
@@ -46,9 +42,8 @@ def converted(build, seed=0, **arguments):
     convert(model, r=2, lora_alpha=4, lora_dropout=0.1, **arguments)
     torch.manual_seed(seed)
     for layer in adapted_layers(model).values():
-        with torch.no_grad():
-            layer.lora_A.normal_(std=0.1)
-            layer.lora_B.normal_(std=0.1)
+        for parameter in (layer.lora_A, layer.lora_B):
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -79,7 +74,7 @@ def test_peft_reads_ours(build, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("build", "rslora"), zip(FAMILIES, cycle([False, True]), strict=False))
+@pytest.mark.parametrize(("build", "rslora"), [*zip(FAMILIES, cycle([False, True]), strict=False)])
 def test_we_read_pefts(build, rslora, tmp_path):
     model = converted(build)
     names = [name for name, _, _, _ in expert_stacks(model)]
@@ -92,9 +87,7 @@ def test_we_read_pefts(build, rslora, tmp_path):
     if build in (deepseek_v3, toys.jetmoe):
         config.target_modules = ["o_proj"]
     theirs = peft.get_peft_model(decoded_base(build, model), config)
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    perturb(theirs, scale=0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     load_adapter(model, tmp_path / "theirs")
     torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
@@ -113,11 +106,7 @@ def test_we_read_pefts_parameters_beside_dense_layers_of_their_names(dense, tmp_
         r=2, target_modules=["o_proj"], target_parameters=["gate_up_proj", "down_proj", *dense],
         alpha_pattern={"mlp.*weight": 3, "mlp.*": 5, "o_proj": 7},
     )  # fmt: skip
-    theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    theirs.save_pretrained(tmp_path)
+    perturb(peft.get_peft_model(copy.deepcopy(base), config), scale=0.1).save_pretrained(tmp_path)
     load_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
@@ -171,6 +160,11 @@ def test_errors_name_file_and_key(tmp_path):
     del tensors[key], tensors[key.replace("lora_A", "lora_B")]
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     refused(converted(toys.qwen3_moe), "layers.1.mlp.experts.lora_A.*target_parameters names: gate_up_proj, down_proj")
+    flat = toys.made(toys.dbrx)  # for all experts PEFT has one pair of matrices
+    config = peft.LoraConfig(r=2, target_modules=["Wqkv"], target_parameters=["w2"])
+    peft.get_peft_model(copy.deepcopy(flat), config).save_pretrained(tmp_path)
+    toys.convert_stacks(flat)
+    refused(flat, "ffn.experts.mlp.lora_A.* has all experts in one matrix there, with one adapter for each expert")
 
 
 def test_the_order_of_conversion_does_not_matter(tmp_path):
@@ -187,15 +181,6 @@ def test_the_order_of_conversion_does_not_matter(tmp_path):
     torch.testing.assert_close(logits(reverse), logits(model))
 
 
-def test_an_adapter_of_experts_in_a_checkpoint(tmp_path):
-    model = converted(toys.qwen3_moe, target_modules=["q_proj"])
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
-    found = read_adapter_from_checkpoint(tmp_path / "x.ckpt")
-    write_adapter(found, tmp_path / "a")
-    save_adapter(model, tmp_path / "b")
-    assert_same_folders(tmp_path / "a", tmp_path / "b")
-
-
 def test_the_arguments_that_convert_the_layers_of_a_folder(tmp_path):
     model = converted(toys.qwen3_moe, target_modules=["q_proj"])
     save_adapter(model, tmp_path)
@@ -208,11 +193,14 @@ def test_the_arguments_that_convert_the_layers_of_a_folder(tmp_path):
 
 
 def test_adapters_of_experts_are_shown_and_written_again(tmp_path):
-    save_adapter(converted(toys.qwen3_moe, target_modules=["q_proj"], rank_pattern={"q_proj": 3}), tmp_path / "a")
+    model = converted(toys.qwen3_moe, target_modules=["q_proj"], rank_pattern={"q_proj": 3})
+    save_adapter(model, tmp_path / "a")
     assert ("rank", "2 (x4), 3 (x2)") in inspect_path(tmp_path / "a")
     assert any("x2" in value and value.startswith("6:") for _, value in inspect_path(tmp_path / "a"))
-    write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
-    assert_same_folders(tmp_path / "a", tmp_path / "b")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    for number, again in enumerate((read_adapter(tmp_path / "a"), read_adapter_from_checkpoint(tmp_path / "x.ckpt"))):
+        write_adapter(again, tmp_path / str(number))
+        assert_same_folders(tmp_path / "a", tmp_path / str(number))
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")  # as PEFT writes it: without our metadata
     write_adapter(read_adapter(tmp_path / "a"), tmp_path / "c")

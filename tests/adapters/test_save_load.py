@@ -2,6 +2,8 @@
 
 import copy
 import json
+from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.conftest import Classifier
+from tests.adapters.folders import assert_same_folders
+from tests.conftest import Classifier, raises_in_one_line
 from tests.layers.test_experts import made, qwen3_moe
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, ids, logits, perturb, save_in_4_bits, toy
 
@@ -64,19 +67,64 @@ def dora_and_patterns(name):
     return {"use_dora": True, "rank_pattern": {name: 8}, "alpha_pattern": {name: 3}}
 
 
-PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 POOLER = {"modules_to_save": ["pooler"]}
-SAVED = {  # a toy, the arguments of its conversion, and entries of adapter_config.json
-    "llama": ("llama", {}, {"target_modules": PROJECTIONS, "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}),
-    "gpt2": ("gpt2", {}, {}),
-    "t5": ("t5", {}, {}),
-    "bert, whose head is smaller than an adapter": ("bert", {}, {"modules_to_save": ["classifier"]}),
-    "bert's pooler": ("bert", POOLER, {"modules_to_save": ["bert.pooler.dense", "classifier"]}),
-    "gpt2's tied output embedding": ("gpt2", {"modules_to_save": ["lm_head"]}, {}),
-    "t5's tied output embedding": ("t5", {"modules_to_save": ["lm_head"]}, {}),
-    "some of the layers of a name": ("llama", {"target_modules": r".*layers\.1\..*proj"}, {}),
-    "llama, DoRA and patterns": ("llama", dora_and_patterns("q_proj"), {"use_dora": True}),
-    "gpt2, DoRA and patterns": ("gpt2", dora_and_patterns("c_attn"), {"use_dora": True}),
+CONFIG = {  # adapter_config.json of a Llama; its type, ranks and alphas are written by PEFT too
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "bias": "none",
+}
+GPT2 = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
+BERT = {"task_type": None, "target_modules": ["dense", "key", "query", "value"], "modules_to_save": ["classifier"]}
+T5 = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["k", "o", "q", "v", "wi", "wo"]}
+
+
+def both_patterns(block, name):
+    names = [rf"^{block}\.{i}\.{name}" for i in range(2)]
+    return {"use_dora": True, "rank_pattern": dict.fromkeys(names, 8), "alpha_pattern": dict.fromkeys(names, 3)}
+
+
+SAVED = {  # a toy, the arguments of its conversion, and the entries that differ from CONFIG
+    "llama": ("llama", {}, {}),
+    "bert, whose head is smaller than an adapter": ("bert", {}, BERT),
+    "bert's pooler, whose name ends as those of layers": (
+        "bert",
+        POOLER,
+        {**BERT, "target_modules": ANY, "modules_to_save": ["bert.pooler.dense", "classifier"]},
+    ),
+    "gpt2's tied output embedding": (
+        "gpt2",
+        {"modules_to_save": ["lm_head"]},
+        {**GPT2, "modules_to_save": ["lm_head", "transformer.wte"]},
+    ),
+    "t5's tied output embedding": (
+        "t5",
+        {"modules_to_save": ["lm_head"]},
+        {**T5, "modules_to_save": ["decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared"]},
+    ),
+    "some of the layers of a name": ("llama", {"target_modules": r".*layers\.1\..*proj"}, {"target_modules": ANY}),
+    "llama, DoRA and patterns": (
+        "llama",
+        dora_and_patterns("q_proj"),
+        both_patterns(r"model\.layers", r"self_attn\.q_proj"),
+    ),
+    "gpt2, DoRA and patterns": (
+        "gpt2",
+        dora_and_patterns("c_attn"),
+        {**GPT2, **both_patterns(r"transformer\.h", r"attn\.c_attn")},
+    ),
 }
 
 
@@ -84,7 +132,7 @@ SAVED = {  # a toy, the arguments of its conversion, and entries of adapter_conf
 def test_peft_computes_the_same_and_what_it_writes_is_read(name, arguments, entries, tmp_path):
     lit = converted(name, **arguments)
     save_adapter(lit, tmp_path / "ours")
-    assert entries.items() <= read_config(tmp_path / "ours").items()
+    assert read_config(tmp_path / "ours") == {**CONFIG, **entries}
     assert_peft_computes_the_same(lit, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     again = converted(name, seed=1, **arguments)
     load_adapter(again, tmp_path / "theirs")
@@ -94,7 +142,7 @@ def test_peft_computes_the_same_and_what_it_writes_is_read(name, arguments, entr
     assert_same_logits(started.model, lit.model, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_peft_reads_ours_on_the_4_bit_base(name, tmp_path):
     # transformers keeps T5's `wo` in fp32, so bitsandbytes gets none
     lit = converted(name, exclude_modules=["wo"] if name == "t5" else [])
@@ -203,10 +251,8 @@ def tied(name):
 def test_a_tied_weight_that_peft_trained_separately_is_refused(name, target, modules, tmp_path):
     config = peft.LoraConfig(r=4, target_modules=[target], modules_to_save=modules, fan_in_fan_out=name == "gpt2")
     perturb(peft.get_peft_model(tied(name), config)).save_pretrained(tmp_path)
-    message = r"was trained separately from .*ensure_weight_tying=True"
-    with pytest.raises(CheckpointMismatchError, match=message) as error:
+    with raises_in_one_line(CheckpointMismatchError, r"was trained separately from .*ensure_weight_tying=True"):
         convert(Lit(tied(name)), adapter=str(tmp_path))
-    assert "\n" not in str(error.value)
 
 
 def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
@@ -218,15 +264,6 @@ def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
     convert(lit, adapter=str(tmp_path))
     assert lit.model.lm_head.weight is lit.model.model.embed_tokens.weight
     assert_peft_computes_the_same(lit, tmp_path)
-
-
-def test_a_compiled_model_has_the_same_names(tmp_path):
-    lit = converted("llama")
-    save_adapter(lit, tmp_path / "a")
-    lit.model = torch.compile(lit.model)
-    save_adapter(lit, tmp_path / "b")
-    a, b = (load_file(tmp_path / f"{x}/adapter_model.safetensors") for x in "ab")
-    assert a.keys() == b.keys()
 
 
 def test_a_module_without_transformers(tmp_path, trainer):
@@ -242,17 +279,6 @@ def test_a_module_without_transformers(tmp_path, trainer):
     torch.testing.assert_close(theirs(x), lit(x), atol=1e-5, rtol=0)
 
 
-def test_the_plugin_loads_a_folder(tmp_path, trainer):
-    lit = converted("llama", target_modules=["q_proj", "v_proj"])
-    save_adapter(lit, tmp_path / "adapter")
-    plugin = QLoRAPrecision(adapter=str(tmp_path / "adapter"), lora_dropout=0.0)
-    again = Lit(toy("llama"))
-    with torch.no_grad():
-        trainer(plugins=plugin, max_steps=0).fit(again)
-    assert len(plugin.report.converted) == 4
-    assert_same_logits(again.model, lit.model)
-
-
 def test_a_trained_adapter_generates_the_same_tokens_in_peft(tmp_path, trainer):
     lit = Lit(toy("llama"))
     trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=3).fit(lit)
@@ -262,25 +288,17 @@ def test_a_trained_adapter_generates_the_same_tokens_in_peft(tmp_path, trainer):
     assert torch.equal(theirs.generate(**arguments), lit.model.generate(**arguments))
 
 
-def test_saving_again_replaces_the_files_and_keeps_others(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    save_adapter(converted("llama"), tmp_path)
-    save_adapter(lit := converted("llama", seed=1), tmp_path)
-    files = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == files
-    load_adapter(again := converted("llama"), tmp_path)
-    assert_same_logits(again.model, lit.model)
-
-
 @pytest.fixture
 def folder(tmp_path):
     save_adapter(converted("llama"), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
-def change_config(folder, **changes):
+def change_config(folder, without=None, **changes):
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = {**json.loads(path.read_text()), **changes}
+    config.pop(without, None)
+    path.write_text(json.dumps(config))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -304,7 +322,9 @@ def cut_short(folder):
         (lambda f: change_config(f, peft_type="IA3"), r"adapter_config.json: peft_type='IA3'"),
         (lambda f: change_config(f, bias="all"), r"adapter_config.json: bias='all'"),
         (lambda f: change_config(f, use_qalora=True), r"adapter_config.json: use_qalora=True"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config.json: not valid JSON"),
+        (lambda f: change_config(f, lora_alpha=None), r"adapter_config.json: lora_alpha=None"),
+        (lambda f: change_config(f, target_modules=[3]), r"target_modules=\[3\]: .* names, or a regular expression"),
+        (lambda f: change_config(f, without="peft_type"), r"adapter_config.json: peft_type=''"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
         (cut_short, r"adapter_model.safetensors: not a safetensors file, or truncated"),
@@ -325,23 +345,19 @@ def cut_short(folder):
 )
 def test_broken_folders_are_named_in_one_line(folder, harm, message):
     harm(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    with raises_in_one_line((ValueError, FileNotFoundError), message):
         load_adapter(converted("llama"), folder)
-    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
-def test_initializations_of_peft_that_change_the_base_are_refused(method, folder):
-    change_config(folder, init_lora_weights=method)
-    with pytest.raises(ValueError, match=rf"adapter_config.json: init_lora_weights='{method}': PEFT changed") as error:
-        read_adapter(folder)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("method", [True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_other_initializations_of_peft_are_read(method, folder):
-    change_config(folder, init_lora_weights=method)
-    assert read_adapter(folder).r == 4
+def test_initializations_of_peft(folder):
+    """Those that change the base are refused, the others are read."""
+    for method in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"):
+        change_config(folder, init_lora_weights=method)
+        with raises_in_one_line(ValueError, rf"adapter_config.json: init_lora_weights='{method}': PEFT changed"):
+            read_adapter(folder)
+    for method in (True, False, "gaussian", "eva", "orthogonal", "mica"):
+        change_config(folder, init_lora_weights=method)
+        assert read_adapter(folder).r == 4
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
@@ -374,11 +390,6 @@ def test_another_architecture_is_refused_with_file_and_key(folder):
         load_adapter(wider, folder)
 
 
-def test_a_module_without_adapters_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"has no adapter\. Convert it first"):
-        save_adapter(toy("llama"), tmp_path)
-
-
 def test_a_killed_save_leaves_the_old_files(folder, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -399,7 +410,8 @@ def test_a_checkpoint_saved_after_load_adapter_loads(tmp_path, trainer):
             super().__init__(toy("llama"))
 
     lit = OfToy()
-    fit = trainer(plugins=QLoRAPrecision(r=6, lora_alpha=3), max_steps=1)
+    patterns = {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 7}}  # the folder has others
+    fit = trainer(plugins=QLoRAPrecision(r=6, lora_alpha=3, **patterns), max_steps=1)
     fit.fit(lit)
     load_adapter(lit, tmp_path / "a")
     assert float(lit.model.model.layers[0].mlp.up_proj.lora_B.abs().max()) == 0
@@ -408,12 +420,6 @@ def test_a_checkpoint_saved_after_load_adapter_loads(tmp_path, trainer):
     assert_same_logits(again.model, lit.model)
     made, layers = ([(layer.r, layer.scaling) for layer in adapted_layers(each).values()] for each in (again, lit))
     assert made == layers
-
-
-def test_saving_warns_that_the_initialization_changed_the_base(tmp_path):
-    message = "initialized as 'pissa', which changed the base: they fit only the 4-bit weights"
-    with pytest.warns(UserWarning, match=message):
-        save_adapter(converted("llama", init_lora_weights="pissa"), tmp_path)
 
 
 class Repeated(nn.Module):
@@ -467,21 +473,50 @@ def test_a_module_with_one_layer_comes_back(tmp_path):
     assert torch.equal(again.eval()(x := torch.randn(3, 64)), module(x))
 
 
-@pytest.mark.parametrize("saved", [[], ["2"]])
-def test_changed_statistics_of_batch_norm_are_named(saved, tmp_path, recwarn):
-    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64, 64))
+@pytest.mark.parametrize(
+    ("saved", "names"),
+    [
+        ([], "2.running_mean, 2.running_var, 3.running_mean, ..."),
+        (["2"], "3.running_mean, 3.running_var"),
+        (["2", "3"], None),
+    ],
+    ids=str,
+)
+def test_changed_statistics_of_batch_norm_are_named(saved, names, tmp_path, recwarn):
+    norms = (nn.BatchNorm1d(64) for _ in range(2))
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), *norms, nn.Linear(64, 64))
     convert(module, **ARGUMENTS, modules_to_save=saved)
-    for trained in (False, True):
-        recwarn.clear()
-        save_adapter(module, tmp_path)
-        found = [str(each.message) for each in recwarn if "buffers that training changed" in str(each.message)]
-        assert bool(found) == (trained and not saved)
-        assert not found or "2.running_mean, 2.running_var" in found[0]
-        module(torch.randn(8, 64))
+    save_adapter(module, tmp_path)
+    module(torch.randn(8, 64))
+    assert not [each for each in recwarn if "buffers" in str(each.message)]
+    save_adapter(module, tmp_path)
+    found = [str(each.message) for each in recwarn if "buffers" in str(each.message)]
+    text = (
+        "The folder does not get the buffers that training changed: {}. A Lightning checkpoint has them; or name their"
+    )
+    assert found == ([] if names is None else [f"{text.format(names)} modules in modules_to_save."])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("ending", "is_encoder_decoder", "task_type"),
+    [
+        ("ForConditionalGeneration", True, "SEQ_2_SEQ_LM"),
+        ("ForConditionalGeneration", False, "CAUSAL_LM"),  # multimodal
+        ("ForCausalLM", True, "CAUSAL_LM"),
+        ("LMHeadModel", False, "CAUSAL_LM"),
+        ("ForSequenceClassification", False, None),
+    ],
+)
+def test_the_task_type_and_the_name_of_the_base(ending, is_encoder_decoder, task_type, tmp_path):
+    model = type(f"Some{ending}", (nn.Sequential,), {})(nn.Linear(64, 64))
+    model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, _name_or_path="someone/model")
+    convert(model, **ARGUMENTS)
+    save_adapter(model, tmp_path)
+    config = read_config(tmp_path)
+    assert (config["task_type"], config["base_model_name_or_path"]) == (task_type, "someone/model")
+
+
+@pytest.mark.parametrize(("dora", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_layers_that_a_folder_lacks_compute_as_the_base_and_are_saved_so(dora, dtype, tmp_path):
     arguments = {**ARGUMENTS, "use_dora": dora}
     dense = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).to(dtype)
@@ -536,8 +571,7 @@ def test_a_folder_that_is_read_and_written_again_has_the_same_bytes(arguments, t
     convert(lit, r=4, **arguments)
     save_adapter(perturb(lit), tmp_path / "a")
     write_adapter(read_adapter(tmp_path / "a"), tmp_path / "b")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+    assert_same_folders(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_layer_whose_name_ends_another_name_is_alone_in_the_folder_too(tmp_path):
@@ -550,12 +584,33 @@ def test_a_layer_whose_name_ends_another_name_is_alone_in_the_folder_too(tmp_pat
     assert names == ["base_model.model.a"]
 
 
-def test_a_parameter_of_the_base_itself_that_trains_is_refused(tmp_path):
+def test_modules_that_have_no_place_in_a_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no adapter\. Convert it first"):
+        save_adapter(toy("llama"), tmp_path)
     net = nn.ModuleDict({"a": nn.Linear(64, 64)})
     convert(net, r=4)
     net.register_parameter("scale", nn.Parameter(torch.ones(1)))
     with pytest.raises(ValueError, match=r"of the ModuleDict itself trains.*Freeze it"):
         save_adapter(net, tmp_path)
+
+
+def test_what_a_folder_has_no_place_for_is_named(tmp_path):
+    lit = Lit(toy("llama"))
+    lit.head = nn.Linear(64, 64)
+    convert(lit, **ARGUMENTS, modules_to_save=["head"])
+    message = (
+        r"^The folder gets the adapters of 'model', a LlamaForCausalLM, and not what trains outside of it: head\. A"
+    )
+    with pytest.warns(UserWarning, match=message):
+        save_adapter(lit, tmp_path)
+    for other in ({"quant_type": "fp4"}, {"init_lora_weights": "gaussian"}, {"use_dora": True}):
+        net = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+        convert(net["a"], r=4)
+        convert(net["b"], r=4, **other)
+        ((key, value),) = other.items()
+        default = getattr(QLoRAConfig(), key)
+        with raises_in_one_line(ValueError, rf"^a has {key}={default!r} and b has {key}={value!r}: an adapter folder"):
+            save_adapter(net, tmp_path)
 
 
 OF_FOLDER = {  # arguments that a run with adapter=FOLDER takes from the folder, or that do not apply to it

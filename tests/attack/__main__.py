@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.attack import cases, files
 
-# At scale 1, which is that of `make test`: attempts of each attack.
+# Attempts of each attack at scale 1; `make test` has scale 0.4.
 ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
     "kills at random moments of a training": (files.kills_in_training, 5),
     "ends at random lines of save_adapter": (files.kills_in_saving, 40),

@@ -25,7 +25,7 @@ def _one_thread():
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_small_attack(name, tmp_path):
-    print(f"seed 0: {run(name, 0, 1, tmp_path)}")
+    print(f"seed 0: {run(name, 0, 0.4, tmp_path)}")
 
 
 @pytest.mark.slow

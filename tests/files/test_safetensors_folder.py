@@ -1,10 +1,14 @@
 """A damaged header of a safetensors file is an error of one line that names the file, whatever is changed in it."""
 
+import json
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora.files.safetensors_folder import read_header, write_safetensors
+from lightning_qlora.files.safetensors_folder import INDEX, WeightFolder, read_header, write_safetensors
+from tests.conftest import raises_in_one_line
 
 
 @pytest.mark.parametrize(
@@ -23,9 +27,8 @@ def test_a_damaged_header_is_one_line(old, new, tmp_path):
     content = path.read_bytes()
     assert old in content
     path.write_bytes(content.replace(old, new))
-    with pytest.raises(ValueError, match="not a safetensors file, or truncated") as error:
+    with raises_in_one_line(ValueError, rf"^{re.escape(str(path))}: not a safetensors file, or truncated"):
         read_header(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_keys_and_metadata_of_any_language_are_written_and_read(tmp_path):
@@ -41,3 +44,40 @@ def test_keys_and_metadata_of_any_language_are_written_and_read(tmp_path):
     assert {key: (entry.shape, entry.nbytes) for key, entry in entries.items()} == {
         key: (tuple(value.shape), value.nbytes) for key, value in tensors.items()
     }
+
+
+def test_a_folder_of_shards_and_each_way_in_which_its_index_can_be_wrong(tmp_path):
+    first = tmp_path / "b.safetensors"
+    second = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(2), "y": torch.zeros(1)}, first)
+    save_file({"x.absmax": torch.ones(1), "z": torch.full((1,), 3.0)}, second)
+    file_of = {"x": first, "y": first, "x.absmax": second, "z": second}
+
+    def opened(**changes):
+        names = {key: path.name for key, path in file_of.items()} | changes
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
+        return WeightFolder(tmp_path)
+
+    folder = opened()
+    assert folder.file_of == file_of and folder.files() == [second, first]
+    assert {key: entry.shape for key, entry in folder.entries.items()} == {
+        "x": (2,), "y": (1,), "x.absmax": (1,), "z": (1,)
+    }  # fmt: skip
+    values = {key: tensor.tolist() for key, tensor in folder.tensors(["z", "x"]).items()}
+    assert values == {"z": [3.0], "x": [1.0, 1.0]}
+    assert folder.is_packed("x") and not folder.is_packed("y")
+    outside = r"the file of 'w' is .*, which is not a file of this folder"
+    for changes, message in (
+        ({"w": "a.safetensors"}, rf"a\.safetensors: has no tensor 'w', though {INDEX} says so"),
+        ({"x": "a.safetensors"}, r"a\.safetensors: has no tensor 'x', though"),
+        ({"w": "c.safetensors"}, rf"c\.safetensors: this shard is missing; {INDEX} says it holds 'w'"),
+        *(({"w": name}, outside) for name in ("", "..", "d/a.safetensors", "d\\a.safetensors", 3)),
+    ):
+        with raises_in_one_line((ValueError, FileNotFoundError), message):
+            opened(**changes)
+    (tmp_path / INDEX).unlink()
+    for number in range(7):
+        (tmp_path / f"{number}.bin").touch()
+    names = r"\['0\.bin', '1\.bin', '2\.bin', '3\.bin', '4\.bin'\]"
+    with raises_in_one_line(FileNotFoundError, rf"has neither model\.safetensors nor {INDEX}, only {names}"):
+        WeightFolder(tmp_path)

@@ -177,40 +177,27 @@ def encode(model, name, folder):
     return dense
 
 
-LEAVES = {  # of a Llama and of an LFM2, in the names of llama.cpp
+LEAVES = {  # in the names of llama.cpp
     "embed_tokens": "token_embd",
     "norm": "output_norm",
-    "embedding_norm": "token_embd_norm",
     "lm_head": "output",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
-    "self_attn.out_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
-    "operator_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-    "self_attn.q_layernorm": "attn_q_norm",
-    "self_attn.k_layernorm": "attn_k_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w3": "ffn_up",
-    "feed_forward.w2": "ffn_down",
-    "conv.in_proj": "shortconv.in_proj",
-    "conv.out_proj": "shortconv.out_proj",
-    "conv.conv": "shortconv.conv",
 }
 
 
 def encode_gguf(model, kind, path):
-    """Write a Llama or LFM2 with llama.cpp's own encoder; the weights that the file stands for, by parameter."""
+    """Write a Llama with llama.cpp's own encoder; the weights that the file stands for, by parameter."""
     import gguf
 
     config = model.config
-    rotated = model.config.model_type == "llama"
     kind = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(str(path), config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -218,14 +205,10 @@ def encode_gguf(model, kind, path):
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    heads = config.num_key_value_heads
-    kinds = getattr(config, "layer_types", None) or []
-    writer.add_head_count_kv(heads if rotated else [heads * (kind == "full_attention") for kind in kinds])
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    if not rotated:
-        writer.add_shortconv_l_cache(config.conv_L_cache)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["t", "0", "t0", *(f"x{i}" for i in range(config.vocab_size - 3))])
     writer.add_token_merges(["t 0"])
@@ -233,22 +216,21 @@ def encode_gguf(model, kind, path):
     for key, value in model.state_dict().items():
         name = key.removeprefix("model.").removesuffix(".weight")
         value = value.float()
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
         inner = name.partition("layers.")[2]
         number, _, leaf = inner.partition(".")
         target = f"blk.{number}.{LEAVES[leaf]}.weight" if inner else f"{LEAVES[name]}.weight"
-        count = config.num_attention_heads if "q_proj" in name else heads
-        rows = rotated and name.endswith(("q_proj", "k_proj"))  # llama.cpp has their rows in another order
-        if rows:
-            value = value.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+        if leaf in heads:  # llama.cpp has their rows in another order
+            value = value.unflatten(0, (heads[leaf], 2, -1)).transpose(1, 2).flatten(0, 2)
         if value.ndim == 2:
             packed = gguf.quants.quantize(value.numpy(), kind)
             writer.add_tensor(target, packed, raw_dtype=kind)
             value = torch.from_numpy(gguf.quants.dequantize(packed, kind))
         else:
-            writer.add_tensor(target, value.squeeze(1).numpy() if value.ndim == 3 else value.numpy())
-        dense[key] = value.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2) if rows else value
+            writer.add_tensor(target, value.numpy())
+        if leaf in heads:
+            value = value.unflatten(0, (heads[leaf], -1, 2)).transpose(1, 2).flatten(0, 2)
+        dense[key] = value
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_qlora import QLoRAPrecision, convert, load_weights, quantize, save_adapter
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
-from tests.toys import ARGUMENTS, Lit, needs, perturb, toy
+from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -32,28 +32,59 @@ def check_equal(sharded, alone):
         assert torch.equal(gather(sharded[name].detach()).reshape(value.shape), value), name
 
 
-@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
-def test_two_ranks_have_the_bytes_and_losses_of_one_device(tmp_path):
-    """Blocks across rows, tied embeddings, Conv1D, a new head, experts; A and B of an SVD, DoRA's norms; dropout."""
-    from tests.scripts.load_weights import fit, load, save_models
+GIVEN = [  # A and B of an SVD, DoRA's norms and dropout; sums over the batches of all ranks
+    {"init_lora_weights": "pissa", "use_dora": True},
+    {"init_lora_weights": "calibrated", "lora_dropout": 0.0, "split": True},
+]
 
-    save_models(tmp_path)
-    arguments = [
-        {"init_lora_weights": "pissa", "use_dora": True},
-        {"init_lora_weights": "calibrated", "lora_dropout": 0.0, "split": True},
-    ]
-    ranks = launch("tests.scripts.load_weights", tmp_path, 2, *map(json.dumps, arguments))[1]
-    for place, given in enumerate(arguments):
-        alone = fit(tmp_path, 1, **given)
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with four models: blocks across rows, tied embeddings, Conv1D, a new head, experts."""
+    from tests.scripts.load_weights import save_models
+
+    root = tmp_path_factory.mktemp("models")
+    save_models(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """What a device by itself, without a strategy, has for each of `GIVEN`."""
+    from tests.scripts import load_weights
+
+    return [load_weights.fit(models, 1, **given) for given in GIVEN]
+
+
+def check_same_start(sharded, alone):
+    check_equal(sharded["start"], alone["start"])
+    assert sharded["trains"] == alone["trains"] and sharded["fingerprints"] == alone["fingerprints"]
+
+
+@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
+@pytest.mark.parametrize("place", range(len(GIVEN)), ids=["pissa", "calibrated"])
+def test_one_rank_has_the_bytes_and_losses_of_no_strategy(place, models, alone, one_rank):
+    from tests.scripts import load_weights
+
+    sharded = load_weights.fit(models, 1, sharded=True, **GIVEN[place])
+    check_same_start(sharded, alone[place])
+    assert sharded["losses"] == pytest.approx(alone[place]["losses"], rel=1e-6) and len(alone[place]["losses"]) == 3
+
+
+@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
+def test_two_ranks_have_the_bytes_and_losses_of_one_device(models, alone):
+    from tests.scripts.load_weights import load
+
+    ranks = launch("tests.scripts.load_weights", models, 2, *map(json.dumps, GIVEN))[1]
+    for place, expected in enumerate(alone):
         results = [of_fits[place] for of_fits, _ in ranks]
         for result in results:
-            check_equal(result["start"], alone["start"])
+            check_same_start(result, expected)
         losses = torch.tensor([result["losses"] for result in results]).mean(0)
-        torch.testing.assert_close(losses, torch.tensor(alone["losses"]), rtol=1e-5, atol=0)
-        assert len(losses) == 8
-    alone = load(tmp_path)
+        torch.testing.assert_close(losses, torch.tensor(expected["losses"]), rtol=1e-5, atol=0)
+    without_trainer = load(models)
     for _, by_transformers in ranks:
-        check_equal(by_transformers, alone)
+        check_equal(by_transformers, without_trainer)
 
 
 @pytest.mark.slow
@@ -92,11 +123,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def sharded_by_fabric(folder, fill=True, own=None, **arguments):
+def sharded_by_fabric(folder, fill=True, own=None, build=Net, **arguments):
     """A module on the meta device, which `parallelize_fn` shards and loads."""
 
     def parallelize(module, mesh):
-        fully_shard(module[0], mesh=mesh["data_parallel"])
+        if build is Net:
+            fully_shard(module[0], mesh=mesh["data_parallel"])
         fully_shard(module, mesh=mesh["data_parallel"])
         if fill:
             load_weights(module, folder)
@@ -106,10 +138,10 @@ def sharded_by_fabric(folder, fill=True, own=None, **arguments):
     fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricStrategy(parallelize, 1, 1), plugins=plugin)
     fabric.launch()
     with torch.device("meta"):
-        net = Net()
+        module = build()
     if own is not None:
-        net[2] = own
-    return fabric, fabric.setup_module(net)
+        module[2] = own
+    return fabric, fabric.setup_module(module)
 
 
 def test_what_has_values_is_not_read(folder, one_rank):
@@ -123,21 +155,48 @@ def test_what_has_values_is_not_read(folder, one_rank):
     assert torch.equal(net[0].decode(), quantize(dense[0].weight.detach()).dequantize())
 
 
-@pytest.mark.parametrize("init", ["default", "calibrated"])
-def test_a_module_of_no_library_is_loaded_from_a_folder(init, folder, one_rank):
-    fabric, net = sharded_by_fabric(folder, init_lora_weights=init, target_modules=["0", "2"])
-    alone = Net()
-    alone.load_state_dict(torch.load(folder / "state.pt"))
-    convert(alone, **ARGUMENTS, init_lora_weights=init, target_modules=["0", "2"])
+@pytest.mark.parametrize("start", ["default", "calibrated", "adapter"])
+def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank, monkeypatch):
+    def loaded(**arguments):
+        net = Net()
+        net.load_state_dict(torch.load(folder / "state.pt"))
+        convert(net, **ARGUMENTS | arguments)
+        return net
+
+    arguments = {"init_lora_weights": start, "target_modules": ["0", "2"]}
+    if start == "adapter":
+        save_adapter(perturb(loaded(target_modules=["2"], use_rslora=True)), folder / "adapter")
+        arguments = {"adapter": str(folder / "adapter")}
+    bars = []
+
+    def bar(groups, text, **arguments):
+        bars.append((text, arguments))
+        return groups
+
+    monkeypatch.setattr("lightning_qlora.huggingface.load_weights.tqdm", bar)
+    fabric, net = sharded_by_fabric(folder, **arguments)
+    assert bars == [("Quantizing", {"leave": False, "delay": 2, "unit": " x 1 layers", "disable": None})]
+    alone = loaded(**arguments)
     check_equal(tensors(net.module), tensors(alone))
     x = torch.randn(5, 96)
     fabric.backward(net(x).sum())
     alone(x).sum().backward()
     for name, parameter in alone.named_parameters():
         held = net.module.get_parameter(name)
-        torch.testing.assert_close(gather(held.detach()).reshape(parameter.shape), parameter.detach())
+        assert held.requires_grad == parameter.requires_grad, name
         if parameter.requires_grad:
             torch.testing.assert_close(gather(held.grad), parameter.grad)
+
+
+def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(tmp_path, one_rank):
+    model = toy("t5")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    renamed = {f"{model.base_model_prefix}.{key}": value for key, value in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+    net = sharded_by_fabric(tmp_path, build=lambda: type(model)(model.config))[1].module
+    convert(model, **ARGUMENTS)
+    check_equal(tensors(net), tensors(model))
 
 
 def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_without_weights_refused(folder, one_rank):
@@ -150,7 +209,8 @@ def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_witho
     for name, value, error in [
         ("2.weight", nan, r"^2: weight: holds NaN"),
         ("0.weight", small, r"model\.safetensors: '0\.weight' has shape \[9, 96\], and the module has \[200, 96\]"),
-        ("0.weight", None, r"'0\.weight' is missing"),
+        ("0.weight", None, r"'0\.weight' is missing\. Use a folder with all weights of the model in 16 or 32 bits\.$"),
+        ("0.weight.absmax", small, r"'0\.weight' is in 4 bits already\. Use"),
         ("1.running_var", None, r"^1\.running_var: is on the meta device.*has no tensor of this name"),
     ]:
         changed = {**state, name: value}
@@ -162,14 +222,16 @@ def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_witho
 class Loaded(Lit):
     """Loads and shards as users write it; `then` is called in between."""
 
-    def __init__(self, folder, then=lambda module: None, **arguments):
+    def __init__(self, folder, then=lambda module: None, kind=transformers.AutoModelForCausalLM, **arguments):
         super().__init__(None)
         self.folder = folder
         self.then = then
+        self.kind = kind
         self.arguments = arguments
 
     def configure_model(self):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, **self.arguments)
+        self.model = self.kind.from_pretrained(self.folder, **self.arguments)
+        self.on_meta = any(parameter.is_meta for parameter in self.model.parameters())
         self.then(self)
         if self._device_mesh is not None:
             if not self.model.config.tie_word_embeddings:
@@ -189,17 +251,62 @@ def fit(trainer, module, strategy="auto", **arguments):
     return module
 
 
+def converted_now(module):
+    module.trainer.precision_plugin.convert_module(module.model)
+
+
+def check_sharded(trainer, folder, on_meta=True, kind=transformers.AutoModelForCausalLM, dtype="auto", **arguments):
+    """A sharded model has the tensors of one that is not; `on_meta`: it was sharded before its values were read."""
+    then = converted_now if "trainable_token_indices" in arguments else lambda module: None
+    alone, sharded = (Loaded(folder, then, kind, dtype=dtype) for _ in range(2))
+    fit(trainer, alone, **arguments)
+    fit(trainer, sharded, ModelParallelStrategy(1, 1), **arguments)
+    check_equal(tensors(sharded), tensors(alone))
+    assert sharded.on_meta is on_meta and not alone.on_meta
+    trains = [name for name, parameter in alone.named_parameters() if parameter.requires_grad]
+    assert [name for name, parameter in sharded.named_parameters() if parameter.requires_grad] == trains
+    return sharded
+
+
 def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(trainer, tmp_path, one_rank):
     toy("llama").save_pretrained(tmp_path / "llama")
     trained = toy("llama")
     convert(trained, **ARGUMENTS, modules_to_save=["lm_head"])
     save_adapter(perturb(trained), tmp_path / "adapter")
     start = {"adapter": str(tmp_path / "adapter"), "modules_to_save": ["lm_head"]}
-    alone = fit(trainer, Loaded(tmp_path / "llama"), **start)
-    sharded = fit(trainer, Loaded(tmp_path / "llama"), ModelParallelStrategy(1, 1), **start)
-    check_equal(tensors(sharded), tensors(alone))
+    sharded = check_sharded(trainer, tmp_path / "llama", **start)
     assert sharded.model.lm_head.weight.requires_grad
     assert gather(sharded.model.model.layers[0].mlp.up_proj.lora_B).any()
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def in_4_bits(folder):
+    return save_in_4_bits(type(toy("gpt2")), folder, folder / "packed")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "arguments"),
+    [
+        ("t5", None, {"on_meta": True, "dtype": torch.float16}),  # transformers keeps its `wo` in fp32
+        ("gpt2", None, {"on_meta": False, "dtype": torch.bfloat16, "trainable_token_indices": [3, 7]}),
+        ("llama", pickled, {"on_meta": False}),
+        ("gpt2", in_4_bits, {"on_meta": False}),
+    ],
+    ids=["types", "tokens", "pickled", "in 4 bits"],
+)
+def test_sharded_models_of_all_kinds_of_folders(name, changed, arguments, trainer, tmp_path, one_rank):
+    """All are read after sharding, but those whose values are needed before, or that are not in safetensors."""
+    model = toy(name)
+    model.save_pretrained(tmp_path / "base")
+    folder = tmp_path / "base"
+    if changed is not None:
+        folder = changed(folder)
+    check_sharded(trainer, folder, kind=type(model), **arguments)
 
 
 def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
@@ -209,7 +316,7 @@ def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
         module.reference = copy.deepcopy(module.model)
 
     def fails(module):
-        raise KeyError("theirs")
+        raise RuntimeError("theirs")
 
     def resizes(module):
         module.model.resize_token_embeddings(140)
@@ -228,10 +335,10 @@ def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
         ),
         (Loaded(tmp_path / "llama", appends), r"has shape \[128, 64\], and the module has \[140, 64\].* in __init__"),
         (Loaded(tmp_path / "llama", copies), r"^reference\..* on the meta device, .* load it by from_pretrained too"),
-        (Loaded(tmp_path / "llama", fails), "theirs"),
+        (Loaded(tmp_path / "llama", fails), "^theirs$"),
         (Loaded(tmp_path / "llama", intermediate_size=192), r"has shape \[.*128.*\], and the model has \[.*192.*\]"),
     ]:
-        with raises_before_teardown((ValueError, KeyError, RuntimeError), error):
+        with raises_before_teardown((ValueError, RuntimeError), error):
             fit(trainer, module, ModelParallelStrategy(1, 1))
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.peft_experts import assign_parameters
 from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.files.safetensors_folder import WeightFolder
+from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.toys import delta, perturb
@@ -15,33 +15,46 @@ from tests.toys import delta, perturb
 pytest.importorskip("transformers", minversion="5")
 
 from tests.architectures.checks import ARGUMENTS, load, loaded_and_converted, saved
+from tests.huggingface.test_experts_on_load import mixtral
 
 
 def test_a_fused_weight_is_read_as_the_parameters_of_the_model(tmp_path):
-    saved("nomic_bert", tmp_path)
+    model, _ = saved("nomic_bert", tmp_path)
     folder = ModelFolder.open(tmp_path)
     stored = WeightFolder(tmp_path)
+    expected = dict(load(model, tmp_path).named_parameters())
+    assert folder.entries == {name: TensorEntry("F32", tuple(value.shape)) for name, value in expected.items()}
+    assert folder.file_of == dict.fromkeys(expected, tmp_path / "model.safetensors")
+    fused = "encoder.layers.0.attn.Wqkv.weight"
     names = [f"layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
-    fused = stored.tensors(["encoder.layers.0.attn.Wqkv.weight"])["encoder.layers.0.attn.Wqkv.weight"]
-    assert torch.equal(torch.cat(list(folder.tensors(names).values())), fused)
-    assert [folder.entries[name].shape for name in names] == [(64, 64)] * 3
-    assert "'encoder.layers.0.attn.Wqkv.weight'" in folder.where(names[1])
+    assert torch.equal(torch.cat(list(folder.tensors(names).values())), stored.tensors([fused])[fused])
+    assert folder.where(names[1]) == f"{tmp_path / 'model.safetensors'}: {fused!r}"
+    tensors = folder.tensors([*expected])
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+    # Without a model names are keys, also if transformers can't build it; so are those that the model has.
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    for plain in (ModelFolder(tmp_path, None), ModelFolder.open(tmp_path)):
+        assert (plain.entries, plain.file_of, plain.groups) == (stored.entries, stored.file_of, {})
+    (tmp_path / "other.json").rename(tmp_path / "config.json")
+    save_file({name: value.detach() for name, value in expected.items()}, tmp_path / "model.safetensors")
+    assert ModelFolder.open(tmp_path).key_of == {name: name for name in expected}
 
 
 def test_of_stacked_experts_one_is_read_at_a_time(tmp_path):
-    model, _ = saved("mixtral", tmp_path)
+    """There are more than ten, so that the order of their names is not that of their numbers."""
+    kind, config = mixtral()
+    config.num_local_experts = 11
+    kind(config).save_pretrained(tmp_path)
     folder = ModelFolder.open(tmp_path)
-    name = "layers.1.mlp.experts.gate_up_proj.3"
-    assert folder.entries[name].shape == (64, 64) and len(folder.groups[name].keys) == 2
-    weight = folder.tensors([name])[name]
-    assert torch.equal(weight, load(model, tmp_path).layers[1].mlp.experts.gate_up_proj[3])
-
-
-def test_without_a_model_names_are_keys(tmp_path):
-    saved("nomic_bert", tmp_path)
-    folder = ModelFolder(tmp_path, None)
-    stored = WeightFolder(tmp_path)
-    assert folder.entries == stored.entries and not folder.groups
+    model = kind.from_pretrained(tmp_path)
+    for expert in (1, 2, 10):
+        name = f"model.layers.1.mlp.experts.gate_up_proj.{expert}"
+        assert folder.entries[name] == TensorEntry("F32", (64, 64))
+        keys = ", ".join(f"'model.layers.1.block_sparse_moe.experts.{expert}.w{i}.weight'" for i in (1, 3))
+        assert folder.where(name) == f"{tmp_path / 'model.safetensors'}: {keys}"
+        weight = folder.tensors([name])[name]
+        assert torch.equal(weight, model.model.layers[1].mlp.experts.gate_up_proj[expert])
 
 
 def test_two_tensors_of_one_parameter_are_refused(tmp_path):
@@ -61,8 +74,9 @@ def test_only_some_parameters_of_a_conversion_are_quantized(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:PEFT would")
-@pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("method", ["pissa", "loftq"])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("qwen2_vl", "pissa"), ("gemma3", "loftq"), ("mixtral", "pissa"), ("gpt_oss", "loftq")]
+)
 def test_an_adapter_for_the_float_base_is_what_training_added(kind, method, tmp_path):
     """B A of the adapter for the float base is what training added: s (B A - B0 A0)."""
     model, base = saved(kind, tmp_path / "base")

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert
-from tests.layers.test_selection import toy
+from tests.toys import NAMES, perturb, toy
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,15 +40,15 @@ def batches(kind: str) -> DataLoader:
     return DataLoader(rows, batch_size=4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), [*zip(NAMES, [torch.bfloat16, torch.float32] * 2, strict=True)])
 def test_a_model_trains_validates_and_resumes(trainer, kind, dtype):
+    epochs = 12 if kind == "gpt2" else 8
     module = HuggingFace(kind, dtype)
-    run = trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=12)
+    run = trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=epochs)
     run.fit(module, batches(kind), batches(kind))
     assert sum(module.losses[-4:]) < 0.9 * sum(module.losses[:4])
     again = HuggingFace(kind, dtype)
-    second = trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=13)
+    second = trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.0), max_epochs=epochs + 1)
     second.fit(again, batches(kind), batches(kind), ckpt_path=run.checkpoint_callback.best_model_path)
     assert len(again.losses) == 4
     assert sum(again.losses) < sum(module.losses[:4])
@@ -56,55 +56,29 @@ def test_a_model_trains_validates_and_resumes(trainer, kind, dtype):
 
 def test_generation_uses_the_adapters_and_drops_nothing(trainer):
     module = HuggingFace("llama")
-    trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.5), max_epochs=2).fit(module, batches("llama"))
-    ids = torch.tensor([[5, 6, 7]])
+    trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.5), max_epochs=1).fit(module, batches("llama"))
     arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    ids = torch.tensor([[5, 6, 7]])
     first = module.model.generate(ids, **arguments)
     assert torch.equal(first, module.model.generate(ids, **arguments))
-    with torch.no_grad():
-        for layer in module.modules():
-            if isinstance(layer, QLoRALinear):
-                layer.lora_B.normal_()
+    perturb(module, scale=1.0)
     assert not torch.equal(first, module.model.generate(ids, **arguments))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
-def test_logits_are_those_of_the_model_with_decoded_weights(kind):
-    """The dense model, each converted weight replaced by its decoded value."""
-    model = toy(kind).eval()
-    dense = toy(kind).eval()
-    convert(model, r=4)
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if isinstance(layer, QLoRALinear):
-                dense.get_submodule(name).weight.copy_(layer.weight)
-    ids = torch.arange(3, 15)[None]
-    extra = {"decoder_input_ids": ids} if kind == "t5" else {}
-    torch.testing.assert_close(
-        model(input_ids=ids, **extra).logits, dense(input_ids=ids, **extra).logits, rtol=1e-4, atol=1e-4
-    )
 
 
 def test_gradients_flow_through_transformers_own_gradient_checkpointing():
     def gradients(checkpointing):
         model = toy("llama").train()
         convert(model, r=4, lora_dropout=0.3)
+        perturb(model, scale=0.1)
         if checkpointing:
             # transformers 4 defaults to the reentrant variant, which needs inputs that require gradients
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(3)
-        with torch.no_grad():
-            for layer in model.modules():
-                if isinstance(layer, QLoRALinear):
-                    layer.lora_B.normal_(std=0.1)
         ids = torch.arange(3, 15)[None]
         model(input_ids=ids, labels=ids).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-    plain = gradients(False)
-    recomputed = gradients(True)
-    for name, grad in plain.items():
-        torch.testing.assert_close(grad, recomputed[name])
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 def test_a_model_loaded_in_configure_model_has_the_bytes_of_one_quantized_after_loading(trainer, tmp_path):

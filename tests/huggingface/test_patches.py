@@ -1,7 +1,6 @@
 """Quantizing while loading is a matter of one thread or task: what others load at the same time is as without it."""
 
 import asyncio
-import contextvars
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -68,17 +67,6 @@ def test_contexts_that_overlap_in_two_threads_leave_nothing_behind(folder):
     assert layers_of_loaded(folder) == 0
 
 
-def test_many_threads_load_at_once(folder):
-    def load(number):
-        if number % 2:
-            return layers_of_loaded(folder)
-        with QLoRAPrecision(r=4).init():
-            return layers_of_loaded(folder)
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(load, range(12))) == [14, 0] * 6
-
-
 def test_tasks_of_asyncio_do_not_share_a_context(folder):
     async def quantizing(entered, leave):
         with QLoRAPrecision(r=4).init():
@@ -106,14 +94,6 @@ def test_tasks_of_asyncio_do_not_share_a_context(folder):
 
     # A task, and a thread of asyncio's, that is started within the context is a part of it.
     assert asyncio.run(both()) == [(14, 14, 14), 0]
-
-
-def test_a_copied_context_quantizes_where_it_runs(folder):
-    with QLoRAPrecision(r=4).init():
-        context = contextvars.copy_context()
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(context.run, layers_of_loaded, folder).result() == 14
-            assert pool.submit(layers_of_loaded, folder).result() == 0
 
 
 def test_contexts_inside_each_other_and_errors_end_as_they_should(folder):

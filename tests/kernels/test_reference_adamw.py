@@ -75,27 +75,26 @@ def test_8bit_step_agrees_with_a_float64_model(numel):
     torch.manual_seed(0)
     p = torch.randn(numel)
     blocks = math.ceil(numel / 256)
-    state = [torch.zeros(numel, dtype=torch.uint8), torch.zeros(blocks)]
-    state += [torch.zeros(numel, dtype=torch.uint8), torch.zeros(blocks)]
+    m, v = ((torch.zeros(numel, dtype=torch.uint8), torch.zeros(blocks)) for _ in range(2))
     p64 = p.double()
     m64 = torch.zeros(numel).double()
     v64 = torch.zeros(numel).double()
     for step in range(1, 6):
         g = torch.randn(numel)
-        adamw8bit_step([p], [g], *[[s] for s in state], AdamWStep(step, **SCALARS))
+        adamw8bit_step([p], [g], *(([codes], [scales]) for codes, scales in (m, v)), AdamWStep(step, **SCALARS))
         p64, m64, v64 = float64_adamw(p64, g.double(), m64, v64, step, **SCALARS, bounded=True)
         m64, m_scales = nearest_float64(m64, dynamic_map(True))
         v64, v_scales = nearest_float64(v64, dynamic_map(False))
         # fp32 may take the other neighbour where a value is on the border between two levels
-        for codes, scales, signed, expected in ((*state[:2], True, m64), (*state[2:], False, v64)):
+        for codes, scales, signed, expected in ((*m, True, m64), (*v, False, v64)):
             off = (dequantize_state(codes, scales, signed).double() - expected).abs() > 1e-6 * expected.abs().max()
             assert off.float().mean() < 2e-3
-        assert torch.allclose(state[1].double(), m_scales, rtol=1e-5)
-        assert torch.allclose(state[3].double(), v_scales, rtol=1e-5)
+        assert torch.allclose(m[1].double(), m_scales, rtol=1e-5)
+        assert torch.allclose(v[1].double(), v_scales, rtol=1e-5)
         assert (p.double() - p64).abs().max() < 5e-3 * step
         assert (p.double() - p64).abs().median() < 1e-6
-        m64 = dequantize_state(*state[:2], True).double()
-        v64 = dequantize_state(*state[2:], False).double()
+        m64 = dequantize_state(*m, True).double()
+        v64 = dequantize_state(*v, False).double()
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -124,7 +124,7 @@ def test_a_code_of_a_state_may_be_the_next_one(off, differs):
 
     def wrong(*arguments):
         RIGHT["adamw8bit_step"](*arguments)
-        codes = arguments[2][0].view(-1)
+        codes = arguments[2][0][0].view(-1)
         codes[codes.argmax()] -= off
 
     text = of_case("adamw8bit_step", 0, wrong)

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora import convert
+from tests.conftest import every_pair
 from tests.layers.test_experts import made, qwen3_moe
 
 WARNING = "The module holds copies of layers that are converted"
@@ -32,46 +33,24 @@ def warnings_of(module, recwarn, **arguments):
     return [str(each.message) for each in recwarn if WARNING in str(each.message)]
 
 
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+AVERAGES = {  # how a copy is made, its name and that of the original, and these where the copy comes first
+    copy.deepcopy: ("average of net", "net of average"),
+    AveragedModel: ("average.module of net", "net of average.module"),
+    Buffers: ("average of net.0, average of net.2",) * 2,
+    lambda net: copy.deepcopy(net).float(): ("average of net", "net of average"),  # held in fp32
+}
+
+
 @pytest.mark.parametrize(
-    ("average", "names"),
-    [
-        (copy.deepcopy, "average of net"),
-        (AveragedModel, "average.module of net"),
-        (Buffers, "average of net.0, average of net.2"),
-        (lambda net: copy.deepcopy(net).float(), "average of net"),  # held in fp32
-    ],
+    ("average", "trains", "dtype", "is_first"),
+    every_pair([*AVERAGES], (False, True), (torch.float32, torch.bfloat16), (False, True)),
 )
-@pytest.mark.parametrize("is_first", [False, True])
-def test_one_warning_names_a_copy_and_says_when_to_make_it(average, names, trains, dtype, is_first, recwarn):
+def test_one_warning_names_a_copy_and_says_when_to_make_it(average, trains, dtype, is_first, recwarn):
     net = body().to(dtype)
     parts = {"net": net, "average": average(net).requires_grad_(trains)}
     module = nn.ModuleDict(dict(reversed(parts.items())) if is_first else parts)
     (text,) = warnings_of(module, recwarn)
-    if not is_first:
-        assert f"converted: {names}. An average" in text
-    assert "net" in text and "average" in text and "Make it in on_fit_start" in text
-
-
-def test_an_average_made_after_conversion_has_the_adapters_and_no_warning(recwarn):
-    net = body()
-    dense = copy.deepcopy(net)
-    assert not warnings_of(net, recwarn)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    with torch.no_grad():
-        net[0].lora_B += 0.1
-    average.update_parameters(net)
-    with torch.no_grad():
-        net[0].lora_B += 0.2
-    average.update_parameters(net)
-    assert not warnings_of(nn.ModuleDict({"net": net, "average": average}), recwarn)
-    with torch.no_grad():  # A is constant, so the average of B is that of the weights
-        for index in (0, 2):
-            dense[index].weight.copy_(net[index].decode())
-        dense[0].weight += net[0].scaling * torch.full((128, 4), 0.2) @ net[0].lora_A
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(average(x), dense(x), atol=1e-5, rtol=1e-4)
+    assert f"converted: {AVERAGES[average][is_first]}. An average" in text and "Make it in on_fit_start" in text
 
 
 def test_copies_that_train_begin_with_the_same_adapters(recwarn):
@@ -100,8 +79,16 @@ def test_what_is_no_copy_gets_no_warning(recwarn):
         nn.init.zeros_(part[2].weight)  # as diffusion models begin
     tied = nn.ModuleDict({"one": nn.Linear(64, 64), "two": nn.Linear(64, 64), "three": nn.Linear(64, 64)})
     tied["two"].weight = tied["one"].weight
+    tied["three"].weight = nn.Parameter(tied["one"].weight.detach())  # the same memory
+    similar = nn.ModuleDict({"one": body()})
+    similar["two"] = copy.deepcopy(similar["one"])
+    for layer in (similar["two"][0], similar["two"][2]):
+        layer.weight.data[1, 1] += 1
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 128), 3, enable_nested_tensor=False)
     ensemble = nn.ModuleList([body()])
     ensemble.append(copy.deepcopy(ensemble[0]))
-    for module in (zeros, tied, encoder, ensemble, nn.ModuleDict({"one": body(), "two": body()})):
+    net = body()
+    assert not warnings_of(net, recwarn)
+    after = nn.ModuleDict({"net": net, "average": AveragedModel(net)})  # made after conversion
+    for module in (after, zeros, tied, similar, encoder, ensemble, nn.ModuleDict({"one": body(), "two": body()})):
         assert not warnings_of(module, recwarn)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from lightning_qlora import convert, disable_adapter, merge
+from lightning_qlora import convert, disable_adapter
 from lightning_qlora.layers.deferred_head import defer_logits
-from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, qwen3_moe
-from tests.toys import delta, ids, perturb, toy
+from tests.conftest import every_pair
+from tests.toys import ids, perturb, toy
 
 
 def trained(net=None, **arguments):
@@ -23,9 +23,10 @@ def trained(net=None, **arguments):
     return net.train(), untouched
 
 
-@pytest.mark.parametrize("rows", [1, 3, 300])  # the C kernels decode inside the product for few rows
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dora", [False, True])
+# The C kernels decode inside the product for few rows.
+@pytest.mark.parametrize(
+    ("rows", "dtype", "dora"), every_pair([1, 3, 300], [torch.float32, torch.bfloat16], [False, True])
+)
 def test_it_computes_bit_for_bit_what_an_untouched_model_computes(rows, dtype, dora):
     dense = nn.Linear(128, 96).to(dtype)
     untouched = copy.deepcopy(dense)
@@ -37,16 +38,6 @@ def test_it_computes_bit_for_bit_what_an_untouched_model_computes(rows, dtype, d
         assert torch.equal(net(x), expected)
         assert torch.equal(net.weight, untouched.decode())
     assert not torch.allclose(net.eval()(x), expected)
-
-
-@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, dbrx, jetmoe])
-def test_experts(build):
-    model, untouched = trained(made(build).requires_grad_(True))
-    with torch.no_grad(), disable_adapter(model.eval()):
-        ours = model(input_ids=ids() % 96).logits
-    with torch.no_grad():
-        assert torch.equal(ours, untouched(input_ids=ids() % 96).logits)
-        assert not torch.equal(ours, model(input_ids=ids() % 96).logits)
 
 
 def test_gradients_reach_the_input_and_no_adapter():
@@ -81,15 +72,15 @@ def test_contexts_nest_overlap_and_end_with_an_exception():
     assert torch.equal(net(x), own)
 
 
-def test_the_context_is_that_of_the_module_in_every_thread():
-    net, untouched = trained()
+def test_the_context_is_that_of_the_module_in_every_thread_and_of_no_copy():
+    net, untouched = trained(lora_dropout=0.0)
     x = torch.randn(5, 64)
+    own = net(x)
     seen = []
-    with disable_adapter(net):
-        thread = threading.Thread(target=lambda: seen.append(net(x)))
-        thread.start()
-        thread.join()
-    assert torch.equal(seen[0], untouched(x))
+    thread = threading.Thread(target=lambda: seen.extend([net(x), copy.deepcopy(net)]))
+    with disable_adapter(net), pytest.warns(UserWarning, match="has its adapter enabled"):
+        _run(thread)
+    assert torch.equal(seen[0], untouched(x)) and torch.equal(seen[1](x), own)
 
 
 def test_a_block_that_is_recomputed_without_its_adapters_is_an_error():
@@ -99,23 +90,24 @@ def test_a_block_that_is_recomputed_without_its_adapters_is_an_error():
         own.square().sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["our checkpointing", "transformers"])
-def test_gradient_checkpointing(kind):
+def test_gradient_checkpointing():
     grads = []
-    for on in (False, True):
-        model = toy("llama").train()
-        convert(model, r=4, lora_dropout=0.0, gradient_checkpointing=on and kind == "our checkpointing")
+    for kind in ("none", "ours", "that of transformers"):
+        model = toy("llama", num_hidden_layers=1).train()
+        convert(model, r=4, lora_dropout=0.0, gradient_checkpointing=kind == "ours")
         perturb(model)
-        if on and kind == "transformers":
+        if kind == "that of transformers":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.get_input_embeddings().weight.requires_grad_()
         own = model(input_ids=ids()).logits.square().mean()
-        with pytest.warns(UserWarning, match="1 parameters train in full"), disable_adapter(model):
+        text = r"1 parameters train in full and have their trained values in it: model\.embed_tokens\.weight\.$"
+        with pytest.warns(UserWarning, match=text), disable_adapter(model):
             (-0.5 * model(input_ids=ids()).logits.square().mean()).backward()
         own.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    for ours, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, expected)
+    for expected, *others in zip(*grads, strict=True):
+        for grad in others:
+            torch.testing.assert_close(grad, expected)
 
 
 def test_logits_of_a_head_with_an_adapter():
@@ -134,7 +126,7 @@ def test_logits_of_a_head_with_an_adapter():
 
 
 def test_a_compiled_module_is_compiled_once_more_and_not_each_time():
-    net, untouched = trained(lora_dropout=0.0)
+    net, untouched = trained(nn.Linear(64, 64), lora_dropout=0.0)
     graphs = []
 
     def count(graph, _):
@@ -159,15 +151,6 @@ def test_a_compiled_module_is_compiled_once_more_and_not_each_time():
     torch.testing.assert_close(step(x), own - untouched(x))
 
 
-def test_parameters_that_train_in_full_keep_their_trained_values():
-    net, _ = trained(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10)), target_modules=["0"], modules_to_save=["1"])
-    with torch.no_grad():
-        net[1].bias += 1
-    x = torch.randn(3, 64)
-    with pytest.warns(UserWarning, match=r"2 parameters train in full .* 1.weight, 1.bias"), disable_adapter(net):
-        torch.testing.assert_close(net(x), net[1](F.linear(x, net[0].decode(), net[0].bias)))
-
-
 def test_a_module_without_adapters_and_pissa_are_errors():
     with pytest.raises(ValueError, match="Sequential has no converted layer"), disable_adapter(nn.Sequential()):
         pass
@@ -175,10 +158,6 @@ def test_a_module_without_adapters_and_pissa_are_errors():
     convert(net, r=4, init_lora_weights="pissa")
     with pytest.raises(ValueError, match="init_lora_weights='pissa', which moves"), disable_adapter(net):
         pass
-
-
-def copied(module):
-    return copy.deepcopy(module)
 
 
 def saved(module):
@@ -195,15 +174,12 @@ class Counting(nn.Linear):
         return {**vars(self), "copies": vars(self).get("copies", 0) + 1}
 
 
-@pytest.mark.parametrize("copy_of", [copied, saved])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layer", [nn.Linear, Counting])
+@pytest.mark.parametrize(
+    ("copy_of", "dtype", "layer"),
+    every_pair([copy.deepcopy, saved], [torch.float32, torch.bfloat16], [nn.Linear, Counting]),
+)
 def test_a_copy_made_inside_has_its_adapter_and_the_context_ends_for_the_module_alone(layer, dtype, copy_of):
     net, untouched = trained(nn.Sequential(layer(64, 128), nn.ReLU(), layer(128, 64)).to(dtype), lora_dropout=0.0)
-    dense = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
-    for index in (0, 2):
-        dense[index].weight.data = net[index].decode().float() + delta(net[index])
-        dense[index].bias.data = net[index].bias.detach().float()
     x = torch.randn(5, 64).to(dtype)
     with disable_adapter(net), disable_adapter(net):
         with pytest.warns(UserWarning, match="made inside disable_adapter has its adapter enabled"):
@@ -212,32 +188,10 @@ def test_a_copy_made_inside_has_its_adapter_and_the_context_ends_for_the_module_
         own = other(x)
         with disable_adapter(other):
             assert torch.equal(other(x), untouched(x))
-    expected = dense(x.float())
-    assert (own - expected).norm() < (1e-5 if dtype is torch.float32 else 1e-2) * expected.norm()
     assert torch.equal(own, other(x)) and torch.equal(own, net(x))
     own.square().mean().backward()
     assert all(parameter.grad is not None for part in (other[0], other[2]) for parameter in part.adapter_parameters())
     assert getattr(other[0], "copies", 1) == 1
-    assert (merge(other, "fp32")(x.float()) - expected).norm() < 1e-2 * expected.norm()
-
-
-def test_copies_of_experts_and_of_rows_of_tokens_have_them_too():
-    model, _ = trained(made(qwen3_moe).requires_grad_(True), trainable_token_indices=[3, 5], lora_dropout=0.0)
-    own = model.eval()(input_ids=ids() % 96).logits
-    with disable_adapter(model), pytest.warns(UserWarning, match="has its adapter enabled"):
-        other = copy.deepcopy(model)
-    assert torch.equal(other(input_ids=ids() % 96).logits, own)
-
-
-def test_a_copy_made_by_another_thread_has_its_adapter():
-    net, _ = trained(lora_dropout=0.0)
-    x = torch.randn(5, 64)
-    own = net(x)
-    copies = []
-    thread = threading.Thread(target=lambda: copies.append(copy.deepcopy(net)))
-    with disable_adapter(net), pytest.warns(UserWarning, match="has its adapter enabled"):
-        _run(thread)
-    assert torch.equal(copies[0](x), own)
 
 
 def _run(thread):

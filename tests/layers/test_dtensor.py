@@ -39,7 +39,7 @@ def check_ranks(ranks):
 def two(tmp_path_factory):
     """The folder of three loops on two ranks, the arguments of the last one, and what each rank has of each."""
     folder = tmp_path_factory.mktemp("fsdp")
-    toy("llama").bfloat16().save_pretrained(folder / "base")
+    toy("llama", num_hidden_layers=1).bfloat16().save_pretrained(folder / "base")
     of_llama = {
         "optimizer": "PagedAdamW8bit",
         "folder": str(folder / "base"),

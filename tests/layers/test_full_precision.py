@@ -1,30 +1,25 @@
 """What trains in full: held in fp32, so that each step arrives, and computed as the model in 16 bits computes it."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
 from torch import nn
 
 from lightning_qlora import (
     QLoRAPrecision,
     convert,
-    estimate_memory,
     load_adapter,
-    load_from_checkpoint,
     merge,
     save_adapter,
 )
 from tests.conftest import Classifier, loader
-from tests.toys import ARGUMENTS, BERT, LLAMA, ids, toy
+from tests.toys import ARGUMENTS, LLAMA, ids, toy
 from tests.twin import dense_twin, error
 
 transformers = pytest.importorskip("transformers")
 CLASSES = torch.tensor([0, 1])
-IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
 def llama_classifier():
@@ -36,12 +31,6 @@ def llama_classifier():
 def llama():
     inputs = {"input_ids": ids(), "labels": ids()}
     return toy("llama", tie_word_embeddings=True), ["lm_head", "input_layernorm"], inputs
-
-
-def bert():
-    config = transformers.BertConfig(**BERT)
-    inputs = {"input_ids": ids(), "attention_mask": torch.ones(2, 12), "labels": CLASSES}
-    return transformers.BertForSequenceClassification(config), ["word_embeddings", "LayerNorm"], inputs
 
 
 def vit():
@@ -81,49 +70,18 @@ def in_type(inputs, dtype):
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
-@pytest.mark.parametrize("make", [llama_classifier, llama, bert, vit, convnext, whisper, t5])
-def test_every_element_with_a_gradient_moves_in_three_steps(make):
+@pytest.mark.parametrize("make", [llama_classifier, llama, vit, convnext, whisper, t5])
+def test_every_element_with_a_gradient_moves_in_a_step(make):
     model, modules, inputs = make()
     model = model.bfloat16()
-    inputs = in_type(inputs, torch.bfloat16)
     convert(model, **ARGUMENTS, modules_to_save=modules)
     before = {name: p.detach().clone() for name, p in in_full(model).items()}
     assert {p.dtype for p in before.values()} == {torch.float32}
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, eps=1e-30)
-    has_gradient = {}
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(**inputs).loss.backward()
-        for name, p in in_full(model).items():
-            has_gradient[name] = has_gradient.get(name, False) | (p.grad != 0)
-        optimizer.step()
+    model(**in_type(inputs, torch.bfloat16)).loss.backward()
+    optimizer.step()
     for name, p in in_full(model).items():
-        assert has_gradient[name].any()
-        assert ((p != before[name]) | ~has_gradient[name]).all(), name
-
-
-@IN_16_BITS
-def test_the_loss_follows_that_of_an_fp32_model(dtype):
-    """With parameters in 16 bits, as a cast after conversion leaves them, bf16 is further away and fp16 diverges."""
-    losses = {}
-    for name in ("fp32", "ours", "16 bits"):
-        torch.manual_seed(0)
-        model, modules, inputs = llama_classifier()
-        model = model.train().to(dtype)
-        convert(model, **ARGUMENTS, modules_to_save=modules, compute_dtype="fp32" if name == "fp32" else "auto")
-        if name != "ours":
-            model.to(torch.float32 if name == "fp32" else dtype)
-        optimizer = torch.optim.AdamW(list(in_full(model).values()), lr=2e-4, weight_decay=0.0)
-        losses[name] = []
-        for _ in range(20):
-            loss = F.cross_entropy(model(**inputs).logits.float(), CLASSES)
-            losses[name].append(loss.item())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    fp32, ours, narrow = (torch.tensor(losses[name]) for name in ("fp32", "ours", "16 bits"))
-    assert (ours - fp32).abs().max() < 5e-3
-    assert not (narrow - fp32).abs().max() < 1e-2
+        assert p.grad.any() and ((p != before[name]) | (p.grad == 0)).all(), name
 
 
 class Tied(nn.Module):
@@ -149,16 +107,14 @@ class Tied(nn.Module):
         return F.linear(x, self.embedding.weight)
 
 
-MODULES = ["embedding", "norm", "convolution", "attention", "recurrent", "scales", "last"]
-
-
-def tied(modules=MODULES):
+def tied():
+    """In bf16 also on a CPU that is slow in it."""
     model = Tied().bfloat16()
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
-    arguments = {"compute_dtype": "bf16"}  # also on a CPU that is slow in it
-    convert(model, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=modules, **arguments)
+    modules = [name for name, _ in model.named_children() if name != "linear"]
+    convert(model, r=1, target_modules=["linear"], lora_dropout=0.0, modules_to_save=modules, compute_dtype="bf16")
     return model
 
 
@@ -201,29 +157,24 @@ def test_a_part_with_a_list_of_parameters_computes_in_16_bits_also_alone():
     torch.testing.assert_close(model[1](x), dense(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "compile", "compile a block", "checkpoint", "autocast"])
+@pytest.mark.parametrize("how", ["deepcopy", "compile", "compile a block", "autocast"])
 def test_the_module_still_works_with(how):
     model = tied()
-    if how == "pickle":
-        model.convolution = nn.Identity()  # torch pickles no parametrized module
     expected = model(TOKENS)
     use = model
     if how == "deepcopy":
         use = copy.deepcopy(model)
-    if how == "pickle":
-        use = pickle.loads(pickle.dumps(model))
     if how == "compile":
+        model = nn.Sequential(model.embedding, model.norm, model.linear)
+        expected = model(TOKENS)
         use = torch.compile(model, backend="aot_eager")
     if how == "compile a block":
         model.norm.compile(backend="aot_eager", fullgraph=True)
-    if how == "checkpoint":
-        use = lambda tokens: torch.utils.checkpoint.checkpoint(model, tokens, use_reentrant=False)  # noqa: E731
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         y = use(TOKENS)
     torch.testing.assert_close(y, expected, atol=0.05 if how == "autocast" else 0, rtol=0)
     y.sum().backward()
-    held = use if isinstance(use, nn.Module) else model
-    assert all(p.grad.dtype is torch.float32 for p in in_full(held).values())
+    assert all(p.grad.dtype is torch.float32 for p in in_full(use).values())
 
 
 def weighted_bag(head, x):
@@ -266,16 +217,6 @@ def test_modules_whose_tensors_have_one_type_train_as_in_fp32(make, call):
     assert {tensor.dtype for tensor in ours.state_dict().values()} <= {torch.bfloat16, torch.int64}
 
 
-def test_code_outside_of_a_forward_pass_gets_the_parameter_that_trains():
-    model = tied()
-    weight = model.embedding.weight
-    assert weight is dict(model.named_parameters())["embedding.weight"] and weight.dtype is torch.float32
-    with torch.no_grad():
-        model.norm.weight.fill_(2.0)
-    assert (model.state_dict()["norm.weight"] == 2).all()
-    assert type(model.norm).__name__ == "LayerNorm" and isinstance(model.norm, nn.LayerNorm)
-
-
 def test_a_later_cast_is_what_the_user_asked_for():
     model = tied().half()
     assert {p.dtype for p in in_full(model).values()} == {torch.float16} and model(TOKENS).dtype is torch.float16
@@ -286,6 +227,8 @@ def test_a_later_cast_is_what_the_user_asked_for():
 def test_merging_gives_the_type_and_the_classes_of_before_and_keeps_small_changes():
     plain = Tied()
     model = tied()
+    assert model.norm.weight is dict(model.named_parameters())["norm.weight"]
+    assert type(model.norm).__name__ == "LayerNorm" and isinstance(model.norm, nn.LayerNorm)
     with torch.no_grad():
         model.norm.weight.fill_(1.0)
         model.embedding.weight.fill_(1 + 0.1 * 2**-7)  # a tenth of a step of bf16
@@ -323,48 +266,6 @@ class InBf16(Classifier):
 PLUGIN = {"r": 4, "lora_dropout": 0.1, "modules_to_save": ["2"]}
 
 
-def test_a_run_with_the_trainer_resumes_bit_equal_and_comes_back_from_its_checkpoint(trainer):
-    def fit(epochs, path=None):
-        torch.manual_seed(1)
-        run = trainer(plugins=QLoRAPrecision(**PLUGIN), max_epochs=epochs)
-        module = InBf16()
-        run.fit(module, loader(), ckpt_path=path)
-        return run, module
-
-    run, straight = fit(2)
-    assert "held in fp32 (512 bytes) and computes in bfloat16" in run.precision_plugin.report.summary()
-    assert straight.net[2].weight.dtype is torch.float32
-    half, _ = fit(1)
-    _, resumed = fit(2, half.checkpoint_callback.best_model_path)
-    loaded = load_from_checkpoint(InBf16, run.checkpoint_callback.best_model_path)
-    x = loader().dataset.tensors[0]
-    for module in (resumed, loaded):
-        assert all(torch.equal(p, straight.get_parameter(name)) for name, p in module.named_parameters())
-        assert torch.equal(module.eval()(x), straight.eval()(x))
-
-
-def test_all_loops_compute_the_same(trainer):
-    """Autocast, which fp32 parts around a bf16 model need, is off."""
-    run = trainer(plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}), enable_checkpointing=False)
-    module = InBf16()
-    run.fit(module, loader())
-    losses = {"trainer": module.losses}
-    for loop in ("fabric", "plain"):
-        module = InBf16()
-        fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(**PLUGIN | {"lora_dropout": 0.0}))
-        if loop == "plain":
-            convert(module, **PLUGIN | {"lora_dropout": 0.0})
-        use = fabric.setup_module(module) if loop == "fabric" else module
-        optimizer, losses[loop] = torch.optim.AdamW(use.parameters(), lr=1e-2), []
-        for x, y in loader():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(use(x), y)
-            fabric.backward(loss) if loop == "fabric" else loss.backward()
-            optimizer.step()
-            losses[loop].append(loss.item())
-    assert losses["trainer"] == losses["fabric"] == losses["plain"]
-
-
 def test_a_cast_after_conversion_is_named_at_the_first_step(trainer):
     module = InBf16()
     convert(module, **PLUGIN)
@@ -396,17 +297,6 @@ def test_adapter_folders_hold_fp32_and_peft_reads_them(tmp_path):
     assert torch.equal(weight, model.lm_head.weight.to(weight.dtype))
 
 
-def test_the_plan_counts_fp32():
-    def parts(model):
-        return estimate_memory(model, sequence_length=32, r=4, modules_to_save=["lm_head"]).parts
-
-    narrow = parts(toy("llama").bfloat16())
-    wide = parts(toy("llama"))
-    for part in ("trained weights", "gradients", "optimizer state"):
-        assert narrow[part] == wide[part]
-    assert narrow["other frozen weights"] < wide["other frozen weights"]
-
-
 class Encoder(nn.Module):
     """torch's encoder, whose fused layers take weights of one type."""
 
@@ -421,8 +311,10 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x, src_key_padding_mask=mask))
 
 
-@pytest.mark.parametrize("part", ["layers.0.linear1", "norm2", "out_proj", "self_attn", "layers.1"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("part", "masked"),
+    [("layers.0.linear1", True), ("norm2", False), ("out_proj", True), ("self_attn", False), ("layers.1", True)],
+)
 def test_torchs_encoder_of_which_a_part_trains_computes_the_same_without_gradients(part, masked):
     module = Encoder().bfloat16()
     convert(module, r=2, lora_dropout=0.0, target_modules=["head"], modules_to_save=[part])

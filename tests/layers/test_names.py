@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import QLoRALinear, convert
-from lightning_qlora.layers.names import matches, names_of_modules
+from lightning_qlora import QLoRAConfig, QLoRALinear, convert
+from lightning_qlora.layers.names import LayerNames, matches, names_of_modules
+from lightning_qlora.layers.selection import select_layers
 from tests.toys import Lit, toy
 
 pytest.importorskip("transformers")
@@ -64,23 +65,21 @@ def test_names_match_as_in_peft():
         ),
         (lambda: Net(net=stack()), "net.1.0", ["1.0"], "1.0"),
         (lambda: Net(net=nn.Linear(64, 64)), "net", [], "net"),
+        (lambda: Net(net=stack(), scale=nn.Parameter(torch.ones(1))), "net.1.0", ["1.0"], "net.1.0"),
         # two children may have layers of the same name, whose adapters are to differ
         (lambda: Net(a=stack(), b=stack()), "b.1.0", ["1.0"], "b.1.0"),
         (lambda: stack(), "1.0", [], "1.0"),
         (
             lambda: Lit(torch.compile(toy("llama"))),
             "model._orig_mod.lm_head",
-            ["_orig_mod.lm_head", "lm_head"],
+            ["_orig_mod.lm_head", "lm_head", "model.lm_head"],
             "lm_head",
         ),
-        (lambda: Net(net=torch.compile(stack())), "net._orig_mod.1.0", ["net.1.0", "1.0"], "1.0"),
+        (lambda: Net(net=torch.compile(stack())), "net._orig_mod.1.0", ["_orig_mod.1.0", "1.0", "net.1.0"], "1.0"),
     ],
 )
 def test_a_layer_has_a_name_in_each_module_around_it(root, name, others, seed_name):
-    found = names(root(), name)
-    assert found.seed_name == seed_name
-    assert found.all[0] == name and set(found.all) >= {name, *others}
-    assert all(each == name or name.endswith("." + each) or "_orig_mod" in name for each in found.all)
+    assert names(root(), name) == LayerNames([name, *others], seed_name)
 
 
 def test_a_model_gets_the_same_adapters_wherever_it_stands():
@@ -101,30 +100,29 @@ def test_children_with_equal_names_get_adapters_of_their_own():
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+ENDINGS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+FIRST, SECOND = ([f"model.model.layers.{i}.{ending}" for ending in ENDINGS] for i in (0, 1))
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "converted"),
     [
-        {"target_modules": r"model\.layers\.1\..*_proj"},
-        {"target_modules": r"model\.model\.layers\.1\..*_proj"},
-        {"exclude_modules": r"model\.model\.layers\.0\..*", "target_modules": r".*_proj"},
-        {"exclude_modules": ["model.layers.0.mlp.up_proj", "model.lm_head"]},
-        {"rank_pattern": {"^model.layers.1": 8}, "alpha_pattern": {"model.model.layers.0.mlp.up_proj": 32}},
+        ({"target_modules": r"model\.layers\.1\..*_proj"}, SECOND),
+        ({"target_modules": r"model\.model\.layers\.1\..*_proj"}, SECOND),
+        ({"exclude_modules": r"model\.model\.layers\.0\..*", "target_modules": r".*_proj"}, SECOND),
+        ({"exclude_modules": ["model.layers.0.mlp.up_proj"]}, [*FIRST[:5], FIRST[6], *SECOND]),
     ],
 )
-def test_a_pattern_matches_the_name_in_the_model_or_the_full_name(arguments):
-    module = Lit(toy("llama"))
-    if "rank_pattern" in arguments:
-        arguments = {**arguments, "rank_pattern": {r"^model\.layers\.1\.mlp\.up_proj": 8}}
-    report = convert(module, r=4, lora_alpha=8, **arguments)
-    for name, layer in module.named_modules():
-        if isinstance(layer, QLoRALinear):
-            if "target_modules" in arguments:
-                assert ".layers.1." in name
-            assert layer.r == (8 if "rank_pattern" in arguments and name.endswith("layers.1.mlp.up_proj") else 4)
-            alpha = 32 if "alpha_pattern" in arguments and name.endswith("layers.0.mlp.up_proj") else 8
-            assert layer.scaling == alpha / layer.r and layer.config.lora_alpha == alpha and layer.config.r == layer.r
-    if isinstance(arguments.get("exclude_modules"), list):
-        assert report.skipped["model.model.layers.0.mlp.up_proj"] == "in exclude_modules"
+def test_a_pattern_matches_the_name_in_the_model_or_the_full_name(arguments, converted):
+    assert [*select_layers(Lit(toy("llama")), QLoRAConfig(r=4, **arguments)).convert] == converted
+
+
+def test_ranks_and_alphas_of_layers_by_either_name():
+    patterns = {r"^model\.layers\.1\.mlp\.up_proj": 8}, {"model.model.layers.0.mlp.up_proj": 32}
+    config = QLoRAConfig(r=4, lora_alpha=8, rank_pattern=patterns[0], alpha_pattern=patterns[1])
+    choice = select_layers(Lit(toy("llama")), config).convert.items()
+    own = {name: (layer.config.r, layer.config.lora_alpha) for name, layer in choice}
+    assert own == dict.fromkeys(FIRST + SECOND, (4, 8)) | {FIRST[5]: (4, 32), SECOND[5]: (8, 8)}
 
 
 def test_an_anchored_pattern_reaches_no_other_part_of_a_bare_module():

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.selection import REFUSE, RULES, select_layers
 from tests.conftest import ROOT
-from tests.layers.test_experts import qwen3_moe
 from tests.toys import NAMES, delta, toy
 
 transformers = pytest.importorskip("transformers")
@@ -40,15 +40,6 @@ def test_named_targets_are_those_peft_finds(targets):
     assert set(convert(toy("llama"), r=2, target_modules=targets).converted) == adapted_by(adapted)
 
 
-def test_excluded_layers_stay_dense_and_frozen():
-    model = toy("llama")
-    report = convert(model, r=2, exclude_modules=["down_proj"])
-    assert report.skipped["model.layers.0.mlp.down_proj"] == "in exclude_modules"
-    layer = model.model.layers[0].mlp.down_proj
-    assert not isinstance(layer, QLoRALinear)
-    assert not layer.weight.requires_grad
-
-
 def test_modules_to_save_train_in_full():
     model = toy("llama")
     report = convert(model, r=2, modules_to_save=["embed_tokens", "norm"])
@@ -63,63 +54,94 @@ def test_the_output_embedding_stays_dense_unless_named():
     assert "lm_head" in convert(model, r=2, target_modules=["lm_head", "q_proj"]).converted
 
 
-def test_tied_weights_stay_tied_and_dense():
+def linear(*sizes):
+    """Linear layers of these inputs and outputs."""
+    return nn.Sequential(*(nn.Linear(*size) for size in sizes))
+
+
+def tied():
+    net = linear((64, 64), (64, 64), (64, 64))
+    net[1].weight = net[0].weight
+    return net
+
+
+def frozen(net, name):
+    net.get_submodule(name).requires_grad_(False)
+    return net
+
+
+def with_attribute():
+    net = linear((64, 64), (64, 64))
+    net[1].scaling = 3.0
+    return net
+
+
+SMALL = "an adapter of rank {} would not be smaller than its {} weights".format
+CHOICES = {  # module, arguments, and what is converted, trains in full, and stays dense and frozen
+    "small": (linear((256, 256), (256, 2)), {"r": 8}, ["0"], {"1": SMALL(8, "2x256")}, {}),
+    "the border": (linear((64, 64), (128, 128)), {"r": 32}, ["1"], {"0": SMALL(32, "64x64")}, {}),
+    "small, but for its own rank": (
+        linear((64, 64), (64, 64)), {"r": 99, "rank_pattern": {"0": 4}}, ["0"], {"1": SMALL(99, "64x64")}, {},
+    ),
+    "small, frozen": (frozen(linear((256, 256), (256, 2)), "1"), {"r": 8}, ["0"], {}, {"1": "frozen by the module"}),
+    "frozen, named": (
+        frozen(linear((64, 64), (64, 64)), "1"), {"r": 4, "target_modules": ["0", "1"]}, ["0", "1"], {}, {},
+    ),
+    "small, all frozen": (frozen(linear((256, 256), (256, 2)), ""), {"r": 8}, ["0"], {}, {"1": SMALL(8, "2x256")}),
+    "small, named": (
+        linear((256, 256), (256, 2)), {"r": 8, "target_modules": ["1"]}, ["1"], {}, {"0": "not in target_modules"},
+    ),
+    "few weights, which Gemma 3n clamps": (
+        linear((64, 64), (16, 4), (16, 5)), {"r": 1}, ["0", "2"], {"1": "its 4x16 weights are too few for 4 bits"}, {},
+    ),
+    "read by other code": (
+        nn.TransformerEncoderLayer(64, 4, 128), {"r": 2}, ["self_attn.out_proj", "linear1", "linear2"], {}, {},
+    ),
+    "parametrized": (
+        nn.Sequential(
+            nn.Linear(64, 64),
+            nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
+            nn.utils.parametrize.register_parametrization(nn.Linear(64, 64), "bias", nn.Softplus()),
+            nn.Linear(64, 64, bias=False),
+        ),
+        {"r": 2},
+        ["0", "3"],
+        {},
+        {f"{i}": f"its {name} is computed (parametrized), not stored" for i, name in ((1, "weight"), (2, "bias"))},
+    ),
+    "tied": (
+        tied(), {"r": 4}, ["2"], {}, {"0": "its weight is tied to 1.weight", "1": "its weight is tied to 0.weight"},
+    ),
+    "an attribute of a 4-bit layer": (
+        with_attribute(), {"r": 2}, ["0"], {},
+        {"1": "Linear has a scaling of its own, which a 4-bit layer would replace"},
+    ),
+    "8 bits": (
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).to(torch.float8_e4m3fn)), {"r": 1}, ["0"], {},
+        {
+            "1": "its weight is float8_e4m3fn; load the model in configure_model or plugin.init(), where it is "
+            "dequantized"
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_layers_that_do_not_become_4_bit_layers_and_why(case):
+    module, arguments, converted, trained, skipped = CHOICES[case]
+    module = copy.deepcopy(module)
+    report = convert(module, **arguments)
+    assert (report.converted, report.trained_in_full, report.skipped) == (converted, trained, skipped)
+    for trains, names in ((True, trained), (False, skipped)):
+        for name in names:
+            assert {p.requires_grad for p in module.get_submodule(name).parameters()} == {trains}
+
+
+def test_tied_weights_of_a_model_stay_tied_and_dense():
     model = toy("gpt2")
     report = convert(model, r=2)
-    assert "tied to transformer.wte.weight" in report.skipped["lm_head"]
+    assert report.skipped == {"lm_head": "its weight is tied to transformer.wte.weight"}
     assert model.lm_head.weight is model.transformer.wte.weight
-
-
-def test_routers_stay_dense_and_experts_are_converted():
-    kind, config = qwen3_moe()
-    report = convert(kind(config), r=2)
-    assert not any(name.endswith(".gate") for name in report.converted)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in report.converted
-
-
-def test_a_linear_router_is_known_by_its_experts():
-    class Mixture(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Linear(64, 32)
-            self.experts = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
-
-    report = convert(Mixture(), r=2)
-    assert "router" in report.skipped["gate"]
-    assert report.converted == ["experts.0", "experts.1"]
-
-
-def test_a_layer_smaller_than_its_adapter_trains_in_full():
-    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2))
-    report = convert(model, r=8)
-    assert report.converted == ["0"]
-    assert "rank 8 would not be smaller than its 2x256 weights" in report.trained_in_full["1"]
-    assert model[1].weight.requires_grad
-    assert model[1].bias.requires_grad
-    # r * (in + out) = in * out is the border
-    assert convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(128, 128)), r=32).converted == ["1"]
-
-
-def test_a_layer_with_few_weights_stays_dense():
-    """Gemma 3n clamps its 4x16 weights in training."""
-    report = convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(16, 4), nn.Linear(16, 5)), r=1)
-    assert report.converted == ["0", "2"]
-    assert report.trained_in_full == {"1": "its 4x16 weights are too few for 4 bits"}
-
-
-def test_a_small_layer_that_was_frozen_stays_frozen():
-    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2).requires_grad_(False))
-    assert "1" in convert(model, r=8).skipped
-    assert not model[1].weight.requires_grad
-
-
-def test_a_small_layer_that_is_named_gets_its_adapter():
-    assert convert(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2)), r=8, target_modules=["1"]).converted == ["1"]
-
-
-def test_layers_that_other_code_only_reads_are_converted():
-    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
-    assert convert(model, r=2).converted == ["self_attn.out_proj", "linear1", "linear2"]
 
 
 class Scaled(nn.Linear):
@@ -127,27 +149,6 @@ class Scaled(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) * 2
-
-
-def test_parametrized_layers_are_skipped_and_subclasses_are_converted():
-    class Plain(nn.Linear):
-        pass
-
-    model = nn.Sequential(
-        nn.Linear(64, 64), Scaled(64, 64), Plain(64, 64), nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
-    )
-    assert convert(model, r=2).converted == ["0", "1", "2"]
-
-
-def test_a_layer_with_a_parametrized_bias_is_not_converted():
-    layer = nn.Linear(64, 64)
-    x = torch.randn(2, 64)
-    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Softplus())
-    before = layer(x)
-    report = convert(nn.Sequential(layer, nn.Linear(64, 64), nn.Linear(64, 64, bias=False)), r=2)
-    assert report.converted == ["1", "2"]
-    assert report.skipped == {"0": "its bias is computed (parametrized), not stored"}
-    assert torch.equal(layer(x), before)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -170,6 +171,9 @@ def test_an_empty_layer_is_not_converted_even_if_it_is_named(shape):
         ({"target_modules": "q_proj, v_proj"}, "A list has such endings, a string is a regular expression"),
         ({"modules_to_save": ["classifier"]}, r"modules_to_save=\['classifier'\].*'norm'.*A list has names [^=]*$"),
         ({"target_modules": ["embed_tokens"]}, r"'model\.embed_tokens', a Embedding.*modules_to_save"),
+        ({"exclude_modules": ["vision"]}, r"exclude_modules=.*: no module of this model fits 'vision'"),
+        ({"exclude_modules": ["lp"]}, r"exclude_modules=.*: no module of this model fits 'lp'"),
+        ({"exclude_modules": "mlp"}, r"exclude_modules=.*: no module of this model fits 'mlp'"),
     ],
 )
 def test_names_that_match_nothing_are_refused_with_the_names_that_exist(arguments, words):
@@ -177,18 +181,26 @@ def test_names_that_match_nothing_are_refused_with_the_names_that_exist(argument
         convert(toy("llama"), r=2, **arguments)
 
 
-def test_a_layer_with_a_forward_of_its_own_keeps_it_and_gets_it_back_by_merge():
-    layer = Scaled(64, 64)
+class Falcon(nn.Linear):
+    """As the layers of Falcon: it reads its weight."""
+
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(Scaled, 2), (Falcon, 1)])
+def test_a_layer_with_a_forward_of_its_own_keeps_it_and_gets_it_back_by_merge(kind, factor):
+    layer = kind(64, 64)
     x = torch.randn(3, 64)
-    convert(nn.Sequential(layer), r=2, lora_dropout=0.0)
+    assert convert(nn.Sequential(layer), r=2, lora_dropout=0.0).converted == ["0"]
     with torch.no_grad():
         layer.lora_B.normal_()
-    expected = 2 * torch.nn.functional.linear(x, layer.decode() + delta(layer), layer.bias)
+    expected = factor * nn.functional.linear(x, layer.decode() + delta(layer), layer.bias)
     torch.testing.assert_close(layer(x), expected)
     layer(x).sum().backward()
     assert layer.lora_A.grad.abs().max() > 0 and layer.lora_B.grad.abs().max() > 0
     torch.testing.assert_close(merge(layer)(x), expected)
-    assert type(layer) is Scaled
+    assert type(layer) is kind
 
 
 class Penalized(nn.Linear):
@@ -255,20 +267,6 @@ def test_a_subclass_may_override_methods_of_nn_module():
     assert not layer.train().training
 
 
-def test_a_layer_with_an_attribute_that_a_4_bit_layer_would_overwrite_is_not_converted():
-    layer = nn.Linear(64, 64)
-    layer.scaling = 3.0
-    report = convert(nn.Sequential(nn.Linear(64, 64), layer), r=2)
-    assert "Linear has a scaling of its own" in report.skipped["1"] and layer.scaling == 3.0
-
-
-def test_falcons_linear_layers_are_converted():
-    config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
-    report = convert(transformers.FalconForCausalLM(config), r=4)
-    names = [name.rpartition(".")[2] for name in report.converted]
-    assert names == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-
-
 class Shared(nn.Module):
     """One block in two places."""
 
@@ -289,23 +287,22 @@ def test_a_layer_in_several_places_is_chosen_by_any_of_its_names(name):
     assert select_layers(Shared(), QLoRAConfig(r=4, modules_to_save=[block])).train == {"enc": "in modules_to_save"}
 
 
-def test_a_pattern_that_matches_only_a_dense_layer_says_why_it_is_dense():
-    net = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48))
-    with pytest.raises(ValueError, match=r"rank_pattern: '0' fits none .* 0: .*an adapter of rank 70 would not be"):
-        convert(net, r=4, rank_pattern={"0": 70})
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("0", "['1']. 0: an adapter of rank 70 would not be smaller than its 96x48 weights."), ("upp", "['0', '1'].")],
+)
+def test_a_pattern_of_ranks_that_fits_no_layer_to_convert_says_why(pattern, reason):
+    text = f"rank_pattern: '{pattern}' fits none of the layers to convert: {reason}"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        convert(linear((48, 96), (96, 48)), r=4, rank_pattern={pattern: 70})
 
 
 @pytest.mark.parametrize("excluded", [["mlp"], ["model.layers.1.mlp", "layers.0.mlp"], r"model\.layers\.\d+\.mlp"])
 def test_the_name_of_a_module_excludes_what_is_inside_it(excluded):
-    report = convert(toy("llama"), r=2, exclude_modules=excluded)
+    report = convert(model := toy("llama"), r=2, exclude_modules=excluded)
     assert len(report.converted) == 8 and not any("mlp" in name for name in report.converted)
     assert report.skipped["model.layers.0.mlp.down_proj"] == "in exclude_modules"
-
-
-@pytest.mark.parametrize("excluded", [["vision"], ["lp"], r"mlp"])
-def test_an_exclusion_that_fits_nothing_is_refused(excluded):
-    with pytest.raises(ValueError, match=r"exclude_modules=.*: no module of this model fits '(vision|lp|mlp)'"):
-        convert(toy("llama"), r=2, exclude_modules=excluded)
+    assert not model.model.layers[0].mlp.down_proj.weight.requires_grad
 
 
 def test_all_linear_and_others_in_a_list(tmp_path):
@@ -341,10 +338,3 @@ def test_the_first_rule_that_applies_decides():
     del net[0].packed
     assert "an adapter of rank 64" in select_layers(net, QLoRAConfig(r=64)).train["0"]
     assert list(select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).convert) == ["0"]
-
-
-def test_the_reason_of_tied_layers_names_the_other_one():
-    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    module[1].weight = module[0].weight
-    reasons = convert(module, r=4).skipped
-    assert reasons == {"0": "its weight is tied to 1.weight", "1": "its weight is tied to 0.weight"}

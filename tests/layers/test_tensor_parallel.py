@@ -24,7 +24,7 @@ from tests.scripts.tensor_parallel_training import fit  # noqa: E402
 def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
     """The assertions are in the script, where both are in one process; a file moves from one device and to it."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # as in the script: the initial adapters depend on it
-    toy("llama", attention_bias=True).save_pretrained(tmp_path / "llama")
+    toy("llama", attention_bias=True, num_hidden_layers=1).save_pretrained(tmp_path / "llama")
     kind, config = qwen3_moe(num_hidden_layers=1, moe_intermediate_size=64, num_experts=4, vocab_size=128)
     kind(config).save_pretrained(tmp_path / "moe")
     fit(tmp_path, 1, devices=1)[0].save_checkpoint(tmp_path / "one.ckpt")

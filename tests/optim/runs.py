@@ -9,9 +9,9 @@ from tests.conftest import make_trainer
 from tests.optim.stand_in import assert_all_paged
 
 
-def data(samples=80):
-    """Ten batches: checkpoints after ten steps are at the end of an epoch, where Lightning can resume exactly."""
-    x = torch.randn(samples, 80, generator=torch.Generator().manual_seed(1))
+def data():
+    """Three batches: checkpoints after three steps are at the end of an epoch, where Lightning can resume exactly."""
+    x = torch.randn(24, 80, generator=torch.Generator().manual_seed(1))
     return DataLoader(TensorDataset(x, x[:, :64].sin()), batch_size=8)
 
 
@@ -71,7 +71,7 @@ class ManualRegression(Regression):
 
 
 def fit(module, callbacks=None, epochs=2, ckpt_path=None, save=None, **kwargs):
-    """Train for epochs of ten steps; with `save`, ModelCheckpoint leaves one of the last epoch there."""
+    """Train for epochs of three steps; with `save`, ModelCheckpoint leaves one of the last epoch there."""
     callbacks = [] if callbacks is None else [callbacks]
     if save is not None:
         callbacks.append(ModelCheckpoint(save.parent, save.stem))

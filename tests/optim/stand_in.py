@@ -146,6 +146,8 @@ def assert_all_paged(stand_in, optimizer, least=1):
     """Every state tensor of 4096 elements or more is in a pool, every smaller one and every `step` is not."""
     large = 0
     for state in optimizer.state.values():
+        if not isinstance(state, dict):
+            continue
         for key, value in state.items():
             for tensor in tensors_in(value):
                 expected = key != "step" and tensor.numel() >= 4096

@@ -1,27 +1,32 @@
 import copy
+import math
 import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels.reference import dequantize_state, quantize_state
 from lightning_qlora.optim import adamw
 from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
-from lightning_qlora.optim.state_8bit import to_32bit
+from lightning_qlora.optim.state_8bit import MOMENTS, to_32bit
 from tests.optim.stand_in import assert_all_paged
 from tests.optim.test_optimizer_pages import assert_equal_parameters, attached, model, train
 
 
-def regression_loss(make_optimizer, steps=300):
-    """Loss of a small network on a noisy regression after 300 steps, averaged over the last 20."""
+def regression_loss(make_optimizer):
+    """First loss of a small network on a noisy regression, and the average of the last 20 of 100 steps."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 64))
     target = torch.nn.Linear(64, 64)
     optimizer = make_optimizer(net.parameters())
     losses = []
-    for step in range(steps):
+    for step in range(100):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(64, 64, generator=generator)
         with torch.no_grad():
@@ -82,17 +87,11 @@ def test_small_steps_arrive(kind):
     assert abs((got * want).sum() / want.square().sum() - 1) < 0.02
 
 
-@pytest.mark.parametrize("rest", ["8 bits", "decoded to 32 bits"])
-def test_gradients_that_get_small_beside_a_large_one_make_no_long_steps(rest):
+def test_gradients_that_get_small_beside_a_large_one_make_no_long_steps():
     """The second moment of the small ones has code 0, and their first has not; without a bound steps of 9,859."""
     param = torch.nn.Parameter(torch.zeros(4096))
     optimizer = PagedAdamW8bit([param], lr=1e-3)
     for small in (3e-4, 3e-6, 0.0):
-        if small == 0 and rest != "8 bits":
-            saved = optimizer.state_dict()
-            assert not decoded(saved["state"][0])[1][1]
-            optimizer = PagedAdamW([param], lr=1e-3)
-            optimizer.load_state_dict(saved)
         before = param.detach().clone()
         param.grad = torch.full((4096,), small)
         param.grad[::256] = 1.0
@@ -100,53 +99,40 @@ def test_gradients_that_get_small_beside_a_large_one_make_no_long_steps(rest):
         assert 0.5 < (param.detach() - before)[1].abs() / 1e-3 < 1.001
 
 
-def state_bytes(optimizer):
-    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values() if t.dim())
-
-
-def test_state_takes_a_quarter():
-    params = [torch.nn.Parameter(torch.randn(1024, 512)), torch.nn.Parameter(torch.randn(64, 64))]
-    sizes = []
-    for kind in (torch.optim.AdamW, PagedAdamW8bit):
-        optimizer = kind(params)
-        for param in params:
-            param.grad = torch.randn_like(param)
-        optimizer.step()
-        sizes.append(state_bytes(optimizer))
-    assert sizes[1] <= 0.27 * sizes[0]
-
-
-def test_small_tensors_keep_32_bits():
-    params = [torch.nn.Parameter(torch.randn(n)) for n in (4095, 4096)]
+def test_state_takes_a_quarter_and_that_of_small_tensors_is_in_32_bits():
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (4095, 4096, 5000)]
     optimizer = PagedAdamW8bit(params)
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
-    small, large = (optimizer.state[p] for p in params)
-    assert (small["exp_avg"].dtype, large["exp_avg_codes"].dtype) == (torch.float32, torch.uint8)
-    assert "exp_avg_absmax" not in small
-    assert large["exp_avg_sq_absmax"].shape == (16,)
+    sizes = [{key: (value.dtype, value.numel()) for key, value in optimizer.state[param].items()} for param in params]
+    small = {"step": (torch.float32, 1)} | dict.fromkeys(MOMENTS, (torch.float32, 4095))
+    assert sizes[0] == small
+    for size, numel, blocks in zip(sizes[1:], (4096, 5000), (16, 20), strict=True):
+        codes = {f"{name}_codes": (torch.uint8, numel) for name in MOMENTS}
+        scales = {f"{name}_absmax": (torch.float32, blocks) for name in MOMENTS}
+        assert size == {"step": (torch.float32, 1)} | codes | scales
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
 def test_paged_equals_unpaged_by_itself(stand_in, kind):
     paged = model()
     optimizer = kind(paged.parameters(), lr=1e-2)
-    train(paged, optimizer, 20)
+    train(paged, optimizer, 6)
     assert_all_paged(stand_in, optimizer, least=4)
     plain = model()
     if kind is PagedAdamW:
         reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0)
     else:
         reference = PagedAdamW8bit(plain.parameters(), lr=1e-2, paged=False)
-    train(plain, reference, 20)
+    train(plain, reference, 6)
     assert_equal_parameters(plain, paged)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("source", "target"), [(True, False), (False, True), (True, True)])
-def test_state_round_trips_exactly_between_paged_and_unpaged(stand_in, dtype, source, target, tmp_path):
-    net = model().to(dtype)
+def test_state_round_trips_exactly_between_paged_and_unpaged(stand_in, source, target, tmp_path):
+    net = model()
+    net[0].bfloat16()
     optimizer = PagedAdamW8bit(net.parameters(), lr=1e-2, paged=source)
     for param in net.parameters():
         param.grad = torch.randn_like(param)
@@ -156,7 +142,9 @@ def test_state_round_trips_exactly_between_paged_and_unpaged(stand_in, dtype, so
     other = PagedAdamW8bit(copy.deepcopy(net).parameters(), lr=1e-2, paged=target)
     other.load_state_dict(saved)
     again = other.state_dict()
+    assert again["param_groups"] == saved["param_groups"]
     for index, state in saved["state"].items():
+        assert again["state"][index].keys() == state.keys()
         for key, value in state.items():
             assert again["state"][index][key].dtype == value.dtype
             assert torch.equal(again["state"][index][key], value)
@@ -197,96 +185,125 @@ def decoded(state):
     )
 
 
-def paged_adamw(params):
-    return attached(torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0))
+def paged_adamw(params, lr):
+    return attached(torch.optim.AdamW(params, lr=lr, weight_decay=0.0))
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW, paged_adamw])
-def test_8bit_state_loads_decoded_into_a_paged_adamw(stand_in, kind):
-    net, saved = trained_in_8bit()
-    optimizer = kind(net.parameters())
-    optimizer.load_state_dict(saved)
-    for param, state in zip(net.parameters(), saved["state"].values(), strict=True):
-        loaded = optimizer.state[param]
-        assert set(loaded) == {"step", "exp_avg", "exp_avg_sq"}
-        assert loaded["step"] == 5
-        for value, expected in zip((loaded["exp_avg"], loaded["exp_avg_sq"]), decoded(state), strict=True):
-            assert value.dtype == torch.float32
-            assert torch.equal(value, expected)
-    assert_all_paged(stand_in, optimizer, least=4)
-    train(net, optimizer, 1)
-
-
-def test_a_run_goes_on_in_32bit_as_if_it_had_been_decoded_by_hand():
+def test_8bit_state_loads_decoded_into_a_paged_adamw_and_the_run_goes_on(stand_in, kind):
     net, saved = trained_in_8bit()
     by_hand = copy.deepcopy(net)
     reference = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.0)
-    for param, state in zip(by_hand.parameters(), saved["state"].values(), strict=True):
-        m, v = (moment.clone() for moment in decoded(state))
-        reference.state[param] = {"step": state["step"].clone(), "exp_avg": m, "exp_avg_sq": v}
-    optimizer = PagedAdamW(net.parameters(), lr=1e-2)
+    optimizer = kind(net.parameters(), lr=1e-2)
     optimizer.load_state_dict(saved)
-    train(net, optimizer, 5)
-    train(by_hand, reference, 5)
+    for param, copied, state in zip(net.parameters(), by_hand.parameters(), saved["state"].values(), strict=True):
+        m, v = (moment.clone() for moment in decoded(state))
+        expected = {"step": torch.tensor(5.0), "exp_avg": m, "exp_avg_sq": v}
+        loaded = optimizer.state[param]
+        assert loaded.keys() == expected.keys()
+        for key, value in expected.items():
+            assert loaded[key].dtype == torch.float32
+            assert torch.equal(loaded[key], value)
+        reference.state[copied] = expected
+    assert_all_paged(stand_in, optimizer, least=4)
+    train(net, optimizer, 3)
+    train(by_hand, reference, 3)
     assert_equal_parameters(by_hand, net)
 
 
-@pytest.mark.parametrize("choice", [{"foreach": True}, {"foreach": False}])
-def test_an_adamw_that_is_not_paged_does_not_train_on_codes(choice):
+def test_a_second_moment_with_code_0_is_decoded_to_a_step_of_one_learning_rate():
+    m = torch.tensor([1e-3, 2.0, 1e25]).repeat_interleave(256)
+    codes = torch.zeros(768, dtype=torch.uint8)
+    state = {"step": torch.tensor(2.0), "exp_avg_codes": codes.clone(), "exp_avg_absmax": torch.zeros(3)}
+    quantize_state(m, state["exp_avg_codes"], state["exp_avg_absmax"], signed=True)
+    state |= {"exp_avg_sq_codes": codes, "exp_avg_sq_absmax": torch.ones(3)}
+    before = dict(state)
+    in_32bit = to_32bit(state, (0.9, 0.999))
+    assert state == before and in_32bit.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert torch.equal(in_32bit["exp_avg"], m)
+    v = ((1 - 0.999**2) * (m.double() / (1 - 0.9**2)).square()).clamp(max=torch.finfo(torch.float32).max)
+    torch.testing.assert_close(in_32bit["exp_avg_sq"].double(), v, rtol=1e-5, atol=0.0)
+
+
+def test_an_adamw_that_is_not_paged_does_not_train_on_codes():
     net, saved = trained_in_8bit()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, **choice)
-    optimizer.load_state_dict(saved)
-    with pytest.raises(KeyError, match="exp_avg"):
-        train(net, optimizer, 1)
+    for foreach in (True, False):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, foreach=foreach)
+        optimizer.load_state_dict(saved)
+        with pytest.raises(KeyError, match="exp_avg"):
+            train(net, optimizer, 1)
 
 
-def test_gathered_shards_are_decoded_each_with_its_own_blocks():
-    values = torch.randn(5, 1000)
-    codes, scales = torch.zeros(5, 1000, dtype=torch.uint8), torch.zeros(2, 12)  # 3000 and 2000 elements, 12 blocks
-    for number, (part, of_part) in enumerate(zip(values.chunk(2), codes.chunk(2), strict=True)):
-        own = scales[number][: -(-part.numel() // 256)]
-        quantize_state(part, of_part, own, signed=True)
-    state = {"step": torch.tensor(1.0), "shards": torch.tensor(2)}
-    for name in ("exp_avg", "exp_avg_sq"):
-        state |= {f"{name}_codes": codes, f"{name}_absmax": scales.view(-1)}
-    assert (to_32bit(state, (0.9, 0.999))["exp_avg"] - values).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("shards", [2, 3])
-def test_gathered_shards_are_quantized_again_for_one_device(shards):
-    """48 rows of 300: blocks of 256 cross the shards, so their scales have no block here."""
-    whole = {"exp_avg": torch.randn(48, 300), "exp_avg_sq": torch.rand(48, 300)}
+@pytest.mark.parametrize(("rows", "columns", "shards"), [(5, 1000, 2), (48, 300, 2), (48, 300, 3), (4, 2000, 3)])
+def test_gathered_shards_are_decoded_and_quantized_again_for_one_device(rows, columns, shards):
+    """Blocks do not cross shards. All shards have the scales of the largest one; the last may have no rows."""
+    whole = {"exp_avg": torch.randn(rows, columns), "exp_avg_sq": torch.rand(rows, columns)}
     state = {"step": torch.tensor(7.0), "shards": torch.tensor(shards)}
     for name, value in whole.items():
-        parts = value.chunk(shards)
-        codes = [torch.empty(part.shape, dtype=torch.uint8) for part in parts]
-        absmax = [torch.empty(-(-part.numel() // 256)) for part in parts]
-        for part in zip(parts, codes, absmax, strict=True):
-            quantize_state(*part, signed=name == "exp_avg")
-        state |= {f"{name}_codes": torch.cat(codes), f"{name}_absmax": torch.cat(absmax)}
-    optimizer = PagedAdamW8bit([torch.nn.Parameter(torch.randn(48, 300))])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+        codes = torch.zeros(rows, columns, dtype=torch.uint8)
+        absmax = torch.zeros(shards, -(-(-(-rows // shards) * columns) // 256))
+        for part, of_part, scales in zip(value.chunk(shards), codes.chunk(shards), absmax, strict=False):
+            quantize_state(part, of_part, scales[: -(-part.numel() // 256)], signed=name == "exp_avg")
+        state |= {f"{name}_codes": codes, f"{name}_absmax": absmax.view(-1)}
+    optimizer = PagedAdamW8bit([torch.nn.Parameter(torch.randn(rows, columns))])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: dict(state)}})
     (loaded,) = optimizer.state.values()
     assert loaded["step"] == 7 and "shards" not in loaded
-    for name, value in to_32bit(dict(loaded), (0.9, 0.999)).items():
-        if name != "step":
-            assert value.sub(whole[name]).norm() < 0.02 * whole[name].norm()
+    for saved in (state, loaded):
+        for name, value in to_32bit(dict(saved), (0.9, 0.999)).items():
+            if name != "step":
+                assert value.sub(whole[name]).norm() < 0.02 * whole[name].norm()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placements", "part", "shards"),
+    [
+        ((2,), [Shard(0)], (slice(32), slice(None)), 2),
+        ((2, 2), [Replicate(), Shard(0)], (slice(32), slice(None)), 2),
+        ((2,), [Replicate()], (slice(None), slice(None)), 1),
+        ((2,), [Shard(1)], (slice(None), slice(64)), 0),
+        ((2, 2), [Shard(0), Shard(1)], (slice(32), slice(64)), 0),
+    ],
+)
+def test_state_of_rank_0_of_a_sharded_parameter(mesh, placements, part, shards):
+    whole = torch.nn.Parameter(torch.randn(64, 128))
+    reference = PagedAdamW8bit([whole])
+    whole.grad = torch.randn(64, 128)
+    reference.step()
+    saved = copy.deepcopy(reference.state_dict())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(mesh))
+    try:
+        devices = init_device_mesh("cpu", mesh)
+        local, grad = (DTensor.from_local(t.detach()[part].clone(), devices, placements) for t in (whole, whole.grad))
+        param = torch.nn.Parameter(local)
+        param.grad = grad
+        optimizer = PagedAdamW8bit([param])
+        optimizer.load_state_dict(saved)
+        loaded = tree_map_only(DTensor, DTensor.to_local, dict(optimizer.state[param]))
+        assert loaded.pop("step") == 1
+        assert loaded.pop("shards", 1) == max(shards, 1)
+        keys = {f"{name}_{part}" for name in MOMENTS for part in ("codes", "absmax")} if shards else set(MOMENTS)
+        assert loaded.keys() == keys
+        expected = saved["state"][0] if shards else to_32bit(saved["state"][0], (0.9, 0.999))
+        for ours, theirs in zip(decoded(loaded), decoded(expected), strict=True):
+            tolerance = 0.01 if shards == 2 else 0.0  # quantized twice
+            assert ours.sub(theirs[part]).norm() <= tolerance * theirs.norm()
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(param.to_local(), whole[part], atol=5e-5, rtol=0.0)  # a step is 2e-4
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_loading_does_not_share_memory_with_the_state_dict():
-    net = model()
-    optimizer = PagedAdamW8bit(net.parameters())
-    train(net, optimizer, 1)
-    saved = optimizer.state_dict()
+    _, saved = trained_in_8bit()
     before = copy.deepcopy(saved)
-    other = PagedAdamW8bit(model().parameters())
+    net = model()
+    other = PagedAdamW8bit(net.parameters())
     other.load_state_dict(saved)
-    train(model(), other, 1)
-    for param in other.param_groups[0]["params"]:
-        param.grad = torch.ones_like(param)
-    other.step()
-    assert torch.equal(saved["state"][0]["exp_avg_codes"], before["state"][0]["exp_avg_codes"])
-    assert saved["state"][0]["step"] == before["state"][0]["step"]
+    train(net, other, 1)
+    for index, state in before["state"].items():
+        assert all(torch.equal(saved["state"][index][key], value) for key, value in state.items())
 
 
 def test_a_deep_copy_trains_on_by_itself(stand_in):
@@ -305,7 +322,8 @@ def test_a_deep_copy_trains_on_by_itself(stand_in):
         ("lr", "x", TypeError, "lr='x'"),
         ("lr", None, TypeError, "lr=None"),
         ("lr", True, TypeError, "lr=True"),
-        ("lr", -1, ValueError, "lr=-1"),
+        ("lr", -1e-30, ValueError, "lr=-1e-30"),
+        ("lr", torch.ones(2), TypeError, "lr=tensor([1., 1.])"),
         ("eps", "1e-8", TypeError, "eps='1e-8'"),
         ("eps", -1e-8, ValueError, "eps=-1e-08"),
         ("weight_decay", [0.1], TypeError, "weight_decay=[0.1]"),
@@ -315,15 +333,18 @@ def test_a_deep_copy_trains_on_by_itself(stand_in):
         ("betas", (0.9,), ValueError, "betas=(0.9,)"),
         ("betas", (0.9, 0.99, 0.999), ValueError, "betas=(0.9, 0.99, 0.999)"),
         ("betas", (0.9, 1.0), ValueError, "betas[1]=1.0"),
+        ("betas", (-1e-30, 0.9), ValueError, "betas[0]=-1e-30"),
+        ("paged", "no", TypeError, "paged='no'"),
     ],
 )
 def test_what_is_no_number_of_its_range_is_refused(name, value, error, found):
-    message = rf"^{re.escape(found)}: must be (a number|a finite number|two numbers)"
+    message = rf"^{re.escape(found)}: must be (a number|a finite number|two numbers|True or False)"
     param = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(error, match=message):
         PagedAdamW8bit([param], **{name: value})
-    with pytest.raises(error, match=message):
-        PagedAdamW8bit([{"params": [param], name: value}])
+    if name != "paged":
+        with pytest.raises(error, match=message):
+            PagedAdamW8bit([{"params": [param], name: value}])
 
 
 def test_numbers_may_be_tensors_and_betas_a_list(monkeypatch):
@@ -344,13 +365,6 @@ def test_what_it_cannot_train_is_refused():
     param.grad = torch.ones_like(param)
     with pytest.raises(TypeError, match="float64"):
         PagedAdamW8bit([param]).step()
-    embedding = torch.nn.Embedding(10, 4, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="SparseAdam"):
-        PagedAdamW8bit(embedding.parameters()).step()
-
-
-def test_a_sparse_gradient_after_a_dense_one_is_refused():
     embedding = torch.nn.Embedding(100, 64, sparse=True)
     optimizer = PagedAdamW8bit(embedding.parameters())
     embedding.weight.grad = torch.ones(100, 64)
@@ -397,18 +411,12 @@ def test_a_default_type_of_float64_changes_no_state():
     assert {t.dtype for t in optimizer.state[parameter].values()} == {torch.float32, torch.uint8}
 
 
-def test_paged_must_be_a_bool():
-    with pytest.raises(TypeError, match="paged='no': must be True or False"):
-        PagedAdamW8bit([torch.nn.Parameter(torch.zeros(2))], paged="no")
-
-
 def test_a_launch_has_tensors_of_one_device(monkeypatch):
     """The kernels get addresses: those of another device would be read as this device's memory."""
     devices = []
 
     def record(*arguments):
-        *lists, _ = arguments
-        devices.append({tensor.device.type for tensors in lists for tensor in tensors})
+        devices.append({tensor.device.type for tensor in tree_leaves(arguments[:-1])})
 
     monkeypatch.setattr(adamw, "adamw_step", record)
     monkeypatch.setattr(adamw, "adamw8bit_step", record)
@@ -435,11 +443,22 @@ def test_no_parameters_is_an_error_that_says_what_to_do(kind):
     for parameters in ([], iter([])):
         with pytest.raises(ValueError, match=rf"{kind.__name__} got no parameters.*configure_model.*OptimizerCallable"):
             kind(parameters)
+    with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
+        kind(torch.zeros(2))
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
-def test_a_learning_rate_that_changed_is_loaded(kind):
+def test_a_learning_rate_that_changed_is_loaded_and_defaults_are_those_of_the_paper(kind):
     saved, other = (kind([torch.nn.Parameter(torch.ones(300))], lr=1e-2) for _ in range(2))
     saved.param_groups[0].update(lr=5e-4, weight_decay=0.3)
     other.load_state_dict(saved.state_dict())
     assert (other.param_groups[0]["lr"], other.param_groups[0]["weight_decay"]) == (5e-4, 0.3)
+    torch_defaults = torch.optim.AdamW([torch.nn.Parameter(torch.ones(300))], lr=2e-4, weight_decay=0.0).defaults
+    defaults = kind([torch.nn.Parameter(torch.ones(300))]).defaults
+    assert {name: torch_defaults[name] for name in defaults} == defaults
+    zeros = {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
+    assert kind([torch.nn.Parameter(torch.ones(300))], **zeros).defaults.items() >= zeros.items()
+
+
+def test_paged_adamw_has_the_other_arguments_of_adamw():
+    assert PagedAdamW([torch.nn.Parameter(torch.ones(300))], amsgrad=True).defaults["amsgrad"]

@@ -20,9 +20,14 @@ def test_one_line_in_configure_optimizers(trainer):
     assert [expected[id(p)] for p in fast["params"]] == ["net.0.lora_B", "net.4.lora_B"]
     assert [expected[id(p)] for p in slow["params"]] == [name for name in expected.values() if "lora_B" not in name]
 
+    default = loraplus_groups(module, lr=2e-4)
+    assert [(group["lr"], group["params"]) for group in default] == [(2e-4, slow["params"]), (32e-4, fast["params"])]
 
-def test_a_module_without_adapters_and_rates_below_zero_are_refused():
+
+def test_a_module_without_adapters_and_rates_that_are_not_above_zero_are_refused():
     with pytest.raises(ValueError, match="has no adapter"):
         loraplus_groups(Classifier(), lr=1e-3)
-    with pytest.raises(ValueError, match="loraplus_lr_ratio=0"):
-        loraplus_groups(Classifier(), lr=1e-3, loraplus_lr_ratio=0)
+    with pytest.raises(ValueError, match=r"lr=0: must be above 0\."):
+        loraplus_groups(Classifier(), lr=0)
+    with pytest.raises(ValueError, match=r"loraplus_lr_ratio=nan: must be above 0\."):
+        loraplus_groups(Classifier(), lr=1e-3, loraplus_lr_ratio=float("nan"))

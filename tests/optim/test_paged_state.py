@@ -37,39 +37,42 @@ def test_every_way_to_set_a_value_pages_it(param):
     assert recorder.written == [1, 2, 3, 4, 5, 7, [8], 9, 10]
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda values, key: values[key],
-        lambda values, key: values.get(key),
-        lambda values, key: dict(values.items()),
-        lambda values, key: list(values.values()),
-        lambda values, key: values.setdefault(key),
-        lambda values, key: copy.deepcopy(values),
-        lambda values, key: copy.copy(values),
-        lambda values, key: values.copy(),
-        lambda values, key: {**values},
-        lambda values, key: dict(values),
-        lambda values, key: {} | values,
-        lambda values, key: values | {},
-        lambda values, key: {}.update(values),
-        lambda values, key: values.pop(key),
-        lambda values, key: values.popitem(),
-    ],
-)
-def test_every_way_to_read_a_value_waits(param, read):
-    recorder = Recorder({param: {"a": 1}})
-    entry = recorder.state[param]
-    for values, key in ((entry, "a"), (recorder.state, param)):
-        recorder.reads = 0
-        read(values, key)
-        assert recorder.reads > 0
+READS = [
+    lambda values, key: values[key],
+    lambda values, key: values.get(key),
+    lambda values, key: dict(values.items()),
+    lambda values, key: list(values.values()),
+    lambda values, key: values.setdefault(key),
+    lambda values, key: copy.deepcopy(values),
+    lambda values, key: copy.copy(values),
+    lambda values, key: values.copy(),
+    lambda values, key: {**values},
+    lambda values, key: dict(values),
+    lambda values, key: {} | values,
+    lambda values, key: values | {},
+    lambda values, key: {}.update(values),
+    lambda values, key: values.pop(key),
+    lambda values, key: values.popitem(),
+]
+
+
+def test_every_way_to_read_a_value_waits(param):
+    for number, read in enumerate(READS):
+        recorder = Recorder({param: {"a": 1}})
+        entry = recorder.state[param]
+        for values, key in ((entry, "a"), (recorder.state, param)):
+            recorder.reads = 0
+            read(values, key)
+            assert recorder.reads > 0, number
 
 
 def test_a_popped_entry_is_gone_and_a_missing_one_is_an_error(param):
     state = Recorder({param: {"a": 1}}).state
     assert state[param].pop("a") == 1
     assert state[param].pop("a", None) is None
+    assert state[param].get("a", 5) == 5
+    assert state[param].setdefault("b") is None
+    assert state[param].popitem() == ("b", None)
     with pytest.raises(KeyError):
         state[param].pop("a")
     assert state.pop("nobody", 3) == 3
@@ -77,19 +80,17 @@ def test_a_popped_entry_is_gone_and_a_missing_one_is_an_error(param):
     assert state.popitem() == (param, {})
 
 
-def test_the_step_counter_is_not_paged(param):
-    recorder = Recorder()
-    recorder.state[param]["step"] = torch.zeros(())
-    assert recorder.written == []
-
-
 def test_it_behaves_like_the_state_torch_makes(param):
-    state = Recorder().state
+    recorder = Recorder()
+    state = recorder.state
     assert isinstance(state, defaultdict)
     assert len(state[param]) == 0
     assert param in state
     assert state.get("nobody") is None
     assert "nobody" not in state
+    assert {"a": 0} | state == {"a": 0, param: {}} and state | {"a": 0} == {param: {}, "a": 0}
+    state[param]["step"] = torch.zeros(())
+    assert recorder.written == [], "the step counter is not paged"
 
 
 @pytest.mark.parametrize(
@@ -117,3 +118,4 @@ def test_tensors_in_opens_tensor_subclasses():
     a = torch.zeros(4)
     b = torch.ones(4)
     assert [id(t) for t in tensors_in(TwoTensor(a, b))] == [id(a), id(b)]
+    assert list(tensors_in(torch.nn.Parameter(TwoTensor(a, b)))) == []

@@ -13,14 +13,21 @@ from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_levels_are_those_of_bitsandbytes(quant_type):
-    assert torch.equal(codebook(quant_type).levels, bnb.get_4bit_type(quant_type, device="cpu"))
-
-
-def test_int4_levels_are_the_table_bitsandbytes_lists():
-    table = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7]) / 7
-    assert torch.equal(codebook("int4").levels, table)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_tables_are_those_of_bitsandbytes(quant_type):
+    book = codebook(quant_type)
+    levels = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7]) / 7  # which it lists for INT4
+    if quant_type != "int4":
+        levels = bnb.get_4bit_type(quant_type, device="cpu")
+    ascending, order = levels.sort(stable=True)
+    byte = torch.arange(256)
+    assert torch.equal(book.levels, levels)
+    assert torch.equal(book.order, order.to(torch.uint8)) and book.order.dtype == torch.uint8
+    assert torch.equal(book.bounds, (ascending[:-1] + ascending[1:]) / 2)
+    assert torch.equal(book.pairs.view(torch.float32).view(256, 2), levels[torch.stack([byte // 16, byte % 16], 1)])
+    assert book.in_order == (quant_type == "nf4")
+    *tables, in_order = codebook(quant_type, "meta")
+    assert {table.device.type for table in tables} == {"meta"} and in_order == book.in_order
 
 
 def test_nf4_follows_from_its_formula_to_the_last_bit():
@@ -36,9 +43,9 @@ def test_nf4_follows_from_its_formula_to_the_last_bit():
     assert torch.equal(levels / levels.max(), codebook("nf4").levels)
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_dynamic_map_is_that_of_bitsandbytes(signed):
-    assert torch.equal(dynamic_map(signed), bnb.create_dynamic_map(signed=signed))
+def test_dynamic_map_is_that_of_bitsandbytes():
+    for signed in (True, False):
+        assert torch.equal(dynamic_map(signed), bnb.create_dynamic_map(signed=signed))
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones():
@@ -73,6 +80,7 @@ def test_tables_and_masks_do_not_follow_a_default_device():
         assert layer.train()(x).isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_levels_of_scales_are_the_same_on_a_processor_without_fma():
     """torch.linspace differs there in the last bit."""
     code = (

@@ -189,4 +189,4 @@ def main(root, *cases):
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_rank(main, ranks=2)

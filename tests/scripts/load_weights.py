@@ -1,4 +1,4 @@
-"""Run by test_load_weights.py on two ranks, and imported there for one: models that are sharded, then loaded."""
+"""Run by test_load_weights.py on two ranks, and imported there for one: four models that are sharded, then loaded."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,8 @@ from transformers.distributed import DistributedConfig
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.dtensor import gather
-from tests.conftest import make_trainer, run_rank, tensors
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.conftest import fingerprints, make_trainer, run_rank, tensors
 from tests.layers.test_experts import qwen3_moe
 from tests.toys import ids, toy
 
@@ -21,10 +22,10 @@ ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 # Blocks cross the rows of a weight with 96 or 200 inputs, and the middle of a weight need not be the end of a block.
 MODELS = {
     "llama": lambda: toy("llama", hidden_size=96, intermediate_size=200, tie_word_embeddings=True),
-    "gpt2": lambda: toy("gpt2"),
-    "bert": lambda: transformers.BertModel(toy("bert").config),  # the head of a classifier is new
+    "gpt2": lambda: toy("gpt2", n_layer=1),
+    "bert": lambda: transformers.BertModel(toy("bert", num_hidden_layers=1).config),  # the head of a classifier is new
     "mixture": lambda: transformers.Qwen3MoeForCausalLM(
-        qwen3_moe(num_experts=4, moe_intermediate_size=72, vocab_size=128)[1]
+        qwen3_moe(num_experts=4, moe_intermediate_size=72, vocab_size=128, num_hidden_layers=1)[1]
     ),
 }
 
@@ -60,6 +61,7 @@ class Lit(pl.LightningModule):
 
     def on_fit_start(self):
         self.start = values(self)
+        self.fingerprints = fingerprints(self.state_dict())
 
     def training_step(self, batch, batch_idx):
         x = ids(rows=4, seed=batch_idx)
@@ -70,17 +72,22 @@ class Lit(pl.LightningModule):
         return loss
 
     def train_dataloader(self):
-        return torch.utils.data.DataLoader(range(8))
+        return torch.utils.data.DataLoader(range(3))
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def values(module):
-    return {name: gather(tensor.detach()).clone() for name, tensor in tensors(module).items()}
+    """Its tensors, whole, and those that the adapters began with."""
+    held = tensors(module)
+    for name, layer in adapted_layers(module).items():
+        for number, value in enumerate(layer.initial or ()):
+            held[f"{name}.initial.{number}"] = value
+    return {name: gather(tensor.detach()).clone() for name, tensor in held.items()}
 
 
-def fit(root, devices, split=False, **arguments):
+def fit(root, devices, sharded=False, split=False, **arguments):
     pl.seed_everything(1, verbose=False)
     module = Lit(Path(root), split)
     run = make_trainer(
@@ -88,12 +95,18 @@ def fit(root, devices, split=False, **arguments):
         plugins=QLoRAPrecision(**ARGUMENTS | arguments),
         devices=devices,
         max_epochs=1,
-        strategy=ModelParallelStrategy(devices, 1) if devices > 1 else "auto",
+        strategy=ModelParallelStrategy(devices, 1) if sharded else "auto",
         use_distributed_sampler=False,
         enable_checkpointing=False,
     )
     run.fit(module)
-    return {"start": module.start, "losses": module.losses}
+    trains = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return {
+        "start": module.start,
+        "fingerprints": module.fingerprints,
+        "trains": trains,
+        "losses": module.losses,
+    }
 
 
 def load(root, **arguments):
@@ -105,10 +118,10 @@ def load(root, **arguments):
 
 
 def main(root, devices, *arguments):
-    results = [fit(root, int(devices), **json.loads(given)) for given in arguments]
+    results = [fit(root, int(devices), sharded=True, **json.loads(given)) for given in arguments]
     by_transformers = load(root, distributed_config=DistributedConfig(fsdp_size=int(devices)))
     torch.save((results, by_transformers), Path(root) / f"rank{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_rank(main, ranks=2)

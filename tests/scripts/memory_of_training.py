@@ -1,6 +1,6 @@
 """Print the planned and the measured memory of training steps beside the weights, in MB, as a JSON list of pairs.
 
-    python -m tests.scripts.memory_of_training small|smollm2
+    python -m tests.scripts.memory_of_training small|larger|smollm2
 
 Each entry: [setting, planned, measured]. Measured is the peak of anonymous memory above that of the converted model
 after one step, so that what libraries keep for themselves (oneDNN: 20 to 25 MB for SmolLM2-135M) does not count.
@@ -21,6 +21,9 @@ from lightning_qlora.kernels import scratch
 
 SETTINGS = {  # batch, length, gradient checkpointing, deferred logits, rank
     "small": [
+        (2, 256, False, "auto", 16),
+    ],
+    "larger": [
         (4, 256, False, "auto", 16),
         (2, 512, True, False, 16),
     ],

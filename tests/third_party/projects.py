@@ -86,7 +86,7 @@ def refuses(message: str) -> Any:
 NOT_CONVERTED = r"(?s)Error\(s\) in loading state_dict for {}:.*Unexpected key\(s\) in state_dict: .*lora_A"
 
 
-# ---------------------------------------------------------------- pytorch-forecasting
+# pytorch-forecasting
 
 
 def forecasting(name: str) -> tuple[Any, dict[str, Any]]:
@@ -132,7 +132,7 @@ def own_forecasting(name: str, folder: Path) -> None:
     torch.testing.assert_close(again.predict(data["val_dataloaders"], trainer_kwargs={**QUIET}), expected)
 
 
-# ---------------------------------------------------------------- gluonts
+# gluonts
 
 
 def gluonts_estimator(**trainer: Any) -> tuple[Any, Any]:
@@ -183,7 +183,7 @@ def make(folder: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- scvi-tools
+# scvi-tools
 
 
 def scvi_model() -> Any:
@@ -218,7 +218,7 @@ def own_scvi(folder: Path) -> None:
     np.testing.assert_allclose(again.get_latent_representation(), expected, atol=1e-5)
 
 
-# ---------------------------------------------------------------- darts
+# darts
 
 
 def darts_model(**arguments: Any) -> tuple[Any, dict[str, Any]]:
@@ -270,7 +270,7 @@ def own_darts(folder: Path) -> None:
     np.testing.assert_allclose(again.predict(4).values(), expected, rtol=1e-3)
 
 
-# ---------------------------------------------------------------- neuralforecast
+# neuralforecast
 
 
 def neuralforecast_model(**trainer: Any) -> tuple[Any, Any]:
@@ -319,7 +319,7 @@ def own_neuralforecast(folder: Path) -> None:
     np.testing.assert_allclose(again.NHITS, expected.NHITS, rtol=1e-4)
 
 
-# ---------------------------------------------------------------- lightly
+# lightly
 
 
 class Backbone(nn.Sequential):
@@ -374,7 +374,7 @@ def own_lightly(folder: Path) -> None:
         fresh.load_state_dict(state)
 
 
-# ---------------------------------------------------------------- chemprop
+# chemprop
 
 
 def chemprop() -> tuple[Any, dict[str, Any]]:
@@ -405,7 +405,7 @@ def own_chemprop(folder: Path) -> None:
     torch.testing.assert_close(torch.cat(again), expected)
 
 
-# ---------------------------------------------------------------- lightning-hydra-template
+# lightning-hydra-template
 
 
 class Net(nn.Sequential):

@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,35 +14,47 @@ from safetensors.torch import load_file, save_file
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
+from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
+from lightning_qlora.checks import install
 from lightning_qlora.kernels.cpu.products import products
+from lightning_qlora.tools import doctor
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.memory_estimate import fits
 from lightning_qlora.training.report import size_text
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_trainer
 from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
+BITS = "quant_type=nf4, block_size=64, double_quant=True"
+LAYERS = "14: down_proj x2, gate_proj x2, up_proj x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2"
 
 
 @pytest.fixture(autouse=True)
 def _restore_handlers():
-    import signal
-
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.fixture
-def trained(tmp_path, trainer):
-    """A base folder, a trained module, its checkpoint, and its PEFT folder."""
-    toy("llama").save_pretrained(tmp_path / "base")
-    lit = Lit(type(toy("llama")).from_pretrained(tmp_path / "base"))
-    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a base, a checkpoint of its training and its PEFT folder, and the module; they are only read."""
+    folder = tmp_path_factory.mktemp("trained")
+    toy("llama").save_pretrained(folder / "base")
+    lit = Lit(type(toy("llama")).from_pretrained(folder / "base"))
+    torch.manual_seed(0)
+    run = make_trainer(folder, plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2, enable_checkpointing=False)
     run.fit(lit)
-    run.save_checkpoint(tmp_path / "last.ckpt")
-    save_adapter(lit, tmp_path / "adapter")
-    return lit
+    run.save_checkpoint(folder / "last.ckpt")
+    save_adapter(lit, folder / "adapter")
+    return folder, lit
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of that folder, to be changed; its adapters still name the base of the other one."""
+    shutil.copytree(trained[0], tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def fails(arguments, capsys, code=1):
@@ -59,59 +72,41 @@ def prints(arguments, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("trained")
-def test_inspect(tmp_path, capsys):
-    ckpt = prints(["inspect", tmp_path / "last.ckpt"], capsys)
-    adapter = prints(["inspect", tmp_path / "adapter"], capsys)
-    for text in (ckpt, adapter):
-        assert "q_proj x2" in text and f"{tmp_path}/base" in text and "quant_type=nf4" in text
-        assert "trained on                     the model in 4 bits (quant_type=nf4" in text
-    assert "base fingerprint" in ckpt
-    sizes = {name: float(size) for name, size in re.findall(r"size of the (\w+) +([\d.]+) kB", ckpt)}
-    assert sizes["checkpoint"] == pytest.approx((tmp_path / "last.ckpt").stat().st_size / 1e3, rel=1e-3)
-    assert sizes["weights"] < sizes["checkpoint"] / 3  # two moments of the optimizer as well
-    base = prints(["inspect", tmp_path / "base"], capsys)
-    assert "LlamaForCausalLM" in base and "F32" in base
-    save_in_4_bits(type(toy("llama")), tmp_path / "base", tmp_path / "4bit")
-    lines = json.loads(prints(["inspect", tmp_path / "4bit", "--json"], capsys))
-    state = load_file(tmp_path / "4bit/model.safetensors")
-    packed = tuple(key.removesuffix(".absmax") for key in state if key.endswith(".absmax"))
-    in_4_bits = sum(value.nbytes for key, value in state.items() if key.startswith(packed))
-    assert lines["kind"] == "model folder, 4-bit (bitsandbytes)"
-    assert lines["quantization"] == "bitsandbytes, nf4, double quantization"
-    assert (lines["4-bit layers"], lines["tensors"]) == (str(len(packed)), str(len(state)))
-    assert f"4-bit {size_text(in_4_bits)}" in lines["size"].split(", ")
+def read(arguments, capsys):
+    return json.loads(prints([*arguments, "--json"], capsys))
 
 
-def test_inspect_names_the_kind_of_lora_and_counts(tmp_path, capsys):
-    lit = Lit(toy("llama"))
-    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "modules_to_save": ["norm", "lm_head"]}
-    convert(lit, **ARGUMENTS, use_dora=True, use_rslora=True, **patterns)
-    save_adapter(lit, tmp_path)
-    lines = json.loads(prints(["inspect", tmp_path, "--json"], capsys))
-    bits = "quant_type=nf4, block_size=64, double_quant=True"
-    assert lines.pop("trained on").startswith(
-        f"the model in 4 bits ({bits}). On the model in 16 bits its outputs differ"
-    )
-    trained = [p for p in lit.parameters() if p.requires_grad]
-    assert lines == {
-        "kind": "PEFT adapter",
-        "base": "unknown",
-        "quantization": f"{bits}, init_lora_weights=default, base_changed=False",
-        "layers": "14: down_proj x2, gate_proj x2, up_proj x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2",
-        "rank": "4 (x12), 2 (x2)",
-        "alpha": "8 (x12), 3 (x2)",
-        "kind of LoRA": "rsLoRA, DoRA",
-        "modules_to_save": "lm_head, model.norm",
-        "weights": f"{sum(p.numel() for p in trained):,}",
-        "size of the weights": size_text(sum(p.nbytes for p in trained)),
+def test_inspect(trained, tmp_path, capsys):
+    folder, lit = trained
+    adapter = read(["inspect", folder / "adapter"], capsys)
+    text = "".join(f"{name:30} {value}\n" for name, value in adapter.items())
+    assert prints(["inspect", folder / "adapter"], capsys) == text
+    assert prints(["inspect", folder / "adapter", "--json", "false"], capsys) == text
+    assert json.loads(prints(["inspect", folder / "adapter", "--json", "true"], capsys)) == adapter
+    trained_on = adapter.pop("trained on")
+    assert trained_on.startswith(f"the model in 4 bits ({BITS}). On the model in 16 bits its outputs differ")
+    weights = [p for p in lit.parameters() if p.requires_grad]
+    expected = {
+        "base": f"{folder}/base",
+        "quantization": f"{BITS}, init_lora_weights=default, base_changed=False",
+        "layers": LAYERS,
+        "rank": "4",
+        "alpha": "8",
+        "kind of LoRA": "plain",
+        "modules_to_save": "nothing",
+        "weights": f"{sum(p.numel() for p in weights):,}",
+        "size of the weights": size_text(sum(p.nbytes for p in weights)),
     }
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "a byte that is not UTF-8: \udcff"
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert "a byte that is not UTF-8: \\udcff\n" in prints(["inspect", tmp_path], capsys)
-    toy("llama").save_pretrained(tmp_path / "base", max_shard_size="60KB")
-    assert json.loads(prints(["inspect", tmp_path / "base", "--json"], capsys)) == {
+    assert adapter == {"kind": "PEFT adapter"} | expected
+    path = folder / "last.ckpt"
+    assert read(["inspect", path], capsys) == expected | {
+        "kind": "Lightning checkpoint of a converted module",
+        "size of the checkpoint": size_text(path.stat().st_size),  # with two moments of the optimizer
+        "trained on": trained_on,
+        "base fingerprint": fingerprint_of_base(read_adapter_from_checkpoint(path)),
+    }
+    toy("llama").save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    plain = {
         "kind": "model folder",
         "architecture": "LlamaForCausalLM",
         "quantization": "none",
@@ -120,23 +115,71 @@ def test_inspect_names_the_kind_of_lora_and_counts(tmp_path, capsys):
         "files": "8: model-00001-of-00008.safetensors to model-00008-of-00008.safetensors",
         "size": f"F32 {size_text(sum(p.nbytes for p in toy('llama').parameters()))}",
     }
+    assert read(["inspect", tmp_path / "shards"], capsys) == plain
+    assert read(["inspect", folder / "base"], capsys) == plain | {"files": "1: model.safetensors"}
+    save_in_4_bits(type(toy("llama")), folder / "base", tmp_path / "4bit")
+    state = load_file(tmp_path / "4bit/model.safetensors")
+    packed = tuple(key.removesuffix(".absmax") for key in state if key.endswith(".absmax"))
+    in_4_bits = sum(value.nbytes for key, value in state.items() if key.startswith(packed))
+    others = sum(value.nbytes for value in state.values()) - in_4_bits
+    dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[state["lm_head.weight"].dtype]
+    assert read(["inspect", tmp_path / "4bit"], capsys) == plain | {
+        "kind": "model folder, 4-bit (bitsandbytes)",
+        "quantization": "bitsandbytes, nf4, double quantization",
+        "4-bit layers": str(len(packed)),
+        "tensors": str(len(state)),
+        "files": "1: model.safetensors",
+        "size": f"{dtype} {size_text(others)}, 4-bit {size_text(in_4_bits)}",
+    }
+
+
+def test_inspect_names_the_kind_of_lora_and_counts(tmp_path, capsys):
+    lit = Lit(toy("llama"))
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "modules_to_save": ["norm", "lm_head"]}
+    convert(lit, **ARGUMENTS, use_dora=True, use_rslora=True, **patterns)
+    save_adapter(lit, tmp_path)
+    lines = read(["inspect", tmp_path], capsys)
+    trained = [p for p in lit.parameters() if p.requires_grad]
+    assert (
+        lines.items()
+        >= {
+            "base": "unknown",
+            "layers": LAYERS,
+            "rank": "4 (x12), 2 (x2)",
+            "alpha": "8 (x12), 3 (x2)",
+            "kind of LoRA": "rsLoRA, DoRA",
+            "modules_to_save": "lm_head, model.norm",
+            "weights": f"{sum(p.numel() for p in trained):,}",
+            "size of the weights": size_text(sum(p.nbytes for p in trained)),
+        }.items()
+    )
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "a byte that is not UTF-8: \udcff"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert "a byte that is not UTF-8: \\udcff\n" in prints(["inspect", tmp_path], capsys)
 
 
 def test_export_and_merge(trained, tmp_path, capsys):
-    main(["export", str(tmp_path / "last.ckpt"), str(tmp_path / "exported")])
+    folder, lit = trained
+    main(["export", str(folder / "last.ckpt"), str(tmp_path / "exported")])
     out = capsys.readouterr()
-    assert out.out.startswith(
-        f"{tmp_path}/exported: 14 layers for {tmp_path}/base\ntrained on: the model in 4 bits (quant"
-    )
+    first, second = out.out.splitlines()
+    assert first == f"{tmp_path}/exported: 14 layers for {folder}/base"
+    assert second.startswith(f"trained on: the model in 4 bits ({BITS}). ")
     assert not out.err
-    for number, source in enumerate(("last.ckpt", "exported", "adapter")):
-        text = prints(["merge", tmp_path / source, tmp_path / f"merged{number}"], capsys)
-        files = sorted((tmp_path / f"merged{number}").iterdir())
-        size = sum(path.stat().st_size for path in files) / 1e6
-        names = f"{tmp_path}/merged{number}: {tmp_path}/base with {tmp_path / source} merged"
-        assert text == f"{names}; {len(files)} files, {size:.1f} MB\n"
-        merged = type(trained.model).from_pretrained(tmp_path / f"merged{number}")
-        torch.testing.assert_close(logits(merged), logits(trained.model), atol=1e-5, rtol=0)
+    sources = folder / "last.ckpt", tmp_path / "exported", folder / "adapter"
+    for number, source in enumerate(sources):
+        output = tmp_path / f"merged{number}"
+        text = prints(["merge", source, output, *["--trust-remote-code", "--json"][: 2 * (number == 0)]], capsys)
+        files = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
+        if number == 0:
+            names = {"output": f"{output}", "base_model": f"{folder}/base", "adapter": f"{source}"}
+            assert json.loads(text) == names | {"files": files}
+        else:
+            size = sum(files.values()) / 1e6
+            assert text == f"{output}: {folder}/base with {source} merged; {len(files)} files, {size:.1f} MB\n"
+        merged = type(lit.model).from_pretrained(output)
+        torch.testing.assert_close(logits(merged), logits(lit.model), atol=1e-5, rtol=0)
 
 
 def test_lines_are_as_wide_as_a_terminal(tmp_path, monkeypatch, capsys):
@@ -149,40 +192,43 @@ def test_lines_are_as_wide_as_a_terminal(tmp_path, monkeypatch, capsys):
         assert (text == whole) == (width == 60)
         if width == 80:
             assert max(map(len, text.splitlines())) <= 80 and re.sub(r"\n {31}", " ", text) == whole
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    main(["plan", str(tmp_path), "--r", "4", "--sequence_length", "16"])
-    assert capsys.readouterr().err == f"Running a step of {tmp_path} without weights ...\n"
-
-
-def test_plan(tmp_path, capsys):
-    toy("llama").save_pretrained(tmp_path / "base")
-    arguments = ["--r", "4", "--batch-size", "2", "--sequence_length", "32", "--gradient_checkpointing", "true"]
-    out = prints(["plan", tmp_path / "base", *arguments], capsys)
-    assert "4-bit weights" in out and "total" in out
 
 
 def test_doctor(capsys):
-    start = time.perf_counter()
     out = prints(["doctor"], capsys)
-    assert "torch" in out and "self-test on cpu: training" in out and "wrong" not in out
+    assert "torch" in out and "wrong" not in out
     assert str(products(torch.bfloat16)) in out
-    assert time.perf_counter() - start < 30
+    lines = {line[:30].strip(): line[31:] for line in out.splitlines()}
+    assert lines["self-test on cpu: ops"] == f"all {len(doctor.OPS)} compute what the reference does"
+    losses = r"loss ([\d.]+) to ([\d.]+) in 20 steps; (\d+\.\d) s in total"
+    first, last, seconds = map(float, re.fullmatch(losses, lines["self-test on cpu: training"]).groups())
+    assert last < 0.9 * first and seconds < 30
+
+
+def test_doctor_says_which_op_is_wrong_and_that_a_layer_does_not_learn(monkeypatch):
+    monkeypatch.setattr(doctor, "fault", lambda backend, device, op: "differs" if op in doctor.OPS[:2] else None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    (_, text, good), (_, _, learns) = doctor._self_test(torch.device("cpu"))
+    assert text == "; ".join(f"{op}: differs" for op in doctor.OPS[:2]) and not good and not learns
 
 
 def test_doctor_lists_the_ops_whose_kernels_fail_and_checks_them_again(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("lightning_qlora.tools.doctor._self_test", lambda device: [])
+    monkeypatch.setattr(doctor, "_self_test", lambda device: [])
     wrong = {"adamw_step": "differs by 1"}
-    monkeypatch.setattr("lightning_qlora.kernels.backends.failures", lambda *given: asked.append(given) or wrong)
+    monkeypatch.setattr(doctor.backends, "failures", lambda *given: asked.append(given) or wrong)
+    monkeypatch.setattr(doctor.backends, "describe", lambda device: "C kernels, NEON, one thread")
     with pytest.raises(SystemExit) as raised:
         main(["doctor", "--check"])
     assert raised.value.code == 1 and asked == [(torch.device("cpu"), True)]
-    assert "in plain torch, because its kernels fail: differs by 1  <-- wrong" in capsys.readouterr().out
+    expected = [
+        f"{'cpu kernels':30} C kernels, NEON, one thread. {doctor.build.remedy()}",
+        f"{'cpu adamw_step':30} in plain torch, because its kernels fail: differs by 1  <-- wrong",
+    ]
+    assert "\n".join(expected) in capsys.readouterr().out
 
 
 def test_doctor_looks_at_an_apple_gpu_and_says_what_to_use_in_its_place(monkeypatch):
-    from lightning_qlora.tools import doctor
-
     if torch.backends.mps.is_available():
         pytest.skip("has one")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -196,8 +242,6 @@ def test_doctor_looks_at_an_apple_gpu_and_says_what_to_use_in_its_place(monkeypa
 
 
 def test_doctor_on_a_machine_with_a_card(monkeypatch):
-    from lightning_qlora.tools import doctor
-
     card = SimpleNamespace(name="A card", is_integrated=0)
     for name, value in {"is_available": True, "device_count": 1, "mem_get_info": (10**9, 2 * 10**9)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
@@ -220,34 +264,7 @@ def test_doctor_on_a_machine_with_a_card(monkeypatch):
     assert doctor.environment() == {name: f"x{name}" for name in names if name != "CC"}
 
 
-def test_doctor_says_which_op_is_wrong_and_whether_a_layer_learns(monkeypatch):
-    from lightning_qlora.tools import doctor
-
-    (ops, text, good), (training, losses, learns) = doctor._self_test(torch.device("cpu"))
-    assert (ops, good) == (
-        "self-test on cpu: ops",
-        True,
-    ) and text == f"all {len(doctor.OPS)} compute what the reference does"
-    first, last = map(float, re.match(r"loss ([\d.]+) to ([\d.]+) in 20 steps; \d+\.\d s in total$", losses).groups())
-    assert training == "self-test on cpu: training" and learns and last < 0.9 * first
-    monkeypatch.setattr(doctor, "fault", lambda backend, device, op: "differs" if op in doctor.OPS[:2] else None)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    (_, text, good), (_, _, learns) = doctor._self_test(torch.device("cpu"))
-    assert text == "; ".join(f"{op}: differs" for op in doctor.OPS[:2]) and not good and not learns
-
-
-def test_doctor_names_the_remedy_for_loops_without_threads(monkeypatch):
-    from lightning_qlora.tools import doctor
-
-    monkeypatch.setattr(doctor, "_self_test", lambda device: [])
-    monkeypatch.setattr(doctor.backends, "describe", lambda device: "C kernels, NEON, one thread")
-    checks = {name: what for name, what, _ in doctor.examine()}
-    assert checks["cpu kernels"] == f"C kernels, NEON, one thread. {doctor.build.remedy()}"
-
-
 def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monkeypatch):
-    from lightning_qlora.tools import doctor
-
     def version(name):
         if name in ("jsonargparse", "triton"):
             raise doctor.PackageNotFoundError(name)
@@ -273,43 +290,62 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
     assert doctor.paging(card, SimpleNamespace(is_integrated=0)) == "unified memory"
 
 
-def test_doctor_fails_if_something_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr("lightning_qlora.tools.doctor.examine", lambda check: [("CPU", "on fire", False)])
+@pytest.mark.parametrize("json_flag", [[], ["--json"]], ids=["text", "json"])
+def test_doctor_fails_if_something_is_wrong(json_flag, capsys, monkeypatch):
+    found = [("python", "3", True), ("CPU", "on fire", False)]
+    monkeypatch.setattr(doctor, "examine", lambda check: found)
+    monkeypatch.setattr(doctor, "environment", lambda: {"CC": "gcc"})
     with pytest.raises(SystemExit) as raised:
-        main(["doctor"])
+        main(["doctor", *json_flag])
     assert raised.value.code == 1
-    assert "on fire  <-- wrong" in capsys.readouterr().out
+    if json_flag:
+        checks = {"python": {"found": "3", "good": True}, "CPU": {"found": "on fire", "good": False}}
+        assert json.loads(capsys.readouterr().out) == {"checks": checks, "environment": {"CC": "gcc"}}
+    else:
+        assert capsys.readouterr().out == f"{'python':30} 3\n{'CPU':30} on fire  <-- wrong\n{'CC':30} gcc\n"
+    found.pop()
+    main(["doctor", *json_flag])
 
 
-@pytest.mark.usefixtures("trained")
-def test_errors_are_one_line(tmp_path, capsys):
+def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch):
+    folder, _ = trained
+    output = tmp_path / "out"
     assert fails(["inspect", tmp_path / "nothing"], capsys).endswith(
         "the connection, and that huggingface_hub is installed."
     )
-    assert "not an empty folder" in fails(["merge", tmp_path / "adapter", tmp_path / "base"], capsys)
-    (tmp_path / "other").mkdir()
+    assert "not an empty folder" in fails(["merge", folder / "adapter", folder / "base"], capsys)
     toy("gpt2").save_pretrained(tmp_path / "other")
     capsys.readouterr()
-    error = fails(["merge", tmp_path / "adapter", tmp_path / "out", "--base_model", tmp_path / "other"], capsys)
+    error = fails(["merge", folder / "adapter", output, "--base_model", tmp_path / "other"], capsys)
     assert "adapter_model.safetensors: key 'base_model.model.model.layers.0" in error
-    weights = tmp_path / "adapter/adapter_model.safetensors"
+    weights = copied / "adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
     assert "adapter_model.safetensors: not a safetensors file, or truncated" in fails(
-        ["inspect", tmp_path / "adapter"], capsys
+        ["inspect", copied / "adapter"], capsys
     )
     (tmp_path / "x.ckpt").write_bytes(b"x")
-    assert "x.ckpt: not a checkpoint" in fails(["export", tmp_path / "x.ckpt", tmp_path / "out"], capsys)
+    assert "x.ckpt: not a checkpoint" in fails(["export", tmp_path / "x.ckpt", output], capsys)
     assert "dtype" in fails(["merge", "a", "b", "--dtype", "int8"], capsys, code=2)
     assert "--base_mod" in fails(["merge", "a", "b", "--base_mod", "c"], capsys, code=2)
-    assert "devices=0: must be an integer >= 1" in fails(["plan", tmp_path / "base", "--devices", "0"], capsys)
+    assert "devices=0: must be an integer >= 1" in fails(["plan", folder / "base", "--devices", "0"], capsys)
     (tmp_path / "gguf").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "gguf" / name).touch()
-    merge_into = ["merge", tmp_path / "last.ckpt", tmp_path / "out", "--base_model"]
+    merge_into = ["merge", folder / "last.ckpt", output, "--base_model"]
     assert "gguf: has 2 GGUF files, ['a.gguf', 'b.gguf']. Pass one" in fails([*merge_into, tmp_path / "gguf"], capsys)
-    (tmp_path / "base/config.json").unlink()
-    assert "base: has no config.json, which names the model" in fails([*merge_into, tmp_path / "base"], capsys)
-    assert not (tmp_path / "out").exists()
+    (copied / "base/config.json").unlink()
+    assert "base: has no config.json, which names the model" in fails([*merge_into, copied / "base"], capsys)
+    lit = Lit(toy("llama"))
+    convert(lit, **ARGUMENTS)
+    save_adapter(perturb(lit), tmp_path / "adapter")
+    assert "names no base model. Pass it: --base_model FOLDER" in fails(["merge", tmp_path / "adapter", output], capsys)
+    assert not output.exists()
+    with pytest.raises(SystemExit) as end:
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+    assert end.value.code == 143
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=re.escape(f"lightning-qlora: jsonargparse is missing: {install('cli')}")):
+        main([])
 
 
 def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeypatch):
@@ -318,7 +354,6 @@ def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeyp
         main(["inspect", str(tmp_path)])
 
 
-@pytest.mark.usefixtures("trained")
 def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anything(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lightning_qlora.adapters.peft_folder.read_adapter", lambda path: pytest.fail("work was done"))
     (tmp_path / "empty").mkdir()
@@ -330,48 +365,41 @@ def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anythin
         ("../dangling", "symbolic link"),
         (".", "the current directory"),
     ):
-        assert reason in fails(["merge", tmp_path / "adapter", place], capsys)
+        assert reason in fails(["merge", tmp_path, place], capsys)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"alpha_pattern": [1]}, "alpha_pattern=[1]: must be a dict whose keys are non-empty strings"),
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern='(': not a valid regular expression"),
-        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj']='x': must be a number"),
-        ({"lora_alpha": "abc"}, "lora_alpha='abc': must be a number"),
-        ({"lora_alpha": None}, "lora_alpha=None: must be a number"),
-        ({"lora_dropout": "x"}, "lora_dropout='x': must be a number"),
-        ({"modules_to_save": 5}, "modules_to_save=5: must be a list of non-empty names"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of non-empty names"),
-        ({"target_modules": 5}, "target_modules=5: must be a list of non-empty names, or a regular expression"),
-        ({"use_rslora": "maybe"}, "use_rslora='maybe': must be True or False"),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path=5: must be a string"),
-    ],
-)
-def test_wrong_values_of_an_adapter_config_are_named(values, message, tmp_path, capsys):
-    lit = Lit(toy("llama"))
-    convert(lit, **ARGUMENTS)
-    save_adapter(lit, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-    assert f"{path}: {message}" in fails(["inspect", tmp_path], capsys)
+WRONG_CONFIGS = [
+    ({"alpha_pattern": [1]}, "alpha_pattern=[1]: must be a dict whose keys are non-empty strings"),
+    ({"alpha_pattern": {"(": 3}}, "alpha_pattern='(': not a valid regular expression"),
+    ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj']='x': must be a number"),
+    ({"lora_alpha": "abc"}, "lora_alpha='abc': must be a number"),
+    ({"lora_alpha": None}, "lora_alpha=None: must be a number"),
+    ({"lora_dropout": "x"}, "lora_dropout='x': must be a number"),
+    ({"modules_to_save": 5}, "modules_to_save=5: must be a list of non-empty names"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of non-empty names"),
+    ({"target_modules": 5}, "target_modules=5: must be a list of non-empty names, or a regular expression"),
+    ({"use_rslora": "maybe"}, "use_rslora='maybe': must be True or False"),
+    ({"base_model_name_or_path": 5}, "base_model_name_or_path=5: must be a string"),
+]
+WRONG_INDICES = [
+    ([1], "its 'weight_map' is [1]; it must be an object"),
+    ("x", "its 'weight_map' is 'x'; it must be an object"),
+    ({}, "its 'weight_map' is {}; it must be an object"),
+    (None, "its 'weight_map' is None; it must be an object"),
+    ({"a": 5}, "the file of 'a' is 5, which is not a file"),
+]
 
 
-@pytest.mark.parametrize(
-    ("weight_map", "message"),
-    [
-        ([1], "its 'weight_map' is [1]; it must be an object"),
-        ("x", "its 'weight_map' is 'x'; it must be an object"),
-        ({}, "its 'weight_map' is {}; it must be an object"),
-        (None, "its 'weight_map' is None; it must be an object"),
-        ({"a": 5}, "the file of 'a' is 5, which is not a file"),
-    ],
-)
-def test_wrong_indices_are_named(weight_map, message, tmp_path, capsys):
+def test_wrong_values_of_an_adapter_config_and_of_an_index_are_named(copied, tmp_path, capsys):
+    path = copied / "adapter/adapter_config.json"
+    config = json.loads(path.read_text())
+    for values, message in WRONG_CONFIGS:
+        path.write_text(json.dumps({**config, **values}))
+        assert f"{path}: {message}" in fails(["inspect", path.parent], capsys)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    assert f"{index}: {message}" in fails(["inspect", tmp_path], capsys)
+    for weight_map, message in WRONG_INDICES:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert f"{index}: {message}" in fails(["inspect", tmp_path], capsys)
 
 
 @pytest.mark.parametrize(
@@ -381,48 +409,33 @@ def test_wrong_indices_are_named(weight_map, message, tmp_path, capsys):
         (lambda w: w[0].clone(), "'{key}.weight' has shape [64], and a LlamaForCausalLM with"),
     ],
 )
-@pytest.mark.usefixtures("trained")
-def test_merge_names_a_weight_that_it_cannot_merge(change, message, tmp_path, capsys):
-    key, path = "model.layers.0.self_attn.q_proj", tmp_path / "base/model.safetensors"
+def test_merge_names_a_weight_that_it_cannot_merge(change, message, copied, tmp_path, capsys):
+    key, path = "model.layers.0.self_attn.q_proj", copied / "base/model.safetensors"
     state = load_file(path)
     save_file({**state, f"{key}.weight": change(state[f"{key}.weight"])}, path, metadata={"format": "pt"})
-    error = fails(["merge", tmp_path / "adapter", tmp_path / "out"], capsys)
-    assert f"{tmp_path / 'base'}: {message.replace('{key}', key)}" in error
+    error = fails(["merge", copied / "adapter", tmp_path / "out", "--base_model", copied / "base"], capsys)
+    assert f"{copied / 'base'}: {message.replace('{key}', key)}" in error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(("command", "source"), [("merge", "adapter"), ("export", "last.ckpt")])
-def test_a_full_disk_is_one_line_and_nothing_is_left(command, source, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_nothing_is_left(command, source, trained, tmp_path, capsys):
     """As a full disk, a limit on the size of a file lets a write fail after a part of its bytes."""
     resource = pytest.importorskip("resource")  # of POSIX
-    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        error = fails([command, tmp_path / source, tmp_path / "out"], capsys)
+        error = fails([command, trained[0] / source, tmp_path / "out"], capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.startswith(f"lightning-qlora: error: {tmp_path / 'out'}: could not be written")
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_an_adapter_that_names_no_base_is_one_error(tmp_path, capsys):
-    lit = Lit(toy("llama"))
-    convert(lit, **ARGUMENTS)
-    save_adapter(perturb(lit), tmp_path / "adapter")
-    assert "names no base model. Pass it: --base_model FOLDER" in fails(
-        ["merge", tmp_path / "adapter", tmp_path / "out"], capsys
-    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_types_and_defaults():
-    run = subprocess.run(
-        [sys.executable, "-m", "lightning_qlora.tools.cli", "merge", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "{auto,bf16,fp16,fp32}" in run.stdout and "default: auto" in run.stdout
+    command = [sys.executable, "-m", "lightning_qlora.tools.cli", "merge", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "{auto,bf16,fp16,fp32}" in printed and "default: auto" in printed
 
 
 def test_the_version_is_printed(capsys):
@@ -446,36 +459,17 @@ def test_help_and_mistakes_do_not_import_torch():
     assert "--lora_r" in done.stderr and "lora_r: use r." in done.stderr and "usage:" not in done.stderr
 
 
-def vit(folder):
+def test_plan_as_json(trained, tmp_path, capsys):
     import transformers
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    transformers.ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(folder)
-
-
-@pytest.mark.usefixtures("trained")
-def test_json(tmp_path, capsys):
-    def read(*arguments):
-        return json.loads(prints([*arguments, "--json"], capsys))
-
-    assert read("inspect", tmp_path / "adapter")["kind"].startswith("PEFT adapter")
-    merged = read("merge", tmp_path / "last.ckpt", tmp_path / "merged")
-    files = {path.name: path.stat().st_size for path in (tmp_path / "merged").iterdir()}
-    names = {"output": f"{tmp_path}/merged", "base_model": f"{tmp_path}/base", "adapter": f"{tmp_path}/last.ckpt"}
-    assert merged == names | {"files": files}
-    vit(tmp_path / "vit")
-    plan = read("plan", tmp_path / "base", "--r", "4", "--sequence_length", "32", "--gpu_memory", "1GB")
-    estimate = estimate_memory(f"{tmp_path}/base", sequence_length=32, r=4)
+    base = trained[0] / "base"
+    plan = read(["plan", base, "--r", "4", "--sequence_length", "32", "--gpu_memory", "1GB"], capsys)
+    estimate = estimate_memory(f"{base}", sequence_length=32, r=4)
     needed = estimate.device + estimate.parts["decode buffer"]
     answer = fits(needed, 10**9, QLoRAConfig(r=4))
     totals = {"total": estimate.total, "device": estimate.device, "on_each_device": needed, "fits": answer}
     assert plan == json.loads(json.dumps(vars(estimate) | totals))
-    unknown = read("plan", tmp_path / "vit", "--r", "4", "--gpu_memory", "1GB")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(tmp_path)
+    unknown = read(["plan", tmp_path, "--r", "4", "--gpu_memory", "1GB"], capsys)
     assert unknown["fits"] == "It is not known whether it fits: the activations could not be counted."
-
-
-@pytest.mark.usefixtures("trained")
-def test_a_flag_may_have_a_value(tmp_path, capsys):
-    text = prints(["inspect", tmp_path / "adapter"], capsys)
-    assert prints(["inspect", tmp_path / "adapter", "--json", "false"], capsys) == text
-    assert json.loads(prints(["inspect", tmp_path / "adapter", "--json", "true"], capsys))

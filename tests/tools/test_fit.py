@@ -1,9 +1,11 @@
 """`plan --gpu-memory` and `--devices`: whether a run fits, what to change, and what each device holds."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,19 +28,19 @@ pytest.importorskip("transformers")
 R = {"r": 8, "lora_dropout": 0.0}
 
 
-def test_units():
-    sizes = {"24GB": 24 * 10**9, "24 GiB": 24 * 2**30, "1.5gb": 15 * 10**8, "80000000000": 8 * 10**10}
+def test_units(tmp_path, capsys):
+    sizes = {"24GB": 24 * 10**9, " 24 GiB ": 24 * 2**30, "1.5gb": 15 * 10**8, "80000000000": 8 * 10**10}
+    sizes |= {"1MB": 10**6, "2MiB": 2 * 2**20, "3000kb": 3 * 10**6, "4096KiB": 2**22}
     assert {text: parse_memory(text) for text in sizes} == sizes
-    for wrong in ("", "GB", "24TB", "0GB"):
+    for wrong in ("", "GB", "24TB", "0GB", "x24GB"):
         with pytest.raises(ValueError, match="must be a number with a unit"):
             parse_memory(wrong)
-
-
-def test_a_unit_is_asked_for_before_anything_is_counted(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"gpu_memory='999999' is 999999 bytes\. Give a unit, such as 24GiB\."):
+        parse_memory("999999")
     toy("llama").config.save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path), "--gpu-memory", "24"])
-    printed = capsys.readouterr()
+    printed = capsys.readouterr()  # before anything is counted
     assert "gpu_memory='24' is 24 bytes. Give a unit, such as 24GiB" in printed.err and not printed.out
 
 
@@ -89,17 +91,54 @@ def test_what_each_device_holds():
     assert bytes_on_each(run, paged, 1, "fsdp") == paged.device + estimate.parts["decode buffer"]
 
 
-def test_the_lines_of_the_command(tmp_path, capsys):
-    toy("llama", vocab_size=512).config.save_pretrained(tmp_path)
-    main(["plan", str(tmp_path), "--r", "4", "--sequence_length", "16", "--devices", "8", "--gpu-memory", "24GiB"])
-    run = PlannedRun(str(tmp_path), "adamw", QLoRAConfig(r=4, deferred_logits=False))
+def test_the_lines_of_the_command(tmp_path, capsys, monkeypatch):
+    toy("llama", vocab_size=512, num_hidden_layers=1).config.save_pretrained(tmp_path)
+    plan = ["plan", str(tmp_path), "--r", "4", "--sequence_length", "16"]
+    main([*plan, "--devices", "8", "--gpu-memory", "24GiB", "--gradient_checkpointing", "true"])
+    run = PlannedRun(str(tmp_path), "adamw", QLoRAConfig(r=4, deferred_logits=False, gradient_checkpointing=True))
     estimate = run.estimate(1, 16)
     needed = bytes_on_each(run, estimate, 8, "fsdp")
     answer = fits(needed, 24 * 2**30, run.config)
     assert capsys.readouterr() == (f"{estimate}\nEach of 8 devices (fsdp) needs {both_units(needed)}.\n{answer}\n", "")
-    main(["plan", str(tmp_path), "--r", "4", "--sequence_length", "16"])
-    whole = estimate_memory(str(tmp_path), sequence_length=16, r=4)
-    assert capsys.readouterr().out == f"{whole}\n" != f"{estimate}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    main([*plan, "--devices", "2", "--strategy", "ddp", "--batch-size", "2", "--optimizer", "sgd", "--device", "cpu"])
+    whole = estimate_memory(str(tmp_path), 2, 16, "sgd", device="cpu", r=4)
+    needed = both_units(whole.device + whole.parts["decode buffer"])
+    progress = f"Running a step of {tmp_path} without weights ...\n"
+    assert capsys.readouterr() == (f"{whole}\nEach of 2 devices (ddp) needs {needed}.\n", progress)
+
+
+def test_the_numbers_of_an_estimate():
+    """A layer of 128 inputs and 64 outputs, then one of 64 and 128, on four rows in bf16."""
+    module = nn.Sequential(nn.Linear(128, 64, bias=False), nn.ReLU(), nn.Linear(64, 128, bias=False)).bfloat16()
+    example = torch.zeros(4, 128, dtype=torch.bfloat16)
+    packed = 128 * 64 // 2 + 128 + 4 * (1 + 1)  # codes, scales, second-level scales with the mean
+    trained = 4 * 4 * (128 + 64)  # lora_A and lora_B in fp32
+    expected = {
+        "parts": {
+            "4-bit weights": 2 * packed,
+            "other frozen weights": 0,
+            "trained weights": 2 * trained,
+            "gradients": 2 * trained,
+            "optimizer state": 4 * trained,
+            "decode buffer": 2 * 128 * 64,
+            "activations": trained + 2624,  # with gradients of the first layer that are not stored yet
+        },
+        "gradients_at_peak": trained,  # those of the second layer
+        "paged": True,
+        "trainable_parameters": 2 * trained // 4,
+        "total_parameters": 2 * (trained // 4 + 128 * 64),
+        "dense_bytes": 2 * 2 * 128 * 64,
+        "counted_activations": True,
+        "layers": [("0", "4-bit + adapter, 64x128", "1"), ("2", "4-bit + adapter, 128x64", "1")],
+    }
+    for given in (example, (example,), {"input": example}):
+        assert vars(estimate_memory(module, example=given, r=4, lora_dropout=0.0)) == expected
+    seed_and_dropped = {"activations": trained + 2624 + 8 + example.nbytes}
+    dropped = {**expected, "parts": {**expected["parts"], **seed_and_dropped}}
+    assert vars(estimate_memory(module, example=example, r=4, lora_dropout=0.1)) == dropped
+    without = {**expected, "parts": {**expected["parts"], "activations": 0}, "gradients_at_peak": 2 * trained}
+    assert vars(estimate_memory(module, r=4, lora_dropout=0.0)) == {**without, "counted_activations": False}
 
 
 def test_the_whole_text_of_an_estimate():

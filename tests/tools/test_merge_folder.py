@@ -53,8 +53,7 @@ def assert_same_weights(merged, expected):
     assert all(value.dtype is expected[key].dtype and torch.equal(value, expected[key]) for key, value in state.items())
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dora"), [*zip(NAMES, [False, True, False, True], strict=True), ("llama", True)])
 def test_merged_folder_is_the_merged_module(name, dora, base, tmp_path):
     """With DoRA, also with ranks and alphas of their own."""
     first = {"llama": "q_proj", "gpt2": "c_attn"}.get(name)
@@ -66,8 +65,7 @@ def test_merged_folder_is_the_merged_module(name, dora, base, tmp_path):
     assert_same_weights(load(name, tmp_path / "out"), merge(lit).model)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", ["auto", "fp16"])
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "auto"), ("gpt2", "fp16")])
 def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path):
     model = toy(name).bfloat16()
     model.save_pretrained(tmp_path / "base")
@@ -281,26 +279,23 @@ def test_the_default_device_has_no_effect(arguments, base, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"])
-def test_an_index_that_names_a_file_outside_of_the_folder_is_refused(name, base, tmp_path):
+def test_files_outside_of_the_folder_are_refused(base, tmp_path):
+    """Those that an index names, and those that a link leads to."""
     _, folder = base("llama", max_shard_size="50KB")
-    change_index(folder, "lm_head.weight", name)
-    with pytest.raises(ValueError, match=r"'lm_head.weight' is '.*', which is not a file of this folder") as error:
-        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
-    assert str(folder / "model.safetensors.index.json") in str(error.value) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "config.json", "extra.txt"])
-def test_a_link_to_a_file_outside_of_the_folder_is_refused(name, base, tmp_path):
-    _, folder = base("llama")
-    secret = tmp_path / "secret"
-    if (folder / name).exists():
-        (folder / name).rename(secret)
-    else:
-        secret.write_text("secret")
-    (folder / name).symlink_to(secret)
-    with pytest.raises(ValueError, match=rf"{name}: is a symbolic link to .*secret, outside of the folder"):
-        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
+    adapter = get_adapter(converted("llama"))
+    index = (folder / "model.safetensors.index.json").read_text()
+    for name in ("../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"):
+        change_index(folder, "lm_head.weight", name)
+        with pytest.raises(ValueError, match=r"index.json: .*'lm_head.weight' is '.*', which is not a file of this"):
+            merge_folder(folder, adapter, tmp_path / "out")
+    (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "extra.txt").write_text("secret")
+    for name in ("tokenizer.json", shard(folder, 1).name, "config.json", "extra.txt"):
+        (folder / name).rename(tmp_path / "secret")
+        (folder / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(ValueError, match=rf"{name}: is a symbolic link to .*secret, outside of the folder"):
+            merge_folder(folder, adapter, tmp_path / "out")
+        (tmp_path / "secret").rename(folder / name)
     assert not (tmp_path / "out").exists()
 
 
@@ -337,8 +332,16 @@ def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch
     assert asked == [True, False]
 
 
-@pytest.mark.parametrize("build", [experts.llama4, experts.gpt_oss, experts.qwen3_moe, experts.jetmoe])
-@pytest.mark.parametrize("kind", ["quantized", "float"])
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        (experts.llama4, "quantized"),
+        (experts.llama4, "float"),
+        (experts.gpt_oss, "quantized"),
+        (experts.qwen3_moe, "float"),
+        (experts.jetmoe, "quantized"),
+    ],
+)
 def test_experts_beside_linear_layers(build, kind, tmp_path):
     """Llama 4: the folder names the shared experts as parameters too, and the stacks are [experts, in, out]."""
     model_class = type(experts.made(build))
@@ -360,7 +363,7 @@ def test_experts_beside_linear_layers(build, kind, tmp_path):
         torch.testing.assert_close(merged[key], base + delta)
 
 
-@pytest.mark.parametrize("argument", ["dtype", "base"])
-def test_wrong_choices_are_named_before_anything_is_read(argument, tmp_path):
-    with pytest.raises(ValueError, match=f"{argument}='int8': must be one of"):
-        merge_folder(tmp_path, None, tmp_path / "out", **{argument: "int8"})
+def test_wrong_choices_are_named_before_anything_is_read(tmp_path):
+    for argument in ("dtype", "base"):
+        with pytest.raises(ValueError, match=f"{argument}='int8': must be one of"):
+            merge_folder(tmp_path, None, tmp_path / "out", **{argument: "int8"})

@@ -71,15 +71,6 @@ def test_an_optimizer_made_before_setup_trains_as_one_made_after_it(separately):
     assert losses(early=True) == losses(early=False)
 
 
-def test_an_optimizer_that_has_stepped_before_setup_is_refused_there():
-    module = Classifier()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    module(torch.randn(2, 64)).sum().backward()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match=r"has state.* replaced weights of 2 layers \(net\.0, .*fabric\.setup"):
-        launch()[0].setup(module, optimizer)
-
-
 FP32, BF16 = torch.float32, torch.bfloat16
 
 

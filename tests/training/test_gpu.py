@@ -25,7 +25,7 @@ from lightning_qlora import (
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.optim import optimizer_pages
 from lightning_qlora.optim.host_memory import why_not_managed
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, dataset, loader
 from tests.toys import ids, perturb, toy
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -40,13 +40,6 @@ def accelerator(device):
 
 def plugin(**arguments):
     return QLoRAPrecision(**{"r": 32, "lora_dropout": 0.1, **arguments})
-
-
-def wide_loader():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, WIDTH, generator=generator)
-    y = torch.randint(0, 8, (32,), generator=generator)
-    return DataLoader([*zip(x, y, strict=True)], batch_size=8, shuffle=True)
 
 
 def falls(losses, factor=0.7):
@@ -178,7 +171,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, placed, o
             accelerator=accelerator(device),
             callbacks=[spy, ModelCheckpoint(tmp_path / name, save_last=True)],
         )
-        run.fit(module, wide_loader(), ckpt_path=ckpt_path)
+        run.fit(module, DataLoader(dataset(width=WIDTH), batch_size=8, shuffle=True), ckpt_path=ckpt_path)
         assert spy.paging == kind
         return module
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.reference import LARGEST, STATE_BLOCK_SIZE, AdamWStep
+from lightning_qlora.kernels.reference import LARGEST, STATE_BLOCK_SIZE, AdamWStep, Moment
 from lightning_qlora.kernels.triton.launch import Launch, find_tile
 from lightning_qlora.quantization.codebooks import dynamic_map
 
@@ -198,16 +198,10 @@ def adamw_step(
 
 
 def adamw8bit_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg_codes: list[Tensor],
-    exp_avg_absmaxes: list[Tensor],
-    exp_avg_sq_codes: list[Tensor],
-    exp_avg_sq_absmaxes: list[Tensor],
-    scalars: AdamWStep,
+    params: list[Tensor], grads: list[Tensor], exp_avg: Moment, exp_avg_sq: Moment, scalars: AdamWStep
 ) -> None:
     """See `kernels.reference.adamw8bit_step`."""
-    tensors = [params, grads, exp_avg_codes, exp_avg_sq_codes, exp_avg_absmaxes, exp_avg_sq_absmaxes]
+    tensors = [params, grads, exp_avg[0], exp_avg_sq[0], exp_avg[1], exp_avg_sq[1]]
     _step(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
 
 

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.reference import AdamWStep
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.optim.state_8bit import MOMENTS
 from lightning_qlora.quantization.codebooks import dynamic_map
 
 SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
@@ -19,7 +21,7 @@ def draw(seed, dtype=torch.float32):
 def state8():
     codes = [torch.zeros(shape, dtype=torch.uint8) for shape in SHAPES]
     absmaxes = [torch.zeros(-(-code.numel() // 256)) for code in codes]
-    return [codes, absmaxes, [code.clone() for code in codes], [absmax.clone() for absmax in absmaxes]]
+    return (codes, absmaxes), ([code.clone() for code in codes], [absmax.clone() for absmax in absmaxes])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,7 +47,7 @@ def scaled64(values):
 def test_8_bit_steps_equal_a_float64_reference_in_every_code():
     """Only a value that fp32 cannot tell from the border of two levels may take either."""
     ours = draw(0)
-    m_codes, m_scales, v_codes, v_scales = state = state8()
+    (m_codes, m_scales), (v_codes, v_scales) = state = state8()
     undecided = 0
     for step in range(1, 8):
         grads = draw(step)
@@ -100,17 +102,16 @@ def test_parameters_and_state_that_are_not_contiguous(bits):
     params, expected = ([torch.randn(30, 20, generator=torch.Generator().manual_seed(0)).T] for _ in range(2))
     params[0].requires_grad_()
     if bits == 32:
-        states = [[[torch.zeros(30, 20).T], [torch.zeros(30, 20).T]] for _ in range(2)]
+        states = [[[torch.zeros(30, 20).T] for _ in MOMENTS] for _ in range(2)]
         steps = adamw_step, reference.adamw_step
     else:
-        states = [[[torch.zeros(30, 20).byte().T], [torch.zeros(3)]] * 2 for _ in range(2)]
-        states = [[[tensor.clone() for tensor in column] for column in state] for state in states]
+        states = [[([torch.zeros(30, 20).byte().T], [torch.zeros(3)]) for _ in MOMENTS] for _ in range(2)]
         steps = adamw8bit_step, reference.adamw8bit_step
     for step in range(1, 4):
         grads = [torch.randn(30, generator=torch.Generator().manual_seed(step)).expand(20, 30)]
         for update, tensors, state in zip(steps, (params, expected), states, strict=True):
             update(tensors, grads, *state, AdamWStep(step, **SCALARS))
-    assert not params[0].is_contiguous() and not states[0][0][0].is_contiguous()
+    assert not params[0].is_contiguous() and not tree_leaves(states)[0].is_contiguous()
     torch.testing.assert_close(params[0].detach(), expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
 
@@ -123,8 +124,7 @@ def test_autograd_hears_that_a_parameter_was_written_to(bits):
     if bits == 32:
         adamw_step([param], [torch.ones(300)], [torch.zeros(300)], [torch.zeros(300)], AdamWStep(1, **SCALARS))
     else:
-        m, v = ([torch.zeros(300, dtype=torch.uint8)] for _ in range(2))
-        m_scales, v_scales = ([torch.zeros(2)] for _ in range(2))
-        adamw8bit_step([param], [torch.ones(300)], m, m_scales, v, v_scales, AdamWStep(1, **SCALARS))
+        m, v = (([torch.zeros(300, dtype=torch.uint8)], [torch.zeros(2)]) for _ in MOMENTS)
+        adamw8bit_step([param], [torch.ones(300)], m, v, AdamWStep(1, **SCALARS))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

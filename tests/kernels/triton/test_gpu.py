@@ -11,6 +11,7 @@ from shutil import which
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 pytest.importorskip("triton")
 
@@ -179,19 +180,18 @@ def test_adamw_equals_the_reference():
     params = [torch.randn(size) for size in (64 * 4096, 300, 1)]
     blocks = [-(-param.numel() // 256) for param in params]
     zeros = [torch.zeros(param.shape, dtype=torch.uint8) for param in params], [torch.zeros(b) for b in blocks]
-    state = [[tensor.clone() for tensor in zeros[kind]] for kind in (0, 1, 0, 1)]
-    ours = [[tensor.cuda() for tensor in column] for column in (params, *state)]
+    state = [[[tensor.clone() for tensor in column] for column in zeros] for _ in range(2)]
+    ours = tree_map(torch.Tensor.cuda, [params, *state])
     for step in range(1, 6):
         grads = [torch.randn(param.shape) for param in params]
         reference.adamw8bit_step(params, grads, *state, reference.AdamWStep(step, **scalars))
         on_gpu = [grad.cuda() for grad in grads]
         ops.adamw8bit_step(ours[0], on_gpu, *ours[1:], reference.AdamWStep(step, **scalars))
         # The fp32 results of two devices can lie on two sides of the border between two levels.
-        off = sum(int((mine.cpu() != yours).sum()) for mine, yours in zip(ours[1], state[0], strict=True))
+        off = sum(int((mine.cpu() != yours).sum()) for mine, yours in zip(ours[1][0], state[0][0], strict=True))
         assert off < 1e-3 * sum(param.numel() for param in params)
-        for mine, yours in zip(ours, [params, *state], strict=True):
-            for on_card, tensor in zip(mine, yours, strict=True):
-                on_card.copy_(tensor)
+        for on_card, tensor in zip(tree_leaves(ours), tree_leaves([params, *state]), strict=True):
+            on_card.copy_(tensor)
 
 
 @pytest.mark.skipif(not os.environ.get("SANITIZER"), reason="SANITIZER=1 runs it")

@@ -756,7 +756,11 @@ def interrupted_state_dict(pair, n):
 
 @action
 def load_own_state(pair, n):
-    """A state dict that is loaded again after more steps."""
+    """A state dict that is loaded again after more steps.
+
+    After the first step: a frozen value that was never written is left out, and can't be restored once it is.
+    """
+    pair.train()
     states = [copy.deepcopy(module.state_dict()) for module in pair.both]
     pair.train(1 + n % 2)
     for module, state in zip(pair.both, states, strict=True):
@@ -770,6 +774,8 @@ def load_fresh(pair, n):
     ours = pair.make()
     pair.kind.convert(ours, reverse=n % 2 == 1)
     dense = dense_twin(ours, pair.make())
+    tied = len([*dense.parameters()]) < len([*dense.named_parameters(remove_duplicate=False)])
+    assign = n % 4 == 2 and not tied  # torch ends a tie then, and the next module that is made has it again
     if n % 4 == 3 and pair.base is None:
         for part, again in zip(pair.ours.net.children(), ours.net.children(), strict=True):
             again.load_state_dict(part.state_dict())
@@ -778,8 +784,8 @@ def load_fresh(pair, n):
         if n % 4 == 1:
             torch.save(state, pair.folder / "state.pt")
             state = torch.load(pair.folder / "state.pt")
-        ours.load_state_dict(state, assign=n % 4 == 2)
-    dense.load_state_dict(pair.dense.state_dict(), assign=n % 4 == 2)  # which ends ties, as torch does
+        ours.load_state_dict(state, assign=assign)
+    dense.load_state_dict(copy.deepcopy(pair.dense.state_dict()), assign=assign)
     for name, parameters in matched(ours, dense).items():
         for parameter in parameters:
             parameter.requires_grad_(name in trained)

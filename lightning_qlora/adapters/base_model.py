@@ -53,9 +53,9 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
     """
     if isinstance(module, classes(_FabricModule)):
         module = module.module
-    adapted = {id(layer) for layer in adapted_layers(module).values()}
+    adapted = set(adapted_layers(module).values())
     for name, part in module.named_modules():
-        if is_transformers_model(part) and adapted <= {id(layer) for layer in part.modules()}:
+        if is_transformers_model(part) and adapted.issubset(part.modules()):
             return name, part
     name = only_child_of(module)
     if name is None:

@@ -53,7 +53,7 @@ def _metadata(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, str]:
         of_layers = {name: n for name, n in adapter.base_fingerprints.items() if name in adapter.layers}
         fingerprints = of_layers | fingerprints
     base = {"quantization": adapter.quantization, "fingerprints": fingerprints}
-    metadata = {"format": "pt", BASE: json.dumps(base)}
+    metadata = {"format": "pt", BASE: json.dumps(base, sort_keys=True)}
     metadata[CHECKSUMS] = json.dumps(_checksums(tensors, metadata), sort_keys=True)
     return metadata
 

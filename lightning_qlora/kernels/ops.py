@@ -73,13 +73,10 @@ def check_finite(weight: Tensor) -> None:
 
 def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedWeight:
     """The same without checks, also for a weight that has no values."""
-    columns = 1
-    if weight.ndim:
-        columns = weight.shape[-1]
-    rows = weight.detach().reshape(-1, columns)
-    packed, absmax, nested = torch.ops.lightning_qlora.quantize(rows, quant_type, block_size, double_quant)
-    as_rows = PackedBytes(packed, absmax, nested, (rows.shape[0], rows.shape[1]), quant_type, block_size)
-    return replace(PackedWeight.from_bytes(as_rows, weight.dtype), shape=tuple(weight.shape))
+    column = weight.detach().reshape(-1, 1)  # blocks cross rows
+    packed, absmax, nested = torch.ops.lightning_qlora.quantize(column, quant_type, block_size, double_quant)
+    as_column = PackedBytes(packed, absmax, nested, (column.shape[0], 1), quant_type, block_size)
+    return replace(PackedWeight.from_bytes(as_column, weight.dtype), shape=tuple(weight.shape))
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:

@@ -21,15 +21,14 @@ def adapter_of(
     And `initialization.calibrated_error` of each matrix; None, and the present A and B, if there is nothing to compute.
     """
     errors: list[float | None] = [None] * len(input_rms)
-    pairs = zip(*(layer.split_matrices(gather(p)) for p in (layer.lora_A, layer.lora_B)), strict=True)
-    adapters = [list(pair) for pair in pairs]
+    lora_a, lora_b = (list(layer.split_matrices(gather(p))) for p in (layer.lora_A, layer.lora_B))
     bases = layer.packed_weights  # of a sharded layer all ranks gather the base
     device = layer.packed.device
     for number, weight in enumerate(layer.split_matrices(dense_weight)):
         if not input_rms[number].any():
             continue
-        values = [torch.empty(part.shape, dtype=torch.float32, device=device) for part in adapters[number]]
-        values.append(torch.empty((), dtype=torch.float32, device=device))
+        shapes = lora_a[number].shape, lora_b[number].shape, ()
+        values = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
         if group is None or dist.get_rank(group) == rank:
             with torch.autocast(device.type, enabled=False):
                 operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number].to(device)
@@ -39,10 +38,9 @@ def adapter_of(
         if group is not None:
             for value in values:
                 dist.broadcast(value, dist.get_global_rank(group, rank), group)
-        *adapters[number], error = values
+        lora_a[number], lora_b[number], error = values
         errors[number] = float(error)
-    lora_a, lora_b = (layer.join_matrices(parts) for parts in zip(*adapters, strict=True))
-    return lora_a, lora_b, errors
+    return layer.join_matrices(lora_a), layer.join_matrices(lora_b), errors
 
 
 def root_mean_square(name: str, sums: Tensor) -> Tensor:

@@ -102,10 +102,10 @@ class Calibration:
                     )
             return  # a step without a backward pass, to create the optimizer's state
         names = [self._waiting[each] for each in waiting]
-        values = [root_mean_square(name, total) for name, total in zip(names, sums, strict=True)]
+        values = [*map(root_mean_square, names, sums)]
         ranks = ranks_with_weights(waiting, group)
-        for statistics, input_rms, rank in zip(waiting, values, ranks, strict=True):
-            self._initialize(statistics, input_rms, rank, group)
+        for place, statistics in enumerate(waiting):
+            self._initialize(statistics, values[place], ranks[place], group)
         rows = max(int(total[:, -2].max()) for total in sums)
         self.report.rows = max(self.report.rows, rows)
         self.report.seconds += perf_counter() - start
@@ -154,7 +154,7 @@ class Calibration:
             flat = torch.cat([total.flatten() for total in sums])
             dist.all_reduce(flat, group=group)
             parts = torch.split(flat, [total.numel() for total in sums])
-            sums = [part.view_as(total) for part, total in zip(parts, sums, strict=True)]
+            sums = [*map(Tensor.view_as, parts, sums)]
         return sums
 
 

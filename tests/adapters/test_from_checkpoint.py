@@ -4,6 +4,7 @@ import inspect
 import pickle
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
-from lightning_qlora.adapters.conversion import CONVERSION, entry_of, read_conversion
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.tools.cli import main
 from tests.adapters.folders import assert_same_folders
-from tests.conftest import Classifier, elsewhere, raises_in_one_line
-from tests.toys import ARGUMENTS, Lit, logits, perturb, toy
+from tests.conftest import elsewhere, raises_in_one_line
+from tests.toys import ARGUMENTS, Lit, perturb, toy
 
 pytest.importorskip("transformers")
 
@@ -51,9 +51,13 @@ def trained(tmp_path, trainer):
 
 def same_folders(lit, checkpoint, folder):
     """The folder that the checkpoint gives is the one that the module gives; the adapter in the checkpoint."""
-    adapter = read_adapter_from_checkpoint(checkpoint)
+    with elsewhere():
+        adapter = read_adapter_from_checkpoint(checkpoint)
     save_adapter(lit, folder / "a")
-    write_adapter(adapter, folder / "b")
+    exported = adapter
+    if not adapter.quantization["base_changed"]:
+        exported = replace(adapter, bases={})  # a module's folder has fingerprints of its base only if that was changed
+    write_adapter(exported, folder / "b")
     assert_same_folders(folder / "a", folder / "b")
     return adapter
 
@@ -142,44 +146,6 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
         read_adapter_from_checkpoint(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x.pt' holds no '_qlora_conversion'"):
         load_from_checkpoint(Lit, tmp_path / "x.pt")
-    (tmp_path / "y.pt").write_bytes(b"nothing")
-    for read in (read_adapter_from_checkpoint, lambda path: load_from_checkpoint(Lit, path)):
-        with pytest.raises(ValueError, match=r"y.pt: not a checkpoint, or truncated"):
-            read(tmp_path / "y.pt")
-
-
-def test_checkpoints_without_an_adapter_or_the_name_of_the_base(tmp_path, saved):
-    state = torch.load(saved(Classifier()))["state_dict"]
-    conversion = read_conversion(state)
-    del conversion.base["task_type"]
-    for changed, message in (
-        ({CONVERSION: state[CONVERSION]}, r"y\.ckpt: no adapter\."),
-        (
-            {**state, CONVERSION: entry_of(conversion.text())},
-            r"y\.ckpt: its '_qlora_conversion' does not name",
-        ),
-    ):
-        torch.save({"model": changed}, tmp_path / "y.ckpt")
-        with pytest.raises(ValueError, match=message):
-            read_adapter_from_checkpoint(tmp_path / "y.ckpt")
-
-
-class Llama(Lit):
-    def __init__(self):
-        with torch.device("cpu"):
-            super().__init__(toy("llama"))
-
-
-@pytest.mark.parametrize("arguments", [{"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
-def test_the_default_device_has_no_effect(arguments, trained):
-    checkpoint = trained(lit := Llama(), **arguments)
-    expected = read_adapter_from_checkpoint(checkpoint)
-    with elsewhere():
-        adapter = read_adapter_from_checkpoint(checkpoint)
-        module = load_from_checkpoint(Llama, checkpoint)
-    assert torch.equal(logits(module.model), logits(lit.model))
-    for name, layer in adapter.layers.items():
-        assert torch.equal(layer.lora_A, expected.layers[name].lora_A)
 
 
 class Heads(LightningModule):

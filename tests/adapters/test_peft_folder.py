@@ -13,7 +13,6 @@ from lightning_qlora.adapters import peft_folder
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter, round_alpha
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
-from tests.conftest import elsewhere
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -121,22 +120,6 @@ def test_no_flipped_bit_of_the_weights_changes_what_is_read(tmp_path):
         assert content(found) == content(expected), bit
     assert len(refused) > 300
     assert all(str(tmp_path) in line and "\n" not in line for line in refused)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(value, tmp_path):
-    broken = adapter(3)
-    broken.layers["layers.1.proj"].lora_B[1, 1] = value
-    write_adapter(broken, tmp_path)
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors: key '.*1.proj.lora_B.weight' holds NaN or Inf"):
-        read_adapter(tmp_path)
-
-
-def test_a_folder_is_read_where_another_device_is_the_default(tmp_path):
-    write_adapter(adapter(3), tmp_path)
-    with elsewhere():
-        found = read_adapter(tmp_path)
-    assert number_of(found) == 3
 
 
 @pytest.mark.parametrize("name", ["", "None"])

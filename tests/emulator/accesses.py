@@ -11,27 +11,24 @@ from tests.emulator.types import TYPES, UNSIGNED
 
 
 def _is_shared(given: Instruction) -> bool:
-    spaces = {word.split("::")[0] for word in given.words}
-    if spaces & {"local", "const"}:
+    space = given.words[1].split("::")[0]
+    if space not in ("global", "shared"):
         raise unknown(given, "only global and shared memory are")
-    return "shared" in spaces
+    return space == "shared"
 
 
 def _order(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
-    """.release and .acquire order what other blocks stored; a fence does both."""
+    """.release and .acquire order what other blocks stored."""
     words, actors = set(given.words), blocks.actors(active)
-    if "cta" in words:
-        return
-    either = words & {"acq_rel", "sc"} or given.words[0] in ("membar", "fence")
     for warp in np.unique(actors.warps):
         thread = int((actors.warps == warp).argmax())
-        if either or "release" in words:
+        if words & {"acq_rel", "release"}:
             blocks.memory.release(int(actors.blocks[thread]), int(warp), int(actors.epochs[thread]))
-        if either or "acquire" in words:
+        if words & {"acq_rel", "acquire"}:
             blocks.memory.acquire(int(actors.blocks[thread]))
 
 
-@instruction("ld", "ldu")
+@instruction("ld")
 def _load(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
     to, of = blocks.parts(given.operands[0]), given.operands[1]
     kind = TYPES[given.type]
@@ -46,7 +43,6 @@ def _load(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
     else:
         at = blocks.address(of, "u64")[active]
         data = MEMORY[blocks.memory.access("load", at, size, blocks.actors(active))]
-        _order(blocks, given, active)
     data = np.ascontiguousarray(data).view(UNSIGNED[kind.bits])
     for number, register in enumerate(to):
         bits = np.zeros(blocks.n, data.dtype)
@@ -65,58 +61,35 @@ def _store(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
         places = blocks.shared.places(blocks.address(to, "u32")[active], data.shape[1], blocks.block[active])
         blocks.shared.store(places, data, blocks.actors(active))
     else:
-        _order(blocks, given, active)
         at = blocks.address(to, "u64")[active]
         MEMORY[blocks.memory.access("store", at, data.shape[1], blocks.actors(active))] = data
 
 
-def _exchanged(old: np.ndarray, given: list[np.ndarray]) -> np.ndarray:
-    return given[0]
-
-
-# name: what is stored, from what was there and the operands
-ATOMICS = {
-    "add": lambda old, given: old + given[0],
-    "min": lambda old, given: np.minimum(old, given[0]),
-    "max": lambda old, given: np.maximum(old, given[0]),
-    "and": lambda old, given: old & given[0],
-    "or": lambda old, given: old | given[0],
-    "xor": lambda old, given: old ^ given[0],
-    "exch": _exchanged,
-    "cas": lambda old, given: np.where(old == given[0], given[1], old).astype(old.dtype),
-}
-
-
-@instruction("atom", "red")
+@instruction("atom")
 def _atomic(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
-    """atom.sem.scope.space.op.type d, [a], b: one thread after the other."""
-    operands = list(given.operands)
-    to = operands.pop(0) if given.words[0] == "atom" else None
-    operation = next((word for word in given.words if word in ATOMICS), None)
+    """atom.global.gpu.sem.add.type d, [a], b: one thread after the other."""
+    to, address, operand = given.operands
     kind = TYPES[given.type]
-    if operation is None or _is_shared(given):
+    if given.words[1:3] != ["global", "gpu"] or given.words[4] != "add":
         raise unknown(given)
-    at = blocks.address(operands[0], "u64")
-    actors = blocks.actors(active)
-    places = blocks.memory.access("atomic", at[active], kind.bits // 8, actors)
-    values = [blocks.read(operand, given.type).reshape(blocks.n, -1) for operand in operands[1:]]
+    at = blocks.address(address, "u64")
+    places = blocks.memory.access("atomic", at[active], kind.bits // 8, blocks.actors(active))
+    value = blocks.read(operand, given.type)
     before = np.zeros(blocks.n, UNSIGNED[kind.bits])
     for thread, place in zip(np.flatnonzero(active), places, strict=True):
         before[thread] = MEMORY[place].view(before.dtype)[0]
         old = kind.decode(before[thread : thread + 1])
-        MEMORY[place] = kind.encode(ATOMICS[operation](old, [value[thread] for value in values])).view(np.uint8)
+        MEMORY[place] = kind.encode(old + value[thread]).view(np.uint8)
     _order(blocks, given, active)
-    if to is not None:
-        blocks.write(to, given.type, kind.decode(before), active)
+    blocks.write(to, given.type, kind.decode(before), active)
 
 
-@instruction("membar", "fence")
+@instruction("fence")
 def _fence(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
-    """fence.proxy.async: shared memory, as asynchronous products read it. Others order global memory."""
-    if given.words[1] == "proxy":
-        blocks.shared.fence(blocks.warps[active])
-    else:
-        _order(blocks, given, active)
+    """fence.proxy.async: shared memory, as asynchronous products read it."""
+    if given.words[1] != "proxy":
+        raise unknown(given)
+    blocks.shared.fence(blocks.warps[active])
 
 
 @dataclass
@@ -149,19 +122,18 @@ def _copy(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
     if given.words[1] != "async" or "bulk" in given.words:
         raise unknown(given)
     copies: Copies = blocks.state.setdefault("cp.async", Copies(blocks))
-    if given.words[2] in ("commit_group", "wait_group", "wait_all"):
+    if given.words[2] in ("commit_group", "wait_group"):
         here = active.reshape(blocks.count, blocks.threads)
         if (here.any(1) != here.all(1)).any():
             raise unknown(given, "for a part of a block")
         if given.words[2] == "commit_group":
             copies.commits[here.all(1)] += 1
         else:
-            left = given.operands[0].bits if given.operands else -1
-            _wait(blocks, copies, here.all(1), left)
+            _wait(blocks, copies, here.all(1), given.operands[0].bits)
         return
     size = given.operands[2].bits
     count = given.operands[3] if len(given.operands) > 3 else Constant(size)
-    counts = np.minimum(blocks.read(count, "u32"), size)
+    counts = blocks.read(count, "u32")
     at = blocks.address(given.operands[1], "u64")
     data = np.zeros((blocks.n, size), np.uint8)
     for number in np.unique(counts[active]):
@@ -175,7 +147,7 @@ def _copy(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 def _wait(blocks: Blocks, copies: Copies, here: np.ndarray, left: int) -> None:
-    """Until at most `left` groups are on their way; -1: also no copy that is in no group."""
+    """Until at most `left` groups are on their way."""
     for copy in copies.pending:
         due = (here & (copy.commits < copies.commits - left))[blocks.block] & copy.left
         if due.any():

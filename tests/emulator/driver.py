@@ -169,11 +169,8 @@ def _bytes(kind: str, value: Any) -> bytes:
     """An argument as the bytes of a parameter. An address of 0 is none."""
     if kind.startswith("*"):
         return (value.data_ptr() if isinstance(value, Tensor) else value or 0).to_bytes(8, "little")
-    if kind in ("fp32", "fp64"):
-        return struct.pack("<f" if kind == "fp32" else "<d", value)
-    if kind in ("fp16", "bf16"):
-        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-        return torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
+    if kind == "fp32":
+        return struct.pack("<f", value)
     size = max(int(kind[1:]) // 8, 1)
     return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 

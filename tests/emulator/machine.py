@@ -102,16 +102,7 @@ class Blocks:
         self.state: dict[str, Any] = {}
         self.registers: dict[str, np.ndarray] = {}
         thread = np.tile(np.arange(threads), self.count)
-        self._special = {
-            "%tid.x": thread,
-            "%tid.y": 0 * thread,
-            "%tid.z": 0 * thread,
-            "%ntid.x": 0 * thread + threads,
-            "%ntid.y": 0 * thread + 1,
-            "%ntid.z": 0 * thread + 1,
-            "%laneid": thread % WARP,
-            "%warpid": thread // WARP,
-        }
+        self._special = {"%tid.x": thread}
         for axis, name in enumerate("xyz"):
             self._special[f"%ctaid.{name}"] = np.repeat([place[axis] for place in places], threads)
             self._special[f"%nctaid.{name}"] = 0 * thread + grid[axis]
@@ -147,11 +138,11 @@ class Blocks:
             active = here & (~guard if given.negated else guard)
             active = self.every if active.all() else active
         kind = given.words[0]
-        if kind in ("ret", "exit"):
+        if kind == "ret":
             at[active] = len(self.program.instructions)
         elif kind == "bra":
             at[active] = self.program.labels[given.operands[-1].name]
-        elif kind in ("bar", "barrier") and given.words[1] in ("sync", "cta"):
+        elif given.name == "bar.sync":
             self._barrier(given, here, at)
         elif active is self.every or active.any():
             try:
@@ -164,7 +155,7 @@ class Blocks:
                 raise unknown(given, f"{type(error).__name__}: {error}") from error
 
     def _barrier(self, given: Instruction, here: np.ndarray, at: np.ndarray) -> None:
-        """All threads of a block that have not ended must be here. PTX ISA, "bar, barrier"."""
+        """All threads of a block that have not ended must be here. PTX ISA, "bar"."""
         if given.operands != [Constant(0)]:
             raise unknown(given, "only the barrier of all threads is")
         blocks = np.unique(self.block[here])

@@ -93,9 +93,9 @@ class Program:
         """Where threads may be that wait for others: targets of branches, what follows a branch, barriers."""
         places = {0, len(self.instructions), *self.labels.values()}
         for number, instruction in enumerate(self.instructions):
-            if instruction.words[0] in ("bra", "ret", "exit"):
+            if instruction.words[0] in ("bra", "ret"):
                 places.add(number + 1)
-            elif instruction.words[0] in ("bar", "barrier") and instruction.words[1] != "warp":
+            elif instruction.name == "bar.sync":
                 places |= {number, number + 1}
         return sorted(places)
 
@@ -105,7 +105,7 @@ class Program:
         sizes = [16]
         for instruction in self.instructions:
             words = instruction.words
-            if any(word.startswith("shared") for word in words) and words[0] in ("ld", "st", "atom", "red"):
+            if any(word.startswith("shared") for word in words) and words[0] in ("ld", "st"):
                 count = next((int(word[1:]) for word in words if word in ("v2", "v4")), 1)
                 sizes.append(count * int(re.sub(r"\D", "", words[-1])) // 8)
             elif (words[0] == "cp" and len(instruction.operands) > 2) or words[0] == "wgmma":

@@ -10,11 +10,12 @@ import numpy as np
 from tests.emulator.machine import WARP, Blocks, instruction, unknown
 from tests.emulator.memory import Fault
 from tests.emulator.program import Constant, Instruction, Operand, Vector
-from tests.emulator.types import TYPES, UNSIGNED
+from tests.emulator.types import TYPES
 from tests.emulator.warps import LANE, registers_as
 
 GROUP, THREAD = LANE // 4, LANE % 4  # of a lane: its row among eight, its place in the row
 GROUP_OF_WARPS = 4 * WARP  # threads that execute a wgmma together
+HALVES = ("f16", "bf16")  # types of factors
 
 
 def _rows_and_columns(registers: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,28 +36,22 @@ def _left(values: np.ndarray) -> np.ndarray:
 
 @instruction("mma")
 def _multiply(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
-    """mma.sync.aligned.m16n8k16.row.col.dtype.atype.btype.ctype d, a, b, c: of each warp d = a b + c."""
+    """mma.sync.aligned.m16n8k16.row.col.f32.type.type.f32 d, a, b, c: of each warp d = a b + c."""
     blocks.whole_warps(given, active)
     d, a, b, c = (operand.parts for operand in given.operands)
-    to, left_type, right_type, of = given.words[-4:]
-    if "m16n8k" not in given.words[3] or (given.words[4:6] != ["row", "col"]):
+    kind = given.words[7]
+    if given.words[3:7] != ["m16n8k16", "row", "col", "f32"] or kind not in HALVES:
         raise unknown(given)
-    left = _left(registers_as(blocks, a, left_type))
-    values = registers_as(blocks, b, right_type)
+    left = _left(registers_as(blocks, a, kind))
+    values = registers_as(blocks, b, kind)
     parts = values.shape[2]
     place = THREAD[:, None, None] * parts + np.arange(parts) + np.arange(len(b))[:, None] * 4 * parts
     right = np.empty((len(left), place.max() + 1, 8), values.dtype)
     right[:, place, GROUP[:, None, None]] = values.reshape(-1, WARP, *values.shape[1:])
-    working = np.int32 if to == "s32" else np.float32
-    product = left.astype(working) @ right.astype(working)
-    packed = 2 if to == "f16" else 1  # columns in a register
+    product = left.astype(np.float32) @ right.astype(np.float32)
     for number, (result, start) in enumerate(zip(d, c, strict=True)):
-        row, column = (number, 0) if packed == 2 else (number // 2, number % 2)
-        columns = 2 * THREAD[:, None] + column + np.arange(packed)
-        added = product[:, (GROUP + 8 * row)[:, None], columns].reshape(-1)
-        kind = "f16x2" if packed == 2 else of
-        total = (added + blocks.read(start, kind)).astype(np.float16 if packed == 2 else product.dtype)
-        blocks.write(result, "f16x2" if packed == 2 else to, total, active)
+        added = product[:, GROUP + number // 2 * 8, 2 * THREAD + number % 2].reshape(-1)
+        blocks.write(result, "f32", added + blocks.read(start, "f32"), active)
 
 
 @instruction("ldmatrix")
@@ -165,7 +160,7 @@ def _issue(blocks: Blocks, products: Products, given: Instruction, active: np.nd
     if not products.fenced[here].all():
         raise Fault("an asynchronous product with no wgmma.fence before it")
     d, a, _, add, *rest = given.operands
-    if [operand.bits for operand in rest[:2]] != [1, 1] or given.words[5] != "f32":
+    if [operand.bits for operand in rest[:2]] != [1, 1] or given.words[5] != "f32" or given.words[6] not in HALVES:
         raise unknown(given, "only sums of fp32 that are not negated are")
     new = Sums(np.zeros((blocks.n, len(d.parts)), np.float32), np.zeros(blocks.count, bool))
     sums = products.sums.setdefault(d.parts, new)
@@ -178,7 +173,7 @@ def _issue(blocks: Blocks, products: Products, given: Instruction, active: np.nd
     product = Product(given, here.copy(), products.commits.copy(), adds, blocks.shared.now)
     if isinstance(a, Vector):
         product.left = {register.name: blocks.bits(register.name) for register in a.parts}
-    _, columns = _shape(given)
+    columns = _columns(given)
     for number, rows in (() if product.left else ((1, 64),)) + ((2, columns),):
         transposed = rest[2 + (number == 2 and not product.left)].bits if len(rest) > 2 else 0
         product.places[number] = _tile(blocks, given, given.operands[number], rows, bool(transposed), here)
@@ -186,10 +181,9 @@ def _issue(blocks: Blocks, products: Products, given: Instruction, active: np.nd
     products.pending.append(product)
 
 
-def _shape(given: Instruction) -> tuple[int, int]:
-    """Bytes of a value of the factors, and columns of the result: m64n128k16 -> 128."""
-    kind = given.words[6]
-    return TYPES[kind].bits // 8, int(given.words[4].split("n")[1].split("k")[0])
+def _columns(given: Instruction) -> int:
+    """Of the result: m64n128k16 -> 128."""
+    return int(given.words[4].split("n")[1].split("k")[0])
 
 
 def _tile(
@@ -200,7 +194,6 @@ def _tile(
     PTX ISA, "Matrix Descriptor Format" and "Shared Memory Layout": start, leading and stride offset are in units of 16
     bytes. A row (of a transposed factor: a column) takes as many bytes as the swizzle, in pieces of eight.
     """
-    size, _ = _shape(given)
     descriptors = blocks.read(operand, "u64").reshape(-1, GROUP_OF_WARPS)
     groups = here[blocks.block[::GROUP_OF_WARPS]]
     descriptors = np.where(groups[:, None], descriptors, descriptors[groups][:1])  # other blocks have none yet
@@ -215,17 +208,15 @@ def _tile(
         raise unknown(given, "descriptors with a base offset or of several swizzles")
     mode = modes.pop()
     swizzle = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
-    row, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
+    row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
     lead, step = leading[:, None, None], stride[:, None, None]
     if not transposed:
         if mode:
-            offset = row % 8 * swizzle + row // 8 * step + k * size
+            offset = row % 8 * swizzle + row // 8 * step + k * 2
         else:
-            offset = row % 8 * 16 + row // 8 * step + k * size // 16 * lead + k * size % 16
+            offset = row % 8 * 16 + row // 8 * step + k // 8 * lead + k * 2 % 16
     else:
-        if size != 2:
-            raise unknown(given, "only 16-bit factors may be transposed, which")
-        across = row * size  # along the rows, which lie together
+        across = row * 2  # along the rows, which lie together
         offset = across % swizzle + k % 8 * swizzle
         if mode:
             offset = offset + across // swizzle * lead + k // 8 * step
@@ -233,7 +224,7 @@ def _tile(
             offset = offset + across // swizzle * step + k // 8 * lead
     at = start[:, None, None] + offset
     at = at ^ (at >> 7 & swizzle // 16 - 1) << 4
-    if at.max() + size > blocks.shared.size:
+    if at.max() + 2 > blocks.shared.size:
         raise Fault(f"an asynchronous product reads byte {at.max()} of {blocks.shared.size} bytes of shared memory")
     return at + (blocks.block[::GROUP_OF_WARPS] * blocks.shared.size)[:, None, None]
 
@@ -267,7 +258,7 @@ def _wait(blocks: Blocks, products: Products, here: np.ndarray, left: int) -> No
 
 def _multiply_groups(blocks: Blocks, products: Products, product: Product, due: np.ndarray) -> None:
     given, threads = product.given, due[blocks.block]
-    _, columns = _shape(given)
+    columns = _columns(given)
     factors = {}
     for number, places in product.places.items():
         _read_tile(blocks, places, due, product.now)
@@ -277,7 +268,7 @@ def _multiply_groups(blocks: Blocks, products: Products, product: Product, due: 
             if (blocks.bits(name) != bits)[threads].any():
                 raise Fault(f"register {name} is written while an asynchronous product reads it")
         a = registers_as(blocks, given.operands[1].parts, given.words[6])
-        factors[1] = _left(a).reshape(-1, 64, 32 // _shape(given)[0])
+        factors[1] = _left(a).reshape(-1, 64, 16)
     left, right = (factors[number].astype(np.float32) for number in (1, 2))
     result = left @ right.swapaxes(1, 2)  # [groups, 64, columns]
     lane = np.arange(GROUP_OF_WARPS)
@@ -290,8 +281,5 @@ def _multiply_groups(blocks: Blocks, products: Products, product: Product, due: 
 
 
 def _values(blocks: Blocks, places: np.ndarray, type_name: str) -> np.ndarray:
-    kind = TYPES[type_name]
-    size = kind.bits // 8
-    data = blocks.shared.bytes[places[..., None] + np.arange(size)]
-    bits = np.ascontiguousarray(data).view(UNSIGNED[kind.bits])[..., 0]
-    return kind.decode(np.ascontiguousarray(bits).reshape(-1)).reshape(places.shape)
+    data = blocks.shared.bytes[places[..., None] + np.arange(2)]
+    return TYPES[type_name].decode(np.ascontiguousarray(data).view(np.uint16).reshape(-1)).reshape(places.shape)

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels import verify
 from lightning_qlora.kernels.half import to_half
+from lightning_qlora.kernels.triton import launch
 from tests.emulator import amd
 from tests.emulator.driver import emulated
 from tests.toys import needs
@@ -56,6 +57,15 @@ def fault(target, op, number):
 )
 def test_a_case_of_each_kernel(target, op, number):
     assert fault(target, op, number) is None
+
+
+@pytest.mark.parametrize("op", ["lora_project", "linear_into", "linear_backward"])
+def test_ranks_of_two_tiles_and_gradients_that_programs_share(op, monkeypatch):
+    """As in the largest case, which takes long."""
+    tile = launch.Tile(M=16, N=64, PROGRAMS=64, num_warps=4, num_stages=2)
+    monkeypatch.setitem(launch.TABLE, "lora_gradients", {"default": [tile]})
+    monkeypatch.setattr(verify, "LAYERS", ((130, 66, 96, 70, 32, False, 0.3),))
+    assert fault("sm_80", op, 1) is None
 
 
 def test_a_matrix_without_elements():

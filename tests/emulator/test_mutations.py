@@ -22,100 +22,53 @@ from tests.emulator.memory import Fault
 from tests.toys import needs
 
 pytestmark = [pytest.mark.slow, needs("triton", "3.9", "the emulator knows its PTX")]
-# file of kernels/triton, text, replacement, op and number of the case, what is found
-BUGS = {
-    "store without a mask": (
-        "quantize.py",
+# File of kernels/triton, text, replacement, op and number of the case, what is found.
+OUTSIDE = "outside of all tensors"
+DIFFERS = "differs from the reference"
+PLACE = "place = row.to(tl.int64)[:, None] * %s + column[None, :]\n    if DROP"
+BUGS = [
+    (
+        "quantize",
         "weights.to(out.dtype.element_ty), mask=mask)",
         "weights.to(out.dtype.element_ty))",
         "dequantize",
         2,
-        "store of 16 bytes outside of all tensors",
+        OUTSIDE,
     ),
-    "load without a mask": (
-        "quantize.py",
-        "weight // 2, mask=mask, other=0)",
-        "weight // 2)",
-        "dequantize",
-        2,
-        "load of 1 bytes outside of all tensors",
-    ),
-    "scales without a mask": (
-        "quantize.py",
-        "tl.load(absmax + block, mask=mask, other=0)",
-        "tl.load(absmax + block)",
-        "dequantize",
-        3,
-        "load of . bytes outside of all tensors",
-    ),
-    "rows without a mask": (
-        "linear.py",
-        "write = (row < n)[:, None] &",
-        "write = (row >= 0)[:, None] &",
+    ("quantize", "weight // 2, mask=mask, other=0)", "weight // 2)", "dequantize", 2, f"load of 1 bytes {OUTSIDE}"),
+    ("quantize", "tl.load(absmax + block, mask=mask, other=0)", "tl.load(absmax + block)", "dequantize", 3, OUTSIDE),
+    (
+        "linear",
+        "write = (row < n)",
+        "write = (row >= 0)",
         "linear_into",
         3,
-        "outside of all tensors|race: block 1 loads what block 0 stored",
+        f"{OUTSIDE}|race: block 1 loads what block 0",
     ),
-    "wrong stride of the output": (
-        "lora_products.py",
-        "place = row.to(tl.int64)[:, None] * n + column[None, :]\n    if DROP",
-        "place = row.to(tl.int64)[:, None] * (n + 1) + column[None, :]\n    if DROP",
-        "linear_into",
-        3,
-        "outside of all tensors|differs from the reference",
-    ),
-    "wrong stride of W": (
-        "linear.py",
+    ("lora_products", PLACE % "n", PLACE % "(n + 1)", "linear_into", 3, f"{OUTSIDE}|{DIFFERS}"),
+    (
+        "linear",
         "tl.multiple_of(k // 2, RUN // 2)",
         "tl.multiple_of(k, RUN // 2)",
         "linear_into",
         3,
-        "load of .* outside of all tensors",
+        f"load of .* {OUTSIDE}",
     ),
-    "a row of the next expert": (
-        "grouped.py",
-        "inside = row < end",
-        "inside = row < end + 1",
-        "grouped_linear",
-        1,
-        "differs from the reference|outside",
-    ),
-    "another dropout mask": (
-        "dropout.py",
-        "0x7FEB352D",
-        "0x7FEB352F",
-        "lora_project",
-        1,
-        "differs from the reference",
-    ),
-    "another power of two": (
-        "half.py",
-        "(bits >> 23) - POWERS, 1)",
-        "(bits >> 23) - POWERS - 1, 1)",
-        "to_half",
-        0,
-        "differs from the reference",
-    ),
-    "a factor that is not taken out": (
-        "half.py",
-        "return total * tl.minimum(a, b) * tl.maximum(a, b)",
-        "return total * tl.minimum(a, b)",
-        "linear_into",
-        6,
-        "differs from the reference",
-    ),
+    ("grouped", "inside = row < end", "inside = row < end + 1", "grouped_linear", 1, f"{DIFFERS}|outside"),
+    ("dropout", "0x7FEB352D", "0x7FEB352F", "lora_project", 1, DIFFERS),
+    ("half", "(bits >> 23) - POWERS, 1)", "(bits >> 23) - POWERS - 1, 1)", "to_half", 0, DIFFERS),
+    ("half", "* tl.minimum(a, b) * tl.maximum(a, b)", "* tl.minimum(a, b)", "linear_into", 6, DIFFERS),
     # Triton itself puts a barrier before an atomic operation.
-    "no barrier before counting": ("launch.py", "    tl.debug_barrier()", "    pass", "linear_into", 2, None),
-}
+    ("launch", "    tl.debug_barrier()", "    pass", "linear_into", 2, "None"),
+]
 
 
 @pytest.mark.parametrize("target", ["sm_80", *amd.targets("gfx1100")])
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_bug_in_the_source_is_found(tmp_path, bug, target):
-    file, text, replacement, op, number, found = BUGS[bug]
+@pytest.mark.parametrize(("file", "text", "replacement", "op", "number", "found"), BUGS)
+def test_a_bug_in_the_source_is_found(tmp_path, file, text, replacement, op, number, found, target):
     for part in ("lightning_qlora", "tests", "benchmarks"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    path = tmp_path / "lightning_qlora" / "kernels" / "triton" / file
+    path = tmp_path / "lightning_qlora" / "kernels" / "triton" / f"{file}.py"
     assert text in path.read_text()
     path.write_text(path.read_text().replace(text, replacement))
     code = f"from tests.emulator.test_kernels import fault; print(fault({target!r}, {op!r}, {number}))"
@@ -127,7 +80,7 @@ def test_a_bug_in_the_source_is_found(tmp_path, bug, target):
         text=True,
         check=False,
     )
-    assert re.search(found or "None", run.stdout), run.stdout + run.stderr
+    assert re.search(found, run.stdout), run.stdout + run.stderr
 
 
 # Everything that orders accesses of different threads, or of asynchronous instructions: as PTX, and in AMD's code the

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 UNSIGNED = {1: bool, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
@@ -37,26 +36,6 @@ def float_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FFF, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
 
 
-def float_to_tf32(values: np.ndarray) -> np.ndarray:
-    """Rounded to 10 bits of mantissa, ties away from zero (cvt.rna.tf32.f32)."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return np.where(np.isnan(values), bits, bits + np.uint32(0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-def fp8_to_float(dtype: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda bits: torch.from_numpy(np.ascontiguousarray(bits)).view(dtype).float().numpy()
-
-
-def float_to_fp8(dtype: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    largest = torch.finfo(dtype).max
-
-    def encode(values: np.ndarray) -> np.ndarray:
-        finite = torch.from_numpy(np.ascontiguousarray(values, np.float32)).clamp(-largest, largest)
-        return finite.to(dtype).view(torch.uint8).numpy()
-
-    return encode
-
-
 def _viewed(bits: int, kind: type) -> Type:
     return Type(
         bits,
@@ -83,17 +62,8 @@ TYPES = {
     "f16": _viewed(16, np.float16),
     "bf16": BF16,
     "f32": _viewed(32, np.float32),
-    "f64": _viewed(64, np.float64),
-    "tf32": Type(
-        32,
-        lambda array: (array & np.uint32(0xFFFFE000)).view(np.float32),
-        lambda values: float_to_tf32(values).view(np.uint32),
-    ),
-    "e4m3": Type(8, fp8_to_float(torch.float8_e4m3fn), float_to_fp8(torch.float8_e4m3fn)),
-    "e5m2": Type(8, fp8_to_float(torch.float8_e5m2), float_to_fp8(torch.float8_e5m2)),
 }
-TYPES |= {f"{name}x2": _packed(2, TYPES[name]) for name in ("f16", "bf16", "f32", "s16", "u16", "e4m3", "e5m2")}
-FLOATS = {"f16", "bf16", "f32", "f64", "tf32", "f16x2", "bf16x2", "f32x2"}
+TYPES |= {f"{name}x2": _packed(2, TYPES[name]) for name in ("f16", "bf16", "f32", "s16")}
 
 
 def wider(name: str) -> str:

@@ -88,20 +88,6 @@ def test_a_shard_outside_of_the_folder_is_refused(name, shards):
         read_checkpoint(folder)
 
 
-def test_paths_that_are_no_checkpoints(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    for name, reason in (
-        ("no.ckpt", "no such file"),
-        ("empty", "no checkpoint (no meta.pt in it)"),
-        ("model", "a folder of a model or an adapter, not of a checkpoint"),
-    ):
-        with pytest.raises(FileNotFoundError) as error:
-            read_checkpoint(tmp_path / name)
-        assert str(error.value) == f"{tmp_path / name}: {reason}."
-
-
 @pytest.mark.parametrize("planted", [".metadata", "meta.pt"])
 @pytest.mark.parametrize("kind", ["adapter", "model"])
 def test_a_planted_file_beside_an_adapter_or_a_model_is_not_read(kind, planted, tmp_path, capsys):

@@ -71,9 +71,21 @@ def test_a_wrong_value_an_error_a_hang_and_an_end_are_each_found_and_the_others_
     kernels.adamw_step = lambda *_: time.sleep(60)
     kernels.adamw8bit_step = lambda *_: os._exit(3)
     monkeypatch.setattr(verdict, "LIMIT", 4.0)
+    quick = ("quantize", "dequantize", "to_half", "adamw_step", "adamw8bit_step")
+    only(monkeypatch, *quick)
+    started = []
+    ended = []
+
+    def start_and_note(device, checked):
+        started.append(tuple(checked))
+        end, output = start_in_fork(device, checked)
+        return lambda: ended.append(end()), output
+
+    monkeypatch.setattr(verdict, "start", start_and_note)
     start = time.monotonic()
     made = backends.backend(CPU)
     assert time.monotonic() - start < 40
+    assert started == [quick, quick[1:], quick[2:], quick[4:]] and len(ended) == len(started)
     assert made.failures == {
         "quantize": "AttributeError: 'list' object has no attribute 'undefined', with float32 [72, 256]",
         "dequantize": "differs from the reference by 1 of the largest value, limit 0, with uint8 [9216]",
@@ -360,7 +372,7 @@ def test_without_a_second_process_the_check_runs_in_this_one(monkeypatch):
         assert verdict.examine(CPU) == {"dequantize": None, "adamw_step": None}
 
 
-def test_the_process_that_checks(monkeypatch, tmp_path, capsys):
+def test_the_process_that_checks(monkeypatch, tmp_path, kernels, capsys):
     """Python, in the folder of the package, with the paths of this process; other lines are not for us."""
     program = tmp_path / "python"
     program.write_text(
@@ -382,6 +394,10 @@ def test_the_process_that_checks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [option, *arguments])
     exec(code, {})
     assert capsys.readouterr() == ('@verdict "ready"\n@verdict null\n', "")
+    kernels.dequantize = lambda *_: 1 / 0
+    verdict.check("cpu", ["dequantize", "to_half"], sys.stdout)
+    text = "ZeroDivisionError: division by zero, with uint8 [9216]"
+    assert capsys.readouterr().out == f'@verdict "ready"\n@verdict "{text}"\n', "after a fault another child goes on"
 
 
 @pytest.mark.slow

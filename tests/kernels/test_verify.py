@@ -98,6 +98,13 @@ def test_what_is_wrong_is_described(op, wrong, text):
     assert fault(op, wrong) == text
 
 
+def test_experts_that_run_one_by_one_on_a_card_are_no_fault():
+    given = []
+    assert fault("grouped_linear", None, can_group=lambda *arguments: given.append(arguments)) is None
+    assert [type(argument).__name__ for argument in given[0]] == ["Tensor", "PackedBytes", "LoRA"]
+    assert type(given[-1][0]).__name__ == "Half"
+
+
 def of_case(op, number, wrong):
     """What is found in one case of an op."""
     arguments = next(islice(verify.cases(op), number, None))

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.utils import weight_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora import (
+    QLoRAConfig,
     QLoRALinear,
     QLoRAPrecision,
+    calibrate,
     convert,
     estimate_memory,
     load_adapter,
@@ -22,7 +25,7 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.training.convert import is_converted
+from lightning_qlora.training.convert import Run, convert_module, is_converted
 
 
 def mlp():
@@ -42,6 +45,17 @@ def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
     state = copy.deepcopy(model.state_dict())
     assert convert(model, r=4).converted == ["1", "3"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_rank_0_alone_shows_the_progress(monkeypatch):
+    disabled = []
+    monkeypatch.setattr(
+        "lightning_qlora.training.convert.tqdm", lambda x, _, disable, **__: disabled.append(disable) or x
+    )
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        convert(mlp(), r=8)
+    assert disabled == [None, True]  # None: where stderr is a terminal
 
 
 def test_aliases_and_a_root_layer_are_converted_once():
@@ -75,7 +89,7 @@ def test_a_rank_that_is_too_large_for_all_layers_is_refused_unless_they_are_name
     ("first", "arguments", "message"),
     [
         (
-            lambda: nn.Conv2d(16, 64, 3),
+            lambda: nn.Conv2d(16, 64, 3, bias=False),
             {},
             r"^66% of the weights are .*not linear: 0\.weight\. Name a module in ",
         ),
@@ -172,7 +186,7 @@ def test_lost_hooks_of_a_weight_are_named():
 
 
 def test_calls_with_another_object_than_a_module_say_what_is_wanted(tmp_path):
-    for call in (convert, merge):
+    for call in (convert, merge, calibrate):
         with pytest.raises(TypeError, match=r"module='a-folder': must be a torch.nn.Module: build or load it first"):
             call("a-folder")
     with pytest.raises(TypeError, match=r"module_class='last.ckpt': must be the class of the module"):
@@ -199,7 +213,7 @@ def test_no_file_stays_mapped_and_tied_weights_stay_tied(tmp_path, while_loading
     del weight
     is_mapped = [str(tmp_path) in Path("/proc/self/maps").read_text()]
     before = {name: value.clone() for name, value in model.named_parameters() if "norm" in name or "embed" in name}
-    convert(model, r=4)
+    convert_module(model, QLoRAConfig(r=4), Run(torch.device("cpu") if while_loading else None))
     is_mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
     assert is_mapped == [True, False]
     after = dict(model.named_parameters())
@@ -279,7 +293,7 @@ def test_a_tensor_that_is_not_strided_stays_as_it_is(layout, place):
         else:
             each.register_buffer("odd", tensor, persistent=place != "buffer")
     report = convert(module, r=4)
-    assert report.converted == ["0"] and module.odd is tensor
+    assert report.converted == ["0"] and report.bytes_before == 4 * 65 * 64 and module.odd is tensor
     assert "4-bit + adapter" in str(report)
     state = module.state_dict()
     assert ("odd" in state) == ("odd" in plain.state_dict())

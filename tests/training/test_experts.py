@@ -21,6 +21,7 @@ from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.conftest import make_trainer
 from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
 from tests.toys import delta, perturb
 
@@ -47,12 +48,6 @@ class Lit(pl.LightningModule):
         return self.early or torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def trainer(folder, epochs, **plugin):
-    arguments = {"r": 2, "lora_dropout": 0.2, "paged_optimizer": False, **plugin}
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return pl.Trainer(plugins=QLoRAPrecision(**arguments), max_epochs=epochs, default_root_dir=folder, **quiet)
-
-
 def data():
     ids = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(1))
     return DataLoader(ids, batch_size=2)
@@ -61,9 +56,10 @@ def data():
 def fit(folder, epochs=2, module=None, ckpt=None, **plugin):
     pl.seed_everything(0, verbose=False)
     module = module or Lit()
-    made_trainer = trainer(folder, epochs, **plugin)
-    made_trainer.fit(module, data(), ckpt_path=ckpt)
-    return module, made_trainer
+    plugin = QLoRAPrecision(**{"r": 2, "lora_dropout": 0.2, "paged_optimizer": False, **plugin})
+    run = make_trainer(folder, plugins=plugin, max_epochs=epochs)
+    run.fit(module, data(), ckpt_path=ckpt)
+    return module, run
 
 
 def trained(module):

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
 from torch import nn
 
 from lightning_qlora import PagedAdamW8bit, QLoRALinear, QLoRAPrecision, convert, disable_adapter, merge
@@ -103,32 +102,6 @@ def test_a_run_goes_on_in_the_same_or_another_type(trainer, types):
     resumed, _ = fit(trainer, Scaled(30.0, dropout=0.1), types[1], dropout=0.3, ckpt=best)
     tolerance = 0 if types[0] == types[1] else 5e-2
     torch.testing.assert_close(*map(torch.tensor, (resumed.losses, module.losses[4:])), rtol=tolerance, atol=0)
-
-
-def test_fabric_clips_and_steps_as_a_plain_loop():
-    losses = {}
-    for way in ("fabric", "loop"):
-        module = model = Scaled(LARGE)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-        if way == "loop":
-            convert(module, r=4, lora_dropout=0.0, compute_dtype="fp16")
-            optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-        else:
-            fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin())
-            model, optimizer = fabric.setup(module, optimizer)
-        losses[way] = []
-        for x, y in loader():
-            optimizer.zero_grad()
-            loss = LARGE * F.cross_entropy(model(x), y)
-            if way == "loop":
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            else:
-                fabric.backward(loss)
-                fabric.clip_gradients(model, optimizer, max_norm=1.0)
-            optimizer.step()
-            losses[way].append(loss.item())
-    assert losses["fabric"] == losses["loop"]
 
 
 class Loud(nn.Module):

@@ -34,7 +34,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.training.guards import check_fsdp_groups
 from lightning_qlora.training.patches import load_whole_tensors
-from tests.conftest import Classifier, dataset, fingerprints, loader, raises_in_one_line
+from tests.conftest import Classifier, dataset, fingerprints, loader, raises_before_teardown, raises_in_one_line
 from tests.files.test_lightning_checkpoint import save_shards
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -65,11 +65,11 @@ def fit(run):
 
 @pytest.fixture
 def setup_module(one_rank):
-    def setup(parallelize, single_file=False, tensor_parallel=False):
+    def setup(parallelize, single_file=False, net=None):
         strategy = FabricStrategy(parallelize, 1, 1, save_distributed_checkpoint=not single_file)
         fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QLoRAPrecision(**ARGUMENTS))
         fabric.launch()
-        return fabric, fabric.setup_module(Classifier().net)
+        return fabric, fabric.setup_module(net or Classifier().net)
 
     return setup
 
@@ -284,12 +284,9 @@ def test_a_module_on_the_meta_device_has_the_fingerprints_of_what_is_loaded(setu
         load_weights(net, tmp_path)
         return net
 
-    strategy = FabricStrategy(shard_and_load, 1, 1, save_distributed_checkpoint=False)
-    fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QLoRAPrecision(**ARGUMENTS))
-    fabric.launch()
     with torch.device("meta"):
         net = Classifier().net
-    net = fabric.setup_module(net)
+    _, net = setup_module(shard_and_load, True, net)
     convert(dense, **ARGUMENTS)
     found = fingerprints(net.module.state_dict())
     assert found == fingerprints(dense.state_dict()) and all(found.values()) and {"0", "4", "2.weight"} <= found.keys()
@@ -300,8 +297,21 @@ def test_a_module_on_the_meta_device_has_the_fingerprints_of_what_is_loaded(setu
         net.module.load_state_dict(other.state_dict())
 
 
+def test_a_sharded_module_on_the_meta_device_is_refused_with_the_function_that_loads_it(fit):
+    class OnMeta(Sharded):
+        def configure_model(self):
+            if self._device_mesh is not None:
+                self.net = self.net.to("meta")
+            super().configure_model()
+
+    with raises_before_teardown(ValueError, r"is on the meta device.* Call lightning_qlora\.load_weights"):
+        fit(OnMeta())
+
+
 def test_broken_shards_give_a_one_line_error(fit, tmp_path, capsys):
-    fit(Sharded()).save_checkpoint(tmp_path / "good.ckpt")
+    fit(module := Sharded()).save_checkpoint(tmp_path / "good.ckpt")
+    good = load_from_checkpoint(Sharded, tmp_path / "good.ckpt")
+    assert torch.equal(good.net[0].lora_B, gather(module.net[0].lora_B)) and good.net[0].lora_B.any()
 
     def broken(name, change):
         shutil.copytree(tmp_path / "good.ckpt", tmp_path / name)

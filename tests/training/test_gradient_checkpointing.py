@@ -102,10 +102,17 @@ def test_a_block_keeps_the_forward_method_that_was_put_in_its_place_and_is_wrapp
     assert other.blocks[1].calls == module.blocks[1].calls == 2
 
 
-def test_a_module_without_blocks_warns():
-    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()),
+        nn.Sequential(Block(), nn.Linear(64, 64)),
+    ],
+    ids=("layers", "one block"),
+)
+def test_a_module_without_blocks_warns(module):
     with pytest.warns(UserWarning, match="Sequential has no repeated blocks"):
-        convert(module, **ARGUMENTS, gradient_checkpointing=True)
+        convert(copy.deepcopy(module), **ARGUMENTS, gradient_checkpointing=True)
 
 
 @pytest.fixture

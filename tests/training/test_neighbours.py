@@ -224,6 +224,8 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer, r
     trainer(plugins=QLoRAPrecision(r=4, paged_optimizer=False)).fit(module, loader())
     with pytest.warns(UserWarning, match=r"Classifier: was converted before, with r=4 and not 2, and stays so"):
         convert(module, r=2)
+    with pytest.warns(UserWarning, match=r"Classifier: was converted before, with r=4 and not 8, and stays so"):
+        convert(module, r=8)
     with pytest.warns(UserWarning, match=r"with quant_type='nf4' and not 'fp4', r=4 and not 64, and stays so"):
         trainer(plugins=QLoRAPrecision(quant_type="fp4")).test(module, loader())
     for patterns in ({}, {"rank_pattern": {"net.0": 2}}, {"alpha_pattern": {"net.0": 2}}):

@@ -216,11 +216,8 @@ def test_a_loss_without_a_gradient_says_what_to_do(trainer):
             x = self.embedding(torch.arange(8))
             return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True).square().mean()
 
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(range(2))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+        train_dataloader = Lit.train_dataloader
+        configure_optimizers = Lit.configure_optimizers
 
     def fit(module):
         trainer(plugins=QLoRAPrecision(r=2), max_steps=1, enable_checkpointing=False).fit(module)
@@ -307,7 +304,7 @@ def test_16_bit_parameters_that_a_step_of_adam_does_not_move_are_named(kind, rec
     module = nn.ParameterDict(
         {
             "quarter": torch.tensor([large, small, small, small], dtype=torch.bfloat16),
-            "warmed_up": torch.tensor([large, large, small, small], dtype=torch.float16),
+            "a_half": torch.tensor([large, large, small, small], dtype=torch.float16),
             "begins_at_0": torch.tensor([large], dtype=torch.bfloat16),
             "fp32": torch.tensor([1e6]),
             "unused": torch.tensor([large], dtype=torch.bfloat16),
@@ -315,16 +312,16 @@ def test_16_bit_parameters_that_a_step_of_adam_does_not_move_are_named(kind, rec
         }
     )
     other = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))  # of another module
-    rates = {"warmed_up": {"lr": 0.0, "initial_lr": 1e-4}, "begins_at_0": {"lr": 0.0}}
+    rates = {"a_half": {"lr": 0.0, "initial_lr": 1e-4}, "begins_at_0": {"lr": 0.0}}
     groups = [{"params": [value], **rates.get(name, {})} for name, value in module.items()]
     optimizer = kind([*groups, {"params": [other]}], lr=1e-3)
     for name, parameter in [*module.items(), ("other", other)]:
         parameter.grad = None if name == "unused" else torch.ones_like(parameter)
     Audit({}).before_step(module, optimizer)
     texts = [str(each.message) for each in recwarn]
-    named = f"quarter, warmed_up train in 16 bits, and a step of {kind.__name__}, about its learning rate, is smaller "
+    named = f"a_half, quarter train in 16 bits, and a step of {kind.__name__}, about its learning rate, is smaller "
     if kind is torch.optim.SGD:
         assert texts == []
     else:
         assert len(texts) == 1
-        assert texts[0].startswith(f"{named}than half of the last bit of 50% of warmed_up: ")
+        assert texts[0].startswith(f"{named}than half of the last bit of 50% of a_half: ")

@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 
-from tests.emulator.accesses import ATOMICS
 from tests.emulator.amd.machine import Decoded, Wave, instruction, unknown
 from tests.emulator.memory import MEMORY, Fault
 from tests.emulator.types import TYPES, UNSIGNED
@@ -121,6 +120,17 @@ def _store(wave: Wave, given: Decoded) -> None:
     places = memory.access("store", at[inside], moved.size, wave.actors(inside.sum()), waits=True)
     MEMORY[places] = data
     wave.outstanding += memory.stores[stores:] or [None]
+
+
+# name: what is stored, from what was there and the operands
+ATOMICS = {
+    "add": lambda old, given: old + given[0],
+    "and": lambda old, given: old & given[0],
+    "or": lambda old, given: old | given[0],
+    "xor": lambda old, given: old ^ given[0],
+    "exch": lambda old, given: given[0],
+    "cas": lambda old, given: np.where(old == given[0], given[1], old).astype(old.dtype),
+}
 
 
 @instruction(r"(GLOBAL|BUFFER)_ATOMIC_(ADD|SWAP|CMPSWAP|AND|OR|XOR)(_[UB]32|_[UB]64|_F32|_X2)?")

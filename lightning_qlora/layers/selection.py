@@ -204,7 +204,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
         reason = None
         if not part._modules:
             reason = next(iter(new_here.values()), None)
-        if not (has_adapter(part) or isinstance(part, QLoRAExperts)):  # a stack: selected with the module around it
+        if not isinstance(part, QLoRAExperts):  # a stack: selected with the module around it
             choice.decide(Candidate(name, part, names, reason, context))
     return choice
 

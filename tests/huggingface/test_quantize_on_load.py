@@ -252,7 +252,7 @@ def test_nothing_is_read_from_a_file_twice(choice, folder):
 WITH_THE_ATTRIBUTE = (
     {"target_modules": r"model\.model\..*q_proj"},
     {"target_modules": ["q_proj", "model.lm_head"]},
-    {"exclude_modules": r"model\.model\.layers\.0\..*"},
+    {"exclude_modules": ["model.model.layers.0"]},
     {"rank_pattern": {"model.model.layers.0.self_attn.q_proj": 8}},
     {"alpha_pattern": {r"model\.model\.layers\.0\..*": 32}},
     {"modules_to_save": ["model.model.norm"]},

@@ -40,7 +40,7 @@ from tests.huggingface.test_experts_on_load import (
 )
 from tests.huggingface.test_quantize_on_load import InConfigureModel
 from tests.layers.test_experts import SMALL, gpt_oss, jetmoe, made, outputs, qwen3_moe
-from tests.toys import ids, needs, save_in_4_bits
+from tests.toys import ids, needs, perturb, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")
 WRONG_IN_TRANSFORMERS = {"ct-uint4", "ct-nvfp4", "ct-int8"}  # its experts, which lose zero points or scales
@@ -121,9 +121,7 @@ def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path)
     published, dense = folders(format, build)
     model = loaded(published)
     convert(model, r=2)
-    for layer in adapted_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.05)
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(perturb(model), tmp_path / "adapter")
     again = loaded(dense)
     convert(again, r=2)
     load_adapter(again, tmp_path / "adapter")  # compares the fingerprints of the base
@@ -190,9 +188,7 @@ def test_peft_reads_the_adapter_on_the_published_base(folders, tmp_path):
     published, _ = folders("mxfp4", gpt_oss)
     model = loaded(published)
     convert(model, r=2, lora_dropout=0.0)
-    for layer in adapted_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(perturb(model, scale=0.1), tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(dequantized(published, "mxfp4"), tmp_path / "adapter")
     weights = {name: layer.decode() for name, layer in adapted_layers(model).items() if "experts" not in name}
     weights |= {name: stack.decode() for name, _, _, stack in expert_stacks(model)}
@@ -251,9 +247,7 @@ def test_a_gguf_file(kind, tmp_path):
     for name, value in dense.items():
         assert torch.equal(ours.get_parameter(name), value.bfloat16()), name
     convert(ours, r=2)
-    for layer in adapted_layers(ours).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.05)
-    adapter = get_adapter(ours)  # knows the bytes of the training, which was in bf16
+    adapter = get_adapter(perturb(ours))  # knows the bytes of the training, which was in bf16
     merge_folder(tmp_path / "model.gguf", adapter, tmp_path / "file")
     merge_folder(tmp_path, adapter, tmp_path / "folder", dtype="fp32")
     assert model_class.from_pretrained(tmp_path / "folder").dtype is torch.float32

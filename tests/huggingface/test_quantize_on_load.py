@@ -24,7 +24,8 @@ from lightning_qlora import (
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import ROOT, Classifier, loader, raises_before_teardown, raises_in_one_line
-from tests.toys import ARGUMENTS, NAMES, Lit, ids, logits, needs, perturb, toy
+from tests.huggingface.test_experts_on_load import same_parameters
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, ids, logits, needs, toy
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -113,17 +114,6 @@ def same_bytes(a, b):
 
 
 OF_LAYER = ["r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "loaded"]
-
-
-def same_parameters(ours, theirs):
-    """By name, equal to the bit, and as trainable."""
-    ours = dict(ours.named_parameters())
-    theirs = dict(theirs.named_parameters())
-    assert ours.keys() == theirs.keys()
-    for name, parameter in ours.items():
-        other = theirs[name]
-        assert parameter.dtype == other.dtype and torch.equal(parameter, other), name
-        assert parameter.requires_grad == other.requires_grad, name
 
 
 def same_modules(streamed, loaded):
@@ -320,9 +310,8 @@ def test_names_in_one_of_two_models(folder, trainer, as_converted):
 def test_an_adapter_for_one_of_two_models(folder, as_converted, tmp_path):
     """The first one that has its layers gets it, and no other layer has 4 bits."""
     path = folder("llama")
-    lit = Lit(llama(path))
-    convert(lit, **ARGUMENTS, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
-    save_adapter(perturb(lit), tmp_path / "adapter")
+    lit = converted("llama", target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    save_adapter(lit, tmp_path / "adapter")
     streamed = TeacherAndStudent(path)
     as_converted(streamed, TeacherAndStudent(path, loaded=True), adapter=str(tmp_path / "adapter"))
     assert torch.equal(logits(streamed.teacher), logits(lit.model)) and not packed(streamed.student)
@@ -376,12 +365,9 @@ def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(start, 
 
 
 def test_an_adapter_that_was_loaded_in_between_stays(folder, tmp_path):
-    path = folder("llama")
-    lit = Lit(llama(path))
-    convert(lit, **ARGUMENTS)
-    save_adapter(perturb(lit), tmp_path / "adapter")
+    save_adapter(lit := converted("llama"), tmp_path / "adapter")
     with QLoRAPrecision(**ARGUMENTS).init():
-        streamed = Lit(llama(path))
+        streamed = Lit(llama(folder("llama")))
     load_adapter(streamed, tmp_path / "adapter")
     convert(streamed, **ARGUMENTS)
     assert torch.equal(logits(streamed.model), logits(lit.model))
@@ -693,9 +679,7 @@ def test_a_foreign_quant_type_is_named(bnb_folder, fit):
 
 
 def test_an_adapter_of_another_architecture(folder, fit, tmp_path):
-    lit = Lit(toy("gpt2"))
-    convert(lit, **ARGUMENTS)
-    save_adapter(lit, tmp_path / "adapter")
+    save_adapter(converted("gpt2"), tmp_path / "adapter")
     with pytest.raises(CheckpointMismatchError, match=r"adapter_model.safetensors: key .* has no such layer"):
         fit(InConfigureModel(transformers.LlamaForCausalLM, folder("llama")), adapter=str(tmp_path / "adapter"))
 

@@ -186,6 +186,17 @@ def test_for_how_many_rows_the_loops_multiply(library, request):
     assert not library.multiplies(1, weights[1], torch.float32)
 
 
+def test_small_weights_have_one_thread(library, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        library, "_loaded", SimpleNamespace(dequantize=lambda *arguments: threads.append(arguments[-1]))
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for rows in (1, 512, 513):
+        library.dequantize_into(torch.empty(64 * rows), reference.quantize(torch.ones(rows, 64), "nf4", 64, True))
+    assert threads == [1, 1, 5]
+
+
 def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(library):
     """Of threads that make a cached table at the same time the cache keeps one's: here, none's."""
     made = library.quantize(torch.randn(64, 64), "nf4", 64, True)

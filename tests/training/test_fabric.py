@@ -10,9 +10,9 @@ from lightning_qlora import CheckpointMismatchError, QLoRAPrecision
 from tests.conftest import Classifier, loader
 
 
-def launch(**arguments):
+def launch(accelerator="cpu", **arguments):
     plugin = QLoRAPrecision(**{"r": 4, "lora_dropout": 0.0, **arguments})
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
+    fabric = Fabric(accelerator=accelerator, devices=1, plugins=plugin)
     fabric.launch()
     return fabric, plugin
 
@@ -26,7 +26,8 @@ def setup(fabric, module):
 def train(fabric, model, optimizer, batches):
     losses = []
     model.train()
-    for x, y in batches:
+    for batch in batches:
+        x, y = fabric.to_device(batch)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         fabric.backward(loss)

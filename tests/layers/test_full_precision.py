@@ -15,72 +15,44 @@ from lightning_qlora import (
     save_adapter,
 )
 from tests.conftest import Classifier, loader
-from tests.toys import ARGUMENTS, LLAMA, ids, toy
+from tests.toys import ARGUMENTS, ids, toy
 from tests.twin import dense_twin, error
 
-transformers = pytest.importorskip("transformers")
-CLASSES = torch.tensor([0, 1])
-
-
-def llama_classifier():
-    config = transformers.LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0)
-    inputs = {"input_ids": ids(), "labels": CLASSES}
-    return transformers.LlamaForSequenceClassification(config), ["norm", "embed_tokens"], inputs
-
-
-def llama():
-    inputs = {"input_ids": ids(), "labels": ids()}
-    return toy("llama", tie_word_embeddings=True), ["lm_head", "input_layernorm"], inputs
-
-
-def vit():
-    config = transformers.ViTConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4
-    )
-    inputs = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": CLASSES}  # cast to the type of the first weight
-    return transformers.ViTForImageClassification(config), ["embeddings", "layernorm"], inputs
-
-
-def convnext():
-    config = transformers.ConvNextConfig(hidden_sizes=[32, 64], depths=[1, 1], num_stages=2, image_size=32)
-    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": CLASSES}
-    return transformers.ConvNextForImageClassification(config), ["embeddings", "dwconv"], inputs
-
-
-def whisper():
-    sizes = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
-    both = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in sizes.items()}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = transformers.WhisperConfig(
-        vocab_size=128, d_model=64, max_source_positions=16, max_target_positions=32, **both, **tokens
-    )
-    inputs = {"input_features": torch.randn(2, 80, 32), "labels": ids()}
-    return transformers.WhisperForConditionalGeneration(config), ["conv1", "layer_norm"], inputs
-
-
-def t5():
-    return toy("t5"), ["wo", "final_layer_norm", "shared"], {"input_ids": ids(), "labels": ids()}
+pytest.importorskip("transformers")
 
 
 def in_full(module):
     return {n: p for n, p in module.named_parameters() if p.requires_grad and "lora_" not in n}
 
 
-def in_type(inputs, dtype):
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("tied llama", ["lm_head", "input_layernorm"]),
+        ("llama", ["norm", "embed_tokens"]),
+        ("vit", ["embeddings", "layernorm"]),  # it casts its input to the type of the first weight
+        ("convnext", ["embeddings", "dwconv"]),
+        ("whisper", ["conv1", "layer_norm"]),
+        ("t5", ["wo", "final_layer_norm", "shared"]),
+    ],
+)
+def test_every_element_with_a_gradient_moves_in_a_step(kind, modules):
+    pytest.importorskip("transformers", minversion="5")
+    from tests.architectures import checks
 
-
-@pytest.mark.parametrize("make", [llama_classifier, llama, vit, convnext, whisper, t5])
-def test_every_element_with_a_gradient_moves_in_a_step(make):
-    model, modules, inputs = make()
-    model = model.bfloat16()
-    convert(model, **ARGUMENTS, modules_to_save=modules)
-    before = {name: p.detach().clone() for name, p in in_full(model).items()}
+    if kind == "tied llama":
+        lit = checks.Lit(toy("llama", tie_word_embeddings=True), {"input_ids": ids(), "labels": ids()})
+    else:
+        lit = checks.lit_of(kind)
+    inputs = lit.inputs.items()
+    lit.inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs}
+    convert(lit.bfloat16(), **ARGUMENTS, modules_to_save=modules)
+    before = {name: p.detach().clone() for name, p in in_full(lit).items()}
     assert {p.dtype for p in before.values()} == {torch.float32}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, eps=1e-30)
-    model(**in_type(inputs, torch.bfloat16)).loss.backward()
+    optimizer = torch.optim.AdamW(lit.parameters(), lr=2e-5, eps=1e-30)
+    lit.training_step().backward()
     optimizer.step()
-    for name, p in in_full(model).items():
+    for name, p in in_full(lit).items():
         assert p.grad.any() and ((p != before[name]) | (p.grad == 0)).all(), name
 
 

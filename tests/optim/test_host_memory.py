@@ -221,31 +221,25 @@ def no_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
 
 
-def test_a_prefetch_goes_to_the_stream_of_its_own_device(monkeypatch, no_device):
-    """Default streams of all devices have the address 0, which means that of the current device."""
-    entered = []
-    calls = []
-    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, calls))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    ManagedPool(torch.device("cuda", 1))._prefetch_range(4096, 10)
-    assert entered == [torch.device("cuda", 1)]
-    assert calls[0][0] == "prefetch"
-
-
 @pytest.mark.parametrize("version", [12, 13])
-def test_both_signatures_get_locations(monkeypatch, no_device, version):
+def test_both_signatures_get_locations_of_their_own_device(monkeypatch, version):
+    """Default streams of all devices have the address 0, which means that of the current device."""
     calls = []
+    entered = []
     monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(version, calls))
-    pool = ManagedPool(DEVICE)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77 + device.index))
+    pool = ManagedPool(torch.device("cuda", 1))
     address = pool._allocate(1000)
     pool._prefetch_range(address, 1000)
     pool._free(address)
     assert [str(call) for call in calls] == [
         "('malloc', 1000, 1)",
         "('advise', 4096, 1000, 'preferred', host:0)",
-        "('prefetch', 4096, 1000, device:0, 0, 77)",
+        "('prefetch', 4096, 1000, device:1, 0, 78)",
         "('free', 4096)",
     ]
+    assert entered == 2 * [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(

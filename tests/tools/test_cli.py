@@ -1,6 +1,7 @@
 """`lightning-qlora`: what each command prints, its exit codes, and errors in one line."""
 
 import json
+import platform
 import re
 import shutil
 import signal
@@ -88,7 +89,6 @@ def test_inspect(trained, tmp_path, capsys):
     weights = [p for p in lit.parameters() if p.requires_grad]
     expected = {
         "base": f"{folder}/base",
-        "quantization": f"{BITS}, init_lora_weights=default, base_changed=False",
         "layers": LAYERS,
         "rank": "4",
         "alpha": "8",
@@ -97,10 +97,12 @@ def test_inspect(trained, tmp_path, capsys):
         "weights": f"{sum(p.numel() for p in weights):,}",
         "size of the weights": size_text(sum(p.nbytes for p in weights)),
     }
-    assert adapter == {"kind": "PEFT adapter"} | expected
+    words = [*BITS.split(", "), "init_lora_weights=default", "base_changed=False"]
+    assert adapter == expected | {"kind": "PEFT adapter", "quantization": ", ".join(sorted(words))}
     path = folder / "last.ckpt"
     assert read(["inspect", path], capsys) == expected | {
         "kind": "Lightning checkpoint of a converted module",
+        "quantization": ", ".join(words),
         "size of the checkpoint": size_text(path.stat().st_size),  # with two moments of the optimizer
         "trained on": trained_on,
         "base fingerprint": fingerprint_of_base(read_adapter_from_checkpoint(path)),
@@ -234,11 +236,11 @@ def test_doctor_looks_at_an_apple_gpu_and_says_what_to_use_in_its_place(monkeypa
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.warns(UserWarning, match='accelerator="cpu"$'):
         checks = {name: (what, good) for name, what, good in doctor.examine()}
-    assert "never run" in checks["mps"][0]
-    what, good = checks["self-test on mps: ops"]
-    assert what.endswith('use accelerator="cpu"') and not good
-    what, good = checks["self-test on mps"]
-    assert what.endswith('use accelerator="cpu"') and not good
+    text = 'Apple\'s GPU, on which this package was never run: use accelerator="cpu" if a check below fails'
+    assert checks["mps"] == (text, True)
+    for name in ("self-test on mps: ops", "self-test on mps"):
+        what, good = checks[name]
+        assert what.endswith('use accelerator="cpu"') and not good
 
 
 def test_doctor_on_a_machine_with_a_card(monkeypatch):
@@ -264,20 +266,39 @@ def test_doctor_on_a_machine_with_a_card(monkeypatch):
     assert doctor.environment() == {name: f"x{name}" for name in names if name != "CC"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has a GPU")
 def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monkeypatch):
+    missing = {
+        "torch": ("not installed", False),
+        "triton": ("not installed under this name; torch for CUDA and ROCm brings its own", True),
+        "jsonargparse": (f"not installed (extra cli: {install('cli')})", True),
+        "bitsandbytes": ("not installed", True),
+    }
+
     def version(name):
-        if name in ("jsonargparse", "triton"):
+        if name in missing:
             raise doctor.PackageNotFoundError(name)
         return "1.0"
 
     monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(doctor, "_self_test", lambda device: [])
     checks = {name: (what, good) for name, what, good in doctor.examine()}
-    assert checks["jsonargparse"] == (
-        'not installed (extra cli: pip install ".[cli]" in a clone of the repository)',
-        True,
-    )
-    assert checks["triton"][0].startswith("not installed") and checks["triton"][1] and checks["peft"] == ("1.0", True)
+    compiler = checks.pop("C compiler"), checks.pop("cpu kernels")
+    assert compiler[0][1] and compiler[1] == (doctor.backends.describe(torch.device("cpu")), True)
+    threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    machine = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    assert checks == {
+        "python": (machine, True),
+        **dict.fromkeys(doctor.PACKAGES, ("1.0", True)),
+        **missing,
+        "CPU": (threads, True),
+        "CPU, bfloat16": (str(products(torch.bfloat16)), True),
+        "CPU, float16": (str(products(torch.float16)), True),
+        "GPU": ("none that torch supports", True),
+    }
+    monkeypatch.setattr(doctor, "_self_test", lambda device: iter([1 / 0]))
+    with pytest.raises(ZeroDivisionError):
+        list(doctor.examine())
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     for package, extra in doctor.PACKAGES.items():
         if extra is None:

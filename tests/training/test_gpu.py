@@ -5,9 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -27,6 +25,7 @@ from lightning_qlora.optim import optimizer_pages
 from lightning_qlora.optim.host_memory import why_not_managed
 from tests.conftest import Classifier, dataset, loader
 from tests.toys import ids, perturb, toy
+from tests.training.test_fabric import launch, setup, train
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
@@ -76,7 +75,7 @@ class Late(Classifier):
 
     def configure_model(self):
         if self.net is None:
-            self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+            self.net = Classifier().net
 
 
 @on_each_device
@@ -187,36 +186,22 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, placed, o
 def test_fabric_trains_and_resumes_bit_equal(device, tmp_path):
     batches = [*loader(96)]
 
-    def launch(seed):
+    def start(seed):
         torch.manual_seed(seed)
-        precision = plugin(r=4, lora_dropout=0.3)
-        fabric = Fabric(accelerator=accelerator(device), devices=1, plugins=precision)
-        fabric.launch()
+        fabric, precision = launch(accelerator(device), lora_dropout=0.3)
         with fabric.init_module():
             module = Classifier(dropout=0.1)
-        model = fabric.setup_module(module)
-        optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2))
-        return fabric, {"model": model, "optimizer": optimizer, "qlora": precision}
+        model, optimizer = setup(fabric, module)
+        return fabric, model, optimizer, {"model": model, "optimizer": optimizer, "qlora": precision}
 
-    def train(fabric, state, batches):
-        losses = []
-        for batch in batches:
-            x, y = fabric.to_device(batch)
-            state["optimizer"].zero_grad()
-            loss = F.cross_entropy(state["model"](x), y)
-            fabric.backward(loss)
-            state["optimizer"].step()
-            losses.append(loss.item())
-        return losses
-
-    fabric, state = launch(1)
-    assert falls(train(fabric, state, batches[:6] * 4), 0.9)
+    fabric, model, optimizer, state = start(1)
+    assert falls(train(fabric, model, optimizer, batches[:6] * 4), 0.9)
     fabric.save(tmp_path / "c.ckpt", state)
-    expected = train(fabric, state, batches[6:])
-    fabric, again = launch(50)
-    fabric.load(tmp_path / "c.ckpt", again)
-    assert train(fabric, again, batches[6:]) == expected
-    for one, other in zip(state["model"].parameters(), again["model"].parameters(), strict=True):
+    expected = train(fabric, model, optimizer, batches[6:])
+    fabric, again, optimizer, state = start(50)
+    fabric.load(tmp_path / "c.ckpt", state)
+    assert train(fabric, again, optimizer, batches[6:]) == expected
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other) and one.device.type == device
 
 

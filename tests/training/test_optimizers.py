@@ -216,11 +216,8 @@ def test_a_loss_without_a_gradient_says_what_to_do(trainer):
             x = self.embedding(torch.arange(8))
             return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True).square().mean()
 
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(range(2))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+        train_dataloader = Lit.train_dataloader
+        configure_optimizers = Lit.configure_optimizers
 
     def fit(module):
         trainer(plugins=QLoRAPrecision(r=2), max_steps=1, enable_checkpointing=False).fit(module)

@@ -70,7 +70,7 @@ class Loading:
             `ignore_mismatched_sizes`.
     """
 
-    def __init__(self, config: QLoRAConfig, sharding: bool = False, adapter: Adapter | None = None) -> None:
+    def __init__(self, config: QLoRAConfig, sharding: bool, adapter: Adapter | None) -> None:
         self.config = config
         self.sharding = sharding
         self.on_meta: list[tuple[nn.Module, ModelFolder, list[Version]]] = []

@@ -14,7 +14,7 @@ from lightning_qlora.adapters.module_adapter import check_finite
 from lightning_qlora.checks import first_of
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import inside, join, last_part, name_endings, without_wrappers
+from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
 
@@ -121,7 +121,7 @@ def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[
 
     A key may lack the first parts of a name, or have others before it: `state_dict` may return that of a part.
     """
-    keys = {without_wrappers(key) for key in map(str, state_dict) if last_part(key) == "lora_A"}
+    keys = {without_wrappers(str(key)) for key in state_dict}
     endings = {ending for key in keys for ending in name_endings(key)}
     present = set()
     for name, layer in module.named_modules(remove_duplicate=False):

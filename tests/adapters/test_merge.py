@@ -7,12 +7,12 @@ from torch import nn
 from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, toy
+from tests.toys import ARGUMENTS, Lit, converted, delta, logits, toy
 
 pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_the_merged_module_has_its_dense_layers_and_the_same_output(name):
     lit = converted(name)
     before = logits(lit.model)

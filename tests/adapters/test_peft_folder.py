@@ -13,6 +13,7 @@ from lightning_qlora.adapters import peft_folder
 from lightning_qlora.adapters.adapter import Adapter, LayerAdapter, round_alpha
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
+from tests.adapters.folders import assert_same_folders
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks")
 
@@ -46,24 +47,19 @@ def content(found: Adapter) -> dict:
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
-    made = set()
-    for _ in range(12):
-        write_adapter(adapter(3), tmp_path)
-        made.add((tmp_path / WEIGHTS_FILE).read_bytes() + (tmp_path / CONFIG_FILE).read_bytes())
-    assert len(made) == 1
+    for name in map(str, range(12)):
+        write_adapter(adapter(3), tmp_path / name)
+        assert_same_folders(tmp_path / "0", tmp_path / name)
 
 
 @posix
 @pytest.mark.parametrize("same_config", [False, True])
 def test_a_kill_at_any_step_leaves_one_of_two_adapters_or_no_config(same_config, tmp_path, monkeypatch):
     """The process ends before each of its changes to the folder: a reader finds one of the two, or no config."""
-    second = adapter(4)
+    first, second = adapter(3), adapter(4)
     if same_config:
-        first = adapter(3)
         shared = peft_folder.peft_config(second)
         monkeypatch.setattr(peft_folder, "peft_config", lambda _: shared)
-    else:
-        first = adapter(3)
     fork = multiprocessing.get_context("fork")
     outcomes = []
 
@@ -107,7 +103,7 @@ def test_no_flipped_bit_of_the_weights_changes_what_is_read(tmp_path):
     draw = random.Random(0)
     refused = []
     good = (tmp_path / WEIGHTS_FILE).read_bytes()
-    for _ in range(400):
+    for _ in range(250):
         bit = draw.randrange(8 * len(good))
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
@@ -118,7 +114,7 @@ def test_no_flipped_bit_of_the_weights_changes_what_is_read(tmp_path):
             refused.append(str(error))
             continue
         assert content(found) == content(expected), bit
-    assert len(refused) > 300
+    assert len(refused) > 190
     assert all(str(tmp_path) in line and "\n" not in line for line in refused)
 
 

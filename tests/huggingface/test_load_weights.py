@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qlora import QLoRAPrecision, convert, load_weights, quantize, save_adapter
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, quantize, save_adapter
+from lightning_qlora.layers.dtensor import gather, reshard
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
 
@@ -186,6 +186,13 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank,
         assert held.requires_grad == parameter.requires_grad, name
         if parameter.requires_grad:
             torch.testing.assert_close(gather(held.grad), parameter.grad)
+    if start == "adapter":
+        save_adapter(perturb(alone, seed=1), folder / "other")
+        with torch.no_grad():
+            net.eval()(x)  # which leaves the whole parameters of the root gathered
+        load_adapter(net.module, folder / "other")
+        reshard(net.module)
+        check_equal(tensors(net.module), tensors(alone))
 
 
 def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(tmp_path, one_rank):

@@ -430,7 +430,7 @@ def test_a_shape_that_transformers_did_not_compare_is_refused(folder):
     from lightning_qlora.huggingface.quantizer import Loading, QLoRAQuantizer
 
     model = transformers.BertForSequenceClassification.from_pretrained(folder("bert"))
-    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS)))
+    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS), sharding=False, adapter=None))
     quantizer._process_model_before_weight_loading(model)
     model.classifier.bias = torch.nn.Parameter(torch.zeros(7))
     with pytest.raises(ValueError, match="there") as error:
@@ -755,7 +755,7 @@ def test_what_transformers_asks_of_every_quantizer():
     from lightning_qlora.huggingface.quantizer import Loading, QLoRAQuantizer
 
     model = toy("llama")
-    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS)))
+    quantizer = QLoRAQuantizer(Loading(QLoRAConfig(**ARGUMENTS), sharding=False, adapter=None))
     quantizer._process_model_before_weight_loading(model)
     sizes = {name: quantizer.param_element_size(model, name, p) for name, p in model.named_parameters()}
     assert {name for name, size in sizes.items() if size == 0.5} == quantizer.chosen.keys()

@@ -259,6 +259,7 @@ def test_state_that_shares_the_parameters_memory_stays(stand_in):
     optimizer.state[param]["alias"] = param.data
     optimizer.state[param]["the parameter"] = param
     optimizer.state[param]["row"] = torch.zeros(2, 8192)[0]
+    optimizer.state[param]["sparse"] = torch.eye(64).to_sparse()
     assert stand_in.nbytes == 0
     assert optimizer.state[param]["alias"].data_ptr() == param.data_ptr()
 
@@ -302,12 +303,14 @@ def test_loaded_state_may_be_a_part_of_a_larger_tensor_and_gets_the_type_of_its_
     param = torch.nn.Parameter(torch.randn(64, 64, dtype=dtype))
     state = {"step": torch.tensor(1.0), "exp_avg": torch.randn(64, 128)[:, ::2], "exp_avg_sq": torch.ones(1, 64)}
     state["exp_avg_sq"] = state["exp_avg_sq"].expand(64, 64)
+    state["sparse"] = torch.eye(64).to_sparse()
     optimizer = attached(torch.optim.AdamW([param]))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
     for key in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(optimizer.state[param][key], state[key].to(dtype))
         assert optimizer.state[param][key].dtype == dtype
         assert stand_in.owns(optimizer.state[param][key])
+    assert optimizer.state[param]["sparse"].is_sparse
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, PagedAdamW8bit])

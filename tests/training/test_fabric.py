@@ -96,3 +96,12 @@ def test_autocast_covers_layers_that_are_not_converted(types, compute_dtype, com
         model(torch.randn(2, 64, dtype=net[0].weight.dtype))
     assert seen == computed
     assert type(nets[0]) is nn.Sequential or len(nets) > 1
+
+
+def test_a_16_bit_module_whose_adapters_alone_train_computes_without_autocast():
+    fabric, _ = launch(compute_dtype="bf16")
+    net = nn.Sequential(nn.Linear(64, 64), nn.GELU()).bfloat16()
+    seen = []
+    net[1].register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    fabric.setup_module(net)(torch.randn(2, 64, dtype=BF16))
+    assert seen == [False]

@@ -180,10 +180,21 @@ def test_for_how_many_rows_the_loops_multiply(library, request):
     weights = [reference.quantize(torch.ones(2, columns), "nf4", 64, True) for columns in (64, 80)]
     multiplies = [library.multiplies(m, weights[0], torch.float32) for m in (0, 1, 16, 17, 64, 65)]
     assert multiplies in ([False, True, True, wide, wide, False], [False] * 6)
-    assert multiplies[1] or form == "plain, one thread"
+    assert multiplies[1] == ("plain C" not in library.form)
     of_halves = [library.multiplies(m, weights[0], torch.bfloat16) for m in (0, 1, 16, 17)]
     assert of_halves == [False, wide, wide, False]
     assert not library.multiplies(1, weights[1], torch.float32)
+
+
+def test_small_weights_have_one_thread(library, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        library, "_loaded", SimpleNamespace(dequantize=lambda *arguments: threads.append(arguments[-1]))
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for rows in (1, 512, 513):
+        library.dequantize_into(torch.empty(64 * rows), reference.quantize(torch.ones(rows, 64), "nf4", 64, True))
+    assert threads == [1, 1, 5]
 
 
 def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(library):

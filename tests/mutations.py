@@ -99,6 +99,12 @@ SWAPS = {
 }  # fmt: skip
 
 
+def without_effect(node: ast.AST, part: ast.AST) -> bool:
+    """Whether it is an argument of which no result depends: the line of a warning, and zip's check of equal lengths."""
+    name = getattr(part, "arg", None) if isinstance(node, ast.Call) else None
+    return name == "stacklevel" or (name == "strict" and ast.unparse(node.func) == "zip")
+
+
 def changed(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Changes at a node: the node that is replaced, and its text."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -126,7 +132,7 @@ def changed(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
         yield node, "pass"
     elif isinstance(node, ast.Call):
         for keyword in node.keywords:
-            if keyword.arg not in (None, "stacklevel"):
+            if keyword.arg is not None and not without_effect(node, keyword):
                 others = [each for each in node.keywords if each is not keyword]
                 yield node, ast.unparse(ast.Call(node.func, node.args, others))
 
@@ -145,8 +151,6 @@ def mutants(path: str, content: bytes) -> list[Mutant]:
             return
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("TypeVar", "cast"):
             return
-        if isinstance(node, ast.keyword) and node.arg == "stacklevel":
-            return
         if hasattr(node, "lineno") and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             lines = (node.lineno, *lines)
         for replaced, text in changed(node):
@@ -162,7 +166,7 @@ def mutants(path: str, content: bytes) -> list[Mutant]:
             if isinstance(node, ast.FunctionDef) and name == "body":
                 inside = any(re.search(r"\bcache\b|lru_cache", ast.unparse(each)) for each in node.decorator_list)
             for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
+                if isinstance(child, ast.AST) and not without_effect(node, child):
                     visit(child, lines, inside)
 
     visit(ast.parse(content), (), True)

@@ -263,26 +263,41 @@ class Record:
         return sorted(chosen, key=lambda test: (self.seconds[test] + slowest[test.split("::")[0]] / 10, test))
 
 
+def collected(folder: str, files: list[str]) -> list[str]:
+    """The files that pytest collects in a folder: one that is named is collected although its conftest ignores it."""
+    ignored: list[str] = []
+    if (ROOT / folder / "conftest.py").exists():
+        conftest = import_module(f"{folder.replace('/', '.')}.conftest")
+        ignored = getattr(conftest, "collect_ignore", [])
+    return [path for path in files if Path(path).name not in ignored]
+
+
 def recorded(file: Path) -> Record:
     """The record of the tests, made or brought up to date."""
     record = Record(json.loads(file.read_text()) if file.exists() else {})
     sources = sorted(path for name in (PACKAGE, "tests") for path in (ROOT / name).rglob("*.py"))
     texts = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in sources}
-    for _, folder_of_tests in groupby(record.follow(texts), os.path.dirname):
-        stale = [*folder_of_tests]
-        with tempfile.TemporaryDirectory() as folder:
-            settings = Path(folder) / "coverage.ini"
-            settings.write_text(COVERAGE % (Path(folder) / "data"))
-            subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--cov", f"--cov-config={settings}",
-                 "--cov-report=", "--cov-context=test", f"--junitxml={folder}/times.xml", *stale],
-                cwd=ROOT, env={**os.environ, "COVERAGE_PROCESS_START": str(settings)},
-            )  # fmt: skip
-            record.add(Path(folder))
+    for name, files in groupby(record.follow(texts), os.path.dirname):
+        stale = [*files]
+        if run := collected(name, stale):
+            add_run(record, run)
         record.texts |= {path: texts[path] for path in stale}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(record.stored()))
     return record
+
+
+def add_run(record: Record, files: list[str]) -> None:
+    """Run files of tests and add what they execute."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "coverage.ini"
+        settings.write_text(COVERAGE % (Path(folder) / "data"))
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--cov", f"--cov-config={settings}",
+             "--cov-report=", "--cov-context=test", f"--junitxml={folder}/times.xml", *files],
+            cwd=ROOT, env={**os.environ, "COVERAGE_PROCESS_START": str(settings)},
+        )  # fmt: skip
+        record.add(Path(folder))
 
 
 class Copy:

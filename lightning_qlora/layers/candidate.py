@@ -123,9 +123,9 @@ class Candidate:
         layer = self.part
         if not isinstance(layer, nn.Linear) or isinstance(layer, LoRALayer) or is_packed(layer):
             return None
-        kinds = [kind for kind in type(layer).__mro__ if kind not in nn.Linear.__mro__]
-        # torch's own classes are parametrized or sharded layers, which other checks refuse
-        names = {name for kind in kinds if not kind.__module__.startswith("torch.") for name in vars(kind)}
+        # torch's own classes are nn.Linear's, and parametrized or sharded layers, which other checks refuse
+        kinds = [kind for kind in type(layer).__mro__ if not kind.__module__.startswith("torch.")]
+        names = {name for kind in kinds for name in vars(kind)}
         if "__call__" in names:
             return f"{type(layer).__name__} has a __call__ of its own, which may compute something else"
         names |= {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules} - {"weight"}

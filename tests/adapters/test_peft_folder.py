@@ -1,5 +1,6 @@
 """An adapter folder is whole after a kill, and damaged weights are refused."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -50,6 +51,13 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path):
     for name in map(str, range(12)):
         write_adapter(adapter(3), tmp_path / name)
         assert_same_folders(tmp_path / "0", tmp_path / name)
+
+
+def test_an_alpha_that_is_not_in_the_file_is_pefts_default(tmp_path):
+    write_adapter(adapter(3), tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({key: value for key, value in config.items() if "alpha" not in key}))
+    assert read_adapter(tmp_path).alpha == pytest.importorskip("peft").LoraConfig().lora_alpha
 
 
 @posix

@@ -93,7 +93,8 @@ def test_only_the_adapters_of_the_optimizer_that_steps_are_judged():
     model.read.lora_A.requires_grad_(False)
     model.read.lora_B.requires_grad_(False)
     model.called(torch.randn(3, 64)).square().mean().backward()
-    checks.before_step(model, optimizer_of(model.called, model.read))
+    held = [*model.called.parameters(), *model.read.parameters()]  # frozen ones too
+    checks.before_step(model, torch.optim.SGD([p for p in held if p.is_floating_point()], lr=0.1))
     assert found == {}
     checks.before_step(model, optimizer_of(model.never))
     assert found == {}  # none of its parameters has a gradient yet

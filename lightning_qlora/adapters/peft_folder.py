@@ -100,7 +100,7 @@ def _check_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     if expected is None:
         return
     checksums = _checksums(tensors, {key: text for key, text in metadata.items() if key != CHECKSUMS})
-    for key in sorted(expected.keys() | checksums.keys(), key=lambda key: (key != METADATA_KEY, key)):
+    for key in sorted(expected.keys() | checksums.keys()):
         if expected.get(key) != checksums.get(key):
             raise ValueError(
                 f"{key!r} is not what was saved (its checksum is {checksums.get(key)}, and was "

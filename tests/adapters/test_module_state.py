@@ -365,3 +365,13 @@ def test_a_module_on_the_meta_device_takes_a_full_state_by_assignment(arguments)
     empty(x).sum().backward()
     module(x).sum().backward()
     assert torch.equal(empty[0].lora_A.grad, module[0].lora_A.grad)
+
+
+def test_what_one_state_left_out_the_next_one_may_not_lack():
+    module = Classifier()
+    convert(module, r=4)
+    module.load_state_dict(module.state_dict())  # without the frozen norm
+    dense = Classifier(seed=1).state_dict()
+    del dense["net.2.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "net\.2\.weight"'):
+        module.load_state_dict(dense)

@@ -154,6 +154,8 @@ class OptimizerPages:
             self.wait_prefetch()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.pools:  # nothing is paged, so a step does not read all of its state
+            return
         for param, state in optimizer.state.items():
             values = [state]
             if isinstance(state, dict):

@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(models):
-    """What a device by itself, without a strategy, has for each of `GIVEN`."""
+    """The result of each of `GIVEN` on one device, without a strategy."""
     from tests.scripts import load_weights
 
     return [load_weights.fit(models, 1, **given) for given in GIVEN]

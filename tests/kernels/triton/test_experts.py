@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 @pytest.fixture(autouse=True)
 def _in_c(monkeypatch):
-    """All that is no launch for several experts, which `grouped_linear` finds by itself."""
+    """Every op runs without Triton, except the launch for several experts, which `grouped_linear` chooses itself."""
     monkeypatch.setattr(ops, "backend", lambda device: eager)
 
 

@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make quickstart   fine-tune SmolLM2-135M in 4 bits on this machine (under 6 minutes on 2 CPU cores after set-up)"
-	@echo "make test         lint, types and tests (7 to 12 minutes on 2 CPU cores, with set-up)"
+	@echo "make test         lint, types and tests (about 10 minutes on 2 CPU cores, with set-up)"
 	@echo "make test-all     the tests above, the long ones, and every other target (some hours)"
 	@echo "make test-third-party  modules and scripts of other packages, in an environment of their own (some minutes, 3 GB)"
 	@echo "make compile-kernels  compile every GPU kernel for every card, without a card (some minutes)"

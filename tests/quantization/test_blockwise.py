@@ -79,8 +79,11 @@ def assert_like_bitsandbytes(weight, block_size, quant_type, double_quant):
     plain = reference.quantize(weight, quant_type, block_size, double_quant)
     for ours_part, part in zip(ours.to_bytes()[:3], plain[:3], strict=True):
         assert torch.equal(ours_part.view(-1), part)
-    assert torch.equal(ours.dequantize(), decoded)
-    assert torch.equal(ops.dequantize(plain, weight.dtype), decoded)
+    values = ours.dequantize()
+    assert torch.equal(ops.dequantize(plain, weight.dtype), values)
+    # bitsandbytes' AVX-512 conversion to bf16 turns subnormal values into zero.
+    subnormal = (values.abs() < torch.finfo(values.dtype).tiny) & (values.dtype == torch.bfloat16)
+    assert torch.equal(values.masked_fill(subnormal & (decoded == 0), 0), decoded)
 
 
 def test_bytes_and_values_are_those_of_bitsandbytes():
@@ -91,6 +94,7 @@ def test_bytes_and_values_are_those_of_bitsandbytes():
         assert_like_bitsandbytes(content(shape, generator).to(dtype), block_size, *kind)
 
 
+@example((4, 4), 32, torch.bfloat16, ("fp4", False), 0, denormals)
 @settings(max_examples=60, deadline=None)
 @given(
     st.tuples(st.integers(1, 90), st.integers(1, 300)),

@@ -172,7 +172,7 @@ class PackedLayer(HeldTypes, nn.Module):
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Where torch.distributed.checkpoint, which follows keys as attributes, finds the entries of the weight."""
-        return {"weight": "_keys"}
+        return {"weight": "_keys", "adapter_arguments": "_keys"}
 
     @property
     def _keys(self) -> "_Keys":

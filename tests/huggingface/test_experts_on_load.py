@@ -58,13 +58,14 @@ OF_LAYER = ["r", "scaling", "lora_dropout", "config", "full_name", "seed_name", 
 
 
 def same_modules(ours, theirs):
-    """Parameters and what they are for."""
+    """Parameters and what they are for, and the bytes of 4-bit weights."""
     same_parameters(ours, theirs)
     layers = adapted_layers(theirs)
     for name, layer in adapted_layers(ours).items():
         other = layers[name]
         for word in OF_LAYER:
             assert getattr(layer, word) == getattr(other, word), (name, word)
+        assert layer.base_fingerprint() == other.base_fingerprint(), name
         torch.testing.assert_close(layer.initial, other.initial, rtol=0, atol=0)
     assert classes(ours) == classes(theirs)
 

@@ -12,12 +12,11 @@ from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
-from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.packed_linear import ARGUMENTS, BASE
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 
 SAME_FUNCTION = ("use_rslora", "use_dora", "lora_alpha")  # arguments that change what an adapter computes
-ARGUMENTS = "adapter_arguments"  # key of these in state dicts with a base
 
 LOAD_THE_BASE = (
     "Load the base model of the training, with its quantization arguments, and do not change it afterwards. If the "

@@ -54,7 +54,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 
 
 @torch.no_grad()
-def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "auto") -> Module:
+def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) -> Module:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     layers = adapted_layers(module)
     if not layers:

@@ -124,7 +124,7 @@ ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op
 
 
 def grad_bias(grad: Tensor) -> Tensor:
-    """The gradient of a bias: the sum over rows; autograd casts it to the type of the bias."""
+    """The gradient of a bias: the sum over rows. Autograd casts it to the type of the bias."""
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 

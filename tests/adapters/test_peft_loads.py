@@ -1,13 +1,12 @@
 """Folders that PEFT would load in part: they are written in another form, or a warning names what is lost."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.save_load import layers_that_are_only_read
+from tests.adapters.folders import read_config
 from tests.adapters.test_peft_experts import decoded_base, deepseek_v3, logits
 from tests.layers import test_experts as toys
 from tests.toys import perturb
@@ -49,7 +48,7 @@ def with_dense_experts(build, **arguments):
 def test_peft_reads_adapters_of_dense_mlps_and_shared_experts(build, tmp_path):
     model = with_dense_experts(build)
     save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = read_config(tmp_path)
     assert config["lora_dropout"] == 0 and "o_proj" in config["target_modules"]
     assert all(name.endswith("_proj.weight") for name in config["target_parameters"])
     theirs = peft.PeftModel.from_pretrained(decoded_base(build, model), tmp_path)
@@ -59,7 +58,7 @@ def test_peft_reads_adapters_of_dense_mlps_and_shared_experts(build, tmp_path):
 def test_a_folder_that_peft_loads_is_written_as_always(tmp_path):
     model = with_dense_experts(toys.qwen3_moe)  # without dense MLPs and shared experts
     save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = read_config(tmp_path)
     assert "target_parameters" not in config and config["lora_dropout"] == 0.1
 
 

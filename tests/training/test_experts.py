@@ -93,7 +93,7 @@ def test_the_entries_of_a_stack(checkpoint):
     prefix = "model.layers.0.mlp.experts.gate_up_proj_experts."
     entries = {key.removeprefix(prefix): value for key, value in model.state_dict().items() if key.startswith(prefix)}
     assert (entries["lora_A"].shape, entries["lora_B"].shape) == ((6, 2, 64), (6, 64, 2))
-    base = {"packed", "absmax", "nested", "weight.quant_state.bitsandbytes__nf4"}
+    base = {"packed", "absmax", "nested", "weight.quant_state.bitsandbytes__nf4", "adapter_arguments"}
     assert entries.keys() == {"lora_A", "lora_B"} | (base if checkpoint == "full" else set())
 
 

@@ -143,14 +143,17 @@ def test_the_initialization_is_stored_again_and_a_folder_does_not_hold_its_value
             save_adapter(module, tmp_path / "float", base="float")
 
 
-def test_a_plain_adapter_loaded_after_a_calibrated_one_is_plain(trained, tmp_path):
+@pytest.mark.parametrize("method", ["default", "loftq"])  # of the module that loads both
+def test_a_plain_adapter_loaded_after_a_calibrated_one_is_plain(method, trained, tmp_path):
     trained(init_lora_weights="calibrated")
     plain = load_base(tmp_path / "base")
     convert(plain, **ARGUMENTS)
     save_adapter(perturb(plain), tmp_path / "plain")
     lit = load_base(tmp_path / "base")
-    convert(lit, **ARGUMENTS)
+    convert(lit, **ARGUMENTS, init_lora_weights=method)
     load_adapter(lit, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="its initial values are not known"):  # those of the conversion are others
+        save_adapter(lit, tmp_path / "again", base="float")
     load_adapter(lit, tmp_path / "plain")
     save_adapter(lit, tmp_path / "again", base="float")
     assert_same_tensors(tmp_path / "plain", tmp_path / "again")

@@ -25,8 +25,20 @@ def adapter(number: int, r: int = 2) -> Adapter:
         f"layers.{i}.proj": LayerAdapter(torch.full((r, 6), float(number)), torch.full((4, r), float(number)), number)
         for i in range(2)
     }
-    saved = {"head.weight": torch.full((3, 5), float(number), dtype=torch.bfloat16)}
-    return Adapter(layers, saved=saved, modules_to_save=["head"], target_modules=["proj"], base_model=f"base-{number}")
+    return Adapter(
+        layers=layers,
+        saved={"head.weight": torch.full((3, 5), float(number), dtype=torch.bfloat16)},
+        modules_to_save=["head"],
+        tokens={},
+        target_modules=["proj"],
+        use_rslora=False,
+        fan_in_fan_out=False,
+        lora_dropout=0.0,
+        task_type=None,
+        base_model=f"base-{number}",
+        quantization=None,
+        base_fingerprints={},
+    )
 
 
 def content(found: Adapter) -> dict:

@@ -7,7 +7,7 @@ and the launches of `kernels/triton/launch.py`. For NVIDIA the last stage, ptxas
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -35,13 +35,11 @@ class Emulation:
         target: "sm_80", "sm_90", ... or "gfx942", "gfx1100", ...
         reachable: Gives the tensors that kernels reach without getting them as arguments, through tables of addresses.
         change: Changes the code before it runs, to see that a bug in it is noticed.
-        executed: Instructions of each kernel, one for all threads that execute it at the same time.
     """
 
     target: str
     reachable: Callable[[], list[Tensor]] = list
     change: Callable[[bytes], bytes] | None = None
-    executed: dict[str, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -145,24 +143,15 @@ def _launch(
     ranges = [extent(tensor) for tensor in tensors if tensor.numel()]
     threads = metadata.num_warps * metadata.warp_size
     values = [*(_bytes(kind, value) for kind, value in given), bytes(8), bytes(8)]  # the last two: no scratch memory
-    execute = _execute_ptx if _target(emulation.target).backend == "cuda" else _execute_amd
-    executed = execute(emulation.target, code, grid, threads, metadata.shared, values, ranges)
-    emulation.executed[source.name] = emulation.executed.get(source.name, 0) + executed
-
-
-def _execute_ptx(target: str, code: bytes, grid: Any, threads: int, shared: int, values: Any, ranges: Any) -> int:
+    execute, make = run, lambda: Program(code.decode())
+    if _target(emulation.target).backend == "cuda":
+        values = [int.from_bytes(value, "little") for value in values]
+    else:  # these need tinygrad; two of them enter their instructions
+        machine, *_ = (import_module(f"tests.emulator.amd.{name}") for name in ("machine", "accesses", "lanes"))
+        execute, make = machine.run, lambda: machine.Program(code, emulation.target)
     if code not in PROGRAMS:
-        PROGRAMS[code] = Program(code.decode())
-    values = [int.from_bytes(value, "little") for value in values]
-    return run(PROGRAMS[code], grid, threads, shared, values, ranges)
-
-
-def _execute_amd(target: str, code: bytes, grid: Any, threads: int, shared: int, values: Any, ranges: Any) -> int:
-    # They need tinygrad; two of them enter their instructions.
-    machine, *_ = (import_module(f"tests.emulator.amd.{name}") for name in ("machine", "accesses", "lanes"))
-    if code not in PROGRAMS:
-        PROGRAMS[code] = machine.Program(code, target)
-    return machine.run(PROGRAMS[code], grid, threads, shared, values, ranges)
+        PROGRAMS[code] = make()
+    execute(PROGRAMS[code], grid, threads, metadata.shared, values, ranges)
 
 
 def _bytes(kind: str, value: Any) -> bytes:

@@ -1,6 +1,7 @@
 """Classification heads, and layers that a load reported as newly initialized, train in full."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge, save_adapter
 from tests.conftest import make_trainer
-from tests.toys import BERT, LLAMA, Lit, ids, toy
+from tests.toys import BERT, LLAMA, Lit, ids, needs, toy
 
 transformers = pytest.importorskip("transformers")
 LABELS = 40  # so many that a head of rank 2 would be smaller than the layer
@@ -68,7 +69,10 @@ def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same(tmp_path):
     assert {n.replace(".modules_to_save.default", "").removeprefix("model.") for n in trained} == ours
 
 
-@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
+keeps_record = needs("transformers", "5.0", "4 keeps no such record")
+
+
+@keeps_record
 @pytest.mark.parametrize("streamed", [False, True])
 def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     toy("llama").save_pretrained(tmp_path / "llama")
@@ -78,10 +82,7 @@ def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
         return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama", config=wider)
 
     plugin = QLoRAPrecision(r=2)
-    if streamed:
-        with plugin.init():
-            model = Lit(load())
-    else:
+    with plugin.init() if streamed else nullcontext():
         model = Lit(load())
     plugin.convert_module(model)
     full = plugin.report.trained_in_full
@@ -91,7 +92,7 @@ def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     assert "output embedding" in plugin.report.skipped["model.lm_head"]
 
 
-@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
+@keeps_record
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_merged_layers_of_a_loaded_model_are_not_new(tmp_path, kind):
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}

@@ -169,10 +169,6 @@ def test_a_new_tensor_is_on_the_host_with_the_type_asked_for(pinned_pool):
     assert pinned_pool.log == []
 
 
-class Enum(SimpleNamespace):
-    """cuda-bindings' enumerations, as far as we read them."""
-
-
 def fake_runtime(version, calls, attributes=None, error="cudaSuccess", devices=None):
     """cuda.bindings.runtime of major version 12 or 13, recording calls."""
     codes = {name: SimpleNamespace(name=name) for name in ("cudaSuccess", "cudaErrorMemoryAllocation", "cudaErrorX")}
@@ -196,10 +192,12 @@ def fake_runtime(version, calls, attributes=None, error="cudaSuccess", devices=N
             return f"{self.type}:{self.id}"
 
     runtime = SimpleNamespace(
-        cudaError_t=Enum(**codes),
-        cudaDeviceAttr=Enum(cudaDevAttrManagedMemory="managed", cudaDevAttrConcurrentManagedAccess="concurrent"),
-        cudaMemLocationType=Enum(cudaMemLocationTypeHost="host", cudaMemLocationTypeDevice="device"),
-        cudaMemoryAdvise=Enum(cudaMemAdviseSetPreferredLocation="preferred"),
+        cudaError_t=SimpleNamespace(**codes),
+        cudaDeviceAttr=SimpleNamespace(
+            cudaDevAttrManagedMemory="managed", cudaDevAttrConcurrentManagedAccess="concurrent"
+        ),
+        cudaMemLocationType=SimpleNamespace(cudaMemLocationTypeHost="host", cudaMemLocationTypeDevice="device"),
+        cudaMemoryAdvise=SimpleNamespace(cudaMemAdviseSetPreferredLocation="preferred"),
         cudaMemAttachGlobal=1,
         cudaMemLocation=Location,
         cudaDeviceGetAttribute=attribute,

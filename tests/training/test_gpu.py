@@ -24,7 +24,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.optim import optimizer_pages
 from lightning_qlora.optim.host_memory import why_not_managed
 from tests.conftest import Classifier, dataset, loader
-from tests.toys import ids, perturb, toy
+from tests.toys import assert_equal, ids, perturb, toy
 from tests.training.test_fabric import launch, setup, train
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -178,8 +178,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, placed, o
     fit("first", 1, seed=1)
     resumed = fit("resumed", 3, seed=99, ckpt_path=tmp_path / "first" / "last.ckpt")
     assert resumed.losses == straight.losses[4:]
-    for (name, one), (_, other) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_equal([*resumed.parameters()], [*straight.parameters()])
 
 
 @on_each_device
@@ -240,9 +239,8 @@ def test_recomputed_activations_give_equal_gradients(device):
         torch.manual_seed(1)
         model(input_ids=tokens, labels=tokens).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+    assert gradients[0]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +270,7 @@ def test_compiled_layers_equal_eager_ones_and_draw_new_dropout_masks(device, opt
             y.square().mean().backward()
             optimizer.step()
             outputs.setdefault(name, []).append(y.detach().clone())
-    for one, other in zip(*outputs.values(), strict=True):
-        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(*outputs.values(), atol=0.02, rtol=0.02)
     changed = (outputs["compiled"][0] - outputs["compiled"][-1]).abs().max()
     assert changed > 0.2, "a captured graph must see the parameters that the steps change"
     twin.train()

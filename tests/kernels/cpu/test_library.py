@@ -546,7 +546,7 @@ def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(lo
     with caplog.at_level("INFO", "lightning_qlora"):
         load(variants=build.flag_lists("Darwin"))
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "CC=gcc-14" in build.remedy("Darwin")
+    assert "CC=gcc-14" in build.remedy()
 
 
 def test_flags_fit_the_system():

@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, merge, save_adapter
-from lightning_qlora.layers.fingerprint import fingerprint
 from tests.conftest import Classifier, fingerprints, loader
 
 
@@ -167,22 +166,6 @@ def test_a_module_that_is_converted_again_saves_what_one_conversion_saves(betwee
     convert(once, r=1)
     found, expected = module.state_dict(), once.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-
-
-def test_the_fingerprint_sees_every_bit_and_the_order_and_ignores_the_float_type():
-    x = torch.randn(1000).bfloat16()
-    assert fingerprint(x) == fingerprint(x.float())
-    changed = x.clone()
-    changed[777] = changed[777] * 1.01
-    assert fingerprint(x) != fingerprint(changed)
-    assert fingerprint(x) != fingerprint(x.flip(0))
-    assert fingerprint(x, x) != fingerprint(torch.cat([x, x]))
-    data = torch.randint(0, 256, (3_000_001,), dtype=torch.uint8)
-    assert fingerprint(data) == fingerprint(data.clone())
-    for place in (0, 1_234_567, 3_000_000):
-        flipped = data.clone()
-        flipped[place] ^= 1
-        assert fingerprint(data) != fingerprint(flipped)
 
 
 def test_a_shared_layer_is_saved_and_loaded():

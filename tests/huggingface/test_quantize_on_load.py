@@ -545,7 +545,7 @@ def test_starts_that_need_the_float_weight_are_refused(bnb_folder):
     path = bnb_folder("llama")
     message = r"layers.0.*: init_lora_weights='pissa' needs the float weight"
     with pytest.raises(ValueError, match=message):
-        convert(llama(path, device_map="cpu"), init_lora_weights="pissa")
+        convert(llama(path, device_map="cpu"), r=2, init_lora_weights="pissa")
     with pytest.raises(ValueError, match=message):
         load(path, init_lora_weights="pissa")
 

@@ -151,7 +151,7 @@ def fails(capfd, *arguments, **choices):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         estimate_memory(*arguments, **{**ARGUMENTS, **choices})
     assert "\n" not in str(error.value)
-    assert capfd.readouterr().err == ""  # torch's log of the traceback would come first
+    assert "Traceback" not in capfd.readouterr().err  # torch's log of it would come first
     return str(error.value)
 
 
@@ -253,14 +253,6 @@ def test_mixtures_of_experts_are_counted(dtype):
     model.train()
     kept = saved_bytes(lambda: model(input_ids=ids(2, 16), labels=ids(2, 16)).loss)
     assert 0.8 * kept < estimate.parts["activations"] < 2.5 * kept
-
-
-def test_a_mixture_whose_code_reads_the_routing_is_not_counted():
-    pytest.importorskip("transformers", minversion="5")
-    from tests.layers.test_experts import dbrx
-
-    estimate = estimate_memory(dbrx()[1], 2, 16, **ARGUMENTS)
-    assert not estimate.counted_activations and "unknown" in str(estimate)
 
 
 def test_dense_experts_in_fp32():

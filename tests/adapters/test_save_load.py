@@ -320,6 +320,14 @@ def test_broken_folders_are_named_in_one_line(folder, harm, message):
         load_adapter(converted("llama"), folder)
 
 
+def test_rows_of_tokens_without_their_indices_are_refused(tmp_path):
+    save_adapter(converted("llama", trainable_token_indices=[3, 7]), tmp_path)
+    for indices in (None, [3], {"other": [3, 7]}):
+        change_config(tmp_path, trainable_token_indices=indices)
+        with raises_in_one_line(ValueError, r"embed_tokens.* must have one row for each index in trainable_token_indi"):
+            read_adapter(tmp_path)
+
+
 def test_initializations_of_peft(folder):
     """Those that change the base are refused, the others are read."""
     for method in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"):

@@ -33,10 +33,6 @@ on_each_device = pytest.mark.parametrize("device", DEVICES)
 WIDTH = 256  # so that the optimizer state of rank 32 adapters is large enough to be paged
 
 
-def accelerator(device):
-    return "gpu" if device == "cuda" else "cpu"
-
-
 def plugin(**arguments):
     return QLoRAPrecision(**{"r": 32, "lora_dropout": 0.1, **arguments})
 
@@ -58,7 +54,7 @@ def test_an_unchanged_module_trains(trainer, device):
     module = Classifier()
     spy = Recorder()
     base = {name: quantize(module.net[int(name)].weight) for name in ("0", "4")}
-    run = trainer(plugins=plugin(r=4), max_epochs=15, accelerator=accelerator(device), callbacks=[spy])
+    run = trainer(plugins=plugin(r=4), max_epochs=15, accelerator=device, callbacks=[spy])
     run.fit(module, loader())
     assert falls(module.losses, 0.5)
     assert spy.devices == {device} and run.precision_plugin.report.converted == ["net.0", "net.4"]
@@ -82,7 +78,7 @@ class Late(Classifier):
 @pytest.mark.parametrize("start", ["default", "gaussian", "loftq", "pissa", "calibrated"])
 def test_a_module_made_in_configure_model_trains_and_resumes(trainer, device, start):
     def fit(module, epochs, **arguments):
-        run = trainer(plugins=plugin(r=4, init_lora_weights=start), max_epochs=epochs, accelerator=accelerator(device))
+        run = trainer(plugins=plugin(r=4, init_lora_weights=start), max_epochs=epochs, accelerator=device)
         run.fit(module, loader(), **arguments)
         return run
 
@@ -126,7 +122,7 @@ def test_a_transformers_model_is_quantized_while_it_loads(trainer, device, tmp_p
     model = toy("llama")
     model.save_pretrained(tmp_path / "base")
     lit = Tokens(lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    trainer(plugins=plugin(r=16), max_epochs=12, accelerator=accelerator(device)).fit(lit)
+    trainer(plugins=plugin(r=16), max_epochs=12, accelerator=device).fit(lit)
     assert falls(lit.losses, 0.93), lit.losses[-4:]
     convert(model, r=16)
     expected = adapted_layers(model)
@@ -167,7 +163,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, placed, o
         run = trainer(
             plugins=plugin(lora_dropout=0.3, paged_optimizer=paged),
             max_epochs=epochs,
-            accelerator=accelerator(device),
+            accelerator=device,
             callbacks=[spy, ModelCheckpoint(tmp_path / name, save_last=True)],
         )
         run.fit(module, DataLoader(dataset(width=WIDTH), batch_size=8, shuffle=True), ckpt_path=ckpt_path)
@@ -187,7 +183,7 @@ def test_fabric_trains_and_resumes_bit_equal(device, tmp_path):
 
     def start(seed):
         torch.manual_seed(seed)
-        fabric, precision = launch(accelerator(device), lora_dropout=0.3)
+        fabric, precision = launch(device, lora_dropout=0.3)
         with fabric.init_module():
             module = Classifier(dropout=0.1)
         model, optimizer = setup(fabric, module)
@@ -222,7 +218,7 @@ def test_16_bit_types_train(trainer, device, kind):
 
         module.forward = forward
     compute = "bf16" if kind == "computed in bf16" else "auto"
-    run = trainer(plugins=plugin(r=4, compute_dtype=compute), max_epochs=12, accelerator=accelerator(device))
+    run = trainer(plugins=plugin(r=4, compute_dtype=compute), max_epochs=12, accelerator=device)
     run.fit(module, loader())
     assert set(seen) == {dtype}
     assert falls(module.losses, 0.8)

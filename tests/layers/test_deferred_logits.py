@@ -108,6 +108,8 @@ REAL = {
     "classes in the middle": lambda z: F.cross_entropy(z.transpose(1, 2), labels(3, 7)),
     "probabilities": lambda z: F.cross_entropy(z.view(-1, V), torch.full((21, V), 1 / V)),
     "a part of the vocabulary": lambda z: F.cross_entropy(z[..., :50].reshape(-1, 50), labels(21).clamp(-100, 49)),
+    "a part by three indices": lambda z: F.cross_entropy(z[:, -1, :50], labels(3).clamp(-100, 49)),
+    "one logit": lambda z: z[0, 1, 5].square(),
     "metric, then loss": lambda z: z.argmax(-1).float().sum() * 0 + F.cross_entropy(z.view(-1, V), labels(21)),
     "loss, then metric": lambda z: F.cross_entropy(z.view(-1, V), labels(21)) + 0 * z.argmax(-1).float().sum(),
     "masked in place": lambda z: F.cross_entropy(z.masked_fill_(torch.arange(V) == 5, -9.0).view(-1, V), labels(21)),

@@ -467,7 +467,9 @@ def test_plan_as_json(trained, tmp_path, capsys):
     import transformers
 
     base = trained[0] / "base"
+    transformers.logging.set_verbosity_warning()
     plan = read(["plan", base, "--r", "4", "--sequence_length", "32", "--gpu_memory", "1GB"], capsys)
+    assert transformers.logging.get_verbosity() == transformers.logging.ERROR  # its hints are about running a model
     estimate = estimate_memory(f"{base}", sequence_length=32, r=4)
     needed = estimate.device + estimate.parts["decode buffer"]
     answer = fits(needed, 10**9, QLoRAConfig(r=4))

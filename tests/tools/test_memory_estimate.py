@@ -151,7 +151,7 @@ def fails(capfd, *arguments, **choices):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         estimate_memory(*arguments, **{**ARGUMENTS, **choices})
     assert "\n" not in str(error.value)
-    assert capfd.readouterr().err == ""  # torch's log of the traceback would come first
+    assert "Traceback" not in capfd.readouterr().err  # torch's log of it would come first
     return str(error.value)
 
 

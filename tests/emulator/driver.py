@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -89,23 +90,6 @@ class Launcher:
         _launch(driver.active.emulation, self._source, self._metadata, (x, y, z), code, arguments)
 
 
-class Utilities:
-    """Of a driver. The code is its own handle."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def load_binary(self, name: str, code: bytes, *_: Any) -> tuple[int, bytes, int, int, int]:
-        return 1, code, 32, 0, 1024
-
-    def unload_module(self, *_: Any) -> None:
-        pass
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        shared, lanes = SHARED[self._target.backend], self._target.warp_size
-        return {"max_shared_mem": shared, "multiprocessor_count": 4, "warpSize": lanes, "max_num_regs": 65536}
-
-
 class EmulatedDriver:
     """What Triton asks of a driver."""
 
@@ -113,7 +97,14 @@ class EmulatedDriver:
 
     def __init__(self, emulation: Emulation) -> None:
         self.emulation = emulation
-        self.utils = Utilities(_target(emulation.target))
+        target = self.get_current_target()
+        properties = {"max_shared_mem": SHARED[target.backend], "warpSize": target.warp_size}
+        properties |= {"multiprocessor_count": 4, "max_num_regs": 65536}
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, code, *_: (1, code, 32, 0, 1024),  # the code is its own handle
+            unload_module=lambda *_: None,
+            get_device_properties=lambda _: properties,
+        )
         # A number for each target: Triton keeps the kernels of a device.
         self._number = 1000 + int.from_bytes(emulation.target.encode(), "big")
 

@@ -1,5 +1,6 @@
 """The C kernels in every variant this machine can run, against the specification; and what happens without them."""
 
+import errno
 import os
 import shutil
 import stat
@@ -530,6 +531,10 @@ def test_a_full_disk_is_no_reason_for_a_slower_variant(load, compiler, monkeypat
     compiler("exit 1")  # killed, for example
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     with pytest.raises(build.BuildError, match="100,000 bytes free"):
+        load()
+    error = OSError(errno.EDQUOT, "Disk quota exceeded")
+    monkeypatch.setattr(build, "_build", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(build.BuildError, match=r"Disk quota exceeded\. Free some space"):
         load()
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
@@ -21,6 +20,7 @@ import finetune  # noqa: E402
 from chat_model import Chat  # noqa: E402
 
 from lightning_qlora import PagedAdamW, QLoRALinear, convert, load_from_checkpoint, save_adapter  # noqa: E402
+from tests.conftest import make_trainer  # noqa: E402
 from tests.toys import chat_model  # noqa: E402
 
 TEXTS = [
@@ -173,17 +173,8 @@ def test_a_step_is_the_mean_over_answer_tokens_however_they_are_divided(base, tm
     for name, parameter in module.model.named_parameters():
         expected[name] -= 0.1 * parameter.grad
     module.zero_grad()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=1,
-        accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    arguments = {"max_steps": 1, "accumulate_grad_batches": accumulate, "limit_val_batches": 0}
+    trainer = make_trainer(tmp_path, enable_checkpointing=False, **arguments)
     trainer.fit(module, data)
     torch.testing.assert_close(dict(module.model.named_parameters()), expected, rtol=1e-4, atol=1e-5)
     assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == accumulate

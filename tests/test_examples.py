@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
@@ -40,6 +39,7 @@ import smollm2  # noqa: E402
 import trainer  # noqa: E402
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
+from tests.conftest import make_trainer  # noqa: E402
 from tests.toys import BERT, chat_model  # noqa: E402
 
 docstring_qa.read_pairs = functools.cache(docstring_qa.read_pairs)  # takes 3 seconds, and every script reads them
@@ -189,13 +189,13 @@ class TestCausalLM:
                 picked = module.model(**batch).logits[:, :-1].float()[labels != -100]
                 loss += F.cross_entropy(picked, labels[labels != -100], reduction="sum").item()
                 count += len(picked)
-        measured = quiet_trainer().validate(module, data, verbose=False)[0]["perplexity"]
+        measured = make_trainer(None).validate(module, data, verbose=False)[0]["perplexity"]
         assert measured == pytest.approx(math.exp(loss / count), rel=1e-4)
 
     def test_all_weights_train_without_the_plugin(self, base, data):
         module = causal_lm.CausalLM(base, lr=1e-2)
         before = {name: p.detach().clone() for name, p in module.named_parameters()}
-        quiet_trainer(max_steps=2).fit(module, data)
+        make_trainer(None, max_steps=2, enable_checkpointing=False).fit(module, data)
         assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
@@ -219,19 +219,6 @@ def reviews(folder):
     text = "\n".join(["category,text,movie_name", "plot,a story,0", *rows])
     (data / "rotten_tomatoes_corpus_full.csv.bz2").write_bytes(bz2.compress(text.encode()))
     return folder
-
-
-def quiet_trainer(**arguments):
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **arguments,
-    )
 
 
 class TestScripts:

@@ -50,6 +50,11 @@ CHAT_TEMPLATE = (
 NAMES = ("llama", "gpt2", "bert", "t5")
 
 
+def assert_equal(ours, expected):
+    """Assert that tensors, or lists and dicts of tensors, are exactly equal."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
 def needs(package: str, least: str, reason: str):
     """A mark for tests of what older versions of a package can't do."""
     installed = tuple(int(part) for part in version(package).split(".")[:2])

@@ -59,7 +59,7 @@ class ExpertStack(NamedTuple):
     flat: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """The adapters of a model; names are those in the base model.
 
@@ -91,18 +91,18 @@ class Adapter:
     expert_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     peft_config: dict[str, Any] = field(default_factory=dict)
     as_parameters: frozenset[str] = frozenset()
-    saved: dict[str, Tensor] = field(default_factory=dict)
-    modules_to_save: list[str] = field(default_factory=list)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    target_modules: str | list[str] = field(default_factory=list)
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False
-    lora_dropout: float = 0.0
-    task_type: str | None = None
-    base_model: str | None = None
-    quantization: dict[str, Any] | None = None
+    saved: dict[str, Tensor]
+    modules_to_save: list[str]
+    tokens: dict[str, list[int]]
+    target_modules: str | list[str]
+    use_rslora: bool
+    fan_in_fan_out: bool
+    lora_dropout: float
+    task_type: str | None
+    base_model: str | None
+    quantization: dict[str, Any] | None
     bases: dict[str, list[PackedWeight]] = field(default_factory=dict)
-    base_fingerprints: dict[str, int] = field(default_factory=dict)
+    base_fingerprints: dict[str, int]
     source: str = "adapter_model.safetensors"
 
     def __post_init__(self) -> None:

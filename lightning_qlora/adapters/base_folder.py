@@ -157,9 +157,7 @@ def _candidates(config: Any, adapter: Adapter, trust_remote_code: bool) -> Itera
     architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
     classes = [architecture]
     if not hasattr(transformers, architecture):
-        classes = []
-        if trust_remote_code:
-            classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+        classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     heads = [v for key, v in adapter.saved.items() if v.ndim == 2 and ("classifier" in key or "score" in key)]
     for number, name in enumerate([*classes, *OTHER_CLASSES]):
         if number == len(classes) and heads:

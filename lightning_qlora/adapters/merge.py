@@ -54,7 +54,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 
 
 @torch.no_grad()
-def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype = "auto") -> Module:
+def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) -> Module:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     layers = adapted_layers(module)
     if not layers:
@@ -106,7 +106,7 @@ def _round_full_precision(module: nn.Module, prefix: str, dtype: MergeDtype) -> 
     undo_full_precision(module)
 
 
-def merged_weight(layer: LoRALayer, dtype: torch.dtype, name: str, weight: Tensor | None = None) -> Tensor:
+def merged_weight(layer: LoRALayer, dtype: torch.dtype, name: str, weight: Tensor | None) -> Tensor:
     """W + s B A, with DoRA m (W + s B A) / ||W + s B A||, in `dtype` and in the shape of the dense layer.
 
     W: `weight`, [out, in] or for a stack [experts, out, in]; None: the 4-bit weight, decoded to its type.

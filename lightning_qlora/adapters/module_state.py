@@ -97,12 +97,9 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     saved = saved_conversion(root, conversion.config)
     for name, part in _converted_parts(root):
         _restore(part, state_dict, f"{prefix}{name}.")
-    layers = {name for name, _ in _named_layers(root)}
-    for name in saved.fingerprints:
-        if name in layers:
-            pop_base(state_dict, prefix + _prefix(name))
-        else:
-            state_dict.pop(prefix + name, None)
+    for name in saved.fingerprints:  # of a parameter or a layer
+        state_dict.pop(prefix + name, None)
+        pop_base(state_dict, prefix + _prefix(name))
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
 
 

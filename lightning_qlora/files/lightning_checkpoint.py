@@ -104,7 +104,7 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
     return state
 
 
-def read_index(path: Path, weights_only: bool = True) -> Any:
+def read_index(path: Path, weights_only: bool) -> Any:
     """The index of shards, torch's `Metadata`; weights_only=False runs code in its pickle.
 
     Raises UnpicklingError for classes that torch.distributed.checkpoint does not write into an index, and ValueError

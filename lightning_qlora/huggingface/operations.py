@@ -200,7 +200,7 @@ class Compose(ConversionOps):
             return None
         parts = [_of_expert(tensors, i, stack.experts) for i in range(stack.experts)]
         place = model.get_parameter(name)
-        experts = (self._one(part, arguments) for part in parts if part is not None)
+        experts = (single_tensor(*self._run(part, arguments).values()) for part in parts if part is not None)
         if (first := next(experts, None)) is None or first.shape != (1, *place.shape[1:]):
             return None
         values = (value[0].to(place.dtype) for value in chain([first], experts))
@@ -211,11 +211,6 @@ class Compose(ConversionOps):
         for operation in self.operations:
             tensors = operation.convert(tensors, **arguments)
         return tensors
-
-    def _one(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> Tensor:
-        """The one tensor that operations make of others."""
-        (value,) = self._run(tensors, arguments).values()
-        return single_tensor(value)
 
 
 def _keeps_experts_apart(operation: ConversionOps) -> bool:

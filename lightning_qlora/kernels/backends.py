@@ -20,7 +20,6 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 IN_PLACE = ("adamw_step", "adamw8bit_step")  # all other ops return new tensors, or write all of one
-Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
 class Backend:
@@ -32,7 +31,7 @@ class Backend:
     to_half: Callable[[Tensor], Half]
     lora_project: Callable[..., Tensor]
     linear_into: Callable[..., None]
-    linear_backward: Callable[..., Gradients]
+    linear_backward: Callable[..., tuple[Tensor | None, Tensor, Tensor]]
     grouped_linear: Callable[..., tuple[Tensor, Tensor]]
     grouped_linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast

@@ -44,10 +44,6 @@ class Half(NamedTuple):
         """The device of the values."""
         return self.values.device
 
-    def part(self, index: int | slice) -> "Half":
-        """Some of the rows, or one matrix of a stack."""
-        return Half(self.values[index], self.factor)
-
     def to_fp32(self) -> Tensor:
         """The matrix in fp32, exact."""
         return self.values.float() * self.factor

@@ -70,7 +70,7 @@ class _LoraLinear(torch.autograd.Function):
         weight, lora, projected = rest
         y, xa, rows = ops.lora_project(x, weight, bias, lora)
         ctx.save_for_backward(x, xa, lora_a, lora_b)
-        ctx.rest = weight, lora[2:], None if bias is None else bias.dtype
+        ctx.rest = weight, lora[2:]
         projected += (rows, xa)
         return y
 
@@ -78,12 +78,12 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, xa, lora_a, lora_b = ctx.saved_tensors
-        weight, choices, bias_dtype = ctx.rest
+        weight, choices = ctx.rest
         needs_x, needs_bias, *_ = ctx.needs_input_grad
         grads = ops.lora_linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, *choices), needs_x)
         of_bias = None
         if needs_bias:
-            of_bias = grad_bias(grad, bias_dtype)
+            of_bias = grad_bias(grad)
         return grads[0], of_bias, grads[1], grads[2], None
 
 
@@ -100,15 +100,15 @@ def refuse_second_derivative() -> None:
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, packed, absmax, nested, *form, bias, lora_a, lora_b, scaling, p, seed, in_fp16 = inputs
+    x, packed, absmax, nested, *form, _, lora_a, lora_b, scaling, p, seed, in_fp16 = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], packed, absmax, nested, lora_a, lora_b, seed)
-    ctx.choices = form, scaling, p, in_fp16, None if bias is None else bias.dtype
+    ctx.choices = form, scaling, p, in_fp16
 
 
 def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, xa, packed, absmax, nested, lora_a, lora_b, seed = ctx.saved_tensors
-    form, scaling, p, in_fp16, bias_dtype = ctx.choices
+    form, scaling, p, in_fp16 = ctx.choices
     needs_x = ctx.needs_input_grad[0]
     needs_bias = ctx.needs_input_grad[7]
     grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
@@ -116,16 +116,16 @@ def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     )
     of_bias = None
     if needs_bias:
-        of_bias = grad_bias(grad, bias_dtype)
+        of_bias = grad_bias(grad)
     return grad_x if needs_x else None, *[None] * 6, of_bias, grad_a, grad_b, *[None] * 4
 
 
 ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op)
 
 
-def grad_bias(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of a bias: the sum over rows."""
-    return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
+def grad_bias(grad: Tensor) -> Tensor:
+    """The gradient of a bias: the sum over rows. Autograd casts it to the type of the bias."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 def is_eager(x: Tensor, lora_a: Tensor) -> bool:

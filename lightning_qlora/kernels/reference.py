@@ -182,7 +182,7 @@ def _dropped(x: Tensor | Half, lora: LoRA) -> Any:
 
 
 def _part(x: Tensor | Half, rows: slice) -> Any:
-    return x.part(rows) if isinstance(x, Half) else x[rows]
+    return Half(x.values[rows], x.factor) if isinstance(x, Half) else x[rows]
 
 
 def _groups(ends: Tensor) -> list[slice]:

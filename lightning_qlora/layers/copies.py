@@ -3,7 +3,6 @@
 After conversion the module trains adapters, and code that pairs the parameters of both averages others than before.
 """
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.fingerprint import has_values, is_strided
-from lightning_qlora.layers.names import name_endings, owner_name
+from lightning_qlora.layers.names import name_endings, owner_name, without_numbers
 from lightning_qlora.layers.selection import Selection
 
 SAMPLES = 16  # elements of a weight that are compared first
@@ -49,7 +48,7 @@ def find_copies(module: nn.Module, choice: Selection) -> list[Copy]:
     copies = []
     for tensors in groups.values():
         for place, (name, tensor) in enumerate(tensors):
-            earlier = [each for each in tensors[:place] if _without_numbers(each[0]) != _without_numbers(name)]
+            earlier = [each for each in tensors[:place] if without_numbers(each[0]) != without_numbers(name)]
             if not earlier:
                 continue
             original, values = max(earlier, key=lambda each: len(_common_ending(name, each[0])))
@@ -86,10 +85,6 @@ def _sample(tensor: Tensor) -> tuple[float, ...] | None:
     ]
     values: list[float] = tensor[tuple(places)].float().tolist()
     return None if len({*values}) == 1 else tuple(values)
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
 
 
 def _common_ending(name: str, other: str) -> str:

@@ -1,6 +1,5 @@
 """Output embeddings that return deferred logits in training: which layers they are, and how their class changes."""
 
-import re
 from collections import Counter
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from lightning_qlora.layers.derived import Derived, derive, original_class, rest
 from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import is_packed
-from lightning_qlora.layers.names import last_part
+from lightning_qlora.layers.names import last_part, without_numbers
 from lightning_qlora.layers.provenance import OUTPUT_EMBEDDINGS, get_output_embeddings
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
@@ -96,8 +95,8 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
     outside = {name: layer for name, layer in module.named_modules() if id(layer) not in in_models}
     sizes = {layer.num_embeddings for layer in outside.values() if isinstance(layer, nn.Embedding)}
     fitting = {name: layer for name, layer in outside.items() if _is_plain(layer) and layer.out_features in sizes}
-    repeated = Counter(re.sub(r"\d+", "*", name) for name in fitting)
-    heads |= {id(layer) for name, layer in fitting.items() if repeated[re.sub(r"\d+", "*", name)] == 1}
+    repeated = Counter(map(without_numbers, fitting))
+    heads |= {id(layer) for name, layer in fitting.items() if repeated[without_numbers(name)] == 1}
     return {
         name: layer
         for name, layer in module.named_modules()

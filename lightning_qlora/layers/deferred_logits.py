@@ -88,11 +88,6 @@ class DeferredLogits(Readable):
         """Deferred logits of other rows, or of the same in another shape."""
         return DeferredLogits(hidden, self.source, self.dtype, self.functions, (self, of_parent)).attached()
 
-    def elementwise(self, function: Function, dtype: torch.dtype) -> Tensor:
-        """Deferred logits that are a function of each element of these."""
-        functions = (*self.functions, function)
-        return DeferredLogits(self.hidden, self.source, dtype, functions, (self, function)).attached()
-
     def compute(self, hidden: Tensor) -> Tensor:
         """The logits of some rows of hidden states."""
         logits = self.source.compute(hidden)
@@ -240,7 +235,8 @@ def _deferred(func: Any, logits: DeferredLogits, args: tuple[Any, ...], kwargs: 
         if result.device == logits.device and result.is_floating_point():
             if func in CASTS and result.dtype is logits.dtype:
                 return logits
-            return logits.elementwise(function, result.dtype)
+            functions = (*logits.functions, function)
+            return DeferredLogits(logits.hidden, logits.source, result.dtype, functions, (logits, function)).attached()
     return None
 
 

@@ -101,10 +101,8 @@ class _WithMagnitude(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, magnitude: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, magnitude)
-        ctx.bias_dtype = None
         if bias is None:
             return y.clone()  # code after the layer may write to it
-        ctx.bias_dtype = bias.dtype
         return (y + bias).to(y.dtype)
 
     @staticmethod
@@ -119,5 +117,5 @@ class _WithMagnitude(torch.autograd.Function):
         grad_magnitude = torch.where(magnitude == 0, 0, total / magnitude).to(magnitude.dtype)
         of_bias = None
         if ctx.needs_input_grad[2]:
-            of_bias = grad_bias(grad, ctx.bias_dtype)
+            of_bias = grad_bias(grad)
         return grad, grad_magnitude, of_bias

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.checks import shown
+from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
-from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, read_bnb_meta
+from lightning_qlora.layers.packed_linear import ARGUMENTS, BASE
+from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 
 SAME_FUNCTION = ("use_rslora", "use_dora", "lora_alpha")  # arguments that change what an adapter computes
@@ -87,16 +88,16 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     can be computed: the three tensors by their names, and bitsandbytes' description of the weight.
     """
     key = f"{prefix}weight"
-    more = {"adapter": {name: getattr(layer.config, name) for name in SAME_FUNCTION}}
+    entries = {prefix + ARGUMENTS: json_bytes({name: getattr(layer.config, name) for name in SAME_FUNCTION})}
     if not layer.is_stack and not is_sharded(layer.packed):
-        return layer.packed_weight.bnb_state_dict(key, more)
-    entries = {prefix + name: getattr(layer, name).detach() for name in BASE}
-    return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, more)
+        return entries | layer.packed_weight.bnb_state_dict(key)
+    entries |= {prefix + name: getattr(layer, name).detach() for name in BASE}
+    return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, {})
 
 
 def pop_base(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Remove the base of a layer, dense or in 4 bits, from a state dict; returns its entries."""
-    keys = (*(prefix + name for name in BASE), *bnb_keys(f"{prefix}weight"))
+    keys = (*(prefix + name for name in (ARGUMENTS, *BASE)), *bnb_keys(f"{prefix}weight"))
     return {key: state_dict.pop(key) for key in keys if key in state_dict}
 
 
@@ -127,10 +128,8 @@ def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes
     return weight, getattr(torch, meta["dtype"])
 
 
-def check_same_arguments(layer: LoRALayer, saved: Any) -> None:
+def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
     """CheckpointMismatchError if a layer has other arguments than the saved ones, by which its adapter computes."""
-    if not isinstance(saved, Mapping):
-        return
     for argument in SAME_FUNCTION:
         value = getattr(layer.config, argument)
         if argument in saved and saved[argument] != value:
@@ -186,9 +185,9 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     if not has_base(state_dict, prefix):
         return False
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
-    if with_adapter:
-        meta = read_bnb_meta(entries, key) or {}
-        check_same_arguments(layer, meta.get("adapter"))
+    arguments = entries.pop(prefix + ARGUMENTS, None)
+    if with_adapter and arguments is not None:
+        check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ARGUMENTS))
     packed: Any = None
     expected = layer._shape
     if prefix + BASE[0] in entries:

@@ -62,6 +62,11 @@ def without_wrappers(name: str, wrappers: Collection[str] = (COMPILED, CHECKPOIN
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
+def without_numbers(name: str) -> str:
+    """A name with * for every number."""
+    return re.sub(r"\d+", "*", name)
+
+
 def stack_name(parameter: str) -> str:
     """The name of the module that a parameter with all experts becomes; the layer has the name of the parameter."""
     return parameter + _EXPERTS

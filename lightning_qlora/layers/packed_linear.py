@@ -20,6 +20,7 @@ from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
+ARGUMENTS = "adapter_arguments"  # key of those of the adapter in a state dict with a base
 
 
 class PackedLayer(HeldTypes, nn.Module):
@@ -172,7 +173,7 @@ class PackedLayer(HeldTypes, nn.Module):
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Where torch.distributed.checkpoint, which follows keys as attributes, finds the entries of the weight."""
-        return {"weight": "_keys"}
+        return {"weight": "_keys", ARGUMENTS: "_keys"}
 
     @property
     def _keys(self) -> "_Keys":

@@ -213,8 +213,3 @@ def names_of_stack(names: LayerNames, stack: ExpertParameter) -> LayerNames:
     """The names of a stack of experts: its own, and for patterns those of the module that holds it."""
     own = [join(name, stack.key) for name in names.all]
     return LayerNames(own + names.all, join(names.seed_name, stack.key))
-
-
-def has_adapter(layer: nn.Module) -> bool:
-    """Whether a layer is in 4 bits in a converted module."""
-    return isinstance(layer, LoRALayer) and not layer.loaded

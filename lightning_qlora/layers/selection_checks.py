@@ -14,7 +14,7 @@ from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, last_part, matches, matches_outer, names_of_modules
 from lightning_qlora.layers.provenance import LOADED
-from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection, has_adapter, names_of_stack
+from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection, names_of_stack
 from lightning_qlora.layers.token_selection import check_tokens
 
 # Parameters or modules of a layer with an adapter, by their names in lower case.
@@ -89,7 +89,8 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
     for name, layer in layers.items():
         for stack in expert_parameters(layer):
             names_of[join(name, stack.key)] = names_of_stack(choice.names[id(layer)], stack).all
-    converted = [*choice.convert, *(name for name, layer in layers.items() if has_adapter(layer))]
+    earlier = [name for name, layer in layers.items() if isinstance(layer, LoRALayer) and not layer.loaded]
+    converted = [*choice.convert, *earlier]
     dense = choice.reasons(TRAIN, SKIP, WARN)
     for pattern in patterns_of(config):
         names = layers if pattern.argument == "modules_to_save" else names_of
@@ -150,9 +151,8 @@ def foreign_adapter(module: nn.Module) -> str | None:
         peft = sys.modules.get(f"peft.{file}")
         if peft is not None and isinstance(module, getattr(peft, base)):
             return f"{kind}, a {part} with a PEFT adapter"
-    names = {
-        name.lower() for name in (*module._parameters.keys(), *module._modules.keys())
-    }  # ScriptModules need keys()
+    # ScriptModules need keys()
+    names = {name.lower() for name in (*module._parameters.keys(), *module._modules.keys())}
     if not isinstance(module, LoRALayer) and any(names.issuperset(pair) for pair in FOREIGN):
         return f"{kind}, a layer that contains another library's adapter"
     return None

@@ -160,10 +160,10 @@ def mean_in_fixed_order(values: Tensor) -> Tensor:
     return _in_order([rest, *per_lane]) / values.new_full((), n)
 
 
-def _cascade(rows: Tensor, step: int, levels: int = 4) -> Tensor:
-    """Sum over dim 0 in groups of `step`, then over groups of groups; the rest of each level is added at the end."""
+def _cascade(rows: Tensor, step: int) -> Tensor:
+    """Sum over dim 0 in groups of `step`, then twice over groups of groups; the rest of each level is added last."""
     sums = []
-    for _ in range(levels - 1):
+    for _ in range(3):
         groups = len(rows) // step
         sums.append(_in_order([torch.zeros_like(rows[:1].sum(0)), *rows[groups * step :]]))
         rows = _in_order(list(rows[: groups * step].view(groups, step, *rows.shape[1:]).unbind(1)))

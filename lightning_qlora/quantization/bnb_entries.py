@@ -25,8 +25,12 @@ def bnb_meta(
         "shape": [*shape],
         **more,
     }
-    text = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
-    return {f"{prefix}.{META}{quant_type}": text}
+    return {f"{prefix}.{META}{quant_type}": json_bytes(meta)}
+
+
+def json_bytes(values: Mapping[str, Any]) -> Tensor:
+    """A JSON object as uint8."""
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def bnb_keys(prefix: str) -> list[str]:

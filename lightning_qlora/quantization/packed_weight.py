@@ -205,11 +205,8 @@ class PackedWeight:
             dtype=dtype,
         )
 
-    def bnb_state_dict(self, prefix: str = "weight", more: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict).
-
-        `more` is added to the JSON object; bitsandbytes refuses names that it does not have.
-        """
+    def bnb_state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """The state dict of bitsandbytes' Linear4bit: its keys and bytes (functional.py, QuantState.as_dict)."""
         meta: dict[str, Any] = {}
         entries = {"absmax": self.absmax, "quant_map": codebook(self.quant_type).levels.to(self.packed.device)}
         if self.nested_absmax is not None:
@@ -222,8 +219,7 @@ class PackedWeight:
             if value.is_floating_point():  # averages of state dicts write to it, and the tables are shared by weights
                 value = value.clone()
             state[f"{prefix}.{name}"] = value
-        shape = self.shape, self.quant_type, self.block_size, self.dtype
-        return state | bnb_meta(prefix, *shape, meta | {**(more or {})})
+        return state | bnb_meta(prefix, self.shape, self.quant_type, self.block_size, self.dtype, meta)
 
     @classmethod
     def from_bnb_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> "PackedWeight":

@@ -103,7 +103,6 @@ def _backward(output: Any) -> None:
     if isinstance(output, Mapping) and output.get("loss") is not None:
         output = output["loss"]
     losses = [_loss(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    del output
     losses = [loss for loss in losses if loss.requires_grad]
     if losses:
         gradients = [torch.empty(loss.shape, dtype=loss.dtype, device="cpu") for loss in losses]

@@ -312,7 +312,3 @@ def _plain(message: str) -> str:
     if hints:
         message += "."
     return " ".join([message, *hints])
-
-
-if __name__ == "__main__":
-    main()

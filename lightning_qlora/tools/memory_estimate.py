@@ -19,7 +19,6 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
-from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
@@ -176,8 +175,9 @@ class PlannedRun:
         with self._mode:
             self.model = fake_copy(model)
             self._example = fake_example(example, self._mode)
-            decide = reason_for_fp32 if device == "cpu" else _no_reason
-            self._report = convert_module(self.model, config, Run(decide=decide))
+            # The tensors without data are on the CPU.
+            run = Run() if device == "cpu" else Run(decide=lambda *_: None)
+            self._report = convert_module(self.model, config, run)
             run_without_data(self.model)
         layers = packed_layers(self.model)
         packed = packed_bytes(layers)
@@ -215,10 +215,6 @@ class PlannedRun:
             counted_activations=step is not None,
             layers=self._report.rows(),
         )
-
-
-def _no_reason(*_: Any) -> None:
-    """`reason_for_fp32` of a GPU: the tensors without data are on the CPU."""
 
 
 def _decode_buffers(layers: Iterable[Any]) -> int:

@@ -118,15 +118,12 @@ def warn_after_conversion(
 def warn_of_slow_products(module: nn.Module, device: torch.device | None) -> None:
     """Warn if compute_dtype asks for a type in which the device of a module is slow."""
     layer = next(iter(adapted_layers(module).values()), None)
-    if layer is None:
+    if layer is None or layer.config.compute_dtype != "bf16":
         return
-    name = layer.config.compute_dtype
-    reason = None
-    if name == "bf16":
-        reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
+    reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
     if reason is not None:
         rank_zero_warn(
-            f"compute_dtype={name!r}: {reason}. With compute_dtype='auto' the module is held in fp32 here, and "
+            f"compute_dtype='bf16': {reason}. With compute_dtype='auto' the module is held in fp32 here, and "
             "computes in it; files and merged weights have the same types.",
             stacklevel=2,
         )

@@ -53,7 +53,8 @@ class ConvertedModules:
         in_16_bits |= {id(parameter) for _, parameter, _ in full_precision_parameters(module)}
         trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
         trains_fp32 = any(p.dtype is torch.float32 and id(p) not in in_16_bits for p in trained)
-        self._converted[module] = _Converted(report, _device_type(module), trains_fp32, Audit(report.unused))
+        device = next((layer.packed.device.type for layer in _layers(module)), "cpu")
+        self._converted[module] = _Converted(report, device, trains_fp32, Audit(report.unused))
         return report
 
     def audit(self, optimizer: Optimizer) -> None:
@@ -100,10 +101,6 @@ class ConvertedModules:
 
 def _layers(module: nn.Module) -> Iterator[LoRALayer]:
     return (part for part in module.modules() if isinstance(part, LoRALayer))
-
-
-def _device_type(module: nn.Module) -> str:
-    return next((layer.packed.device.type for layer in _layers(module)), "cpu")
 
 
 def _autocast_dtype(module: nn.Module, trains_fp32: bool) -> torch.dtype | None:

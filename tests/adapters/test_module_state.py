@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, merge, save_adapter
-from lightning_qlora.layers.fingerprint import fingerprint
 from tests.conftest import Classifier, fingerprints, loader
 
 
@@ -49,12 +48,25 @@ def same_output(one, other):
 
 
 def test_a_checkpoint_holds_what_trains_and_fingerprints():
-    state = trained().state_dict()
+    module = trained()
+    with torch.no_grad():
+        module[0].weight.copy_(module[0].weight.clone())  # as DDP does when it broadcasts
+    state = module.state_dict()
     assert state.keys() == {
         "1.lora_A", "1.lora_B", "3.lora_A", "3.lora_B", "4.weight", "4.bias", "2.running_mean", "2.running_var",
         "2.num_batches_tracked", "_qlora_conversion",
     }  # fmt: skip
+    assert len(state["_qlora_conversion"]) == 4096  # padded, as sharded checkpoints load into tensors of equal sizes
     assert fingerprints(state).keys() == {"0.weight", "1", "1.bias", "2.weight", "2.bias", "3", "3.bias"}
+
+
+def test_bitsandbytes_reads_the_4_bit_weights_of_a_full_checkpoint():
+    bnb = pytest.importorskip("bitsandbytes")
+    module = trained(checkpoint="full")
+    state = module.state_dict()
+    entries = {key.removeprefix("1.weight."): value for key, value in state.items() if key.startswith("1.weight.")}
+    weight = bnb.nn.Params4bit.from_prequantized(state["1.weight"], entries, device="cpu")
+    assert torch.equal(bnb.functional.dequantize_4bit(weight.data, weight.quant_state), module[1].decode())
 
 
 def test_a_dense_checkpoint_of_the_module_is_quantized_on_load():
@@ -142,14 +154,6 @@ def test_parameters_that_were_replaced_are_kept(same_object, rows):
     assert same_output(source, target)
 
 
-def test_a_frozen_parameter_that_was_overwritten_with_its_own_value_is_left_out():
-    """DDP does so when it broadcasts."""
-    source = trained()
-    with torch.no_grad():
-        source[0].weight.copy_(source[0].weight.clone())
-    assert "0.weight" not in source.state_dict()
-
-
 @pytest.mark.filterwarnings("ignore:No layer was converted")
 @pytest.mark.parametrize("between", [merge, lambda module: None], ids=["merged", "no layer is large enough"])
 def test_a_module_that_is_converted_again_saves_what_one_conversion_saves(between):
@@ -162,22 +166,6 @@ def test_a_module_that_is_converted_again_saves_what_one_conversion_saves(betwee
     convert(once, r=1)
     found, expected = module.state_dict(), once.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-
-
-def test_the_fingerprint_sees_every_bit_and_the_order_and_ignores_the_float_type():
-    x = torch.randn(1000).bfloat16()
-    assert fingerprint(x) == fingerprint(x.float())
-    changed = x.clone()
-    changed[777] = changed[777] * 1.01
-    assert fingerprint(x) != fingerprint(changed)
-    assert fingerprint(x) != fingerprint(x.flip(0))
-    assert fingerprint(x, x) != fingerprint(torch.cat([x, x]))
-    data = torch.randint(0, 256, (3_000_001,), dtype=torch.uint8)
-    assert fingerprint(data) == fingerprint(data.clone())
-    for place in (0, 1_234_567, 3_000_000):
-        flipped = data.clone()
-        flipped[place] ^= 1
-        assert fingerprint(data) != fingerprint(flipped)
 
 
 def test_a_shared_layer_is_saved_and_loaded():
@@ -201,21 +189,18 @@ def test_a_shared_layer_is_saved_and_loaded():
 ARGUMENTS = [{}, {"checkpoint": "full"}, {"init_lora_weights": "pissa"}]
 
 
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+@pytest.mark.parametrize("arguments", [*ARGUMENTS, "dense"], ids=str)
 def test_a_lazily_loaded_checkpoint(arguments, tmp_path):
     """Lightning's `_lazy_load` returns objects that load their tensor at the first use."""
-    source, target = trained(**arguments), fresh(**arguments)
+    if arguments == "dense":
+        source, target = mlp(scale=1.7), fresh()
+    else:
+        source, target = trained(**arguments), fresh(**arguments)
     torch.save(source.state_dict(), tmp_path / "x.ckpt")
     target.load_state_dict(_lazy_load(tmp_path / "x.ckpt"))
+    if arguments == "dense":
+        convert(source, r=8)
     assert same_output(source, target)
-
-
-def test_a_lazily_loaded_checkpoint_of_the_dense_module(tmp_path):
-    other, target = mlp(scale=1.7), fresh()
-    torch.save(other.state_dict(), tmp_path / "x.ckpt")
-    target.load_state_dict(_lazy_load(tmp_path / "x.ckpt"))
-    convert(other, r=8)
-    assert same_output(other, target)
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)

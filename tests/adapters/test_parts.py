@@ -82,6 +82,8 @@ def test_a_part_with_another_scale_is_refused_and_one_without_its_base_is_incomp
     state = build().encoder.state_dict()
     with pytest.raises(CheckpointMismatchError, match=r"0: lora_alpha is 16 in the checkpoint and 8 here"):
         build(lora_alpha=8).encoder.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"3\.adapter_arguments: not valid JSON"):
+        build().encoder.load_state_dict({**state, "3.adapter_arguments": torch.zeros(2, dtype=torch.uint8)})
     with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):  # the bytes
         encoder().load_state_dict(state, strict=False)
     of_whole = {key: value for key, value in build().state_dict().items() if key.startswith("encoder.")}

@@ -22,27 +22,15 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a - np.fmod(a, b)) // b
 
 
-def _largest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.fmax(a, b)  # of a number and NaN the number
-
-
-def _smallest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.fmin(a, b)
-
-
-def _or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a | b
-
-
 # name: the function of the operands, in the type that the name ends with
 FUNCTIONS: dict[str, Function] = {
     "add": np.add,
     "sub": np.subtract,
     "div": _divide,
-    "max": _largest,
-    "min": _smallest,
+    "max": np.fmax,  # of a number and NaN the number
+    "min": np.fmin,
     "and": np.bitwise_and,
-    "or": _or,
+    "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
     "neg": np.negative,

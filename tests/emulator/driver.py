@@ -7,8 +7,9 @@ and the launches of `kernels/triton/launch.py`. For NVIDIA the last stage, ptxas
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,13 +36,11 @@ class Emulation:
         target: "sm_80", "sm_90", ... or "gfx942", "gfx1100", ...
         reachable: Gives the tensors that kernels reach without getting them as arguments, through tables of addresses.
         change: Changes the code before it runs, to see that a bug in it is noticed.
-        executed: Instructions of each kernel, one for all threads that execute it at the same time.
     """
 
     target: str
     reachable: Callable[[], list[Tensor]] = list
     change: Callable[[bytes], bytes] | None = None
-    executed: dict[str, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -91,23 +90,6 @@ class Launcher:
         _launch(driver.active.emulation, self._source, self._metadata, (x, y, z), code, arguments)
 
 
-class Utilities:
-    """Of a driver. The code is its own handle."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def load_binary(self, name: str, code: bytes, *_: Any) -> tuple[int, bytes, int, int, int]:
-        return 1, code, 32, 0, 1024
-
-    def unload_module(self, *_: Any) -> None:
-        pass
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        shared, lanes = SHARED[self._target.backend], self._target.warp_size
-        return {"max_shared_mem": shared, "multiprocessor_count": 4, "warpSize": lanes, "max_num_regs": 65536}
-
-
 class EmulatedDriver:
     """What Triton asks of a driver."""
 
@@ -115,7 +97,14 @@ class EmulatedDriver:
 
     def __init__(self, emulation: Emulation) -> None:
         self.emulation = emulation
-        self.utils = Utilities(_target(emulation.target))
+        target = self.get_current_target()
+        properties = {"max_shared_mem": SHARED[target.backend], "warpSize": target.warp_size}
+        properties |= {"multiprocessor_count": 4, "max_num_regs": 65536}
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, code, *_: (1, code, 32, 0, 1024),  # the code is its own handle
+            unload_module=lambda *_: None,
+            get_device_properties=lambda _: properties,
+        )
         # A number for each target: Triton keeps the kernels of a device.
         self._number = 1000 + int.from_bytes(emulation.target.encode(), "big")
 
@@ -145,24 +134,15 @@ def _launch(
     ranges = [extent(tensor) for tensor in tensors if tensor.numel()]
     threads = metadata.num_warps * metadata.warp_size
     values = [*(_bytes(kind, value) for kind, value in given), bytes(8), bytes(8)]  # the last two: no scratch memory
-    execute = _execute_ptx if _target(emulation.target).backend == "cuda" else _execute_amd
-    executed = execute(emulation.target, code, grid, threads, metadata.shared, values, ranges)
-    emulation.executed[source.name] = emulation.executed.get(source.name, 0) + executed
-
-
-def _execute_ptx(target: str, code: bytes, grid: Any, threads: int, shared: int, values: Any, ranges: Any) -> int:
+    execute, make = run, lambda: Program(code.decode())
+    if _target(emulation.target).backend == "cuda":
+        values = [int.from_bytes(value, "little") for value in values]
+    else:  # these need tinygrad; two of them enter their instructions
+        machine, *_ = (import_module(f"tests.emulator.amd.{name}") for name in ("machine", "accesses", "lanes"))
+        execute, make = machine.run, lambda: machine.Program(code, emulation.target)
     if code not in PROGRAMS:
-        PROGRAMS[code] = Program(code.decode())
-    values = [int.from_bytes(value, "little") for value in values]
-    return run(PROGRAMS[code], grid, threads, shared, values, ranges)
-
-
-def _execute_amd(target: str, code: bytes, grid: Any, threads: int, shared: int, values: Any, ranges: Any) -> int:
-    # They need tinygrad; two of them enter their instructions.
-    machine, *_ = (import_module(f"tests.emulator.amd.{name}") for name in ("machine", "accesses", "lanes"))
-    if code not in PROGRAMS:
-        PROGRAMS[code] = machine.Program(code, target)
-    return machine.run(PROGRAMS[code], grid, threads, shared, values, ranges)
+        PROGRAMS[code] = make()
+    execute(PROGRAMS[code], grid, threads, metadata.shared, values, ranges)
 
 
 def _bytes(kind: str, value: Any) -> bytes:

@@ -48,8 +48,8 @@ def run(
     shared: int,
     values: list[int],
     ranges: list[tuple[int, int]],
-) -> int:
-    """Execute all blocks of a launch; how many instructions that were.
+) -> None:
+    """Execute all blocks of a launch.
 
     Args:
         grid: Number of blocks in each dimension.
@@ -62,12 +62,10 @@ def run(
     parameters = dict(zip(program.parameters, values, strict=True))
     places = [(x, y, z) for z, y, x in product(*map(range, reversed(grid)))]
     together = max(1, THREADS // threads)
-    executed = 0
     for first in range(0, len(places), together):
         blocks = Blocks(program, grid, places[first : first + together], first, threads, shared, parameters, memory)
         with np.errstate(all="ignore"):
-            executed += blocks.run()
-    return executed
+            blocks.run()
 
 
 class Blocks:
@@ -108,17 +106,17 @@ class Blocks:
             self._special[f"%nctaid.{name}"] = 0 * thread + grid[axis]
         self._constants: dict[tuple[Operand, str], np.ndarray] = {}
 
-    def run(self) -> int:
-        """Execute until all threads have ended; how many instructions that were."""
+    def run(self) -> None:
+        """Execute until all threads have ended."""
         instructions, leaders = self.program.instructions, self.program.leaders
         following = dict(pairwise(leaders))
         end, at = len(instructions), np.zeros(self.n, np.int64)
-        steps, executed = np.zeros(self.count, np.int64), 0
+        steps = np.zeros(self.count, np.int64)
         while True:
             lowest = at.reshape(self.count, self.threads).min(1)
             waiting = np.flatnonzero(lowest < end)
             if not len(waiting):
-                return executed
+                return
             now = int(lowest[waiting[steps[waiting].argmin()]])
             chosen = lowest == now
             steps[chosen] += 1
@@ -129,7 +127,6 @@ class Blocks:
             at[here] = following[now]
             for given in instructions[now : following[now]]:
                 self._execute(given, here, at)
-            executed += following[now] - now
 
     def _execute(self, given: Instruction, here: np.ndarray, at: np.ndarray) -> None:
         active = here

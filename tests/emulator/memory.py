@@ -29,9 +29,6 @@ class Actors(NamedTuple):
     warps: np.ndarray
     epochs: np.ndarray  # how many barriers the block has passed
 
-    def of(self, threads: np.ndarray) -> "Actors":
-        return Actors(self.blocks[threads], self.warps[threads], self.epochs[threads])
-
 
 @dataclass
 class Store:

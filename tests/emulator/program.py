@@ -23,7 +23,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Vector:
-    """{a, b, ...}, or a|b."""
+    """{a, b, ...}"""
 
     parts: tuple["Operand", ...]
 
@@ -129,8 +129,6 @@ class Program:
     def _operand(self, word: str) -> Operand:
         if word.startswith("<"):
             return Vector(tuple(self._operand(part) for part in _split(word[1:-1])))
-        if "|" in word:
-            return Vector(tuple(self._operand(part.strip()) for part in word.split("|")))
         if word.startswith("["):
             base, _, offset = word[1:-1].replace(" ", "").partition("+")
             return Address(self._operand(base), int(offset or "0", 0))

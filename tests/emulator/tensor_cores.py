@@ -199,30 +199,22 @@ def _tile(
     descriptors = np.where(groups[:, None], descriptors, descriptors[groups][:1])  # other blocks have none yet
     if (descriptors != descriptors[:, :1]).any():
         raise Fault("the threads of a warp group give different descriptors")
-    word = descriptors[:, 0].astype(object)
-    start, leading, stride = (
-        np.array([int(each) >> bit & 0x3FFF for each in word], np.int64) * 16 for bit in (0, 16, 32)
-    )
-    modes = {int(each) >> 62 for each in word}
-    if len(modes) > 1 or any(int(each) >> 49 & 7 for each in word):
+
+    def field(bit: int, mask: int) -> np.ndarray:
+        return (descriptors[:, :1, None] >> np.uint64(bit) & np.uint64(mask)).astype(np.int64)
+
+    start, lead, step = (field(bit, 0x3FFF) * 16 for bit in (0, 16, 32))
+    modes = {*field(62, 3).flat}
+    if len(modes) > 1 or field(49, 7).any():
         raise unknown(given, "descriptors with a base offset or of several swizzles")
-    mode = modes.pop()
-    swizzle = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
+    swizzle = {1: 128, 2: 64, 3: 32}[modes.pop()]
     row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
-    lead, step = leading[:, None, None], stride[:, None, None]
     if not transposed:
-        if mode:
-            offset = row % 8 * swizzle + row // 8 * step + k * 2
-        else:
-            offset = row % 8 * 16 + row // 8 * step + k // 8 * lead + k * 2 % 16
+        offset = row % 8 * swizzle + row // 8 * step + k * 2
     else:
         across = row * 2  # along the rows, which lie together
-        offset = across % swizzle + k % 8 * swizzle
-        if mode:
-            offset = offset + across // swizzle * lead + k // 8 * step
-        else:
-            offset = offset + across // swizzle * step + k // 8 * lead
-    at = start[:, None, None] + offset
+        offset = across % swizzle + k % 8 * swizzle + across // swizzle * lead + k // 8 * step
+    at = start + offset
     at = at ^ (at >> 7 & swizzle // 16 - 1) << 4
     if at.max() + 2 > blocks.shared.size:
         raise Fault(f"an asynchronous product reads byte {at.max()} of {blocks.shared.size} bytes of shared memory")

@@ -1,13 +1,31 @@
-"""What the emulator finds that a card does not tell, each in a kernel of some lines of PTX."""
+"""What the emulator finds that a card does not tell, each in a kernel of some lines of PTX.
+
+`test_kernels.py` compares what the instructions calculate with the reference, in the kernels that use them.
+"""
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.emulator import machine
+from tests.emulator import accesses, arithmetic, machine, tensor_cores, warps  # noqa: F401  they enter their instructions
 from tests.emulator.memory import Fault
-from tests.emulator.test_instructions import execute
+from tests.emulator.program import Program
+
+HEAD = """
+.visible .entry kernel(.param .u64 kernel_param_0, .param .u64 kernel_param_1) {
+    .reg .pred %p<9>; .reg .b32 %r<99>; .reg .b64 %rd<99>;
+    ld.param.b64 %rd1, [kernel_param_0]; ld.param.b64 %rd2, [kernel_param_1]; mov.u32 %r1, %tid.x;
+"""
+
+
+def execute(body, data, out, threads=32, shared=0, blocks=1):
+    """Run PTX with the addresses of two arrays in %rd1 and %rd2, and the thread in %r1."""
+    values = [array.ctypes.data for array in (data, out)]
+    ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in (data, out)]
+    machine.run(Program(HEAD + body + "\nret; }"), (blocks, 1, 1), threads, shared, values, ranges)
+    return out
+
 
 PLACE = "shl.b32 %r2, %r1, 2; cvt.u64.u32 %rd3, %r2; add.s64 %rd4, %rd1, %rd3; add.s64 %rd6, %rd2, %rd3;"
 LOAD, STORE = "ld.global.b32 %r10, [%rd4];", "st.global.b32 [%rd6], %r10;"
@@ -99,3 +117,12 @@ def test_blocks_exchange_values_by_a_barrier_and_an_atomic_operation():
 def test_without_one_of_them_nothing_orders_the_two(old, new):
     with pytest.raises(Fault, match="race: block 1 loads what block 0 stored, and nothing orders the two"):
         execute(ORDERED.replace(old, new), np.zeros(1, np.uint32), np.zeros(65, np.uint32), threads=64, blocks=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["max.NaN.f32", "add.ftz.f32", "add.sat.f32", "setp.ltu.f32", "setp.ne.f32", "cvt.rni.s32.f32", "tex.1d.f32"],
+)
+def test_an_unknown_instruction_or_form_of_one_is_named(name):
+    with pytest.raises(machine.UnknownInstruction, match=f"^PTX instruction {name} is not known"):
+        kernel(f"{name} %p1, %r10, %r1;")

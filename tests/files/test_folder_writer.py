@@ -32,10 +32,18 @@ def test_after_an_error_nothing_is_left(writing, tmp_path):
 
 def test_files_are_replaced_and_others_stay(tmp_path):
     (tmp_path / "notes").write_text("mine")
-    for number in "12":
+
+    def write(number, error=None):
         with atomic_files(tmp_path) as partial:
             (partial / "config.json").write_text(number)
             (partial / "weights").write_text(number)
+            if error is not None:
+                raise error
+
+    for number in "12":
+        write(number)
+        with pytest.raises(KeyboardInterrupt):
+            write("3", KeyboardInterrupt())
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
             "notes": "mine",
             "config.json": number,

@@ -14,6 +14,7 @@ from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoin
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ran = []
 
 
@@ -51,7 +52,6 @@ def shards(tmp_path):
     return lambda state=STATE, meta=None: save_shards(tmp_path / "shards.ckpt", state, meta or {"epoch": 3})
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_shards_come_back(weights_only, shards):
     content = read_checkpoint(shards(), weights_only)
@@ -60,7 +60,6 @@ def test_shards_come_back(weights_only, shards):
     assert (content["groups"], content["epoch"]) == (STATE["groups"], 3)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("place", ["index", "value", "meta"])
 def test_code_in_shards_runs_only_if_asked(place, shards):
     state = {**STATE, "hyper": Code()} if place == "value" else STATE
@@ -77,7 +76,6 @@ def test_code_in_shards_runs_only_if_asked(place, shards):
     assert ran
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", ["../a.distcp", "/a.distcp", "b/a.distcp", ".."])
 def test_a_shard_outside_of_the_folder_is_refused(name, shards):
     folder = shards()
@@ -131,7 +129,6 @@ def test_code_in_a_checkpoint_from_the_network_is_not_run(monkeypatch):
     assert not ran
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_truncated_index_is_one_line(shards):
     folder = shards()
     good = (folder / ".metadata").read_bytes()

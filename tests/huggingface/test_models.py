@@ -1,22 +1,20 @@
 """Hugging Face models in an ordinary LightningModule."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert
-from tests.toys import NAMES, perturb, toy
+from tests.toys import NAMES, Lit, perturb, toy
 
 transformers = pytest.importorskip("transformers")
 
 
-class HuggingFace(pl.LightningModule):
-    """Any transformers model that returns a loss; it comes in evaluation mode, as `from_pretrained` gives it."""
+class HuggingFace(Lit):
+    """It comes in evaluation mode, as `from_pretrained` gives it."""
 
     def __init__(self, kind: str, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.model = toy(kind).to(dtype).eval()
+        super().__init__(toy(kind).to(dtype))
         self.kind = kind
         self.losses = []
 
@@ -52,17 +50,6 @@ def test_a_model_trains_validates_and_resumes(trainer, kind, dtype):
     second.fit(again, batches(kind), batches(kind), ckpt_path=run.checkpoint_callback.best_model_path)
     assert len(again.losses) == 4
     assert sum(again.losses) < sum(module.losses[:4])
-
-
-def test_generation_uses_the_adapters_and_drops_nothing(trainer):
-    module = HuggingFace("llama")
-    trainer(plugins=QLoRAPrecision(r=4, lora_dropout=0.5), max_epochs=1).fit(module, batches("llama"))
-    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    ids = torch.tensor([[5, 6, 7]])
-    first = module.model.generate(ids, **arguments)
-    assert torch.equal(first, module.model.generate(ids, **arguments))
-    perturb(module, scale=1.0)
-    assert not torch.equal(first, module.model.generate(ids, **arguments))
 
 
 def test_gradients_flow_through_transformers_own_gradient_checkpointing():

@@ -10,7 +10,7 @@ from lightning_qlora import load_from_checkpoint
 from lightning_qlora.tools.cli import main
 from tests.conftest import fingerprints, launch
 from tests.scripts.fsdp_training import Llama, train
-from tests.toys import toy
+from tests.toys import assert_equal, toy
 
 pytest.importorskip("transformers")
 
@@ -30,9 +30,8 @@ def adapters_in(folder):
 
 def check_ranks(ranks):
     """All have the same, and a run that resumed has what one that never stopped has."""
-    for name, value in ranks[0]["straight"].items():
-        assert torch.equal(value, ranks[1]["straight"][name])
-        assert torch.equal(value, ranks[0]["resumed"][name])
+    for values in (ranks[1]["straight"], ranks[0]["resumed"]):
+        assert_equal(values, ranks[0]["straight"])
 
 
 @pytest.fixture(scope="module")

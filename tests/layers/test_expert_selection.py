@@ -23,7 +23,7 @@ LAYOUTS = {  # model -> end of the name of each stack, and whether one expert is
     "nemotron_h": {"up_proj": False, "down_proj": False},
     "jetmoe": {"input_linear.weight": False, "output_linear.weight": False},
     "dbrx": {"w1": False, "v1": False, "w2": True},
-    "llama4": {"gate_up_proj": True, "down_proj": True},
+    "llama4_text": {"gate_up_proj": True, "down_proj": True},
 }
 
 

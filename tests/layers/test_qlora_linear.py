@@ -11,7 +11,7 @@ from lightning_qlora import QLoRALinear, convert, quantize
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers import held_types
 from lightning_qlora.layers.dora import row_norm, scale_rows
-from tests.toys import delta
+from tests.toys import assert_equal, delta
 
 
 def converted(layer=None, **arguments):
@@ -141,32 +141,24 @@ def test_code_that_casts_parameters_of_one_dimension_to_fp32_changes_no_byte(dou
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_type_casts_the_adapter_and_no_byte(dtype):
-    layer, _ = converted()
-    stored = layer.packed_weight
-    expected = layer.decode()
-    layer.type(dtype)
-    assert layer.packed.dtype == layer.absmax.dtype == layer.nested.dtype == torch.uint8
-    assert {p.dtype for n, p in layer.named_parameters() if n in ("lora_A", "lora_B", "bias")} == {dtype}
-    assert torch.equal(layer.packed_weight.packed, stored.packed)
-    torch.testing.assert_close(layer.weight.float(), expected, rtol=1e-3, atol=1e-3)
-    assert layer(torch.ones(2, 128, dtype=dtype)).isfinite().all()
-
-
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_a_module_in_double_computes_in_fp32(use_dora):
+@pytest.mark.parametrize(
+    ("dtype", "use_dora", "tolerance"),
+    [(torch.float16, False, 1e-2), (torch.float64, False, 1e-5), (torch.float64, True, 1e-5)],
+    ids=str,
+)
+def test_type_casts_the_adapter_and_no_byte_and_double_computes_in_fp32(dtype, use_dora, tolerance):
     layer, _ = converted(use_dora=use_dora, lora_dropout=0.0)
     x = torch.randn(3, 128)
     randomize(layer)
     expected = layer(x)
-    layer.double()
-    y = layer(x.double())
-    assert y.dtype == torch.float64
-    torch.testing.assert_close(y.float(), expected)
+    stored = layer.packed, layer.absmax, layer.nested
+    layer.type(dtype)
+    assert_equal((layer.packed, layer.absmax, layer.nested), stored)
+    y = layer(x.to(dtype))
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
     y.sum().backward()
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float64
-    assert layer.decode().dtype == torch.float64
+    values = y, layer.decode(), layer.bias, layer.lora_A.grad, layer.lora_B.grad
+    assert {value.dtype for value in values} == {dtype}
 
 
 def test_conv1d_keeps_its_transposed_weight():
@@ -174,12 +166,10 @@ def test_conv1d_keeps_its_transposed_weight():
     with torch.no_grad():
         conv1d.bias.normal_()
     layer, dense = converted(conv1d)
-    assert layer.weight.shape == (128, 96)
     assert (layer.in_features, layer.out_features) == (128, 96)
     expected = quantize(dense.weight.T).dequantize().T
     assert torch.equal(layer.weight, expected)
     x = torch.randn(2, 5, 128)
-    torch.testing.assert_close(layer(x), x @ expected + dense.bias)
     randomize(layer).eval()
     torch.testing.assert_close(layer(x), x @ (expected + delta(layer)) + dense.bias, rtol=1e-4, atol=1e-4)
 

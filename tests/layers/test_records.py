@@ -10,6 +10,7 @@ from torch import nn
 from lightning_qlora import CheckpointMismatchError, convert
 from lightning_qlora.layers.fingerprint import checksum, fingerprint
 from tests.conftest import fingerprints
+from tests.toys import assert_equal
 
 
 def thaw_step_and_freeze(p):
@@ -57,28 +58,32 @@ def student_and_teacher(dtype=torch.float32):
     return nn.ModuleDict({"student": student, "teacher": teacher})
 
 
+def converted(dtype=torch.float32, change=0.0):
+    module = student_and_teacher(dtype)
+    module["teacher"][0].weight.data += change
+    convert(module, r=4, target_modules=["student.0"])
+    return module
+
+
 @pytest.mark.parametrize(
     ("write", "dtype"), [*((name, torch.float32) for name in WRITES), ("ema", torch.float64), ("numpy", torch.float64)]
 )
 def test_frozen_values_are_saved_whatever_wrote_them(write, dtype):
-    source, plain = student_and_teacher(dtype), student_and_teacher(dtype)
-    convert(source, r=4, target_modules=["student.0"])
+    source, plain, again = converted(dtype), student_and_teacher(dtype), converted(dtype)
     torch.manual_seed(1)
-    for name in ("teacher.0.weight", "teacher.1.bias", "student.1.weight"):
+    names = ("teacher.0.weight", "teacher.1.bias", "student.1.weight")
+    for name in names:
         for module in (source, plain):
             with torch.random.fork_rng():
                 WRITES[write](module.get_parameter(name))
-    convert(again := student_and_teacher(dtype), r=4, target_modules=["student.0"])
     again.load_state_dict(source.state_dict())
-    for name in ("teacher.0.weight", "teacher.1.bias", "student.1.weight"):
-        assert torch.equal(again.get_parameter(name), plain.get_parameter(name))
+    assert_equal(*([module.get_parameter(name) for name in names] for module in (again, plain)))
     assert "teacher.0.bias" in fingerprints(source.state_dict())  # nothing wrote to it
 
 
 def test_a_write_that_a_16_bit_type_would_round_away_is_saved_from_a_module_held_in_fp32():
     """Each step of a moving average is smaller than the last bit of bf16."""
-    source = student_and_teacher(torch.bfloat16)
-    convert(source, r=4, target_modules=["student.0"])
+    source = converted(torch.bfloat16)
     teacher = source["teacher"].float()
     assert "teacher.0.weight" in fingerprints(source.state_dict())
     teacher[0].weight.data.mul_(1 + 1e-5)
@@ -86,22 +91,16 @@ def test_a_write_that_a_16_bit_type_would_round_away_is_saved_from_a_module_held
 
 
 def test_frozen_values_are_compared_after_a_cast_to_a_wider_type():
-    def converted(change=0.0):
-        module = student_and_teacher(torch.bfloat16)
-        module["teacher"][0].weight.data += change
-        convert(module, r=4, target_modules=["student.0"])
-        return module.float()
-
-    state = converted().state_dict()
+    same, again, other = (converted(torch.bfloat16, change).float() for change in (0, 0, 1))
+    state = same.state_dict()
     assert "teacher.0.weight" in fingerprints(state)
-    converted().load_state_dict(state)
+    again.load_state_dict(state)
     with pytest.raises(CheckpointMismatchError, match=r"teacher\.0\.weight"):
-        converted(change=1.0).load_state_dict(state)
+        other.load_state_dict(state)
 
 
 def test_values_that_a_cast_rounded_are_saved():
-    source = student_and_teacher()
-    convert(source, r=4, target_modules=["student.0"])
+    source = converted()
     source["teacher"].bfloat16()
     assert source.state_dict()["teacher.0.weight"].dtype is torch.bfloat16
 
@@ -162,9 +161,8 @@ def test_a_save_reads_frozen_values_once_and_in_less_time_than_thirty_copies(mon
 
 
 def test_a_checkpoint_fits_a_module_in_which_more_trains_if_the_base_is_the_same():
-    source, same, other = (student_and_teacher() for _ in range(3))
+    source, same, other = converted(), student_and_teacher(), student_and_teacher()
     other["student"][1].bias.data.add_(1)
-    convert(source, r=4, target_modules=["student.0"])
     for module in (same, other):
         convert(module, r=4, target_modules=["student.0"], modules_to_save=["student.1"])
     same.load_state_dict(source.state_dict())
@@ -174,9 +172,7 @@ def test_a_checkpoint_fits_a_module_in_which_more_trains_if_the_base_is_the_same
 
 def test_a_state_of_some_parameters_makes_no_other_change_a_part_of_the_base():
     """A head's state, loaded with strict=False after code wrote to a frozen value."""
-    source, plain, target = student_and_teacher(), student_and_teacher(), student_and_teacher()
-    convert(source, r=4, target_modules=["student.0"])
-    convert(target, r=4, target_modules=["student.0"])
+    source, plain, target = converted(), student_and_teacher(), converted()
     part = {"teacher.1.bias": torch.randn(64)}
     for module in (source, plain):
         module["teacher"][0].weight.data.mul_(0.5)
@@ -185,5 +181,4 @@ def test_a_state_of_some_parameters_makes_no_other_change_a_part_of_the_base():
     assert "teacher.0.weight" in state and "teacher.1.bias" not in state
     target.load_state_dict(part, strict=False)  # the base that the fingerprint of this value names
     target.load_state_dict(state)
-    for name, value in plain["teacher"].state_dict().items():
-        assert torch.equal(target["teacher"].state_dict()[name], value), name
+    assert_equal(target["teacher"].state_dict(), plain["teacher"].state_dict())

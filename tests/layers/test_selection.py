@@ -48,12 +48,6 @@ def test_modules_to_save_train_in_full():
     assert trainable == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
-def test_the_output_embedding_stays_dense_unless_named():
-    assert "output embedding" in convert(toy("llama"), r=2).skipped["lm_head"]
-    model = toy("llama")
-    assert "lm_head" in convert(model, r=2, target_modules=["lm_head", "q_proj"]).converted
-
-
 def linear(*sizes):
     """Linear layers of these inputs and outputs."""
     return nn.Sequential(*(nn.Linear(*size) for size in sizes))
@@ -135,13 +129,6 @@ def test_layers_that_do_not_become_4_bit_layers_and_why(case):
     for trains, names in ((True, trained), (False, skipped)):
         for name in names:
             assert {p.requires_grad for p in module.get_submodule(name).parameters()} == {trains}
-
-
-def test_tied_weights_of_a_model_stay_tied_and_dense():
-    model = toy("gpt2")
-    report = convert(model, r=2)
-    assert report.skipped == {"lm_head": "its weight is tied to transformer.wte.weight"}
-    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 class Scaled(nn.Linear):
@@ -279,12 +266,14 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("name", ["enc.0", "dec.0"])
 def test_a_layer_in_several_places_is_chosen_by_any_of_its_names(name):
-    choice = select_layers(Shared(), QLoRAConfig(r=4, exclude_modules=[name]))
+    def choose(**arguments):
+        return select_layers(Shared(), QLoRAConfig(r=4, **arguments))
+
+    choice = choose(exclude_modules=[name])
     assert (list(choice.convert), choice.skip) == (["own"], {"enc.0": "in exclude_modules"})
-    assert list(select_layers(Shared(), QLoRAConfig(r=4, target_modules=[name])).convert) == ["enc.0"]
-    assert list(select_layers(Shared(), QLoRAConfig(r=4, target_modules=name.replace(".", "[.]"))).convert) == ["enc.0"]
-    block = name.partition(".")[0]
-    assert select_layers(Shared(), QLoRAConfig(r=4, modules_to_save=[block])).train == {"enc": "in modules_to_save"}
+    for targets in ([name], name.replace(".", "[.]")):
+        assert list(choose(target_modules=targets).convert) == ["enc.0"]
+    assert choose(modules_to_save=[name.partition(".")[0]]).train == {"enc": "in modules_to_save"}
 
 
 @pytest.mark.parametrize(
@@ -307,18 +296,21 @@ def test_the_name_of_a_module_excludes_what_is_inside_it(excluded):
 
 def test_all_linear_and_others_in_a_list(tmp_path):
     peft = pytest.importorskip("peft")
-    both, without = (convert(toy("llama"), r=2, target_modules=t) for t in (["all-linear", "lm_head"], "all-linear"))
+    without = convert(toy("llama"), r=2)
+    assert without.skipped == {"lm_head": "output embedding; name it in target_modules to convert it"}
+    both = convert(model := toy("llama"), r=2, target_modules=["all-linear", "lm_head"])
     assert set(both.converted) == {*without.converted, "lm_head"}
-    convert(model := toy("llama"), r=2, target_modules=["all-linear", "lm_head"])
     save_adapter(model, tmp_path)
     theirs = peft.get_peft_model(toy("llama"), peft.LoraConfig.from_pretrained(tmp_path))
     assert adapted_by(theirs) == set(both.converted)
 
 
 def test_a_tied_head_that_is_named_among_others_is_warned_of():
+    model = toy("llama", tie_word_embeddings=True)
     with pytest.warns(UserWarning, match=r"names layers that stay dense.* lm_head: its weight is tied to model\.embed"):
-        report = convert(toy("llama", tie_word_embeddings=True), r=2, target_modules=["all-linear", "lm_head"])
-    assert "lm_head" in report.skipped and len(report.converted) == 14
+        report = convert(model, r=2, target_modules=["all-linear", "lm_head"])
+    assert report.skipped == {"lm_head": "its weight is tied to model.embed_tokens.weight"}
+    assert len(report.converted) == 14 and model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_the_documentation_has_the_rules_in_their_order():
@@ -330,11 +322,14 @@ def test_the_first_rule_that_applies_decides():
     """A layer that is excluded, new, named, of a class of its own and too small: each rule hides those after it."""
     net = nn.Sequential(Penalized(64, 64), nn.Linear(64, 64))
     net[0].packed = None
-    arguments = {"r": 64, "exclude_modules": ["0"]}
-    assert select_layers(net, QLoRAConfig(**arguments)).skip["0"] == "in exclude_modules"
-    assert select_layers(net, QLoRAConfig(r=64, target_modules=["1"])).skip["0"] == "not in target_modules"
-    assert "has a packed of its own" in select_layers(net, QLoRAConfig(r=64)).skip["0"]
-    assert "has a packed of its own" in select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).reasons(REFUSE)["0"]
+
+    def choose(**arguments):
+        return select_layers(net, QLoRAConfig(r=64, **arguments))
+
+    assert choose(exclude_modules=["0"]).skip["0"] == "in exclude_modules"
+    assert choose(target_modules=["1"]).skip["0"] == "not in target_modules"
+    assert "has a packed of its own" in choose().skip["0"]
+    assert "has a packed of its own" in choose(target_modules=["0"]).reasons(REFUSE)["0"]
     del net[0].packed
-    assert "an adapter of rank 64" in select_layers(net, QLoRAConfig(r=64)).train["0"]
-    assert list(select_layers(net, QLoRAConfig(r=64, target_modules=["0"])).convert) == ["0"]
+    assert "an adapter of rank 64" in choose().train["0"]
+    assert list(choose(target_modules=["0"]).convert) == ["0"]

@@ -23,10 +23,11 @@ from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.layers.names import names_of_modules
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.token_selection import check_tokens
 from lightning_qlora.tools.merge_folder import merge_folder
-from lightning_qlora.training.optimizers import replace_parameters_by_adapters
-from tests.toys import LLAMA, Lit, ids, logits, needs, perturb, toy
+from lightning_qlora.training.optimizers import parameters_of, replace_parameters_by_adapters
+from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, toy
 
 TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]
 KEY = "model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -89,18 +90,14 @@ def test_peft_reads_the_folder_and_its_folder_is_read(name, tokens, tied, tmp_pa
     expected = logits(model)
     save_adapter(model, tmp_path / "ours")
     base = copy.deepcopy(model)
-    with torch.no_grad():
-        for key, parameter in base.named_parameters():
-            if key.endswith("lora_B"):
-                parameter.zero_()
-    base = merge(base)
-    with torch.no_grad():  # rows of other values, which PEFT replaces
-        base.get_input_embeddings().weight[TOKENS] = 1
+    for layer in adapted_layers(base).values():
+        layer.lora_B.data.zero_()
+    merge(base).get_input_embeddings().weight.data[TOKENS] = 1  # rows of other values, which PEFT replaces
     wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     torch.testing.assert_close(logits(wrapped), expected, atol=1e-4, rtol=1e-4)
     wrapped.save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert_equal(theirs, ours)
     again = toy(name, tie_word_embeddings=tied)
     convert(again, adapter=str(tmp_path / "theirs"))
     assert torch.equal(logits(again), expected)
@@ -244,7 +241,7 @@ def test_new_tokens_are_merged_into_a_folder_as_in_memory(tied, tmp_path):
     merge_folder(tmp_path / "base", adapter, tmp_path / "merged")
     loaded = type(model).from_pretrained(tmp_path / "merged").state_dict()
     merged = merge(model).state_dict()
-    assert loaded.keys() == merged.keys() and all(torch.equal(value, loaded[key]) for key, value in merged.items())
+    assert_equal(loaded, merged)
     assert type(model.get_input_embeddings()) is nn.Embedding and type(model.lm_head) is nn.Linear
     with pytest.raises(ValueError, match=r"has the 128 rows 0 to 127, and not 1(29|30). Call resize_token_embeddings"):
         merge_folder(tmp_path / "small", adapter, tmp_path / "refused")
@@ -308,8 +305,8 @@ def test_memory_and_an_early_optimizer_have_the_rows():
     config = copy.deepcopy(model.config)
     converted(model=model)
     replace_parameters_by_adapters(optimizer)
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert any(p is delta(model) for p in held) and not any(p is model.lm_head.weight for p in held)
+    held = set(map(id, parameters_of(optimizer)))
+    assert id(delta(model)) in held and id(model.lm_head.weight) not in held
     with_rows, without = (
         estimate_memory(config, 1, 8, trainable_token_indices=tokens, **ARGUMENTS) for tokens in (TOKENS, None)
     )
@@ -318,16 +315,13 @@ def test_memory_and_an_early_optimizer_have_the_rows():
 
 
 @needs("torch", "2.12", "fully_shard takes floats alone before")
-def test_sharded_rows_train_and_are_saved(tmp_path):
+def test_sharded_rows_train_and_are_saved(one_rank, tmp_path):
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    try:
-        plain, sharded = (converted(tie_word_embeddings=True) for _ in range(2))
-        fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        for model in (plain, sharded):
-            model(input_ids=ids(), labels=ids()).loss.backward()
-        torch.testing.assert_close(delta(sharded).grad.full_tensor(), delta(plain).grad)
-        save_adapter(sharded, tmp_path)
-        load_adapter(plain, tmp_path)
-        assert torch.equal(logits(plain), logits(sharded))
-    finally:
-        torch.distributed.destroy_process_group()
+    plain, sharded = (converted(tie_word_embeddings=True) for _ in range(2))
+    fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    for model in (plain, sharded):
+        model(input_ids=ids(), labels=ids()).loss.backward()
+    torch.testing.assert_close(delta(sharded).grad.full_tensor(), delta(plain).grad)
+    save_adapter(sharded, tmp_path)
+    load_adapter(plain, tmp_path)
+    assert torch.equal(logits(plain), logits(sharded))

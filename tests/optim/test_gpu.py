@@ -48,13 +48,6 @@ def on_gpu():
     return model().to(DEVICE)
 
 
-def train_on_gpu(net, optimizer, steps):
-    for step in range(steps):
-        optimizer.zero_grad()
-        net(torch.randn(8, 80, generator=torch.Generator().manual_seed(step)).to(DEVICE)).pow(2).mean().backward()
-        optimizer.step()
-
-
 @needs_managed
 def test_a_managed_tensor_is_a_cuda_tensor():
     pool = ManagedPool(DEVICE)
@@ -102,7 +95,7 @@ def test_paged_equals_unpaged(pool, options):
     pager = Pager()
     pager.attach(optimizers[1])
     for net, optimizer in zip((plain, paged), optimizers, strict=True):
-        train_on_gpu(net, optimizer, 20)
+        train(net, optimizer, 20)
     assert_equal_parameters(plain, paged)
     assert pager.report().tensors == 4
     pager.close()
@@ -118,7 +111,7 @@ def test_8bit_on_the_gpu_agrees_with_the_cpu(pool):
     reference = PagedAdamW8bit(on_cpu.parameters(), lr=1e-3)
     optimizer = PagedAdamW8bit(net.parameters(), lr=1e-3)
     train(on_cpu, reference, 5)
-    train_on_gpu(net, optimizer, 5)
+    train(net, optimizer, 5)
     for left, right in zip(on_cpu.parameters(), net.parameters(), strict=True):
         assert (left - right.cpu()).abs().max() < 5e-3
         assert (left - right.cpu()).abs().median() < 1e-5
@@ -127,7 +120,7 @@ def test_8bit_on_the_gpu_agrees_with_the_cpu(pool):
 def test_state_moves_between_cpu_and_gpu_exactly(pool):
     net = on_gpu()
     optimizer = PagedAdamW8bit(net.parameters())
-    train_on_gpu(net, optimizer, 2)
+    train(net, optimizer, 2)
     on_cpu = PagedAdamW8bit(model().parameters())
     on_cpu.load_state_dict(optimizer.state_dict())
     back = PagedAdamW8bit(on_gpu().parameters())

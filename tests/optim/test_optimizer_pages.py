@@ -22,7 +22,8 @@ def model():
 def backward(net, optimizer, step):
     """The forward and backward pass of a step; its loss."""
     optimizer.zero_grad()
-    loss = net(torch.randn(8, 80, generator=torch.Generator().manual_seed(step))).pow(2).mean()
+    x = torch.randn(8, 80, generator=torch.Generator().manual_seed(step))
+    loss = net(x.to(net[0].weight.device)).pow(2).mean()
     loss.backward()
     return loss
 

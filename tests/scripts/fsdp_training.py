@@ -42,19 +42,23 @@ def adapters(module):
     return {name: gather(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
+def make_sharding_trainer(root, devices, single_file, arguments, **options):
+    strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
+    return make_trainer(
+        root,
+        plugins=QLoRAPrecision(**ARGUMENTS | arguments),
+        strategy=strategy if devices > 1 else "auto",
+        devices=devices,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        **options,
+    )
+
+
 def with_trainer(root, devices, single_file, **arguments):
     def fit(module, epochs, ckpt=None):
-        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
-        run = make_trainer(
-            root,
-            plugins=QLoRAPrecision(**ARGUMENTS | arguments),
-            strategy=strategy if devices > 1 else "auto",
-            devices=devices,
-            max_epochs=epochs,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            logger=CSVLogger(root, name="log", version=0),
-        )
+        logger = CSVLogger(root, name="log", version=0)
+        run = make_sharding_trainer(root, devices, single_file, arguments, max_epochs=epochs, logger=logger)
         run.fit(module, loader(), ckpt_path=ckpt)
         return run
 
@@ -146,19 +150,9 @@ class Llama(pl.LightningModule):
 
 def with_llama(root, devices, single_file, folder, optimizer="AdamW", **arguments):
     def fit(epochs, ckpt=None, **more):
-        strategy = ModelParallelStrategy(devices, 1, save_distributed_checkpoint=not single_file)
         module = Llama(folder, optimizer, convert_first="modules_to_save" in arguments)
-        run = make_trainer(
-            root,
-            plugins=QLoRAPrecision(**ARGUMENTS | arguments | more),
-            strategy=strategy if devices > 1 else "auto",
-            devices=devices,
-            max_epochs=epochs,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            accumulate_grad_batches=2,
-            gradient_clip_val=1.0,
-        )
+        options = {"max_epochs": epochs, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+        run = make_sharding_trainer(root, devices, single_file, arguments | more, **options)
         run.fit(module, ckpt_path=ckpt)
         return run, module
 

@@ -94,19 +94,13 @@ def fit(root, devices, sharded=False, split=False, **arguments):
         root,
         plugins=QLoRAPrecision(**ARGUMENTS | arguments),
         devices=devices,
-        max_epochs=1,
         strategy=ModelParallelStrategy(devices, 1) if sharded else "auto",
         use_distributed_sampler=False,
         enable_checkpointing=False,
     )
     run.fit(module)
     trains = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return {
-        "start": module.start,
-        "fingerprints": module.fingerprints,
-        "trains": trains,
-        "losses": module.losses,
-    }
+    return {"start": module.start, "fingerprints": module.fingerprints, "trains": trains, "losses": module.losses}
 
 
 def load(root, **arguments):

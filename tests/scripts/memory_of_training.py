@@ -11,22 +11,17 @@ import ctypes
 import gc
 import json
 import sys
-import threading
 from pathlib import Path
 
 import torch
 
+from benchmarks.deferred_logits import WEIGHTS, anonymous_mb, peak_of
 from lightning_qlora import convert, estimate_memory
 from lightning_qlora.kernels import scratch
 
 SETTINGS = {  # batch, length, gradient checkpointing, deferred logits, rank
-    "small": [
-        (2, 256, False, "auto", 16),
-    ],
-    "larger": [
-        (4, 256, False, "auto", 16),
-        (2, 512, True, False, 16),
-    ],
+    "small": [(2, 256, False, "auto", 16)],
+    "larger": [(4, 256, False, "auto", 16), (2, 512, True, False, 16)],
     "smollm2": [
         (1, 512, True, "auto", 16),
         (1, 512, True, "auto", 64),
@@ -34,7 +29,6 @@ SETTINGS = {  # batch, length, gradient checkpointing, deferred logits, rank
         (2, 1024, True, False, 64),
     ],
 }
-WEIGHTS = ("4-bit weights", "other frozen weights", "trained weights")
 
 
 def load(name):
@@ -59,23 +53,6 @@ def load(name):
     )
 
 
-def anonymous_mb():
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e6
-
-
-class Watch(threading.Thread):
-    """Reads the memory until `stop` is set; `peak` is the largest value."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.stop = threading.Event()
-        self.peak = 0.0
-
-    def run(self):
-        while not self.stop.wait(0.001):
-            self.peak = max(self.peak, anonymous_mb())
-
-
 def measure(name, batch, length, checkpointing, deferred, rank):
     arguments = {"r": rank, "gradient_checkpointing": checkpointing, "deferred_logits": deferred}
     model = load(name)
@@ -94,15 +71,13 @@ def measure(name, batch, length, checkpointing, deferred, rank):
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = anonymous_mb()
-    watch = Watch()
-    watch.start()
-    for _ in range(2):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    watch.stop.set()
-    watch.join()
-    return (planned.total - sum(planned.parts[part] for part in WEIGHTS)) / 1e6, watch.peak - before
+    peak = []
+    with peak_of(peak):
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return (planned.total - sum(planned.parts[part] for part in WEIGHTS)) / 1e6, peak[0] - before
 
 
 if __name__ == "__main__":

@@ -117,7 +117,6 @@ def test_inspect(trained, tmp_path, capsys):
         "files": "8: model-00001-of-00008.safetensors to model-00008-of-00008.safetensors",
         "size": f"F32 {size_text(sum(p.nbytes for p in toy('llama').parameters()))}",
     }
-    assert read(["inspect", tmp_path / "shards"], capsys) == plain
     assert read(["inspect", folder / "base"], capsys) == plain | {"files": "1: model.safetensors"}
     save_in_4_bits(type(toy("llama")), folder / "base", tmp_path / "4bit")
     state = load_file(tmp_path / "4bit/model.safetensors")
@@ -125,7 +124,7 @@ def test_inspect(trained, tmp_path, capsys):
     in_4_bits = sum(value.nbytes for key, value in state.items() if key.startswith(packed))
     others = sum(value.nbytes for value in state.values()) - in_4_bits
     dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[state["lm_head.weight"].dtype]
-    assert read(["inspect", tmp_path / "4bit"], capsys) == plain | {
+    packed_folder = plain | {
         "kind": "model folder, 4-bit (bitsandbytes)",
         "quantization": "bitsandbytes, nf4, double quantization",
         "4-bit layers": str(len(packed)),
@@ -133,12 +132,20 @@ def test_inspect(trained, tmp_path, capsys):
         "files": "1: model.safetensors",
         "size": f"{dtype} {size_text(others)}, 4-bit {size_text(in_4_bits)}",
     }
+    for folder, expected in ((tmp_path / "shards", plain), (tmp_path / "4bit", packed_folder)):
+        assert read(["inspect", folder], capsys) == expected
+        (folder / "config.json").unlink()
+        assert read(["inspect", folder], capsys) == expected | {"architecture": "unknown"}
 
 
 def test_inspect_names_the_kind_of_lora_and_counts(tmp_path, capsys):
     lit = Lit(toy("llama"))
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}, "modules_to_save": ["norm", "lm_head"]}
-    convert(lit, **ARGUMENTS, use_dora=True, use_rslora=True, **patterns)
+    convert(lit, **ARGUMENTS, use_dora=True, use_rslora=True, checkpoint="full", **patterns)
+    torch.save({"state_dict": lit.state_dict()}, tmp_path / "x.ckpt")
+    assert (
+        read(["inspect", tmp_path / "x.ckpt"], capsys)["base fingerprint"] == "none: the checkpoint contains the base"
+    )
     save_adapter(lit, tmp_path)
     lines = read(["inspect", tmp_path], capsys)
     trained = [p for p in lit.parameters() if p.requires_grad]
@@ -344,8 +351,6 @@ def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch):
     assert "adapter_model.safetensors: not a safetensors file, or truncated" in fails(
         ["inspect", copied / "adapter"], capsys
     )
-    (tmp_path / "x.ckpt").write_bytes(b"x")
-    assert "x.ckpt: not a checkpoint" in fails(["export", tmp_path / "x.ckpt", output], capsys)
     assert "dtype" in fails(["merge", "a", "b", "--dtype", "int8"], capsys, code=2)
     assert "--base_mod" in fails(["merge", "a", "b", "--base_mod", "c"], capsys, code=2)
     assert "devices=0: must be an integer >= 1" in fails(["plan", folder / "base", "--devices", "0"], capsys)
@@ -377,26 +382,16 @@ def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeyp
 
 def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anything(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lightning_qlora.adapters.peft_folder.read_adapter", lambda path: pytest.fail("work was done"))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
-    monkeypatch.chdir(tmp_path / "empty")
-    for place, reason in (
-        ("../link", "symbolic link"),
-        ("../dangling", "symbolic link"),
-        (".", "the current directory"),
-    ):
-        assert reason in fails(["merge", tmp_path, place], capsys)
+    (tmp_path / "link").symlink_to("nothing")
+    assert "symbolic link" in fails(["merge", tmp_path, tmp_path / "link"], capsys)
 
 
 WRONG_CONFIGS = [
     ({"alpha_pattern": [1]}, "alpha_pattern=[1]: must be a dict whose keys are non-empty strings"),
     ({"alpha_pattern": {"(": 3}}, "alpha_pattern='(': not a valid regular expression"),
-    ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj']='x': must be a number"),
     ({"lora_alpha": "abc"}, "lora_alpha='abc': must be a number"),
     ({"lora_alpha": None}, "lora_alpha=None: must be a number"),
     ({"lora_dropout": "x"}, "lora_dropout='x': must be a number"),
-    ({"modules_to_save": 5}, "modules_to_save=5: must be a list of non-empty names"),
     ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of non-empty names"),
     ({"target_modules": 5}, "target_modules=5: must be a list of non-empty names, or a regular expression"),
     ({"use_rslora": "maybe"}, "use_rslora='maybe': must be True or False"),
@@ -404,9 +399,7 @@ WRONG_CONFIGS = [
 ]
 WRONG_INDICES = [
     ([1], "its 'weight_map' is [1]; it must be an object"),
-    ("x", "its 'weight_map' is 'x'; it must be an object"),
     ({}, "its 'weight_map' is {}; it must be an object"),
-    (None, "its 'weight_map' is None; it must be an object"),
     ({"a": 5}, "the file of 'a' is 5, which is not a file"),
 ]
 
@@ -453,12 +446,6 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(command, source, trained, t
     assert not list(tmp_path.iterdir())
 
 
-def test_help_names_types_and_defaults():
-    command = [sys.executable, "-m", "lightning_qlora.tools.cli", "merge", "--help"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "{auto,bf16,fp16,fp32}" in printed and "default: auto" in printed
-
-
 def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
@@ -469,7 +456,7 @@ def test_the_version_is_printed(capsys):
 def test_help_and_mistakes_do_not_import_torch():
     script = (
         "import sys; from lightning_qlora.tools.cli import main\n"
-        "for arguments in (['--help'], ['plan', '--help'], ['plan', 'x', '--lora_r', '4'], ['merge']):\n"
+        "for arguments in (['--help'], ['merge', '--help'], ['plan', 'x', '--lora_r', '4'], ['merge']):\n"
         "    try: main(arguments)\n"
         "    except SystemExit as end: print(end.code)\n"
         "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
@@ -477,6 +464,7 @@ def test_help_and_mistakes_do_not_import_torch():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "2", "2"]
     assert done.stdout.splitlines()[-1] == "[]"
+    assert "{auto,bf16,fp16,fp32}" in done.stdout and "default: auto" in done.stdout
     assert "--lora_r" in done.stderr and "lora_r: use r." in done.stderr and "usage:" not in done.stderr
 
 
@@ -484,7 +472,9 @@ def test_plan_as_json(trained, tmp_path, capsys):
     import transformers
 
     base = trained[0] / "base"
+    transformers.logging.set_verbosity_warning()
     plan = read(["plan", base, "--r", "4", "--sequence_length", "32", "--gpu_memory", "1GB"], capsys)
+    assert transformers.logging.get_verbosity() == transformers.logging.ERROR  # its hints are about running a model
     estimate = estimate_memory(f"{base}", sequence_length=32, r=4)
     needed = estimate.device + estimate.parts["decode buffer"]
     answer = fits(needed, 10**9, QLoRAConfig(r=4))

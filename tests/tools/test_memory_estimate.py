@@ -91,12 +91,10 @@ def test_any_module_with_an_example():
     assert kept < estimate.parts["activations"] < kept + temporary
 
 
-@pytest.mark.parametrize("start", ["loftq", "pissa", "calibrated", "gaussian"])
-def test_the_initialization_does_not_change_the_estimate(start):
-    model = nn.Sequential(nn.Linear(64, 64))
-    example = torch.zeros(4, 64)
-    planned = estimate_memory(model, example=example, r=4, init_lora_weights=start)
-    assert planned == estimate_memory(model, example=example, r=4)
+def test_the_initialization_does_not_change_the_estimate():
+    arguments = {"model": nn.Sequential(nn.Linear(64, 64)), "example": torch.zeros(4, 64), "r": 4}
+    for start in ("loftq", "pissa", "calibrated", "gaussian"):
+        assert estimate_memory(**arguments, init_lora_weights=start) == estimate_memory(**arguments)
 
 
 def test_an_adapter_to_start_from_decides_on_the_layers(tmp_path):
@@ -124,17 +122,12 @@ def test_a_model_of_70_billion_weights_is_not_allocated():
     assert not estimate_memory(nn.Sequential(nn.Linear(64, 64)), r=4, paged_optimizer=False).paged
 
 
-def test_a_model_without_a_layer_to_convert_is_answered_as_by_convert():
-    with pytest.raises(ValueError, match="No layer was converted to 4 bits"):
-        estimate_memory(nn.Sequential(nn.ReLU()), example=torch.zeros(1, 64))
-    with pytest.raises(ValueError, match="Set a smaller r"):
-        estimate_memory(nn.Linear(64, 64), example=torch.zeros(1, 64), r=64)
-
-
 def test_a_folder_and_errors(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path)
-    assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), 2, 12, **ARGUMENTS)
+    without_type = type(toy("llama").config)(**LLAMA)
+    for model, module in ((str(tmp_path), toy("llama")), (without_type, toy("llama").bfloat16())):
+        assert estimate_memory(model, 2, 12, **ARGUMENTS) == estimate_memory(module, 2, 12, **ARGUMENTS)
     linear = nn.Sequential(nn.Linear(64, 64))
     for model, arguments, message in (
         (linear, {"optimizer": "lion"}, "optimizer='lion': must be one of 'adamw'"),
@@ -143,6 +136,9 @@ def test_a_folder_and_errors(tmp_path, monkeypatch):
         (linear, {"sequence_length": 0}, "sequence_length=0: must be an integer >= 1"),
         (linear, {"exampel": 0}, "exampel: there is no such argument here; did you mean example?"),
         (nn.Sequential(nn.LazyLinear(64)), {}, "0.weight: belongs to a LazyLinear that has not run yet"),
+        (nn.Sequential(nn.ReLU()), {"example": torch.zeros(1, 64)}, "No layer was converted to 4 bits"),
+        (nn.Linear(64, 64), {"example": torch.zeros(1, 64), "r": 64}, "Set a smaller r"),
+        (nn.Sequential(torch.jit.script(nn.Linear(64, 64))), {}, "0: is a torch.jit.ScriptModule"),
         (3, {}, "model=int: must be a module, a transformers config, a folder or a hub name"),
     ):
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
@@ -157,7 +153,7 @@ def fails(capfd, *arguments, **choices):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         estimate_memory(*arguments, **{**ARGUMENTS, **choices})
     assert "\n" not in str(error.value)
-    assert capfd.readouterr().err == ""  # torch's log of the traceback would come first
+    assert "Traceback" not in capfd.readouterr().err  # torch's log of it would come first
     return str(error.value)
 
 
@@ -261,26 +257,12 @@ def test_mixtures_of_experts_are_counted(dtype):
     assert 0.8 * kept < estimate.parts["activations"] < 2.5 * kept
 
 
-def test_a_mixture_whose_code_reads_the_routing_is_not_counted():
-    pytest.importorskip("transformers", minversion="5")
-    from tests.layers.test_experts import dbrx
-
-    estimate = estimate_memory(dbrx()[1], 2, 16, **ARGUMENTS)
-    assert not estimate.counted_activations and "unknown" in str(estimate)
-
-
 def test_dense_experts_in_fp32():
     transformers = pytest.importorskip("transformers", minversion="5")
     mixture = transformers.MixtralConfig(**MIXTURE, dtype="float32")
     estimate = estimate_memory(mixture, 1, 16, target_modules=["q_proj"], **ARGUMENTS)
     assert estimate.counted_activations
     assert "model.layers.0.mlp.experts.gate_up_proj  x1  skipped: not in target_modules" in str(estimate)
-
-
-def test_a_scriptmodule_is_named():
-    module = nn.Sequential(nn.Linear(64, 64), torch.jit.script(nn.Linear(64, 64)))
-    with pytest.raises(TypeError, match=r"1: is a torch\.jit\.ScriptModule"):
-        estimate_memory(module, r=4)
 
 
 def test_one_row_of_512_tokens_is_the_default():

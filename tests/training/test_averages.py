@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qlora import QLoRAPrecision, convert
 from tests.conftest import fingerprints
+from tests.toys import assert_equal
 
-AVERAGES = {"ema": lambda: EMAWeightAveraging(decay=0.9), "swa": lambda: WeightAveraging()}
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
 
 
@@ -40,11 +40,11 @@ def batches():
     return DataLoader(TensorDataset(tokens, tokens % 8), batch_size=8)
 
 
-@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.9), WeightAveraging])
 def test_a_run_with_averaged_weights_resumes_exactly(average, trainer, tmp_path):
-    def fit(epochs, path=None):
+    def fit(epochs, path=None, *callbacks):
         convert(module := Words(), **ARGUMENTS)
-        run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), callbacks=[average()], max_epochs=epochs)
+        run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), callbacks=[average(), *callbacks], max_epochs=epochs)
         run.fit(module, batches(), ckpt_path=path)
         return module
 
@@ -57,13 +57,11 @@ def test_a_run_with_averaged_weights_resumes_exactly(average, trainer, tmp_path)
             if run.current_epoch == 1:
                 run.save_checkpoint(path)
 
-    convert(module := Words(), **ARGUMENTS)
-    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), callbacks=[average(), SaveEarly()], max_epochs=2)
-    run.fit(module, batches())
+    fit(2, None, SaveEarly())
     saved = torch.load(path, weights_only=False)
     assert "net.0.weight" in fingerprints(saved["state_dict"]) and "net.0.weight" not in saved["state_dict"]
     resumed = fit(4, path)
-    for name, value in straight.named_parameters():
-        assert torch.equal(resumed.get_parameter(name), value), name
+    values = dict(resumed.named_parameters())
+    assert_equal(values, dict(straight.named_parameters()))
     for name in ("net.0.weight", "net.1.weight", "net.2.bias"):
-        assert torch.equal(resumed.get_parameter(name), before[name])
+        assert torch.equal(values[name], before[name])

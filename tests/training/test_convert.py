@@ -26,6 +26,8 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.training.convert import Run, convert_module, is_converted
+from tests.conftest import elsewhere
+from tests.toys import assert_equal
 
 
 def mlp():
@@ -44,7 +46,7 @@ def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
     assert trainable == {"1.lora_A", "1.lora_B", "3.lora_A", "3.lora_B"}
     state = copy.deepcopy(model.state_dict())
     assert convert(model, r=4).converted == ["1", "3"]
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert_equal(model.state_dict(), state)
 
 
 def test_rank_0_alone_shows_the_progress(monkeypatch):
@@ -198,7 +200,10 @@ def test_calls_with_another_object_than_a_module_say_what_is_wanted(tmp_path):
         load_adapter(plain, tmp_path)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the maps of a process are in /proc on Linux only")
+on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc is on Linux only")
+
+
+@on_linux
 @pytest.mark.parametrize("while_loading", [False, True])
 def test_no_file_stays_mapped_and_tied_weights_stay_tied(tmp_path, while_loading):
     """A norm of some bytes would keep its whole file in the resident memory of the process."""
@@ -216,14 +221,13 @@ def test_no_file_stays_mapped_and_tied_weights_stay_tied(tmp_path, while_loading
     convert_module(model, QLoRAConfig(r=4), Run(torch.device("cpu") if while_loading else None))
     is_mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
     assert is_mapped == [True, False]
-    after = dict(model.named_parameters())
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert_equal({name: model.get_parameter(name) for name in before}, before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.transposed, model.lm_head.weight.T)
     assert model.transposed.data_ptr() == model.lm_head.weight.data_ptr()
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the maps of a process are in /proc on Linux only")
+@on_linux
 def test_views_of_one_mapped_tensor_share_memory_after_conversion_too(tmp_path):
     """Of other sizes and types, and in the middle of it; tensors beside each other in the file do not."""
     torch.save(torch.arange(64.0), tmp_path / "whole.pt")
@@ -237,11 +241,12 @@ def test_views_of_one_mapped_tensor_share_memory_after_conversion_too(tmp_path):
         module[0].register_buffer(name, view.new_empty(0).set_(*part))
     before = {name: value.clone() for name, value in module.named_buffers()}
     del mapped, views, view, part
-    convert(module, r=4)
+    with elsewhere():  # as in `configure_model` on a GPU
+        convert(module, r=4)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     layer = module[0]
     assert module[1].weight.is_shared()
-    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+    assert_equal(dict(module.named_buffers()), before)
     shared = {name: value.untyped_storage().data_ptr() for name, value in module.named_buffers()}
     assert len({shared["0.whole"], shared["0.first"], shared["0.middle"], shared["0.bits"]}) == 1
     assert shared["0.beside"] != shared["0.whole"]

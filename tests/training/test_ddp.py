@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from lightning_qlora import convert
 from tests.conftest import dataset, launch, tensors
-from tests.toys import toy
+from tests.toys import assert_equal, toy
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,11 @@ def ranks(folder):
     return results
 
 
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(folder, ranks):
     straight, first, resumed, started = (
         [rank[name] for rank in ranks] for name in ("straight", "first", "resumed", "started")
     )
-    assert same(straight[0]["state"], straight[1]["state"])
+    assert_equal(straight[0]["state"], straight[1]["state"])
     assert any(value.abs().sum() > 0 for name, value in straight[0]["state"].items() if "lora_B" in name)
     saved = load_file(folder / "straight/adapter/adapter_model.safetensors")
     trained = [value for name, value in straight[0]["state"].items() if name.endswith("lora_B")]
@@ -43,11 +39,10 @@ def test_ddp_trains_agrees_on_all_ranks_and_resumes_bit_equal(folder, ranks):
     assert "net.0.packed" not in names
     assert "net.2.weight" not in names, "DDP's broadcast must not make frozen parameters look trained"
     for rank in range(2):
-        assert same(straight[rank]["state"], resumed[rank]["state"])
+        assert_equal(straight[rank]["state"], resumed[rank]["state"])
         assert resumed[rank]["losses"] == straight[rank]["losses"][8:]
-        for key, state in straight[rank]["optimizer"].items():
-            assert all(torch.equal(value, resumed[rank]["optimizer"][key][name]) for name, value in state.items())
-    assert same(started[0]["tensors"], started[1]["tensors"]), "all ranks hold the 4-bit weights of rank 0"
+        assert_equal(resumed[rank]["optimizer"], straight[rank]["optimizer"])
+    assert_equal(started[1]["tensors"], started[0]["tensors"])  # all ranks hold the 4-bit weights of rank 0
     assert started[0]["sent"] == ["net.5.running_mean", "net.5.running_var", "net.5.num_batches_tracked"]
 
 
@@ -55,7 +50,7 @@ def test_every_rank_quantizes_what_it_loads_in_configure_model(ranks):
     first, second = (rank["loaded"] for rank in ranks)
     model = toy("llama").bfloat16()
     convert(model, r=4)
-    assert same(first, second)
+    assert_equal(first, second)
     norm = first["model.model.norm.weight"]
     assert norm.dtype is torch.float32 and (norm != 1).all()
     assert sum(name.endswith("lora_B") and value.abs().sum() > 0 for name, value in first.items()) == 14
@@ -69,13 +64,13 @@ def test_ranks_whose_gradients_differ_in_size_train_alike_in_fp16(ranks):
     first, second = (rank["fp16"] for rank in ranks)
     assert any(name.endswith("lora_B") and value.any() for name, value in first.items())
     assert all(value.isfinite().all() for value in first.values())
-    assert same(first, second)
+    assert_equal(first, second)
 
 
 @pytest.mark.parametrize(("fit", "rows"), [("calibrated", 8), ("accumulated", 16), ("called", 24), ("experts", 8)])
 def test_all_ranks_get_the_same_calibrated_adapters_from_the_inputs_of_all_ranks(fit, rows, ranks):
     (state, report), (other, _) = (rank[fit] for rank in ranks)
-    assert same(state, other)
+    assert_equal(state, other)
     inputs = dataset(64).tensors[0][:rows]
     if fit == "experts":  # each had the batch of one rank
         assert {"experts.0", "experts.1"} <= set(report.calibrated)
@@ -90,7 +85,7 @@ def test_all_ranks_get_the_same_calibrated_adapters_from_the_inputs_of_all_ranks
 
 def test_calibration_is_that_of_rank_0s_weights_without_a_common_seed(ranks):
     first, second = (rank["unseeded"] for rank in ranks)
-    assert all(torch.equal(*pair) for pair in zip(first["initial"], second["initial"], strict=True))
+    assert_equal(second["initial"], first["initial"])
     for rank in (first, second):
         assert rank["share"] == pytest.approx(rank["reported"], rel=1e-3) and rank["share"] < 0.1
 
@@ -100,5 +95,5 @@ def test_a_loop_on_several_ranks_names_those_that_calibrate_together(ranks):
     for rank in (first, second):
         assert "Call lightning_qlora.calibrate(module, replicas=torch.distributed.group.WORLD)" in rank["message"]
         torch.testing.assert_close(rank["rms"], first["inputs"].square().mean(0).sqrt())
-    assert same(first["adapters"], second["adapters"])
+    assert_equal(first["adapters"], second["adapters"])
     torch.testing.assert_close(first["alone"], first["inputs"][0::2].square().mean(0).sqrt())

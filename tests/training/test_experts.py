@@ -1,6 +1,4 @@
-"""A mixture of experts under the real Trainer: training, checkpoints, merging, folders, the planner."""
-
-import copy
+"""A mixture of experts under the real Trainer, its checkpoints, merging to 16 bits, calibration, the planner."""
 
 import lightning.pytorch as pl
 import pytest
@@ -9,25 +7,16 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader
 
-from lightning_qlora import (
-    QLoRAPrecision,
-    calibrate,
-    convert,
-    estimate_memory,
-    load_from_checkpoint,
-    merge,
-)
+from lightning_qlora import QLoRAPrecision, calibrate, convert, estimate_memory, merge
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer
-from tests.layers.test_experts import dbrx, gpt_oss, jetmoe, made, outputs, qwen3_moe
-from tests.toys import delta, perturb
+from tests.layers.test_experts import gpt_oss, made, outputs, qwen3_moe
+from tests.toys import assert_equal, delta, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")
-
-ROUTED = "model.model.layers.0.mlp.experts"
 
 
 class Lit(pl.LightningModule):
@@ -62,25 +51,14 @@ def fit(folder, epochs=2, module=None, ckpt=None, **plugin):
     return module, run
 
 
-def trained(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 def test_the_trainer_trains_experts_in_4_bits_with_an_optimizer_made_before_and_resumes_bit_equal(tmp_path):
     module, run = fit(tmp_path / "a", module=Lit(early=True))
     stacks = [stack for *_, stack in expert_stacks(module)]
-    assert len(stacks) == 4 and module.losses[-1] < module.losses[0]
-    names = [name for name, _ in module.named_parameters() if ".experts." in name]
-    assert all("_experts." in name for name in names)
-    assert any(stack.lora_B.any() for stack in stacks)
+    assert len(stacks) == 4 and module.losses[-1] < module.losses[0] and any(stack.lora_B.any() for stack in stacks)
     group = run.optimizers[0].param_groups[0]
     held = {id(p) for p in group["params"]}
     assert all(id(p) in held for stack in stacks for p in stack.adapter_parameters())
-    assert f"{ROUTED}.down_proj_experts.lora_B" in group["param_names"]
+    assert "model.model.layers.0.mlp.experts.down_proj_experts.lora_B" in group["param_names"]
     report = run.precision_plugin.report
     rows = {(name, status): count for name, status, count in report.rows()}
     assert rows["model.model.layers.*.mlp.experts.gate_up_proj", "4-bit + adapter, 4 experts of 64x64"] == "2"
@@ -93,7 +71,8 @@ def test_the_trainer_trains_experts_in_4_bits_with_an_optimizer_made_before_and_
     _, half = fit(tmp_path / "b", epochs=1, module=Lit(early=True))
     saved = half.checkpoint_callback.best_model_path  # written at the end of the first epoch
     resumed, _ = fit(tmp_path / "c", ckpt=saved, module=Lit(early=True))
-    assert resumed.losses == module.losses[2:] and same(trained(resumed), trained(module))
+    assert resumed.losses == module.losses[2:]
+    assert_equal([*resumed.parameters()], [*module.parameters()])
 
 
 @pytest.mark.parametrize("arguments", [{"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
@@ -109,18 +88,13 @@ def test_the_distributed_checkpoint_api_saves_and_loads_stacks(arguments):
 
 
 @pytest.mark.parametrize("checkpoint", ["adapter", "full"])
-def test_load_from_checkpoint_gives_the_trained_module(tmp_path, checkpoint):
-    module, run = fit(tmp_path, epochs=1, checkpoint=checkpoint)
-    run.save_checkpoint(tmp_path / "x.ckpt")
-    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    prefix = f"{ROUTED}.gate_up_proj_experts."
-    assert state[f"{prefix}lora_A"].shape == (4, 2, 64)
-    base = {"packed", "absmax", "nested", "weight.quant_state.bitsandbytes__nf4"}
-    keys = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
-    assert keys == {"lora_A", "lora_B"} | (base if checkpoint == "full" else set())
-    again = load_from_checkpoint(Lit, tmp_path / "x.ckpt")
-    assert same(trained(again), trained(module))
-    assert torch.equal(outputs(again.model.eval()).logits, outputs(module.model.eval()).logits)
+def test_the_entries_of_a_stack(checkpoint):
+    convert(model := made(qwen3_moe), r=2, checkpoint=checkpoint)
+    prefix = "model.layers.0.mlp.experts.gate_up_proj_experts."
+    entries = {key.removeprefix(prefix): value for key, value in model.state_dict().items() if key.startswith(prefix)}
+    assert (entries["lora_A"].shape, entries["lora_B"].shape) == ((6, 2, 64), (6, 64, 2))
+    base = {"packed", "absmax", "nested", "weight.quant_state.bitsandbytes__nf4", "adapter_arguments"}
+    assert entries.keys() == {"lora_A", "lora_B"} | (base if checkpoint == "full" else set())
 
 
 def test_a_dense_state_loads_into_converted_experts():
@@ -130,30 +104,10 @@ def test_a_dense_state_loads_into_converted_experts():
     convert(converted, r=2)
     converted.load_state_dict(dense.state_dict())
     convert(dense, r=2)
-    pairs = zip(expert_stacks(converted), expert_stacks(dense), strict=True)
-    assert all(torch.equal(a.decode(), b.decode()) for (*_, a), (*_, b) in pairs)
+    assert_equal(*([stack.decode() for *_, stack in expert_stacks(model)] for model in (converted, dense)))
     wrong = {"model.layers.0.mlp.experts.down_proj": torch.zeros(6, 64, 31)}
     with pytest.raises(CheckpointMismatchError, match=r"down_proj: its weight has shape \[6, 64, 31\]"):
         converted.load_state_dict(wrong, strict=False)
-
-
-@pytest.mark.parametrize("build", [gpt_oss, dbrx])
-def test_merged_experts_are_the_parameter_with_the_adapters(build):
-    """Of other layouts than those of Qwen3, which is a kind of the twin."""
-    model = made(build)
-    kinds, shapes = [type(m) for m in model.modules()], {n: p.shape for n, p in model.named_parameters()}
-    convert(model, r=2, lora_dropout=0.0)
-    for layer in adapted_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.05)
-    expected, logits = {}, outputs(model.eval()).logits
-    for name, _, _, stack in expert_stacks(model):
-        expected[name] = stack.decode() + delta(stack)
-    merge(model)
-    assert [type(m) for m in model.modules()] == kinds
-    assert {n: p.shape for n, p in model.named_parameters()} == shapes
-    for name, weights in expected.items():
-        torch.testing.assert_close(model.get_parameter(name), weights, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(outputs(model).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_merge_to_16_bits_rounds_every_expert_as_a_layer_of_its_name():
@@ -164,14 +118,6 @@ def test_a_merge_to_16_bits_rounds_every_expert_as_a_layer_of_its_name():
     exact = (stack.decode().float() + delta(stack))[2]
     merge(model)
     assert torch.equal(model.get_parameter(name)[2], round_stochastically(exact, torch.bfloat16, f"{name}.2"))
-
-
-def test_a_second_conversion_changes_nothing():
-    model = made(qwen3_moe)
-    first = convert(model, r=2)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    second = convert(model, r=2)
-    assert same(dict(model.named_parameters()), before) and second.converted == first.converted
 
 
 def test_a_calibrated_start_covers_the_experts_that_tokens_reached():
@@ -189,13 +135,12 @@ def test_a_calibrated_start_covers_the_experts_that_tokens_reached():
         assert calibration.input_rms[name].any(dim=1).sum() == 32 - len(unseen)
 
 
-@pytest.mark.parametrize(("build", "dtype"), [(gpt_oss, "bfloat16"), (jetmoe, "float32")])
-def test_the_planner_counts_experts(build, dtype):
-    kind, config = build()
-    config.architectures, config.dtype = [kind.__name__], getattr(torch, dtype)
+def test_the_planner_counts_experts():
+    kind, config = gpt_oss()
+    config.architectures, config.dtype = [kind.__name__], torch.bfloat16
     model = kind._from_config(config, dtype=config.dtype)
-    estimate = estimate_memory(copy.deepcopy(config), sequence_length=16, r=2, paged_optimizer=False)
+    estimate = estimate_memory(config, sequence_length=16, r=2, paged_optimizer=False)
     report = convert(model, r=2)
     assert estimate.trainable_parameters == report.trainable_parameters
     assert sum(estimate.parts[part] for part in list(estimate.parts)[:3]) == report.bytes_after
-    assert estimate.counted_activations == (build is not jetmoe)  # their routing needs values
+    assert estimate.counted_activations

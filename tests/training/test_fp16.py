@@ -16,10 +16,6 @@ SMALL = 2e-7  # factor of a loss, so that most gradients of its A are below the 
 LARGE = 1e12
 
 
-def plugin(dtype="fp16", dropout=0.0, **arguments):
-    return QLoRAPrecision(r=4, lora_dropout=dropout, compute_dtype=dtype, **arguments)
-
-
 class Scaled(Classifier):
     """Its loss times a factor; records the gradients of A that its optimizer gets."""
 
@@ -63,7 +59,8 @@ class Paged(Scaled):
 
 def fit(trainer, module, dtype="fp16", ckpt=None, dropout=0.0, **arguments):
     torch.manual_seed(1)
-    run = trainer(plugins=plugin(dtype, dropout), **{"max_epochs": 3, **arguments})
+    plugin = QLoRAPrecision(r=4, lora_dropout=dropout, compute_dtype=dtype)
+    run = trainer(plugins=plugin, **{"max_epochs": 3, **arguments})
     run.fit(module, loader(), ckpt_path=ckpt)
     return module, run
 

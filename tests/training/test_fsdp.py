@@ -36,6 +36,7 @@ from lightning_qlora.training.guards import check_fsdp_groups
 from lightning_qlora.training.patches import load_whole_tensors
 from tests.conftest import Classifier, dataset, fingerprints, loader, raises_before_teardown, raises_in_one_line
 from tests.files.test_lightning_checkpoint import save_shards
+from tests.toys import assert_equal
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -172,8 +173,8 @@ def test_parameters_gathered_by_an_evaluation_are_sharded_again_before_saving_an
         net.eval()(torch.randn(2, 64))
         use()
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
-    for name, value in before.items():
-        assert value.dtype is after[name].dtype is torch.float32 and torch.equal(value, after[name])
+    assert_equal(after, before)
+    assert {value.dtype for value in after.values()} == {torch.float32}
 
 
 def test_adapters_are_disabled_in_shards_which_are_not_merged(setup_module):
@@ -208,8 +209,7 @@ def test_an_adapter_is_loaded_into_shards_and_one_of_another_rank_refused(setup_
     net(torch.randn(2, 64))  # what it computes with is gathered from the shards
     save_adapter(net, tmp_path / "again")
     given, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r4", "again"))
-    for name, value in given.items():
-        assert torch.equal(value, again[name])
+    assert_equal(again, given)
     with pytest.raises(CheckpointMismatchError, match="has rank 6, and the sharded layer keeps its rank 4"):
         load_adapter(net, tmp_path / "r6")
 

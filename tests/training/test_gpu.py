@@ -24,17 +24,13 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.optim import optimizer_pages
 from lightning_qlora.optim.host_memory import why_not_managed
 from tests.conftest import Classifier, dataset, loader
-from tests.toys import ids, perturb, toy
+from tests.toys import assert_equal, ids, perturb, toy
 from tests.training.test_fabric import launch, setup, train
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 WIDTH = 256  # so that the optimizer state of rank 32 adapters is large enough to be paged
-
-
-def accelerator(device):
-    return "gpu" if device == "cuda" else "cpu"
 
 
 def plugin(**arguments):
@@ -58,7 +54,7 @@ def test_an_unchanged_module_trains(trainer, device):
     module = Classifier()
     spy = Recorder()
     base = {name: quantize(module.net[int(name)].weight) for name in ("0", "4")}
-    run = trainer(plugins=plugin(r=4), max_epochs=15, accelerator=accelerator(device), callbacks=[spy])
+    run = trainer(plugins=plugin(r=4), max_epochs=15, accelerator=device, callbacks=[spy])
     run.fit(module, loader())
     assert falls(module.losses, 0.5)
     assert spy.devices == {device} and run.precision_plugin.report.converted == ["net.0", "net.4"]
@@ -82,7 +78,7 @@ class Late(Classifier):
 @pytest.mark.parametrize("start", ["default", "gaussian", "loftq", "pissa", "calibrated"])
 def test_a_module_made_in_configure_model_trains_and_resumes(trainer, device, start):
     def fit(module, epochs, **arguments):
-        run = trainer(plugins=plugin(r=4, init_lora_weights=start), max_epochs=epochs, accelerator=accelerator(device))
+        run = trainer(plugins=plugin(r=4, init_lora_weights=start), max_epochs=epochs, accelerator=device)
         run.fit(module, loader(), **arguments)
         return run
 
@@ -126,7 +122,7 @@ def test_a_transformers_model_is_quantized_while_it_loads(trainer, device, tmp_p
     model = toy("llama")
     model.save_pretrained(tmp_path / "base")
     lit = Tokens(lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    trainer(plugins=plugin(r=16), max_epochs=12, accelerator=accelerator(device)).fit(lit)
+    trainer(plugins=plugin(r=16), max_epochs=12, accelerator=device).fit(lit)
     assert falls(lit.losses, 0.93), lit.losses[-4:]
     convert(model, r=16)
     expected = adapted_layers(model)
@@ -167,7 +163,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, placed, o
         run = trainer(
             plugins=plugin(lora_dropout=0.3, paged_optimizer=paged),
             max_epochs=epochs,
-            accelerator=accelerator(device),
+            accelerator=device,
             callbacks=[spy, ModelCheckpoint(tmp_path / name, save_last=True)],
         )
         run.fit(module, DataLoader(dataset(width=WIDTH), batch_size=8, shuffle=True), ckpt_path=ckpt_path)
@@ -178,8 +174,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(trainer, placed, o
     fit("first", 1, seed=1)
     resumed = fit("resumed", 3, seed=99, ckpt_path=tmp_path / "first" / "last.ckpt")
     assert resumed.losses == straight.losses[4:]
-    for (name, one), (_, other) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_equal([*resumed.parameters()], [*straight.parameters()])
 
 
 @on_each_device
@@ -188,7 +183,7 @@ def test_fabric_trains_and_resumes_bit_equal(device, tmp_path):
 
     def start(seed):
         torch.manual_seed(seed)
-        fabric, precision = launch(accelerator(device), lora_dropout=0.3)
+        fabric, precision = launch(device, lora_dropout=0.3)
         with fabric.init_module():
             module = Classifier(dropout=0.1)
         model, optimizer = setup(fabric, module)
@@ -223,7 +218,7 @@ def test_16_bit_types_train(trainer, device, kind):
 
         module.forward = forward
     compute = "bf16" if kind == "computed in bf16" else "auto"
-    run = trainer(plugins=plugin(r=4, compute_dtype=compute), max_epochs=12, accelerator=accelerator(device))
+    run = trainer(plugins=plugin(r=4, compute_dtype=compute), max_epochs=12, accelerator=device)
     run.fit(module, loader())
     assert set(seen) == {dtype}
     assert falls(module.losses, 0.8)
@@ -240,9 +235,8 @@ def test_recomputed_activations_give_equal_gradients(device):
         torch.manual_seed(1)
         model(input_ids=tokens, labels=tokens).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+    assert gradients[0]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +266,7 @@ def test_compiled_layers_equal_eager_ones_and_draw_new_dropout_masks(device, opt
             y.square().mean().backward()
             optimizer.step()
             outputs.setdefault(name, []).append(y.detach().clone())
-    for one, other in zip(*outputs.values(), strict=True):
-        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(*outputs.values(), atol=0.02, rtol=0.02)
     changed = (outputs["compiled"][0] - outputs["compiled"][-1]).abs().max()
     assert changed > 0.2, "a captured graph must see the parameters that the steps change"
     twin.train()

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training import gradient_checkpointing
 from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
 from tests.toys import NAMES, Lit, ids, perturb, toy
@@ -66,9 +67,8 @@ def pair(module):
 
 
 def same(a, b):
-    assert a.keys() == b.keys() and a
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-5)
+    assert a
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -117,8 +117,6 @@ def test_a_module_without_blocks_warns(module):
 
 @pytest.fixture
 def count_recomputed(monkeypatch):
-    from lightning_qlora.training import gradient_checkpointing
-
     calls = []
     original = gradient_checkpointing.checkpoint
     monkeypatch.setattr(gradient_checkpointing, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
@@ -128,9 +126,13 @@ def count_recomputed(monkeypatch):
 @pytest.mark.parametrize("name", [*NAMES, "opt"])
 def test_transformers_under_the_trainer(name, trainer, count_recomputed):
     """In eval mode, which Lightning does not change: layers are recomputed, and their own dropout stays off."""
+    import transformers
+
+    from tests.architectures.models import build
+
     seen = {}
     for checkpointing in (False, True):
-        lit = Recording(opt() if name == "opt" else toy(name))
+        lit = Recording(build("opt", transformers.AutoModelForCausalLM) if name == "opt" else toy(name))
         plugin = QLoRAPrecision(**ARGUMENTS, gradient_checkpointing=checkpointing)
         torch.manual_seed(3)
         trainer(plugins=plugin, max_steps=2, num_sanity_val_steps=0).fit(lit)
@@ -147,15 +149,6 @@ def test_layers_that_transformers_recomputes_already_are_recomputed_once(count_r
     model(input_ids=ids(), labels=ids()).loss.backward()
     layers = list(transformers_checkpointing_layers(model))
     assert len(count_recomputed) == len(layers) > 1 and not any(layer.gradient_checkpointing for layer in layers)
-
-
-def opt():
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
-    config = transformers.OPTConfig(**sizes, dropout=0.5, max_position_embeddings=64, word_embed_proj_dim=64)
-    return transformers.OPTForCausalLM(config).eval()
 
 
 class Recording(Lit):
@@ -243,33 +236,17 @@ def test_blocks_of_a_compiled_module_count_as_recomputed():
     assert blocks_not_recomputed(model, adapted_layers(model).values()) == []
 
 
-def cached(kind):
-    """A model that keeps a cache of keys and values or of states unless told not to, and the inputs of its loss."""
-    import transformers as hf
-
-    torch.manual_seed(0)
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    small |= {"vocab_size": 128, "head_dim": 16, "num_key_value_heads": 2}
-    x = ids()
-    if kind == "recurrent_gemma":
-        config = hf.RecurrentGemmaConfig(**small | {"num_hidden_layers": 3}, lru_width=64, attention_window_size=32)
-        return hf.RecurrentGemmaForCausalLM(config), {"input_ids": x, "labels": x}
-    if kind == "t5gemma":
-        part = hf.T5GemmaModuleConfig(**small)
-        model = hf.T5GemmaForConditionalGeneration(hf.T5GemmaConfig(encoder=part, decoder=part, vocab_size=128))
-        return model, {"input_ids": x, "labels": x}
-    config = hf.ImageGPTConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=129, n_positions=64)
-    return hf.ImageGPTForCausalImageModeling(config), {"input_ids": x, "labels": x}
-
-
 @pytest.mark.parametrize("kind", ["recurrent_gemma", "t5gemma", "imagegpt"])
 def test_models_that_cache_unless_told_not_to_train_with_equal_gradients(kind):
-    model, inputs = cached(kind)
-    plain, checkpointed = pair(model.eval())
-    same(
-        gradients(plain, lambda: plain(**inputs, use_cache=False).loss),
-        gradients(checkpointed, lambda: checkpointed(**inputs).loss),
-    )
+    from tests.architectures.checks import lit_of
+
+    lit = lit_of(kind)
+    lit.model.config.use_cache = True
+    plain, checkpointed = pair(lit)
+    plain.inputs = {**plain.inputs, "use_cache": False}
+    same(gradients(plain, plain.training_step), gradients(checkpointed, checkpointed.training_step))
     assert blocks_not_recomputed(checkpointed, adapted_layers(checkpointed).values()) == []
+    del plain.inputs["use_cache"]
     with torch.no_grad():  # the cache is off only where autograd records
-        assert plain(**inputs).keys() == checkpointed(**inputs).keys()
+        outputs = [lit.model(**lit.inputs).keys() for lit in (plain, checkpointed)]
+    assert outputs[0] == outputs[1]

@@ -1,6 +1,5 @@
 """With the plugin, hooks come in Lightning's own order when a checkpoint is restored."""
 
-import datetime
 import os
 import signal
 
@@ -89,18 +88,18 @@ def test_callbacks_and_module_hooks_come_in_lightnings_order(trainer, tmp_path, 
 
 
 def test_a_timer_whose_time_is_used_up_trains_no_further_step(trainer, tmp_path):
-    def run(max_steps, ckpt_path=None, limit=60):
-        timer = Timer(datetime.timedelta(seconds=limit))
+    def run(max_steps, ckpt_path=None):
+        timer = Timer({"seconds": 60})
         new = trainer(plugins=QLoRAPrecision(r=4), callbacks=[timer], max_epochs=-1, max_steps=max_steps)
         new.fit(Classifier(), loader(), ckpt_path=ckpt_path)
         return new
 
-    first = run(2)
-    first.save_checkpoint(tmp_path / "c.ckpt")
-    content = torch.load(tmp_path / "c.ckpt", weights_only=False)
+    path = tmp_path / "c.ckpt"
+    run(2).save_checkpoint(path)
+    content = torch.load(path, weights_only=False)
     content["callbacks"]["Timer"]["time_elapsed"]["train"] = 100.0
-    torch.save(content, tmp_path / "c.ckpt")
-    assert run(8, tmp_path / "c.ckpt").global_step == 2
+    torch.save(content, path)
+    assert run(8, path).global_step == 2
 
 
 class Signalled(Classifier):

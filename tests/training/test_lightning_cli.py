@@ -52,10 +52,6 @@ def run(tmp_path, form, *arguments):
     )
 
 
-OPTIMIZERS = {
-    "AdamW": ("torch.optim.AdamW", torch.optim.AdamW),
-    "PagedAdamW8bit": ("lightning_qlora.PagedAdamW8bit", PagedAdamW8bit),
-}
 OPTIMIZER = """
 optimizer:
   class_path: {}
@@ -66,9 +62,11 @@ lr_scheduler:
 """
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_optimizer_section_of_a_yaml_file_trains_the_adapters(tmp_path, trainer, name):
-    class_path, kind = OPTIMIZERS[name]
+@pytest.mark.parametrize(
+    ("class_path", "kind"),
+    [("torch.optim.AdamW", torch.optim.AdamW), ("lightning_qlora.PagedAdamW8bit", PagedAdamW8bit)],
+)
+def test_the_optimizer_section_of_a_yaml_file_trains_the_adapters(tmp_path, trainer, class_path, kind):
     (tmp_path / "optimizer.yaml").write_text(OPTIMIZER.format(class_path))
     arguments = ["--trainer.max_epochs=3", "--trainer.plugins.lora_dropout=0"]
     cli = run(tmp_path, "single", "--config", str(tmp_path / "optimizer.yaml"), *arguments)
@@ -80,15 +78,13 @@ def test_the_optimizer_section_of_a_yaml_file_trains_the_adapters(tmp_path, trai
     assert {id(param) for param in optimizer.state} == adapters
 
     by_hand = Classifier()
-    by_hand.configure_optimizers = lambda: scheduled(kind(by_hand.parameters(), lr=0.01, weight_decay=0.01))
+    optimizer = kind(by_hand.parameters(), lr=0.01, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    by_hand.configure_optimizers = lambda: ([optimizer], [scheduler])
     plugin = QLoRAPrecision(**dataclasses.asdict(cli.trainer.precision_plugin.config))
     trainer(plugins=plugin, max_epochs=3, enable_checkpointing=False).fit(by_hand, loader())
     assert cli.model.losses[-1] < cli.model.losses[0]
     assert cli.model.losses == by_hand.losses
-
-
-def scheduled(optimizer):
-    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)]
 
 
 def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path):

@@ -14,6 +14,7 @@ from lightning_qlora import QLoRALinear, QLoRAPrecision, convert
 from lightning_qlora.kernels import scratch
 from lightning_qlora.training import guards, precision
 from tests.conftest import Classifier, ResumableLoader, loader
+from tests.toys import assert_equal
 
 
 def plugin(**arguments):
@@ -107,10 +108,8 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_equal(trainer, tmp_path,
     first.save_checkpoint(tmp_path / "stop.ckpt")
     resumed, second = run(13, 77, tmp_path / "stop.ckpt")
     assert resumed.losses == straight.losses[stop:]
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
-    states = [each.optimizers[0].state_dict()["state"] for each in (whole, second)]
-    for key, state in states[0].items():
-        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+    assert_equal([*resumed.parameters()], [*straight.parameters()])
+    assert_equal(*(each.optimizers[0].state_dict()["state"] for each in (second, whole)))
     monkeypatch.setattr(precision, "describe", lambda device: f"kernels of another {device}")
     with pytest.warns(UserWarning, match="trained with .*, and this run computes with kernels of another cpu: "):
         run(stop + 1, 77, tmp_path / "stop.ckpt")
@@ -194,12 +193,8 @@ def test_a_plugin_that_converted_a_module_and_its_trainer_can_be_copied_and_pick
     one = run.precision_plugin
     again = pickle.loads(pickle.dumps(run))
     again.fit_loop.max_epochs = 2
-    others = (trainer(plugins=each(one), max_steps=1) for each in (pickle_and_back, copy.deepcopy))
-    for other in (*others, again):
+    plugins = pickle.loads(pickle.dumps(one)), copy.deepcopy(one)
+    for other in (*(trainer(plugins=each, max_steps=1) for each in plugins), again):
         module = Classifier()
         other.fit(module, loader())
         assert other.precision_plugin.report.converted == ["net.0", "net.4"] and module.net[0].lora_B.any()
-
-
-def pickle_and_back(value):
-    return pickle.loads(pickle.dumps(value))

@@ -62,8 +62,6 @@ def test_a_notebook_shows_a_table():
 
 
 def test_reprs_are_short_and_say_what_matters():
-    report = convert(nn.Sequential(*(nn.Linear(64, 64) for _ in range(50))), r=4)
-    assert repr(report).startswith("ConversionReport(50 layers in 4 bits, 0 trained in full, 0 skipped, 25,600 of ")
     weight = quantize(nn.Linear(128, 64).weight.detach())
     assert repr(weight).startswith("PackedWeight([64, 128], nf4, block_size=64, double_quant=True, torch.float32, 4,")
     plugin = QLoRAPrecision(r=4, exclude_modules=["head"])

@@ -78,16 +78,6 @@ def test_merge_gives_back_what_conversion_took():
     assert not [name for part in module.modules() for name in vars(part) if name.startswith(("was_", "lora_"))]
 
 
-def test_merge_after_a_cast_of_the_module():
-    module = trained(body())
-    convert(module, r=4)
-    trained(module).bfloat16()
-    expected = module(X.bfloat16())
-    merge(module)
-    assert module[0].weight.dtype is torch.bfloat16
-    torch.testing.assert_close(module(X.bfloat16()), expected, rtol=0.02, atol=0.05)
-
-
 def test_a_second_module_around_a_converted_network(trainer, tmp_path):
     class Preferences(pl.LightningModule):
         def __init__(self, net=None):

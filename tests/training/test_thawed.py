@@ -14,20 +14,15 @@ ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
 
 
 class Unfreezes(Classifier):
-    """Calls `unfreeze` at the start of an epoch."""
+    """Calls `unfreeze` at the start of its second epoch."""
 
-    def __init__(self, epoch, unfreeze):
+    def __init__(self, unfreeze):
         super().__init__()
-        self.epoch = epoch
         self.unfreeze_now = unfreeze
 
     def on_train_epoch_start(self):
-        if self.current_epoch == self.epoch:
+        if self.current_epoch == 1:
             self.unfreeze_now(self)
-
-
-def all_at_once(module):
-    module.requires_grad_(True)
 
 
 def one_by_one(module):
@@ -35,12 +30,9 @@ def one_by_one(module):
         parameter.requires_grad = True
 
 
-WAYS = {"unfreeze": lambda module: module.unfreeze(), "requires_grad_": all_at_once, "loop": one_by_one}
-
-
-@pytest.mark.parametrize("unfreeze", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("unfreeze", [Classifier.unfreeze, nn.Module.requires_grad_, one_by_one])
 def test_what_conversion_froze_and_the_module_thaws_is_named_once_with_its_size(unfreeze, trainer, recwarn):
-    module = Unfreezes(1, unfreeze)
+    module = Unfreezes(unfreeze)
     plugin = QLoRAPrecision(**ARGUMENTS, target_modules=["0"], modules_to_save=["4"])
     trainer(plugins=plugin, max_epochs=3).fit(module, loader())
     (text,) = [str(each.message) for each in recwarn if "requires_grad only" in str(each.message)]
@@ -53,7 +45,7 @@ def test_what_conversion_froze_and_the_module_thaws_is_named_once_with_its_size(
 
 
 def test_layers_that_the_module_froze_and_trains_later_are_named_with_target_modules(trainer):
-    module = Unfreezes(1, all_at_once)
+    module = Unfreezes(nn.Module.requires_grad_)
     module.net[0].requires_grad_(False)
     before = module.net[0].weight.detach().clone()
     run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_epochs=2)
@@ -73,4 +65,4 @@ def test_adapters_alone_may_be_frozen_and_thawed_without_a_word(trainer):
     run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_epochs=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*requires_grad only")
-        run.fit(Unfreezes(1, only_adapters), loader())
+        run.fit(Unfreezes(only_adapters), loader())

@@ -106,9 +106,9 @@ def load(
     raise BuildError(f"{program} failed; " + "; ".join(failures))
 
 
-def remedy(system: str = platform.system()) -> str:
+def remedy() -> str:
     """How to get a compiler with OpenMP."""
-    if system == "Darwin":
+    if platform.system() == "Darwin":
         return (
             "A compiler with OpenMP gives threads: `brew install gcc`, and set CC=gcc-14 (or the version it installs)"
         )
@@ -154,18 +154,15 @@ def _open(library: Path) -> ctypes.CDLL:
     openmp = None
     if platform.system() == "Linux" and not hasattr(ctypes.CDLL(None), "omp_get_thread_num"):
         mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-        openmp = min((path for path in mapped if "gomp" in Path(path).name), key=_is_not_of_torch, default=None)
+        # Other packages bring one as well, in folders of their own (scikit-learn, in scikit_learn.libs).
+        libraries = (path for path in mapped if "gomp" in Path(path).name)
+        openmp = min(libraries, key=lambda path: not path.startswith(str(TORCH)), default=None)
     elif platform.system() == "Darwin":
         openmp = str(TORCH / "lib" / "libomp.dylib")
     if openmp is not None:
         with suppress(OSError):  # this torch has none, or has not loaded it
             ctypes.CDLL(openmp, mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
     return ctypes.CDLL(str(library))
-
-
-def _is_not_of_torch(path: str) -> bool:
-    """Other packages bring an OpenMP library as well, in folders of their own (scikit-learn, in scikit_learn.libs)."""
-    return not path.startswith(str(TORCH))
 
 
 def _build(source: Path, program: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:

@@ -23,7 +23,7 @@ INEXACT = 0.75  # eps: one rounding is 0.5; several, on ARM with bf16 in torch 2
 class Products(NamedTuple):
     """The products of one type on this CPU."""
 
-    slowdown: float  # time of the slower one of x W^T and dY W, divided by that in fp32; at least 1
+    slowdown: float  # time of the slower one of x W^T and dY W, divided by that in fp32; 1.0 is the least
     error: float  # the largest error of an element, divided by it, in eps of the type
 
     @property
@@ -39,12 +39,6 @@ class Products(NamedTuple):
                 f"the sums of a product are rounded several times (error {self.error:.1f} eps; 0.5 with one rounding)"
             )
         return f"products are fast and rounded once (error {self.error:.1f} eps)"
-
-
-def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long as in fp32 a product takes; 1.0 for types that do not have 16 bits."""
-    measured: Products = products(dtype)
-    return measured.slowdown
 
 
 def is_slow(dtype: torch.dtype) -> bool:

@@ -144,7 +144,7 @@ def lora_down(x: Tensor | Half, w: Tensor | Half, s: float = 1.0, p: float = 0.0
     mask, scale = dropout_arguments(p, seed, x.device)
     of_x, of_w = _parts(x), _parts(w)
     run, sums = _down(x.device, tile, (m, k, r, *of_w.values.stride()), seed is not None, isinstance(x, Half))
-    out = of_x.values.new_empty(m, r, dtype=_type_of_result(x))
+    out = of_x.values.new_empty(m, r, dtype=torch.float32 if isinstance(x, Half) else x.dtype)
     tensors = of_x.values.contiguous(), of_w.values, out, share_memory(sums, out), of_x.factor, of_w.factor
     run(tensors, (*mask, s * scale))
     return out
@@ -267,10 +267,6 @@ def _gradients(
 def _parts(x: Tensor | Half) -> Half:
     """The two tensors that a kernel gets; it reads no factor of a plain tensor."""
     return x if isinstance(x, Half) else Half(x, x)
-
-
-def _type_of_result(x: Tensor | Half) -> torch.dtype:
-    return torch.float32 if isinstance(x, Half) else x.dtype
 
 
 def in_16_bits(x: Tensor | Half) -> bool:

@@ -8,7 +8,6 @@ import numpy as np
 
 from tests.emulator.amd.machine import Decoded, Wave, instruction, unknown
 from tests.emulator.memory import MEMORY, Fault
-from tests.emulator.types import TYPES, UNSIGNED
 
 # Bytes that a lane moves, by a part of the name: RDNA's words and CDNA's.
 SIZES = {
@@ -122,44 +121,21 @@ def _store(wave: Wave, given: Decoded) -> None:
     wave.outstanding += memory.stores[stores:] or [None]
 
 
-# name: what is stored, from what was there and the operands
-ATOMICS = {
-    "add": lambda old, given: old + given[0],
-    "and": lambda old, given: old & given[0],
-    "or": lambda old, given: old | given[0],
-    "xor": lambda old, given: old ^ given[0],
-    "exch": lambda old, given: given[0],
-    "cas": lambda old, given: np.where(old == given[0], given[1], old).astype(old.dtype),
-}
-
-
-@instruction(r"(GLOBAL|BUFFER)_ATOMIC_(ADD|SWAP|CMPSWAP|AND|OR|XOR)(_[UB]32|_[UB]64|_F32|_X2)?")
+@instruction(r"GLOBAL_ATOMIC_ADD(_U32)?")
 def _atomic(wave: Wave, given: Decoded) -> None:
     """One lane after the other. It gives back what was there if glc, sc0 or the lowest bit of th says so."""
-    words = given.name.split("_")
-    bits = 64 if words[-1] in ("U64", "B64", "X2") else 32
-    kind = TYPES["f32" if words[-1] == "F32" else f"u{bits}"]
-    size, count = bits // 8, bits // 32
-    lanes, at, inside = _places(wave, given, size)
-    lanes, memory, registers = lanes[inside], wave.group.memory, wave.registers(given)
-    first = given.register("vsrc", "vdata", "data")
-    data = np.ascontiguousarray(registers[first : first + 2 * count, lanes].T).view(UNSIGNED[bits])
-    values = kind.decode(data).reshape(len(lanes), -1)
-    places = memory.access("atomic", at[inside], size, wave.actors(len(lanes)))
-    before = np.zeros(len(lanes), UNSIGNED[bits])
-    for lane, place in enumerate(places):
-        before[lane] = MEMORY[place].view(before.dtype)[0]
-        new, compared = values[lane, :1], values[lane, 1:2]
-        operands = [compared, new] if words[2] == "CMPSWAP" else [new]
-        operation = {"SWAP": "exch", "CMPSWAP": "cas"}.get(words[2], words[2].lower())
-        stored = ATOMICS[operation](kind.decode(before[lane : lane + 1]), operands)
-        MEMORY[place] = kind.encode(stored).view(np.uint8)
+    lanes, at, _ = _places(wave, given, 4)
+    memory, registers = wave.group.memory, wave.registers(given)
+    added = registers[given.register("vsrc", "data"), lanes]
+    before = np.zeros(len(lanes), np.uint32)
+    for lane, place in enumerate(memory.access("atomic", at, 4, wave.actors(len(lanes)))):
+        before[lane] = MEMORY[place].view(np.uint32)[0]
+        MEMORY[place] = (before[lane : lane + 1] + added[lane]).view(np.uint8)
     if len(lanes):
         memory.release(wave.group.number, wave.number, wave.group.epoch)
     returns = given.field("glc") or given.field("sc0") or given.field("th") & 1
     if returns:
-        to = given.register("vdst", "vdata")
-        registers[to : to + count, lanes] = before.view(np.uint32).reshape(len(lanes), count).T
+        registers[given.register("vdst"), lanes] = before
     _count(wave, not returns)
 
 

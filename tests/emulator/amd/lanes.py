@@ -11,12 +11,6 @@ import numpy as np
 from tests.emulator.amd.machine import Decoded, Wave, instruction, unknown
 
 ROW = 16  # lanes
-CONTROLS = {  # of RDNA and CDNA alike, by the bits above the number: the lane within its row, and whether it exists
-    0x100: lambda within, number: (within + number, within + number < ROW),
-    0x110: lambda within, number: (within - number, within >= number),
-    0x120: lambda within, number: ((within - number) % ROW, within >= 0),
-    0x150: lambda within, number: (np.full_like(within, number), within >= 0),
-}
 
 
 def sources(given: Decoded, lanes: int, cdna: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -25,11 +19,11 @@ def sources(given: Decoded, lanes: int, cdna: bool) -> tuple[np.ndarray, np.ndar
     row, within, always = lane & ~15, lane & 15, np.ones(lanes, bool)
     if control < 0x100:  # quad_perm
         return (lane & ~3) + (control >> 2 * (lane & 3) & 3), always
-    if control & 0x1F0 in CONTROLS:  # row_shl, row_shr, row_ror, row_share
-        place, exists = CONTROLS[control & 0x1F0](within, control & 15)
-        return row + place, exists
-    if control == 0x140:  # row_mirror
-        return row + 15 - within, always
+    number = control & 15
+    if control & 0x1F0 == 0x110:  # row_shr
+        return lane - number, within >= number
+    if control & 0x1F0 == 0x120:  # row_ror
+        return row + (within - number) % ROW, always
     if control == 0x141:  # row_half_mirror
         return (lane & ~7) + 7 - (lane & 7), always
     if control == 0x142 and cdna:  # row_bcast:15
@@ -37,7 +31,7 @@ def sources(given: Decoded, lanes: int, cdna: bool) -> tuple[np.ndarray, np.ndar
     if control == 0x143 and cdna:  # row_bcast:31
         return np.full(lanes, 31), lane >= 32
     if control & 0x1F0 == 0x160 and not cdna:  # row_xmask
-        return lane ^ control & 15, always
+        return lane ^ number, always
     raise unknown(given, f"dpp_ctrl {control:#x}")
 
 
@@ -72,47 +66,27 @@ def _exchange(wave: Wave, given: Decoded) -> None:
     vectors[free], wave.execution_mask[:] = before, mask
 
 
-@instruction(r"V_PERMLANEX?16_B32.*")
+@instruction(r"V_PERMLANEX16_B32.*")
 def _permute_rows(wave: Wave, given: Decoded) -> None:
-    """Each lane reads one of its row, or of the other row of its half, that two scalar operands name."""
+    """Each lane reads one of the other row of its half, that two scalar operands name."""
     lanes, active = np.arange(wave.program.lanes), wave.active()
     if not (given.field("opsel") & 1 or active.all()):
         raise unknown(given, "with lanes that do not execute")
     selection = wave.scalars[[given.field("src1"), given.field("src2")]].view(np.uint64)[0]
     chosen = selection >> (4 * (lanes % ROW)).astype(np.uint64) & np.uint64(15)
-    source = (lanes & ~15 ^ (ROW if "PERMLANEX" in given.name else 0)) + chosen.astype(np.int64)
+    source = (lanes & ~15 ^ ROW) + chosen.astype(np.int64)
     values = wave.vectors[given.register("src0")][source]
     wave.vectors[given.register("vdst"), active] = values[active]
 
 
-@instruction(r"DS_B?PERMUTE(_FI)?_B32")
+@instruction(r"DS_BPERMUTE_B32")
 def _permute(wave: Wave, given: Decoded) -> None:
-    """Each lane reads from, or writes to, the lane that its address names, in bytes."""
-    vectors, active, name = wave.vectors, wave.active(), given.name
+    """Each lane reads from the lane that its address names, in bytes."""
+    vectors, active = wave.vectors, wave.active()
     offset = given.field("offset0") | given.field("offset1") << 8
     other = (vectors[given.register("addr")].astype(np.int64) + offset) // 4 % wave.program.lanes
-    data, to = vectors[given.register("data0")].copy(), vectors[given.register("vdst")]
-    if "BPERMUTE" in name:
-        values = np.where(active[other] | ("_FI_" in name), data[other], 0)
-    else:
-        values = np.zeros_like(data)
-        values[other[active]] = data[active]
-    to[active] = values[active]
-
-
-@instruction(r"DS_SWIZZLE_B32")
-def _swizzle(wave: Wave, given: Decoded) -> None:
-    """Within 32 lanes, by and, or, xor of the number of the lane; or within four lanes."""
-    lane, offset = np.arange(wave.program.lanes), given.field("offset0") | given.field("offset1") << 8
-    if offset >> 15:
-        if offset & 0x7F00:
-            raise unknown(given)
-        source = (lane & ~3) + (offset >> 2 * (lane & 3) & 3)
-    else:
-        source = lane & ~31 | (lane & offset & 31 | offset >> 5 & 31) ^ (offset >> 10 & 31)
-    active, values = wave.active(), wave.vectors[given.register("addr")]
-    values = np.where(active[source], values[source], 0)
-    wave.vectors[given.register("vdst"), active] = values[active]
+    values = np.where(active[other], vectors[given.register("data0")][other], 0)
+    vectors[given.register("vdst"), active] = values[active]
 
 
 @instruction(r"(GLOBAL|BUFFER|DS|FLAT|SCRATCH|S_BUFFER|S_STORE|S_ATOMIC|S_SCRATCH)_.*")

@@ -126,8 +126,8 @@ def run(
     shared: int,
     values: list[bytes],
     ranges: list[tuple[int, int]],
-) -> int:
-    """Execute all work groups of a launch; how many instructions that were, one for all lanes of a wave.
+) -> None:
+    """Execute all work groups of a launch.
 
     Args:
         grid: Number of work groups in each dimension.
@@ -140,12 +140,10 @@ def run(
     begin = ctypes.addressof(arguments)
     ranges = [*ranges, (begin, begin + len(arguments)), (program.code.begin, program.code.end)]
     memory = GlobalMemory(ranges)
-    executed = 0
     for number, (z, y, x) in enumerate(product(*map(range, reversed(grid)))):
         group = WorkGroup(program, number, (x, y, z), threads, shared, arguments, memory)
         with np.errstate(all="ignore"):
-            executed += group.run()
-    return executed
+            group.run()
 
 
 class WorkGroup:
@@ -171,13 +169,12 @@ class WorkGroup:
         self.epoch = 0
         self.waves = [Wave(self, first) for first in range(0, threads, program.lanes)]
 
-    def run(self) -> int:
-        """Execute until all waves have ended; how many instructions that were."""
+    def run(self) -> None:
+        """Execute until all waves have ended."""
         running = self.waves
         while running:
             running = [wave for wave in running if wave.run()]
             self.epoch += 1
-        return sum(wave.executed for wave in self.waves)
 
 
 class Wave:
@@ -195,7 +192,6 @@ class Wave:
         program = group.program
         self.group, self.program = group, program
         self.number = (group.number * group.threads + first) // program.lanes
-        self.executed = 0
         self.outstanding: list[Store | None] = []
         registers = program.code.scalar_registers(group.arguments)
         self._state = emulator._init_wave(
@@ -236,7 +232,6 @@ class Wave:
             if place == emulator.ENDPGM_PC:
                 return False
             given = program.at(place)
-            self.executed += 1
             if given.execute:
                 self._execute(given, place)
                 state.pc = place + given.size

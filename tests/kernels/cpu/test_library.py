@@ -1,5 +1,6 @@
 """The C kernels in every variant this machine can run, against the specification; and what happens without them."""
 
+import errno
 import os
 import shutil
 import stat
@@ -531,6 +532,10 @@ def test_a_full_disk_is_no_reason_for_a_slower_variant(load, compiler, monkeypat
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     with pytest.raises(build.BuildError, match="100,000 bytes free"):
         load()
+    error = OSError(errno.EDQUOT, "Disk quota exceeded")
+    monkeypatch.setattr(build, "_build", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(build.BuildError, match=r"Disk quota exceeded\. Free some space"):
+        load()
 
 
 def test_a_compiler_without_openmp_is_a_warning(load, compiler, caplog):
@@ -546,7 +551,7 @@ def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(lo
     with caplog.at_level("INFO", "lightning_qlora"):
         load(variants=build.flag_lists("Darwin"))
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "CC=gcc-14" in build.remedy("Darwin")
+    assert "CC=gcc-14" in build.remedy()
 
 
 def test_flags_fit_the_system():

@@ -7,21 +7,7 @@ from lightning_qlora.kernels.reference import AdamWStep
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.optim.state_8bit import MOMENTS
-from lightning_qlora.quantization.codebooks import dynamic_map
-
-SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-SHAPES = [(20, 70), (300,), (1,), (256,), (17, 33)]
-
-
-def draw(seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
-
-
-def state8():
-    codes = [torch.zeros(shape, dtype=torch.uint8) for shape in SHAPES]
-    absmaxes = [torch.zeros(-(-code.numel() // 256)) for code in codes]
-    return (codes, absmaxes), ([code.clone() for code in codes], [absmax.clone() for absmax in absmaxes])
+from tests.kernels.test_reference_adamw import SCALARS, SHAPES, check_8bit_steps, draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,39 +23,8 @@ def test_32_bit_steps_equal_the_reference(dtype):
         torch.testing.assert_close(mine, yours, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
-def scaled64(values):
-    """Float64 values divided by the scale of their block, and the scales."""
-    blocks = torch.nn.functional.pad(values.view(-1), (0, -values.numel() % 256)).view(-1, 256)
-    scales = blocks.abs().amax(1)
-    return (blocks / scales[:, None]).view(-1)[: values.numel()].view(values.shape), scales
-
-
 def test_8_bit_steps_equal_a_float64_reference_in_every_code():
-    """Only a value that fp32 cannot tell from the border of two levels may take either."""
-    ours = draw(0)
-    (m_codes, m_scales), (v_codes, v_scales) = state = state8()
-    undecided = 0
-    for step in range(1, 8):
-        grads = draw(step)
-        before = [p.double() for p in ours]
-        m_before = [reference.dequantize_state(*each, True).double() for each in zip(m_codes, m_scales, strict=True)]
-        v_before = [reference.dequantize_state(*each, False).double() for each in zip(v_codes, v_scales, strict=True)]
-        adamw8bit_step(ours, grads, *state, AdamWStep(step, **SCALARS))
-        for i, g in enumerate(grads):
-            m = 0.9 * m_before[i] + 0.1 * g.double()
-            v = 0.999 * v_before[i] + 0.001 * g.double() ** 2
-            m_hat = m / (1 - 0.9**step)
-            v_hat = v / (1 - 0.999**step)
-            moved = m_hat / (torch.maximum(v_hat.sqrt(), m_hat.abs()) + 1e-8)
-            torch.testing.assert_close(ours[i].double(), before[i] * (1 - 1e-3) - 1e-2 * moved, rtol=1e-5, atol=1e-6)
-            for codes, scales, value, signed in ((m_codes, m_scales, m, True), (v_codes, v_scales, v, False)):
-                scaled, expected_scales = scaled64(value)
-                bounds = ((dynamic_map(signed)[:-1] + dynamic_map(signed)[1:]) / 2).double()
-                off = codes[i] != torch.bucketize(scaled, bounds)
-                assert ((scaled[off][:, None] - bounds).abs().amin(1) < 1e-6).all()
-                undecided += int(off.sum())
-                torch.testing.assert_close(scales[i].double(), expected_scales, rtol=1e-6, atol=1e-7)
-    assert undecided < 3  # of 35,000 codes
+    check_8bit_steps(adamw8bit_step)
 
 
 def test_tensors_of_several_types_and_many_rows(monkeypatch):

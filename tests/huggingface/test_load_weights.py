@@ -206,7 +206,7 @@ def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(
     check_equal(tensors(net), tensors(model))
     with pytest.raises(ValueError, match="is sharded, and a shard can't be merged"):
         merge(net)
-    with pytest.raises(ValueError, match=r"^T5ForConditionalGeneration\.save_pretrained: the layers are sharded"):
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration\.save_pretrained: the layers are sharded"):
         net.save_pretrained(tmp_path / "adapter")
 
 

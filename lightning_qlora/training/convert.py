@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.fabric.utilities import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
 

@@ -135,7 +135,8 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Load an adapter folder of PEFT or `save_adapter` into a converted module.
 
     Ranks and scalings become those of the folder; layers that are not in the folder get the default initialization,
-    B = 0. To convert exactly the layers of the folder, pass `adapter=folder` to `QLoRAPrecision` or `convert` instead.
+    B = 0. What trains in full and is not in it keeps its values, with a warning. To convert exactly the layers of the
+    folder, pass `adapter=folder` to `QLoRAPrecision` or `convert` instead.
 
     Args:
         module: A converted module, LightningModule or not.
@@ -146,4 +147,15 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.
     """
     reshard(module)
-    set_adapter_of_module(module, read_adapter(folder))
+    adapter = read_adapter(folder)
+    set_adapter_of_module(module, adapter)
+    _, base = find_base_model(module)
+    trained = trained_modules(base, base_fingerprints(base))
+    loaded = {trained.get(owner_name(key)) for key in adapter.saved}
+    kept = [name for name, part in trained.items() if part not in loaded]
+    if kept:
+        warnings.warn(
+            f"{folder} has no values for what trains in full, or has changed: {first_of(kept, 3)}. They stay as they "
+            "are, which may be those of an earlier adapter. For the pretrained ones build the module again.",
+            stacklevel=2,
+        )

@@ -187,7 +187,7 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
     arguments = entries.pop(prefix + ARGUMENTS, None)
     if with_adapter and arguments is not None:
-        check_same_arguments(layer, parse_json(bytes(arguments.tolist()), prefix + ARGUMENTS))
+        check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ARGUMENTS))
     packed: Any = None
     expected = layer._shape
     if prefix + BASE[0] in entries:

@@ -163,6 +163,14 @@ class PagedAdamW8bit(Optimizer):
                 )
             if not self.state[param]:
                 self.state[param].update(_new_state(param))
+            state = self.state[param]
+            moment = state[f"{MOMENTS[0]}_codes" if is_8bit(state) else MOMENTS[0]]
+            if local(moment).numel() != local(param).numel():  # a kernel would write beyond the state
+                raise ValueError(
+                    f"PagedAdamW8bit: a parameter of shape {list(param.shape)} has state of shape "
+                    f"{list(moment.shape)}: it changed since the last step, as by load_adapter with another rank. Make "
+                    "the optimizer again."
+                )
         groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)  # one kernel launch each
         for param in params:
             state = self.state[param]

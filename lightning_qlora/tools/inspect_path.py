@@ -111,11 +111,11 @@ def _quantization(folder: WeightFolder, config: dict[str, Any], packed: set[str]
     if stored and not stored.get("load_in_4bit"):
         words = [stored.get(key) for key in ("quant_method", "format", "weight_block_size")]
         return ", ".join(str(word) for word in words if word)
-    if not packed or not stored.get("quant_method"):
+    if not packed:
         return "none"
     first = min(packed)
     key = next(key for key in folder.entries if key.startswith(first + ".quant_state."))
-    text = f"{stored['quant_method']}, {key.rpartition('__')[2]}"
+    text = f"bitsandbytes, {key.rpartition('__')[2]}"
     if f"{first}.nested_absmax" in folder.entries:
         text += ", double quantization"
     return text

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
@@ -149,7 +150,8 @@ def _convert_new(
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
     record([*unrecorded(module), *new])  # what conversion made, and what was there
-    if adapter is not None:
+    earlier = [each.adapter for each in map(conversion_of, module.modules()) if each is not None]
+    if adapter is not None and (given.adapter not in earlier or choice.convert):  # else it was trained since
         set_adapter_of_module(module, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
@@ -170,9 +172,11 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
-    """Load the adapter folder of a converted module's new arguments, each folder once; warn of other arguments."""
-    if config.adapter is not None and config.adapter not in [each.adapter for each in conversion.given]:
+    """Load the adapter folder of the arguments, if another one was loaded last; warn of other arguments."""
+    if config.adapter not in (None, conversion.adapter):
         set_adapter_of_module(module, read_adapter(config.adapter))
+        conversion.adapter = config.adapter
+        rank_zero_info(f"QLoRA: the adapters of this {type(module).__name__} are now those of {config.adapter}.")
     if config not in (conversion.config, *conversion.given):
         names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
         warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.save_load import layers_that_are_only_read
 from tests.adapters.folders import read_config
-from tests.adapters.test_peft_experts import decoded_base, deepseek_v3, logits
+from tests.adapters.test_peft_experts import decoded_base, logits
 from tests.layers import test_experts as toys
 from tests.toys import perturb
 
@@ -19,22 +19,8 @@ def qwen3_with_a_dense_mlp():
     return toys.qwen3_moe(mlp_only_layers=[0])
 
 
-def shared_experts(kind, **more):
-    def build():
-        sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
-        config = {**toys.SMALL, **sizes, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16, **more}
-        return getattr(transformers, f"{kind}ForCausalLM"), getattr(transformers, f"{kind}Config")(**config)
-
-    return build
-
-
-FAMILIES = {
-    "qwen3_moe": qwen3_with_a_dense_mlp,
-    "deepseek_v3": deepseek_v3,
-    "glm4_moe": shared_experts("Glm4Moe", n_group=1, topk_group=1),
-    "dots1": shared_experts("Dots1", n_group=1, topk_group=1),
-    "ernie4_5_moe": shared_experts("Ernie4_5_Moe", moe_num_experts=4, moe_k=2, moe_num_shared_experts=1),
-}
+OTHERS = ("deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe")
+FAMILIES = {"qwen3_moe": qwen3_with_a_dense_mlp, **{kind: toys.architecture(kind) for kind in OTHERS}}
 
 
 def with_dense_experts(build, **arguments):

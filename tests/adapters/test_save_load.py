@@ -195,6 +195,16 @@ def test_modules_that_trained_before_they_were_frozen_are_saved(tmp_path):
     assert_same_logits(again.model, lit.model)
 
 
+def test_what_an_earlier_folder_had_and_this_one_lacks_is_named(tmp_path):
+    """PEFT goes back to the pretrained pooler, which the converted model no longer has."""
+    save_adapter(converted("bert", **POOLER), tmp_path / "with")
+    lit = converted("bert", exclude_modules=["pooler"])
+    save_adapter(lit, tmp_path / "without")
+    load_adapter(lit, tmp_path / "with")
+    with pytest.warns(UserWarning, match=r"without has no values for.*: bert\.pooler\.dense\. They stay"):
+        load_adapter(lit, tmp_path / "without")
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_an_embedding_that_was_resized_after_conversion_is_saved(name, tmp_path):
     """As PEFT does. It is frozen, and the base has no values for its new rows."""
@@ -318,6 +328,14 @@ def test_broken_folders_are_named_in_one_line(folder, harm, message):
     harm(folder)
     with raises_in_one_line((ValueError, FileNotFoundError), message):
         load_adapter(converted("llama"), folder)
+
+
+def test_rows_of_tokens_without_their_indices_are_refused(tmp_path):
+    save_adapter(converted("llama", trainable_token_indices=[3, 7]), tmp_path)
+    for indices in (None, [3], {"other": [3, 7]}):
+        change_config(tmp_path, trainable_token_indices=indices)
+        with raises_in_one_line(ValueError, r"embed_tokens.* must have one row for each index in trainable_token_indi"):
+            read_adapter(tmp_path)
 
 
 def test_initializations_of_peft(folder):

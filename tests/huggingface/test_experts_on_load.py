@@ -11,24 +11,13 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.activations import _LivingTensors
 from lightning_qlora.training.report import parameter_bytes
-from tests.layers.test_experts import SMALL, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
+from tests.layers.test_experts import SMALL, architecture, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
 from tests.toys import needs, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
 
-def mixtral():
-    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
-    return transformers.MixtralForCausalLM, transformers.MixtralConfig(**{**SMALL, **more})
-
-
-def deepseek_v3(**changes):
-    more = {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 96,
-        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32,
-        "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    }  # fmt: skip
-    return transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config(**{**SMALL, **more, **changes})
+mixtral, deepseek_v3 = map(architecture, ("mixtral", "deepseek_v3"))
 
 
 def loaded(folder, dtype="auto", **arguments):

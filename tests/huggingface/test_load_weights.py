@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, quantize, save_adapter
+from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
 from lightning_qlora.layers.dtensor import gather, reshard
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
@@ -204,6 +204,10 @@ def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(
     net = sharded_by_fabric(tmp_path, build=lambda: type(model)(model.config))[1].module
     convert(model, **ARGUMENTS)
     check_equal(tensors(net), tensors(model))
+    with pytest.raises(ValueError, match="is sharded, and a shard can't be merged"):
+        merge(net)
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration\.save_pretrained: the layers are sharded"):
+        net.save_pretrained(tmp_path / "adapter")
 
 
 def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_without_weights_refused(folder, one_rank):

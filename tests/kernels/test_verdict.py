@@ -295,19 +295,20 @@ def test_a_variant_that_fails_in_mid_run_falls_back_without_a_change_of_the_run(
 
 
 @pytest.mark.parametrize("writes", [True, False], ids=["after it wrote", "before"])
-def test_a_step_that_raises_is_repeated_only_if_it_wrote_nothing(monkeypatch, kernels, recwarn, writes):
+@pytest.mark.parametrize(("op", "size"), [("adamw_step", 64), ("adamw8bit_step", 4096)])
+def test_a_step_that_raises_is_repeated_only_if_it_wrote_nothing(monkeypatch, kernels, recwarn, writes, op, size):
     """A second step from the moments of the first one would be silently wrong."""
     found(monkeypatch)
 
     def raises(params, *rest):
         if writes:
-            reference.adamw_step(params, *rest)
+            getattr(reference, op)(params, *rest)
         raise RuntimeError("an error of the launch")
 
-    kernels.adamw_step = raises
-    param = torch.nn.Parameter(torch.ones(64))
-    dense = torch.nn.Parameter(torch.ones(64))
-    param.grad = dense.grad = torch.linspace(-1, 1, 64)
+    setattr(kernels, op, raises)
+    param = torch.nn.Parameter(torch.ones(size))
+    dense = torch.nn.Parameter(torch.ones(size))
+    param.grad = dense.grad = torch.linspace(-1, 1, size)
     optimizer = PagedAdamW8bit([param], lr=0.1)
     if writes:
         with pytest.raises(RuntimeError, match="an error of the launch"):

@@ -98,9 +98,9 @@ def test_two_steps_are_those_of_an_fp32_run(slow, name, dtype, changes, extra):
             optimizer.zero_grad()
             loss, types = step(module, input_ids=ids(), labels=torch.tensor([0, 1]) if name == "bert" else ids())
             assert types == {torch.float32}
+            values += [loss.detach(), *(p.grad.clone() for p in trained(module).values() if p.grad is not None)]
             optimizer.step()
-            values += [loss.detach(), *(p.detach().clone() for p in trained(module).values())]
-        runs.append(values)
+        runs.append(values + [p.detach().clone() for p in trained(module).values()])
         weights = {layer.weight.dtype for layer in adapted_layers(module).values()}
         assert {p.dtype for p in module.parameters()} == weights == {torch.float32}
         if name == "llama":

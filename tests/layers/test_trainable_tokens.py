@@ -23,9 +23,10 @@ from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.layers.names import names_of_modules
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.token_selection import check_tokens
 from lightning_qlora.tools.merge_folder import merge_folder
-from lightning_qlora.training.optimizers import replace_parameters_by_adapters
+from lightning_qlora.training.optimizers import parameters_of, replace_parameters_by_adapters
 from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, toy
 
 TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]
@@ -89,13 +90,9 @@ def test_peft_reads_the_folder_and_its_folder_is_read(name, tokens, tied, tmp_pa
     expected = logits(model)
     save_adapter(model, tmp_path / "ours")
     base = copy.deepcopy(model)
-    with torch.no_grad():
-        for key, parameter in base.named_parameters():
-            if key.endswith("lora_B"):
-                parameter.zero_()
-    base = merge(base)
-    with torch.no_grad():  # rows of other values, which PEFT replaces
-        base.get_input_embeddings().weight[TOKENS] = 1
+    for layer in adapted_layers(base).values():
+        layer.lora_B.data.zero_()
+    merge(base).get_input_embeddings().weight.data[TOKENS] = 1  # rows of other values, which PEFT replaces
     wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     torch.testing.assert_close(logits(wrapped), expected, atol=1e-4, rtol=1e-4)
     wrapped.save_pretrained(tmp_path / "theirs")
@@ -308,8 +305,8 @@ def test_memory_and_an_early_optimizer_have_the_rows():
     config = copy.deepcopy(model.config)
     converted(model=model)
     replace_parameters_by_adapters(optimizer)
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert any(p is delta(model) for p in held) and not any(p is model.lm_head.weight for p in held)
+    held = set(map(id, parameters_of(optimizer)))
+    assert id(delta(model)) in held and id(model.lm_head.weight) not in held
     with_rows, without = (
         estimate_memory(config, 1, 8, trainable_token_indices=tokens, **ARGUMENTS) for tokens in (TOKENS, None)
     )

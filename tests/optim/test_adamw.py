@@ -374,6 +374,16 @@ def test_what_it_cannot_train_is_refused():
     with pytest.raises(TypeError, match=r"sparse gradient.*SparseAdam"):
         optimizer.step()
     assert optimizer.state[embedding.weight]["step"] == 1
+    for rows in (1, 64):  # state in 32 and in 8 bits
+        param = torch.nn.Parameter(torch.zeros(rows, 128))
+        optimizer = PagedAdamW8bit([param])
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        param.grad = None
+        param.data = torch.zeros(2 * rows, 128)  # `load_adapter` with another rank
+        param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match=rf"shape \[{2 * rows}, 128\] has state of shape \[{rows}, 128\]"):
+            optimizer.step()
 
 
 def test_frozen_integer_parameters_in_the_list_are_skipped():

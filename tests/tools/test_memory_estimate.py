@@ -125,7 +125,9 @@ def test_a_model_of_70_billion_weights_is_not_allocated():
 def test_a_folder_and_errors(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path)
-    assert estimate_memory(str(tmp_path), 2, 12, **ARGUMENTS) == estimate_memory(toy("llama"), 2, 12, **ARGUMENTS)
+    without_type = type(toy("llama").config)(**LLAMA)
+    for model, module in ((str(tmp_path), toy("llama")), (without_type, toy("llama").bfloat16())):
+        assert estimate_memory(model, 2, 12, **ARGUMENTS) == estimate_memory(module, 2, 12, **ARGUMENTS)
     linear = nn.Sequential(nn.Linear(64, 64))
     for model, arguments, message in (
         (linear, {"optimizer": "lion"}, "optimizer='lion': must be one of 'adamw'"),

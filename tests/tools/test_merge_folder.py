@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, convert, merge, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
@@ -182,12 +182,28 @@ def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
 
 
-def test_a_broken_base_is_named_in_one_line(base, tmp_path):
-    _, folder = base("llama", max_shard_size="50KB")
+def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
+    model, folder = base("llama", max_shard_size="50KB")
+    adapter = get_adapter(converted("llama"))
+
+    def refused(kind, message):
+        with raises_in_one_line(kind, message):
+            merge_folder(folder, adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     shard(folder, 2).unlink()
-    with raises_in_one_line(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;"):
-        merge_folder(folder, get_adapter(converted("llama")), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    refused(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;")
+    (folder / "model.safetensors.index.json").unlink()
+    state = model.state_dict()
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(ValueError, r"no tensor for 'model.norm.weight' of a LlamaForCausalLM, and the adapter has none either")
+
+    def fails(*_, **__):
+        raise ImportError("install\nit")
+
+    monkeypatch.setattr(type(model), "from_pretrained", fails)
+    refused(ValueError, "base: transformers can't load it: install it$")
 
 
 def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
@@ -202,6 +218,10 @@ def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         merge_folder(folder, get_adapter(converted("llama")), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+    experts.made(lambda: experts.qwen3_moe(num_experts=5)).save_pretrained(tmp_path / "five")
+    convert(six := experts.made(experts.qwen3_moe), r=2)
+    with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has shape \[5, .*\] there, not 6 experts"):
+        merge_folder(tmp_path / "five", get_adapter(six), tmp_path / "out")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")

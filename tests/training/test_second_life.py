@@ -179,6 +179,12 @@ def test_an_adapter_folder_for_a_converted_module_is_loaded_once_or_refused(tmp_
     expected = module(X)
     convert(module, **arguments)  # as the Trainer does for each of its methods
     assert torch.equal(module(X), expected)
+    convert(Built(net=module), **arguments)  # the second stage of a training
+    assert torch.equal(module(X), expected)
+    save_adapter(module, tmp_path / "trained")
+    for folder, outputs in [("trained", expected), ("folder", source(X))] * 2:  # two adapters compared on one module
+        convert(module, r=4, adapter=str(tmp_path / folder))
+        assert torch.equal(module(X), outputs)
     other = nn.Sequential(nn.Linear(64, 64))
     convert(other, r=4)
     with pytest.raises(CheckpointMismatchError, match=r"key 'base_model\.model\.3\.lora_A\.weight' does not fit"):

@@ -165,7 +165,7 @@ def _cascade(rows: Tensor, step: int) -> Tensor:
     sums = []
     for _ in range(3):
         groups = len(rows) // step
-        sums.append(_in_order([torch.zeros_like(rows[:1].sum(0)), *rows[groups * step :]]))
+        sums.append(_in_order([rows.new_zeros(rows.shape[1:]), *rows[groups * step :]]))
         rows = _in_order(list(rows[: groups * step].view(groups, step, *rows.shape[1:]).unbind(1)))
     sums.append(_in_order([torch.zeros_like(sums[0]), *rows]))
     return _in_order(sums)

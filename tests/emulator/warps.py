@@ -40,9 +40,7 @@ def _reduce(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 @instruction("bar", "createpolicy")
 def _nothing(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
-    """bar.warp.sync: the threads of a warp are executed together. A policy of the cache is passed on as a number."""
-    if given.words[0] == "createpolicy":
-        blocks.write(given.operands[0], "b64", np.zeros(blocks.n, np.uint64), active)
+    """bar.warp.sync: the threads of a warp are executed together. Loads do not read the policy of a cache."""
 
 
 def registers_as(blocks: Blocks, operands, type_name: str) -> np.ndarray:

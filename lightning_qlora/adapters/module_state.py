@@ -57,14 +57,12 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     passed.
     """
     requests = []
-    adapter = given.adapter
     for part in root.modules():
         earlier = conversion_of(part)
         if earlier is not None:
             requests += earlier.given
-            adapter = adapter or earlier.adapter
     buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
-    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(root), buffers, adapter)
+    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]

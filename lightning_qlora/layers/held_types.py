@@ -63,7 +63,8 @@ class HeldTypes:
     Attributes:
         held_types: Key of each parameter and buffer that is held in fp32 -> its type before; "weight" of a 4-bit layer,
             and "forward" for a forward pass under autocast, are such keys without a tensor.
-        held_on: The kind of device on which it is held ("cpu"), or EVERYWHERE; None: it is not held.
+        held_on: The kind of device for which it was held ("cpu"), or EVERYWHERE; None: it is not held. On another one
+            that is slow too it stays so.
     """
 
     held_types: Mapping[str, torch.dtype] = MappingProxyType({})
@@ -103,11 +104,9 @@ class HeldTypes:
         is_everywhere = self.held_on == EVERYWHERE
         applied = fn(torch.empty(0, dtype=torch.float32, device="cpu" if is_everywhere else self.held_on))
         moves = not is_everywhere and applied.device.type != self.held_on
-        is_slow = any(reason_for_fp32(applied.device, dtype) for dtype in self.held_types.values()) if moves else True
+        is_slow = not moves or any(reason_for_fp32(applied.device, dtype) for dtype in self.held_types.values())
         if applied.dtype is not torch.float32 or not is_slow:
             self.restore_types()
-        elif moves:
-            self.held_on = applied.device.type
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

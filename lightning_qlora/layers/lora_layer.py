@@ -47,6 +47,7 @@ class LoRALayer(WithAdapter, PackedLayer):
     config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
     full_name: str  # in the converted module; not `name`, which a class of the user may have
     seed_name: str  # for both see `names.py`
+    adapter_folder: str | None = None  # the last one that an argument named and that was loaded
     loaded: bool = False  # whether it was quantized while its model loaded, and no module with it was converted
     input_statistics: InputStatistics | None = None  # "calibrated": until the adapter is initialized
     initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory

@@ -150,9 +150,7 @@ def _convert_new(
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
     record([*unrecorded(module), *new])  # what conversion made, and what was there
-    earlier = [each.adapter for each in map(conversion_of, module.modules()) if each is not None]
-    if adapter is not None and (given.adapter not in earlier or choice.convert):  # else it was trained since
-        set_adapter_of_module(module, adapter)
+    _load_adapter_once(module, given.adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     report.deferred_logits = defer_output_embeddings(module, config.deferred_logits, run.sharded)
@@ -171,12 +169,20 @@ def is_converted(module: nn.Module) -> bool:
     return conversion_of(module) is not None and not unrecorded(module)
 
 
+def _load_adapter_once(module: nn.Module, folder: str | None) -> None:
+    """Load an adapter folder that an argument names; layers that had it last were trained since and stay."""
+    layers = adapted_layers(module).values()
+    if folder is None or all(layer.adapter_folder == folder for layer in layers):
+        return
+    set_adapter_of_module(module, read_adapter(folder))
+    for layer in layers:
+        layer.adapter_folder = folder
+    rank_zero_info(f"QLoRA: the adapters of this {type(module).__name__} are now those of {folder}.")
+
+
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
     """Load the adapter folder of the arguments, if another one was loaded last; warn of other arguments."""
-    if config.adapter not in (None, conversion.adapter):
-        set_adapter_of_module(module, read_adapter(config.adapter))
-        conversion.adapter = config.adapter
-        rank_zero_info(f"QLoRA: the adapters of this {type(module).__name__} are now those of {config.adapter}.")
+    _load_adapter_once(module, config.adapter)
     if config not in (conversion.config, *conversion.given):
         names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
         warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)

@@ -236,6 +236,9 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer, r
         texts = [str(each.message) for each in recwarn if "converted before" in str(each.message)]
         assert len(texts) == (not patterns)
         assert all(text.startswith("net.0: was converted before, with r=4 and not 8, and") for text in texts)
+        recwarn.clear()
+        convert(outer, r=4)  # as its part was
+        assert not recwarn.list
 
 
 def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):

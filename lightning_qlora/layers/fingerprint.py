@@ -69,10 +69,9 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
     group = None
     if (rows := own_rows(tensor)) is not None and tensor.stride(0) % per_word == 0:
         part, first, group = rows
-        flat = part.reshape(-1)
     else:
-        first = 0
-        flat = gather(tensor).reshape(-1)
+        part, first = gather(tensor), 0
+    flat = part.reshape(-1).contiguous()  # of one dimension, reshape keeps its stride
     sums = torch.zeros(-(-tensor.numel() // piece), dtype=torch.int64, device=flat.device)
     step = piece
     if flat.device.type != "cpu":

@@ -20,7 +20,7 @@ from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.files.folder_writer import INCOMPLETE
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from tests.adapters.test_peft_folder import adapter, number_of
+from tests.adapters.test_peft_folder import adapter, content
 from tests.attack.processes import exit_at_line, kill_later, lines_of, run
 from tests.conftest import Classifier, ResumableLoader, make_trainer
 
@@ -73,6 +73,11 @@ def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
     return found
 
 
+def number_of(place: Path) -> int:
+    """The number of the adapter in a folder, which must be whole."""
+    return [content(adapter(number)) for number in (1, 2)].index(content(read_adapter(place))) + 1
+
+
 def kills_in_saving(seed: int, count: int, folder: Path) -> Counter[str]:
     """A process ends at a random line of `save_adapter` over an older folder: one of the two is there, or no config."""
     draw = random.Random(seed)
@@ -88,7 +93,7 @@ def kills_in_saving(seed: int, count: int, folder: Path) -> Counter[str]:
         if not (place / CONFIG_FILE).exists():
             found["no config"] += 1
         else:
-            now = number_of(read_adapter(place))
+            now = number_of(place)
             found["old adapter" if now == before else "new adapter"] += 1
         for left in place.glob(f"{INCOMPLETE}*"):
             shutil.rmtree(left)
@@ -117,6 +122,6 @@ def full_disks(seed: int, count: int, folder: Path) -> Counter[str]:
         code = run(lambda most=most: limited(most))
         assert code in (0, 5), code
         found["refused" if code else "written"] += 1
-        assert number_of(read_adapter(place)) == (1 if code else 2)
+        assert number_of(place) == (1 if code else 2)
         assert sorted(path.name for path in place.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     return found

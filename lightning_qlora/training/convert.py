@@ -11,6 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
 
+from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
@@ -150,7 +151,7 @@ def _convert_new(
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module)
     record([*unrecorded(module), *new])  # what conversion made, and what was there
-    _load_adapter_once(module, given.adapter)
+    _load_adapter_once(module, given.adapter, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
     report.deferred_logits = defer_output_embeddings(module, config.deferred_logits, run.sharded)
@@ -169,12 +170,15 @@ def is_converted(module: nn.Module) -> bool:
     return conversion_of(module) is not None and not unrecorded(module)
 
 
-def _load_adapter_once(module: nn.Module, folder: str | None) -> None:
-    """Load an adapter folder that an argument names; layers that had it last were trained since and stay."""
+def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter | None) -> None:
+    """Load an adapter folder that an argument names; layers that had it last were trained since and stay.
+
+    `adapter` is its content, if it was read before.
+    """
     layers = adapted_layers(module).values()
     if folder is None or all(layer.adapter_folder == folder for layer in layers):
         return
-    set_adapter_of_module(module, read_adapter(folder))
+    set_adapter_of_module(module, adapter or read_adapter(folder))
     for layer in layers:
         layer.adapter_folder = folder
     rank_zero_info(f"QLoRA: the adapters of this {type(module).__name__} are now those of {folder}.")
@@ -182,7 +186,7 @@ def _load_adapter_once(module: nn.Module, folder: str | None) -> None:
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
     """Load the adapter folder of the arguments, if another one was loaded last; warn of other arguments."""
-    _load_adapter_once(module, config.adapter)
+    _load_adapter_once(module, config.adapter, None)
     if config not in (conversion.config, *conversion.given):
         names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
         warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)

@@ -686,7 +686,7 @@ def contexts(pair, n):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = pair.loss(module, batch)
         pair.derive(module, loss)
-    pair.same_gradients(tolerance=0.1)
+    pair.same_gradients(tolerance=0.2)  # a router may choose another expert in bf16
     pair.zero_grad()
 
 

@@ -121,7 +121,7 @@ class Quantize(_Operation):
             if message := _not_splittable(place, chosen):
                 return self.refuse(source, key, part, f"{key}: {message}")
             # Every rank read its part; to quantize, one weight at a time is gathered.
-            weight = DTensor.from_local(weight, place.device_mesh, place.placements, run_check=False).full_tensor()
+            weight = DTensor.from_local(weight, place.device_mesh, place.placements).full_tensor()
         if weight.shape != place.shape:
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
         owner, inner = chosen.place

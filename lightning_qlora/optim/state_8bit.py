@@ -132,4 +132,4 @@ def zero_absmax(param: Tensor) -> Tensor:
 
 def _dtensor(part: Tensor, like: DTensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
     """This rank's part of a whole tensor as a DTensor that is sharded as `like`."""
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=shape, stride=stride)

@@ -98,10 +98,10 @@ def _cache_only_without_gradients(module: nn.Module) -> None:
                 model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     if torch.is_grad_enabled() and len(args) <= position:
-        kwargs["use_cache"] = False
-    return args, kwargs
+        return args, {**kwargs, "use_cache": False}
+    return None
 
 
 def _recomputed(block: nn.Module) -> "RecomputedForward | None":

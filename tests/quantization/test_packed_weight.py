@@ -69,9 +69,11 @@ def test_bytes_count_codes_scales_and_second_level():
         assert value.nbytes == count
         text = f"nf4, block_size=64, double_quant={double_quant}, torch.float32, {count:,} bytes"
         assert repr(value) == f"PackedWeight([256, 512], {text}, cpu)"
-        assert repr(value.to(torch.device("meta"))) == f"PackedWeight([256, 512], {text}, meta)"
+        moved = value.to(torch.device("meta"))
+        assert repr(moved) == f"PackedWeight([256, 512], {text}, meta)"
         tensors = value.to_bytes().to(torch.device("meta"))[:3]
-        assert {tensor.device.type for tensor in (*tensors, value.to(torch.device("meta")).absmax)} == {"meta"}
+        parts = [*tensors, moved.absmax, *([moved.nested_absmax] if double_quant else [])]
+        assert {tensor.device.type for tensor in parts} == {"meta"}
         assert sum(tensor.nbytes for tensor in tensors) == count
 
 

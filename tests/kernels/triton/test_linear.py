@@ -41,6 +41,15 @@ def test_dropout_equals_the_reference_bit_for_bit(dtype, p, seed):
     assert torch.equal(dropout(x, p, key, x.clone()), memory[:1503])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_with_a_bias(dtype):
+    """More than the product takes that decodes W itself: torch multiplies, and the bias is added afterwards."""
+    weight, x, _, bias, lora_a, lora_b = layer(96, 160, 8, dtype, m=300)
+    y, _ = forward(kernels, x, weight, bias, lora_a, lora_b, 0.7, 0.0, None)
+    dense = reference.dequantize(weight, torch.float32) + 0.7 * lora_b @ lora_a
+    assert_near(y, (x.float() @ dense.T + bias).to(dtype), dtype)
+
+
 def test_gradients_are_contiguous_as_torch_compile_is_told():
     """The shape function says so, and code that Inductor generates reads them by these strides."""
     weight, x, grad, _, *adapter = layer(64, 64, 4, torch.float16, m=20)

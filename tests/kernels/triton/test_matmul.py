@@ -36,11 +36,12 @@ def test_every_format_and_block_size(quant_type, double_quant, block_size):
 
 def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypatch):
     monkeypatch.setitem(launch.TABLE, "matmul", {"default": [launch.Tile(M=16, N=64, PROGRAMS=64, num_warps=4)]})
-    weight, x, _, _, _, _ = layer(70, 1024, 4, torch.bfloat16, 3)
-    memory = torch.zeros(3 * 70 + 50, dtype=x.dtype)
-    first = add_matmul_(memory[:210].view(3, 70), x, weight).clone()
-    assert (memory[210:] == 0).all()
+    weight, x, _, _, _, _ = layer(130, 1024, 4, torch.bfloat16, 20)  # three tiles times two
+    memory = torch.zeros(20 * 130 + 50, dtype=x.dtype)
+    first = add_matmul_(memory[:2600].view(20, 130), x, weight).clone()
+    assert (memory[2600:] == 0).all()
     assert torch.equal(add_matmul_(torch.zeros_like(first), x, weight), first)
+    assert_near(first, x @ reference.dequantize(weight, x.dtype).T, x.dtype)
 
 
 def test_no_rows_at_all():

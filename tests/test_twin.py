@@ -686,7 +686,8 @@ def contexts(pair, n):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = pair.loss(module, batch)
         pair.derive(module, loss)
-    pair.same_gradients(tolerance=0.2)  # a router may choose another expert in bf16
+    # In bf16 a router chooses other experts for some tokens.
+    pair.same_gradients(tolerance=0.2 if pair.kind.net == "experts" else 0.1)
     pair.zero_grad()
 
 

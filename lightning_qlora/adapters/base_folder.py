@@ -162,8 +162,8 @@ def _candidates(config: Any, adapter: Adapter, trust_remote_code: bool) -> Itera
     for number, name in enumerate([*classes, *OTHER_CLASSES]):
         if number == len(classes) and heads:
             config.update({"num_labels": min(len(head) for head in heads)})
-        model_class = getattr(transformers, name)
         try:
+            model_class = getattr(transformers, name)
             with torch.device("meta"):
                 if hasattr(model_class, "from_config"):  # an Auto class
                     model = model_class.from_config(config, trust_remote_code=trust_remote_code)

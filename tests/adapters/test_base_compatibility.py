@@ -1,5 +1,6 @@
 """Adapters that fit certain 4-bit weights alone: loaded on these, refused on others, converted for the float base."""
 
+import copy
 import json
 import re
 
@@ -190,6 +191,19 @@ def test_the_difference_is_what_training_added(arguments):
     with elsewhere():
         again = difference(net)
     assert torch.equal(again[0], a) and torch.equal(again[1], b)
+
+
+def test_on_the_float_weight_it_is_close_to_the_trained_layer():
+    dense = nn.Linear(64, 96)
+    net = nn.Sequential(copy.deepcopy(dense))
+    convert(net, r=8, lora_alpha=4, lora_dropout=0.0, init_lora_weights="calibrated")
+    net(torch.randn(32, 64))
+    calibrate(net)
+    a, b = difference(perturb(net))
+    effective = net[0].decode() + delta(net[0])
+    with_difference = (dense.weight + b @ a - effective).norm()
+    as_it_is = (dense.weight + delta(net[0]) - effective).norm()  # counts the initial values twice
+    assert with_difference < 0.95 * as_it_is
 
 
 @pytest.mark.parametrize("arguments", [METHODS[1], METHODS[4], METHODS[5]])

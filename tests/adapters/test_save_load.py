@@ -269,6 +269,19 @@ def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
     assert_peft_computes_the_same(lit, tmp_path)
 
 
+def test_a_module_without_transformers(tmp_path):
+    lit = Classifier()
+    convert(lit, **ARGUMENTS)
+    perturb(lit)
+    save_adapter(lit, tmp_path)
+    theirs = Classifier().net
+    for number in (0, 4):
+        theirs[number].weight.data = lit.net[number].decode()
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(theirs(x), lit(x), atol=1e-5, rtol=0)
+
+
 def test_a_trained_adapter_generates_the_same_tokens_in_peft(tmp_path, trainer):
     lit = Lit(toy("llama"))
     trainer(plugins=QLoRAPrecision(**{**ARGUMENTS, "lora_dropout": 0.5}), max_steps=3).fit(lit)
@@ -300,15 +313,23 @@ def change_tensors(folder, change):
     save_file(tensors, path)
 
 
+def cut_short(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
         (lambda f: change_config(f, peft_type="IA3"), r"adapter_config.json: peft_type='IA3'"),
         (lambda f: change_config(f, bias="all"), r"adapter_config.json: bias='all'"),
         (lambda f: change_config(f, use_qalora=True), r"adapter_config.json: use_qalora=True"),
+        (lambda f: change_config(f, lora_alpha=None), r"adapter_config.json: lora_alpha=None"),
         (lambda f: change_config(f, target_modules=[3]), r"target_modules=\[3\]: .* names, or a regular expression"),
         (lambda f: change_config(f, without="peft_type"), r"adapter_config.json: peft_type=''"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
+        (cut_short, r"adapter_model.safetensors: not a safetensors file, or truncated"),
         (
             lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x.base_layer.weight": t[KEY] + 1})),
             r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lightning_qlora import (
     QLoRAPrecision,
     convert,
+    disable_adapter,
     load_adapter,
     load_from_checkpoint,
     merge,
@@ -181,6 +182,25 @@ def test_load_from_checkpoint_needs_the_plugin_for_a_published_folder(folders, t
     same_parameters(load(dense), lit)
     with QLoRAPrecision(r=2).init():
         same_parameters(load(published), lit)
+
+
+def test_peft_reads_the_adapter_on_the_published_base(folders, tmp_path):
+    peft = pytest.importorskip("peft")
+    published, _ = folders("mxfp4", gpt_oss)
+    model = loaded(published)
+    convert(model, r=2, lora_dropout=0.0)
+    save_adapter(perturb(model, scale=0.1), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(dequantized(published, "mxfp4"), tmp_path / "adapter")
+    weights = {name: layer.decode() for name, layer in adapted_layers(model).items() if "experts" not in name}
+    weights |= {name: stack.decode() for name, _, _, stack in expert_stacks(model)}
+    parameters = {name.replace(".base_layer", ""): value for name, value in theirs.base_model.model.named_parameters()}
+    for name, value in weights.items():
+        parameters[name if name in parameters else f"{name}.weight"].data.copy_(value)
+    here = outputs(model.eval()).logits
+    there = outputs(theirs.eval()).logits
+    with disable_adapter(model):
+        effect = (here - outputs(model).logits).norm()
+    assert (here - there).norm() < 0.08 * effect  # both compute in bf16, and PEFT rounds twice in a layer
 
 
 @of_5_23

@@ -149,7 +149,8 @@ def test_a_base_that_was_trained_in_another_type(base, tmp_path):
 def test_code_of_a_folder_runs_only_if_the_user_says_so(base, tmp_path):
     _, folder = base("llama")
     config = json.loads((folder / "config.json").read_text())
-    names = {"AutoConfig": "ours.Config", "AutoModelForCausalLM": "ours.Model"}
+    # The second is no name in transformers, and comes before the one that is.
+    names = {"AutoConfig": "ours.Config", "AutoModelForNothing": "ours.Model", "AutoModelForCausalLM": "ours.Model"}
     changed = {**config, "model_type": "ours", "architectures": ["Model"], "auto_map": names}
     (folder / "config.json").write_text(json.dumps(changed))
     (folder / "ours.py").write_text(

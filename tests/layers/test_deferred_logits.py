@@ -358,6 +358,13 @@ class Own(nn.Linear):
     pass
 
 
+class NoHead(nn.Module):
+    """As transformers' models without a head."""
+
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
 class Model(nn.Module):
     """It says which layer is its head."""
 
@@ -380,6 +387,7 @@ def words(size=99, **layers):
         (words(out1=nn.Linear(8, 99), out2=nn.Linear(8, 99), out=nn.Linear(8, 99)), ["out"]),
         (words(out=Own(8, 99), lm_head=Own(8, 9)), []),
         (nn.ModuleDict({"lm_head": nn.Linear(8, 9), "head": nn.Linear(8, 9)}), ["lm_head"]),
+        (words(out=nn.Linear(8, 99), model=NoHead()), ["out"]),
         (words(50, model=Model(), out=nn.Linear(8, 50), side=nn.Linear(8, 99)), ["model.out", "out"]),
     ],
 )

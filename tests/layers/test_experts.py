@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qlora import QLoRAConfig, convert, disable_adapter, merge
+from lightning_qlora.kernels import reference
+from lightning_qlora.layers import experts
 from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts, expert_stacks
 from lightning_qlora.layers.readable_weight import ReadableWeight
 from lightning_qlora.layers.selection import select_layers
@@ -281,6 +283,21 @@ def test_the_stack_can_be_read_but_not_written():
     for write in (lambda w: w.mul_(2), lambda w: w.__setitem__(0, 0.0), lambda w: w.data.normal_()):
         with pytest.raises(RuntimeError, match="read-only"):
             write(owner.gate_up_proj)
+
+
+def test_the_inputs_of_each_expert_count_for_a_calibration_in_one_launch_too(monkeypatch):
+    sums = []
+    for together in (False, True):
+        if together:
+            monkeypatch.setattr(experts, "INTERPRETED", True)
+            monkeypatch.setattr(experts, "can_group", lambda *_: True)
+            monkeypatch.setattr(experts, "grouped_linear", lambda *arguments: reference.grouped_linear(*arguments)[0])
+        model = made(qwen3_moe)
+        convert(model, r=2, lora_dropout=0.0, init_lora_weights="calibrated")
+        outputs(model.train())
+        sums.append([stack.input_statistics.sums for stack in stacks_of(model)])
+    assert all(each[:, -1].sum() == 32 for each in sums[0])  # 16 tokens have two experts each
+    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-6)
 
 
 def test_no_token_at_all():

@@ -53,5 +53,5 @@ def test_a_weight_in_the_layout_of_bitsandbytes_kernel_for_cpus_is_refused():
     bnb = pytest.importorskip("bitsandbytes")
     net = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
     net[0].weight.quant_state.packing_format_for_cpu = True  # as after an eval pass on a CPU with AVX-512 bf16
-    with pytest.raises(ValueError, match="repacked this weight .* Convert the model before it runs"):
+    with pytest.raises(ValueError, match=r"repacked this weight .* Convert the model before it runs"):
         convert(net, r=4)

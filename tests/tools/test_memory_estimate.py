@@ -91,6 +91,35 @@ def test_any_module_with_an_example():
     assert kept < estimate.parts["activations"] < kept + temporary
 
 
+class CastsAPart(Plain):
+    def forward(self, x):
+        self.to(x.dtype)  # as routers of some models do
+        return super().forward(x)
+
+
+class ReadsAValue(Plain):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_modules_that_cast_a_part_or_depend_on_a_value():
+    plain, cast, unknown = (
+        estimate_memory(kind(), example=torch.randn(256, 64), **ARGUMENTS) for kind in (Plain, CastsAPart, ReadsAValue)
+    )
+    assert cast.total == pytest.approx(plain.total, rel=0.01)
+    assert plain.counted_activations and not unknown.counted_activations and "unknown" in str(unknown)
+    parts = {**plain.parts, "activations": 0}
+    assert unknown.parts == parts and unknown.gradients_at_peak == parts["gradients"]
+
+
+def test_logits_without_a_loss_are_counted_with_a_cross_entropy():
+    pytest.importorskip("transformers")
+    arguments = {**ARGUMENTS, "deferred_logits": True}
+    examples = {"input_ids": ids(2, 12)}, {"input_ids": ids(2, 12), "labels": ids(2, 12)}
+    logits, loss = (estimate_memory(toy("llama"), example=each, **arguments).parts["activations"] for each in examples)
+    assert logits == pytest.approx(loss, rel=0.1)
+
+
 def test_the_initialization_does_not_change_the_estimate():
     arguments = {"model": nn.Sequential(nn.Linear(64, 64)), "example": torch.zeros(4, 64), "r": 4}
     for start in ("loftq", "pissa", "calibrated", "gaussian"):

@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora.files.safetensors_folder import INDEX, WeightFolder, open_safetensors, read_header, write_safetensors
+from lightning_qlora.files.safetensors_folder import (
+    INDEX,
+    WeightFolder,
+    open_safetensors,
+    read_header,
+    write_safetensors,
+)
 from tests.conftest import raises_in_one_line
 
 

@@ -147,7 +147,10 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train():
     with pytest.raises(RuntimeError, match="read-only"):
         model.embed.weight.detach()[TOKENS] = 0
     with disable_adapter(model):
-        assert not torch.equal(model.embed.weight[TOKENS], weight[TOKENS])
+        base = model.embed.weight + 0
+        assert not torch.equal(base[TOKENS], weight[TOKENS])
+        hidden = torch.randn(3, 64)
+        torch.testing.assert_close(F.linear(hidden, model.embed.weight), F.linear(hidden, base))
 
 
 def test_rows_of_an_output_embedding_with_a_bias_compute_as_in_the_dense_layer():
@@ -325,3 +328,7 @@ def test_sharded_rows_train_and_are_saved(one_rank, tmp_path):
     save_adapter(sharded, tmp_path)
     load_adapter(plain, tmp_path)
     assert torch.equal(logits(plain), logits(sharded))
+    module = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64))
+    fully_shard(module[0], mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        convert(module, trainable_token_indices=TOKENS, **ARGUMENTS)

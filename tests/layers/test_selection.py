@@ -284,6 +284,10 @@ def test_a_pattern_of_ranks_that_fits_no_layer_to_convert_says_why(pattern, reas
     text = f"rank_pattern: '{pattern}' fits none of the layers to convert: {reason}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         convert(linear((48, 96), (96, 48)), r=4, rank_pattern={pattern: 70})
+    with pytest.raises(
+        ValueError, match=r"convert: \['model.layers.0.self_attn.q_proj', '\S*k_proj', '\S*', \.\.\.\]\.$"
+    ):
+        convert(toy("llama"), r=4, rank_pattern={"upp": 2})
 
 
 @pytest.mark.parametrize("excluded", [["mlp"], ["model.layers.1.mlp", "layers.0.mlp"], r"model\.layers\.\d+\.mlp"])

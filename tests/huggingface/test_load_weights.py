@@ -17,10 +17,13 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
 from lightning_qlora.layers.dtensor import gather, reshard
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
+from tests.layers.test_experts import gpt_oss, made, qwen3_moe  # noqa: E402
+
 pytestmark = [
     needs("transformers", "5.3", "reads all weights before"),
 ]
@@ -208,6 +211,20 @@ def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(
         merge(net)
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration\.save_pretrained: the layers are sharded"):
         net.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("build", [gpt_oss, qwen3_moe])
+def test_experts_that_a_folder_has_as_a_stack_or_one_by_one(build, tmp_path, one_rank):
+    model = made(build)
+    model.save_pretrained(tmp_path)
+    empty = copy.deepcopy(model)
+    for part in empty.modules():  # as accelerate.init_empty_weights leaves it, with buffers
+        for key, parameter in part._parameters.items():
+            part._parameters[key] = nn.Parameter(parameter.to("meta")) if parameter is not None else None
+    net = sharded_by_fabric(tmp_path, build=lambda: empty)[1].module
+    convert(model, **ARGUMENTS)
+    assert any(layer.is_stack for layer in adapted_layers(net).values())
+    check_equal(tensors(net), tensors(model))
 
 
 def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_without_weights_refused(folder, one_rank):

@@ -203,7 +203,7 @@ def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     renamed = {f"{model.base_model_prefix}.{key}": value for key, value in load_file(path).items()}
-    save_file(renamed, path, metadata={"format": "pt"})
+    save_file(renamed | {"of.another.model": torch.ones(2)}, path, metadata={"format": "pt"})
     net = sharded_by_fabric(tmp_path, build=lambda: type(model)(model.config))[1].module
     convert(model, **ARGUMENTS)
     check_equal(tensors(net), tensors(model))

@@ -94,4 +94,7 @@ def _read_converted_state_dict(
                         conversion = read_conversion(state, prefix)
                     assert conversion is not None
                     return state, prefix, conversion
-    raise ValueError(f"{path}: holds no {CONVERSION!r}: it was not saved from a converted module.")
+    raise ValueError(
+        f"{path}: holds no {CONVERSION!r}: it was not saved from a converted module. Pass a checkpoint of a run with "
+        "QLoRAPrecision, or the folder of an adapter."
+    )

@@ -1,6 +1,7 @@
 """Adapters read from Lightning checkpoints, compared with those of the module that was saved."""
 
 import inspect
+import json
 import pickle
 import re
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
+from lightning_qlora.adapters.conversion import CONVERSION, entry_of, read_conversion, text_of
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
@@ -135,6 +137,16 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
         read_adapter_from_checkpoint(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x.pt' holds no '_qlora_conversion'"):
         load_from_checkpoint(Lit, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(("key", "value", "kind"), [("trained_in_full", "norm", "list"), ("prefix", 3, "str")])
+def test_a_conversion_with_a_value_of_another_type_is_damaged(key, value, kind, saved):
+    state = torch.load(saved(Lit(toy("llama"))))["state_dict"]
+    content = json.loads(text_of(state[CONVERSION]))
+    content["base"][key] = value
+    state[CONVERSION] = entry_of(json.dumps(content))
+    with raises_in_one_line(ValueError, rf"_qlora_conversion: is damaged, .*{key}={value!r}: must be a {kind}"):
+        read_conversion(state)
 
 
 class Heads(LightningModule):

@@ -327,3 +327,7 @@ def test_sharded_rows_train_and_are_saved(one_rank, tmp_path):
     save_adapter(sharded, tmp_path)
     load_adapter(plain, tmp_path)
     assert torch.equal(logits(plain), logits(sharded))
+    module = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 64))
+    fully_shard(module[0], mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        convert(module, trainable_token_indices=TOKENS, **ARGUMENTS)

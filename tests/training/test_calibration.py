@@ -294,6 +294,13 @@ def test_a_copy_with_another_weight_waits_for_its_own_step():
         weight, quantize(weight), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
     )
     torch.testing.assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
+    alone = Net()
+    report = convert(alone, **CALIBRATED).calibration
+    alone.load_state_dict({**dense.state_dict(), "sizes": net.sizes})
+    assert report.waiting == ["layers.0", "layers.2"]
+    step(alone, x)
+    assert report.waiting == [] and report.calibrated == ["layers.0", "layers.2"]
+    assert_equal(adapters(alone), adapters(other))
     assert not _global_optimizer_pre_hooks
 
 

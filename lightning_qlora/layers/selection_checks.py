@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.kinds import is_linear, kind_of
@@ -98,8 +99,9 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
         if pattern.argument in ("rank_pattern", "alpha_pattern"):
             if not set(matched) & set(converted):
                 reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
+                first = first_of(map(repr, converted), 3)
                 raise ValueError(
-                    f"{pattern.argument}: {pattern.text!r} fits none of the layers to convert: {converted}.{reasons}"
+                    f"{pattern.argument}: {pattern.text!r} fits none of the layers to convert: [{first}].{reasons}"
                 )
         elif not matched:
             _refuse_pattern(pattern, getattr(config, pattern.argument), layers, names_of)

@@ -93,6 +93,20 @@ def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, trained, tmp_pa
         torch.testing.assert_close(adapter.layers[name].initial, layer.initial, rtol=0, atol=0)
 
 
+def test_matrices_that_no_module_has_are_refused(tmp_path):
+    convert(lit := Lit(toy("llama")), **ARGUMENTS)
+    state = lit.state_dict()
+    key = next(key for key in state if key.endswith("lora_A"))
+    for value, message in (
+        (state[key][:3], r"has shape \[3, 64\] and type torch.float32, and lora_B \[64, 4\]: they must be floats"),
+        (state[key].int(), r"has shape \[4, 64\] and type torch.int32"),
+        (state[key] * float("nan"), "or lora_B holds NaN or Inf: the training diverged"),
+    ):
+        torch.save({"state_dict": state | {key: value.clone()}}, tmp_path / "x.ckpt")
+        with raises_in_one_line(ValueError, rf"x.ckpt: {key}: {message}"):
+            read_adapter_from_checkpoint(tmp_path / "x.ckpt")
+
+
 class WithHyperparameters(Lit):
     def __init__(self, value):
         super().__init__(toy("llama"))

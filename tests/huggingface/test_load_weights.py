@@ -270,9 +270,24 @@ def converted_now(module):
     module.trainer.precision_plugin.convert_module(module.model)
 
 
-def check_sharded(trainer, folder, on_meta=True, kind=transformers.AutoModelForCausalLM, dtype="auto", **arguments):
+def converted_as_a_whole(module):
+    module.trainer.precision_plugin.convert_module(module)
+
+
+def not_yet_converted(module):
+    pass
+
+
+def check_sharded(
+    trainer,
+    folder,
+    on_meta=True,
+    kind=transformers.AutoModelForCausalLM,
+    dtype="auto",
+    then=not_yet_converted,
+    **arguments,
+):
     """A sharded model has the tensors of one that is not; `on_meta`: it was sharded before its values were read."""
-    then = converted_now if "trainable_token_indices" in arguments else lambda module: None
     alone, sharded = (Loaded(folder, then, kind, dtype=dtype) for _ in range(2))
     fit(trainer, alone, **arguments)
     fit(trainer, sharded, ModelParallelStrategy(1, 1), **arguments)
@@ -283,13 +298,14 @@ def check_sharded(trainer, folder, on_meta=True, kind=transformers.AutoModelForC
     return sharded
 
 
-def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(trainer, tmp_path, one_rank):
+@pytest.mark.parametrize("then", [not_yet_converted, converted_now, converted_as_a_whole])
+def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(then, trainer, tmp_path, one_rank):
     toy("llama").save_pretrained(tmp_path / "llama")
     trained = toy("llama")
     convert(trained, **ARGUMENTS, modules_to_save=["lm_head"])
     save_adapter(perturb(trained), tmp_path / "adapter")
     start = {"adapter": str(tmp_path / "adapter"), "modules_to_save": ["lm_head"]}
-    sharded = check_sharded(trainer, tmp_path / "llama", **start)
+    sharded = check_sharded(trainer, tmp_path / "llama", then=then, **start)
     assert sharded.model.lm_head.weight.requires_grad
     assert gather(sharded.model.model.layers[0].mlp.up_proj.lora_B).any()
 
@@ -308,7 +324,11 @@ def in_4_bits(folder):
     ("name", "changed", "arguments"),
     [
         ("t5", None, {"on_meta": True, "dtype": torch.float16}),  # transformers keeps its `wo` in fp32
-        ("gpt2", None, {"on_meta": False, "dtype": torch.bfloat16, "trainable_token_indices": [3, 7]}),
+        (
+            "gpt2",
+            None,
+            {"on_meta": False, "dtype": torch.bfloat16, "then": converted_now, "trainable_token_indices": [3, 7]},
+        ),
         ("llama", pickled, {"on_meta": False}),
         ("gpt2", in_4_bits, {"on_meta": False}),
     ],

@@ -288,9 +288,9 @@ TOO_LARGE = "an adapter of rank 70 would not be smaller than its 48x48 weights."
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [
-        ("0", f"['1', '2', '3', '4']. 0: {TOO_LARGE}"),
+        ("0", f"['1', '2', '3', ...]. 0: {TOO_LARGE}"),
         ("[0-3]", f"['4']. 0: {TOO_LARGE} 1: {TOO_LARGE} 2: {TOO_LARGE}"),
-        ("upp", "['0', '1', '2', '3', '4']."),
+        ("upp", "['0', '1', '2', ...]."),
     ],
 )
 def test_a_pattern_of_ranks_that_fits_no_layer_to_convert_says_why(pattern, reason):

@@ -446,6 +446,21 @@ def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapte
     assert not net.layers[0].lora_B.any()
 
 
+def test_a_step_without_gradients_that_creates_the_state_does_not_calibrate():
+    net, x = Net(), torch.randn(8, 64)
+    report = convert(net, **CALIBRATED).calibration
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(RuntimeError, match="no forward pass ran in training mode"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert len(report.waiting) == 2 and not report.calibrated
+    step(net, x)
+    assert not report.waiting and net.layers[0].lora_B.any()
+
+
 def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
     net = Net()
     convert(net, **CALIBRATED)

@@ -189,6 +189,10 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank,
         assert held.requires_grad == parameter.requires_grad, name
         if parameter.requires_grad:
             torch.testing.assert_close(gather(held.grad), parameter.grad)
+    if start == "calibrated":
+        for name in arguments["target_modules"]:
+            sums = [model.get_submodule(name).input_statistics.sums for model in (net.module, alone)]
+            torch.testing.assert_close(*sums)
     if start == "adapter":
         save_adapter(perturb(alone, seed=1), folder / "other")
         with torch.no_grad():

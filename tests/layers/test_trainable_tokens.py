@@ -134,6 +134,7 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train():
     torch.manual_seed(0)
     model = Reads()
     convert(model, trainable_token_indices=TOKENS, **ARGUMENTS)
+    before = model(ids())
     whole = merge(copy.deepcopy(perturb(model)))
     weight = whole.embed.weight.requires_grad_()
     output = model(ids())
@@ -147,10 +148,8 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train():
     with pytest.raises(RuntimeError, match="read-only"):
         model.embed.weight.detach()[TOKENS] = 0
     with disable_adapter(model):
-        base = model.embed.weight + 0
-        assert not torch.equal(base[TOKENS], weight[TOKENS])
-        hidden = torch.randn(3, 64)
-        torch.testing.assert_close(F.linear(hidden, model.embed.weight), F.linear(hidden, base))
+        copy.deepcopy(model.embed.weight).zero_()
+        torch.testing.assert_close(model(ids()), before)
 
 
 def test_rows_of_an_output_embedding_with_a_bias_compute_as_in_the_dense_layer():

@@ -168,7 +168,7 @@ def test_a_checkpoint_with_the_bytes_of_experts(saved, tmp_path):
     content = torch.load(path)
     del content["state_dict"]["model.model.layers.0.mlp.experts.down_proj_experts.absmax"]
     torch.save(content, path)
-    with raises_in_one_line(ValueError, r"down_proj_experts\.packed: its description or another of its tensors is miss"):
+    with raises_in_one_line(ValueError, r"down_proj_experts\.packed: its description or another of its tensors is"):
         read_adapter_from_checkpoint(path)
 
 

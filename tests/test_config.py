@@ -87,6 +87,28 @@ def test_a_wrong_entry_of_a_pattern_is_named(name, wrong):
         QLoRAConfig(**{name: [1]})
 
 
+LOFTQ = {"init_lora_weights": "loftq"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (LOFTQ | {"loftq_config": {"loftq_bits": 8}}, "loftq_config['loftq_bits']=8: must be one of 4."),
+        (LOFTQ | {"loftq_config": {"loftq_iter": 0}}, "loftq_config['loftq_iter']=0: must be an integer >= 1."),
+        (LOFTQ | {"loftq_config": {"bits": 4}}, "key of loftq_config='bits': must be one of 'loftq_iter', "),
+        (
+            {"init_lora_weights": "gaussian", "loftq_config": {"loftq_iter": 5}},
+            "loftq_config={'loftq_iter': 5}: is used only by init_lora_weights='loftq' and 'pissa', not by 'gaussian'.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_loftq_config_is_named(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        QLoRAConfig(**arguments)
+    QLoRAConfig(**LOFTQ, loftq_config={"loftq_bits": 4, "loftq_iter": 2})
+
+
 def test_a_long_value_is_shortened():
     with pytest.raises(ValueError, match=r"quant_type='x{199}\.\.\. \(1002 characters\): must be one of"):
         QLoRAConfig(quant_type="x" * 1000)

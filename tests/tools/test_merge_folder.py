@@ -204,7 +204,23 @@ def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
         raise ImportError("install\nit")
 
     monkeypatch.setattr(type(model), "from_pretrained", fails)
-    refused(ValueError, "base: transformers can't load it: install it$")
+    refused(ValueError, "base: transformers can't load it: ImportError: install it$")
+    monkeypatch.undo()
+    config = json.loads((folder / "config.json").read_text())
+    for values, message in (
+        ({"hidden_size": "64"}, "base: transformers can't read its config: .*'hidden_size' expected int, got str"),
+        ({"quantization_config": [1]}, "base: transformers can't read its config: AttributeError: 'list' object"),
+        ({"quantization_config": {"quant_method": ["a"]}}, r"base: is in \['a'\]\. transformers can dequantize"),
+        (
+            {"hidden_act": "no"},
+            r"base: transformers makes no LlamaForCausalLM \(LlamaForCausalLM: KeyError: 'no'\). Load the",
+        ),
+        ({"architectures": [5], "hidden_act": "no"}, r"base: transformers makes no 5 \(AutoModel: KeyError"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | values))
+        refused(ValueError, message)
+    folder /= "model.safetensors"
+    refused(FileNotFoundError, "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.")
 
 
 def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback, Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
 from lightning_qlora.training.patches import requeue_between_batches
@@ -134,3 +135,6 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
         assert count_of_added(other) == 0
         trainer(**plugins).fit(resumed, ResumableLoader())  # Lightning finds the checkpoint
         assert resumed.losses == first.losses[3:]
+        run.state.fn = TrainerFn.VALIDATING  # no batch that could end is trained
+        run._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
+        assert (tmp_path / "queued").read_text() == 2 * "requeue 4711\n"

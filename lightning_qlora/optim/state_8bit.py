@@ -90,7 +90,6 @@ def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> 
     return {**new, "step": whole["step"]}
 
 
-@torch.no_grad()
 def _decode(codes: Tensor, absmax: Tensor, shards: int, signed: bool) -> Tensor:
     """Decode this rank's part of DTensors, or all shards of plain tensors."""
     if isinstance(codes, DTensor):

@@ -213,7 +213,7 @@ DORA = f"{PREFIX}0.{MAGNITUDE}"
         (
             {"use_dora": True},
             {DORA: torch.ones(64), DORA.replace(".0.", ".4."): torch.ones(8)},
-            [KEY, "use_dora=False"],
+            [KEY, "has use_dora=False there, and the adapter use_dora=True"],
         ),
         (None, {f"{PREFIX}2.scale": torch.ones(64)}, ["2.scale", "has no such parameter"]),
         (None, {f"{PREFIX}2.weight": torch.ones(3)}, ["2.weight", "has shape [64] there, the adapter [3]"]),

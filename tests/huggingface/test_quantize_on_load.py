@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 from functools import partial
 
 import pytest
@@ -273,12 +274,14 @@ def test_other_arguments_at_conversion_are_refused(folder):
     with QLoRAPrecision(**ARGUMENTS).init():
         streamed = Lit(llama(folder("llama")))
     before = streamed.state_dict()
+    others = {
+        **{"quant_type": "fp4", "block_size": 32, "double_quant": False, "r": 2, "lora_alpha": 3, "use_rslora": True},
+        **{"use_dora": True, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+    }
+    config = QLoRAConfig(**ARGUMENTS)
+    differing = ", ".join(f"{name}={getattr(config, name)!r} and not {value!r}" for name, value in others.items())
     for other, message in (
-        ({"r": 2, "quant_type": "fp4"}, r"quant_type='nf4' and not 'fp4', r=4 and not 2\). Load and convert with"),
-        (
-            {"use_dora": True, "init_lora_weights": "pissa"},
-            "use_dora=False and not True, init_lora_weights='default' and",
-        ),
+        (others, re.escape(f"({differing}). Load and convert with")),
         ({"rank_pattern": {"q_proj": 8}}, "r=4 and not 8"),
         ({"exclude_modules": ["q_proj"]}, "is to stay dense now: in exclude_modules"),
         ({"modules_to_save": ["layers.0"]}, "is to stay dense now: in modules_to_save"),

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,6 @@ def stored_format(config: dict[str, Any]) -> dict[str, Any]:
 
 def can_compose() -> bool:
     """Whether transformers can dequantize before other operations on a weight: from 5.22 on."""
-    if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
-        return False
     return hasattr(import_module("transformers.quantizers.base").HfQuantizer, "get_load_operations")
 
 
@@ -146,8 +143,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
             pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]
             return model_class, not all(is_one_weight(adapter, pair) for pair in pairs)
     if first is None:
-        name = (config.architectures or ["None"])[0]
-        raise ValueError(f"{config.name_or_path}: transformers has no class {name!r}. {LOAD_IT_YOURSELF}")
+        raise ValueError(f"{config.name_or_path}: transformers has no class {config.architectures}. {LOAD_IT_YOURSELF}")
     return first, False  # what does not fit is refused by name when the adapter is loaded
 
 

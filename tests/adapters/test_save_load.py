@@ -326,6 +326,7 @@ def cut_short(folder):
         (lambda f: change_config(f, lora_alpha=None), r"adapter_config.json: lora_alpha=None"),
         (lambda f: change_config(f, target_modules=[3]), r"target_modules=\[3\]: .* names, or a regular expression"),
         (lambda f: change_config(f, without="peft_type"), r"adapter_config.json: peft_type=''"),
+        (lambda f: (f / "adapter_config.json").unlink(), r"adapter_config.json: no such file\."),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
         (cut_short, r"adapter_model.safetensors: not a safetensors file, or truncated"),

@@ -333,7 +333,8 @@ def test_doctor_fails_if_something_is_wrong(json_flag, capsys, monkeypatch):
     else:
         assert capsys.readouterr().out == f"{'python':30} 3\n{'CPU':30} on fire  <-- wrong\n{'CC':30} gcc\n"
     found.pop()
-    main(["doctor", *json_flag])
+    monkeypatch.setattr("sys.argv", ["lightning-qlora", "doctor", *json_flag])
+    main()
 
 
 def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch):

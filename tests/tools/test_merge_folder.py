@@ -217,6 +217,15 @@ def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
         refused(ValueError, "base: transformers can't load it: install it$")
 
 
+def test_a_folder_of_no_model_is_refused(tmp_path):
+    parts = {"encoder": {"model_type": "bert"}, "decoder": {"model_type": "bert"}}
+    config = {"model_type": "encoder-decoder", "architectures": ["Nothing"], **parts}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    with raises_in_one_line(ValueError, r"transformers has no class \['Nothing'\]. Load the model in Python"):
+        merge_folder(tmp_path, get_adapter(converted("llama")), tmp_path / "out")
+
+
 def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
     _, folder = base("llama")
     with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):

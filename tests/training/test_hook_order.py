@@ -140,7 +140,7 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
 
 def test_slurms_signal_counts_on_rank_0_and_is_not_delayed_outside_of_training():
     saved = []
-    connector = SimpleNamespace(_slurm_sigusr_handler_fn=lambda *arguments: saved.append(arguments))
+    connector = type("Connector", (), {"_slurm_sigusr_handler_fn": lambda _, *arguments: saved.append(arguments)})()
     strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision or all)
     run = SimpleNamespace(_signal_connector=connector, callbacks=[], strategy=strategy, is_global_zero=False)
     run._accelerator_connector = SimpleNamespace(cluster_environment=SLURMEnvironment())

@@ -47,6 +47,11 @@ def shown(value: Any) -> str:
     return text
 
 
+def one_line(error: Exception) -> str:
+    """Type and message of an error, on one line and shortened."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
 def first_of(names: Iterable[str], count: int) -> str:
     """The first names, and dots if there are more."""
     every = list(names)

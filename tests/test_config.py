@@ -66,11 +66,10 @@ def test_an_error_names_the_argument_its_value_and_what_is_allowed(kind, name, v
         ("target_modules", [], "selects no layer: use 'all-linear', a regular expression, or a list of name endings"),
         ("target_modules", "*proj(", "not a valid regular expression ("),
         ("exclude_modules", "((", "not a valid regular expression ("),
-        ("loftq_config", {"loftq_iter": 2}, "is used only by init_lora_weights='loftq' and 'pissa', not by 'default'."),
         ("adapter", "no/such/folder", "must be a folder on this machine with PEFT's adapter_config.json and adapter_"),
     ],
 )
-def test_an_error_of_a_value_says_more(name, value, text):
+def test_an_error_of_a_name_says_more(name, value, text):
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: {text}" if value else text)):
         QLoRAPrecision(**{name: value})
 
@@ -88,14 +87,26 @@ def test_a_wrong_entry_of_a_pattern_is_named(name, wrong):
         QLoRAConfig(**{name: [1]})
 
 
-def test_a_wrong_entry_of_loftq_config_is_named():
-    for entry, text in (
-        ({"loftq_iter": 0}, "loftq_config['loftq_iter']=0: must be an integer >= 1."),
-        ({"loftq_bits": 8}, "loftq_config['loftq_bits']=8: must be one of 4."),
-        ({"iter": 1}, "key of loftq_config='iter': must be one of 'loftq_iter', 'loftq_bits'."),
-    ):
-        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-            QLoRAConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, **entry})
+LOFTQ = {"init_lora_weights": "loftq"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (LOFTQ | {"loftq_config": {"loftq_bits": 8}}, "loftq_config['loftq_bits']=8: must be one of 4."),
+        (LOFTQ | {"loftq_config": {"loftq_iter": 0}}, "loftq_config['loftq_iter']=0: must be an integer >= 1."),
+        (LOFTQ | {"loftq_config": {"bits": 4}}, "key of loftq_config='bits': must be one of 'loftq_iter', "),
+        (
+            {"init_lora_weights": "gaussian", "loftq_config": {"loftq_iter": 5}},
+            "loftq_config={'loftq_iter': 5}: is used only by init_lora_weights='loftq' and 'pissa', not by 'gaussian'.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_loftq_config_is_named(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        QLoRAConfig(**arguments)
+    QLoRAConfig(**LOFTQ, loftq_config={"loftq_bits": 4, "loftq_iter": 2})
 
 
 def test_a_long_value_is_shortened():

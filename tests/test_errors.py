@@ -272,9 +272,11 @@ def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
     convert(module, r=4)
     refused(lambda: save_adapter(module, tmp_path / name), r"\udcff", "utf-8", "surrogates not allowed")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit):
-        main(["export", str(files / "adapter.ckpt"), str(tmp_path / f"{name}out")])
-    assert capsys.readouterr().err.count("\n") == 1
+    for command in ("export", "merge"):
+        with pytest.raises(SystemExit):
+            main([command, str(files / "adapter.ckpt"), str(tmp_path / f"{name}out")])
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.endswith("surrogates not allowed). Choose another.\n")
 
 
 def test_a_full_disk_without_errno(tmp_path):

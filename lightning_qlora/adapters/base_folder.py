@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.adapter import Adapter, is_one_weight, tied_names
 from lightning_qlora.adapters.peft_experts import check_sizes, refuse
+from lightning_qlora.checks import one_line
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
@@ -63,6 +64,8 @@ def load_base_model(
     location: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": trust_remote_code}
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf is None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: is no folder. Pass the folder of the model, or a GGUF file.")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: has no config.json, which names the model. {LOAD_IT_YOURSELF}")
         check_links(folder)
@@ -71,11 +74,13 @@ def load_base_model(
         location["gguf_file"] = gguf.name
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    config = transformers.AutoConfig.from_pretrained(**location)
-    stored = stored_format(config.to_dict())
+    try:
+        config = transformers.AutoConfig.from_pretrained(**location)
+        stored = stored_format(config.to_dict())
+    except Exception as error:  # wrong values make the code of configs raise errors of any type
+        raise ValueError(f"{source}: transformers can't read its config: {one_line(error)}") from error
+    check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
-        if not takes_dequantize(stored):
-            raise ValueError(f"{source}: is in {stored.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
         config.update({"quantization_config": stored | {"dequantize": True}})
     model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
@@ -83,8 +88,8 @@ def load_base_model(
     try:
         with torch.device("cpu"):
             model, loading = model_class.from_pretrained(config=config, **location, **options)
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(f"{source}: transformers can't load it: {' '.join(str(error).split())[:500]}") from error
+    except Exception as error:  # as above
+        raise ValueError(f"{source}: transformers can't load it: {one_line(error)}") from error
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
@@ -113,8 +118,15 @@ def can_compose() -> bool:
 def takes_dequantize(quantization: dict[str, Any]) -> bool:
     """Whether transformers can dequantize the format of a `quantization_config` while it loads."""
     classes: Any = import_module("transformers.quantizers.auto").AUTO_QUANTIZATION_CONFIG_MAPPING
-    config_class = classes.get(quantization.get("quant_method"))
+    method = quantization.get("quant_method")
+    config_class = classes.get(method) if isinstance(method, str) else None
     return can_compose() and config_class is not None and "dequantize" in signature(config_class).parameters
+
+
+def check_format(stored: dict[str, Any], source: object) -> None:
+    """Raise ValueError for a `stored_format` that neither we nor transformers can turn into float weights."""
+    if stored and not stored.get("load_in_4bit") and not takes_dequantize(stored):
+        raise ValueError(f"{source}: is in {stored.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
 
 
 def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
@@ -132,7 +144,8 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
     """
     needed = adapter.targets | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     first = None
-    for model_class, model in _candidates(config, adapter, trust_remote_code):
+    errors: list[str] = []
+    for model_class, model in _candidates(config, adapter, trust_remote_code, errors):
         first = first or model_class
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         names = {without_wrappers(name) for name, _ in (*model.named_modules(), *tensors)}
@@ -143,14 +156,17 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
             pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]
             return model_class, not all(is_one_weight(adapter, pair) for pair in pairs)
     if first is None:
-        raise ValueError(f"{config.name_or_path}: transformers has no class {config.architectures}. {LOAD_IT_YOURSELF}")
+        name = (config.architectures or ["model"])[0]
+        raise ValueError(f"{config.name_or_path}: transformers makes no {name} ({errors[0]}). {LOAD_IT_YOURSELF}")
     return first, False  # what does not fit is refused by name when the adapter is loaded
 
 
-def _candidates(config: Any, adapter: Adapter, trust_remote_code: bool) -> Iterator[tuple[Any, nn.Module]]:
-    """Classes of transformers, each with its model on the meta device, which has no weights."""
+def _candidates(
+    config: Any, adapter: Adapter, trust_remote_code: bool, errors: list[str]
+) -> Iterator[tuple[Any, nn.Module]]:
+    """Classes of transformers, each with its model on the meta device, which has no weights; adds to `errors`."""
     transformers: Any = import_module("transformers")
-    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
+    architecture = str((config.architectures or ["AutoModelForCausalLM"])[0])
     classes = [architecture]
     if not hasattr(transformers, architecture):
         classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
@@ -165,8 +181,9 @@ def _candidates(config: Any, adapter: Adapter, trust_remote_code: bool) -> Itera
                     model = model_class.from_config(config, trust_remote_code=trust_remote_code)
                 else:
                     model = model_class._from_config(config)
-        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, NotImplementedError):
-            continue  # no such model of this architecture, or one that can't be built without values
+        except Exception as error:  # no such model of this architecture, or one that can't be built without values
+            errors.append(f"{name}: {one_line(error)}")
+            continue
         yield model_class, model
 
 

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, LayerAdapter
+from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
 from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
@@ -48,6 +48,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
             magnitude=state.get(f"{prefix}{MAGNITUDE}"),
             initial=initial,
         )
+        with named(f"{path}: {prefix}lora_A"):
+            _check(layers[name])
         full_name = prefix.removeprefix(root).removesuffix(".")
         if full_name in fingerprints:
             fingerprints[name] = fingerprints.pop(full_name)
@@ -69,6 +71,18 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         base_fingerprints=fingerprints,
         source=str(path),
     )
+
+
+def _check(layer: LayerAdapter) -> None:
+    """Raise ValueError for matrices that a module can't have: of a damaged or changed file."""
+    a, b = layer.lora_A, layer.lora_B
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-2:-1] != b.shape[-1:] or a.dtype not in ADAPTER_DTYPES:
+        raise ValueError(
+            f"has shape {list(a.shape)} and type {a.dtype}, and lora_B {list(b.shape)}: they must be floats, [r, in] "
+            "and [out, r]. Use another copy."
+        )
+    if not all(torch.isfinite(tensor).all() for tensor in (a, b)):
+        raise ValueError("or lora_B holds NaN or Inf: the training diverged. Use an earlier checkpoint.")
 
 
 def fingerprint_of_base(adapter: Adapter) -> str | None:
@@ -94,4 +108,7 @@ def _read_converted_state_dict(
                         conversion = read_conversion(state, prefix)
                     assert conversion is not None
                     return state, prefix, conversion
-    raise ValueError(f"{path}: holds no {CONVERSION!r}: it was not saved from a converted module.")
+    raise ValueError(
+        f"{path}: holds no {CONVERSION!r}: it was not saved from a converted module. Pass a checkpoint of a run with "
+        "QLoRAPrecision, or the folder of an adapter."
+    )

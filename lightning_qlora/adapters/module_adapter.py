@@ -216,9 +216,7 @@ def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter)
     indices = token_indices(base)
     for name, rows in adapter.tokens.items():
         if rows != indices.get(name):
-            difference = (
-                f"is for the rows {shown(rows)}, and trainable_token_indices is {shown(indices.get(name))} there"
-            )
+            difference = f"has trainable_token_indices={shown(indices.get(name))} there, and the adapter {shown(rows)}"
             refuse(adapter, f"{name}.{DELTA}", base, difference)
     for tied in tied_names(base):
         check_tie(adapter, tied)

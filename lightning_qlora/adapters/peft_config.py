@@ -21,6 +21,7 @@ CONFIG_FILE = "adapter_config.json"
 DEFAULTS = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
+    "bias",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -30,6 +31,7 @@ UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
+MERGE_IN_PEFT = "Merge it in PEFT (merge_and_unload), and use the merged model."
 # Entries whose values are those of our arguments.
 ARGUMENTS = (
     "r",
@@ -39,6 +41,7 @@ ARGUMENTS = (
     "lora_dropout",
     "modules_to_save",
     "trainable_token_indices",
+    "rank_pattern",
     "alpha_pattern",
 )
 # PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits only
@@ -83,7 +86,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     FileNotFoundError or ValueError if it is missing or broken, or QLoRALinear does not compute this kind of adapter.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
+        raise FileNotFoundError(f"{path}: no such file. PEFT writes it into the folder of an adapter.")
     config = read_json(path)
     config |= {name: value for name, value in DEFAULTS.items() if name not in config}
     for name, check in CHECKS.items():
@@ -111,8 +114,8 @@ def alpha_of_name(config: dict[str, Any], name: str) -> float:
 
 
 def _check_unset(name: str, value: Any) -> None:
-    if value:
-        raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read.")
+    if value and value != "none":
+        raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read. {MERGE_IN_PEFT}")
 
 
 def _check_initialization(name: str, value: Any) -> None:
@@ -132,7 +135,6 @@ def _check_targets(name: str, value: Any) -> None:
 # Checks of the values in adapter_config.json. A value that is null stands for PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "peft_type": partial(check_choice, allowed=("LORA",)),
-    "bias": partial(check_choice, allowed=("none",)),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
     "init_lora_weights": _check_initialization,
     **{name: OF_ARGUMENTS[name] for name in ARGUMENTS},

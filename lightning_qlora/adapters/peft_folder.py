@@ -17,7 +17,14 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, LayerAdapter
 from lightning_qlora.adapters.base_compatibility import check_quantization
-from lightning_qlora.adapters.peft_config import CONFIG_FILE, alpha_of_name, is_target, peft_config, read_peft_config
+from lightning_qlora.adapters.peft_config import (
+    CONFIG_FILE,
+    MERGE_IN_PEFT,
+    alpha_of_name,
+    is_target,
+    peft_config,
+    read_peft_config,
+)
 from lightning_qlora.adapters.peft_experts import stack_adapters
 from lightning_qlora.checks import shown
 from lightning_qlora.files.folder_writer import atomic_files
@@ -31,6 +38,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # fingerprints of the 4-bit weights that the initialization changed.
 BASE = "lightning_qlora"
 CHECKSUMS = "lightning_qlora_checksums"
+NOT_FINITE = "holds NaN or Inf: the training diverged, or the file is damaged. Use an adapter that was saved earlier."
 METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
 
 
@@ -135,11 +143,14 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[st
                 "bfloat16, float32 or float64. Save it in one of these types."
             )
         if part is None:
+            _check_saved(key, name, tensor)
             saved[name] = tensor
+        elif part in parts.setdefault(name, {}):
+            raise ValueError(f"key {key!r}: the file has a second {part} of {name}. Save the adapter again.")
         else:
-            parts.setdefault(name, {})[part] = tensor
+            parts[name][part] = tensor
     if not parts:
-        raise ValueError("holds no lora_A and lora_B.")
+        raise ValueError("holds no lora_A and lora_B. Use another copy, or save the adapter again.")
     layers = {name: _layer(name, matrices, config) for name, matrices in parts.items()}
     base = _entry(metadata, BASE) or {}
     for name, value in base.items():
@@ -175,8 +186,18 @@ def _split(key: str) -> tuple[str, str | None]:
     if match:
         return match[1], match[2]
     if ".lora_" in name or ".base_layer." in name:
-        raise ValueError(f"key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read.")
+        raise ValueError(
+            f"key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read. {MERGE_IN_PEFT}"
+        )
     return name, None
+
+
+def _check_saved(key: str, name: str, tensor: Tensor) -> None:
+    """Refuse a value of `modules_to_save` that has no module, or holds NaN; a mask may hold Inf."""
+    if "." not in name:
+        raise ValueError(f"key {key!r} is in no module, and modules_to_save names modules. Save the adapter again.")
+    if torch.isnan(tensor).any():
+        raise ValueError(f"key {key!r} {NOT_FINITE}")
 
 
 def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> LayerAdapter:
@@ -191,14 +212,27 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> Layer
         raise ValueError(f"{rule}, and {MAGNITUDE} [out].")
     for part, tensor in parts.items():
         if not torch.isfinite(tensor.float()).all():  # a float64 may be too large for fp32, in which adapters train
-            raise ValueError(
-                f"key '{PREFIX}{name}.{part}.weight' holds NaN or Inf: the training diverged, or the file is damaged. "
-                "Use an adapter that was saved earlier."
-            )
+            raise ValueError(f"key '{PREFIX}{name}.{part}.weight' {NOT_FINITE}")
+    _check_config(name, a, magnitude, config)
     parameter = f"{name}.weight"
     if is_target(config, parameter):
         name = parameter
     return LayerAdapter(a, b, alpha_of_name(config, name), magnitude)
+
+
+def _check_config(name: str, a: Tensor, magnitude: Tensor | None, config: dict[str, Any]) -> None:
+    """Refuse a layer of another rank or kind than those in the config: the two files are not of one adapter."""
+    values = {"rank": len(a), "use_dora": magnitude is not None}
+    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}  # PEFT writes the patterns in another order
+    known = {"rank": ranks - {None}, "use_dora": {bool(config.get("use_dora"))}}
+    if config.get("target_parameters"):  # PEFT has the ranks of all experts in one matrix
+        known["rank"] = set()
+    for key, value in values.items():
+        if known[key] and value not in known[key]:
+            raise ValueError(
+                f"key '{PREFIX}{name}.lora_A.weight': the file has {key}={value} there, and {CONFIG_FILE} has "
+                f"{', '.join(map(str, sorted(known[key])))}. They are not of one adapter: copy or save both again."
+            )
 
 
 def _tokens(saved: dict[str, Tensor], config: dict[str, Any]) -> dict[str, list[int]]:
@@ -219,4 +253,10 @@ def _tokens(saved: dict[str, Tensor], config: dict[str, Any]) -> dict[str, list[
                 "adapter again."
             )
         tokens[name] = matches[0]
+    for ending, indices in entry.items():
+        if indices and not any(name.endswith(ending) for name in tokens):
+            raise ValueError(
+                f"has no rows for trainable_token_indices, {shown(config['trainable_token_indices'])} in "
+                f"{CONFIG_FILE}. Save the adapter again."
+            )
     return tokens

@@ -54,7 +54,11 @@ def atomic_files(target: Path) -> Iterator[Path]:
 
 
 def check_free(target: Path) -> None:
-    """Raise FileExistsError unless `target` does not exist or is an empty folder that can be replaced."""
+    """Raise FileExistsError unless `target` does not exist or is an empty folder that can be replaced.
+
+    ValueError for a name that is not UTF-8.
+    """
+    check_utf8(target)
     if target.is_symlink():
         reason = f"is a symbolic link to {os.path.realpath(target)}"
     elif not target.exists():
@@ -66,6 +70,17 @@ def check_free(target: Path) -> None:
     else:
         return
     raise FileExistsError(f"{target}: {reason}, and can't be replaced by a new folder. Choose another name.")
+
+
+def check_utf8(path: Path) -> None:
+    """Raise ValueError for a path that is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        name = os.fsencode(path)
+        raise ValueError(
+            f"{name!r}: safetensors could not read files of this name ({error}). Choose another."
+        ) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_qlora.checks import shown
+from lightning_qlora.files.folder_writer import check_utf8
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,7 +59,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file; the same content is the same bytes (safetensors orders the metadata at random)."""
-    str(path).encode()  # ValueError for a path that is not UTF-8: safetensors could not read the file
+    check_utf8(path)
     save_file(tensors, path, metadata=metadata)
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

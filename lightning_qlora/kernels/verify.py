@@ -43,11 +43,11 @@ WEIGHTS: tuple[tuple[Any, ...], ...] = (  # outputs, inputs, type, block size, d
     (37, 75, "fp4", 32, False),
     (37, 75, "nf4", 256, True),
 )
-LAYERS: tuple[tuple[Any, ...], ...] = (  # rows, outputs, inputs, rank, block size, double quantization, dropout
-    (70, 75, 515, 8, 64, True, 0.3),  # odd widths; several programs share each sum of lora_project
-    (7, 66, 512, 24, 64, True, 0.0),  # few rows: W is decoded inside the product, whose sums are shared
-    (20, 66, 128, 8, 256, False, 0.0),  # the same, not shared; blocks cross rows
-    (650, 520, 70, 70, 64, True, 0.3),  # two tiles of ranks; two launches of linear_backward share sums
+LAYERS: tuple[tuple[Any, ...], ...] = (  # rows, outputs, inputs, rank, block size, double quantization, dropout, bias
+    (70, 75, 515, 8, 64, True, 0.3, True),  # odd widths; several programs share each sum of lora_project
+    (7, 66, 512, 24, 64, True, 0.0, True),  # few rows: W is decoded inside the product, whose sums are shared
+    (20, 66, 128, 8, 256, False, 0.0, True),  # the same, not shared; blocks cross rows
+    (650, 520, 70, 70, 64, True, 0.3, False),  # two tiles of ranks; two launches of linear_backward share sums
 )
 EXPERTS: tuple[tuple[Any, ...], ...] = (  # rows of each expert, then as above
     ((5, 0, 66), 70, 128, 8, 64, True, 0.0),
@@ -147,12 +147,12 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
                 _, xa = reference.grouped_linear(x, *rest)
                 yield grad, x, xa, *rest
     else:
-        for (m, n, k, *form, p), kind in _with_halves(LAYERS, 2):
+        for (m, n, k, *form, p, has_bias), kind in _with_halves(LAYERS, 2):
             weight, lora_a, lora_b = layer(n, k, *form)
             lora = LoRA(lora_a, lora_b, 0.7, p, seed(p), kind is None)
             x = factor(normal(m, k), kind, 1e6)
             grad = factor(normal(m, n), kind, 1e-9)
-            bias = None if p else normal(n)
+            bias = normal(n) if has_bias else None
             xa = reference.lora_project(x, lora)
             out = torch.full((m, n), torch.nan, dtype=kind or torch.float32, device="cpu")
             yield {

@@ -85,9 +85,6 @@ class InputStatistics:
 def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
     """The statistics with which a `LoRALayer`, which has this float weight, waits for inputs."""
     previous: InputStatistics | None = layer.input_statistics
-    if previous is not None and previous.layers == [layer]:
-        previous.dense_weight = dense_weight
-        return previous
     statistics = InputStatistics(dense_weight, layer.matrix_count, dense_weight.shape[-1], layer.packed.device)
     statistics.join(layer)
     if previous is not None:  # the copies keep the weight that this layer had

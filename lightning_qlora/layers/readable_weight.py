@@ -31,6 +31,7 @@ METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES.split()}
 METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
 METADATA |= {Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel}
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
+UNBINDS = {Tensor.unbind, torch.unbind}
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
@@ -90,9 +91,9 @@ class Readable(Tensor):
         """A dense copy."""
         return plain(self).detach().clone()  # type: ignore[no-any-return]
 
-    def numpy(self, *, force: bool = False) -> Any:
+    def numpy(self, **options: bool) -> Any:
         """The values as an array."""
-        return plain(self).detach().numpy(force=force)
+        return plain(self).detach().numpy(**options)
 
 
 def plain(value: Any) -> Any:
@@ -256,9 +257,9 @@ class ReadableStack(Readable):
             if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
                 (matrix,) = experts.matrices([range(len(experts))[int(args[1])]])
                 return stack._expert(matrix)
-            if func in (Tensor.unbind, torch.unbind, Tensor.__iter__) and len(args) == 1 and not kwargs:
-                weights = [stack._expert(matrix) for matrix in experts.matrices()]
-                return iter(weights) if func is Tensor.__iter__ else tuple(weights)
+            # `for weight in stack` calls unbind(0).
+            if func in UNBINDS and args[1:] in ((), (0,)) and not kwargs and stack.dim() == 3:
+                return tuple(stack._expert(matrix) for matrix in experts.matrices())
             if func in (Tensor.view, Tensor.reshape) and experts.flat:
                 shape = (len(experts), *experts.expert_shape)
                 sizes = args[1:] if isinstance(args[1], int) else args[1]

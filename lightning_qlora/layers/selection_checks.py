@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig, fits
 from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.kinds import is_linear, kind_of
@@ -98,8 +99,9 @@ def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -
         if pattern.argument in ("rank_pattern", "alpha_pattern"):
             if not set(matched) & set(converted):
                 reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
+                first = first_of(map(repr, converted), 3)
                 raise ValueError(
-                    f"{pattern.argument}: {pattern.text!r} fits none of the layers to convert: {converted}.{reasons}"
+                    f"{pattern.argument}: {pattern.text!r} fits none of the layers to convert: [{first}].{reasons}"
                 )
         elif not matched:
             _refuse_pattern(pattern, getattr(config, pattern.argument), layers, names_of)
@@ -186,8 +188,7 @@ def _is_low_rank(layer: Any, first: Tensor, second: Tensor) -> bool:
     """Whether two matrices can be A and B of a linear layer."""
     outputs, inputs = (getattr(layer, size) for size in kind_of(type(layer)).sizes)
     shapes = {tuple(sorted(first.shape)), tuple(sorted(second.shape))}
-    for rank in first.shape:
-        of_rank = {tuple(sorted((rank, inputs))), tuple(sorted((rank, outputs)))}
-        if rank < min(inputs, outputs) and shapes == of_rank:
-            return True
-    return False
+    return any(
+        rank < min(inputs, outputs) and shapes == {tuple(sorted((rank, inputs))), tuple(sorted((rank, outputs)))}
+        for rank in first.shape
+    )

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.adapters.base_model import find_base_model
+from lightning_qlora.checks import one_line
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.layers.names import is_transformers_model
-from lightning_qlora.tools.fake_model import RealIndices, one_line
+from lightning_qlora.tools.fake_model import RealIndices
 
 SEED = 12  # position of the dropout seed in the arguments of the op `lora_linear`
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")  # in configs

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 FLAGS = ("--check", "--json", "--trust_remote_code")  # true without a value
+BOOLEANS = ("true", "false", "yes", "no", "on", "off")  # of YAML, by which jsonargparse reads values
 WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
 
 
@@ -231,10 +232,10 @@ def doctor(check: bool = False, json: bool = False) -> None:
 def _for_jsonargparse(arguments: list[str]) -> list[str]:
     """The arguments with --gpu-memory as --gpu_memory, and --json as --json true."""
     result = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):  # there may be none
         argument = re.sub(r"^--[\w-]+", lambda name: f"--{name[0][2:].replace('-', '_')}", argument)
         result.append(argument)
-        if argument in FLAGS and following.startswith("--"):
+        if argument in FLAGS and following.lower() not in BOOLEANS:
             result.append("true")
     return result
 
@@ -251,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         def error(self, message: str, *_: Any) -> Any:
             """Print the error, and how to get the help."""
-            self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{self.prog} --help lists the arguments.\n")
+            program = self.prog.replace(" [options]", "")
+            self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{program} --help lists the arguments.\n")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that incomplete folders are deleted
     if hasattr(sys.stdout, "reconfigure"):

@@ -15,6 +15,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_qlora.adapters.base_folder import check_format, stored_format
+from lightning_qlora.checks import one_line
+
 LARGEST = 1 << 22  # elements of a real tensor: attention masks may have more
 
 
@@ -49,8 +52,9 @@ def meta_model(model: Any) -> nn.Module:
         config = model
         if is_name:
             config = transformers.AutoConfig.from_pretrained(model)
+        stored = stored_format(config.to_dict())
         with torch.device("meta"):
-            return _model_of_config(config)
+            built = _model_of_config(config)
     except OSError as error:
         raise FileNotFoundError(
             f"{model}: neither a folder with a config.json nor a model on the hub ({one_line(error)})."
@@ -62,6 +66,8 @@ def meta_model(model: Any) -> nn.Module:
         raise ValueError(
             f"{subject} makes no model ({one_line(error)}). Correct it, or pass a module to estimate_memory."
         ) from error
+    check_format(stored, getattr(config, "name_or_path", "") or type(config).__name__)
+    return built
 
 
 def _model_of_config(config: Any) -> nn.Module:
@@ -75,11 +81,6 @@ def _model_of_config(config: Any) -> nn.Module:
         any_model: Any = transformers.AutoModel
         return cast(nn.Module, any_model.from_config(config, dtype=dtype))
     return cast(nn.Module, model_class._from_config(config, dtype=dtype))
-
-
-def one_line(error: Exception) -> str:
-    """Type and message of an error, on one line and shortened."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
 
 
 class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from lightning_qlora.adapters.base_compatibility import trained_on
 from lightning_qlora.adapters.base_folder import stored_format
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
-from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
 from lightning_qlora.config import first_match
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
@@ -33,7 +33,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
             *_adapter_lines(adapter),
             ("base fingerprint", fingerprint_of_base(adapter) or "none: the checkpoint contains the base"),
         ]
-    if os.path.isfile(os.path.join(path, CONFIG_FILE)):
+    if any(os.path.isfile(os.path.join(path, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
     return _model_lines(WeightFolder(resolve_model(path)))
 

@@ -46,6 +46,7 @@ AT_LOADING = (  # arguments that a layer which was quantized while its model loa
     "init_lora_weights",
     "loftq_config",
 )
+SHOWN = 5  # layers with the reason that each was skipped
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 
@@ -184,7 +185,9 @@ def _check_any(choice: Selection, config: QLoRAConfig) -> None:
         return
     message = f"No layer was converted to 4 bits (target_modules={config.target_modules!r}, r={config.r})."
     if not choice.train:
-        reasons = "".join(f"\n  {name or ROOT}: {why}" for name, why in choice.skip.items())
+        reasons = "".join(f"\n  {name or ROOT}: {why}" for name, why in list(choice.skip.items())[:SHOWN])
+        if len(choice.skip) > SHOWN:
+            reasons += f"\n  and {len(choice.skip) - SHOWN} more"
         raise ValueError(message + (reasons or " The module has no linear layer (nn.Linear, Conv1D)."))
     small = [name for name, reason in choice.train.items() if reason.startswith(LARGE_RANK)]
     if small:

@@ -39,7 +39,7 @@ class CalibrationReport:
         unseen: Names of the layers without an input in the first step, or with inputs of zeros alone; they keep the
             default initialization.
         input_rms: Name -> root mean square of each input, fp32 [in].
-        rows: Most rows (tokens) used for one layer, on all ranks.
+        rows: Most rows (tokens) used for one layer, on all ranks; those that checkpointing computes again count twice.
         seconds: Time that the initialization took.
         errors: Name -> share of the layer's output that its 4 bits still change, ||(W - Q - s B A) diag(d)|| / ||W
             diag(d)||.

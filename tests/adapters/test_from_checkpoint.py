@@ -1,6 +1,7 @@
 """Adapters read from Lightning checkpoints, compared with those of the module that was saved."""
 
 import inspect
+import json
 import pickle
 import re
 from contextlib import nullcontext
@@ -13,9 +14,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
+from lightning_qlora.adapters.conversion import CONVERSION, entry_of, read_conversion, text_of
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from tests.adapters.folders import assert_same_folders
 from tests.conftest import elsewhere, raises_in_one_line
@@ -91,6 +94,20 @@ def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, trained, tmp_pa
         torch.testing.assert_close(adapter.layers[name].initial, layer.initial, rtol=0, atol=0)
 
 
+def test_matrices_that_no_module_has_are_refused(tmp_path):
+    convert(lit := Lit(toy("llama")), **ARGUMENTS)
+    state = lit.state_dict()
+    key = next(key for key in state if key.endswith("lora_A"))
+    for value, message in (
+        (state[key][:3], r"has shape \[3, 64\] and type torch.float32, and lora_B \[64, 4\]: they must be floats"),
+        (state[key].int(), r"has shape \[4, 64\] and type torch.int32"),
+        (state[key] * float("nan"), "or lora_B holds NaN or Inf: the training diverged"),
+    ):
+        torch.save({"state_dict": state | {key: value.clone()}}, tmp_path / "x.ckpt")
+        with raises_in_one_line(ValueError, rf"x.ckpt: {key}: {message}"):
+            read_adapter_from_checkpoint(tmp_path / "x.ckpt")
+
+
 class WithHyperparameters(Lit):
     def __init__(self, value):
         super().__init__(toy("llama"))
@@ -135,6 +152,34 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
         read_adapter_from_checkpoint(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x.pt' holds no '_qlora_conversion'"):
         load_from_checkpoint(Lit, tmp_path / "x.pt")
+
+
+def test_a_checkpoint_with_the_bytes_of_experts(saved, tmp_path):
+    pytest.importorskip("transformers", minversion="5")
+    from tests.layers.test_experts import made, qwen3_moe
+
+    lit = Lit(made(qwen3_moe))
+    path = saved(lit, checkpoint="full")
+    adapter = same_folders(lit, path, tmp_path)
+    for name, layer in adapted_layers(lit.model).items():
+        if layer.is_stack:
+            weights = [weight.dequantize() for weight in adapter.bases[name]]
+            assert torch.equal(torch.stack(weights), layer.decode())
+    content = torch.load(path)
+    del content["state_dict"]["model.model.layers.0.mlp.experts.down_proj_experts.absmax"]
+    torch.save(content, path)
+    with raises_in_one_line(ValueError, r"down_proj_experts\.packed: its description or another of its tensors is"):
+        read_adapter_from_checkpoint(path)
+
+
+@pytest.mark.parametrize(("key", "value", "kind"), [("trained_in_full", "norm", "list"), ("prefix", 3, "str")])
+def test_a_conversion_with_a_value_of_another_type_is_damaged(key, value, kind, saved):
+    state = torch.load(saved(Lit(toy("llama"))))["state_dict"]
+    content = json.loads(text_of(state[CONVERSION]))
+    content["base"][key] = value
+    state[CONVERSION] = entry_of(json.dumps(content))
+    with raises_in_one_line(ValueError, rf"_qlora_conversion: is damaged, .*{key}={value!r}: must be a {kind}"):
+        read_conversion(state)
 
 
 class Heads(LightningModule):

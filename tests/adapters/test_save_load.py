@@ -323,6 +323,21 @@ def cut_short(folder):
     ("harm", "message"),
     [
         (lambda f: change_config(f, peft_type="IA3"), r"adapter_config.json: peft_type='IA3'"),
+        (lambda f: change_config(f, bias="all"), r"adapter_config.json: bias='all': .* Merge it in PEFT"),
+        (lambda f: change_config(f, use_qalora=True), r"adapter_config.json: use_qalora=True: .* Merge it in PEFT"),
+        (lambda f: change_config(f, rank_pattern="x"), r"adapter_config.json: rank_pattern='x': must be a dict"),
+        (
+            lambda f: change_config(f, r=8),
+            r"'.*lora_A.weight': the file has rank=4 there, and adapter_config.json has 8",
+        ),
+        (
+            lambda f: change_config(f, use_dora=True),
+            r"the file has use_dora=False there, and adapter_config.json has True",
+        ),
+        (
+            lambda f: change_config(f, trainable_token_indices=[1]),
+            r"safetensors: has no rows for trainable_token_indices",
+        ),
         (lambda f: change_config(f, lora_alpha=None), r"adapter_config.json: lora_alpha=None"),
         (lambda f: change_config(f, target_modules=[3]), r"target_modules=\[3\]: .* names, or a regular expression"),
         (lambda f: change_config(f, without="peft_type"), r"adapter_config.json: peft_type=''"),
@@ -332,12 +347,24 @@ def cut_short(folder):
         (cut_short, r"adapter_model.safetensors: not a safetensors file, or truncated"),
         (
             lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x.base_layer.weight": t[KEY] + 1})),
-            r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A",
+            r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A.* Merge it in PEFT",
         ),
         (lambda f: change_tensors(f, lambda t: t.pop(KEY)), r"safetensors: key '.*lora_A.weight': the file has lora_B"),
         (
             lambda f: change_tensors(f, lambda t: t.update(other=t[KEY] + 1)),
             r"model.safetensors: key 'other' does not beg",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({KEY.replace("weight", "default.weight"): t[KEY] + 1})),
+            r"safetensors: key 'base_model.*': the file has a second lora_A of model.layers.0.self_attn.q_proj\.",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x": t[KEY] + 1})),
+            r"model.safetensors: key 'base_model.model.x' is in no module",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.lm_head.weight": t[KEY] * float("nan")})),
+            r"model.safetensors: key 'base_model.model.lm_head.weight' holds NaN",
         ),
         (
             lambda f: change_tensors(f, lambda t: t.update({KEY: torch.ones(9, 64)})),
@@ -367,7 +394,7 @@ def test_every_entry_of_peft_that_changes_an_adapter_is_checked(folder):
         *("auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "megatron_config"),
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config", "init_lora_weights"),
         *("exclude_modules", "layers_pattern", "layers_to_transform", "ensure_weight_tying", "megatron_core"),
-        *("rank_pattern", "qalora_group_size"),  # the shapes have the ranks
+        "qalora_group_size",
     }
 
 

@@ -64,7 +64,7 @@ def test_ranks_of_two_tiles_and_gradients_that_programs_share(op, monkeypatch):
     """As in the largest case, which takes long."""
     tile = launch.Tile(M=16, N=64, PROGRAMS=64, num_warps=4, num_stages=2)
     monkeypatch.setitem(launch.TABLE, "lora_gradients", {"default": [tile]})
-    monkeypatch.setattr(verify, "LAYERS", ((130, 66, 96, 70, 32, False, 0.3),))
+    monkeypatch.setattr(verify, "LAYERS", ((130, 66, 96, 70, 32, False, 0.3, True),))
     assert fault("sm_80", op, 1) is None
 
 

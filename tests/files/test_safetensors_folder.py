@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora.files.safetensors_folder import INDEX, WeightFolder, read_header, write_safetensors
+from lightning_qlora.files.safetensors_folder import (
+    INDEX,
+    WeightFolder,
+    open_safetensors,
+    read_header,
+    write_safetensors,
+)
 from tests.conftest import raises_in_one_line
 
 
@@ -44,6 +50,12 @@ def test_keys_and_metadata_of_any_language_are_written_and_read(tmp_path):
     assert {key: (entry.shape, entry.nbytes) for key, entry in entries.items()} == {
         key: (tuple(value.shape), value.nbytes) for key, value in tensors.items()
     }
+
+
+def test_a_tensor_that_a_file_lacks_is_named_with_the_file(tmp_path):
+    save_file({"w": torch.ones(3, 4)}, path := tmp_path / "x.safetensors")
+    with raises_in_one_line(ValueError, rf"^{re.escape(str(path))}: .*other"), open_safetensors(path) as file:
+        file.get_tensor("other")
 
 
 def test_a_folder_of_shards_and_a_wrong_index(tmp_path):

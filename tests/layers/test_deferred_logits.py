@@ -15,6 +15,7 @@ from lightning_qlora.layers.deferred_head import (
     defer_output_embeddings,
     deferred_heads,
     output_embeddings,
+    saved_bytes,
 )
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 
@@ -110,6 +111,8 @@ REAL = {
     "a part of the vocabulary": lambda z: F.cross_entropy(z[..., :50].reshape(-1, 50), labels(21).clamp(-100, 49)),
     "a part by three indices": lambda z: F.cross_entropy(z[:, -1, :50], labels(3).clamp(-100, 49)),
     "one logit": lambda z: z[0, 1, 5].square(),
+    "one dimension": lambda z: 1e-2 * z.view(-1).square().sum(),
+    "a new dimension": lambda z: 1e-2 * z[:, None].square().sum(),
     "metric, then loss": lambda z: z.argmax(-1).float().sum() * 0 + F.cross_entropy(z.view(-1, V), labels(21)),
     "loss, then metric": lambda z: F.cross_entropy(z.view(-1, V), labels(21)) + 0 * z.argmax(-1).float().sum(),
     "masked in place": lambda z: F.cross_entropy(z.masked_fill_(torch.arange(V) == 5, -9.0).view(-1, V), labels(21)),
@@ -117,6 +120,7 @@ REAL = {
     "smoothing": lambda z: F.cross_entropy(z.view(-1, V), labels(21), label_smoothing=0.1),
     "weight": lambda z: F.cross_entropy(z.view(-1, V), labels(21), WEIGHT),
     "checkpoint": lambda z: checkpoint(lambda z: z.square().mean(), z, use_reentrant=False),
+    "new data": lambda z: setattr(z, "data", z.data / 2) or F.cross_entropy(z.view(-1, V), labels(21)),
     "stack": lambda z: torch.stack([z, z]).mean(),
 }
 
@@ -167,6 +171,22 @@ def test_an_autograd_function_gets_values_and_its_gradient_reaches_the_hidden_st
             return 2 * grad * ctx.saved_tensors[0]
 
     assert_same(both("trained", Square.apply), relative=1e-4)
+
+    class Constant(Square):
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    assert_same(both("trained", lambda z: Constant.apply(z) + z[:, 0].mean()))
+
+
+def test_code_below_torch_function_gets_values():
+    for kind in HEADS:
+        head = made_head(kind, deferred=True)
+        logits = head(hidden_states().requires_grad_())
+        for readable, expected in ((logits, logits + 0), (head.weight, head.weight + 0)):
+            with torch._C.DisableTorchFunctionSubclass():
+                assert torch.equal(readable + 0, expected)
 
 
 def test_backward_twice_and_a_second_derivative():
@@ -219,15 +239,16 @@ def test_dropout_of_the_adapter_is_drawn_once_for_all_that_read_the_logits():
     expected.backward()
     for ours, dense in ((loss, expected), (metric, expected), (head.lora_A.grad, a.grad), (head.lora_B.grad, b.grad)):
         torch.testing.assert_close(ours, dense)
-    assert isinstance(head.eval()(hidden), DeferredLogits)  # no dropout, so it defers
+    assert saved_bytes(head) == 0 and isinstance(head.eval()(hidden), DeferredLogits)  # no dropout, so it defers
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_metric_without_gradient_does_not_take_the_gradient_from_the_loss(mode):
     def function(z):
         with mode():
-            assert not (z.argmax(-1).float() * 0).any()
-        return F.cross_entropy(z.view(-1, V), labels(21))
+            metric = F.cross_entropy(z.float().view(-1, V), labels(21)) + z.argmax(-1).float().mean()
+        assert not metric.requires_grad
+        return F.cross_entropy(z.view(-1, V), labels(21)) * metric.item()
 
     assert_same(both("trained", function))
 
@@ -337,6 +358,13 @@ class Own(nn.Linear):
     pass
 
 
+class NoHead(nn.Module):
+    """As transformers' models without a head."""
+
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
 class Model(nn.Module):
     """It says which layer is its head."""
 
@@ -359,6 +387,7 @@ def words(size=99, **layers):
         (words(out1=nn.Linear(8, 99), out2=nn.Linear(8, 99), out=nn.Linear(8, 99)), ["out"]),
         (words(out=Own(8, 99), lm_head=Own(8, 9)), []),
         (nn.ModuleDict({"lm_head": nn.Linear(8, 9), "head": nn.Linear(8, 9)}), ["lm_head"]),
+        (words(out=nn.Linear(8, 99), model=NoHead()), ["out"]),
         (words(50, model=Model(), out=nn.Linear(8, 50), side=nn.Linear(8, 99)), ["model.out", "out"]),
     ],
 )
@@ -379,3 +408,18 @@ def test_auto_defers_those_with_four_times_as_many_outputs_as_inputs():
         assert defer_output_embeddings(module, setting) == deferred_heads(module) == saved
         compute_logits(module)
         assert deferred_heads(module) == {} and type(module["out"]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_type_of_the_logits_of_a_head_that_trains_in_full_in_a_bf16_module(dtype):
+    heads = []
+    for setting in (True, False):
+        torch.manual_seed(0)
+        module = nn.ModuleDict({"words": nn.Embedding(V, H), "own": nn.Linear(H, H), "lm_head": nn.Linear(H, V)})
+        convert(module.bfloat16(), r=4, modules_to_save=["lm_head"], deferred_logits=setting)
+        heads.append(module["lm_head"])
+    assert isinstance(heads[0](hidden_states()), DeferredLogits) and heads[0].weight.dtype is torch.float32
+    ours, expected = (head(hidden_states().to(dtype)) for head in heads)
+    assert ours.dtype is expected.dtype is torch.bfloat16
+    assert torch.equal(ours + 0, expected)
+    assert saved_bytes(heads[0]) == 1000 * V * (2 + 8)

@@ -65,6 +65,14 @@ def test_mixins_are_added_and_removed_in_any_order(kind, copied):
             assert type(layer) is kind and torch.equal(layer(x), expected)
 
 
+def test_a_class_that_a_library_derives_stays_in_a_copy():
+    """As fully_shard does."""
+    layer = nn.Linear(4, 4)
+    derive(Doubled, layer)
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    assert type(copy.deepcopy(layer)) is type(layer)
+
+
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_all_that_conversion_adds_is_removed_by_merge(copied):
     """A head in 4 bits whose logits are deferred, a head with rows that train, and norms that train in fp32."""

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qlora import QLoRAConfig, convert, disable_adapter, merge
+from lightning_qlora.kernels import reference
+from lightning_qlora.layers import experts
 from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts, expert_stacks
+from lightning_qlora.layers.readable_weight import ReadableWeight
 from lightning_qlora.layers.selection import select_layers
 from tests.toys import assert_equal, perturb
 from tests.twin import dense_twin
@@ -212,6 +215,11 @@ def test_an_index_means_what_it_means_for_a_tensor():
     for refused in (6, -7, 1.0, torch.tensor(1.0)):
         with pytest.raises(IndexError):
             stack[refused]
+    for read in (list, torch.unbind, lambda stack: stack.unbind(0)):
+        weights = read(stack)
+        assert all(isinstance(weight, ReadableWeight) for weight in weights)  # so no dense stack was made
+        torch.testing.assert_close(torch.stack([weight + 0 for weight in weights]), dense)
+    torch.testing.assert_close(stack.unbind(1), dense.unbind(1))
 
 
 def test_views_of_a_flat_stack_and_batched_products():
@@ -220,6 +228,7 @@ def test_views_of_a_flat_stack_and_batched_products():
     flat = model.transformer.blocks[0].ffn.experts.mlp.w1
     dense = flat + 0
     torch.testing.assert_close(flat[3] + 0, dense[3])
+    torch.testing.assert_close([*flat], [*dense])
     for shape in ((4, 32, 64), (-1, 32, 64), (8, -1), (2, 2, 32, 64)):
         for view in (flat.view(*shape), flat.reshape(shape)):
             torch.testing.assert_close(view[1] + 0, dense.view(shape)[1])
@@ -244,6 +253,23 @@ def test_experts_of_older_versions_of_transformers():
     assert_equal(outputs(model).logits, expected)
 
 
+def test_a_norm_of_the_outputs_of_experts_as_muse_spark_has_it():
+    model = made(qwen3_moe)
+    owners = [part for part in model.modules() if hasattr(part, "has_post_expert_norm")]
+    if not owners:
+        pytest.skip("needs transformers 5.20")
+    for owner in owners:
+        owner.has_post_expert_norm = True
+        owner.post_expert_norm = nn.RMSNorm(64).requires_grad_(False)
+        nn.init.normal_(owner.post_expert_norm.weight)
+    dense = copy.deepcopy(model)
+    dense.set_experts_implementation("batched_mm")
+    assert convert_stacks(model)
+    for name, _, key, stack in expert_stacks(model):
+        dense.get_submodule(name.rpartition(".")[0])._parameters[key] = nn.Parameter(stack.effective_weight())
+    torch.testing.assert_close(outputs(model).logits, outputs(dense).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_the_stack_can_be_read_but_not_written():
     model = made(qwen3_moe)
     convert_stacks(model)
@@ -252,10 +278,26 @@ def test_the_stack_can_be_read_but_not_written():
     total = owner.gate_up_proj.sum()
     total.backward()
     assert owner.gate_up_proj_experts.lora_B.grad.flatten(1).any(dim=1).all()
-    torch.testing.assert_close(torch.stack([w + 0 for w in owner.gate_up_proj]), owner.gate_up_proj + 0)
+    line = "experts=6, in_features=64, out_features=64, nf4, block_size=64, r=2, scaling=2"
+    assert str(owner.gate_up_proj_experts) == f"QLoRAExperts({line})"
     for write in (lambda w: w.mul_(2), lambda w: w.__setitem__(0, 0.0), lambda w: w.data.normal_()):
         with pytest.raises(RuntimeError, match="read-only"):
             write(owner.gate_up_proj)
+
+
+def test_the_inputs_of_each_expert_count_for_a_calibration_in_one_launch_too(monkeypatch):
+    sums = []
+    for together in (False, True):
+        if together:
+            monkeypatch.setattr(experts, "INTERPRETED", True)
+            monkeypatch.setattr(experts, "can_group", lambda *_: True)
+            monkeypatch.setattr(experts, "grouped_linear", lambda *arguments: reference.grouped_linear(*arguments)[0])
+        model = made(qwen3_moe)
+        convert(model, r=2, lora_dropout=0.0, init_lora_weights="calibrated")
+        outputs(model.train())
+        sums.append([stack.input_statistics.sums for stack in stacks_of(model)])
+    assert all(each[:, -1].sum() == 32 for each in sums[0])  # 16 tokens have two experts each
+    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-6)
 
 
 def test_no_token_at_all():

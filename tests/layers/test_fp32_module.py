@@ -287,6 +287,8 @@ def test_values_in_16_bits_that_are_assigned_to_what_trains_are_held_in_fp32(fas
         convert(module, r=1, lora_dropout=0.0, modules_to_save=["1"])
         module.load_state_dict(dense.state_dict(), assign=True)
         assert module[1].weight.dtype is torch.float32 and module[1].weight.requires_grad
+        assert module[0].weight.dtype is (torch.bfloat16 if fast else torch.float32)
+        assert module[0].dtype_before is torch.bfloat16
         module(torch.randn(2, 64).bfloat16()).sum().backward()
 
 

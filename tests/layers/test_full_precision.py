@@ -289,3 +289,11 @@ def test_a_compute_type_that_is_asked_for_holds_beside_what_trains_in_full(dtype
     dense = F.linear(x.float(), net[0].packed_weight.dequantize(torch.float32), net[0].bias.float())
     rounding = torch.finfo(dtype if compute_dtype == "fp32" else torch.bfloat16).eps
     assert error(outputs[1].float(), dense) < rounding / 2
+
+
+def test_a_gradient_from_before_the_conversion_stays():
+    module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).bfloat16()
+    module(torch.randn(2, 64).bfloat16()).square().sum().backward()
+    expected = module[1].weight.grad.float()
+    convert(module, r=4, modules_to_save=["1"])
+    assert torch.equal(module[1].weight.grad, expected)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -46,3 +47,11 @@ def test_a_fused_layer_is_converted_trained_copied_and_merged_by_its_row_alone(m
     assert type(net[0]) is FusedGelu
     assert (set(vars(net[0])), list(net.state_dict())) == (attributes, keys)
     torch.testing.assert_close(net(x), expected)
+
+
+def test_a_weight_in_the_layout_of_bitsandbytes_kernel_for_cpus_is_refused():
+    bnb = pytest.importorskip("bitsandbytes")
+    net = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
+    net[0].weight.quant_state.packing_format_for_cpu = True  # as after an eval pass on a CPU with AVX-512 bf16
+    with pytest.raises(ValueError, match=r"repacked this weight .* Convert the model before it runs"):
+        convert(net, r=4)

@@ -157,5 +157,11 @@ def test_bytes_are_parameters_for_a_strategy_that_splits_them_and_state_dicts_st
     split.load_state_dict(module.state_dict())
     x = torch.randn(4, 64)
     assert torch.equal(split.eval()(x), module.eval()(x))
+    parameters = dict(split.named_parameters())
+    other = converted(checkpoint="full")
+    other.inner.quantize_weight(torch.randn(48, 64))
+    split.load_state_dict(other.state_dict())
+    assert all(parameter is parameters[name] for name, parameter in split.named_parameters())
+    assert torch.equal(split(x), other.eval()(x))
     assert type(merge(split).inner) is nn.Linear
     assert set(dict(split.inner.named_parameters())) == {"weight", "bias"}

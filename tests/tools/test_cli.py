@@ -83,7 +83,9 @@ def test_inspect(trained, tmp_path, capsys):
     text = "".join(f"{name:30} {value}\n" for name, value in adapter.items())
     assert prints(["inspect", folder / "adapter"], capsys) == text
     assert prints(["inspect", folder / "adapter", "--json", "false"], capsys) == text
-    assert json.loads(prints(["inspect", folder / "adapter", "--json", "true"], capsys)) == adapter
+    for flag in (["--json", "true"], ["--json=true"]):
+        assert json.loads(prints(["inspect", folder / "adapter", *flag], capsys)) == adapter
+    assert json.loads(prints(["inspect", "--json", folder / "adapter"], capsys)) == adapter
     trained_on = adapter.pop("trained on")
     assert trained_on.startswith(f"the model in 4 bits ({BITS}). On the model in 16 bits its outputs differ")
     weights = [p for p in lit.parameters() if p.requires_grad]
@@ -355,13 +357,25 @@ def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch):
     )
     assert "dtype" in fails(["merge", "a", "b", "--dtype", "int8"], capsys, code=2)
     assert "--base_mod" in fails(["merge", "a", "b", "--base_mod", "c"], capsys, code=2)
+    assert "{plan,inspect,merge,export,doctor}, but it was not provided" in fails([], capsys, code=2)
+    assert fails(["inspect", "a", "b"], capsys, code=2).endswith(
+        "\nlightning-qlora inspect --help lists the arguments."
+    )
     assert "devices=0: must be an integer >= 1" in fails(["plan", folder / "base", "--devices", "0"], capsys)
     (tmp_path / "gguf").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "gguf" / name).touch()
     merge_into = ["merge", folder / "last.ckpt", output, "--base_model"]
     assert "gguf: has 2 GGUF files, ['a.gguf', 'b.gguf']. Pass one" in fails([*merge_into, tmp_path / "gguf"], capsys)
-    (copied / "base/config.json").unlink()
+    (copied / "adapter/adapter_config.json").unlink()
+    assert "adapter_config.json: no such file. PEFT writes" in fails(["inspect", copied / "adapter"], capsys)
+    path = copied / "base/model.safetensors"
+    assert "Pass a checkpoint of a run with QLoRAPrecision, or the" in fails(["export", path, output], capsys)
+    config = copied / "base/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    for command in (["plan", copied / "base", "--r", "4"], [*merge_into, copied / "base"]):
+        assert "base: is in 'gptq'. transformers can dequantize" in fails(command, capsys)
+    config.unlink()
     assert "base: has no config.json, which names the model" in fails([*merge_into, copied / "base"], capsys)
     lit = Lit(toy("llama"))
     convert(lit, **ARGUMENTS)

@@ -92,6 +92,40 @@ def test_any_module_with_an_example():
     assert kept < estimate.parts["activations"] < kept + temporary
 
 
+class CastsAPart(Plain):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Sequential(nn.Linear(64, 64))
+
+    def forward(self, x):
+        router = self.router.float()
+        assert router[0].weight.dtype is torch.float32
+        return super().forward(x + router(x.float()).to(x.dtype))
+
+
+class ReadsAValue(Plain):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_modules_that_cast_a_part_or_depend_on_a_value():
+    arguments = {**ARGUMENTS, "example": torch.randn(256, 64).bfloat16(), "target_modules": ["down", "up"]}
+    kinds = Plain, CastsAPart, ReadsAValue
+    plain, cast, unknown = (estimate_memory(kind().bfloat16(), **arguments) for kind in kinds)
+    assert plain.total < cast.total < 1.5 * plain.total
+    assert plain.counted_activations and not unknown.counted_activations and "unknown" in str(unknown)
+    parts = {**plain.parts, "activations": 0}
+    assert unknown.parts == parts and unknown.gradients_at_peak == parts["gradients"]
+
+
+def test_logits_without_a_loss_are_counted_with_a_cross_entropy():
+    pytest.importorskip("transformers")
+    arguments = {**ARGUMENTS, "deferred_logits": True}
+    examples = {"input_ids": ids(2, 12)}, {"input_ids": ids(2, 12), "labels": ids(2, 12)}
+    logits, loss = (estimate_memory(toy("llama"), example=each, **arguments).parts["activations"] for each in examples)
+    assert logits == pytest.approx(loss, rel=0.1)
+
+
 def test_the_initialization_does_not_change_the_estimate():
     arguments = {"model": nn.Sequential(nn.Linear(64, 64)), "example": torch.zeros(4, 64), "r": 4}
     for start in ("loftq", "pissa", "calibrated", "gaussian"):

@@ -214,16 +214,23 @@ def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
     for kind in (ImportError, RuntimeError):
         error = Mock(side_effect=kind("install\nit"))
         monkeypatch.setattr(type(model), "from_pretrained", error)
-        refused(ValueError, "base: transformers can't load it: install it$")
-
-
-def test_a_folder_of_no_model_is_refused(tmp_path):
-    parts = {"encoder": {"model_type": "bert"}, "decoder": {"model_type": "bert"}}
-    config = {"model_type": "encoder-decoder", "architectures": ["Nothing"], **parts}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
-    with raises_in_one_line(ValueError, r"transformers has no class \['Nothing'\]. Load the model in Python"):
-        merge_folder(tmp_path, get_adapter(converted("llama")), tmp_path / "out")
+        refused(ValueError, f"base: transformers can't load it: {kind.__name__}: install it$")
+    monkeypatch.undo()
+    config = json.loads((folder / "config.json").read_text())
+    for values, message in (
+        ({"hidden_size": "64"}, "base: transformers can't read its config: .*'hidden_size' expected int, got str"),
+        ({"quantization_config": [1]}, "base: transformers can't read its config: AttributeError: 'list' object"),
+        ({"quantization_config": {"quant_method": ["a"]}}, r"base: is in \['a'\]\. transformers can dequantize"),
+        (
+            {"hidden_act": "no"},
+            r"base: transformers makes no LlamaForCausalLM \(LlamaForCausalLM: KeyError: 'no'\). Load the",
+        ),
+        ({"architectures": [5], "hidden_act": "no"}, r"base: transformers makes no 5 \(AutoModel: KeyError"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | values))
+        refused(ValueError, message)
+    folder /= "model.safetensors"
+    refused(FileNotFoundError, "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.")
 
 
 def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):

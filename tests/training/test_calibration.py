@@ -296,6 +296,13 @@ def test_a_copy_with_another_weight_waits_for_its_own_step():
         weight, quantize(weight), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
     )
     torch.testing.assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
+    alone = Net()
+    report = convert(alone, **CALIBRATED).calibration
+    alone.load_state_dict({**dense.state_dict(), "sizes": net.sizes})
+    assert report.waiting == ["layers.0", "layers.2"]
+    step(alone, x)
+    assert report.waiting == [] and report.calibrated == ["layers.0", "layers.2"]
+    assert_equal(adapters(alone), adapters(other))
     assert not _global_optimizer_pre_hooks
 
 
@@ -440,6 +447,21 @@ def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapte
     with pytest.warns(UserWarning, match=r"layers\.0: the loaded state dict was saved before the calibration"):
         net.load_state_dict(before)
     assert not net.layers[0].lora_B.any()
+
+
+def test_a_step_without_gradients_that_creates_the_state_does_not_calibrate():
+    net, x = Net(), torch.randn(8, 64)
+    report = convert(net, **CALIBRATED).calibration
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(RuntimeError, match="no forward pass ran in training mode"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert len(report.waiting) == 2 and not report.calibrated
+    step(net, x)
+    assert not report.waiting and net.layers[0].lora_B.any()
 
 
 def test_an_adapter_that_trained_before_its_calibration_is_not_changed():

@@ -72,6 +72,8 @@ def test_aliases_and_a_root_layer_are_converted_once():
 def test_a_module_without_linear_layers_is_refused():
     with pytest.raises(ValueError, match=r"No layer was converted.*no linear layer"):
         convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    with pytest.raises(ValueError, match=r"r=64\)\.(\n  \d: in exclude_modules){5}\n  and 2 more$"):
+        convert(nn.Sequential(*(nn.Linear(64, 64) for _ in range(7))), exclude_modules=".*")
 
 
 def test_a_rank_that_is_too_large_for_all_layers_is_refused_unless_they_are_named():

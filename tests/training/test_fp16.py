@@ -141,6 +141,20 @@ def test_activations_that_fp16_does_not_have(use_dora):
         assert not module(x.half()).isfinite().all()
 
 
+def test_a_small_gradient_of_doras_magnitudes_under_autocast_in_fp16():
+    layer = nn.Sequential(nn.Linear(64, 64))
+    convert(layer, r=4, lora_dropout=0.0, use_dora=True)
+    x = torch.randn(256, 64)
+    grads = []
+    for in_fp16 in (True, False):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=in_fp16):
+            y = layer(x)
+        y.backward(torch.full_like(y, 2.0**-24))  # the smallest number of fp16
+        grads.append(layer[0].lora_magnitude_vector.grad)
+    torch.testing.assert_close(*grads, rtol=0.02, atol=0.02 * grads[1].abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_model_is_held_in_fp32_and_its_files_are_not(dtype):
     model = toy("llama").to(dtype)

@@ -136,9 +136,12 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
         assert count_of_added(other) == 0
         trainer(**plugins).fit(resumed, ResumableLoader())  # Lightning finds the checkpoint
         assert resumed.losses == first.losses[3:]
+        run.state.fn = TrainerFn.VALIDATING  # no batch that could end is trained
+        run._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
+        assert (tmp_path / "queued").read_text() == 2 * "requeue 4711\n"
 
 
-def test_slurms_signal_counts_on_rank_0_and_is_not_delayed_outside_of_training():
+def test_slurms_signal_counts_on_rank_0_alone():
     saved = []
     connector = type("Connector", (), {"_slurm_sigusr_handler_fn": lambda _, *arguments: saved.append(arguments)})()
     strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision or all)
@@ -154,6 +157,3 @@ def test_slurms_signal_counts_on_rank_0_and_is_not_delayed_outside_of_training()
     after_batch()
     after_batch()
     assert saved == [(signal.SIGUSR1, None)]
-    run.state.fn = TrainerFn.VALIDATING
-    connector._slurm_sigusr_handler_fn(3, "frame")
-    assert saved == [(signal.SIGUSR1, None), (3, "frame")]

@@ -623,8 +623,8 @@ def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_QLORA_CACHE", ".")
     assert build.cache_folder() == tmp_path
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    assert build.cache_folder() == tmp_path / "here" / "lightning_qlora"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert build.cache_folder() == tmp_path / "mine" / "lightning_qlora"
 
 
 def test_the_path_says_when_the_environment_turned_the_loops_off(train, tmp_path, monkeypatch):

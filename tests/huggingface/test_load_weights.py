@@ -17,14 +17,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
-from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import _read_matrices
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import mark_as_found
 from lightning_qlora.layers.dtensor import gather, reshard
 from lightning_qlora.layers.provenance import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.convert import finish_sharded
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.layers.test_experts import gpt_oss, made
 from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
@@ -443,12 +441,3 @@ def test_types_and_marks_are_those_of_the_dense_copy():
     assert model.weight.dtype is model.bias.dtype is torch.bfloat16
     assert [p.requires_grad for p in model.parameters()] == [True, False]
     assert [hasattr(p, LOADED_TENSOR) for p in model.parameters()] == [True, False]
-
-
-def test_an_adapter_of_the_arguments_is_loaded_after_sharding(tmp_path):
-    first, second = (nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
-    convert(first, **ARGUMENTS)
-    convert(second, **ARGUMENTS)
-    save_adapter(perturb(first), tmp_path)
-    finish_sharded(second, QLoRAConfig(adapter=str(tmp_path)))
-    assert torch.equal(second[0].lora_B, first[0].lora_B) and second[0].lora_B.any()

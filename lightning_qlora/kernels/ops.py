@@ -60,7 +60,9 @@ def quantize(
     check_finite(weight)
     packed = quantize_unchecked(weight, quant_type, block_size, double_quant)
     if not isfinite(packed.offset):
-        raise ValueError("weight: too large for double quantization, the mean of its scales overflows fp32.")
+        raise ValueError(
+            "weight: too large for double quantization: the mean of its scales overflows fp32. Pass double_quant=False."
+        )
     return packed
 
 

@@ -110,7 +110,7 @@ def examine(device: torch.device) -> Verdict:
                 faults[op] = f"no result after {LIMIT:g} s"
         if not op:  # a card for one process, or without memory for a second one: here, without a time limit
             # Torch's modes (a default device, autocast, inference) are those of a thread: a new one has none.
-            with ThreadPoolExecutor(1) as pool:
+            with ThreadPoolExecutor() as pool:
                 return pool.submit(lambda: {op: fault(import_module(KERNELS), device, op) for op in OPS}).result()
     return {op: faults[op] for op in OPS}
 

@@ -91,9 +91,9 @@ class Readable(Tensor):
         """A dense copy."""
         return plain(self).detach().clone()  # type: ignore[no-any-return]
 
-    def numpy(self, *, force: bool = False) -> Any:
+    def numpy(self, **options: bool) -> Any:
         """The values as an array."""
-        return plain(self).detach().numpy(force=force)
+        return plain(self).detach().numpy(**options)
 
 
 def plain(value: Any) -> Any:

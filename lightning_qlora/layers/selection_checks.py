@@ -188,8 +188,7 @@ def _is_low_rank(layer: Any, first: Tensor, second: Tensor) -> bool:
     """Whether two matrices can be A and B of a linear layer."""
     outputs, inputs = (getattr(layer, size) for size in kind_of(type(layer)).sizes)
     shapes = {tuple(sorted(first.shape)), tuple(sorted(second.shape))}
-    for rank in first.shape:
-        of_rank = {tuple(sorted((rank, inputs))), tuple(sorted((rank, outputs)))}
-        if rank < min(inputs, outputs) and shapes == of_rank:
-            return True
-    return False
+    return any(
+        rank < min(inputs, outputs) and shapes == {tuple(sorted((rank, inputs))), tuple(sorted((rank, outputs)))}
+        for rank in first.shape
+    )

@@ -38,7 +38,6 @@ from lightning_qlora.layers.selection_checks import check_names_in_loaded_models
 from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
-    LOAD_IN_CONFIGURE_MODEL,
     check_before_conversion,
     check_has_data,
     check_initialized,
@@ -173,10 +172,11 @@ def is_converted(module: nn.Module) -> bool:
 def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter | None) -> None:
     """Load an adapter folder that an argument names; layers that had it last were trained since and stay.
 
-    `adapter` is its content, if it was read before.
+    `adapter` is its content, if it was read before. On the meta device nothing happens: the folder is loaded when the
+    layers have values, by `load_weights` or the next call.
     """
     layers = adapted_layers(module).values()
-    if folder is None or all(layer.adapter_folder == folder for layer in layers):
+    if folder is None or all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
         return
     set_adapter_of_module(module, adapter or read_adapter(folder))
     for layer in layers:
@@ -192,16 +192,6 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
         warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion
-
-
-def finish_sharded(module: nn.Module, config: QLoRAConfig) -> None:
-    """Load the adapters to start from into a module that `configure_model` has sharded, if it was converted there.
-
-    Raises ValueError if a part of it is on the meta device.
-    """
-    check_has_data(module, advice=LOAD_IN_CONFIGURE_MODEL)
-    if conversion_of(module) is not None and config.adapter is not None:
-        set_adapter_of_module(module, read_adapter(config.adapter))  # on the meta device it had no effect
 
 
 def _quantize(module: nn.Module, choice: Selection, device: torch.device | None) -> None:

@@ -29,7 +29,8 @@ from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
-from lightning_qlora.training.convert import Run, convert_module, finish_sharded, is_converted
+from lightning_qlora.training.convert import Run, convert_module, is_converted
+from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
 from lightning_qlora.training.converted_modules import ConvertedModules
 from lightning_qlora.training.optimizers import (
     check_loss,
@@ -87,7 +88,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         with quantize_while_loading(self.config, shards):
             yield
         if trainer is not None and shards:
-            finish_sharded(trainer.lightning_module, self.config)
+            check_has_data(trainer.lightning_module, advice=LOAD_IN_CONFIGURE_MODEL)
 
     @contextmanager
     def convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:

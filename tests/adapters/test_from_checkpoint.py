@@ -18,6 +18,7 @@ from lightning_qlora.adapters.conversion import CONVERSION, entry_of, read_conve
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from tests.adapters.folders import assert_same_folders
 from tests.conftest import elsewhere, raises_in_one_line
@@ -151,6 +152,24 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
         read_adapter_from_checkpoint(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x.pt' holds no '_qlora_conversion'"):
         load_from_checkpoint(Lit, tmp_path / "x.pt")
+
+
+def test_a_checkpoint_with_the_bytes_of_experts(saved, tmp_path):
+    pytest.importorskip("transformers", minversion="5")
+    from tests.layers.test_experts import made, qwen3_moe
+
+    lit = Lit(made(qwen3_moe))
+    path = saved(lit, checkpoint="full")
+    adapter = same_folders(lit, path, tmp_path)
+    for name, layer in adapted_layers(lit.model).items():
+        if layer.is_stack:
+            weights = [weight.dequantize() for weight in adapter.bases[name]]
+            assert torch.equal(torch.stack(weights), layer.decode())
+    content = torch.load(path)
+    del content["state_dict"]["model.model.layers.0.mlp.experts.down_proj_experts.absmax"]
+    torch.save(content, path)
+    with raises_in_one_line(ValueError, r"down_proj_experts\.packed: its description or another of its tensors is"):
+        read_adapter_from_checkpoint(path)
 
 
 @pytest.mark.parametrize(("key", "value", "kind"), [("trained_in_full", "norm", "list"), ("prefix", 3, "str")])

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,19 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
+from lightning_qlora.huggingface.load_weights import _read_matrices
+from lightning_qlora.huggingface.model_folder import ModelFolder
+from lightning_qlora.huggingface.without_data import mark_as_found
 from lightning_qlora.layers.dtensor import gather, reshard
+from lightning_qlora.layers.provenance import LOADED_TENSOR
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
+from tests.layers.test_experts import gpt_oss, made
 from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
+from tests.layers.test_experts import qwen3_moe  # noqa: E402
+
 pytestmark = [
     needs("transformers", "5.3", "reads all weights before"),
 ]
@@ -186,6 +195,10 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank,
         assert held.requires_grad == parameter.requires_grad, name
         if parameter.requires_grad:
             torch.testing.assert_close(gather(held.grad), parameter.grad)
+    if start == "calibrated":
+        for name in arguments["target_modules"]:
+            sums = [model.get_submodule(name).input_statistics.sums for model in (net.module, alone)]
+            torch.testing.assert_close(*sums)
     if start == "adapter":
         save_adapter(perturb(alone, seed=1), folder / "other")
         with torch.no_grad():
@@ -200,7 +213,7 @@ def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     renamed = {f"{model.base_model_prefix}.{key}": value for key, value in load_file(path).items()}
-    save_file(renamed, path, metadata={"format": "pt"})
+    save_file(renamed | {"of.another.model": torch.ones(2)}, path, metadata={"format": "pt"})
     net = sharded_by_fabric(tmp_path, build=lambda: type(model)(model.config))[1].module
     convert(model, **ARGUMENTS)
     check_equal(tensors(net), tensors(model))
@@ -208,6 +221,20 @@ def test_a_model_of_transformers_is_loaded_by_the_names_that_transformers_finds(
         merge(net)
     with pytest.raises(ValueError, match=r"T5ForConditionalGeneration\.save_pretrained: the layers are sharded"):
         net.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("build", [gpt_oss, qwen3_moe])
+def test_experts_that_a_folder_has_as_a_stack_or_one_by_one(build, tmp_path, one_rank):
+    model = made(build)
+    model.save_pretrained(tmp_path)
+    empty = copy.deepcopy(model)
+    for part in empty.modules():  # as accelerate.init_empty_weights leaves it, with buffers
+        for key, parameter in part._parameters.items():
+            part._parameters[key] = nn.Parameter(parameter.to("meta")) if parameter is not None else None
+    net = sharded_by_fabric(tmp_path, build=lambda: empty)[1].module
+    convert(model, **ARGUMENTS)
+    assert any(layer.is_stack for layer in adapted_layers(net).values())
+    check_equal(tensors(net), tensors(model))
 
 
 def test_what_a_folder_lacks_or_has_in_another_shape_is_named_and_a_module_without_weights_refused(folder, one_rank):
@@ -266,9 +293,24 @@ def converted_now(module):
     module.trainer.precision_plugin.convert_module(module.model)
 
 
-def check_sharded(trainer, folder, on_meta=True, kind=transformers.AutoModelForCausalLM, dtype="auto", **arguments):
+def converted_as_a_whole(module):
+    module.trainer.precision_plugin.convert_module(module)
+
+
+def not_yet_converted(module):
+    pass
+
+
+def check_sharded(
+    trainer,
+    folder,
+    on_meta=True,
+    kind=transformers.AutoModelForCausalLM,
+    dtype="auto",
+    then=not_yet_converted,
+    **arguments,
+):
     """A sharded model has the tensors of one that is not; `on_meta`: it was sharded before its values were read."""
-    then = converted_now if "trainable_token_indices" in arguments else lambda module: None
     alone, sharded = (Loaded(folder, then, kind, dtype=dtype) for _ in range(2))
     fit(trainer, alone, **arguments)
     fit(trainer, sharded, ModelParallelStrategy(1, 1), **arguments)
@@ -279,13 +321,14 @@ def check_sharded(trainer, folder, on_meta=True, kind=transformers.AutoModelForC
     return sharded
 
 
-def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(trainer, tmp_path, one_rank):
+@pytest.mark.parametrize("then", [not_yet_converted, converted_now, converted_as_a_whole])
+def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(then, trainer, tmp_path, one_rank):
     toy("llama").save_pretrained(tmp_path / "llama")
     trained = toy("llama")
     convert(trained, **ARGUMENTS, modules_to_save=["lm_head"])
     save_adapter(perturb(trained), tmp_path / "adapter")
     start = {"adapter": str(tmp_path / "adapter"), "modules_to_save": ["lm_head"]}
-    sharded = check_sharded(trainer, tmp_path / "llama", **start)
+    sharded = check_sharded(trainer, tmp_path / "llama", then=then, **start)
     assert sharded.model.lm_head.weight.requires_grad
     assert gather(sharded.model.model.layers[0].mlp.up_proj.lora_B).any()
 
@@ -304,7 +347,11 @@ def in_4_bits(folder):
     ("name", "changed", "arguments"),
     [
         ("t5", None, {"on_meta": True, "dtype": torch.float16}),  # transformers keeps its `wo` in fp32
-        ("gpt2", None, {"on_meta": False, "dtype": torch.bfloat16, "trainable_token_indices": [3, 7]}),
+        (
+            "gpt2",
+            None,
+            {"on_meta": False, "dtype": torch.bfloat16, "then": converted_now, "trainable_token_indices": [3, 7]},
+        ),
         ("llama", pickled, {"on_meta": False}),
         ("gpt2", in_4_bits, {"on_meta": False}),
     ],
@@ -361,3 +408,36 @@ def test_a_model_that_is_not_sharded_is_loaded_too(trainer, tmp_path, one_rank):
 
     module = fit(trainer, Loaded(tmp_path / "llama", teacher), ModelParallelStrategy(1, 1))
     check_equal(tensors(module.model), tensors(module.teacher[0]))
+
+
+def test_a_module_that_nobody_sharded_is_loaded(folder, one_rank):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with torch.device("meta"):
+        net = Net()
+    convert(net, **ARGUMENTS)
+    load_weights(net, folder)
+    alone = Net()
+    alone.load_state_dict(torch.load(folder / "state.pt"))
+    convert(alone, **ARGUMENTS)
+    check_equal(tensors(net), tensors(alone))
+
+
+def test_experts_that_the_folder_has_in_one_tensor(tmp_path):
+    dense = made(gpt_oss)
+    dense.save_pretrained(tmp_path)
+    model = copy.deepcopy(dense)
+    convert(model, **ARGUMENTS)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    experts = [*_read_matrices(name, adapted_layers(model)[name], ModelFolder(tmp_path, None))]
+    assert torch.equal(torch.stack(experts), dense.get_parameter(name))
+
+
+def test_types_and_marks_are_those_of_the_dense_copy():
+    with torch.device("meta"):
+        model, dense = nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16)
+    setattr(dense.weight, LOADED_TENSOR, True)
+    model.bias.requires_grad_(False)
+    mark_as_found(model, SimpleNamespace(model=dense))
+    assert model.weight.dtype is model.bias.dtype is torch.bfloat16
+    assert [p.requires_grad for p in model.parameters()] == [True, False]
+    assert [hasattr(p, LOADED_TENSOR) for p in model.parameters()] == [True, False]

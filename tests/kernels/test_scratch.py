@@ -39,8 +39,9 @@ def test_a_captured_graph_gets_memory_of_its_own(made, monkeypatch):
     """Its replays would use a buffer that was freed or is not zero."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     card = torch.device("cuda", 0)
-    ones = [scratch.scratch(4, torch.float32, card, "shares", zero=True) for _ in range(2)]
+    ones = [scratch.scratch(4, torch.int32, card, "shares", zero=True) for _ in range(2)]
     assert ones[0] is not ones[1] and ones[0] is made[0] and not ones[1].any()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    others = [scratch.scratch(4, torch.float32, card, "shares", zero=True) for _ in range(2)]
+    others = [scratch.scratch(4, torch.int32, card, "shares", zero=True) for _ in range(2)]
     assert others[0] is others[1] and all(others[0] is not one for one in ones)
+    assert [(one.dtype, one.shape) for one in (*ones, others[0])] == 3 * [(torch.int32, (4,))]

@@ -287,6 +287,8 @@ def test_values_in_16_bits_that_are_assigned_to_what_trains_are_held_in_fp32(fas
         convert(module, r=1, lora_dropout=0.0, modules_to_save=["1"])
         module.load_state_dict(dense.state_dict(), assign=True)
         assert module[1].weight.dtype is torch.float32 and module[1].weight.requires_grad
+        assert module[0].weight.dtype is (torch.bfloat16 if fast else torch.float32)
+        assert module[0].dtype_before is torch.bfloat16
         module(torch.randn(2, 64).bfloat16()).sum().backward()
 
 
@@ -315,6 +317,8 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
         return "a meta device is slow" if device.type == "meta" else None
 
     monkeypatch.setattr(converted_modules, "hold_in_fp32", partial(hold_in_fp32, decide=decide))
+    messages = []
+    monkeypatch.setattr(converted_modules, "rank_zero_info", messages.append)
     plugin = QLoRAPrecision(**ARGUMENTS)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
     module = model(BF16)
@@ -326,6 +330,7 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
         {p.dtype for p in module.parameters()} == {torch.float32} == {module.model.layers[0].mlp.up_proj.weight_dtype}
     )
     assert plugin.report.held_in_fp32 == ["a meta device is slow"] and plugin.report.held_bytes > 0
+    assert messages == [f"QLoRA: moved to meta. {plugin.report.summary()}"]
     module.to_empty(device="cpu")
     with plugin.forward_context():
         pass

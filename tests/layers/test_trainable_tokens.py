@@ -134,6 +134,7 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train():
     torch.manual_seed(0)
     model = Reads()
     convert(model, trainable_token_indices=TOKENS, **ARGUMENTS)
+    before = model(ids())
     whole = merge(copy.deepcopy(perturb(model)))
     weight = whole.embed.weight.requires_grad_()
     output = model(ids())
@@ -147,10 +148,8 @@ def test_code_that_reads_the_weight_gets_the_rows_that_train():
     with pytest.raises(RuntimeError, match="read-only"):
         model.embed.weight.detach()[TOKENS] = 0
     with disable_adapter(model):
-        base = model.embed.weight + 0
-        assert not torch.equal(base[TOKENS], weight[TOKENS])
-        hidden = torch.randn(3, 64)
-        torch.testing.assert_close(F.linear(hidden, model.embed.weight), F.linear(hidden, base))
+        copy.deepcopy(model.embed.weight).zero_()
+        torch.testing.assert_close(model(ids()), before)
 
 
 def test_rows_of_an_output_embedding_with_a_bias_compute_as_in_the_dense_layer():
@@ -289,7 +288,8 @@ def test_modules_without_an_embedding_or_with_one_that_other_code_uses_are_refus
 
 def test_an_adapter_for_other_tokens_is_refused(tmp_path):
     save_adapter(converted(), tmp_path)
-    with pytest.raises(CheckpointMismatchError, match=r"token_adapter.*is for the rows \[7, .*and .* is None there"):
+    message = r"token_adapter.*has trainable_token_indices=None there, and the adapter \[7, "
+    with pytest.raises(CheckpointMismatchError, match=message):
         load_adapter(converted(tokens=None), tmp_path)
 
 

@@ -157,8 +157,8 @@ def test_a_new_tensor_is_on_the_host_with_the_type_asked_for(pinned_pool):
     assert pinned_pool.log == []
 
 
-def fake_runtime(version, calls, attributes=None, error="cudaSuccess", devices=None):
-    """cuda.bindings.runtime of major version 12 or 13, recording calls."""
+def fake_runtime(version, calls, attributes=None, error="cudaSuccess", devices=None, of=None):
+    """cuda.bindings.runtime of major version 12 or 13, recording calls; one call, or all, give the error."""
     codes = {name: SimpleNamespace(name=name) for name in ("cudaSuccess", "cudaErrorMemoryAllocation", "cudaErrorX")}
     attributes = attributes or {}
 
@@ -171,7 +171,7 @@ def fake_runtime(version, calls, attributes=None, error="cudaSuccess", devices=N
         def call(*args):
             assert len(args) == parameters, f"{name} of cuda-bindings {version} takes {parameters} arguments"
             calls.append((name, *args))
-            return codes[error], *results
+            return codes[error if of in (None, name) else "cudaSuccess"], *results
 
         return call
 
@@ -249,6 +249,9 @@ def test_errors_are_raised_and_cleared(monkeypatch, no_device, error, kind, mess
         ManagedPool(DEVICE)._prefetch_range(4096, 10)
     with pytest.raises(RuntimeError, match=f"cudaFree failed with {error} while paging"):
         ManagedPool(DEVICE)._free(4096)
+    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, calls, error=error, of="advise"))
+    with pytest.raises(RuntimeError, match=f"cudaMemAdvise failed with {error} while paging"):
+        ManagedPool(DEVICE)._allocate(1000)
 
 
 def test_reasons_why_memory_is_not_managed(monkeypatch):
@@ -344,6 +347,13 @@ def log(monkeypatch):
     """The calls of a real PinnedPool; "device memory" is on the CPU, nothing is page-locked."""
     log = []
     empty = torch.empty
+    copy = torch.Tensor.copy_
+
+    def copy_(target, source, non_blocking=False):
+        assert non_blocking is (log[-1:] == ["copy"]), "on the stream of the copies"
+        return copy(target, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("copies", log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("compute", log))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
@@ -381,7 +391,7 @@ def test_memory_is_not_freed_while_a_copy_may_use_it(log):
     log.clear()
     del tensor
     assert log == ["CPU waits for cpu"], "for the whole device"
-    assert pool.nbytes == 0
+    assert pool.nbytes == 0 and not pool._blocks
 
 
 def test_no_page_locked_memory_is_a_memory_error(log, monkeypatch):

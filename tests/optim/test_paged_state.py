@@ -35,6 +35,8 @@ def test_every_way_to_set_a_value_pages_it(param):
     recorder.state[torch.nn.Parameter(torch.zeros(1))]["missing"] = 9
     recorder.state |= {"another": 10}
     assert recorder.written == [1, 2, 3, 4, 5, 7, [8], 9, 10]
+    assert entry == {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 7}
+    assert [*recorder.state.values()] == [entry, [8], {"missing": 9}, 10]
 
 
 READS = [

@@ -153,10 +153,13 @@ def test_wrong_arguments_are_named():
     for wrong, arguments, message in (
         (weight, {"block_size": 100}, "block_size=100"),
         (weight, {"quant_type": "nf8"}, "quant_type='nf8'"),
-        (weight.double(), {}, "float64"),
-        (torch.arange(64), {}, "int64"),
+        (weight, {"double_quant": 1}, "double_quant=1: must be True or False"),
+        (weight.double(), {}, "can be quantized, not torch.float64"),
+        (torch.arange(64), {}, "can be quantized, not torch.int64"),
+        ("a weight", {}, "can be quantized, not str"),
         (torch.empty(4, 4, device="meta"), {}, "meta"),
-        (torch.empty(0, 4), {}, "no element"),
+        (torch.empty(0, 4), {}, r"has shape \[0, 4\] and no element"),
+        (torch.full((2, 64), 3e38), {}, "mean of its scales overflows fp32. Pass double_quant=False"),
     ):
-        with pytest.raises(TypeError if "64" in message else ValueError, match=message):
+        with pytest.raises(TypeError if "can be" in message or "True" in message else ValueError, match=message):
             quantize(wrong, **arguments)

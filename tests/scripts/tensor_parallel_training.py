@@ -293,6 +293,9 @@ def with_transformers(root):
     torch.distributed.barrier()
     with pytest.raises(ValueError, match=r"^LlamaForCausalLM: .* from files in 16 or 32 bit"):
         load(root / "in_4_bits", distributed_config=plan)
+    fused = DistributedConfig(tp_size=2, tp_plan={"model.layers.*.mlp.up_proj": "packed_colwise"})
+    with pytest.raises(ValueError, match=r"up_proj.*not by a plan for fused layers\. Remove it"):
+        load(root / "llama", distributed_config=fused)
     try:
         load(root / "moe", distributed_config=plan)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -49,6 +50,18 @@ def test_files_are_replaced_and_others_stay(tmp_path):
             "config.json": number,
             "weights": number,
         }
+
+
+def test_an_empty_folder_is_replaced_where_a_rename_does_not_do_it(tmp_path, monkeypatch):
+    def rename(path, target, rename=Path.rename):
+        assert not target.exists()  # on Windows an error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+    assert (tmp_path / "out/file").read_text() == "x"
 
 
 def test_permissions_are_those_of_any_new_folder(tmp_path):

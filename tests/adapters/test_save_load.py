@@ -411,6 +411,8 @@ def test_rows_of_tokens_without_their_indices_are_refused(tmp_path):
         change_config(tmp_path, trainable_token_indices=indices)
         with raises_in_one_line(ValueError, r"embed_tokens.* must have one row for each index in trainable_token_indi"):
             read_adapter(tmp_path)
+    change_config(tmp_path, trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [3, 7]})  # as PEFT, if tied
+    assert read_adapter(tmp_path).tokens == {"model.embed_tokens": [3, 7]}
 
 
 def test_initializations_of_peft(folder):

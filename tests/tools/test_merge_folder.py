@@ -153,8 +153,11 @@ def test_a_base_that_was_trained_in_another_type(base, tmp_path):
     assert {value.dtype for value in merged.state_dict().values()} == {torch.bfloat16}
 
 
-def test_code_of_a_folder_runs_only_if_the_user_says_so(base, tmp_path):
-    _, folder = base("llama")
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path):
+    model, folder = base("llama")
+    if in_4_bits:
+        folder = save_in_4_bits(type(model), folder, tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
     # The second is no name in transformers, and comes before the one that is.
     names = {

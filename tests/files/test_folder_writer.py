@@ -30,6 +30,16 @@ def test_after_an_error_nothing_is_left(writing, tmp_path):
         fail(FileNotFoundError("an error of the caller"))
     assert not list(tmp_path.iterdir())
 
+    def fail_beside_another_process():
+        with writing(tmp_path / "out"):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "theirs").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_beside_another_process()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
 
 def test_files_are_replaced_and_others_stay(tmp_path):
     (tmp_path / "notes").write_text("mine")

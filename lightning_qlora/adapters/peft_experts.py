@@ -29,7 +29,9 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
         converted = vars(owner).get(PARAMETERS, ())
         keys = [key for key in converted if stack_of(owner, key) is not None]
         for wrappers, key in enumerate(reversed(keys)):
-            stacks[without_wrappers(f"{name}.{key}")] = _stack(owner, key, wrappers)
+            stack = _stack(owner, key, wrappers)
+            assert stack is not None  # it is converted
+            stacks[without_wrappers(f"{name}.{key}")] = stack
     return stacks
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from lightning_qlora import PagedAdamW8bit, convert, estimate_memory, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import scratch
+from lightning_qlora.tools.activations import positions_of
 from lightning_qlora.tools.fake_model import meta_model
 from lightning_qlora.tools.memory_estimate import PlannedRun
 from tests.toys import LLAMA, NAMES, Lit, ids, toy
@@ -305,3 +307,13 @@ def test_one_row_of_512_tokens_is_the_default():
     lit = Lit(toy("llama", num_hidden_layers=1, max_position_embeddings=512))
     default = estimate_memory(lit, **ARGUMENTS)
     assert default == estimate_memory(lit, batch_size=1, sequence_length=512, **ARGUMENTS)
+
+
+def test_the_positions_of_a_model_have_several_names():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        for number, expected in ((7, 7), (1, 1), (0, None), (-1, None), (True, None), (None, None)):
+            model.config = SimpleNamespace(**{name: number})
+            assert positions_of(model) == expected
+    model.config.get_text_config = lambda decoder: SimpleNamespace(n_positions=3)
+    assert positions_of(model) == 3

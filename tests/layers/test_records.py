@@ -183,3 +183,14 @@ def test_a_state_of_some_parameters_makes_no_other_change_a_part_of_the_base():
     target.load_state_dict(part, strict=False)  # the base that the fingerprint of this value names
     target.load_state_dict(state)
     assert_equal(target["teacher"].state_dict(), plain["teacher"].state_dict())
+
+
+def test_a_full_checkpoint_brings_the_base_of_later_checkpoints():
+    source = student_and_teacher()
+    source["teacher"][0].weight.data += 1
+    convert(source, r=4, target_modules=["student.0"], checkpoint="full")
+    module = converted()
+    keys = module.state_dict().keys()
+    module.load_state_dict(source.state_dict())
+    assert torch.equal(module["teacher"][0].weight, source["teacher"][0].weight)
+    assert module.state_dict().keys() == keys

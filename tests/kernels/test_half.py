@@ -12,6 +12,7 @@ from lightning_qlora.kernels.half import product, scaled_weight, to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.quantization.packed_weight import stack_bytes
+from tests.toys import assert_equal
 
 SIZES = [1e-30, 1e-9, 1e-6, 1.0, 1e4, 1e6, 1e12, 1e30]
 ERROR = 5e-4  # of the norm; two factors that are rounded to 11 bits have 3e-4, and bf16 has 2.9e-3
@@ -166,9 +167,8 @@ def test_a_product_keeps_no_tensor_of_the_mode_or_thread_before(dtype):
     inputs = a.clone().requires_grad_(), b.clone().requires_grad_()
     y = product(*inputs, 0.5)
     torch.testing.assert_close(y, expected)
-    grad_a, grad_b = torch.autograd.grad(y.sum(), inputs)
-    torch.testing.assert_close(grad_a, 0.5 * b.sum(1).expand(4, 8))
-    torch.testing.assert_close(grad_b, 0.5 * a.sum(0)[:, None].expand(8, 2))
+    gradients = 0.5 * b.sum(1).expand(4, 8), 0.5 * a.sum(0)[:, None].expand(8, 2)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), inputs), gradients)
     with ThreadPoolExecutor(2) as pool:
         for y in pool.map(lambda _: product(a, b, 0.5), range(20)):
             torch.testing.assert_close(y, expected)
@@ -188,8 +188,7 @@ def test_the_compiled_op_and_its_schema():
     grad = torch.randn(2, 3, 96) * 1e-9
     function = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
     compiled = run(x, weight, a, b, grad, function=function)
-    for one, other in zip(compiled, run(x, weight, a, b, grad), strict=True):
-        assert torch.equal(one, other)
+    assert_equal(compiled, run(x, weight, a, b, grad))
     lora = LoRA(a, b, 0.5, in_fp16=True)
     torch.library.opcheck(torch.ops.lightning_qlora.lora_linear, (x, *weight, None, *lora))
     xa = torch.randn(6, 8)

@@ -16,6 +16,7 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager, lora_linear
 from lightning_qlora.quantization.packed_weight import stack_bytes
 from tests.kernels.forward import forward
+from tests.toys import assert_equal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,10 +48,8 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
     expected = dense(x, weight, bias, lora_a, lora_b, 0.5)
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(y)
-    for ours, theirs in zip(
-        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(output, inputs, grad) for output in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,13 +166,10 @@ def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype
     ours = torch.autograd.grad(y, [x, lora_a, lora_b], grad)
     with torch.no_grad():
         theirs = reference.linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, 0.25), True)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, **tolerance)
+    torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 def test_gradcheck_of_the_adapter_in_double_precision_through_the_reference():
-    """The reference's hand-written backward pass against numerical differentiation."""
     weight = quantize(torch.randn(6, 5)).to_bytes()
 
     class Reference(torch.autograd.Function):
@@ -237,12 +233,8 @@ def test_the_same_seed_makes_the_same_mask_and_the_gradient_uses_it():
     expected = x @ reference.dequantize(weight, x.dtype).T + (dropped @ lora_a.T) @ lora_b.T
     torch.testing.assert_close(run(1), expected)
     grad = torch.randn(16, 48)
-    for ours, theirs in zip(
-        torch.autograd.grad(run(1), [x, lora_a, lora_b], grad),
-        torch.autograd.grad(expected, [x, lora_a, lora_b], grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours, theirs = (torch.autograd.grad(y, [x, lora_a, lora_b], grad) for y in (run(1), expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_keeps_the_expectation():
@@ -267,8 +259,7 @@ def test_torch_compile_sees_one_graph(p, dtype):
         y = compiled(each)
         assert y.dtype is dtype
         gradients = torch.autograd.grad(y, inputs, grad)
-        for one, other in zip(gradients, torch.autograd.grad(function(each), inputs, grad), strict=True):
-            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(gradients, torch.autograd.grad(function(each), inputs, grad))
 
 
 def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
@@ -294,7 +285,7 @@ def test_autocast_around_the_op_or_its_backward_changes_nothing(m):
         inside = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
         gradients = torch.autograd.grad(y.sum(), [x, lora_a, lora_b])
     assert torch.equal(inside, y)
-    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+    assert_equal(gradients, expected)
 
 
 def test_no_op_is_captured_in_a_cuda_graph():
@@ -325,7 +316,7 @@ def test_recomputation_of_a_checkpointed_block_skips_the_large_product_of_its_la
     assert products == [48, 40]
     gradients = torch.autograd.grad(y.sum(), [x, *adapter, *last_adapter])
     assert products == [48, 40, 48]
-    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+    assert_equal(gradients, expected)
 
 
 def test_plain_tensors_alone_take_the_short_way(monkeypatch):
@@ -371,7 +362,6 @@ def test_a_pass_without_gradient_and_dropout_is_one_call_of_c(monkeypatch, lead)
 
 
 def test_experts_in_one_function_are_one_layer_after_another(monkeypatch):
-    """Outputs, zeros for rows that no expert has, gradients, and the dropout mask of all rows."""
     weights, a, b = zip(*((weight, a, b) for weight, _, _, a, b in (make(24, 64) for _ in range(3))), strict=True)
     stack = stack_bytes(weights)
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)
@@ -388,8 +378,7 @@ def test_experts_in_one_function_are_one_layer_after_another(monkeypatch):
     grad = torch.randn(11, 24)
     torch.testing.assert_close(y, expected)
     ours, theirs = (torch.autograd.grad(of, [x, a, b], grad, retain_graph=True) for of in (y, expected))
-    for mine, yours in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="have no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     turned = grouped_linear(x.T.contiguous().T, ends, stack, lora)

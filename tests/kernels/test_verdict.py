@@ -51,14 +51,14 @@ def kernels():
     return sys.modules["kernels_of_a_test"]
 
 
-def found(monkeypatch, reason=None):
-    """The check finds this of each op; None: nothing."""
-    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verify.OPS, reason))
-
-
 def only(monkeypatch, *some):
     """Check these ops alone, in less time."""
     monkeypatch.setattr(verdict, "OPS", some)
+
+
+def found(monkeypatch, reason=None):
+    """The check finds this of each op; None: nothing."""
+    monkeypatch.setattr(verdict, "examine", lambda device: dict.fromkeys(verdict.OPS, reason))
 
 
 def said(recorded):
@@ -112,9 +112,9 @@ def test_a_verdict_is_stored_and_read_by_the_next_process(monkeypatch, fresh):
     assert json.loads(file.read_text()) == {"setup": verdict.setup(CPU), "ops": {"dequantize": None}}
     monkeypatch.setattr(verdict, "examine", lambda device: pytest.fail("checked again"))
     assert verdict.verdict(CPU) == {"dequantize": None}
-    monkeypatch.setattr(verdict, "examine", lambda device: {"dequantize": "is wrong"})
+    found(monkeypatch, "is wrong")
     assert verdict.verdict(CPU, repeat=True) == verdict.verdict(CPU) == {"dequantize": "is wrong"}
-    monkeypatch.setattr(verdict, "examine", lambda device: {"dequantize": "CUDA out of memory"})
+    found(monkeypatch, "CUDA out of memory")
     assert verdict.verdict(CPU, repeat=True) == {"dequantize": "CUDA out of memory"}
     assert verdict.verdict(CPU) == {"dequantize": "is wrong"}, "the next process may have memory"
     assert list(fresh.iterdir()) == [file]
@@ -134,7 +134,7 @@ def test_a_verdict_is_stored_and_read_by_the_next_process(monkeypatch, fresh):
 )
 def test_a_damaged_verdict_is_replaced(monkeypatch, fresh, damage):
     only(monkeypatch, "dequantize")
-    monkeypatch.setattr(verdict, "examine", lambda device: {"dequantize": None})
+    found(monkeypatch)
     verdict.verdict(CPU)
     (file,) = fresh.iterdir()
     whole = file.read_text()

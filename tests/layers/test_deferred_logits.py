@@ -80,28 +80,32 @@ def labels(*shape, ignored=-100):
     return made
 
 
+def loss_of(rows, *weight, **arguments):
+    return F.cross_entropy(rows, labels(rows.shape[0]), *weight, **arguments)
+
+
 WEIGHT = torch.rand(V, generator=torch.Generator().manual_seed(3))
 LOSSES = {
-    "view": lambda z: F.cross_entropy(z.view(-1, V), labels(21)),
-    "view of -1": lambda z: F.cross_entropy(z.view(21, -1), labels(21)),
-    "reshape": lambda z: F.cross_entropy(z.reshape((-1, V)), labels(21)),
-    "flatten": lambda z: F.cross_entropy(z.flatten(0, 1), labels(21)),
-    "flatten by name": lambda z: F.cross_entropy(z.flatten(end_dim=1), labels(21)),
-    "float": lambda z: F.cross_entropy(z.float().contiguous().view(-1, V), labels(21)),
-    "to": lambda z: F.cross_entropy(z.to(torch.float32).to("cpu").view(-1, V), labels(21)),
-    "shifted": lambda z: F.cross_entropy(z[..., :-1, :].contiguous().view(-1, V), labels(18)),
-    "rows": lambda z: F.cross_entropy(z[:, 1:].reshape(-1, V), labels(18)),
-    "last": lambda z: F.cross_entropy(z[:, -1], labels(3)),
-    "mask": lambda z: F.cross_entropy(z[torch.arange(21).view(3, 7) % 2 == 0], labels(11)),
-    "index": lambda z: F.cross_entropy(z[torch.tensor([0, 2, 0])].view(-1, V), labels(21)),
-    "index of rows": lambda z: F.cross_entropy(z.view(-1, V)[torch.tensor([[0, 2, 0]])].view(-1, V), labels(3)),
-    "softcap": lambda z: F.cross_entropy((torch.tanh(z / 3) * 3).view(-1, V), labels(21)),
-    "scale": lambda z: F.cross_entropy(0.25 * z.view(-1, V) * 2, labels(21)),
-    "sum": lambda z: F.cross_entropy(z.view(-1, V), labels(21), reduction="sum"),
+    "view": lambda z: loss_of(z.view(-1, V)),
+    "view of -1": lambda z: loss_of(z.view(21, -1)),
+    "reshape": lambda z: loss_of(z.reshape((-1, V))),
+    "flatten": lambda z: loss_of(z.flatten(0, 1)),
+    "flatten by name": lambda z: loss_of(z.flatten(end_dim=1)),
+    "float": lambda z: loss_of(z.float().contiguous().view(-1, V)),
+    "to": lambda z: loss_of(z.to(torch.float32).to("cpu").view(-1, V)),
+    "shifted": lambda z: loss_of(z[..., :-1, :].contiguous().view(-1, V)),
+    "rows": lambda z: loss_of(z[:, 1:].reshape(-1, V)),
+    "last": lambda z: loss_of(z[:, -1]),
+    "mask": lambda z: loss_of(z[torch.arange(21).view(3, 7) % 2 == 0]),
+    "index": lambda z: loss_of(z[torch.tensor([0, 2, 0])].view(-1, V)),
+    "index of rows": lambda z: loss_of(z.view(-1, V)[torch.tensor([[0, 2, 0]])].view(-1, V)),
+    "softcap": lambda z: loss_of((torch.tanh(z / 3) * 3).view(-1, V)),
+    "scale": lambda z: loss_of(0.25 * z.view(-1, V) * 2),
+    "sum": lambda z: loss_of(z.view(-1, V), reduction="sum"),
     "ignore_index": lambda z: F.cross_entropy(z.view(-1, V), labels(21, ignored=0), ignore_index=0),
     "by keyword": lambda z: F.cross_entropy(input=z.view(-1, V), target=labels(21)),
     "module": lambda z: nn.CrossEntropyLoss()(z.view(-1, V), labels(21)),
-    "two losses": lambda z: F.cross_entropy(z.view(-1, V), labels(21)) + F.cross_entropy(z[:, 0], labels(3)),
+    "two losses": lambda z: loss_of(z.view(-1, V)) + loss_of(z[:, 0]),
 }
 REAL = {
     "sum": lambda z: 1e-2 * z.square().sum(),
@@ -115,14 +119,14 @@ REAL = {
     "a mask of logits": lambda z: z[torch.arange(21 * V).view(3, 7, V) % 5 == 0].square().sum(),
     "one dimension": lambda z: 1e-2 * z.view(-1).square().sum(),
     "a new dimension": lambda z: 1e-2 * z[:, None].square().sum(),
-    "metric, then loss": lambda z: z.argmax(-1).float().sum() * 0 + F.cross_entropy(z.view(-1, V), labels(21)),
-    "loss, then metric": lambda z: F.cross_entropy(z.view(-1, V), labels(21)) + 0 * z.argmax(-1).float().sum(),
-    "masked in place": lambda z: F.cross_entropy(z.masked_fill_(torch.arange(V) == 5, -9.0).view(-1, V), labels(21)),
-    "none": lambda z: F.cross_entropy(z.view(-1, V), labels(21), reduction="none"),
-    "smoothing": lambda z: F.cross_entropy(z.view(-1, V), labels(21), label_smoothing=0.1),
-    "weight": lambda z: F.cross_entropy(z.view(-1, V), labels(21), WEIGHT),
+    "metric, then loss": lambda z: z.argmax(-1).float().sum() * 0 + loss_of(z.view(-1, V)),
+    "loss, then metric": lambda z: loss_of(z.view(-1, V)) + 0 * z.argmax(-1).float().sum(),
+    "masked in place": lambda z: loss_of(z.masked_fill_(torch.arange(V) == 5, -9.0).view(-1, V)),
+    "none": lambda z: loss_of(z.view(-1, V), reduction="none"),
+    "smoothing": lambda z: loss_of(z.view(-1, V), label_smoothing=0.1),
+    "weight": lambda z: loss_of(z.view(-1, V), WEIGHT),
     "checkpoint": lambda z: checkpoint(lambda z: z.square().mean(), z, use_reentrant=False),
-    "new data": lambda z: setattr(z, "data", z.data / 2) or F.cross_entropy(z.view(-1, V), labels(21)),
+    "new data": lambda z: setattr(z, "data", z.data / 2) or loss_of(z.view(-1, V)),
     "stack": lambda z: torch.stack([z, z]).mean(),
 }
 
@@ -143,7 +147,7 @@ def test_anything_else_gets_the_real_logits(name):
 @pytest.mark.parametrize("kind", HEADS)
 def test_bf16_and_autocast(kind):
     def loss(z):
-        return F.cross_entropy(z.float().view(-1, V), labels(21))
+        return loss_of(z.float().view(-1, V))
 
     assert_same(both(kind, loss, torch.bfloat16), 3e-2, 3e-2)
     results = []
@@ -153,8 +157,8 @@ def test_bf16_and_autocast(kind):
         with torch.autocast("cpu", torch.bfloat16):
             logits = head(hidden)
             assert logits.dtype is torch.bfloat16
-            value = F.cross_entropy(logits.view(-1, V), labels(21))
-        later = F.cross_entropy(logits.view(-1, V), labels(21), reduction="sum")
+            value = loss_of(logits.view(-1, V))
+        later = loss_of(logits.view(-1, V), reduction="sum")
         (value + later).backward()
         results.append([value.detach(), later.detach(), hidden.grad])
     assert results[0][0].dtype is results[1][0].dtype is torch.float32
@@ -229,18 +233,18 @@ def test_dropout_of_the_adapter_is_drawn_once_for_all_that_read_the_logits():
     hidden = torch.randn(21, H, requires_grad=True)
     torch.manual_seed(5)
     logits = head(hidden)
-    loss = F.cross_entropy(logits, labels(21))
+    loss = loss_of(logits)
     loss.backward()
     with torch.no_grad():
-        metric = F.cross_entropy(logits.float() + 0, labels(21))
+        metric = loss_of(logits.float() + 0)
         assert torch.equal(logits + 0, logits + 0)
     torch.manual_seed(5)
     a, b = (p.detach().clone().requires_grad_() for p in (head.lora_A, head.lora_B))
     dropped = reference.dropout(hidden.detach(), 0.5, head.dropout_seed())
-    expected = F.cross_entropy(hidden.detach() @ head.decode().T + head.scaling * dropped @ a.T @ b.T, labels(21))
+    expected = loss_of(hidden.detach() @ head.decode().T + head.scaling * dropped @ a.T @ b.T)
     expected.backward()
-    for ours, dense in ((loss, expected), (metric, expected), (head.lora_A.grad, a.grad), (head.lora_B.grad, b.grad)):
-        torch.testing.assert_close(ours, dense)
+    ours = loss, metric, head.lora_A.grad, head.lora_B.grad
+    torch.testing.assert_close(ours, (expected, expected, a.grad, b.grad))
     assert saved_bytes(head) == 0 and isinstance(head.eval()(hidden), DeferredLogits)  # no dropout, so it defers
 
 
@@ -248,9 +252,9 @@ def test_dropout_of_the_adapter_is_drawn_once_for_all_that_read_the_logits():
 def test_a_metric_without_gradient_does_not_take_the_gradient_from_the_loss(mode):
     def function(z):
         with mode():
-            metric = F.cross_entropy(z.float().view(-1, V), labels(21)) + z.argmax(-1).float().mean()
+            metric = loss_of(z.float().view(-1, V)) + z.argmax(-1).float().mean()
         assert not metric.requires_grad
-        return F.cross_entropy(z.view(-1, V), labels(21)) * metric.item()
+        return loss_of(z.view(-1, V)) * metric.item()
 
     assert_same(both("trained", function))
 
@@ -273,7 +277,7 @@ def test_what_is_written_to_the_logits_stays(write, in_checkpoint):
     def function(z):
         flat = z.view(-1, V)
         write(z)
-        return F.cross_entropy(flat, labels(21))
+        return loss_of(flat)
 
     assert_same(both("trained", function, in_checkpoint=in_checkpoint))
 
@@ -285,7 +289,7 @@ def test_the_logits_call_a_hook_with_their_gradient_and_keep_it_if_they_are_aske
         flat = z.view(-1, V)
         z.register_hook(lambda grad: grads.append(2 * grad))
         z.retain_grad()
-        F.cross_entropy(flat, labels(21)).backward()
+        loss_of(flat).backward()
         grads.append(2 * z.grad)
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0])
@@ -352,7 +356,7 @@ def test_rows_whose_label_is_ignored_are_not_multiplied(elements, rows, monkeypa
     seen = []
     monkeypatch.setattr(DeferredLogits, "compute", lambda self, piece: seen.append(len(piece)) or compute(self, piece))
     head = made_head("frozen", deferred=True)
-    F.cross_entropy(head(torch.randn(12, H, requires_grad=True)), labels(12)).backward()
+    loss_of(head(torch.randn(12, H, requires_grad=True))).backward()
     assert seen == rows
 
 

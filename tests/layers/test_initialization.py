@@ -215,8 +215,7 @@ def test_a_weight_without_data_gets_the_shapes_and_types_of_a_base_and_an_adapte
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"),
-    [("loftq", torch.bfloat16), ("pissa", torch.float16), ("pissa_niter_4", torch.bfloat16)],
+    ("method", "dtype"), [("loftq", torch.bfloat16), ("pissa", torch.float16), ("pissa_niter_4", torch.bfloat16)]
 )
 def test_16_bit_weights_keep_their_type(method, dtype):
     net = Net().to(dtype)

@@ -100,10 +100,7 @@ def with_entry(key, function):
 
 
 DAMAGED = {
-    "short codes": (
-        with_entry(None, lambda t: t[:-1]),
-        r"weight: must hold 16512 values of torch\.uint8; got 16511",
-    ),
+    "short codes": (with_entry(None, lambda t: t[:-1]), r"weight: must hold 16512 values of torch\.uint8; got 16511"),
     "no codes": (with_entry(None, lambda t: None), r"expected 'weight', 'weight\.absmax' and one 'weight\.quant_state"),
     "no absmax": (with_entry("absmax", lambda t: None), r"4-bit weight.*, got \['weight', 'weight\.nested_absmax', "),
     "short absmax": (with_entry("absmax", lambda t: t[:-1]), r"absmax: must hold 516 values of torch\.uint8; got 515"),

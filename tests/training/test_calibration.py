@@ -24,13 +24,10 @@ from lightning_qlora.training import calibrated_adapter, calibration
 from tests.conftest import loader
 from tests.toys import assert_equal, delta
 
-CALIBRATED = {
-    "r": 8,
-    "lora_alpha": 4,
-    "lora_dropout": 0.0,
-    "target_modules": ["0", "2"],
-    "init_lora_weights": "calibrated",
-}
+CALIBRATED = {"r": 8, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["0", "2"]}
+CALIBRATED["init_lora_weights"] = "calibrated"
+LAYERS = ["layers.0", "layers.2"]
+IN_LIT = ["net.layers.0", "net.layers.2"]
 
 
 class Net(nn.Module):
@@ -89,6 +86,12 @@ def fit(trainer, module=None, start="calibrated", data=None, ckpt_path=None, **a
     return module, plugin.report.calibration
 
 
+def waiting(rows=8):
+    """A converted module, a batch, and what the report says of its calibration."""
+    net = Net()
+    return net, torch.randn(rows, 64), convert(net, **CALIBRATED).calibration
+
+
 def step(net, x):
     """One training step whose learning rate is 0, so that only the calibration changes the adapters."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
@@ -118,7 +121,7 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
     whole_report = convert(net, **CALIBRATED)
     report = whole_report.calibration
     assert convert(net, **CALIBRATED).calibration is report
-    assert (report.waiting, report.host_bytes) == (["layers.0", "layers.2"], 4 * 2 * 96 * 64)
+    assert (report.waiting, report.host_bytes) == (LAYERS, 4 * 2 * 96 * 64)
     assert not net.layers[0].lora_B.any()
     quantized = copy.deepcopy(dense)
     convert(quantized, **{**CALIBRATED, "init_lora_weights": "default"})
@@ -137,7 +140,7 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
     with torch.no_grad():
         hidden = quantized.eval().layers[:2](inputs)
     torch.testing.assert_close(report.input_rms["layers.2"], hidden.square().mean(0).sqrt())
-    assert (report.calibrated, report.waiting, report.unseen, report.rows) == (["layers.0", "layers.2"], [], [], 200)
+    assert (report.calibrated, report.waiting, report.unseen, report.rows) == (LAYERS, [], [], 200)
     assert 0 < report.seconds < 60 and printed == [f"QLoRA: {report}"]
     for module in net.modules():
         assert not module._forward_pre_hooks and getattr(module, "input_statistics", None) is None
@@ -157,16 +160,24 @@ def test_the_error_on_the_inputs_is_smaller_than_with_other_initializations():
     assert errors["calibrated"] < 0.7 * errors["loftq"] < 0.7 * errors["default"]
 
 
-def test_forward_passes_outside_training_do_not_count():
-    net, x = Net(), torch.randn(4, 64)
-    report = convert(net, **CALIBRATED).calibration
+def test_forward_passes_outside_training_do_not_count_and_a_step_without_gradients_does_not_calibrate():
+    net, x, report = waiting(4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
+    optimizer.step()  # creates the state
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     net.eval()(100 * x)
     net.train()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             net(100 * x)
+    with pytest.raises(RuntimeError, match="no forward pass ran in training mode"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert report.waiting == LAYERS and not report.calibrated
     step(net, x)
-    assert report.rows == 4
+    assert report.rows == 4 and not report.waiting and net.layers[0].lora_B.any()
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
@@ -196,7 +207,7 @@ def test_the_first_step_changes_the_adapters_by_the_calibration_alone_and_other_
 
 def test_two_optimizers_calibrate_their_own_layers_and_a_merged_part_is_not_calibrated():
     nets = nn.ModuleList(Net() for _ in range(3))
-    report = convert(nets, **{**CALIBRATED, "target_modules": ["layers.0", "layers.2"]}).calibration
+    report = convert(nets, **{**CALIBRATED, "target_modules": LAYERS}).calibration
     x = torch.randn(4, 64)
     merge(nets[2])
     assert not hasattr(nets[2].layers[0], "input_statistics")
@@ -238,7 +249,7 @@ def test_rows_that_are_not_finite_do_not_count_and_an_error_names_a_layer_that_h
     before = adapters(nets[1])
     with pytest.raises(ValueError, match=r"layers\.0: NaN or Inf in all its inputs"):
         step(nets[1], torch.full((2, 64), torch.inf))
-    assert reports[1].waiting == ["layers.0", "layers.2"]
+    assert reports[1].waiting == LAYERS
     assert_equal(adapters(nets[1]), before)
     step(nets[0], x)
     step(nets[1], torch.cat([x, torch.full((2, 64), torch.nan)]))
@@ -255,7 +266,7 @@ def test_a_copy_gets_the_values_of_the_module(of, first, tmp_path):
     copied = copy.deepcopy(net).layers if of == "the module" else copy.deepcopy(layers)
     assert copied[0].input_statistics.dense_weight is layers[0].input_statistics.dense_weight
     step((layers if first == "module" else copied), x * net.sizes)
-    assert (report.calibration.waiting, report.calibration.calibrated) == ([], ["layers.0", "layers.2"])
+    assert (report.calibration.waiting, report.calibration.calibrated) == ([], LAYERS)
     assert not _global_optimizer_pre_hooks
     for one, other in ((layers[0], copied[0]), (layers[2], copied[2])):
         assert one.input_statistics is None and other.input_statistics is None
@@ -273,8 +284,7 @@ def test_a_copy_gets_the_values_of_the_module(of, first, tmp_path):
 
 
 def test_a_pickle_is_calibrated_in_its_own_first_step():
-    net, x = Net(), torch.randn(8, 64)
-    convert(net, **CALIBRATED)
+    net, x, _ = waiting()
     other = pickle.loads(pickle.dumps(net))
     step(net, x)
     assert not other.layers[0].lora_B.any()
@@ -283,13 +293,12 @@ def test_a_pickle_is_calibrated_in_its_own_first_step():
 
 
 def test_a_copy_with_another_weight_waits_for_its_own_step():
-    net, x = Net(), torch.randn(8, 64)
-    report = convert(net, **CALIBRATED).calibration
+    net, x, report = waiting()
     other, dense = copy.deepcopy(net), Net()
     other.load_state_dict({**dense.state_dict(), "sizes": net.sizes})
     step(net, x)
     assert net.layers[0].lora_B.any() and not other.layers[0].lora_B.any()
-    assert report.waiting == ["layers.0", "layers.2"]
+    assert report.waiting == LAYERS
     step(other, x)
     assert report.waiting == []
     weight = dense.layers[0].weight
@@ -297,12 +306,11 @@ def test_a_copy_with_another_weight_waits_for_its_own_step():
         weight, quantize(weight), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
     )
     torch.testing.assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
-    alone = Net()
-    report = convert(alone, **CALIBRATED).calibration
+    alone, _, report = waiting()
     alone.load_state_dict({**dense.state_dict(), "sizes": net.sizes})
-    assert report.waiting == ["layers.0", "layers.2"]
+    assert report.waiting == LAYERS
     step(alone, x)
-    assert report.waiting == [] and report.calibrated == ["layers.0", "layers.2"]
+    assert (report.waiting, report.calibrated) == ([], LAYERS)
     assert_equal(adapters(alone), adapters(other))
     assert not _global_optimizer_pre_hooks
 
@@ -313,7 +321,7 @@ def test_a_run_with_calibration_has_the_same_batches_numbers_first_metrics_and_b
         fit(trainer, start=start, accumulate_grad_batches=accumulate) for start in ("default", "calibrated")
     )
     assert report.rows == 8 * accumulate
-    assert report.calibrated == ["net.layers.0", "net.layers.2"]
+    assert report.calibrated == IN_LIT
     assert calibrated.seen == plain.seen and len(plain.seen) == 6
     for name, layer in dense_layers(plain).items():
         assert_equal(calibrated.get_submodule(name).weight_bytes[:3], layer.weight_bytes[:3])
@@ -338,12 +346,12 @@ def test_validation_before_training_does_not_calibrate_and_a_checkpoint_of_then_
     module, plugin = Lit(), QLoRAPrecision(**CALIBRATED)
     runner = trainer(plugins=plugin, enable_checkpointing=False, limit_val_batches=1)
     runner.validate(module, loader(), verbose=False)
-    assert plugin.report.calibration.waiting == ["net.layers.0", "net.layers.2"]
+    assert plugin.report.calibration.waiting == IN_LIT
     assert not module.net.layers[0].lora_B.any()
     other, later = Lit(), Lit()
     reports = [convert(each, **CALIBRATED).calibration for each in (other, later)]
     other.load_state_dict(module.state_dict())
-    assert reports[0].waiting == ["net.layers.0", "net.layers.2"]
+    assert reports[0].waiting == IN_LIT
     step(other, torch.randn(8, 64))
     later.load_state_dict(other.state_dict())
     assert reports[1].waiting == []
@@ -377,7 +385,7 @@ def test_manual_optimization_calibrates_in_its_first_step(trainer):
     (plain, _), (module, report), (automatic, _) = (
         fit(trainer, Manual(), start="default"), fit(trainer, Manual()), fit(trainer),
     )  # fmt: skip
-    assert report.calibrated == ["net.layers.0", "net.layers.2"] and module.seen == plain.seen
+    assert report.calibrated == IN_LIT and module.seen == plain.seen
     torch.testing.assert_close(adapters(module), adapters(automatic))
 
 
@@ -434,8 +442,7 @@ def test_a_learning_rate_finder_keeps_the_calibration(trainer):
 
 
 def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapters_or_warns():
-    net, x = Net(), torch.randn(8, 64)
-    convert(net, **CALIBRATED)
+    net, x, _ = waiting()
     before = copy.deepcopy(net.state_dict())
     step(net, x)
     start = adapters(net)
@@ -450,27 +457,11 @@ def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapte
     assert not net.layers[0].lora_B.any()
 
 
-def test_a_step_without_gradients_that_creates_the_state_does_not_calibrate():
-    net, x = Net(), torch.randn(8, 64)
-    report = convert(net, **CALIBRATED).calibration
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with pytest.raises(RuntimeError, match="no forward pass ran in training mode"):
-        optimizer.step()
-    optimizer.zero_grad()
-    optimizer.step()
-    assert len(report.waiting) == 2 and not report.calibrated
-    step(net, x)
-    assert not report.waiting and net.layers[0].lora_B.any()
-
-
 def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
-    net = Net()
-    convert(net, **CALIBRATED)
+    net, x, _ = waiting()
     net.layers[0].lora_B.data += 1
     with pytest.warns(UserWarning, match=r"layers\.0 was trained before its calibration"):
-        step(net, torch.randn(4, 64))
+        step(net, x)
     assert (net.layers[0].lora_B == 1).all()
     assert net.layers[2].initial_A is not None
 
@@ -496,8 +487,7 @@ def test_a_checkpoint_keeps_the_initialization_of_its_adapters(saved, resumed):
 
 
 def test_a_model_that_is_dropped_before_its_first_step_leaves_nothing_behind():
-    net = Net()
-    convert(net, **CALIBRATED)
+    convert(net := Net(), **CALIBRATED)
     del net
     gc.collect()
     assert not _global_optimizer_pre_hooks
@@ -509,8 +499,7 @@ def test_other_code_is_compiled_meanwhile_and_the_stance_stays_that_of_the_user(
     torch._dynamo.reset()
     torch.compiler.set_stance(stance)
     try:
-        net, x = Net(), torch.randn(4, 64)
-        convert(net, **CALIBRATED)
+        net, x, _ = waiting()
         torch.compile(nn.Linear(64, 64), backend=counter)(x)
         assert counter.frame_count == (stance == "default")
         step(net, x)

@@ -62,7 +62,6 @@ def test_the_share_of_a_small_adapter(layer, rows, bias, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_share_of_experts(dtype):
-    """The specification of the grouped kernels."""
     assert shares(experts(reference, [300, 512]), 512, 512, 512, dtype) == pytest.approx([1, 1], abs=0.1)
 
 

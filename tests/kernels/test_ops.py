@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch.autograd import forward_ad
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -21,14 +22,18 @@ from tests.toys import assert_equal
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(
-    rows=48, columns=36, r=4, lead=(2, 5), dtype=torch.float32, quant_type="nf4", block_size=64, double_quant=True
-):
-    weight = quantize(torch.randn(rows, columns), quant_type, block_size, double_quant).to_bytes()
+def make(rows=48, columns=36, r=4, lead=(2, 5), dtype=torch.float32, kind=()):
+    weight = quantize(torch.randn(rows, columns), *kind).to_bytes()
     x = torch.randn(*lead, columns, dtype=dtype, requires_grad=True)
     lora_a = torch.randn(r, columns, requires_grad=True)
     lora_b = torch.randn(rows, r, requires_grad=True)
     return weight, x, torch.randn(rows, requires_grad=True), lora_a, lora_b
+
+
+def experts(count):
+    """The weights, As and Bs of several."""
+    parts = (make(24, 64) for _ in range(count))
+    return zip(*((weight, a, b) for weight, _, _, a, b in parts), strict=True)
 
 
 def dense(x, weight, bias, lora_a, lora_b, scaling):
@@ -46,10 +51,10 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
     bias = bias if with_bias else None
     y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
     expected = dense(x, weight, bias, lora_a, lora_b, 0.5)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     grad = torch.randn_like(y)
     ours, theirs = (torch.autograd.grad(output, inputs, grad) for output in (y, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,21 +157,19 @@ def test_a_second_derivative_is_an_error(compiled):
     st.integers(1, 9),
     st.integers(1, 8),
     st.sampled_from(DTYPES),
-    st.sampled_from(["nf4", "fp4", "int4"]),
-    st.sampled_from([32, 64, 4096]),
-    st.booleans(),
+    st.tuples(st.sampled_from(["nf4", "fp4", "int4"]), st.sampled_from([32, 64, 4096]), st.booleans()),
 )
-def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype, quant_type, block_size, double_quant):
-    weight, x, bias, lora_a, lora_b = make(rows, columns, r, (m,), dtype, quant_type, block_size, double_quant)
+def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype, kind):
+    weight, x, bias, lora_a, lora_b = make(rows, columns, r, (m,), dtype, kind)
     y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.25))
     expected, xa = forward(reference, x, weight, bias, lora_a, lora_b, 0.25, 0.0, None)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 2e-1}
-    torch.testing.assert_close(y, expected, **tolerance)
+    assert_close(y, expected, **tolerance)
     grad = torch.randn_like(y)
     ours = torch.autograd.grad(y, [x, lora_a, lora_b], grad)
     with torch.no_grad():
         theirs = reference.linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, 0.25), True)
-    torch.testing.assert_close(ours, theirs, **tolerance)
+    assert_close(ours, theirs, **tolerance)
 
 
 def test_gradcheck_of_the_adapter_in_double_precision_through_the_reference():
@@ -231,10 +234,10 @@ def test_the_same_seed_makes_the_same_mask_and_the_gradient_uses_it():
     assert not torch.equal(run(1), run(2))
     dropped = reference.dropout(x, 0.5, torch.tensor([1]))
     expected = x @ reference.dequantize(weight, x.dtype).T + (dropped @ lora_a.T) @ lora_b.T
-    torch.testing.assert_close(run(1), expected)
+    assert_close(run(1), expected)
     grad = torch.randn(16, 48)
     ours, theirs = (torch.autograd.grad(y, [x, lora_a, lora_b], grad) for y in (run(1), expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_keeps_the_expectation():
@@ -259,7 +262,7 @@ def test_torch_compile_sees_one_graph(p, dtype):
         y = compiled(each)
         assert y.dtype is dtype
         gradients = torch.autograd.grad(y, inputs, grad)
-        torch.testing.assert_close(gradients, torch.autograd.grad(function(each), inputs, grad))
+        assert_close(gradients, torch.autograd.grad(function(each), inputs, grad))
 
 
 def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
@@ -272,7 +275,7 @@ def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
         first = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
     second = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
     second.sum().backward()
-    torch.testing.assert_close(first, second.detach())  # the order of the sums differs
+    assert_close(first, second.detach())  # the order of the sums differs
 
 
 @pytest.mark.parametrize("m", [4, 100])
@@ -338,7 +341,6 @@ def test_plain_tensors_alone_take_the_short_way(monkeypatch):
 
 @pytest.mark.parametrize("lead", [(3,), (1, 3), ()])
 def test_a_pass_without_gradient_and_dropout_is_one_call_of_c(monkeypatch, lead):
-    """The result is that of the two parts."""
     if eager.compiled_library() is None:
         pytest.skip("no C compiler")
     weight, x, bias, *adapter = make(columns=64, lead=lead)
@@ -355,14 +357,14 @@ def test_a_pass_without_gradient_and_dropout_is_one_call_of_c(monkeypatch, lead)
         assert not calls
         y = lora_linear(x, weight, bias, lora)
     assert calls == [1] and y.shape == (*lead, 48)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     with torch.no_grad():
         many = lora_linear(x.new_ones(65, 64), weight, bias, lora)  # more rows than the loops are fast for
     assert many.shape == (65, 48)
 
 
-def test_experts_in_one_function_are_one_layer_after_another(monkeypatch):
-    weights, a, b = zip(*((weight, a, b) for weight, _, _, a, b in (make(24, 64) for _ in range(3))), strict=True)
+def test_experts_in_one_function_are_one_layer_after_another():
+    weights, a, b = experts(3)
     stack = stack_bytes(weights)
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)
     x, a, b = (tensor.detach().requires_grad_() for tensor in (torch.randn(11, 64), torch.stack(a), torch.stack(b)))
@@ -376,9 +378,9 @@ def test_experts_in_one_function_are_one_layer_after_another(monkeypatch):
     ]
     expected = torch.cat([*parts, x.new_zeros(2, 24)])
     grad = torch.randn(11, 24)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     ours, theirs = (torch.autograd.grad(of, [x, a, b], grad, retain_graph=True) for of in (y, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="have no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     turned = grouped_linear(x.T.contiguous().T, ends, stack, lora)
@@ -391,7 +393,7 @@ def test_experts_in_one_function_are_one_layer_after_another(monkeypatch):
 
 def test_which_experts_one_function_computes(monkeypatch):
     """On a CPU none; else those whose adapters are of one type and have a rank, outside of torch.compile."""
-    weights, a, b = zip(*((weight, a, b) for weight, _, _, a, b in (make(24, 64) for _ in range(2))), strict=True)
+    weights, a, b = experts(2)
     stack = stack_bytes(weights)
     x = torch.randn(3, 64)
     lora = LoRA(torch.stack(a), torch.stack(b))

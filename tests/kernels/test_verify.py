@@ -50,36 +50,27 @@ def one_element(op, by):
     return wrong
 
 
+def differs(by, limit, case):
+    return f"differs from the reference by {by} of the largest value, limit {limit}, with {case}"
+
+
+X = "float32 [70, 515]"  # the case of lora_project that is first wrong
+
+
 @pytest.mark.parametrize(
     ("op", "wrong", "text"),
     [
         # All elements off: the bound of the norm is half of that of an element. Only exact ops have none.
         ("lora_project", scaled("lora_project", 1 + 9e-4), None),
-        (
-            "lora_project",
-            scaled("lora_project", 1 + 1.1e-3),
-            "differs from the reference by 0.0011 of the largest value, limit 0.002, with float32 [70, 515]",
-        ),
+        ("lora_project", scaled("lora_project", 1 + 1.1e-3), differs("0.0011", "0.002", X)),
         ("lora_project", one_element("lora_project", 1 + 1.9e-3), None),
-        (
-            "lora_project",
-            one_element("lora_project", 1 + 2.2e-3),
-            "differs from the reference by 0.0022 of the largest value, limit 0.002, with float32 [70, 515]",
-        ),
-        (
-            "dequantize",
-            one_element("dequantize", 1 + 1e-6),
-            "differs from the reference by 9.9e-07 of the largest value, limit 0, with uint8 [9216]",
-        ),
-        (
-            "lora_project",
-            scaled("lora_project", torch.nan),
-            "differs from the reference by nan of the largest value, limit 0.002, with float32 [70, 515]",
-        ),
+        ("lora_project", one_element("lora_project", 1 + 2.2e-3), differs("0.0022", "0.002", X)),
+        ("dequantize", one_element("dequantize", 1 + 1e-6), differs("9.9e-07", "0", "uint8 [9216]")),
+        ("lora_project", scaled("lora_project", torch.nan), differs("nan", "0.002", X)),
         (
             "lora_project",
             lambda x, lora: RIGHT["lora_project"](x, lora).double(),
-            "gives torch.float64 [70, 8] and not torch.float32 [70, 8], with float32 [70, 515]",
+            f"gives torch.float64 [70, 8] and not torch.float32 [70, 8], with {X}",
         ),
         (
             "dequantize",
@@ -87,11 +78,7 @@ def one_element(op, by):
             "gives torch.float32 [256, 72] and not torch.float32 [72, 256], with uint8 [9216]",
         ),
         ("to_half", lambda x: 1 / 0, "ZeroDivisionError: division by zero, with float32 [90, 1500]"),
-        (
-            "to_half",
-            lambda x: RIGHT["to_half"](x.zero_().add_(1)),
-            "differs from the reference by 1.5 of the largest value, limit 0, with float32 [90, 1500]",
-        ),
+        ("to_half", lambda x: RIGHT["to_half"](x.zero_().add_(1)), differs("1.5", "0", "float32 [90, 1500]")),
     ],
 )
 def test_what_is_wrong_is_described(op, wrong, text):
@@ -118,8 +105,8 @@ def test_the_limit_is_that_of_the_type(number, limit):
     assert f"limit {limit:g}" in of_case("lora_project", number, one_element("lora_project", 1 + 1.4 * limit))
 
 
-@pytest.mark.parametrize(("off", "differs"), [(1, False), (2, True)])
-def test_a_code_of_a_state_may_be_the_next_one(off, differs):
+@pytest.mark.parametrize(("off", "is_wrong"), [(1, False), (2, True)])
+def test_a_code_of_a_state_may_be_the_next_one(off, is_wrong):
     """Two values of fp32 can lie on two sides of the border between levels."""
 
     def wrong(*arguments):
@@ -128,11 +115,7 @@ def test_a_code_of_a_state_may_be_the_next_one(off, differs):
         codes[codes.argmax()] -= off
 
     text = of_case("adamw8bit_step", 0, wrong)
-    assert text == (
-        "differs from the reference by 0.0078 of the largest value, limit 0.005, with float32 [300]"
-        if differs
-        else None
-    )
+    assert text == (differs("0.0078", "0.005", "float32 [300]") if is_wrong else None)
 
 
 @pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import convert
@@ -35,13 +36,16 @@ def made_head(kind, deferred=False):
     if kind == "4-bit":
         model = nn.Sequential(head)
         convert(model, r=4, target_modules=["0"], lora_dropout=0.0)
-        with torch.no_grad():
-            head.lora_B.normal_(std=0.1)
+        head.lora_B.data.normal_(std=0.1)
     else:
         head.requires_grad_(kind == "trained")
     if deferred:
         defer_logits(head)
     return head
+
+
+def deferring(kind):
+    return made_head(kind, deferred=True)
 
 
 def hidden_states():
@@ -71,7 +75,7 @@ def assert_same(results, relative=1e-5, absolute=1e-6):
     """Of deferred and of real logits; the absolute error is a share of the largest value."""
     for ours, expected in zip(*results, strict=True):
         largest = expected.float().abs().max().item()
-        torch.testing.assert_close(ours, expected, rtol=relative, atol=absolute * largest)
+        assert_close(ours, expected, rtol=relative, atol=absolute * largest)
 
 
 def labels(*shape, ignored=-100):
@@ -188,7 +192,7 @@ def test_an_autograd_function_gets_values_and_its_gradient_reaches_the_hidden_st
 
 def test_code_below_torch_function_gets_values():
     for kind in HEADS:
-        head = made_head(kind, deferred=True)
+        head = deferring(kind)
         logits = head(hidden_states().requires_grad_())
         for readable, expected in ((logits, logits + 0), (head.weight, head.weight + 0)):
             with torch._C.DisableTorchFunctionSubclass():
@@ -196,20 +200,20 @@ def test_code_below_torch_function_gets_values():
 
 
 def test_backward_twice_and_a_second_derivative():
-    head = made_head("frozen", deferred=True)
+    head = deferring("frozen")
     hidden = torch.randn(4, H, requires_grad=True)
     loss = F.cross_entropy(head(hidden), labels(4, ignored=1))
     loss.backward(retain_graph=True)
     first = hidden.grad.clone()
     loss.backward()
-    torch.testing.assert_close(hidden.grad, 2 * first)
+    assert_close(hidden.grad, 2 * first)
     grad = torch.autograd.grad(F.cross_entropy(head(hidden), labels(4, ignored=1)), hidden, create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"does not require grad|second derivative"):
         grad.sum().backward()
 
 
 def test_all_labels_ignored_is_nan_without_a_gradient_as_in_torch_and_an_empty_batch_too():
-    head = made_head("frozen", deferred=True)
+    head = deferring("frozen")
     hidden = torch.randn(4, H, requires_grad=True)
     loss = F.cross_entropy(head(hidden), torch.full((4,), -100))
     loss.backward()
@@ -218,7 +222,7 @@ def test_all_labels_ignored_is_nan_without_a_gradient_as_in_torch_and_an_empty_b
 
 
 def test_real_logits_where_nothing_trains_and_of_a_single_row():
-    head = made_head("frozen", deferred=True)
+    head = deferring("frozen")
     x = torch.randn(2, H, requires_grad=True)
     with torch.no_grad():
         assert type(head(x)) is torch.Tensor
@@ -244,7 +248,7 @@ def test_dropout_of_the_adapter_is_drawn_once_for_all_that_read_the_logits():
     expected = loss_of(hidden.detach() @ head.decode().T + head.scaling * dropped @ a.T @ b.T)
     expected.backward()
     ours = loss, metric, head.lora_A.grad, head.lora_B.grad
-    torch.testing.assert_close(ours, (expected, expected, a.grad, b.grad))
+    assert_close(ours, (expected, expected, a.grad, b.grad))
     assert saved_bytes(head) == 0 and isinstance(head.eval()(hidden), DeferredLogits)  # no dropout, so it defers
 
 
@@ -292,7 +296,7 @@ def test_the_logits_call_a_hook_with_their_gradient_and_keep_it_if_they_are_aske
         loss_of(flat).backward()
         grads.append(2 * z.grad)
     for grad in grads[1:]:
-        torch.testing.assert_close(grad, grads[0])
+        assert_close(grad, grads[0])
 
 
 def test_a_loss_scale_for_fp16_acts_before_the_gradient_is_rounded():
@@ -304,12 +308,12 @@ def test_a_loss_scale_for_fp16_acts_before_the_gradient_is_rounded():
     exact = x.half().float().requires_grad_()
     (F.cross_entropy(head(ours).float(), target) * 65536).backward()
     F.cross_entropy(F.linear(exact, head.weight.float()), target).backward()
-    torch.testing.assert_close(ours.grad.float() / 65536, exact.grad, rtol=0.02, atol=0.02 * exact.grad.abs().max())
+    assert_close(ours.grad.float() / 65536, exact.grad, rtol=0.02, atol=0.02 * exact.grad.abs().max())
 
 
 @pytest.mark.parametrize("change", [lambda head, _: head.weight.mul_(2), lambda _, hidden: hidden.add_(1)])
 def test_logits_are_refused_after_the_weight_or_the_input_changed(change):
-    head = made_head("trained", deferred=True)
+    head = deferring("trained")
     hidden = torch.randn(4, H) + 0
     z = head(hidden)
     with torch.no_grad():
@@ -319,7 +323,7 @@ def test_logits_are_refused_after_the_weight_or_the_input_changed(change):
 
 
 def test_a_functional_call_never_uses_another_weight_than_the_given_one():
-    head = made_head("trained", deferred=True)
+    head = deferring("trained")
     hidden = torch.randn(4, H)
     other = torch.randn(V, H, requires_grad=True)
     assert torch.equal(torch.func.functional_call(head, {"weight": other}, (hidden,)), hidden @ other.T)
@@ -331,7 +335,7 @@ def test_a_functional_call_never_uses_another_weight_than_the_given_one():
 
 
 def test_tracing_and_offloading_hooks_get_real_logits():
-    head = made_head("trained", deferred=True)
+    head = deferring("trained")
     hidden = torch.randn(4, H)
     traced = torch.jit.trace(head, hidden)
     assert torch.equal(traced(hidden), head(hidden) + 0)
@@ -341,7 +345,7 @@ def test_tracing_and_offloading_hooks_get_real_logits():
 
 
 def test_a_loss_without_gradient_computes_none(monkeypatch):
-    head = made_head("trained", deferred=True)
+    head = deferring("trained")
     z = head(torch.randn(4, H))
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
     with torch.no_grad():
@@ -355,7 +359,7 @@ def test_rows_whose_label_is_ignored_are_not_multiplied(elements, rows, monkeypa
     compute = DeferredLogits.compute
     seen = []
     monkeypatch.setattr(DeferredLogits, "compute", lambda self, piece: seen.append(len(piece)) or compute(self, piece))
-    head = made_head("frozen", deferred=True)
+    head = deferring("frozen")
     loss_of(head(torch.randn(12, H, requires_grad=True))).backward()
     assert seen == rows
 

@@ -41,14 +41,17 @@ def test_all_linear_converts_experts_of_every_layout(name):
     assert not any(type(part).__name__.endswith("Router") and isinstance(part, QLoRALinear) for part in model.modules())
 
 
+SIZES = {"num_experts": 4, "hidden_size": 8}
+
+
 @pytest.mark.parametrize(
     ("attributes", "shapes", "transposed"),
     [
-        ({"num_experts": 4, "hidden_size": 8}, {"up": (4, 8, 16), "down": (4, 16, 8)}, {"up": True, "down": True}),
+        (SIZES, {"up": (4, 8, 16), "down": (4, 16, 8)}, {"up": True, "down": True}),
         ({"experts_here": 4, "hidden_dim": 16}, {"up": (4, 8, 16), "w2": (4, 16, 8)}, {"up": False, "w2": False}),
-        ({"num_experts": 4, "hidden_size": 8}, {"up": (4, 8, 8), "down": (4, 16, 8)}, {"up": True, "down": True}),
-        ({"num_experts": 4, "hidden_size": 8}, {"up": (4, 8, 8)}, {"up": False}),
-        ({"num_experts": 4, "hidden_size": 8, "is_transposed": False}, {"up": (4, 8, 16)}, {"up": False}),
+        (SIZES, {"up": (4, 8, 8), "down": (4, 16, 8)}, {"up": True, "down": True}),
+        (SIZES, {"up": (4, 8, 8)}, {"up": False}),
+        ({**SIZES, "is_transposed": False}, {"up": (4, 8, 16)}, {"up": False}),
         ({"num_experts": 4, "hidden_size": 16, "is_transposed": True}, {"up": (4, 8, 16)}, {"up": True}),
         ({"num_experts": 5}, {"up": (4, 8, 16)}, {}),
         ({"num_experts_per_tok": 4, "width": 4}, {"up": (4, 8, 16)}, {}),

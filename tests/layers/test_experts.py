@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 from lightning_qlora import QLoRAConfig, convert, disable_adapter, merge
 from lightning_qlora.kernels import reference
@@ -67,9 +68,14 @@ def convert_stacks(model):
             dense[name] = owner._parameters[key]
             layer.convert()
     for stack in stacks_of(model):
-        with torch.no_grad():
-            stack.lora_B.normal_(std=0.05)
+        stack.lora_B.data.normal_(std=0.05)
     return dense
+
+
+def in_4_bits(build):
+    model = made(build)
+    convert_stacks(model)
+    return model
 
 
 def stacks_of(model):
@@ -97,12 +103,12 @@ def test_outputs_and_gradients_are_those_of_dense_experts(build):
         assert stack.effective_weight().shape == getattr(owner, key).shape == dense[name].shape
         holders[name]._parameters[key] = nn.Parameter(stack.decode())
     with disable_adapter(model):
-        torch.testing.assert_close(outputs(model).loss, outputs(reference).loss, rtol=1e-5, atol=1e-5)
+        assert_close(outputs(model).loss, outputs(reference).loss, rtol=1e-5, atol=1e-5)
     for name, _, key, stack in stacks:
         holders[name]._parameters[key] = nn.Parameter(stack.effective_weight().detach())
     expected = outputs(reference).loss
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     reached = 0
     for name, _, key, stack in stacks:
         grads = holders[name]._parameters[key].grad
@@ -113,14 +119,14 @@ def test_outputs_and_gradients_are_those_of_dense_experts(build):
             of_b = stack.scaling * grad @ stack.lora_A[number].T
             for ours, other in ((stack.lora_A, of_a), (stack.lora_B, of_b)):
                 scale = max(other.abs().max().item(), 1e-6)
-                torch.testing.assert_close(ours.grad[number], other, rtol=1e-3, atol=1e-4 * scale)
+                assert_close(ours.grad[number], other, rtol=1e-3, atol=1e-4 * scale)
     assert reached > len(dense)
     merge(model)
     assert [type(part) for part in model.modules()] == [type(part) for part in reference.modules()]
     ours, dense = (dict(each.named_parameters()) for each in (model, reference))
     assert [*ours] == [*dense] and not any(p.requires_grad for p in ours.values())
-    torch.testing.assert_close(ours, dense, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(outputs(model).loss, expected, rtol=1e-5, atol=1e-5)
+    assert_close(ours, dense, rtol=1e-6, atol=1e-7)
+    assert_close(outputs(model).loss, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
@@ -129,12 +135,11 @@ def test_a_stack_beside_one_that_stays_dense(build):
     plain = copy.deepcopy(model)
     convert(model, r=2, lora_dropout=0.0, target_modules=["gate_up_proj"])
     twin = dense_twin(perturb(model), plain)
-    torch.testing.assert_close(outputs(model).loss, outputs(twin).loss, rtol=1e-5, atol=1e-5)
+    assert_close(outputs(model).loss, outputs(twin).loss, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_experts_that_tokens_reached_are_decoded_and_never_the_stack(monkeypatch):
-    model = made(lambda: qwen3_moe(num_experts=16))
-    convert_stacks(model)
+    model = in_4_bits(lambda: qwen3_moe(num_experts=16))
     monkeypatch.setattr(QLoRAExperts, "effective_weight", lambda self: pytest.fail("the stack was decoded"))
     called = []
     compute = QLoRAExperts.compute
@@ -166,8 +171,7 @@ def uses(tensor, parameter):
 
 @pytest.mark.parametrize("build", [jetmoe, dbrx])
 def test_a_model_that_reads_one_expert_after_the_other_makes_one_gradient_of_all(build):
-    model = made(build)
-    convert_stacks(model)
+    model = in_4_bits(build)
     loss = outputs(model).loss
     parameters = [p for stack in stacks_of(model) for p in stack.adapter_parameters()]
     assert {uses(loss, p) for p in parameters} == {1}
@@ -189,64 +193,60 @@ def test_experts_that_are_read_by_number_train_as_dense_ones():
             expected = (x @ (base + stack.scaling * b @ a).mT).square().mean((1, 2)).sum()
             ours.backward()
             expected.backward()
-            torch.testing.assert_close(ours, expected)
+            assert_close(ours, expected)
         with torch.no_grad():
             assert not getattr(owner, key)[1].sum().requires_grad
         for ours, expected in ((stack.lora_A, a), (stack.lora_B, b)):
-            torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5)
+            assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         if step == 3:
             again = copy.deepcopy(pickle.loads(pickle.dumps(model)))
-            torch.testing.assert_close(again.get_submodule(name.rpartition(".")[0]).weight[1] + 0, stack.weight[1] + 0)
+            assert_close(again.get_submodule(name.rpartition(".")[0]).weight[1] + 0, stack.weight[1] + 0)
             stack.lora_B.data = b.data = b.detach() * 2
     assert name in dense
 
 
 def test_an_index_means_what_it_means_for_a_tensor():
-    model = made(qwen3_moe)
-    convert_stacks(model)
+    model = in_4_bits(qwen3_moe)
     stack = model.model.layers[0].mlp.experts.down_proj
     dense = stack + 0
     tensors = [torch.tensor(True), torch.tensor(1, dtype=torch.uint8), torch.tensor(3), torch.tensor([3, 1])]
     for index in (True, False, None, slice(1, 3), [0, 2], -1, 0, (1, 2), (1, slice(None), 3), ..., *tensors):
-        torch.testing.assert_close(stack[index] + 0, dense[index])
+        assert_close(stack[index] + 0, dense[index])
     for refused in (6, -7, 1.0, torch.tensor(1.0)):
         with pytest.raises(IndexError):
             stack[refused]
     for read in (list, torch.unbind, lambda stack: stack.unbind(0)):
         weights = read(stack)
         assert all(isinstance(weight, ReadableWeight) for weight in weights)  # so no dense stack was made
-        torch.testing.assert_close(torch.stack([weight + 0 for weight in weights]), dense)
-    torch.testing.assert_close(stack.unbind(1), dense.unbind(1))
+        assert_close(torch.stack([weight + 0 for weight in weights]), dense)
+    assert_close(stack.unbind(1), dense.unbind(1))
 
 
 def test_views_of_a_flat_stack_and_batched_products():
-    model = made(dbrx)
-    convert_stacks(model)
+    model = in_4_bits(dbrx)
     flat = model.transformer.blocks[0].ffn.experts.mlp.w1
     dense = flat + 0
-    torch.testing.assert_close(flat[3] + 0, dense[3])
-    torch.testing.assert_close([*flat], [*dense])
+    assert_close(flat[3] + 0, dense[3])
+    assert_close([*flat], [*dense])
     for shape in ((4, 32, 64), (-1, 32, 64), (8, -1), (2, 2, 32, 64)):
         for view in (flat.view(*shape), flat.reshape(shape)):
             assert view.detach().shape == view.shape and not view.detach().requires_grad
-            torch.testing.assert_close(view[1] + 0, dense.view(shape)[1])
+            assert_close(view[1] + 0, dense.view(shape)[1])
     x = torch.randn(5, 64)
-    torch.testing.assert_close(F.linear(x, flat.detach().view(4, 32, 64)[2]), x @ dense[64:96].T)
+    assert_close(F.linear(x, flat.detach().view(4, 32, 64)[2]), x @ dense[64:96].T)
     for build in (gpt_oss, qwen3_moe):
-        convert_stacks(model := made(build))
-        stack = model.model.layers[0].mlp.experts.down_proj
+        stack = in_4_bits(build).model.layers[0].mlp.experts.down_proj
         x = torch.randn(stack.shape[0], 3, stack.shape[1])
         for product in (torch.bmm(x, stack), x.bmm(stack)):
-            torch.testing.assert_close(product, torch.bmm(x, stack + 0))
+            assert_close(product, torch.bmm(x, stack + 0))
 
 
 def test_experts_of_older_versions_of_transformers():
     """Before 5.20 they have no flag for a norm."""
-    model = made(qwen3_moe)
-    convert_stacks(model)
+    model = in_4_bits(qwen3_moe)
     expected = outputs(model).logits
     for part in model.modules():
         vars(part).pop("has_post_expert_norm", None)
@@ -268,12 +268,11 @@ def test_a_norm_of_the_outputs_of_experts_as_muse_spark_has_it():
     assert convert_stacks(model)
     for name, _, key, stack in expert_stacks(model):
         dense.get_submodule(name.rpartition(".")[0])._parameters[key] = nn.Parameter(stack.effective_weight())
-    torch.testing.assert_close(outputs(model).logits, outputs(dense).logits, rtol=1e-4, atol=1e-5)
+    assert_close(outputs(model).logits, outputs(dense).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_stack_can_be_read_but_not_written():
-    model = made(qwen3_moe)
-    convert_stacks(model)
+    model = in_4_bits(qwen3_moe)
     owner = model.model.layers[0].mlp.experts
     assert owner.gate_up_proj.dtype is torch.float32 and len(owner.gate_up_proj) == 6
     total = owner.gate_up_proj.sum()
@@ -298,12 +297,11 @@ def test_the_inputs_of_each_expert_count_for_a_calibration_in_one_launch_too(mon
         outputs(model.train())
         sums.append([stack.input_statistics.sums for stack in stacks_of(model)])
     assert all(each[:, -1].sum() == 32 for each in sums[0])  # 16 tokens have two experts each
-    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-6)
+    assert_close(*sums, rtol=1e-4, atol=1e-6)
 
 
 def test_no_token_at_all():
-    model = made(qwen3_moe)
-    convert_stacks(model)
+    model = in_4_bits(qwen3_moe)
     owner = model.model.layers[0].mlp.experts
     y = owner(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
     assert y.shape == (0, 64)

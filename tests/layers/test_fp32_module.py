@@ -140,8 +140,7 @@ def test_merged_weights_and_state_dicts_have_the_types_of_before(slow):
     state = module.state_dict()
     assert state["lm_head.weight"].dtype is BF16
     assert state["model.norm.weight"].dtype is torch.float32  # it trains
-    with torch.no_grad():
-        module.lm_head.weight[0, 0] = 1 + 2**-12  # what 16 bits don't hold stays
+    module.lm_head.weight.data[0, 0] = 1 + 2**-12  # what 16 bits don't hold stays
     assert module.state_dict()["lm_head.weight"].dtype is torch.float32
     merge(module)
     assert {p.dtype for p in module.parameters()} == {BF16}
@@ -255,41 +254,40 @@ def test_it_stays_with_copies_and_goes_with_the_device(slow, how):
         assert torch.equal(use(x), expected)
 
 
-on_each_cpu = pytest.mark.parametrize("fast", [False, True])
+@pytest.fixture(params=[False, True], ids=["slow", "fast"])
+def fast(request):
+    """On each kind of processor."""
+    with torch.backends.mkldnn.flags(enabled=request.param):
+        yield request.param
 
 
-@on_each_cpu
 @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float64])
 def test_a_module_that_was_cast_computes_trains_and_is_merged_in_that_type(dtype, fast):
     module = small()
     x = torch.randn(2, 64).bfloat16()
-    with torch.backends.mkldnn.flags(enabled=fast):
-        convert(module, r=1, lora_dropout=0.0, modules_to_save=["3"])
-        expected = module(x).detach()
-        for cast in (dtype, torch.float32):
-            y = module.to(cast)(x.to(cast))
-            assert {p.dtype for p in (*module.parameters(), *module.buffers())} == {cast} == {module[0].weight.dtype}
-            assert y.dtype is cast
-            torch.testing.assert_close(y.float(), expected.float(), atol=0.05, rtol=0.02)
-            module.zero_grad()
-            y.sum().backward()
-            assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
-            merged = merge(copy.deepcopy(module))
-            assert {p.dtype for p in merged.parameters()} == {cast}
-            torch.testing.assert_close(merged(x.to(cast)), y, atol=0.05, rtol=0.02)
+    convert(module, r=1, lora_dropout=0.0, modules_to_save=["3"])
+    expected = module(x).detach()
+    for cast in (dtype, torch.float32):
+        y = module.to(cast)(x.to(cast))
+        assert {p.dtype for p in (*module.parameters(), *module.buffers())} == {cast} == {module[0].weight.dtype}
+        assert y.dtype is cast
+        torch.testing.assert_close(y.float(), expected.float(), atol=0.05, rtol=0.02)
+        module.zero_grad()
+        y.sum().backward()
+        assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+        merged = merge(copy.deepcopy(module))
+        assert {p.dtype for p in merged.parameters()} == {cast}
+        torch.testing.assert_close(merged(x.to(cast)), y, atol=0.05, rtol=0.02)
 
 
-@on_each_cpu
 def test_values_in_16_bits_that_are_assigned_to_what_trains_are_held_in_fp32(fast):
     dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)).bfloat16()
     module = copy.deepcopy(dense)
-    with torch.backends.mkldnn.flags(enabled=fast):
-        convert(module, r=1, lora_dropout=0.0, modules_to_save=["1"])
-        module.load_state_dict(dense.state_dict(), assign=True)
-        assert module[1].weight.dtype is torch.float32 and module[1].weight.requires_grad
-        assert module[0].weight.dtype is (torch.bfloat16 if fast else torch.float32)
-        assert module[0].dtype_before is torch.bfloat16
-        module(torch.randn(2, 64).bfloat16()).sum().backward()
+    convert(module, r=1, lora_dropout=0.0, modules_to_save=["1"])
+    module.load_state_dict(dense.state_dict(), assign=True)
+    assert module[1].weight.dtype is torch.float32 and module[1].weight.requires_grad
+    assert module[0].weight.dtype is (BF16 if fast else torch.float32) and module[0].dtype_before is BF16
+    module(torch.randn(2, 64).bfloat16()).sum().backward()
 
 
 class Collects(nn.Linear):
@@ -300,14 +298,13 @@ class Collects(nn.Linear):
         return outputs
 
 
-@on_each_cpu
-def test_a_forward_pass_appends_to_a_list_of_its_caller(fast):
+@pytest.mark.usefixtures("fast")
+def test_a_forward_pass_appends_to_a_list_of_its_caller():
     part = Collects(64, 4).bfloat16()
     module = nn.ModuleList([nn.Linear(64, 64), part]).bfloat16()
-    with torch.backends.mkldnn.flags(enabled=fast):
-        convert(module, r=1, target_modules=["0"], modules_to_save=["1"])
-        outputs = []
-        assert part(torch.randn(2, 64).bfloat16(), outputs) is outputs and len(outputs) == 1
+    convert(module, r=1, target_modules=["0"], modules_to_save=["1"])
+    outputs = []
+    assert part(torch.randn(2, 64).bfloat16(), outputs) is outputs and len(outputs) == 1
 
 
 def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(monkeypatch):
@@ -326,13 +323,12 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
     module.to("meta")
     with plugin.forward_context():
         pass
-    assert (
-        {p.dtype for p in module.parameters()} == {torch.float32} == {module.model.layers[0].mlp.up_proj.weight_dtype}
-    )
+    layer = module.model.layers[0].mlp.up_proj
+    assert {p.dtype for p in module.parameters()} == {torch.float32} == {layer.weight_dtype}
     assert plugin.report.held_in_fp32 == ["a meta device is slow"] and plugin.report.held_bytes > 0
     assert messages == [f"QLoRA: moved to meta. {plugin.report.summary()}"]
     module.to_empty(device="cpu")
     with plugin.forward_context():
         pass
-    assert module.lm_head.weight.dtype is module.model.layers[0].mlp.up_proj.weight_dtype is BF16
+    assert module.lm_head.weight.dtype is layer.weight_dtype is BF16
     assert plugin.report.held_in_fp32 == [] and plugin.report.held_bytes == 0

@@ -217,21 +217,3 @@ def test_a_part_can_be_changed_by_torch_after_conversion_and_an_error_leaves_aut
     torch.testing.assert_close(y, expected, atol=0.02, rtol=0.02)
     y.sum().backward()
     assert all(p.grad is not None for p in model[1].parameters())
-
-
-@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
-def test_two_modules_in_fabric_compute_each_in_its_own_type(first):
-    """Of a GAN: one in fp32, whose dense layers compute in 16 bits too, and one in bf16."""
-    fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(r=1, compute_dtype="bf16", target_modules=["0"]))
-    second = torch.bfloat16 if first is torch.float32 else torch.float32
-    types = {}
-    for dtype in (first, second):
-        module = nn.Sequential(nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE)).to(dtype)
-        types[dtype] = fabric.setup_module(module), module
-    for dtype, (wrapper, module) in types.items():
-        seen = []
-        module[2].register_forward_hook(lambda *args, seen=seen: seen.append(args[2].dtype))
-        y = wrapper(torch.randn(2, SIZE).to(dtype))
-        assert seen == [torch.bfloat16]
-        fabric.backward(y.sum())
-    assert not torch.is_autocast_enabled("cpu")

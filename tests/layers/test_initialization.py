@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,12 +68,12 @@ def compare(ours, peft, gradients=True):
     x = torch.randn(3, 5, 96)
     inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
     outputs = ours(inputs[0]), peft(inputs[1])
-    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    assert_close(*outputs, rtol=1e-5, atol=1e-5)
     if gradients:
         for y in outputs:
             y.square().mean().backward()
         for mine, theirs in (inputs, *pairs(ours, peft)):
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+            assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
 def converted(net=None, **arguments):
@@ -107,9 +108,9 @@ def test_initial_magnitudes_are_pefts_and_do_not_change_the_output_also_of_a_row
     plain = converted(net)
     for name, weight in decoded(ours).items():
         magnitude = getattr(ours, name).lora_magnitude_vector
-        torch.testing.assert_close(magnitude.detach(), torch.linalg.norm(weight, dim=1))
+        assert_close(magnitude.detach(), torch.linalg.norm(weight, dim=1))
     x = torch.randn(4, 96)
-    torch.testing.assert_close(ours(x), plain(x))
+    assert_close(ours(x), plain(x))
     ours(x).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.up.adapter_parameters())
 
@@ -132,8 +133,8 @@ def test_loftq_of_one_iteration_is_pefts():
     compare(ours, peft, gradients=False)
     for name, factor in factors.items():  # singular vectors are known up to their signs
         layer = getattr(ours, name)
-        torch.testing.assert_close(layer.lora_A.abs().detach(), factor["R"].abs(), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(delta(layer), factor["L"] @ factor["R"], rtol=1e-3, atol=1e-4)
+        assert_close(layer.lora_A.abs().detach(), factor["R"].abs(), rtol=1e-3, atol=1e-4)
+        assert_close(delta(layer), factor["L"] @ factor["R"], rtol=1e-3, atol=1e-4)
     copy_adapter(ours, peft)
     compare(ours, peft)
 
@@ -149,7 +150,7 @@ def test_pissa_is_pefts_with_a_quantized_residual(method):
         theirs = other.get_delta_weight("default")
         assert abs(delta(layer).norm() / theirs.norm() - 1) < 0.03
         if method == "pissa":
-            torch.testing.assert_close(delta(layer), theirs, rtol=1e-3, atol=1e-5)
+            assert_close(delta(layer), theirs, rtol=1e-3, atol=1e-5)
             same = layer.packed_weight.packed == quantize(other.get_base_layer().weight).packed
             assert same.float().mean() > 0.999  # a rounding of the SVD may move a weight across a bound
         other.get_base_layer().weight.data = layer.decode()
@@ -167,7 +168,7 @@ def test_each_iteration_reduces_the_error_and_that_of_loftq_is_larger():
     def error(method, iterations):
         arguments = {"init_lora_weights": method, "loftq_config": {"loftq_iter": iterations}} if iterations else {}
         one, quarter = (converted(net, lora_alpha=alpha, **arguments) for alpha in (R, R / 4))
-        torch.testing.assert_close(one(x), quarter(x), rtol=1e-3, atol=1e-4)
+        assert_close(one(x), quarter(x), rtol=1e-3, atol=1e-4)
         layers = ((getattr(net, name).weight, getattr(one, name)) for name in ("up", "down"))
         return sum((weight - layer.decode() - delta(layer)).square().sum().item() for weight, layer in layers)
 
@@ -227,10 +228,9 @@ def test_16_bit_weights_keep_their_type(method, dtype):
 
 def test_an_adapter_of_a_weight_without_quantization_error_can_train():
     net = Net()
-    with torch.no_grad():
-        net.up.weight.copy_(quantize(net.up.weight, double_quant=False).dequantize())
+    net.up.weight.data = quantize(net.up.weight, double_quant=False).dequantize()
     ours = converted(net, init_lora_weights="loftq", double_quant=False)
-    torch.testing.assert_close(delta(ours.up), torch.zeros(128, 96), atol=1e-5, rtol=0)
+    assert_close(delta(ours.up), torch.zeros(128, 96), atol=1e-5, rtol=0)
     ours(torch.randn(4, 96)).square().mean().backward()
     assert (ours.up.lora_B.grad.abs().sum(0) > 0).all()
 
@@ -248,7 +248,7 @@ def test_pissa_of_all_singular_values_is_the_weight():
     net = nn.Sequential(nn.Linear(64, 16))
     dense = net[0].weight.detach().clone()
     convert(net, r=16, lora_alpha=16, target_modules=["0"], init_lora_weights="pissa")
-    torch.testing.assert_close(net[0].weight, dense, rtol=0, atol=0.05 * dense.abs().max().item())
+    assert_close(net[0].weight, dense, rtol=0, atol=0.05 * dense.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_loading_a_dense_checkpoint_initializes_adapters_from_its_weights(argume
     ours = converted(first, **arguments)
     ours.load_state_dict(second.state_dict())
     x = torch.randn(2, 96)
-    torch.testing.assert_close(ours(x), converted(second, **arguments)(x))
+    assert_close(ours(x), converted(second, **arguments)(x))
 
 
 def test_exact_and_sketched_factors_are_those_of_an_svd():
@@ -272,8 +272,8 @@ def test_exact_and_sketched_factors_are_those_of_an_svd():
             initialization.exact((u * sigma) @ v, R),
             initialization.sketched((u * sigma) @ v, R, 30, seed=0),
         ):
-            torch.testing.assert_close(factors[1], sigma[:R], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close((factors[0] * factors[1]) @ factors[2].T, best, rtol=1e-4, atol=1e-5)
+            assert_close(factors[1], sigma[:R], rtol=1e-4, atol=1e-5)
+            assert_close((factors[0] * factors[1]) @ factors[2].T, best, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

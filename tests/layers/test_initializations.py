@@ -92,8 +92,7 @@ def test_without_its_adapter_it_is_the_pretrained_model_or_an_error(name, loftq_
 
 
 @every
-@pytest.mark.parametrize("checkpoint", ["adapter", "full"])
-def test_a_checkpoint_loads_on_a_machine_with_other_last_bits(name, loftq_config, checkpoint, monkeypatch):
+def test_a_checkpoint_loads_on_a_machine_with_other_last_bits(name, loftq_config, monkeypatch):
     first = begun(name, loftq_config)
     start = copy.deepcopy([layer.initial for layer in layers(first)])
     perturb(first)
@@ -113,8 +112,7 @@ def test_a_checkpoint_loads_on_a_machine_with_other_last_bits(name, loftq_config
 @every
 def test_a_checkpoint_of_another_base_is_refused_or_brings_its_own(name, loftq_config):
     first, other = begun(name, loftq_config), body()
-    with torch.no_grad():
-        other[0].weight += 0.05
+    other[0].weight.data += 0.05
     second = begun(name, loftq_config, other)
     config = QLoRAConfig(init_lora_weights=name, loftq_config=loftq_config)
     if config.can_repeat_base:

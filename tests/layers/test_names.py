@@ -47,6 +47,9 @@ def test_names_match_as_in_peft():
     assert not matches("net.model.layers.0.q_proj", r"model\.layers\.\d+\.q_proj")
 
 
+IN_T5 = "encoder.block.0.layer.0.SelfAttention.q"
+
+
 @pytest.mark.parametrize(
     ("root", "name", "others", "seed_name"),
     [
@@ -57,12 +60,7 @@ def test_names_match_as_in_peft():
         (lambda: nn.ModuleDict({"a": toy("llama")}), "a.lm_head", ["lm_head"], "lm_head"),
         (lambda: Net(a=nn.ModuleDict({"b": toy("llama")})), "a.b.lm_head", ["b.lm_head", "lm_head"], "lm_head"),
         # T5 has an encoder and a decoder that are transformers models too: the outermost one counts
-        (
-            lambda: Lit(toy("t5")),
-            "model.encoder.block.0.layer.0.SelfAttention.q",
-            ["encoder.block.0.layer.0.SelfAttention.q"],
-            "encoder.block.0.layer.0.SelfAttention.q",
-        ),
+        (lambda: Lit(toy("t5")), f"model.{IN_T5}", [IN_T5], IN_T5),
         (lambda: Net(net=stack()), "net.1.0", ["1.0"], "1.0"),
         (lambda: Net(net=nn.Linear(64, 64)), "net", [], "net"),
         (lambda: Net(net=stack(), scale=nn.Parameter(torch.ones(1))), "net.1.0", ["1.0"], "net.1.0"),
@@ -124,12 +122,9 @@ def test_an_anchored_pattern_reaches_no_other_part_of_a_bare_module():
     """The first part of a name is left out only where it is the attribute of a LightningModule."""
 
     def model():
-        return nn.ModuleDict(
-            {
-                "layers": nn.ModuleList([nn.Linear(64, 64)]),
-                "decoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(64, 64)])}),
-            }
-        )
+        first, second = (nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(64, 64)])}) for _ in range(2))
+        first["decoder"] = second
+        return first
 
     bare = model()
     lit = Net(net=model())

@@ -49,7 +49,7 @@ def test_a_classification_head_trains_in_full_or_is_as_the_user_says(head, froze
         assert {p.requires_grad for p in layer.parameters()} == {bool(trained)}
 
 
-def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same(tmp_path):
+def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same():
     peft = pytest.importorskip("peft")
     config = transformers.RobertaConfig(**{**BERT, "num_labels": LABELS})
     model = transformers.RobertaForSequenceClassification(config)

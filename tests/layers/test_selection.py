@@ -159,9 +159,7 @@ def test_an_empty_layer_is_not_converted_even_if_it_is_named(shape):
         (
             {"modules_to_save": ["classifier"]},
             r"^modules_to_save=\['classifier'\]: no module of this model fits 'classifier'\. Its modules end in "
-            r"\['0', '1', 'down_proj', 'embed_tokens', 'gate_proj', 'input_layernorm', 'k_proj', 'layers', 'lm_head', "
-            r"'mlp', 'model', 'norm', 'o_proj', 'post_attention_layernorm', 'q_proj', 'self_attn', 'up_proj', "
-            r"'v_proj'\]\. A list has names or such endings\.$",
+            r"\['0', '1', 'down_proj', 'embed_tokens', .*'v_proj'\]\. A list has names or such endings\.$",
         ),
         ({"target_modules": ["embed_tokens"]}, r"'model\.embed_tokens', a Embedding.*modules_to_save"),
         ({"exclude_modules": ["vision"]}, r"exclude_modules=.*: no module of this model fits 'vision'"),
@@ -186,8 +184,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it_and_gets_it_back_by_merge(ki
     layer = kind(64, 64)
     x = torch.randn(3, 64)
     assert convert(nn.Sequential(layer), r=2, lora_dropout=0.0).converted == ["0"]
-    with torch.no_grad():
-        layer.lora_B.normal_()
+    layer.lora_B.data.normal_()
     expected = factor * nn.functional.linear(x, layer.decode() + delta(layer), layer.bias)
     torch.testing.assert_close(layer(x), expected)
     layer(x).sum().backward()
@@ -208,8 +205,7 @@ def test_a_subclass_keeps_its_methods_and_its_class():
     layer.note = "mine"
     model = nn.Sequential(layer)
     assert convert(model, r=2).converted == ["0"]
-    with torch.no_grad():
-        layer.lora_B.normal_()
+    layer.lora_B.data.normal_()
     expected = (layer.decode() + delta(layer)).square().sum()
     x = torch.randn(2, 64)
     for again in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

@@ -27,8 +27,7 @@ def test_paged_runs_equal_unpaged_ones_and_leave_nothing(stand_in, kind, options
         fit(plain, epochs=1, **options)
         fit(paged, callbacks=callback, epochs=1, **options)
         assert torch.equal(parameters(plain), parameters(paged))
-        assert stand_in.pools
-        assert stand_in.nbytes == 0
+        assert stand_in.pools and stand_in.nbytes == 0
 
 
 @pytest.mark.parametrize("make_optimizer", [None, lambda params: PagedAdamW8bit(params, lr=1e-2)])
@@ -61,8 +60,7 @@ def test_an_exception_in_training_frees_the_pages(stand_in):
 
     with pytest.raises(ValueError, match="a bad batch"):
         fit(Failing(), callbacks=PagedOptimizer())
-    assert stand_in.pools
-    assert stand_in.nbytes == 0
+    assert stand_in.pools and stand_in.nbytes == 0
 
 
 def fabric_run(callbacks, setup_apart, use_closure, placed=None, load=None, save=None):

@@ -89,8 +89,7 @@ def test_triton_kernels_take_managed_tensors():
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}])
 def test_paged_equals_unpaged(pool, options):
-    plain = on_gpu()
-    paged = on_gpu()
+    plain, paged = on_gpu(), on_gpu()
     optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-2, **options) for net in (plain, paged)]
     pager = Pager()
     pager.attach(optimizers[1])

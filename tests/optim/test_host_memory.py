@@ -4,6 +4,7 @@ What needs a GPU is in test_gpu.py.
 """
 
 from contextlib import nullcontext
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -125,10 +126,12 @@ def test_a_tensor_moves_to_the_host_and_back(pinned_pool):
     on_device = tensor.data_ptr()
     pinned_pool.move_in(tensor)
     assert tensor.data_ptr() == on_device, "in a step it stays on the device"
-    pinned_pool.evict([tensor])
+    for _ in range(2):
+        pinned_pool.evict([tensor])
     pinned = tensor.data_ptr()
     assert pinned != on_device
-    pinned_pool.prefetch([tensor])
+    for _ in range(2):
+        pinned_pool.prefetch([tensor])
     assert tensor.data_ptr() != pinned
     pinned_pool.wait_prefetch()
     tensor.add_(1)
@@ -136,17 +139,7 @@ def test_a_tensor_moves_to_the_host_and_back(pinned_pool):
     assert tensor.data_ptr() == pinned, "always the same pinned memory"
     pinned_pool.synchronize()
     assert torch.equal(tensor, values + 1)
-    assert pinned_pool.log == ["store 1", "fetch 1", "wait", "store 1"]
-
-
-def test_moving_twice_copies_once(pinned_pool):
-    tensor = torch.zeros(10)
-    pinned_pool.move_in(tensor)
-    for _ in range(2):
-        pinned_pool.evict([tensor])
-    for _ in range(2):
-        pinned_pool.prefetch([tensor])
-    assert pinned_pool.log == ["store 1", "fetch 1"]
+    assert pinned_pool.log == ["store 1", "fetch 1", "wait", "store 1"], "moving twice copies once"
 
 
 def test_a_new_tensor_is_on_the_host_with_the_type_asked_for(pinned_pool):
@@ -203,18 +196,18 @@ def fake_runtime(version, calls, attributes=None, error="cudaSuccess", devices=N
 
 @pytest.fixture
 def no_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    """The devices that code enters, without one."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77 + device.index))
+    return entered
 
 
 @pytest.mark.parametrize("version", [12, 13])
-def test_both_signatures_get_locations_of_their_own_device(monkeypatch, version):
+def test_both_signatures_get_locations_of_their_own_device(monkeypatch, no_device, version):
     """Default streams of all devices have the address 0, which means that of the current device."""
     calls = []
-    entered = []
     monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(version, calls))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77 + device.index))
     pool = ManagedPool(torch.device("cuda", 1))
     address = pool._allocate(1000)
     pool._prefetch_range(address, 1000)
@@ -225,7 +218,7 @@ def test_both_signatures_get_locations_of_their_own_device(monkeypatch, version)
         "('prefetch', 4096, 1000, device:1, 0, 78)",
         "('free', 4096)",
     ]
-    assert entered == 2 * [torch.device("cuda", 1)]
+    assert no_device == 2 * [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(
@@ -245,13 +238,14 @@ def test_errors_are_raised_and_cleared(monkeypatch, no_device, error, kind, mess
     with pytest.raises(kind, match=message):
         ManagedPool(DEVICE)._allocate(1000)
     assert calls == [("malloc", 1000, 1), ("clear",)]
-    with pytest.raises(RuntimeError, match=f"cudaMemPrefetchAsync failed with {error} while paging"):
-        ManagedPool(DEVICE)._prefetch_range(4096, 10)
-    with pytest.raises(RuntimeError, match=f"cudaFree failed with {error} while paging"):
-        ManagedPool(DEVICE)._free(4096)
-    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, calls, error=error, of="advise"))
-    with pytest.raises(RuntimeError, match=f"cudaMemAdvise failed with {error} while paging"):
-        ManagedPool(DEVICE)._allocate(1000)
+    for name, of, use in (
+        ("MemPrefetchAsync", None, lambda pool: pool._prefetch_range(4096, 10)),
+        ("Free", None, lambda pool: pool._free(4096)),
+        ("MemAdvise", "advise", lambda pool: pool._allocate(1000)),
+    ):
+        monkeypatch.setattr(host_memory, "_runtime", lambda of=of: fake_runtime(13, calls, error=error, of=of))
+        with pytest.raises(RuntimeError, match=f"cuda{name} failed with {error} while paging"):
+            use(ManagedPool(DEVICE))
 
 
 def test_reasons_why_memory_is_not_managed(monkeypatch):
@@ -268,16 +262,14 @@ def test_reasons_why_memory_is_not_managed(monkeypatch):
         assert why_not_managed(torch.device("cuda", 3)) == reason
         assert why_not_managed(torch.device("cuda")) == reason
         assert set(asked) == {3, 2}
-    monkeypatch.setattr(host_memory, "find_spec", lambda name: name != "cuda.bindings" or None)
-    assert why_not_managed(DEVICE) == f"cuda-bindings is not installed ({install('paged')})"
-    monkeypatch.setattr(host_memory, "find_spec", lambda name: None)
-    assert why_not_managed(DEVICE) == f"cuda-bindings is not installed ({install('paged')})"
+    for missing in ({"cuda.bindings"}, {"cuda", "cuda.bindings"}):
+        monkeypatch.setattr(host_memory, "find_spec", lambda name, missing=missing: name not in missing or None)
+        assert why_not_managed(DEVICE) == f"cuda-bindings is not installed ({install('paged')})"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert why_not_managed(DEVICE) == "ROCm pages unified memory only with XNACK"
 
 
 def test_the_real_wheel_has_every_call_with_these_signatures():
-    """Names, argument order and enumerations of the wheel that is installed."""
     runtime = pytest.importorskip("cuda.bindings.runtime")
     prefetch = getattr(runtime, "cudaMemPrefetchAsync_v2", runtime.cudaMemPrefetchAsync)
     advise = getattr(runtime, "cudaMemAdvise_v2", runtime.cudaMemAdvise)
@@ -376,10 +368,8 @@ def test_the_device_waits_for_copies_and_the_cpu_only_when_it_reads(log):
     pool.wait_prefetch()
     tensor += 1
     pool.evict([tensor])
-    store_1 = ["copies waits for compute", "copy", "compute waits for event 1"]
-    fetch_2 = ["copies waits for compute", "copy", "compute waits for event 2"]
-    store_3 = ["copies waits for compute", "copy", "compute waits for event 3"]
-    assert log == store_1 + fetch_2 + store_3
+    moves = (("copies waits for compute", "copy", f"compute waits for event {i}") for i in (1, 2, 3))
+    assert log == [*chain(*moves)], "to the host, back, and to the host"
     log.clear()
     pool.synchronize()
     pool.synchronize()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_qlora.optim import adamw, optimizer_pages
 from lightning_qlora.optim.adamw import PagedAdamW8bit
@@ -12,11 +13,12 @@ from lightning_qlora.optim.optimizer_pages import open_pool, windows
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.optim.pool import MIB
 from tests.optim.stand_in import assert_all_paged
+from tests.toys import assert_equal
 
 
 def model():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(80, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
+    return nn.Sequential(nn.Linear(80, 96), nn.ReLU(), nn.Linear(96, 64))
 
 
 def backward(net, optimizer, step):
@@ -74,14 +76,12 @@ def paged_run(steps=0):
 
 
 def assert_equal_parameters(a, b):
-    for left, right in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(left, right)
+    assert_equal([*a.parameters()], [*b.parameters()])
 
 
 @pytest.mark.parametrize(("name", "use_closure"), [(name, i % 2 == 1) for i, name in enumerate(OPTIMIZERS)])
 def test_paged_equals_unpaged(stand_in, name, use_closure):
-    plain = model()
-    paged = model()
+    plain, paged = model(), model()
     optimizers = [OPTIMIZERS[name](net.parameters()) for net in (plain, paged)]
     attached(optimizers[1])
     for net, optimizer in zip((plain, paged), optimizers, strict=True):
@@ -114,8 +114,7 @@ class Odd(torch.optim.Optimizer):
 
 
 def test_an_odd_optimizer_trains_and_resumes(stand_in):
-    plain = model()
-    paged = model()
+    plain, paged = model(), model()
     reference = Odd(plain.parameters())
     optimizer = attached(Odd(paged.parameters()))
     train(plain, reference, 6)
@@ -245,7 +244,7 @@ def test_no_tensor_is_on_the_device_twice_while_loading(pinned):
 
 
 def test_loading_the_wrong_state_fails_as_in_torch(stand_in):
-    nets = [model(), torch.nn.Sequential(*model()[:2])]
+    nets = [model(), nn.Sequential(*model()[:2])]
     optimizers = [attached(torch.optim.AdamW(net.parameters())) for net in nets]
     for net, optimizer in zip(nets, optimizers, strict=True):
         train(net, optimizer, 1)
@@ -255,7 +254,7 @@ def test_loading_the_wrong_state_fails_as_in_torch(stand_in):
 
 
 def test_state_that_shares_the_parameters_memory_stays(stand_in):
-    param = torch.nn.Parameter(torch.randn(64, 64))
+    param = nn.Parameter(torch.randn(64, 64))
     optimizer = attached(torch.optim.AdamW([param]))
     optimizer.state[param]["alias"] = param.data
     optimizer.state[param]["the parameter"] = param
@@ -266,7 +265,7 @@ def test_state_that_shares_the_parameters_memory_stays(stand_in):
 
 
 def test_channels_last_state_keeps_its_strides(stand_in):
-    conv = torch.nn.Conv2d(16, 64, 3).to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(16, 64, 3).to(memory_format=torch.channels_last)
     optimizer = attached(torch.optim.AdamW(conv.parameters()))
     conv(torch.randn(1, 16, 8, 8)).sum().backward()
     optimizer.step()
@@ -300,16 +299,14 @@ def test_an_optimizer_with_its_own_load_state_dict_is_paged_again(stand_in):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loaded_state_may_be_a_part_of_a_larger_tensor_and_gets_the_type_of_its_parameter(stand_in, dtype):
-    """As in torch."""
-    param = torch.nn.Parameter(torch.randn(64, 64, dtype=dtype))
+    param = nn.Parameter(torch.randn(64, 64, dtype=dtype))
     state = {"step": torch.tensor(1.0), "exp_avg": torch.randn(64, 128)[:, ::2], "exp_avg_sq": torch.ones(1, 64)}
     state["exp_avg_sq"] = state["exp_avg_sq"].expand(64, 64)
     state["sparse"] = torch.eye(64).to_sparse()
     optimizer = attached(torch.optim.AdamW([param]))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
     for key in ("exp_avg", "exp_avg_sq"):
-        assert torch.equal(optimizer.state[param][key], state[key].to(dtype))
-        assert optimizer.state[param][key].dtype == dtype
+        assert_equal(optimizer.state[param][key], state[key].to(dtype))
         assert stand_in.owns(optimizer.state[param][key])
     assert optimizer.state[param]["sparse"].is_sparse
 
@@ -318,8 +315,7 @@ def test_loaded_state_may_be_a_part_of_a_larger_tensor_and_gets_the_type_of_its_
 def test_under_another_default_device_state_is_where_its_parameter_is(stand_in, kind):
     """Lightning calls configure_model and Fabric init_module within `with device:`; here it is "meta"."""
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
-    plain = model()
-    paged = model()
+    plain, paged = model(), model()
     reference = kind(plain.parameters(), lr=1e-2, **options)
     train(plain, reference, 3)
     with torch.device("meta"):
@@ -342,7 +338,7 @@ def test_under_another_default_device_state_is_where_its_parameter_is(stand_in, 
 
 
 def test_an_unpaged_optimizer_gets_its_parameters_in_parts():
-    params = [torch.nn.Parameter(torch.zeros(n)) for n in (6, 4, 20, 1)]
+    params = [nn.Parameter(torch.zeros(n)) for n in (6, 4, 20, 1)]
     parts = list(windows(torch.optim.SGD(params), params, 10))
     assert [[p.numel() for p in part] for part in parts] == [[6, 4], [20], [1]]
     assert list(windows(torch.optim.SGD(params), [], 10)) == []
@@ -352,7 +348,7 @@ def test_an_unpaged_optimizer_gets_its_parameters_in_parts():
 def test_windows_are_double_buffered(pinned, monkeypatch):
     """The copy of the next window starts before this one is updated, and at most two are on the device."""
     monkeypatch.setattr(adamw, "WINDOW_NUMEL", 4096)
-    params = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(4)]
+    params = [nn.Parameter(torch.randn(64, 64)) for _ in range(4)]
     paged = PagedAdamW8bit(params)
     for _ in range(2):
         for param in params:

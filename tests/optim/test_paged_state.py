@@ -85,11 +85,8 @@ def test_a_popped_entry_is_gone_and_a_missing_one_is_an_error(param):
 def test_it_behaves_like_the_state_torch_makes(param):
     recorder = Recorder()
     state = recorder.state
-    assert isinstance(state, defaultdict)
-    assert len(state[param]) == 0
-    assert param in state
-    assert state.get("nobody") is None
-    assert "nobody" not in state
+    assert isinstance(state, defaultdict) and len(state[param]) == 0 and param in state
+    assert state.get("nobody") is None and "nobody" not in state
     assert {"a": 0} | state == {"a": 0, param: {}} and state | {"a": 0} == {param: {}, "a": 0}
     state[param]["step"] = torch.zeros(())
     assert recorder.written == [], "the step counter is not paged"
@@ -107,9 +104,7 @@ def test_copies_are_plain(param, duplicate):
 
 
 def test_tensors_in_finds_them_and_skips_parameters(param):
-    a = torch.zeros(1)
-    b = torch.zeros(2)
-    c = torch.zeros(3)
+    a, b, c = (torch.zeros(size) for size in (1, 2, 3))
     tensors = list(tensors_in({"x": [a, (b, None, 3.0)], "y": {"z": c}, "p": param}))
     assert [id(t) for t in tensors] == [id(a), id(b), id(c)]
 

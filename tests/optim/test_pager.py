@@ -14,8 +14,7 @@ from tests.optim.test_optimizer_pages import assert_equal_parameters, model, pag
 def test_attaching_twice_changes_nothing(stand_in):
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
-    first = Pager()
-    second = Pager()
+    first, second = Pager(), Pager()
     first.attach(optimizer)
     state = optimizer.state
     first.attach(optimizer)
@@ -29,8 +28,7 @@ def test_attaching_twice_changes_nothing(stand_in):
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, PagedAdamW])
 def test_close_frees_every_page_and_keeps_the_values(stand_in, kind):
     """Also the pages of an optimizer that pages itself."""
-    plain = model()
-    paged = model()
+    plain, paged = model(), model()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
     optimizer = kind(paged.parameters(), lr=1e-2, weight_decay=0.0)
     pager = Pager()

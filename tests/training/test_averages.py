@@ -24,8 +24,7 @@ class Words(pl.LightningModule):
         self.net = nn.Sequential(
             nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8), nn.BatchNorm1d(8)
         )
-        with torch.no_grad():
-            self.net[1].weight.add_(0.1 * torch.randn(64))
+        self.net[1].weight.data.add_(0.1 * torch.randn(64))
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1])

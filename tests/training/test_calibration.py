@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import QLoRAPrecision, convert, merge, quantize, save_adapter
@@ -108,11 +109,6 @@ def dense_layers(module):
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
-def error_on(inputs, weight, layer):
-    """||(W - Q - s B A) x||, which the calibration minimizes."""
-    return torch.linalg.norm(inputs @ (weight - layer.decode() - delta(layer)).T).item()
-
-
 def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
     net, x = Net(), 1e-3 * torch.randn(200, 64)
     dense = copy.deepcopy(net)
@@ -129,17 +125,17 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
     inputs = x * net.sizes
     layer, weight = net.layers[0], dense.layers[0].weight.detach()
     rms = inputs.square().mean(0).sqrt()
-    torch.testing.assert_close(report.input_rms["layers.0"], rms)
+    assert_close(report.input_rms["layers.0"], rms)
     size = (rms / rms.square().mean().sqrt()).clamp_min(0.01)
     u, s, v = torch.linalg.svd((weight - quantize(weight).dequantize()) * size)
-    torch.testing.assert_close(delta(layer).detach(), (u[:, :8] * s[:8]) @ v[:8] / size, rtol=1e-3, atol=1e-5)
+    assert_close(delta(layer).detach(), (u[:, :8] * s[:8]) @ v[:8] / size, rtol=1e-3, atol=1e-5)
     left, errors = (weight - layer.decode() - delta(layer)) * rms, report.errors
     assert errors["layers.0"] == pytest.approx((left.norm() / (weight * rms).norm()).item(), rel=1e-4)
     worst = max(errors, key=errors.get)
     assert f"largest errors left: {worst} {errors[worst]:.1%}, " in str(whole_report)
     with torch.no_grad():
         hidden = quantized.eval().layers[:2](inputs)
-    torch.testing.assert_close(report.input_rms["layers.2"], hidden.square().mean(0).sqrt())
+    assert_close(report.input_rms["layers.2"], hidden.square().mean(0).sqrt())
     assert (report.calibrated, report.waiting, report.unseen, report.rows) == (LAYERS, [], [], 200)
     assert 0 < report.seconds < 60 and printed == [f"QLoRA: {report}"]
     for module in net.modules():
@@ -147,17 +143,6 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
     before = adapters(net)
     step(net, 100 * x)
     assert_equal(adapters(net), before)
-
-
-def test_the_error_on_the_inputs_is_smaller_than_with_other_initializations():
-    net, x = Net(), torch.randn(400, 64)
-    inputs, weight, errors = x * net.sizes, net.layers[0].weight.detach(), {}
-    for start in ("default", "loftq", "calibrated"):
-        other = copy.deepcopy(net)
-        convert(other, **{**CALIBRATED, "init_lora_weights": start})
-        step(other, x[:100])
-        errors[start] = error_on(inputs[100:], weight, other.layers[0])
-    assert errors["calibrated"] < 0.7 * errors["loftq"] < 0.7 * errors["default"]
 
 
 def test_forward_passes_outside_training_do_not_count_and_a_step_without_gradients_does_not_calibrate():
@@ -235,7 +220,7 @@ def test_a_layer_without_input_keeps_the_default_initialization_and_is_named():
     before = adapters(net)
     step(net, x := torch.randn(1, 64))
     assert (report.calibrated, report.unseen) == (["used"], ["zeros", "unused"])
-    torch.testing.assert_close(report.input_rms["used"], x[0].abs())
+    assert_close(report.input_rms["used"], x[0].abs())
     del before["used.lora_A"], before["used.lora_B"]
     assert_equal({name: net.get_parameter(name) for name in before}, before)
     assert "because the first step had no input for them: zeros, unused" in str(report)
@@ -274,22 +259,12 @@ def test_a_copy_gets_the_values_of_the_module(of, first, tmp_path):
         assert_equal([*one.parameters()], [*other.parameters()])
         assert_equal(one.initial, other.initial)
         assert one.lora_A is not other.lora_A
-    with torch.no_grad():
-        copied[0].lora_B += 0.1
+    copied[0].lora_B.data += 0.1
     change = delta(copied[0]) - delta(layers[0])
     save_adapter(copied, tmp_path, base="float")
     other = copy.deepcopy(dense.layers)
     convert(other, adapter=str(tmp_path))
-    torch.testing.assert_close(delta(other[0]), change, atol=1e-5, rtol=1e-4)
-
-
-def test_a_pickle_is_calibrated_in_its_own_first_step():
-    net, x, _ = waiting()
-    other = pickle.loads(pickle.dumps(net))
-    step(net, x)
-    assert not other.layers[0].lora_B.any()
-    step(other, x)
-    assert torch.equal(other.layers[0].lora_B, net.layers[0].lora_B)
+    assert_close(delta(other[0]), change, atol=1e-5, rtol=1e-4)
 
 
 def test_a_copy_with_another_weight_waits_for_its_own_step():
@@ -305,7 +280,7 @@ def test_a_copy_with_another_weight_waits_for_its_own_step():
     expected = initialization.calibrated_adapter(
         weight, quantize(weight), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
     )
-    torch.testing.assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
+    assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
     alone, _, report = waiting()
     alone.load_state_dict({**dense.state_dict(), "sizes": net.sizes})
     assert report.waiting == LAYERS
@@ -338,7 +313,7 @@ def test_statistics_are_summed_over_the_batches_of_a_step_and_blocks_that_are_re
     for net, report, batch in zip(nets, reports, (x, x, x[8:]), strict=True):
         step(net, batch)
         assert report.input_rms.keys() == dense_layers(net).keys()
-        torch.testing.assert_close(report.input_rms, reports[0].input_rms)
+        assert_close(report.input_rms, reports[0].input_rms)
     assert reports[0].rows == reports[2].rows == 16
 
 
@@ -386,7 +361,7 @@ def test_manual_optimization_calibrates_in_its_first_step(trainer):
         fit(trainer, Manual(), start="default"), fit(trainer, Manual()), fit(trainer),
     )  # fmt: skip
     assert report.calibrated == IN_LIT and module.seen == plain.seen
-    torch.testing.assert_close(adapters(module), adapters(automatic))
+    assert_close(adapters(module), adapters(automatic))
 
 
 def test_fabric_calibrates_in_the_first_step_and_refuses_a_step_in_eval_mode():
@@ -411,15 +386,17 @@ def test_16_bit_weights_and_dora():
     assert report.calibration.host_bytes == 2 * 2 * 96 * 64
     step(net, torch.randn(4, 64, dtype=torch.bfloat16))
     layer = net.layers[0]
-    torch.testing.assert_close(dora_scale(layer, layer.matrices()[0]), torch.ones(96))
+    assert_close(dora_scale(layer, layer.matrices()[0]), torch.ones(96))
     assert layer.lora_A.dtype == torch.float32
 
 
-def test_neither_autocast_nor_inputs_in_fp64_change_the_type_of_the_calibration():
-    x = torch.randn(4, 64)
-    convert(plain := Net(), **CALIBRATED)
-    autocast, fp64 = (pickle.loads(pickle.dumps(plain)) for _ in range(2))
+def test_a_pickle_has_a_first_step_of_its_own_and_neither_autocast_nor_fp64_change_the_type_of_the_calibration():
+    plain, x, _ = waiting()
+    again, autocast, fp64 = (pickle.loads(pickle.dumps(plain)) for _ in range(3))
     step(plain, x)
+    assert not again.layers[0].lora_B.any()
+    step(again, x)
+    assert torch.equal(again.layers[0].lora_B, plain.layers[0].lora_B)
     with torch.autocast("cpu", torch.bfloat16):
         step(autocast, x)
     step(fp64, x.double())
@@ -531,7 +508,7 @@ def test_a_compiled_module_is_calibrated_in_its_graph_and_compiled_once_more_wit
         step(compiled, x)
     assert counters["stats"]["unique_graphs"] == 2
     step(second, x)
-    torch.testing.assert_close(adapters(first), adapters(second))
+    assert_close(adapters(first), adapters(second))
 
 
 class Sam(torch.optim.Optimizer):

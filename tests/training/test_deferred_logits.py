@@ -209,14 +209,6 @@ def test_a_model_compiled_with_its_loss():
     assert_equal(gradients(module), gradients(expected), relative=1e-5)
 
 
-def test_generate_is_the_same():
-    made = [
-        converted("llama", deferred_logits=setting).generate(ids(), max_new_tokens=4, do_sample=False)
-        for setting in (False, True)
-    ]
-    assert torch.equal(*made)
-
-
 class TwoHeads(Plain):
     def __init__(self):
         super().__init__()
@@ -256,20 +248,6 @@ def test_the_report_says_what_is_deferred_and_what_it_saves():
     assert type(module.lm_head).__mro__.count(DeferredHead) == 1
     off = convert(model("llama"), **ARGUMENTS, deferred_logits=False)
     assert not off.deferred_logits and "deferred" not in str(off)
-
-
-def test_auto_leaves_small_vocabularies_and_hidden_layers_alone():
-    class Small(Plain):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.to_words = nn.Embedding(128, H), nn.Linear(H, 128)  # as wide as the hidden layers
-
-    module = Small()
-    assert convert(module, **ARGUMENTS).deferred_logits == {}
-    assert deferred(module) == []
-    module = Small()
-    convert(module, **ARGUMENTS, deferred_logits=True)
-    assert deferred(module) == ["to_words"]
 
 
 def test_no_head_is_an_error_only_if_asked_for():

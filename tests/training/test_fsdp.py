@@ -217,7 +217,7 @@ def test_an_adapter_is_loaded_into_shards_and_one_of_another_rank_refused(setup_
         load_adapter(net, tmp_path / "r6")
 
 
-def test_a_dense_checkpoint_is_loaded_into_shards_with_dora(fit, tmp_path):
+def test_a_dense_checkpoint_is_loaded_into_shards_with_dora(fit):
     module = Sharded()
     other = Classifier(seed=5)
     fit(module, use_dora=True)

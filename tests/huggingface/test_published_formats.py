@@ -51,14 +51,18 @@ def llama(**changes):
     return transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**SMALL, "intermediate_size": 96, **changes})
 
 
+def written(model, format, folder):
+    if format != "mxfp4":
+        pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
+    return encode(model, format, folder)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A function that writes a model in a format, and as the dense model that it stands for."""
 
     def write(format, build):
-        if format != "mxfp4":
-            pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
-        dense = encode(made(build), format, tmp_path / "published")
+        dense = written(made(build), format, tmp_path / "published")
         (tmp_path / "dense").mkdir()
         config = json.loads((tmp_path / "published" / "config.json").read_text())
         del config["quantization_config"]
@@ -152,14 +156,14 @@ def test_a_run_is_that_on_the_dense_folder_and_resumes(format, build, folders, t
             return loss
 
     for folder in (published, dense):
-        lit = Run(build()[0], folder)
+        lit = Run(folder, build()[0])
         run = trainer(plugins=QLoRAPrecision(r=2, lora_dropout=0.0), max_steps=2)
         run.fit(lit)
         run.save_checkpoint(tmp_path / f"{folder.name}.ckpt")
     assert losses["published"] == losses["dense"] and len(losses["dense"]) == 2
     resumed = {}
     for name, folder in (("dense", dense), ("published", published)):  # each from the checkpoint of the other
-        resumed[name] = Run(build()[0], folder)
+        resumed[name] = Run(folder, build()[0])
         checkpoint = tmp_path / f"{'published' if name == 'dense' else 'dense'}.ckpt"
         trainer(plugins=QLoRAPrecision(r=2, lora_dropout=0.0), max_steps=3).fit(resumed[name], ckpt_path=checkpoint)
     same_parameters(resumed["published"], resumed["dense"])
@@ -167,15 +171,14 @@ def test_a_run_is_that_on_the_dense_folder_and_resumes(format, build, folders, t
 
 @of_5_23
 def test_load_from_checkpoint_needs_the_plugin_for_a_published_folder(folders, tmp_path, trainer):
-    kind, _ = llama()
     published, dense = folders("ct-int4", lambda: llama(vocab_size=1000))
-    lit = InConfigureModel(kind, published)
+    lit = InConfigureModel(published)
     run = trainer(plugins=QLoRAPrecision(r=2), max_steps=1)
     run.fit(lit)
     run.save_checkpoint(tmp_path / "run.ckpt")
 
     def load(folder):
-        return load_from_checkpoint(InConfigureModel, tmp_path / "run.ckpt", kind=kind, folder=folder)
+        return load_from_checkpoint(InConfigureModel, tmp_path / "run.ckpt", folder=folder)
 
     with pytest.raises(ValueError, match=r"weight_packed.*call load_from_checkpoint within plugin\.init"):
         load(published)
@@ -355,9 +358,7 @@ def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
     elif format is None:
         model.save_pretrained(tmp_path / "folder", max_shard_size="60MB")
     else:
-        if format != "mxfp4":
-            pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
-        encode(model, format, tmp_path / "folder")
+        written(model, format, tmp_path / "folder")
     del model
     script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
     command = [sys.executable, script, tmp_path / "folder", "8"]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_qlora import QLoRAPrecision, calibrate, convert, save_adapter
 from tests.conftest import Classifier, dataset, loader, make_trainer, run_rank, tensors
-from tests.toys import Lit
+from tests.toys import Loaded
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 
@@ -57,21 +57,8 @@ def fit_with_another_start_on_each_rank(root: Path) -> dict[str, object]:
     return {"tensors": weights, "sent": buffers.names}  # DDP sends the buffers before a step, which changes them
 
 
-class Loaded(Lit):
-    """Every rank loads a transformers folder in `configure_model`, in 4 bits."""
-
-    def __init__(self, folder: Path):
-        super().__init__(None)
-        self.folder = folder
-
-    def configure_model(self):
-        from transformers import AutoModelForCausalLM
-
-        if self.model is None:
-            self.model = AutoModelForCausalLM.from_pretrained(self.folder)
-
-
 def fit_loaded(root: Path) -> dict[str, torch.Tensor]:
+    """Every rank loads a transformers folder, in 4 bits."""
     module = Loaded(root / "base")
     trainer(root, QLoRAPrecision(r=4, modules_to_save=["norm"]), max_steps=2).fit(module)
     return {name: value.detach().clone() for name, value in tensors(module).items()}

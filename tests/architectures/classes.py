@@ -4,7 +4,6 @@ A class is named `TYPE:CLASS`, for example `llama:LlamaForCausalLM`. The checks 
 no inputs.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 
@@ -71,26 +70,26 @@ EXTRA = {
 }
 
 
-def all_types() -> list[str]:
+def all_types():
     """The architectures that transformers has, those without a row in the table first."""
     names = dict.fromkeys(name for table in _tables() for name in table)
     return sorted(names, key=lambda name: name in ALL)
 
 
-def class_of(name: str) -> str:
+def class_of(name):
     """`TYPE:CLASS` of an architecture: the first class that can be built here, those with a head first."""
     found = [table[name] for table in _tables() if name in table]
     kinds = [f"{name}:{one if isinstance(one, str) else one[0]}" for one in found]
     return next((kind for kind in kinds if not isinstance(find_configuration(kind), str)), kinds[0])
 
 
-def _tables() -> list[dict[str, str]]:
+def _tables():
     heads = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in HEADS]
     return [*heads, modeling_auto.MODEL_MAPPING_NAMES]
 
 
 @cache
-def find_configuration(kind: str) -> transformers.PreTrainedConfig | str:
+def find_configuration(kind):
     """The first configuration that gives a model of at most LARGEST parameters, or why there is none."""
     name, _, class_name = kind.partition(":")
     reasons = []
@@ -108,7 +107,7 @@ def find_configuration(kind: str) -> transformers.PreTrainedConfig | str:
     return reasons[0]
 
 
-def _attempts(name) -> Iterator:
+def _attempts(name):
     """Functions that make a configuration: the one in `models.py`, or the default one with fewer and fewer changes."""
     if name in ALL:
         yield lambda: configuration(name)
@@ -139,7 +138,7 @@ def _smaller(config, sizes, extra):
     return type(config)(**changes)
 
 
-def build_class(kind: str) -> transformers.PreTrainedModel:
+def build_class(kind):
     """A model of the class, in eval mode.
 
     Raises:

@@ -26,13 +26,13 @@ ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
 }
 
 
-def run(name: str, seed: int, scale: float, folder: Path) -> Counter[str]:
+def run(name, seed, scale, folder):
     """Run one attack."""
     attack, count = ATTACKS[name]
     return attack(seed, int(count * scale), folder)
 
 
-def main() -> None:
+def main():
     """Run all attacks and print what they counted."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--scale", type=float, default=1.0)

@@ -8,7 +8,6 @@ import resource
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -59,7 +58,7 @@ VALUES = (
 )
 
 
-def arguments(seed: int, count: int, _: Path) -> Counter[str]:
+def arguments(seed, count, _):
     """Random values of random arguments: a config, or TypeError or ValueError that names the argument."""
     draw = random.Random(seed)
     found = Counter[str]()
@@ -75,7 +74,7 @@ def arguments(seed: int, count: int, _: Path) -> Counter[str]:
     return found
 
 
-def layers(seed: int, count: int, _: Path) -> Counter[str]:
+def layers(seed, count, _):
     """Layers of random shapes, types and arguments against y = x W^T + b + s x A^T B^T in fp64, with gradients."""
     draw = random.Random(seed)
     found = Counter[str](wrong=0)
@@ -117,7 +116,7 @@ def layers(seed: int, count: int, _: Path) -> Counter[str]:
     return found
 
 
-def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
+def foreign_values(seed, count, folder):
     """Random values in PEFT's two files, of any JSON and tensor type: an adapter, or an error of one line, soon."""
     draw = random.Random(seed)
     found = Counter[str]()
@@ -163,13 +162,13 @@ def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
 class Counting(nn.Linear):
     """A subclass with a parameter and a buffer of its own."""
 
-    def __init__(self, *sizes: int) -> None:
+    def __init__(self, *sizes):
         super().__init__(*sizes)
         self.extra = nn.Parameter(torch.ones(()))
         self.register_buffer("seen", torch.zeros(2))
 
 
-def tree(draw: random.Random, width: int, depth: int) -> nn.Module:
+def tree(draw, width, depth):
     """A random module of linear layers, norms, nested and shared modules, and buffers."""
     parts: list[nn.Module] = []
     for _ in range(draw.randint(1, 4)):
@@ -190,7 +189,7 @@ def tree(draw: random.Random, width: int, depth: int) -> nn.Module:
     return nn.Sequential(*parts)
 
 
-def modules(seed: int, count: int, _: Path) -> Counter[str]:
+def modules(seed, count, _):
     """Random modules: a state dict loads into a fresh one with the same outputs, and merging keeps outputs and keys."""
     draw = random.Random(seed)
     found = Counter[str](wrong=0)
@@ -223,13 +222,13 @@ def modules(seed: int, count: int, _: Path) -> Counter[str]:
     return found
 
 
-def threads(seed: int, count: int, _: Path) -> Counter[str]:
+def threads(seed, count, _):
     """Threads convert and run modules of their own at the same time, with the results of one after the other."""
     draw = random.Random(seed)
     failures = list[str]()
     seeds = [draw.randrange(1 << 30) for _ in range(count)]
 
-    def result(number: int) -> torch.Tensor:
+    def result(number):
         generator = torch.Generator().manual_seed(number)
         module = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
         with torch.no_grad():
@@ -244,7 +243,7 @@ def threads(seed: int, count: int, _: Path) -> Counter[str]:
 
     expected = {number: result(number) for number in seeds}
 
-    def work(numbers: list[int]) -> None:
+    def work(numbers):
         try:
             failures.extend(f"{n}" for n in numbers if not torch.equal(result(n), expected[n]))
         except Exception as error:
@@ -259,11 +258,11 @@ def threads(seed: int, count: int, _: Path) -> Counter[str]:
     return Counter({"right": 4 * count, "wrong": 0})
 
 
-def soak(seed: int, count: int, _: Path) -> Counter[str]:
+def soak(seed, count, _):
     """Convert, train, save, load and merge again and again in one process: memory does not grow."""
     torch.manual_seed(seed)
 
-    def once() -> None:
+    def once():
         module = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
         convert(module, r=8)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])

@@ -1,7 +1,6 @@
 """A tiny checkpoint folder and data for LitGPT's scripts, with random weights."""
 
 import json
-from pathlib import Path
 
 import torch
 from litgpt import GPT, Config
@@ -26,7 +25,7 @@ WORDS = (
 )
 
 
-def make(folder: Path) -> None:
+def make(folder):
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder.mkdir()

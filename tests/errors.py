@@ -64,7 +64,7 @@ def errors_of(path):
 
 def page():
     """The content of docs/errors.md."""
-    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    parts = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         parts[path.relative_to(PACKAGE).as_posix()] += errors_of(path)
     lines = [INTRODUCTION]

@@ -9,7 +9,7 @@ does not show counts as foreign.
 
 import ast
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MARK = "_qlora_"
 OWNERS = {"self", "cls", "ctx"}
@@ -29,8 +29,8 @@ class Package:
     """The names of fields that classes of the package declare or set on themselves, and its constants."""
 
     def __init__(self, trees):
-        self.fields: set[str] = set()
-        self.constants: dict[str, Any] = {}
+        self.fields = set()
+        self.constants = {}
         for node in (node for tree in trees for node in ast.walk(tree)):
             if isinstance(node, ast.ClassDef):
                 self.fields |= {ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)}
@@ -51,7 +51,7 @@ class Package:
 
 def targets_of(node):
     """What a node sets or deletes, tuples taken apart."""
-    targets: list[Any] = []
+    targets = []
     if isinstance(node, (ast.Assign, ast.Delete)):
         targets = [*node.targets]
     elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension)):

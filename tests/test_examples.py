@@ -221,16 +221,21 @@ def reviews(folder):
     return folder
 
 
+@pytest.fixture
+def fast(base, tmp_path):
+    return ["--fast", f"--base={base}", f"--output={tmp_path}"]
+
+
 class TestScripts:
-    def test_trainer(self, base, tmp_path):
-        done = trainer.main(["--fast", f"--base={base}", f"--output={tmp_path}"])
+    def test_trainer(self, fast):
+        done = trainer.main(fast)
         assert done.global_step == 4
         saved = torch.load(done.checkpoint_callback.best_model_path)["state_dict"]
         assert any("lora_A" in key for key in saved)
         assert not any(key.endswith("q_proj.weight") for key in saved)
 
-    def test_fabric(self, base, tmp_path):
-        trained, restored = fabric.main(["--fast", f"--base={base}", f"--output={tmp_path}"])
+    def test_fabric(self, fast, tmp_path):
+        trained, restored = fabric.main(fast)
         assert trained == restored
         assert (tmp_path / "adapter.ckpt").exists()
 
@@ -246,19 +251,19 @@ class TestScripts:
         assert sum(isinstance(layer, QLoRALinear) for layer in run.model.modules()) == 14
         assert (tmp_path / "checkpoints" / "adapter.ckpt").exists()
 
-    def test_machines(self, base, tmp_path, monkeypatch, one_rank):
+    def test_machines(self, fast, tmp_path, monkeypatch, one_rank):
         """Without torchrun and srun it is a run of one process; tests/test_machines.py has two, which resume."""
         for name in [name for name in os.environ if name.startswith("SLURM_")]:
             monkeypatch.delenv(name)
-        run = machines.main(["--fast", f"--base={base}", f"--output={tmp_path}"])
+        run = machines.main(fast)
         assert (run.global_step, run.world_size) == (12, 1)
         assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["epoch=2-step=12.ckpt"]
 
-    def test_dpo(self, base, tmp_path):
-        result = dpo.main(["--fast", f"--base={base}", f"--output={tmp_path}", "--lr=5e-3"])
+    def test_dpo(self, fast):
+        result = dpo.main([*fast, "--lr=5e-3"])
         assert result["losses"][0] == pytest.approx(math.log(2), abs=1e-3)  # the policy begins as the reference
         assert result["losses"][-1] < 0.9 * math.log(2)
-        two = dpo.main(["--fast", f"--base={base}", f"--output={tmp_path}", "--lr=5e-3", "--two_models"])
+        two = dpo.main([*fast, "--lr=5e-3", "--two_models"])
         assert two["losses"] == result["losses"]
 
     def test_encoder(self, tmp_path, monkeypatch):
@@ -280,10 +285,9 @@ class TestScripts:
             "trained",
         }
 
-    def test_quickstart(self, base, tmp_path):
+    def test_quickstart(self, fast, tmp_path):
         overrides = ["--trainer.max_steps=30", "--model.lr=5e-3", "--trainer.enable_progress_bar=false"]
-        summary = quickstart.main(["--fast", f"--base={base}", f"--output={tmp_path}", *overrides])
-
+        summary = quickstart.main([*fast, *overrides])
         assert summary == json.loads((tmp_path / "summary.json").read_text())
         assert summary["perplexity_after"] < 0.9 * summary["perplexity_before"]
         weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -182,7 +181,7 @@ def transformer(name, config):
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "num_hidden_layers": 1}
-NETS: dict[str, Callable[[], nn.Module]] = {
+NETS = {
     "plain": plain,
     "teacher": WithTeacher,
     "tied": TiedLayers,
@@ -476,7 +475,7 @@ def raise_(*_, **__):
 
 # ---------------------------------------------------------------- the actions
 
-ACTIONS: dict[str, Callable[[Pair, int], None]] = {}
+ACTIONS = {}
 
 
 def action(function):
@@ -633,7 +632,7 @@ def thaw(pair, n):
         pair.optimizers = None
 
 
-WRITES: tuple[Callable[[torch.Tensor], Any], ...] = (
+WRITES = (
     lambda p: p.data.mul_(1.5),
     lambda p: p.data.copy_(p.data * 1.5),
     lambda p: p.data.__setitem__(slice(None), p.data * 1.5),
@@ -888,7 +887,7 @@ def fit_module(pair, module, path=None, **arguments):
     return trainer
 
 
-FIT: tuple[dict[str, Any], ...] = (
+FIT = (
     {},
     {"accumulate_grad_batches": 2},
     {"gradient_clip_val": 0.1},
@@ -969,7 +968,7 @@ def machine(name: str, kind: Kind) -> type[RuleBasedStateMachine]:
     def teardown(self):
         shutil.rmtree(self.pair.folder, ignore_errors=True)
 
-    members: dict[str, Any] = {"__init__": init, "teardown": teardown, "__module__": __name__}
+    members = {"__init__": init, "teardown": teardown, "__module__": __name__}
     for title, function in ACTIONS.items():
 
         def do(self, n, function=function):

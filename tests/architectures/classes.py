@@ -14,16 +14,9 @@ from transformers.models.auto import modeling_auto
 from tests.architectures.models import ALL, DETR, MROPE, SIZES, configuration
 
 HEADS = [
-    "CAUSAL_LM",
-    "IMAGE_TEXT_TO_TEXT",
-    "SEQ_TO_SEQ_CAUSAL_LM",
-    "SPEECH_SEQ_2_SEQ",
-    "CTC",
-    "SEQUENCE_CLASSIFICATION",
-    "MASKED_LM",
-    "IMAGE_CLASSIFICATION",
-    "OBJECT_DETECTION",
-]
+    "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "SEQUENCE_CLASSIFICATION",
+    "MASKED_LM", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION",
+]  # fmt: skip
 MORE_SIZES = {
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
     **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "linear_num_key_heads", "depth"], 2),

@@ -6,14 +6,12 @@ import io
 import random
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.attack import cases, files
 
 # Attempts of each attack at scale 1; `make test` has scale 0.4.
-ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
+ATTACKS = {
     "kills at random moments of a training": (files.kills_in_training, 5),
     "ends at random lines of save_adapter": (files.kills_in_saving, 40),
     "files that may not become large": (files.full_disks, 30),

@@ -24,44 +24,16 @@ from tests.toys import perturb
 JSON = (type(None), bool, int, float, str, list)
 
 VALUES = (
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    64,
-    3.5,
-    math.nan,
-    math.inf,
-    1e308,
-    10**30,
-    "",
-    "nf4",
-    "auto",
-    "x" * 500,
-    "(",
-    b"a",
-    "é\n",
-    [],
-    [""],
-    ["a", 1],
-    {},
-    {"a": 1},
-    {"(": 2},
-    {"a": -1},
-    {1: 2},
-    object(),
-    torch.float32,
-    ("a",),
+    None, True, False, 0, 1, -1, 64, 3.5, math.nan, math.inf, 1e308, 10**30, "", "nf4", "auto", "x" * 500, "(",
+    b"a", "é\n", [], [""], ["a", 1], {}, {"a": 1}, {"(": 2}, {"a": -1}, {1: 2}, object(), torch.float32, ("a",),
     {"a"},
-)
+)  # fmt: skip
 
 
 def arguments(seed, count, _):
     """Random values of random arguments: a config, or TypeError or ValueError that names the argument."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     names = list(QLoRAConfig.__dataclass_fields__)
     for _ in range(count):
         chosen = {name: draw.choice(VALUES) for name in draw.sample(names, draw.randint(1, 3))}
@@ -77,7 +49,7 @@ def arguments(seed, count, _):
 def layers(seed, count, _):
     """Layers of random shapes, types and arguments against y = x W^T + b + s x A^T B^T in fp64, with gradients."""
     draw = random.Random(seed)
-    found = Counter[str](wrong=0)
+    found = Counter(wrong=0)
     for number in range(count):
         torch.manual_seed(draw.randrange(1 << 30))
         dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
@@ -119,7 +91,7 @@ def layers(seed, count, _):
 def foreign_values(seed, count, folder):
     """Random values in PEFT's two files, of any JSON and tensor type: an adapter, or an error of one line, soon."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     values = [value for value in VALUES if isinstance(value, JSON)]
     values += [
         10**400,
@@ -170,7 +142,7 @@ class Counting(nn.Linear):
 
 def tree(draw, width, depth):
     """A random module of linear layers, norms, nested and shared modules, and buffers."""
-    parts: list[nn.Module] = []
+    parts = []
     for _ in range(draw.randint(1, 4)):
         kind = draw.randrange(7)
         if kind == 0 and depth:
@@ -192,7 +164,7 @@ def tree(draw, width, depth):
 def modules(seed, count, _):
     """Random modules: a state dict loads into a fresh one with the same outputs, and merging keeps outputs and keys."""
     draw = random.Random(seed)
-    found = Counter[str](wrong=0)
+    found = Counter(wrong=0)
     for number in range(count):
         shape_seed = draw.randrange(1 << 30)
         width = draw.choice([48, 64, 96])
@@ -225,7 +197,7 @@ def modules(seed, count, _):
 def threads(seed, count, _):
     """Threads convert and run modules of their own at the same time, with the results of one after the other."""
     draw = random.Random(seed)
-    failures = list[str]()
+    failures = []
     seeds = [draw.randrange(1 << 30) for _ in range(count)]
 
     def result(number):

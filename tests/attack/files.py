@@ -43,7 +43,7 @@ def train(folder, checkpoint=None):
 def kills_in_training(seed, count, folder):
     """A run is killed at a random moment: its checkpoints are whole, and resuming the last one is bit-equal."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     expected = train(folder / "whole").state_dict()
 
     def resume(place):
@@ -80,7 +80,7 @@ def number_of(place):
 def kills_in_saving(seed, count, folder):
     """A process ends at a random line of `save_adapter` over an older folder: one of the two is there, or no config."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     place = folder / "adapter"
     write_adapter(adapter(1), place)
     most = lines_of(lambda: write_adapter(adapter(2), place))
@@ -102,7 +102,7 @@ def kills_in_saving(seed, count, folder):
 def full_disks(seed, count, folder):
     """No file may become larger than a random size: the old adapter stays, and nothing else is left."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     place = folder / "adapter"
     write_adapter(adapter(1), place)
     size = max(path.stat().st_size for path in place.iterdir())

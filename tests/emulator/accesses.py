@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.emulator.machine import instruction, unknown
-from tests.emulator.memory import MEMORY, Actors
+from tests.emulator.memory import MEMORY
 from tests.emulator.program import Constant
 from tests.emulator.types import TYPES, UNSIGNED
 
@@ -112,7 +112,7 @@ class Copies:
     """The asynchronous copies of the blocks. Their bytes arrive as late as they may: when the thread waits."""
 
     def __init__(self, blocks):
-        self.pending: list[Copy] = []
+        self.pending = []
         self.commits = np.zeros(blocks.count, np.int64)
 
 
@@ -121,7 +121,7 @@ def _copy(blocks, given, active):
     """cp.async.ca.shared.global [to], [from], size, count: bytes after `count` are 0."""
     if given.words[1] != "async" or "bulk" in given.words:
         raise unknown(given)
-    copies: Copies = blocks.state.setdefault("cp.async", Copies(blocks))
+    copies = blocks.state.setdefault("cp.async", Copies(blocks))
     if given.words[2] in ("commit_group", "wait_group"):
         here = active.reshape(blocks.count, blocks.threads)
         if (here.any(1) != here.all(1)).any():
@@ -151,7 +151,7 @@ def _wait(blocks, copies, here, left):
     for copy in copies.pending:
         due = (here & (copy.commits < copies.commits - left))[blocks.block] & copy.left
         if due.any():
-            actors: Actors = blocks.actors(due)
+            actors = blocks.actors(due)
             blocks.shared.store(copy.places[due], copy.data[due], actors)
             copy.left &= ~due
     copies.pending = [copy for copy in copies.pending if copy.left.any()]

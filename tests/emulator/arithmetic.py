@@ -4,15 +4,11 @@ Shift" and "Data Movement and Conversion Instructions" (mov, cvt, prmt).
 fma rounds once, through fp64.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from tests.emulator.machine import instruction, unknown
 from tests.emulator.program import Vector
 from tests.emulator.types import TYPES, UNSIGNED, wider
-
-Function = Callable[..., np.ndarray]
 
 
 def _divide(a, b):
@@ -23,7 +19,7 @@ def _divide(a, b):
 
 
 # name: the function of the operands, in the type that the name ends with
-FUNCTIONS: dict[str, Function] = {
+FUNCTIONS = {
     "add": np.add,
     "sub": np.subtract,
     "div": _divide,
@@ -37,7 +33,7 @@ FUNCTIONS: dict[str, Function] = {
     "abs": np.abs,
     "sqrt": np.sqrt,
 }
-COMPARISONS: dict[str, Function] = {
+COMPARISONS = {
     "eq": np.equal,
     "ne": np.not_equal,
     "lt": np.less,

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from tests.emulator.program import Program
 from tests.kernels.triton.launches import forget_launches
 
 SHARED = {"cuda": 227 * 1024, "hip": 64 * 1024}  # of a block, at most
-PROGRAMS: dict[bytes, Any] = {}
+PROGRAMS = {}
 
 
 @dataclass

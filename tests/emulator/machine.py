@@ -2,25 +2,23 @@
 
 Threads that diverge are executed in turns. Within a block those at the lowest place in the code go first, so that they
 meet again; of the blocks that one that has done least, so that a block may wait for another one. PTX ISA, "SIMT
-Architecture". What is known of an instruction is in `INSTRUCTIONS`, by the first part of its name.
+Architecture". `INSTRUCTIONS` has a function for the first part of each name; it gets the blocks, the instruction and a
+mask of the threads that execute it.
 """
 
-from collections.abc import Callable
 from itertools import pairwise, product
-from typing import Any
 
 import numpy as np
 
 from tests.emulator.memory import Actors, Fault, GlobalMemory, SharedMemory
-from tests.emulator.program import Constant, Instruction, Operand, Register, Symbol, Vector
+from tests.emulator.program import Constant, Register, Symbol, Vector
 from tests.emulator.types import TYPES, UNSIGNED
 
 WARP = 32
 THREADS = 4096  # executed together, at most
 STEPS = 10**6  # pieces of straight code in which blocks must come to their end
 NAN = 0xFFFFFFFFFFFFDEAD  # what a register holds before it is written: NaN as a float of 16, 32 and 64 bits
-Execute = Callable[["Blocks", Instruction, np.ndarray], None]
-INSTRUCTIONS: dict[str, Execute] = {}
+INSTRUCTIONS = {}
 
 
 class UnknownInstruction(Exception):
@@ -80,14 +78,14 @@ class Blocks:
         self.first = first
         self.epochs = np.zeros(self.count, np.int64)
         self.shared = SharedMemory(shared, self.count, program.shared_unit)
-        self.state: dict[str, Any] = {}
-        self.registers: dict[str, np.ndarray] = {}
+        self.state = {}
+        self.registers = {}
         thread = np.tile(np.arange(threads), self.count)
         self._special = {"%tid.x": thread}
         for axis, name in enumerate("xyz"):
             self._special[f"%ctaid.{name}"] = np.repeat([place[axis] for place in places], threads)
             self._special[f"%nctaid.{name}"] = 0 * thread + grid[axis]
-        self._constants: dict[tuple[Operand, str], np.ndarray] = {}
+        self._constants = {}
 
     def run(self):
         """Execute until all threads have ended."""

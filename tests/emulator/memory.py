@@ -54,7 +54,7 @@ class GlobalMemory:
     """
 
     def __init__(self, ranges):
-        merged: list[tuple[int, int]] = []
+        merged = []
         for begin, end in sorted(ranges):
             if merged and begin < merged[-1][1]:  # a view of another tensor
                 merged[-1] = merged[-1][0], max(end, merged[-1][1])
@@ -65,9 +65,9 @@ class GlobalMemory:
         sizes = self.ends - self.begins
         self._starts = np.concatenate([[0], sizes.cumsum()[:-1]]).astype(np.int64)
         self._last = np.zeros(sizes.sum(), np.int32)  # the number of the last store to each byte
-        self.stores: list[Store] = [Store(-1, -1, -1)]
-        self._unpublished: dict[int, list[Store]] = {}
-        self._acquired: dict[int, int] = {}  # of a block: the stores before its last acquire
+        self.stores = [Store(-1, -1, -1)]
+        self._unpublished = {}
+        self._acquired = {}  # of a block: the stores before its last acquire
 
     def access(self, kind, at, size, actors, waits=False):
         """Check an access of `size` bytes at each address; the places of these bytes in `MEMORY`.
@@ -161,7 +161,7 @@ class SharedMemory:
         self._writer, self._written = np.full(units, NEVER, np.int32), np.full(units, NEVER, np.int32)
         self._reader, self._read = np.full(units, NEVER, np.int32), np.full(units, NEVER, np.int32)
         self._time = np.zeros(units, np.int64)  # of the last write
-        self._fenced: dict[int, int] = {}  # when a warp made its writes visible to asynchronous reads
+        self._fenced = {}  # when a warp made its writes visible to asynchronous reads
         self._now = 0
 
     def places(self, at, size, block):

@@ -79,9 +79,9 @@ class Program:
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
         head, body = text.split(".entry", 1)[1].split("{", 1)
         self.parameters = re.findall(r"(\w+_param_\d+)", head)
-        self.instructions: list[Instruction] = []
-        self.labels: dict[str, int] = {}
-        self.widths: dict[str, int] = {}
+        self.instructions = []
+        self.labels = {}
+        self.widths = {}
         body = re.split(r"\n\s*\.(?:section|file)\b", body)[0]
         body = re.sub(r"^\s*\.(?:loc|pragma)\b[^\n]*$", "", body, flags=re.MULTILINE)
         body = re.sub(r"\{([^{};]*)\}", r"<\1>", body)  # vectors, so that the braces left are those of scopes

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.emulator.machine import WARP, instruction, unknown
 from tests.emulator.memory import Fault
-from tests.emulator.program import Constant, Instruction, Operand, Vector
+from tests.emulator.program import Constant, Instruction, Vector
 from tests.emulator.types import TYPES
 from tests.emulator.warps import LANE, registers_as
 
@@ -121,10 +121,10 @@ class Products:
     """
 
     def __init__(self, blocks):
-        self.pending: list[Product] = []
+        self.pending = []
         self.commits = np.zeros(blocks.count, np.int64)
         self.fenced = np.zeros(blocks.count, bool)
-        self.sums: dict[tuple[Operand, ...], Sums] = {}  # by their registers
+        self.sums = {}  # by their registers
 
 
 def _products(blocks):

@@ -478,7 +478,7 @@ def own_hydra(folder):
     assert Path(path).stat().st_size < sum(sizes.values()) + optimizer + 20_000  # no second copy of the base
 
 
-PROJECTS: dict[str, Project] = {
+PROJECTS = {
     "pytorch-forecasting TFT": Project(
         "pytorch_forecasting",
         partial(forecasting, "TemporalFusionTransformer"),

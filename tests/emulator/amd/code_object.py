@@ -41,7 +41,7 @@ class CodeObject:
     def scalar_registers(self, arguments):
         """The first scalar registers when the kernel begins. "Initial Kernel Execution State"."""
         address = ctypes.addressof(arguments)
-        registers: list[int] = []
+        registers = []
         # Scratch memory, packet of the dispatch, queue, arguments, number of the dispatch, scratch memory (three).
         for bit, count in enumerate((4, 2, 2, 2, 2, 2, 1)):
             if self._descriptor.kernel_code_properties >> bit & 1:

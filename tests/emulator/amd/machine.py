@@ -6,7 +6,6 @@ AMD's "RDNA3", "RDNA4" and "CDNA3 Instruction Set Architecture", and LLVM's "Use
 
 import ctypes
 import re
-from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -14,14 +13,13 @@ import numpy as np
 from tests.emulator.amd.code_object import CodeObject, kernel_arguments
 from tests.emulator.amd.patches import decode, emulator
 from tests.emulator.machine import NAN, STEPS, UnknownInstruction
-from tests.emulator.memory import FILL, Actors, Fault, GlobalMemory, SharedMemory, Store
+from tests.emulator.memory import FILL, Actors, Fault, GlobalMemory, SharedMemory
 
 ARCHITECTURES = {"gfx9": "cdna", "gfx11": "rdna3", "gfx12": "rdna4"}
 BARRIERS = ("S_BARRIER", "S_BARRIER_WAIT")
 DPP8 = (233, 234)  # as a source: lanes are exchanged within eight
 DPP16 = 250
-Execute = Callable[["Wave", "Decoded"], None]
-INSTRUCTIONS: list[tuple[re.Pattern[str], Execute]] = []
+INSTRUCTIONS = []
 
 
 def instruction(form):
@@ -48,12 +46,12 @@ class Decoded:
 
     def __init__(self, given):
         self._given, self._format = given, type(given)
-        self.name: str = emulator._op_name(given)
-        self.size: int = given.size()
-        self.word: int = given._raw
-        self.execute: Execute | None = None
-        self.compiled: Callable[..., None] | None = None
-        self.used: tuple[int, ...] = ()
+        self.name = emulator._op_name(given)
+        self.size = given.size()
+        self.word = given._raw
+        self.execute = None
+        self.compiled = None
+        self.used = ()
 
     def __str__(self):
         return repr(self._given)
@@ -89,7 +87,7 @@ class Program:
         self.code = CodeObject(binary)
         self.architecture = next(name for prefix, name in ARCHITECTURES.items() if target.startswith(prefix))
         self.lanes = emulator._wave_size(self.architecture)
-        self._decoded: dict[int, Decoded] = {}
+        self._decoded = {}
 
     def at(self, place):
         if place not in self._decoded:
@@ -175,7 +173,7 @@ class Wave:
         program = group.program
         self.group, self.program = group, program
         self.number = (group.number * group.threads + first) // program.lanes
-        self.outstanding: list[Store | None] = []
+        self.outstanding = []
         registers = program.code.scalar_registers(group.arguments)
         self._state = emulator._init_wave(
             program.code.entry,

@@ -199,8 +199,10 @@ def paged_optimizer(kind):
             again = kind(params, lr=1e-2)
             again.load_state_dict(optimizer.state_dict())
             optimizer = again
-    state = optimizer.state_dict()["state"].values()
-    return params, [each | {"step": float(each["step"])} for each in state]  # torch's AdamW has the default type
+    states = [*optimizer.state_dict()["state"].values()]
+    if kind is PagedAdamW:  # torch's step counter has the default type
+        states = [each | {"step": float(each["step"])} for each in states]
+    return params, states
 
 
 def merged(dtype):

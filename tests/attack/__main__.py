@@ -25,13 +25,11 @@ ATTACKS = {
 
 
 def run(name, seed, scale, folder):
-    """Run one attack."""
     attack, count = ATTACKS[name]
     return attack(seed, int(count * scale), folder)
 
 
 def main():
-    """Run all attacks and print what they counted."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))

@@ -43,10 +43,7 @@ def run(work):
 def kill_later(work, ready, share):
     """Run `work` in a process and kill it; whether it had not ended before.
 
-    Args:
-        work: The work.
-        ready: Whether the process has come so far.
-        share: Of the time that this took: how long to wait after it.
+    `ready()` says whether the process has come so far; `share`: of the time that this took, how long to wait after it.
     """
     begin = time.perf_counter()
     pid = start(work)

@@ -26,8 +26,6 @@ class UnknownInstruction(Exception):
 
 
 def instruction(*names):
-    """Enter a function into the table of instructions."""
-
     def enter(execute):
         INSTRUCTIONS.update(dict.fromkeys(names, execute))
         return execute
@@ -88,7 +86,6 @@ class Blocks:
         self._constants = {}
 
     def run(self):
-        """Execute until all threads have ended."""
         instructions, leaders = self.program.instructions, self.program.leaders
         following = dict(pairwise(leaders))
         end, at = len(instructions), np.zeros(self.n, np.int64)

@@ -92,8 +92,6 @@ class Experts(Classifier):
 
 
 class Called(Classifier):
-    """Calls its model before the first batch."""
-
     def on_train_start(self):
         self.net(torch.randn(8, 64) + self.global_rank)
 

@@ -46,11 +46,10 @@ class Block:
     """A code block of a page.
 
     Attributes:
-        page: File name of the page.
-        line: Line of its first line of code in the page.
+        page: Its file name.
+        line: Of the first line of code.
         kind: The language of the fence.
         title: File name for which it stands, or "".
-        code: Its text.
         run: False if a comment before the block exempts it.
     """
 
@@ -63,7 +62,6 @@ class Block:
 
 
 def blocks(page):
-    """The code blocks of a page, in order."""
     text = page.read_text()
     for match in FENCE.finditer(text):
         title = re.search(r'title="([^"]+)"', match["rest"])
@@ -86,7 +84,6 @@ def make_hub(folder):
 
 
 def write(files, folder):
-    """Write the blocks that are files into a folder."""
     for file in files:
         path = folder / file.title
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +91,6 @@ def write(files, folder):
 
 
 def run_block(block, namespace):
-    """Run one block in the current folder."""
     if block.kind in ("python", "diff"):
         code = block.code
         if block.kind == "diff":

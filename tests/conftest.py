@@ -187,6 +187,15 @@ class PackageElsewhere(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def run_python(*arguments, folder=ROOT, **environment) -> subprocess.CompletedProcess:
+    """Run Python with the package in a process of its own, which must end well."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-5000:]}"
+    return done
+
+
 def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> tuple[str, list]:
     """Run a script whose Trainer starts its ranks itself: what it prints, and what each rank saved in the folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}

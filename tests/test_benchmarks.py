@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,8 +16,7 @@ from benchmarks.gpu_cells import CELLS, ROW, Cell, card, page, results
 from benchmarks.gpu_cells.__main__ import main as single_cell
 from benchmarks.timing import call_seconds, times
 from lightning_qlora.kernels import eager
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import run_python
 
 
 def test_one_round_is_enough_for_a_table():
@@ -186,9 +184,7 @@ def small(tmp_path_factory):
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("gpu_day")
     only = f"--only={','.join(MEASURED)}"
-    command = [sys.executable, "-m", "benchmarks.gpu_day", "--small", f"--state={folder}", only]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=550)
+    run = run_python("-m", "benchmarks.gpu_day", "--small", f"--state={folder}", only)
     return {record["cell"]: record for record in results.read(folder)}, folder, run.stdout + run.stderr
 
 
@@ -299,8 +295,7 @@ def test_checkpoints_move_between_one_device_and_shards():
 @pytest.mark.slow
 def test_seven_billion_runs_with_a_tiny_shape(tmp_path):
     pytest.importorskip("bitsandbytes")
-    command = [sys.executable, "-m", "benchmarks.seven_billion", "--size", "tiny", "--steps", "2", "--folder", tmp_path]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    run = run_python("-m", "benchmarks.seven_billion", "--size", "tiny", "--steps", "2", "--folder", tmp_path)
     rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["| lightning_qlora", "| PEFT + bitsandbytes"]
     ours, theirs = ([float(loss) for loss in row[-1].rstrip(" |").split(", ")] for row in rows)

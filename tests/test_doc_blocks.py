@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.checks import ARGUMENTS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.scripts.doc_blocks import blocks
 
 pytest.importorskip("transformers")
@@ -26,10 +23,7 @@ RUN = [name for name, page in PAGES.items() if any(b.kind in ("python", "diff", 
 def results(tmp_path_factory):
     """All pages in one process: each of its own would import torch again."""
     folder = tmp_path_factory.mktemp("pages")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.scripts.doc_blocks", str(folder), *(str(PAGES[name]) for name in RUN)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "tests.scripts.doc_blocks", folder, *(PAGES[name] for name in RUN))
     return json.loads((folder / "results.json").read_text())
 
 

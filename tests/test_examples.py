@@ -39,7 +39,7 @@ import smollm2  # noqa: E402
 import trainer  # noqa: E402
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
-from tests.conftest import make_trainer  # noqa: E402
+from tests.conftest import make_trainer, run_python  # noqa: E402
 from tests.toys import BERT, chat_model  # noqa: E402
 
 docstring_qa.read_pairs = functools.cache(docstring_qa.read_pairs)  # takes 3 seconds, and every script reads them
@@ -326,13 +326,12 @@ class TestOnSmolLM2:
         assert run(script, tmp_path, "--fast") < 120
 
     def test_the_commands_that_the_quickstart_prints_work(self, tmp_path):
-        how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}, "check": True}
-        how |= {"capture_output": True, "text": True}
-        said = subprocess.run([sys.executable, EXAMPLES / "quickstart.py", "--fast"], **how).stdout
+        said = run_python(EXAMPLES / "quickstart.py", "--fast", folder=tmp_path).stdout
         assert "peak memory" in said
         merge, ask = (shlex.split(line) for line in said.splitlines() if line.startswith("  ") and "merged" in line)
+        how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}, "check": True}
         subprocess.run(merge, **how)
-        assert subprocess.run(ask, **how).stdout.strip()
+        assert subprocess.run(ask, stdout=subprocess.PIPE, **how).stdout.strip()
 
     def test_quickstart_reaches_its_perplexity_and_size(self, tmp_path):
         assert run("quickstart", tmp_path) < 360
@@ -358,6 +357,5 @@ def test_the_encoder_learns(tmp_path):
 def run(script, folder, *arguments):
     """Run an example as a user does, in a folder of its own; return the seconds it took."""
     start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    subprocess.run([sys.executable, EXAMPLES / f"{script}.py", *arguments], cwd=folder, env=environment, check=True)
+    run_python(EXAMPLES / f"{script}.py", *arguments, folder=folder)
     return time.perf_counter() - start

@@ -170,12 +170,12 @@ def plain():
     )
 
 
-def transformer(name, config):
+def transformer(name, **config):
     def make():
         import transformers
 
         model = getattr(transformers, name)
-        return model(getattr(transformers, config[0])(**config[1]))
+        return model(model.config_class(**config))
 
     return make
 
@@ -188,15 +188,10 @@ NETS = {
     "in_16_bits": In16Bits,
     "in_fabric": InFabric,
     "in_fabric_mixed": lambda: InFabric(torch.bfloat16),
-    "llama": transformer("LlamaForCausalLM", ("LlamaConfig", LLAMA)),
-    "gpt2": transformer(
-        "GPT2LMHeadModel", ("GPT2Config", {**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
-    ),
-    "bert": transformer(
-        "BertForSequenceClassification",
-        ("BertConfig", {**BERT, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}),
-    ),
-    "experts": transformer("Qwen3MoeForCausalLM", ("Qwen3MoeConfig", {**LLAMA, **MOE})),
+    "llama": transformer("LlamaForCausalLM", **LLAMA),
+    "gpt2": transformer("GPT2LMHeadModel", **GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "bert": transformer("BertForSequenceClassification", **BERT, hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+    "experts": transformer("Qwen3MoeForCausalLM", **{**LLAMA, **MOE}),
 }
 
 

@@ -4,12 +4,8 @@ The folders, and the dense weights that they stand for, are made by `published_f
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +26,7 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
+from tests.conftest import run_python
 from tests.huggingface.published_formats import CONFIGS, encode, encode_gguf
 from tests.huggingface.test_experts_on_load import (
     _Allocated,
@@ -360,10 +357,7 @@ def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
     else:
         written(model, format, tmp_path / "folder")
     del model
-    script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
-    command = [sys.executable, script, tmp_path / "folder", "8"]
-    environment = {**os.environ, "PYTHONPATH": "."}
-    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=script.parents[2], env=environment)
+    run = run_python("-m", "tests.scripts.memory_of_loading", tmp_path / "folder", "8")
     peak, end = re.search(r"peak ([\d.]+) MB, end ([\d.]+) MB", run.stdout).groups()
     files = sum(file.stat().st_size for file in (tmp_path / "folder").glob("model*"))
     print(

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import lightning_qlora
+from lightning_qlora.checks import ARGUMENTS
 
 PACKAGE = Path(lightning_qlora.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "errors.md"
@@ -74,6 +75,8 @@ def page():
                 f"| {kind} | {message.replace('|', chr(92) + '|').replace('<', '&lt;')} |" for kind, message in errors
             ]
             lines += [f"## {name}\n\n| error | message |\n| --- | --- |", *rows, ""]
+    answers = [f"| `{name}` | {answer} |" for name, answer in ARGUMENTS.items()]
+    lines += ["## Arguments of other libraries\n\n| argument | what to do here |\n| --- | --- |", *answers, ""]
     return "\n".join(lines)
 
 

@@ -153,9 +153,7 @@ def convert_to_float_base(adapter: Adapter) -> Adapter:
 
 
 def _difference(layer: LayerAdapter, use_rslora: bool) -> LayerAdapter:
-    if layer.initial is None or not layer.initial[1].any():
-        return replace(layer, lora_A=layer.lora_A.float(), lora_B=layer.lora_B.float(), initial=None)
-    a0, b0 = layer.initial
+    a0, b0 = layer.initial or (layer.lora_A[..., :0, :], layer.lora_B[..., :0])  # None: B is 0
     ratio = (layer.r + a0.shape[-2]) / layer.r
     if use_rslora:
         ratio **= 0.5

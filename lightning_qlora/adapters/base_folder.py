@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -113,8 +112,6 @@ def stored_format(config: dict[str, Any]) -> dict[str, Any]:
 
 def can_compose() -> bool:
     """Whether transformers can dequantize before other operations on a weight: from 5.22 on."""
-    if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
-        return False
     return hasattr(import_module("transformers.quantizers.base").HfQuantizer, "get_load_operations")
 
 

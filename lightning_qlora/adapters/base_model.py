@@ -14,7 +14,6 @@ from lightning_qlora.adapters.peft_experts import stacks_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
-    COMPILED,
     is_transformers_model,
     last_part,
     name_endings,
@@ -60,10 +59,7 @@ def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
     name = only_child_of(module)
     if name is None:
         return "", module
-    child = module.get_submodule(name)
-    if hasattr(child, COMPILED):
-        return f"{name}.{COMPILED}", getattr(child, COMPILED)
-    return name, child
+    return name, module.get_submodule(name)
 
 
 def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:

@@ -103,8 +103,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 def _restore(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Add what a part left out, which was converted as a module of its own too: this module names its own base."""
-    if state_dict.pop(prefix + CONVERSION, None) is None:
-        return
+    state_dict.pop(prefix + CONVERSION, None)
     for name, layer in _named_layers(part):
         for key, value in base_entries(layer, prefix + _prefix(name)).items():
             state_dict.setdefault(key, value)

@@ -18,7 +18,7 @@ from lightning_qlora.layers.names import join, last_part
 from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
 
 CONFIG_FILE = "adapter_config.json"
-DEFAULT_ALPHA = 8  # PEFT's
+DEFAULTS = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
     "bias",
@@ -81,17 +81,16 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
-    """The content of the file, with the default of lora_alpha.
+    """The content of the file, with the defaults of r and lora_alpha.
 
     FileNotFoundError or ValueError if it is missing or broken, or QLoRALinear does not compute this kind of adapter.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. PEFT writes it into the folder of an adapter.")
     config = read_json(path)
-    config.setdefault("peft_type", "")
-    config.setdefault("lora_alpha", DEFAULT_ALPHA)
+    config |= {name: value for name, value in DEFAULTS.items() if name not in config}
     for name, check in CHECKS.items():
-        if config.get(name) is not None or name == "lora_alpha":
+        if config.get(name) is not None or name in DEFAULTS:
             try:
                 check(name, config[name])
             except (TypeError, ValueError) as error:

@@ -22,8 +22,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(target.parent, target) as partial:
         yield partial
-        if os.name == "nt" and target.is_dir():  # elsewhere a rename replaces an empty folder
-            target.rmdir()
+        with suppress(FileNotFoundError):
+            target.rmdir()  # it is empty, and Windows does not rename to a name that exists
         partial.rename(target)
 
 

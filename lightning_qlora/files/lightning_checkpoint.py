@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ OTHER_FILES = (  # of folders that are no checkpoints
     "model.safetensors",
     "model.safetensors.index.json",
 )
-# All that torch.distributed.checkpoint writes into an index, except dtypes.
+# All that torch.distributed.checkpoint writes into an index, except dtypes and the path of the folder.
 INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -35,9 +35,6 @@ INDEX_CLASSES = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }
 
 
@@ -123,6 +120,8 @@ def read_index(path: Path, weights_only: bool) -> Any:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local"):  # a path of any system, from any Python
+            return PurePath
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if is_dtype or name in INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)

@@ -41,16 +41,12 @@ class TensorEntry:
 def open_safetensors(path: Path) -> Iterator[Any]:
     """`safetensors.safe_open` on the CPU, with errors that name the file."""
     try:
-        file = safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{path}: not a safetensors file, or truncated ({error}). Copy or download it again."
         ) from error
-    with file:
-        try:
-            yield file
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -18,7 +18,7 @@ from lightning_qlora.huggingface.model_folder import single_tensor
 from lightning_qlora.layers.derived import restore
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.experts import ExpertParameter
-from lightning_qlora.layers.kinds import decode_as_stored, is_linear, kind_of
+from lightning_qlora.layers.kinds import decode_as_stored, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -270,6 +270,4 @@ class LoadPacked(_Operation):
             QLoRALinear.from_packed(layer, weight, type(layer), chosen.config, name, chosen.seed_name)
             assert isinstance(layer, QLoRALinear)
             return self.quantized(layer, key, missing_keys)
-        if is_linear(layer):
-            return {key: decode_as_stored(layer, weight)}
-        return {key: weight.dequantize(place.dtype)}
+        return {key: decode_as_stored(layer, weight)}

@@ -11,18 +11,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
-def world_size() -> int:
-    """Number of ranks; 1 without torch.distributed."""
+def world_size(group: Any = None) -> int:
+    """Number of ranks of a group, None: of all; 1 without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
+        return dist.get_world_size(group)
     return 1
 
 
-def of_all_ranks(value: Any) -> list[Any]:
-    """The value that each rank passes, in rank order; all ranks must call it."""
-    values = [value] * world_size()
+def of_all_ranks(value: Any, group: Any = None) -> list[Any]:
+    """The value that each rank of a group, None: of all, passes, in rank order; all of them must call it."""
+    values = [value] * world_size(group)
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 

@@ -194,22 +194,23 @@ def base_layers(base: nn.Module, remove_duplicate: bool = True) -> dict[str, LoR
     return {without_wrappers(name): layer for name, layer in adapted_layers(base, remove_duplicate).items()}
 
 
-def use_base_of_rank_0(module: nn.Module) -> None:
-    """Let all ranks hold the 4-bit weights of rank 0, as DDP does with parameters; all ranks must call it.
+def use_base_of_rank_0(module: nn.Module, group: Any = None) -> None:
+    """Let all ranks of a group, None: all, hold the 4-bit weights of its rank 0, as DDP does with parameters.
 
-    They differ where ranks built their modules from other random numbers. What was computed from the float weight is
-    that of rank 0 too.
+    All of them must call it. The weights differ where ranks built their modules from other random numbers. What was
+    computed from the float weight is that of rank 0 too.
     """
-    if world_size() == 1:
-        return
     layers = [layer for layer in adapted_layers(module).values() if "packed" in vars(layer)]
-    of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers])
+    if world_size(group) == 1 or not layers:
+        return
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers], group)
     for layer, *fingerprints in zip(layers, *of_ranks, strict=True):
         if len(set(fingerprints)) == 1:
             continue
         values = [layer.packed_weights, layer.initial]
-        dist.broadcast_object_list(values, 0)
-        if dist.get_rank() == 0:
+        dist.broadcast_object_list(values, source, group)
+        if dist.get_rank(group) == 0:
             continue
         weights, initial = values
         layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])

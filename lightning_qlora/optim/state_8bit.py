@@ -28,7 +28,6 @@ def is_8bit(state: Mapping[Any, Any]) -> bool:
     return f"{MOMENTS[0]}_absmax" in state
 
 
-@torch.no_grad()
 def to_32bit(state: dict[Any, Any], betas: Any) -> dict[Any, Any]:
     """The state of a parameter for torch's AdamW: 8-bit moments decoded to fp32, other state unchanged.
 
@@ -77,7 +76,6 @@ def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
     return state
 
 
-@torch.no_grad()
 def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """8-bit state that was saved in another number of shards, quantized in the blocks of `new`."""
     whole = split_like(param, decode(state))
@@ -90,7 +88,6 @@ def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> 
     return {**new, "step": whole["step"]}
 
 
-@torch.no_grad()
 def _decode(codes: Tensor, absmax: Tensor, shards: int, signed: bool) -> Tensor:
     """Decode this rank's part of DTensors, or all shards of plain tensors."""
     if isinstance(codes, DTensor):

@@ -43,7 +43,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     config = adapter.peft_config
     ranks = Counter(layer.r for layer in adapter.layers.values())
     for name in adapter.expert_adapters:  # matrices of many experts: only adapter_config.json has their rank
-        ranks[first_match(config.get("rank_pattern"), [name], config.get("r", 0))] += 1
+        ranks[first_match(config.get("rank_pattern"), [name], config["r"])] += 1
     alphas = Counter(layer.alpha for layer in layers.values())
     endings = Counter(last_part(name) for name in layers)
     tensors = list(adapter.saved.values())

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -171,7 +171,7 @@ class PlannedRun:
         self.config = config
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         if config.adapter is not None:  # no file can be read under that mode
-            config = replace(config_of_adapter(model, read_adapter(config.adapter), config), adapter=None)
+            config = config_of_adapter(model, read_adapter(config.adapter), config)
         with self._mode:
             self.model = fake_copy(model)
             self._example = fake_example(example, self._mode)

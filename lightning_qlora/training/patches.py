@@ -25,7 +25,7 @@ from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
 from lightning_qlora.layers.changes import replaces, wrap_once
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.qlora_linear import QLoRALinear, use_base_of_rank_0
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes
@@ -155,6 +155,20 @@ def split_bytes_in_fabric(original: Any, strategy: Any, module: nn.Module) -> An
     """
     to_parameters(module)
     return original(strategy, module)
+
+
+@replaces("torch.nn.parallel.distributed:_sync_module_states")
+def send_bytes_of_rank_0(original: Any, *args: Any, **kwargs: Any) -> None:
+    """Let DDP in a loop of your own send the 4-bit weights of rank 0, as it sends parameters.
+
+    Upstream: torch/nn/parallel/distributed.py, DistributedDataParallel.__init__, sends parameters and buffers. Ranks
+    that built their modules from other random numbers, or of which rank 0 alone loaded a file, would train one adapter
+    on different bases.
+    Supported ways tried: buffers, which DDP sends in each step; `convert`, in which nothing is collective.
+    Removed by: DDP asking a module what else it has to send.
+    """
+    original(*args, **kwargs)
+    use_base_of_rank_0(kwargs["module"], kwargs["process_group"])
 
 
 def shard_bytes() -> None:

@@ -287,3 +287,12 @@ def test_the_base_that_an_adapter_needs():
             assert text.startswith(f"These adapters were initialized as {method!r}, {needed}")
             assert trained_on(quantization) == text
     assert required_base(None) is None and trained_on(None) == "not recorded"
+
+
+def test_a_calibrated_adapter_is_exported_as_it_is_before_its_first_step(base, tmp_path):
+    lit = load_base(base)
+    convert(lit, **ARGUMENTS, init_lora_weights="calibrated")
+    save_adapter(lit, tmp_path, base="float")
+    found = read_adapter(tmp_path)
+    for name, layer in get_adapter(lit).layers.items():
+        assert torch.equal(found.layers[name].lora_A, layer.lora_A) and not found.layers[name].lora_B.any()

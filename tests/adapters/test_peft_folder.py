@@ -56,11 +56,13 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path):
         assert_same_folders(tmp_path / "0", tmp_path / name)
 
 
-def test_an_alpha_that_is_not_in_the_file_is_pefts_default(tmp_path):
-    write_adapter(adapter(3), tmp_path)
+def test_a_rank_and_an_alpha_that_are_not_in_the_file_are_pefts_defaults(tmp_path):
+    write_adapter(adapter(3, r=8), tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({key: value for key, value in config.items() if "alpha" not in key}))
-    assert read_adapter(tmp_path).alpha == pytest.importorskip("peft").LoraConfig().lora_alpha
+    del config["r"], config["lora_alpha"], config["alpha_pattern"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    found, default = read_adapter(tmp_path), pytest.importorskip("peft").LoraConfig()
+    assert (found.peft_config["r"], found.r, found.alpha) == (default.r, default.r, default.lora_alpha)
 
 
 @posix

@@ -1,6 +1,7 @@
 """Adapter folders: PEFT reads ours, we read PEFT's, and what is refused."""
 
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 from unittest.mock import ANY
@@ -340,6 +341,7 @@ def cut_short(folder):
         (lambda f: change_config(f, lora_alpha=None), r"adapter_config.json: lora_alpha=None"),
         (lambda f: change_config(f, target_modules=[3]), r"target_modules=\[3\]: .* names, or a regular expression"),
         (lambda f: change_config(f, without="peft_type"), r"adapter_config.json: peft_type=''"),
+        (lambda f: (f / "adapter_config.json").unlink(), r"adapter_config.json: no such file\."),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
         (cut_short, r"adapter_model.safetensors: not a safetensors file, or truncated"),
@@ -376,12 +378,34 @@ def test_broken_folders_are_named_in_one_line(folder, harm, message):
         load_adapter(converted("llama"), folder)
 
 
+def test_every_entry_of_peft_that_changes_an_adapter_is_checked(folder):
+    before = read_config(folder)
+    names = {entry.name for entry in dataclasses.fields(peft.LoraConfig)}
+    refused = {}
+    for name in names:
+        change_config(folder, **{name: {"": 1}})
+        try:
+            read_adapter(folder)
+        except ValueError as error:
+            refused[name] = str(error)
+        (folder / "adapter_config.json").write_text(json.dumps(before))
+    assert all(f"adapter_config.json: {name}={{'': 1}}: " in text for name, text in refused.items())
+    assert names - refused.keys() == names & {
+        *("auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "megatron_config"),
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config", "init_lora_weights"),
+        *("exclude_modules", "layers_pattern", "layers_to_transform", "ensure_weight_tying", "megatron_core"),
+        "qalora_group_size",
+    }
+
+
 def test_rows_of_tokens_without_their_indices_are_refused(tmp_path):
     save_adapter(converted("llama", trainable_token_indices=[3, 7]), tmp_path)
     for indices in (None, [3], {"other": [3, 7]}):
         change_config(tmp_path, trainable_token_indices=indices)
         with raises_in_one_line(ValueError, r"embed_tokens.* must have one row for each index in trainable_token_indi"):
             read_adapter(tmp_path)
+    change_config(tmp_path, trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [3, 7]})  # as PEFT, if tied
+    assert read_adapter(tmp_path).tokens == {"model.embed_tokens": [3, 7]}
 
 
 def test_initializations_of_peft(folder):

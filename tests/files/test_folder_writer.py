@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -29,6 +30,16 @@ def test_after_an_error_nothing_is_left(writing, tmp_path):
         fail(FileNotFoundError("an error of the caller"))
     assert not list(tmp_path.iterdir())
 
+    def fail_beside_another_process():
+        with writing(tmp_path / "out"):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "theirs").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_beside_another_process()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
 
 def test_files_are_replaced_and_others_stay(tmp_path):
     (tmp_path / "notes").write_text("mine")
@@ -49,6 +60,18 @@ def test_files_are_replaced_and_others_stay(tmp_path):
             "config.json": number,
             "weights": number,
         }
+
+
+def test_an_empty_folder_is_replaced_where_a_rename_does_not_do_it(tmp_path, monkeypatch):
+    def rename(path, target, rename=Path.rename):
+        assert not target.exists()  # on Windows an error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+    assert (tmp_path / "out/file").read_text() == "x"
 
 
 def test_permissions_are_those_of_any_new_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import sys
 from types import ModuleType
 
@@ -58,6 +59,25 @@ def test_shards_come_back(weights_only, shards):
     for key, value in STATE["state_dict"].items():
         assert torch.equal(content["state_dict"][key], value) and content["state_dict"][key].dtype == value.dtype
     assert (content["groups"], content["epoch"]) == (STATE["groups"], 3)
+
+
+def test_shards_of_another_system_come_back(shards):
+    folder = shards()
+    index = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()), protocol=2)
+    for path in (b"cpathlib\nWindowsPath", b"cpathlib._local\nPosixPath"):
+        changed = re.sub(rb"cpathlib\S*\n\w+", path, index)
+        assert path in changed
+        (folder / ".metadata").write_bytes(changed)
+        assert read_checkpoint(folder)["epoch"] == 3
+
+
+def test_a_folder_with_files_of_a_model_or_an_adapter_is_no_checkpoint(shards):
+    folder = shards()
+    assert is_shards(folder)
+    for name in ("adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json"):
+        (folder / name).touch()
+        assert not is_shards(folder)
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize("place", ["index", "value", "meta"])

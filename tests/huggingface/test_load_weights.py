@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,18 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
+from lightning_qlora.huggingface.load_weights import _read_matrices
+from lightning_qlora.huggingface.model_folder import ModelFolder
+from lightning_qlora.huggingface.without_data import mark_as_found
 from lightning_qlora.layers.dtensor import gather, reshard
+from lightning_qlora.layers.provenance import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
+from tests.layers.test_experts import gpt_oss, made
 from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
-from tests.layers.test_experts import gpt_oss, made, qwen3_moe  # noqa: E402
+from tests.layers.test_experts import qwen3_moe  # noqa: E402
 
 pytestmark = [
     needs("transformers", "5.3", "reads all weights before"),
@@ -402,3 +408,36 @@ def test_a_model_that_is_not_sharded_is_loaded_too(trainer, tmp_path, one_rank):
 
     module = fit(trainer, Loaded(tmp_path / "llama", teacher), ModelParallelStrategy(1, 1))
     check_equal(tensors(module.model), tensors(module.teacher[0]))
+
+
+def test_a_module_that_nobody_sharded_is_loaded(folder, one_rank):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with torch.device("meta"):
+        net = Net()
+    convert(net, **ARGUMENTS)
+    load_weights(net, folder)
+    alone = Net()
+    alone.load_state_dict(torch.load(folder / "state.pt"))
+    convert(alone, **ARGUMENTS)
+    check_equal(tensors(net), tensors(alone))
+
+
+def test_experts_that_the_folder_has_in_one_tensor(tmp_path):
+    dense = made(gpt_oss)
+    dense.save_pretrained(tmp_path)
+    model = copy.deepcopy(dense)
+    convert(model, **ARGUMENTS)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    experts = [*_read_matrices(name, adapted_layers(model)[name], ModelFolder(tmp_path, None))]
+    assert torch.equal(torch.stack(experts), dense.get_parameter(name))
+
+
+def test_types_and_marks_are_those_of_the_dense_copy():
+    with torch.device("meta"):
+        model, dense = nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16)
+    setattr(dense.weight, LOADED_TENSOR, True)
+    model.bias.requires_grad_(False)
+    mark_as_found(model, SimpleNamespace(model=dense))
+    assert model.weight.dtype is model.bias.dtype is torch.bfloat16
+    assert [p.requires_grad for p in model.parameters()] == [True, False]
+    assert [hasattr(p, LOADED_TENSOR) for p in model.parameters()] == [True, False]

@@ -1,5 +1,7 @@
 """A folder by the names of the model: fused and stacked tensors, and an adapter for the float base."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,8 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.toys import delta, perturb
 
 pytest.importorskip("transformers", minversion="5")
+
+from transformers.core_model_loading import WeightRenaming
 
 from tests.architectures.checks import ARGUMENTS, load, loaded_and_converted, saved
 from tests.huggingface.test_experts_on_load import mixtral
@@ -92,3 +96,15 @@ def test_an_adapter_for_the_float_base_is_what_training_added(kind, method, tmp_
         ours = adapter.scaling(name) * layer.lora_B @ layer.lora_A
         ours = found[name]._as_stored(ours)
         torch.testing.assert_close(ours, (delta(found[name]) - before[name]).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_names_that_the_model_does_not_use_are_keys(tmp_path, monkeypatch):
+    saved("bert", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "of_another": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = {**{name: name for name in tensors}, "of_another": "of_another"}
+    assert ModelFolder.open(tmp_path).key_of == expected
+    rename = WeightRenaming("LayerNorm", "of_no_model")
+    mapping = import_module("transformers.conversion_mapping")
+    monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: [rename])
+    assert ModelFolder.open(tmp_path).key_of == expected

@@ -1,11 +1,14 @@
 import copy
 import json
 import os
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Replicate, Shard
 
 from lightning_qlora import (
     CheckpointMismatchError,
@@ -18,11 +21,13 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.files.safetensors_folder import WeightFolder
+from lightning_qlora.huggingface.patches import QUANTIZER_FOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.tensor_parallel import unknown_style
 from tests.conftest import Classifier, loader, raises_before_teardown, raises_in_one_line
 from tests.huggingface.test_experts_on_load import assert_same_conversion, same_modules, same_parameters
 from tests.huggingface.test_experts_on_load import loaded as load
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, ids, logits, needs, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, assert_equal, converted, ids, logits, needs, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -266,12 +271,14 @@ def test_other_arguments_at_conversion_are_refused(folder):
     with QLoRAPrecision(**ARGUMENTS).init():
         streamed = Lit(llama(folder("llama")))
     before = streamed.state_dict()
+    others = {
+        **{"quant_type": "fp4", "block_size": 32, "double_quant": False, "r": 2, "lora_alpha": 3, "use_rslora": True},
+        **{"use_dora": True, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+    }
+    config = QLoRAConfig(**ARGUMENTS)
+    differing = ", ".join(f"{name}={getattr(config, name)!r} and not {value!r}" for name, value in others.items())
     for other, message in (
-        ({"r": 2, "quant_type": "fp4"}, r"quant_type='nf4' and not 'fp4', r=4 and not 2\). Load and convert with"),
-        (
-            {"use_dora": True, "init_lora_weights": "pissa"},
-            "use_dora=False and not True, init_lora_weights='default' and",
-        ),
+        (others, re.escape(f"({differing}). Load and convert with")),
         ({"rank_pattern": {"q_proj": 8}}, "r=4 and not 8"),
         ({"exclude_modules": ["q_proj"]}, "is to stay dense now: in exclude_modules"),
         ({"modules_to_save": ["layers.0"]}, "is to stay dense now: in modules_to_save"),
@@ -647,6 +654,37 @@ def test_loading_leaves_the_environment_as_it_was(before, monkeypatch):
         assert os.environ[name] == "1"
         assert events == ["transformers.modeling_utils", "changes to transformers"]
     assert os.environ.get(name) == before
+
+
+@pytest.mark.parametrize("missing", ["transformers", "transformers.core_model_loading"])
+def test_without_transformers_5_weights_are_quantized_later(missing, monkeypatch):
+    def find_spec(name):
+        assert missing.startswith(name)
+        return None if name == missing else name
+
+    monkeypatch.setattr("lightning_qlora.huggingface.quantize_on_load.find_spec", find_spec)
+    with QLoRAPrecision(r=4).init():
+        assert QUANTIZER_FOR.get() is None
+
+
+def test_what_no_folder_of_these_tests_has():
+    from lightning_qlora.huggingface.operations import LOAD_WHOLE, LoadPacked, _not_splittable, _of_expert
+
+    assert _of_expert({"a": [torch.ones(2)] * 3, "b": [torch.ones(2)]}, 0, 3) is None
+    mesh = SimpleNamespace(ndim=2)
+    for dimensions, placement, message in (
+        (2, Shard(0), LOAD_WHOLE),
+        (1, Shard(0), None),
+        (1, Replicate(), unknown_style("a plan for fused layers")),
+    ):
+        mesh.ndim = dimensions
+        place = SimpleNamespace(device_mesh=mesh, placements=[placement])
+        assert _not_splittable(place, SimpleNamespace(part=None)) == message
+    weight = quantize(torch.randn(8, 64))
+    model = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 64, dtype=torch.bfloat16)})
+    load_packed = LoadPacked(SimpleNamespace(chosen={})).convert
+    found = load_packed(weight.bnb_state_dict("weight"), model=model, full_layer_name="e.weight")
+    assert_equal(found, {"e.weight": weight.dequantize(torch.bfloat16)})
 
 
 def test_folders_with_pickled_weights_or_a_variant(folder, fit):

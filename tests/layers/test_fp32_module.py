@@ -317,6 +317,8 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
         return "a meta device is slow" if device.type == "meta" else None
 
     monkeypatch.setattr(converted_modules, "hold_in_fp32", partial(hold_in_fp32, decide=decide))
+    messages = []
+    monkeypatch.setattr(converted_modules, "rank_zero_info", messages.append)
     plugin = QLoRAPrecision(**ARGUMENTS)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
     module = model(BF16)
@@ -328,6 +330,7 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
         {p.dtype for p in module.parameters()} == {torch.float32} == {module.model.layers[0].mlp.up_proj.weight_dtype}
     )
     assert plugin.report.held_in_fp32 == ["a meta device is slow"] and plugin.report.held_bytes > 0
+    assert messages == [f"QLoRA: moved to meta. {plugin.report.summary()}"]
     module.to_empty(device="cpu")
     with plugin.forward_context():
         pass

@@ -54,7 +54,11 @@ def fit_with_another_start_on_each_rank(root):
     module.net.append(nn.BatchNorm1d(8))
     trainer(root, QLoRAPrecision(r=4, target_modules=["0", "4"]), callbacks=buffers).fit(module, loader(64, 4))
     weights = {name: value.detach() for name, value in tensors(module).items() if name not in buffers.names}
-    return {"tensors": weights, "sent": buffers.names}  # DDP sends the buffers before a step, which changes them
+    own_loop = Classifier(seed=RANK)
+    convert(own_loop, r=4)
+    nn.parallel.DistributedDataParallel(own_loop, process_group=torch.distributed.new_group())
+    # DDP sends the buffers before a step, which changes them
+    return {"tensors": weights, "sent": buffers.names, "own loop": tensors(own_loop)}
 
 
 def fit_loaded(root):

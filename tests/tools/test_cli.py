@@ -315,7 +315,8 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
         listed = project["optional-dependencies"][extra] if extra else project["dependencies"]
         assert any(re.match(rf"{package}\b", entry) for entry in listed), package
     card = torch.device("cuda", 0)
-    assert "brings nothing" in doctor.paging(card, SimpleNamespace(is_integrated=1))
+    nothing = "brings nothing: this GPU uses the host's memory, so there is no other one to page to"
+    assert doctor.paging(card, SimpleNamespace(is_integrated=1)) == nothing
     monkeypatch.setattr(doctor, "why_not_managed", lambda device: None)
     assert doctor.paging(card, SimpleNamespace(is_integrated=0)) == "unified memory"
 
@@ -334,7 +335,8 @@ def test_doctor_fails_if_something_is_wrong(json_flag, capsys, monkeypatch):
     else:
         assert capsys.readouterr().out == f"{'python':30} 3\n{'CPU':30} on fire  <-- wrong\n{'CC':30} gcc\n"
     found.pop()
-    main(["doctor", *json_flag])
+    monkeypatch.setattr("sys.argv", ["lightning-qlora", "doctor", *json_flag])
+    main()
 
 
 def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.conftest import elsewhere, raises_in_one_line
 from tests.layers import test_experts as experts
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
@@ -113,15 +114,21 @@ def test_on_the_float_base_and_in_another_type(base, tmp_path):
 
 
 def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_one(base, tmp_path):
-    from transformers import LlamaForSequenceClassification, LlamaModel
-
-    _, folder = base("llama")
-    for kind, more in ((LlamaModel, {}), (LlamaForSequenceClassification, {"num_labels": 5, "pad_token_id": 0})):
+    llama, bert = base("llama")[1], tmp_path / "bert"
+    toy("bert").save_pretrained(bert)
+    for folder, name, more in (
+        (llama, "LlamaModel", {}),
+        (tmp_path / "LlamaModel", "LlamaForCausalLM", {}),
+        (llama, "LlamaForSequenceClassification", {"num_labels": 5, "pad_token_id": 0}),
+        (bert, "BertForTokenClassification", {"num_labels": 3}),
+        (bert, "BertForQuestionAnswering", {}),
+    ):
+        kind = getattr(transformers, name)
         model = kind.from_pretrained(folder, **more)
         convert(model, **ARGUMENTS)
         perturb(model)
-        merge_folder(folder, get_adapter(model), tmp_path / kind.__name__)
-        merged = kind.from_pretrained(tmp_path / kind.__name__)
+        merge_folder(folder, get_adapter(model), tmp_path / name)
+        merged = kind.from_pretrained(tmp_path / name)
         assert_same_weights(merged, merge(model))
         assert merged.state_dict().keys() == model.state_dict().keys()
 
@@ -146,11 +153,18 @@ def test_a_base_that_was_trained_in_another_type(base, tmp_path):
     assert {value.dtype for value in merged.state_dict().values()} == {torch.bfloat16}
 
 
-def test_code_of_a_folder_runs_only_if_the_user_says_so(base, tmp_path):
-    _, folder = base("llama")
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path):
+    model, folder = base("llama")
+    if in_4_bits:
+        folder = save_in_4_bits(type(model), folder, tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
     # The second is no name in transformers, and comes before the one that is.
-    names = {"AutoConfig": "ours.Config", "AutoModelForNothing": "ours.Model", "AutoModelForCausalLM": "ours.Model"}
+    names = {
+        "AutoConfig": "ours.Config",
+        "AutoModelForNothing": "ours.Model",
+        "AutoModelForImageTextToText": "ours.Model",
+    }
     changed = {**config, "model_type": "ours", "architectures": ["Model"], "auto_map": names}
     (folder / "config.json").write_text(json.dumps(changed))
     (folder / "ours.py").write_text(
@@ -200,11 +214,10 @@ def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     refused(ValueError, r"no tensor for 'model.norm.weight' of a LlamaForCausalLM, and the adapter has none either")
 
-    def fails(*_, **__):
-        raise ImportError("install\nit")
-
-    monkeypatch.setattr(type(model), "from_pretrained", fails)
-    refused(ValueError, "base: transformers can't load it: ImportError: install it$")
+    for kind in (ImportError, RuntimeError):
+        error = Mock(side_effect=kind("install\nit"))
+        monkeypatch.setattr(type(model), "from_pretrained", error)
+        refused(ValueError, f"base: transformers can't load it: {kind.__name__}: install it$")
     monkeypatch.undo()
     config = json.loads((folder / "config.json").read_text())
     for values, message in (

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint
-from lightning_qlora.training.checkpoint import leave_out_networks
+from lightning_qlora.training.checkpoint import leave_out_networks, set_torch_rng_state_of_rank, torch_rng_states
 from tests.conftest import loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance")
@@ -92,3 +92,17 @@ def test_the_trainer_resumes(saved, trainer):
     resumed = trainer(plugins=QLoRAPrecision(r=4, checkpoint=kind), max_epochs=2)
     resumed.fit(Template(make_net()), loader(), ckpt_path=path)
     assert resumed.current_epoch == 2
+
+
+def test_the_generator_of_a_gpu_is_saved_and_restored(monkeypatch):
+    """By torch.cuda in place of one."""
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    (state,) = torch_rng_states(gathered=False)
+    assert torch.equal(state["cpu"], torch.get_rng_state())
+    expected = torch.rand(3)
+    set_torch_rng_state_of_rank([state])
+    assert torch.equal(torch.rand(3), expected) and [each.item() for each in restored] == [7]

@@ -50,14 +50,13 @@ def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
 
 
 def test_rank_0_alone_shows_the_progress(monkeypatch):
-    disabled = []
-    monkeypatch.setattr(
-        "lightning_qlora.training.convert.tqdm", lambda x, _, disable, **__: disabled.append(disable) or x
-    )
+    bars = []
+    monkeypatch.setattr("lightning_qlora.training.convert.tqdm", lambda x, *name, **how: bars.append((name, how)) or x)
     for rank in (0, 1):
         monkeypatch.setattr(rank_zero_only, "rank", rank)
         convert(mlp(), r=8)
-    assert disabled == [None, True]  # None: where stderr is a terminal
+    how = {"leave": False, "delay": 2, "unit": " layers"}
+    assert bars == [(("Quantizing",), how | {"disable": off}) for off in (None, True)]  # None: if stderr is no terminal
 
 
 def test_aliases_and_a_root_layer_are_converted_once():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -367,7 +368,7 @@ def test_sharded_and_parallel_heads_compute_the_logits():
     assert deferred(sharded) == ["to_words"] and type(sharded(ids())) is torch.Tensor
     parallel = converted("plain", exclude_modules=["to_words"])
     parallelize_module(parallel, mesh, {"to_words": ColwiseParallel()})
-    assert not isinstance(parallel(ids()), DeferredLogits)
+    assert not isinstance(parallel(ids()), DeferredLogits) and isinstance(parallel.to_words.weight, DTensor)
 
 
 def test_the_strategy_that_shards_is_in_the_report(trainer, one_rank):

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader
 
 from lightning_qlora import (
@@ -33,7 +36,7 @@ from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.training.guards import check_fsdp_groups
-from lightning_qlora.training.patches import load_whole_tensors
+from lightning_qlora.training.patches import keep_frozen_while_distributed, load_whole_tensors, shard_bytes
 from tests.conftest import Classifier, dataset, fingerprints, loader, raises_before_teardown, raises_in_one_line
 from tests.files.test_lightning_checkpoint import save_shards
 from tests.toys import assert_equal
@@ -355,3 +358,26 @@ def test_a_checkpoint_in_one_file_is_loaded_as_strictly_as_asked(tmp_path):
     with pytest.raises(KeyError, match="contains a key 'count' that does not exist"):
         load_whole_tensors(None, tmp_path / "whole", {"model": module, "count": 3})
     load_whole_tensors(None, tmp_path / "whole", {"model": module, "count": 3}, False)
+
+
+def test_what_older_versions_of_torch_need(monkeypatch):
+    """Bytes that get no gradient and are not cast, and frozen parameters that stay frozen in a plan."""
+    upstream = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+
+    def init_dtype_attrs(part, policy):
+        part.orig_dtype, part.param_dtype = part.sharded_param.dtype, policy.param_dtype
+
+    monkeypatch.setattr(upstream, "nn", upstream.nn)
+    monkeypatch.setattr(upstream.FSDPParam, "init_dtype_attrs", init_dtype_attrs)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.1"))
+    shard_bytes()
+    assert upstream.nn.Module is nn.Module and not upstream.nn.Parameter(torch.zeros(2), False).requires_grad
+    for dtype, is_float in ((torch.uint8, False), (torch.float32, True)):
+        part = SimpleNamespace(sharded_param=upstream.nn.Parameter(torch.zeros(2, dtype=dtype)))
+        upstream.FSDPParam.init_dtype_attrs(part, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        assert part.sharded_param.requires_grad == is_float
+        assert part.param_dtype == (torch.bfloat16 if is_float else None)
+    module = nn.Linear(4, 4)
+    module.bias.requires_grad_(False)
+    assert keep_frozen_while_distributed(lambda each, mesh: each.requires_grad_(True), module, None) is module
+    assert module.weight.requires_grad and not module.bias.requires_grad

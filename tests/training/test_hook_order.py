@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -138,3 +139,21 @@ def test_a_slurm_job_is_saved_after_the_batch_and_queued_again(trainer, tmp_path
         run.state.fn = TrainerFn.VALIDATING  # no batch that could end is trained
         run._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
         assert (tmp_path / "queued").read_text() == 2 * "requeue 4711\n"
+
+
+def test_slurms_signal_counts_on_rank_0_alone():
+    saved = []
+    connector = type("Connector", (), {"_slurm_sigusr_handler_fn": lambda _, *arguments: saved.append(arguments)})()
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision or all)
+    run = SimpleNamespace(_signal_connector=connector, callbacks=[], strategy=strategy, is_global_zero=False)
+    run._accelerator_connector = SimpleNamespace(cluster_environment=SLURMEnvironment())
+    run.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    requeue_between_batches(run)
+    after_batch = run.callbacks[0].on_train_batch_end
+    connector._slurm_sigusr_handler_fn(3, "frame")
+    after_batch()
+    assert not saved
+    run.is_global_zero = True
+    after_batch()
+    after_batch()
+    assert saved == [(signal.SIGUSR1, None)]

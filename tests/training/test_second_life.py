@@ -21,7 +21,6 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import Classifier, loader
@@ -104,7 +103,8 @@ def test_a_second_module_around_a_converted_network(fit, tmp_path):
 
 
 OTHERS = [
-    {"use_rslora": True}, {"r": 8, "lora_alpha": 2}, {"quant_type": "fp4"}, {"block_size": 32}, {"use_dora": True},
+    {"use_rslora": True}, {"r": 8, "lora_alpha": 2},
+    {"quant_type": "fp4", "compute_dtype": "bf16", "lora_dropout": 0.5}, {"block_size": 32}, {"use_dora": True},
     {"init_lora_weights": "pissa"}, {"double_quant": False}, {"target_modules": ["4"]},
 ]  # fmt: skip
 
@@ -127,9 +127,11 @@ def test_new_layers_get_the_new_arguments_and_a_checkpoint_those_of_each_layer(o
     save(module, tmp_path / "c.ckpt")
     loaded = load_from_checkpoint(Built, tmp_path / "c.ckpt").eval()
     assert torch.equal(loaded(X), module(X))
+    names = ["quant_type", "block_size", "double_quant", "compute_dtype", "r", "lora_alpha", "lora_dropout"]
+    names += ["use_rslora", "use_dora"]
     for name, layer in adapted_layers(module).items():
         there = adapted_layers(loaded)[name].config
-        assert all(getattr(there, key) == getattr(layer.config, key) for key in OF_LAYER)
+        assert all(getattr(there, key) == getattr(layer.config, key) for key in names)
     if not one_folder:
         with pytest.raises(ValueError, match=rf"0 has {next(iter(other))}=.* and 4 has"):
             save_adapter(module.net, tmp_path / "folder")

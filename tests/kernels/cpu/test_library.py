@@ -397,6 +397,13 @@ def test_a_group_without_other_members_may_write(cache, load, monkeypatch):
     members.append("somebody")
     with pytest.raises(build.BuildError, match="can be written by other users"):
         load()
+    members.clear()
+    monkeypatch.delattr(grp, "getgrgid")
+    monkeypatch.setattr(grp, "getgrgid", {}.__getitem__, raising=False)  # a group without a name
+    with pytest.raises(build.BuildError, match="can be written by other users"):
+        load()
+    monkeypatch.setattr(cache_folder.os, "name", "nt")  # where the mode says nothing
+    assert cache_folder.objection(cache.parent) is None
 
 
 def test_a_folder_above_the_cache_counts_too(cache, load):

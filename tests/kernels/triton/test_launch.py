@@ -18,7 +18,7 @@ from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.half import to_half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton import dropout, launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw_step
 from lightning_qlora.kernels.triton.grouped import can_group
 from lightning_qlora.kernels.triton.launch import Launch, Tile, number_of_shares
@@ -302,3 +302,10 @@ def test_the_compile_gate_builds_what_the_jit_builds(driven, monkeypatch):
         theirs = by_jit[-1]
         hints = {place: hint for place, hint in theirs.attrs.items() if place not in theirs.constants}  # Triton 3.9
         assert (ours.signature, ours.constants, ours.attrs) == (theirs.signature, theirs.constants, hints)
+
+
+def test_dropout_is_not_captured_in_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(dropout, "is_capturing", lambda device: True)
+    assert dropout.dropout_arguments(0.1, None, torch.device("cpu")) == ((0, 0, 0), 1.0)
+    with pytest.raises(RuntimeError, match="lora_dropout cannot be captured in a CUDA graph"):
+        dropout.dropout_arguments(0.1, torch.tensor([3]), torch.device("cpu"))

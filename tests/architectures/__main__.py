@@ -81,13 +81,8 @@ def row(kind):
     try:
         total, quantized, rest = share(kind)
         found |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-        IndexError,
-        ImportError,
-    ) as error:  # defaults that transformers can't build
+    # Defaults that transformers can't build.
+    except (AttributeError, TypeError, ValueError, IndexError, ImportError) as error:
         found |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
     return found | results(kind, CHECKS)
 

@@ -36,6 +36,7 @@ MORE_SIZES = {
 DEPTH = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"]
 LARGEST = 100_000_000  # parameters of a model
 FULL_ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+INKLING = {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}}
 # What configurations lack or check, so that sizes alone do not do.
 EXTRA = {
     **{name: {"vocab_size": 128} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
@@ -43,8 +44,8 @@ EXTRA = {
     **dict.fromkeys(("dab-detr", "deformable_detr", "table-transformer"), DETR),
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
-    "inkling2": {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}},
-    "inkling2_loop": {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}},
+    "inkling2": INKLING,
+    "inkling2_loop": INKLING,
     **{name: {"unpadded_vocab_size": 100} for name in ("inkling2_text", "inkling2_loop_text")},
     "reformer": {"is_decoder": True},
     "esmc": {"num_key_value_heads": 4},

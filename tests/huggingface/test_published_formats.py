@@ -109,8 +109,7 @@ def test_the_quantizer_of_the_format_decides_types_and_ends_the_load(folders, mo
     monkeypatch.setattr(kind, "update_dtype", lambda self, dtype: torch.float16)
     monkeypatch.setattr(kind, "get_new_dtype", lambda self, converter, param, dtype: torch.float16, raising=False)
     model = loaded(published)
-    assert len(ended) == 1
-    assert ended[0] is model
+    assert ended == [model]
     assert {model.dtype, model.model.norm.weight.dtype, model.lm_head.weight.dtype} == {torch.float16}
     assert {layer.weight_dtype for layer in adapted_layers(model).values()} == {torch.float16}
 
@@ -269,31 +268,29 @@ def test_plan_and_inspect(folders, tmp_path, capsys):
     assert "mxfp4" in capsys.readouterr().out
 
 
+def store_quantization(folder, **stored):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+
+
 def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
     published, _ = folders("mxfp4", gpt_oss)
     convert(model := made(gpt_oss), r=2)
     adapter = get_adapter(model)
-    config = json.loads((published / "config.json").read_text())
-
-    def change(**stored):
-        (published / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
-
-    change(quant_method="gptq", bits=4)
+    store_quantization(published, quant_method="gptq", bits=4)
     with pytest.raises(ImportError, match=r"is in 'gptq', so .* use a folder of the model in 16 bits"):
         loaded(published)
     with pytest.raises(ValueError, match=r"published: is in 'gptq'. .* in 16 bits"):
         merge_folder(published, adapter, tmp_path / "out")
     monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
-    change(**CONFIGS["ct-fp8"])
+    store_quantization(published, **CONFIGS["ct-fp8"])
     with pytest.raises(ImportError, match="pip install compressed-tensors"):
         loaded(published)
 
 
 def test_a_format_that_transformers_loads_and_does_not_dequantize_is_a_warning(folders):
     published, _ = folders("mxfp4", gpt_oss)
-    config = json.loads((published / "config.json").read_text())
-    stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (published / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    store_quantization(published, quant_method="bitsandbytes", load_in_8bit=True)
     with (
         pytest.warns(UserWarning, match=r"is in 'bitsandbytes', so its layers would not be converted"),
         suppress(Exception),

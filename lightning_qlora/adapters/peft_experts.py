@@ -29,7 +29,9 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
         converted = vars(owner).get(PARAMETERS, ())
         keys = [key for key in converted if stack_of(owner, key) is not None]
         for wrappers, key in enumerate(reversed(keys)):
-            stacks[without_wrappers(f"{name}.{key}")] = _stack(owner, key, wrappers)
+            stack = _stack(owner, key, wrappers)
+            assert stack is not None  # it is converted
+            stacks[without_wrappers(f"{name}.{key}")] = stack
     return stacks
 
 
@@ -99,24 +101,26 @@ def assign_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
         for wrappers, key in enumerate(reversed(names)):
             name = f"{owner}.{key}"
             stack = _stack(module, key, wrappers)
+            if stack is None:
+                refuse(adapter, f"{owner}.lora_A.weight", base, f"has no stack of experts in {key!r} there")
             _check_shape(adapter, key_of(name, stack), stack, base, _shape(module, key))
             experts[name] = stack
             layers[name] = unstack_adapters(adapter, name, stack)
     return replace(adapter, layers=layers, experts=experts, expert_adapters={}, as_parameters=frozenset())
 
 
-def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack:
+def _stack(owner: nn.Module, key: str, wrappers: int) -> ExpertStack | None:
     # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
     is_transposed = bool(getattr(owner, "is_transposed", False))
+    flat = len(_shape(owner, key)) == 2
     experts = stack_of(owner, key)
     if experts is not None:
-        number, transposed, flat = len(experts), experts._transposed, experts.flat
-    else:
-        shape = _shape(owner, key)
-        number, transposed, flat = shape[0], is_transposed, False
-        for parameter in expert_parameters(owner):  # as conversion will see it
-            if parameter.key == key:
-                number, transposed, flat = parameter.experts, parameter.transposed, len(shape) == 2
+        number, transposed = len(experts), experts._transposed
+    else:  # as conversion will see it
+        found = [parameter for parameter in expert_parameters(owner) if parameter.key == key]
+        if not found:
+            return None
+        number, transposed = found[0].experts, found[0].transposed
     return ExpertStack(number, wrappers, transposed, transposed != is_transposed, flat)
 
 

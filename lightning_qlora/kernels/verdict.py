@@ -146,8 +146,7 @@ def start(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], I
         [sys.executable, "-c", code, str(device), *ops],
         cwd=PACKAGE.parent,
         env=os.environ | {"PYTHONPATH": paths},
-        text=True,
-        errors="replace",
+        errors="replace",  # and so as text
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -48,19 +48,21 @@ class DeferredHead(Derived):
 
 def _can_defer(head: Any, input: Tensor) -> bool:
     """Whether autograd alone records the call, something trains in it, and the head keeps its parameters after it."""
-    if DISABLED in vars(head) or not torch.is_grad_enabled() or (_has_dropout(head) and head.training):
-        return False
-    if type(input) not in (Tensor, FakeTensor) or input.dim() < 2:
-        return False
-    # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the forward pass.
-    if "_is_fsdp_managed_module" in head.__dict__ or "forward" in head.__dict__:
-        return False
-    # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
-    if not all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values()):
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
-        return False
-    return input.requires_grad or any(p.requires_grad for p in head.parameters())
+    return (
+        DISABLED not in vars(head)
+        and torch.is_grad_enabled()
+        and not (head.training and _has_dropout(head))
+        and type(input) in (Tensor, FakeTensor)
+        and input.dim() >= 2
+        # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the call.
+        and "_is_fsdp_managed_module" not in vars(head)
+        and "forward" not in vars(head)
+        # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
+        and all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values())
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and (input.requires_grad or any(p.requires_grad for p in head.parameters()))
+    )
 
 
 def _has_dropout(head: Any) -> bool:

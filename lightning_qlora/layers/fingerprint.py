@@ -51,7 +51,6 @@ def _with_words(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor)
     if tensor.dtype is not torch.float64:
         return tensor
-    tensor = gather(tensor).contiguous()
     rounded = tensor.float()
     if torch.equal(rounded.double(), tensor):
         return rounded

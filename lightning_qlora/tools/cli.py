@@ -277,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             allow_abbrev=False,
             parser_class=Parser,
         )
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         if not isinstance(error, EXPECTED) and type(error).__name__ != "CheckpointMismatchError":  # which imports torch
             raise

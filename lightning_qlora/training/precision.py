@@ -9,7 +9,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -70,6 +70,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         self.report: ConversionReport | None = None
         self.pager = Pager()
         self._trainer: Trainer | None = None  # only within configure_model
+        self._runs: list[Trainer] = []  # of a run in a callback of another one, the inner one is the last
         self._modules = ConvertedModules()
         self._agreed: set[torch.device] = set()  # on which the ranks compared their kernels
         self._mode_before: dict[nn.Module, bool] = {}
@@ -124,6 +125,8 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
         run = Run(None, False, self._evaluating, _reason_of_all_ranks)
         if trainer is not None:
+            if trainer not in self._runs:
+                self._runs.append(trainer)
             guards.check_trainer(trainer, trainer.lightning_module)
             run = run._replace(device=trainer.strategy.root_device, sharded=_shards_module(trainer))
         if was_merged(root):
@@ -274,7 +277,14 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
 
     @override
     def teardown(self) -> None:
-        """Restore the training mode of the layers; free the pages of the optimizers and the decode buffers."""
+        """Restore the training mode of the layers; free the pages of the optimizers and the decode buffers.
+
+        Not at the end of a run in a callback of another Trainer with this plugin, which goes on training.
+        """
+        del self._runs[-1:]
+        if any(run.state.status == TrainerStatus.RUNNING for run in self._runs):
+            return
+        self._runs.clear()
         for layer, mode in self._mode_before.items():
             layer.training = mode
         self._mode_before.clear()

@@ -155,6 +155,10 @@ def test_errors_name_file_and_key(tmp_path):
 
     refused(converted(lambda: toys.qwen3_moe(num_experts=5)), "layers.0.mlp.experts.*has 5 experts of 32 inputs and 64")
     refused(converted(lambda: toys.qwen3_moe(num_hidden_layers=1)), "layers.1.mlp.experts.*has no such module")
+    unknown = toys.made(toys.qwen3_moe)
+    unknown.model.layers[0].mlp.experts.num_experts = None  # which says which parameters are stacks
+    convert(unknown, r=2)
+    refused(unknown, "layers.0.mlp.experts.lora_A.* has no stack of experts in 'down_proj' there")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     del tensors[key], tensors[key.replace("lora_A", "lora_B")]
     save_file(tensors, tmp_path / "adapter_model.safetensors")

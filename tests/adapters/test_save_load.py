@@ -378,6 +378,13 @@ def test_broken_folders_are_named_in_one_line(folder, harm, message):
         load_adapter(converted("llama"), folder)
 
 
+def test_adapters_in_any_float_type_are_read(folder):
+    name = "model.layers.0.self_attn.q_proj"
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        change_tensors(folder, lambda t, dtype=dtype: t.update({key: value.to(dtype) for key, value in t.items()}))
+        assert read_adapter(folder).layers[name].lora_A.dtype is dtype
+
+
 def test_every_entry_of_peft_that_changes_an_adapter_is_checked(folder):
     before = read_config(folder)
     names = {entry.name for entry in dataclasses.fields(peft.LoraConfig)}

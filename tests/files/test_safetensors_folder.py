@@ -87,7 +87,7 @@ def test_a_folder_of_shards_and_a_wrong_index(tmp_path):
             opened(**changes)
     (tmp_path / INDEX).unlink()
     for number in range(7):
-        (tmp_path / f"{number}.bin").touch()
-    names = r"\['0\.bin', '1\.bin', '2\.bin', '3\.bin', '4\.bin'\]"
+        (tmp_path / f"w{number}.bin").touch()
+    names = r"\['w0\.bin', 'w1\.bin', 'w2\.bin', 'w3\.bin', 'w4\.bin'\]"
     with raises_in_one_line(FileNotFoundError, rf"has neither model\.safetensors nor {INDEX}, only {names}"):
         WeightFolder(tmp_path)

@@ -17,8 +17,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
-from lightning_qlora.huggingface.load_weights import _read_matrices
-from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import mark_as_found
 from lightning_qlora.layers.dtensor import gather, reshard
 from lightning_qlora.layers.provenance import LOADED_TENSOR
@@ -420,16 +418,6 @@ def test_a_module_that_nobody_sharded_is_loaded(folder, one_rank):
     alone.load_state_dict(torch.load(folder / "state.pt"))
     convert(alone, **ARGUMENTS)
     check_equal(tensors(net), tensors(alone))
-
-
-def test_experts_that_the_folder_has_in_one_tensor(tmp_path):
-    dense = made(gpt_oss)
-    dense.save_pretrained(tmp_path)
-    model = copy.deepcopy(dense)
-    convert(model, **ARGUMENTS)
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    experts = [*_read_matrices(name, adapted_layers(model)[name], ModelFolder(tmp_path, None))]
-    assert torch.equal(torch.stack(experts), dense.get_parameter(name))
 
 
 def test_types_and_marks_are_those_of_the_dense_copy():

@@ -379,14 +379,14 @@ def test_the_process_that_checks(monkeypatch, tmp_path, kernels, capsys):
     program = tmp_path / "python"
     program.write_text(
         f'#!/bin/sh\ncd {tmp_path}\nprintf \'%s\\n\' "$OLDPWD" "$PYTHONPATH" "$@" > call; cat > input; echo no >&2\n'
-        "printf 'caf\\351\\n@verdict \"ready\"\\nnoise @verdict 1\\n@verdict null\\n'"
+        'printf \'caf\\351\\n@verdict "ready"\\nnoise @verdict 1\\n@verdict "of the child"\\n\''
     )
     program.chmod(0o755)
     only(monkeypatch, "dequantize")
     monkeypatch.setattr(verdict, "start", START)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(sys, "path", ["", "relative", "/absolute"])
-    assert verdict.examine(CPU) == {"dequantize": None}
+    assert verdict.examine(CPU) == {"dequantize": "of the child"}
     folder, paths, option, code, *arguments = (tmp_path / "call").read_text().splitlines()
     here = os.getcwd()
     assert (folder, paths) == (str(verdict.PACKAGE.parent), f"{here}:{here}/relative:/absolute")

@@ -231,6 +231,7 @@ def test_views_of_a_flat_stack_and_batched_products():
     torch.testing.assert_close([*flat], [*dense])
     for shape in ((4, 32, 64), (-1, 32, 64), (8, -1), (2, 2, 32, 64)):
         for view in (flat.view(*shape), flat.reshape(shape)):
+            assert view.detach().shape == view.shape and not view.detach().requires_grad
             torch.testing.assert_close(view[1] + 0, dense.view(shape)[1])
     x = torch.randn(5, 64)
     torch.testing.assert_close(F.linear(x, flat.detach().view(4, 32, 64)[2]), x @ dense[64:96].T)

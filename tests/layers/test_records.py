@@ -128,8 +128,9 @@ def test_the_fingerprint_sees_signs_of_single_columns_and_changes_of_all_words_a
 
 def test_the_fingerprint_of_parts_of_tensors_in_any_order_of_memory():
     x = torch.randn(300, 700)
-    for part in (x[1:], x[:, 1:], x.T, x.flatten()[1:], x[:0], x[:, 1], x[0, :1].expand(64)):
-        assert fingerprint(part) == fingerprint(part.clone()) == fingerprint(part.double())
+    for y in (x, x.double() / 3):
+        for part in (y[1:], y[:, 1:], y.T, y.flatten()[1:], y[:0], y[:, 1], y[0, :1].expand(64)):
+            assert fingerprint(part) == fingerprint(part.clone()) == fingerprint(part.double().contiguous())
     assert fingerprint(x.double() + 1e-12) != fingerprint(x)
     assert fingerprint(x + 0j) != fingerprint(x + 1e-3j)
 
@@ -182,3 +183,14 @@ def test_a_state_of_some_parameters_makes_no_other_change_a_part_of_the_base():
     target.load_state_dict(part, strict=False)  # the base that the fingerprint of this value names
     target.load_state_dict(state)
     assert_equal(target["teacher"].state_dict(), plain["teacher"].state_dict())
+
+
+def test_a_full_checkpoint_brings_the_base_of_later_checkpoints():
+    source = student_and_teacher()
+    source["teacher"][0].weight.data += 1
+    convert(source, r=4, target_modules=["student.0"], checkpoint="full")
+    module = converted()
+    keys = module.state_dict().keys()
+    module.load_state_dict(source.state_dict())
+    assert torch.equal(module["teacher"][0].weight, source["teacher"][0].weight)
+    assert module.state_dict().keys() == keys

@@ -203,6 +203,7 @@ def test_an_embedding_that_scales_its_output_stays_as_it_was_in_bf16_and_can_be_
     embedded = model.get_input_embeddings()(ids())
     convert(model, trainable_token_indices=TOKENS, **ARGUMENTS, compute_dtype="bf16")
     embedding = model.get_input_embeddings()
+    assert type(embedding).__name__ == "TrainableTokensGemma3TextScaledWordEmbedding"
     assert torch.equal(embedding(ids()), embedded) and delta(model).dtype is torch.float32
     perturb(model, scale=1.0)
     changed = embedding(ids())

@@ -358,7 +358,12 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("compute", log))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append(f"CPU waits for {device}"))
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
+
+    def pinned(*size, pin_memory, **options):
+        assert pin_memory and options == {"dtype": torch.uint8, "device": "cpu"}
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", pinned)
     return log
 
 

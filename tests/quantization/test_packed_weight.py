@@ -111,7 +111,10 @@ DAMAGED = {
     "long nested_absmax": (with_entry("nested_absmax", lambda t: t.repeat(2)), "nested_absmax: must hold 3 values"),
     "type of nested_absmax": (with_entry("nested_absmax", lambda t: t.half()), "nested_absmax.*of torch.float16"),
     "NaN in nested_absmax": (with_entry("nested_absmax", lambda t: t * torch.nan), "nested_absmax: holds NaN or Inf"),
-    "no nested_absmax": (with_entry("nested_absmax", lambda t: None), "nested_absmax: must hold 3 .*no such entry"),
+    "no nested_absmax": (
+        with_entry("nested_absmax", lambda t: None),
+        r"nested_absmax: must hold 3 .*; got no such entry\.",
+    ),
     "type of absmax": (with_entry("absmax", lambda t: t.float()), r"absmax: must hold .* torch\.uint8"),
     "quant_map": (with_entry("quant_map", lambda t: t.flip(0)), "quant_map: is not the table"),
     "size of quant_map": (with_entry("quant_map", lambda t: t[:4]), "quant_map: is not the table"),

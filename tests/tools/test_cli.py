@@ -390,10 +390,16 @@ def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch):
         main([])
 
 
-def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeypatch):
+def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_qlora.tools.inspect_path.inspect_path", lambda *_: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         main(["inspect", str(tmp_path)])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_qlora.tools.inspect_path.inspect_path", interrupt)
+    assert fails(["inspect", tmp_path], capsys, code=130) == ""
 
 
 def test_merge_refuses_an_output_that_cannot_be_replaced_before_it_reads_anything(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch import nn
 from lightning_qlora import PagedAdamW8bit, convert, estimate_memory, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import scratch
+from lightning_qlora.tools.activations import positions_of
 from lightning_qlora.tools.fake_model import meta_model
 from lightning_qlora.tools.memory_estimate import PlannedRun
-from lightning_qlora.tools.patches import run_without_data
 from tests.toys import LLAMA, NAMES, Lit, ids, toy
 from tests.training.test_gradient_checkpointing import Plain, saved_bytes
 
@@ -308,12 +309,11 @@ def test_one_row_of_512_tokens_is_the_default():
     assert default == estimate_memory(lit, batch_size=1, sequence_length=512, **ARGUMENTS)
 
 
-def test_a_module_without_data_can_be_cast_in_its_forward_pass():
-    router = nn.Sequential(nn.Linear(64, 8, bias=False), nn.Linear(8, 8))
-    router[1].weight.requires_grad_(False)
-    run_without_data(router)
-    assert router.to(torch.bfloat16) is router and router[0].bias is None
-    assert [(p.dtype, p.requires_grad) for p in router.parameters()] == [(torch.bfloat16, on) for on in (1, 0, 1)]
-    router._apply(torch.Tensor.double, recurse=False)
-    router[1]._apply(torch.Tensor.double, recurse=False)
-    assert [p.dtype for p in router.parameters()] == [torch.bfloat16, torch.float64, torch.float64]
+def test_the_positions_of_a_model_have_several_names():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        for number, expected in ((7, 7), (1, 1), (0, None), (-1, None), (True, None), (None, None)):
+            model.config = SimpleNamespace(**{name: number})
+            assert positions_of(model) == expected
+    model.config.get_text_config = lambda decoder: SimpleNamespace(n_positions=3)
+    assert positions_of(model) == 3

@@ -18,7 +18,7 @@ from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
-from lightning_qlora.tools.merge_folder import merge_folder
+from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.layers import test_experts as experts
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
@@ -311,6 +311,19 @@ def test_files_outside_of_the_folder_are_refused(base, tmp_path):
             merge_folder(folder, adapter, tmp_path / "out")
         (tmp_path / "secret").rename(folder / name)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_the_base_are_not_copied(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "code").mkdir(parents=True)
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    endings = ("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "safetensors.index.json")
+    for name in (*(f"model.{ending}" for ending in endings), "config.json", "ours.py", "tokenizer.json"):
+        (source / name).write_text("new")
+    _copy_other_files(source, out)
+    copied = {"config.json": "old", "ours.py": "new", "tokenizer.json": "new"}
+    assert {path.name: path.read_text() for path in out.iterdir()} == copied
 
 
 def test_a_snapshot_of_a_hub_cache_consists_of_links(base, tmp_path):

@@ -111,7 +111,7 @@ def error_on(inputs, weight, layer):
 
 
 def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
-    net, x = Net(), torch.randn(200, 64)
+    net, x = Net(), 1e-3 * torch.randn(200, 64)
     dense = copy.deepcopy(net)
     printed = []
     monkeypatch.setattr(calibration, "rank_zero_info", printed.append)

@@ -156,4 +156,6 @@ def test_slurms_signal_counts_on_rank_0_alone():
     run.is_global_zero = True
     after_batch()
     after_batch()
-    assert saved == [(signal.SIGUSR1, None)]
+    run.state.fn = TrainerFn.VALIDATING
+    connector._slurm_sigusr_handler_fn(3, "frame")
+    assert saved == [(signal.SIGUSR1, None), (3, "frame")]

@@ -67,13 +67,15 @@ def test_the_module_keeps_its_mode_and_adapters_use_dropout_only_in_training(tra
     module.net.eval()
 
     class Look(pl.Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        def on_train_batch_start(self, run, module, batch, batch_idx):
             seen.append(("train", module.net.training, module.net[0].training))
+            other = trainer(plugins=run.precision_plugin, limit_val_batches=1)  # within this run
+            other.validate(Classifier(), loader(), verbose=False)
 
         def on_validation_batch_start(self, *args):
             seen.append(("validate", module.net.training, module.net[0].training))
 
-    run = trainer(plugins=plugin(), callbacks=[Look()], limit_train_batches=1)
+    run = trainer(plugins=plugin(), callbacks=[Look()], limit_train_batches=2)
     run.fit(module, loader(), loader())
     assert set(seen) == {("train", False, True), ("validate", False, False)}
     assert module.net[0].training is False and released == [False]

@@ -69,6 +69,30 @@ def test_quantizing_and_decoding_give_the_bits_of_the_reference(library, dtype, 
                 assert torch.equal(out, reference.dequantize(ours, out_dtype).view(-1)), (shape, block_size, out_dtype)
 
 
+def test_each_op_of_a_cpu_runs_in_c(monkeypatch):
+    library = module.compiled_library()
+    if library is None:
+        pytest.skip("no C compiler")
+    called = []
+
+    class Counted:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(library, name)
+
+    monkeypatch.setattr(eager, "compiled_library", Counted)
+    weight = eager.quantize(torch.randn(32, 64), "nf4", 64, True)
+    eager.dequantize(weight, torch.float32)
+    x, xa = torch.randn(1, 64), torch.randn(1, 4)
+    lora = LoRA(torch.randn(4, 64), torch.randn(32, 4), p=0.5, seed=torch.tensor([3]))
+    eager.lora_project(x, lora)
+    eager.lora_linear(x, weight, None, lora._replace(p=0.0, seed=None))
+    eager.linear_into(torch.empty(1, 32), x, xa, weight, None, lora)
+    of_few_rows = ["types", "multiplies", "lora_linear"]
+    ops = ["types", "quantize"], ["types", "dequantize_into"], ["types", "dropout_into"], of_few_rows, of_few_rows
+    assert called == [name for names in ops for name in names]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_awkward_numbers_keep_their_bits(library, dtype):
     """Denormal numbers, huge ones, ties between levels, blocks that are all alike."""
@@ -548,7 +572,11 @@ def test_a_full_disk_is_no_reason_for_a_slower_variant(load, compiler, monkeypat
 def test_a_compiler_without_openmp_is_a_warning(load, compiler, caplog):
     compiler('case "$*" in *-fopenmp*) echo "no OpenMP" >&2; exit 1;; esac\nexec "{cc}" "$@"')
     load()
-    assert "compiled without threads, so 4-bit layers are slower: -march=native -fopenmp: no OpenMP" in caplog.text
+    (message,) = caplog.messages
+    assert message.startswith(
+        "C kernels compiled without threads, so 4-bit layers are slower: -march=native -fopenmp: no OpenMP"
+    )
+    assert message.endswith(". Install gcc, or set CC to another compiler with OpenMP")
 
 
 def test_a_mac_without_openmp_gets_one_thread_quietly_and_the_remedy_is_named(load, compiler, monkeypatch, caplog):

@@ -210,17 +210,18 @@ def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
     refused(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;")
     (folder / "model.safetensors.index.json").unlink()
     state = model.state_dict()
-    key = "model.layers.0.self_attn.q_proj"
-    weight = state[f"{key}.weight"]
+    first, other = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
+    weight = state[f"{first}.weight"]
     inf = weight.index_fill(0, torch.tensor([1]), float("inf"))
     for name, value, message in (
-        (f"{key}.weight", inf, f"base: {key}: weight: holds NaN or Inf"),
-        (f"{key}.weight", weight[0].clone(), rf"base: '{key}.weight' has shape \[64\], and a LlamaForCausalLM with"),
+        (f"{first}.weight", inf, f"base: {first}: weight: holds NaN or Inf"),
+        (f"{other}.weight", inf, f"base: {other}: weight: holds NaN or Inf"),
         (
-            "model.norm.weight",
-            None,
-            "no tensor for 'model.norm.weight' of a LlamaForCausalLM, and the adapter has none",
+            f"{first}.weight",
+            weight[0].clone(),
+            rf"base: '{first}.weight' has shape \[64\], and a LlamaForCausalLM with",
         ),
+        ("model.norm.weight", None, "no tensor for 'model.norm.weight' of a LlamaForCausalLM, and the adapter has no"),
     ):
         changed = {key: tensor for key, tensor in {**state, name: value}.items() if tensor is not None}
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})

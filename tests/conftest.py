@@ -27,6 +27,7 @@ from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_qlora
+from lightning_qlora import QLoRAPrecision
 from lightning_qlora.layers.packed_linear import PackedLayer
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +187,15 @@ class PackageElsewhere(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def run_python(*arguments, folder=ROOT, **environment) -> subprocess.CompletedProcess:
+    """Run Python with the package in a process of its own, which must end well."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-5000:]}"
+    return done
+
+
 def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> tuple[str, list]:
     """Run a script whose Trainer starts its ranks itself: what it prints, and what each rank saved in the folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "LOCAL_", "MASTER_", "NODE_"))}
@@ -261,6 +271,18 @@ def raises_before_teardown(kinds, match):
 def trainer(tmp_path):
     """Makes a Trainer for one CPU device that writes under the test's own folder."""
     return lambda **arguments: make_trainer(tmp_path, **arguments)
+
+
+@pytest.fixture
+def fit(trainer):
+    """Trains a module with adapters of rank 4; returns the Trainer, which has the other arguments."""
+
+    def run(module, data=None, **arguments):
+        used = trainer(**{"plugins": QLoRAPrecision(r=4), **arguments})
+        used.fit(module, data)
+        return used
+
+    return run
 
 
 @pytest.fixture

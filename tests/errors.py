@@ -21,7 +21,7 @@ The command line prints an error in one line. An error of another type is a bug:
 """
 
 
-def text_of(node: ast.expr) -> str:
+def text_of(node):
     """The text of a message, with its expressions in braces."""
     if isinstance(node, ast.Constant):
         return str(node.value)
@@ -34,7 +34,7 @@ def text_of(node: ast.expr) -> str:
     return "{" + _short(node.value if isinstance(node, ast.FormattedValue) else node) + "}"
 
 
-def _short(node: ast.expr) -> str:
+def _short(node):
     """The expression, or one name of it that says what it is: of `", ".join(names)` names, of `a or b` a."""
     if isinstance(node, ast.BoolOp):
         return _short(node.values[0])
@@ -46,7 +46,7 @@ def _short(node: ast.expr) -> str:
     return names[-1] if len(expression) > 24 and names else expression
 
 
-def errors_of(path: Path) -> list[tuple[str, str]]:
+def errors_of(path):
     """Type and message of every `raise` of a new error in a file, in its order."""
     errors = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -63,9 +63,9 @@ def errors_of(path: Path) -> list[tuple[str, str]]:
     return [(kind, message) for _, kind, message in sorted(errors)]
 
 
-def page() -> str:
+def page():
     """The content of docs/errors.md."""
-    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    parts = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         parts[path.relative_to(PACKAGE).as_posix()] += errors_of(path)
     lines = [INTRODUCTION]

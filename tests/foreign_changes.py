@@ -9,9 +9,7 @@ does not show counts as foreign.
 
 import ast
 import functools
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MARK = "_qlora_"
 OWNERS = {"self", "cls", "ctx"}
@@ -30,9 +28,9 @@ class Change(NamedTuple):
 class Package:
     """The names of fields that classes of the package declare or set on themselves, and its constants."""
 
-    def __init__(self, trees: list[ast.Module]) -> None:
-        self.fields: set[str] = set()
-        self.constants: dict[str, Any] = {}
+    def __init__(self, trees):
+        self.fields = set()
+        self.constants = {}
         for node in (node for tree in trees for node in ast.walk(tree)):
             if isinstance(node, ast.ClassDef):
                 self.fields |= {ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)}
@@ -42,18 +40,18 @@ class Package:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
                 self.constants |= {ast.unparse(name): node.value.value for name in node.targets}
 
-    def text_of(self, node: ast.AST) -> Any:
+    def text_of(self, node):
         """The value of a constant, or of a constant's name."""
         return node.value if isinstance(node, ast.Constant) else self.constants.get(ast.unparse(node))
 
-    def is_own(self, owner: ast.AST, name: Any) -> bool:
+    def is_own(self, owner, name):
         known = str(name).startswith(MARK) or name in STATE | self.fields
         return known or ast.unparse(owner) in OWNERS
 
 
-def targets_of(node: ast.AST) -> Iterator[ast.AST]:
+def targets_of(node):
     """What a node sets or deletes, tuples taken apart."""
-    targets: list[Any] = []
+    targets = []
     if isinstance(node, (ast.Assign, ast.Delete)):
         targets = [*node.targets]
     elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.For, ast.comprehension)):
@@ -68,7 +66,7 @@ def targets_of(node: ast.AST) -> Iterator[ast.AST]:
             yield target.value if isinstance(target, ast.Starred) else target
 
 
-def namespace_owner(node: ast.AST) -> ast.AST | None:
+def namespace_owner(node):
     """X, if an expression is the namespace of x."""
     if isinstance(node, ast.Attribute) and node.attr in NAMESPACES:
         return node.value
@@ -77,7 +75,7 @@ def namespace_owner(node: ast.AST) -> ast.AST | None:
     return None
 
 
-def _changed(node: ast.AST, package: Package) -> Iterator[tuple[ast.AST, Any, Any]]:
+def _changed(node, package):
     """(object, attribute if known, where) of what one node changes."""
     for target in targets_of(node):
         if isinstance(target, ast.Attribute):
@@ -98,7 +96,7 @@ def _changed(node: ast.AST, package: Package) -> Iterator[tuple[ast.AST, Any, An
         yield owner, package.text_of(node.args[0]) if node.args else None, node
 
 
-def changes_in(tree: ast.Module, package: Package) -> list[Change]:
+def changes_in(tree, package):
     """Every change of a foreign object in a file, in the order of its lines."""
     return sorted(
         {
@@ -111,7 +109,7 @@ def changes_in(tree: ast.Module, package: Package) -> list[Change]:
 
 
 @functools.cache
-def changes_of(folder: Path) -> dict[str, list[Change]]:
+def changes_of(folder):
     """File, relative to the package's folder -> its changes."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
     package = Package(list(trees.values()))

@@ -19,18 +19,9 @@ from tests.toys import ids
 # Loading and merging are worth a test where transformers converts the tensors of a folder; the others are slow tests.
 # Mixtures with dense layers beside their experts, which PEFT adapts as parameters.
 MIXTURES = [
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "glm4_moe",
-    "glm_moe_dsa",
-    "hunyuan_v1_moe",
-    "ernie4_5_moe",
-    "longcat_flash",
-    "afmoe",
-    "solar_open",
-    "qwen3_next",
-]
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "hunyuan_v1_moe", "ernie4_5_moe",
+    "longcat_flash", "afmoe", "solar_open", "qwen3_next",
+]  # fmt: skip
 DEFAULT = {
     "trains": MODELS,
     "recomputes": MODELS,
@@ -47,10 +38,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("check", "kind"), CASES)
-def test_a_tiny_model(check, kind, tmp_path):
+def needs_kind(kind):
     if kind.partition(":")[0] not in transformers.CONFIG_MAPPING:
         pytest.skip(f"{kind} is not in this version of transformers")
+
+
+@pytest.mark.parametrize(("check", "kind"), CASES)
+def test_a_tiny_model(check, kind, tmp_path):
+    needs_kind(kind)
     if why := CHECKS[check](kind, tmp_path):
         pytest.skip(why)
 
@@ -70,27 +65,14 @@ def test_folders_of_difficult_classes(kind, tmp_path):
 
     The last two have both Conv1D and linear layers, some of them square.
     """
-    if kind.partition(":")[0] not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"{kind} is not in this version of transformers")
+    needs_kind(kind)
     assert CHECKS["merges"](kind, tmp_path) is None
 
 
 MOE = [
-    "qwen3_moe",
-    "deepseek_v3",
-    "gpt_oss",
-    "mixtral",
-    "olmoe",
-    "granitemoe",
-    "llama4_text",
-    "dbrx",
-    "jetmoe",
-    "longcat_flash",
-    "hunyuan_v1_moe",
-    "nllb-moe",
-    "switch_transformers",
-    "afmoe",
-]
+    "qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe", "granitemoe", "llama4_text", "dbrx", "jetmoe",
+    "longcat_flash", "hunyuan_v1_moe", "nllb-moe", "switch_transformers", "afmoe",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MOE)

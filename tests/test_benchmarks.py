@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,8 +16,7 @@ from benchmarks.gpu_cells import CELLS, ROW, Cell, card, page, results
 from benchmarks.gpu_cells.__main__ import main as single_cell
 from benchmarks.timing import call_seconds, times
 from lightning_qlora.kernels import eager
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import run_python
 
 
 def test_one_round_is_enough_for_a_table():
@@ -67,12 +65,8 @@ def test_a_crash_loses_one_cell_and_keeps_its_rows(tmp_path):
     }
     day = Scripted(tmp_path, scripts)
     records = {record["cell"]: record for record in day.run([cell(name) for name in scripts])}
-    assert {name: record["status"] for name, record in records.items()} == {
-        "good": "ok",
-        "crash": "failed",
-        "killed": "failed",
-        "last": "ok",
-    }
+    assert [record["status"] for record in records.values()] == ["ok", "failed", "failed", "ok"]
+    assert list(records) == list(scripts)
     assert records["crash"]["rows"] == [{"figure": 2}]
     assert records["crash"]["last_lines"] == ["out of luck"]
     assert records["crash"]["reason"] == "ended with status 1"
@@ -150,15 +144,8 @@ def record(name, *rows, **changes):
 
 
 def step_row(variant, tokens, seconds):
-    return {
-        "variant": variant,
-        "tokens": tokens,
-        "seconds": seconds,
-        "fastest": seconds,
-        "slowest": seconds,
-        "peak_allocated_bytes": 9 * 10**9,
-        "loss": 11.7,
-    }
+    times = dict.fromkeys(["seconds", "fastest", "slowest"], seconds)
+    return {"variant": variant, "tokens": tokens, **times, "peak_allocated_bytes": 9 * 10**9, "loss": 11.7}
 
 
 def test_the_page_holds_goals_and_figures():
@@ -196,18 +183,8 @@ def small(tmp_path_factory):
     """The records of all cells with tiny shapes, and the folder; those that run this suite's tests find none here."""
     pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("gpu_day")
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_day",
-        "--small",
-        "--state",
-        str(folder),
-        "--only",
-        ",".join(MEASURED),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=550)
+    only = f"--only={','.join(MEASURED)}"
+    run = run_python("-m", "benchmarks.gpu_day", "--small", f"--state={folder}", only)
     return {record["cell"]: record for record in results.read(folder)}, folder, run.stdout + run.stderr
 
 
@@ -238,19 +215,21 @@ def test_a_second_run_has_nothing_to_do_and_a_single_cell_prints_its_rows(small,
     assert sum(line.startswith(ROW) for line in capsys.readouterr().out.splitlines()) == 3
 
 
-def test_failed_tests_are_printed_although_their_cell_ran(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def on_a_card(monkeypatch):
     monkeypatch.setattr(gpu_day, "card_name", lambda: "a card")
     monkeypatch.setattr(gpu_day, "install_tiles", lambda records: None)
+
+
+def test_failed_tests_are_printed_although_their_cell_ran(tmp_path, on_a_card, monkeypatch, capsys):
     monkeypatch.setattr(gpu_day, "Day", lambda _, out, *rest: Scripted(out, {"tests_optim": row(failure="test_a: no")}))
     assert gpu_day.main(["--state", str(tmp_path), "--only", "tests_optim"]) == 0
     assert "tests_optim: ok" in (printed := capsys.readouterr().out)
     assert "    test_a: no\n" in printed
 
 
-def test_a_new_machine_checks_the_kernels_before_its_first_cell(tmp_path, monkeypatch):
+def test_a_new_machine_checks_the_kernels_before_its_first_cell(tmp_path, on_a_card, monkeypatch):
     checked = []
-    monkeypatch.setattr(gpu_day, "card_name", lambda: "a card")
-    monkeypatch.setattr(gpu_day, "install_tiles", lambda records: None)
     monkeypatch.setattr(gpu_day, "check_kernels", lambda: checked.append(True))
     monkeypatch.setattr(gpu_day, "Day", lambda _, out, *rest: Scripted(out, {}))
     for cell in ("check", "check", "card"):  # the cell "check" does so itself; the second time nothing is left
@@ -316,8 +295,7 @@ def test_checkpoints_move_between_one_device_and_shards():
 @pytest.mark.slow
 def test_seven_billion_runs_with_a_tiny_shape(tmp_path):
     pytest.importorskip("bitsandbytes")
-    command = [sys.executable, "-m", "benchmarks.seven_billion", "--size", "tiny", "--steps", "2", "--folder", tmp_path]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    run = run_python("-m", "benchmarks.seven_billion", "--size", "tiny", "--steps", "2", "--folder", tmp_path)
     rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["| lightning_qlora", "| PEFT + bitsandbytes"]
     ours, theirs = ([float(loss) for loss in row[-1].rstrip(" |").split(", ")] for row in rows)

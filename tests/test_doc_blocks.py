@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.checks import ARGUMENTS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.scripts.doc_blocks import blocks
 
 pytest.importorskip("transformers")
@@ -24,10 +21,7 @@ RUN = [name for name, page in PAGES.items() if any(b.kind in ("python", "diff", 
 
 def test_every_block_of_every_page_runs(tmp_path):
     """All pages in one process: each of its own would import torch again."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.scripts.doc_blocks", str(tmp_path), *(str(PAGES[name]) for name in RUN)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "tests.scripts.doc_blocks", tmp_path, *(PAGES[name] for name in RUN))
     results = json.loads((tmp_path / "results.json").read_text())
     assert [*results] == RUN
     assert {name: page["error"] for name, page in results.items() if page["error"]} == {}

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +31,7 @@ from tests.errors import PAGE, errors_of, page
 
 def test_the_page_lists_every_error():
     assert PAGE.read_text() == page(), "run: python -m tests.errors"
+    assert "errors.md" in (PAGE.parents[1] / "mkdocs.yml").read_text()
 
 
 def test_every_kind_of_raise_is_found(tmp_path):
@@ -298,8 +298,6 @@ def test_wrong_calls(layer):
     refused(lambda: layer(torch.tensor(1.0)), "0: x has no dimension, the layer takes 64.")
     refused(lambda: layer(torch.zeros(2, 512)), "0: x has 512 columns, the layer takes 64.")
     refused(lambda: layer(torch.zeros(2, 64, dtype=torch.int64)), "0: x: must be float32", kind=TypeError)
-    refused(lambda: convert(Classifier(), lora_alpha=1e308), "lora_alpha=1e+308: must be", "< 1e+30")
-    refused(lambda: convert(Classifier(), r=0), "r=0: must be an integer >= 1")
 
 
 def test_a_forward_pass_on_the_meta_device_has_a_shape():
@@ -307,7 +305,3 @@ def test_a_forward_pass_on_the_meta_device_has_a_shape():
     convert(module, r=4)
     y = module.to("meta")(torch.randn(3, 5, 64, device="meta"))
     assert y.shape == (3, 5, 32) and y.is_meta
-
-
-def test_the_page_is_in_the_documentation():
-    assert "errors.md" in (Path(PAGE).parents[1] / "mkdocs.yml").read_text()

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -171,33 +170,28 @@ def plain():
     )
 
 
-def transformer(name, config):
+def transformer(name, **config):
     def make():
         import transformers
 
         model = getattr(transformers, name)
-        return model(getattr(transformers, config[0])(**config[1]))
+        return model(model.config_class(**config))
 
     return make
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "num_hidden_layers": 1}
-NETS: dict[str, Callable[[], nn.Module]] = {
+NETS = {
     "plain": plain,
     "teacher": WithTeacher,
     "tied": TiedLayers,
     "in_16_bits": In16Bits,
     "in_fabric": InFabric,
     "in_fabric_mixed": lambda: InFabric(torch.bfloat16),
-    "llama": transformer("LlamaForCausalLM", ("LlamaConfig", LLAMA)),
-    "gpt2": transformer(
-        "GPT2LMHeadModel", ("GPT2Config", {**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})
-    ),
-    "bert": transformer(
-        "BertForSequenceClassification",
-        ("BertConfig", {**BERT, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}),
-    ),
-    "experts": transformer("Qwen3MoeForCausalLM", ("Qwen3MoeConfig", {**LLAMA, **MOE})),
+    "llama": transformer("LlamaForCausalLM", **LLAMA),
+    "gpt2": transformer("GPT2LMHeadModel", **GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "bert": transformer("BertForSequenceClassification", **BERT, hidden_dropout_prob=0, attention_probs_dropout_prob=0),
+    "experts": transformer("Qwen3MoeForCausalLM", **{**LLAMA, **MOE}),
 }
 
 
@@ -476,7 +470,7 @@ def raise_(*_, **__):
 
 # ---------------------------------------------------------------- the actions
 
-ACTIONS: dict[str, Callable[[Pair, int], None]] = {}
+ACTIONS = {}
 
 
 def action(function):
@@ -633,7 +627,7 @@ def thaw(pair, n):
         pair.optimizers = None
 
 
-WRITES: tuple[Callable[[torch.Tensor], Any], ...] = (
+WRITES = (
     lambda p: p.data.mul_(1.5),
     lambda p: p.data.copy_(p.data * 1.5),
     lambda p: p.data.__setitem__(slice(None), p.data * 1.5),
@@ -888,7 +882,7 @@ def fit_module(pair, module, path=None, **arguments):
     return trainer
 
 
-FIT: tuple[dict[str, Any], ...] = (
+FIT = (
     {},
     {"accumulate_grad_batches": 2},
     {"gradient_clip_val": 0.1},
@@ -969,7 +963,7 @@ def machine(name: str, kind: Kind) -> type[RuleBasedStateMachine]:
     def teardown(self):
         shutil.rmtree(self.pair.folder, ignore_errors=True)
 
-    members: dict[str, Any] = {"__init__": init, "teardown": teardown, "__module__": __name__}
+    members = {"__init__": init, "teardown": teardown, "__module__": __name__}
     for title, function in ACTIONS.items():
 
         def do(self, n, function=function):

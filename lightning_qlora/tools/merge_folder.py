@@ -75,7 +75,7 @@ def merge_folder(
             model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
             adapter = assign_parameters(adapter, model)
             weights = float_weights(model, adapter)
-            if base == "float" or _quantizes_as_in_training(weights, adapter, config):
+            if base == "float" or _quantizes_as_in_training(base_model, weights, adapter, config):
                 break
         if base == "quantized":
             weights = {}
@@ -104,7 +104,9 @@ def merge_folder(
         _copy_other_files(base_model, partial)
 
 
-def _quantizes_as_in_training(weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig) -> bool:
+def _quantizes_as_in_training(
+    base_model: str | os.PathLike[str], weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig
+) -> bool:
     """Whether quantizing the first weight gives the bytes of the training; True if these are not known."""
     name, weight = next(iter(weights.items()))
     expected = adapter.base_fingerprints.get(name)
@@ -112,7 +114,8 @@ def _quantizes_as_in_training(weights: dict[str, Tensor], adapter: Adapter, conf
         return True
     form = config.quant_type, config.block_size, config.double_quant
     matrices = weight.reshape(-1, *weight.shape[-2:])
-    packed = [quantize(matrix, *form) for matrix in matrices]
+    with named(f"{base_model}: {name}"):
+        packed = [quantize(matrix, *form) for matrix in matrices]
     return expected == fingerprint_of_weights(packed)
 
 

@@ -20,7 +20,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from tests.adapters.folders import assert_same_folders
 from tests.conftest import elsewhere, raises_in_one_line
-from tests.toys import ARGUMENTS, Lit, perturb, toy
+from tests.toys import ARGUMENTS, Lit, assert_equal, converted, perturb, toy
 
 pytest.importorskip("transformers")
 
@@ -39,8 +39,6 @@ def saved(tmp_path):
 
 @pytest.fixture
 def trained(tmp_path, trainer):
-    """Trains a module with some arguments; its checkpoint."""
-
     def train(lit, **arguments):
         run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, **arguments), max_steps=2)
         run.fit(lit)
@@ -89,17 +87,16 @@ def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, trained, tmp_pa
     lit = Lit(toy("llama"))
     adapter = same_folders(lit, trained(lit, **arguments), tmp_path)
     for name, layer in get_adapter(lit).layers.items():
-        torch.testing.assert_close(adapter.layers[name].initial, layer.initial, rtol=0, atol=0)
+        assert_equal(adapter.layers[name].initial, layer.initial)
 
 
 def test_matrices_that_no_module_has_are_refused(tmp_path):
-    convert(lit := Lit(toy("llama")), **ARGUMENTS)
-    state = lit.state_dict()
+    state = converted("llama").state_dict()
     key = next(key for key in state if key.endswith("lora_A"))
     for value, message in (
         (state[key][:3], r"has shape \[3, 64\] and type torch.float32, and lora_B \[64, 4\]: they must be floats"),
         (state[key].int(), r"has shape \[4, 64\] and type torch.int32"),
-        (state[key] * float("nan"), "or lora_B holds NaN or Inf: the training diverged"),
+        (state[key] * torch.nan, "or lora_B holds NaN or Inf: the training diverged"),
     ):
         torch.save({"state_dict": state | {key: value.clone()}}, tmp_path / "x.ckpt")
         with raises_in_one_line(ValueError, rf"x.ckpt: {key}: {message}"):
@@ -171,8 +168,6 @@ def test_a_checkpoint_with_the_bytes_of_experts(saved, tmp_path):
 
 
 class Heads(LightningModule):
-    """Layers whose names end the same, beside each other."""
-
     def __init__(self):
         super().__init__()
         self.model = torch.nn.ModuleDict({"head": torch.nn.Linear(64, 64)})

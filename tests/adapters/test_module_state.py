@@ -24,21 +24,20 @@ def mlp(scale=1.0):
     return model
 
 
-def trained(**arguments):
+def fresh(**arguments):
     model = mlp()
     convert(model, **{"r": 8, **arguments})
+    return model
+
+
+def trained(**arguments):
+    model = fresh(**arguments)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, QLoRALinear):
                 layer.lora_B.normal_()
         model[4].weight.normal_()
         model[2].running_mean.normal_()
-    return model
-
-
-def fresh(scale=1.0, **arguments):
-    model = mlp(scale)
-    convert(model, **{"r": 8, **arguments})
     return model
 
 
@@ -122,7 +121,6 @@ def test_a_missing_adapter_is_still_missing():
 @pytest.mark.parametrize("write", [lambda p: p.mul_(2), lambda p: p.data.mul_(2)], ids=["parameter", "data"])
 @pytest.mark.parametrize("name", ["0.weight", "3.bias"])
 def test_a_base_that_changed_since_its_conversion_is_refused(name, write):
-    """The state of a module loads into this module, and no longer once a frozen parameter has changed."""
     model = fresh()
     state = model.state_dict()
     model.load_state_dict(state)
@@ -169,14 +167,11 @@ def test_a_module_that_is_converted_again_saves_what_one_conversion_saves(betwee
 
 
 def test_a_shared_layer_is_saved_and_loaded():
-    def shared():
-        torch.manual_seed(0)
-        layer = nn.Linear(64, 64)
-        net = nn.Sequential(layer, nn.ReLU(), layer)
+    layer = nn.Linear(64, 64)
+    first = nn.Sequential(layer, nn.ReLU(), layer)
+    second = copy.deepcopy(first)
+    for net in (first, second):
         convert(net, r=4)
-        return net
-
-    first, second = shared(), shared()
     first[0].lora_B.data += 1
     second.load_state_dict(first.state_dict())
     assert torch.equal(second[2].lora_B, first[0].lora_B)
@@ -221,8 +216,6 @@ def test_the_distributed_checkpoint_api_on_one_device(nested, arguments):
 
 
 class Counting(nn.Linear):
-    """A subclass with a persistent buffer and a parameter of its own."""
-
     def __init__(self, width):
         super().__init__(width, width)
         self.register_buffer("seen", torch.zeros(()))
@@ -311,7 +304,6 @@ def test_a_state_that_was_filtered_by_the_keys_of_the_module_is_named():
 
 
 def test_values_that_are_added_to_a_state_are_loaded():
-    """`state = module.state_dict(); state.update(old); module.load_state_dict(state)` loads the old values."""
     old, target = mlp(scale=2.0).state_dict(), fresh()
     state = target.state_dict()
     state.update({key: old[key] for key in ("0.weight", "2.bias", "3.weight")})

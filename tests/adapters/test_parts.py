@@ -21,7 +21,6 @@ def encoder():
 
 
 def build(seed=0, **arguments):
-    """A converted encoder and head with trained adapters."""
     torch.manual_seed(0)
     module = nn.Sequential()
     module.encoder = encoder()

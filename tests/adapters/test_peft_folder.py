@@ -16,8 +16,6 @@ from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
 from tests.adapters.folders import assert_same_folders
 
-posix = pytest.mark.skipif(os.name != "posix", reason="forks")
-
 
 def adapter(number: int, r: int = 2) -> Adapter:
     """An adapter whose values and alpha are `number`."""
@@ -65,10 +63,9 @@ def test_a_rank_and_an_alpha_that_are_not_in_the_file_are_pefts_defaults(tmp_pat
     assert (found.peft_config["r"], found.r, found.alpha) == (default.r, default.r, default.lora_alpha)
 
 
-@posix
+@pytest.mark.skipif(os.name != "posix", reason="forks")
 @pytest.mark.parametrize("same_config", [False, True])
 def test_a_kill_at_any_step_leaves_one_of_two_adapters_or_no_config(same_config, tmp_path, monkeypatch):
-    """The process ends before each of its changes to the folder: a reader finds one of the two, or no config."""
     first, second = adapter(3), adapter(4)
     if same_config:
         shared = peft_folder.peft_config(second)

@@ -26,7 +26,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.adapters.folders import assert_same_folders, assert_same_tensors, read_config
 from tests.conftest import Classifier, raises_in_one_line
 from tests.layers.test_experts import made, qwen3_moe
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, ids, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
 
 peft = pytest.importorskip("peft")
 
@@ -52,7 +52,6 @@ def assert_peft_computes_the_same(lit, folder, base=None):
 
 
 def bnb_base(name, folder, skip=("lm_head", "classifier")):
-    """The toy loaded by transformers with bitsandbytes' 4 bits."""
     model = toy(name)
     model.save_pretrained(folder / "float")
     arguments = {"bnb_4bit_compute_dtype": torch.float32, "llm_int8_skip_modules": [*skip]}
@@ -260,36 +259,13 @@ def test_a_tied_weight_that_peft_trained_separately_is_refused(name, target, mod
 
 
 def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
-    )
+    tying = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], **tying)
     perturb(peft.get_peft_model(tied("llama"), config)).save_pretrained(tmp_path)
     lit = Lit(tied("llama"))
     convert(lit, adapter=str(tmp_path))
     assert lit.model.lm_head.weight is lit.model.model.embed_tokens.weight
     assert_peft_computes_the_same(lit, tmp_path)
-
-
-def test_a_module_without_transformers(tmp_path):
-    lit = Classifier()
-    convert(lit, **ARGUMENTS)
-    perturb(lit)
-    save_adapter(lit, tmp_path)
-    theirs = Classifier().net
-    for number in (0, 4):
-        theirs[number].weight.data = lit.net[number].decode()
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(theirs(x), lit(x), atol=1e-5, rtol=0)
-
-
-def test_a_trained_adapter_generates_the_same_tokens_in_peft(tmp_path, trainer):
-    lit = Lit(toy("llama"))
-    trainer(plugins=QLoRAPrecision(**{**ARGUMENTS, "lora_dropout": 0.5}), max_steps=3).fit(lit)
-    save_adapter(lit, tmp_path / "adapter")
-    theirs = assert_peft_computes_the_same(lit, tmp_path / "adapter")
-    arguments = {"input_ids": ids(1, 5), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(theirs.generate(**arguments), lit.model.generate(**arguments))
 
 
 @pytest.fixture
@@ -298,91 +274,69 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
-def change_config(folder, without=None, **changes):
-    config = {**read_config(folder), **changes}
-    config.pop(without, None)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+def change_config(folder, **changes):
+    (folder / "adapter_config.json").write_text(json.dumps(read_config(folder) | changes))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+MATRIX = torch.ones(4, 64)
+WRONG_CONFIGS = [
+    ({"peft_type": "IA3"}, r"adapter_config.json: peft_type='IA3'"),
+    ({"bias": "all"}, r"adapter_config.json: bias='all': .* Merge it in PEFT"),
+    ({"use_qalora": True}, r"adapter_config.json: use_qalora=True: .* Merge it in PEFT"),
+    ({"rank_pattern": "x"}, r"adapter_config.json: rank_pattern='x': must be a dict"),
+    ({"target_modules": [3]}, r"target_modules=\[3\]: .* names, or a regular expression"),
+    ({"r": 8}, r"'.*lora_A.weight': the file has rank=4 there, and adapter_config.json has 8"),
+    ({"use_dora": True}, r"the file has use_dora=False there, and adapter_config.json has True"),
+    ({"trainable_token_indices": [1]}, r"safetensors: has no rows for trainable_token_indices"),
+]
+WRONG_TENSORS = [
+    (
+        {"base_model.model.x.base_layer.weight": MATRIX},
+        r"'base_model.*base_layer.weight': only lora_A.* Merge it in PEFT",
+    ),
+    ({KEY: None}, r"'.*lora_A.weight': the file has lora_B"),
+    ({"other": MATRIX}, r"'other' does not beg"),
+    (
+        {KEY.replace("weight", "default.weight"): MATRIX},
+        r"'base_model.*': the file has a second lora_A of .*0.*q_proj\.",
+    ),
+    ({"base_model.model.x": MATRIX}, r"'base_model.model.x' is in no module"),
+    ({"base_model.model.lm_head.weight": MATRIX * torch.nan}, r"'base_model.model.lm_head.weight' holds NaN"),
+    ({KEY: torch.ones(9, 64)}, r"'base.*q_proj.lora_A.weight': .*lora_A \[9, 64\]"),
+]
 
 
-def change_tensors(folder, change):
+def test_broken_folders_are_named_in_one_line(folder):
     path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+    config_path = folder / "adapter_config.json"
+    config, tensors, lit = read_config(folder), load_file(path), converted("llama")
+    unnamed = {key: value for key, value in config.items() if key != "peft_type"}
 
+    def refused(message):
+        with raises_in_one_line((ValueError, FileNotFoundError), message):
+            load_adapter(lit, folder)
 
-def cut_short(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda f: change_config(f, peft_type="IA3"), r"adapter_config.json: peft_type='IA3'"),
-        (lambda f: change_config(f, bias="all"), r"adapter_config.json: bias='all': .* Merge it in PEFT"),
-        (lambda f: change_config(f, use_qalora=True), r"adapter_config.json: use_qalora=True: .* Merge it in PEFT"),
-        (lambda f: change_config(f, rank_pattern="x"), r"adapter_config.json: rank_pattern='x': must be a dict"),
-        (
-            lambda f: change_config(f, r=8),
-            r"'.*lora_A.weight': the file has rank=4 there, and adapter_config.json has 8",
-        ),
-        (
-            lambda f: change_config(f, use_dora=True),
-            r"the file has use_dora=False there, and adapter_config.json has True",
-        ),
-        (
-            lambda f: change_config(f, trainable_token_indices=[1]),
-            r"safetensors: has no rows for trainable_token_indices",
-        ),
-        (lambda f: change_config(f, lora_alpha=None), r"adapter_config.json: lora_alpha=None"),
-        (lambda f: change_config(f, target_modules=[3]), r"target_modules=\[3\]: .* names, or a regular expression"),
-        (lambda f: change_config(f, without="peft_type"), r"adapter_config.json: peft_type=''"),
-        (lambda f: (f / "adapter_config.json").unlink(), r"adapter_config.json: no such file\."),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), r"adapter_model.safetensors: no such file"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), r"model.safetensors: not a safetensors"),
-        (cut_short, r"adapter_model.safetensors: not a safetensors file, or truncated"),
-        (
-            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x.base_layer.weight": t[KEY] + 1})),
-            r"model.safetensors: key 'base_model.model.x.base_layer.weight': only lora_A.* Merge it in PEFT",
-        ),
-        (lambda f: change_tensors(f, lambda t: t.pop(KEY)), r"safetensors: key '.*lora_A.weight': the file has lora_B"),
-        (
-            lambda f: change_tensors(f, lambda t: t.update(other=t[KEY] + 1)),
-            r"model.safetensors: key 'other' does not beg",
-        ),
-        (
-            lambda f: change_tensors(f, lambda t: t.update({KEY.replace("weight", "default.weight"): t[KEY] + 1})),
-            r"safetensors: key 'base_model.*': the file has a second lora_A of model.layers.0.self_attn.q_proj\.",
-        ),
-        (
-            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.x": t[KEY] + 1})),
-            r"model.safetensors: key 'base_model.model.x' is in no module",
-        ),
-        (
-            lambda f: change_tensors(f, lambda t: t.update({"base_model.model.lm_head.weight": t[KEY] * float("nan")})),
-            r"model.safetensors: key 'base_model.model.lm_head.weight' holds NaN",
-        ),
-        (
-            lambda f: change_tensors(f, lambda t: t.update({KEY: torch.ones(9, 64)})),
-            r"model.safetensors: key 'base.*q_proj.lora_A.weight': .*lora_A \[9, 64\]",
-        ),
-    ],
-)
-def test_broken_folders_are_named_in_one_line(folder, harm, message):
-    harm(folder)
-    with raises_in_one_line((ValueError, FileNotFoundError), message):
-        load_adapter(converted("llama"), folder)
+    for changed, message in ((unnamed, "config.json: peft_type=''"), *((config | c, m) for c, m in WRONG_CONFIGS)):
+        config_path.write_text(json.dumps(changed))
+        refused(message)
+    config_path.write_text(json.dumps(config))
+    for changes, message in WRONG_TENSORS:
+        save_file({key: value for key, value in (tensors | changes).items() if value is not None}, path)
+        refused(rf"adapter_model.safetensors: key {message}")
+    path.write_bytes(b"x" * 99)
+    refused(r"adapter_model.safetensors: not a safetensors")
+    path.unlink()
+    refused(r"adapter_model.safetensors: no such file")
+    config_path.unlink()
+    refused(r"adapter_config.json: no such file\.")
 
 
 def test_adapters_in_any_float_type_are_read(folder):
-    name = "model.layers.0.self_attn.q_proj"
+    path = folder / "adapter_model.safetensors"
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        change_tensors(folder, lambda t, dtype=dtype: t.update({key: value.to(dtype) for key, value in t.items()}))
-        assert read_adapter(folder).layers[name].lora_A.dtype is dtype
+        save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path)
+        assert {layer.lora_A.dtype for layer in read_adapter(folder).layers.values()} == {dtype}
 
 
 def test_every_entry_of_peft_that_changes_an_adapter_is_checked(folder):
@@ -416,7 +370,6 @@ def test_rows_of_tokens_without_their_indices_are_refused(tmp_path):
 
 
 def test_initializations_of_peft(folder):
-    """Those that change the base are refused, the others are read."""
     for method in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"):
         change_config(folder, init_lora_weights=method)
         with raises_in_one_line(ValueError, rf"adapter_config.json: init_lora_weights='{method}': PEFT changed"):
@@ -477,8 +430,6 @@ def test_a_checkpoint_saved_after_load_adapter_loads(tmp_path, trainer):
 
 
 class Repeated(nn.Module):
-    """The name of one layer is the end of another's."""
-
     def __init__(self):
         super().__init__()
         self.decoder = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(64, 64) for _ in range(2))})
@@ -652,10 +603,8 @@ def test_what_a_folder_has_no_place_for_is_named(tmp_path):
     lit = Lit(toy("llama"))
     lit.head = nn.Linear(64, 64)
     convert(lit, **ARGUMENTS, modules_to_save=["head"])
-    message = (
-        r"^The folder gets the adapters of 'model', a LlamaForCausalLM, and not what trains outside of it: head\. A"
-    )
-    with pytest.warns(UserWarning, match=message):
+    message = "The folder gets the adapters of 'model', a LlamaForCausalLM, and not what trains outside of it: head. A"
+    with pytest.warns(UserWarning, match=f"^{message}"):
         save_adapter(lit, tmp_path)
     for other in ({"quant_type": "fp4"}, {"init_lora_weights": "gaussian"}, {"use_dora": True}):
         net = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
@@ -667,20 +616,20 @@ def test_what_a_folder_has_no_place_for_is_named(tmp_path):
             save_adapter(net, tmp_path)
 
 
-OF_FOLDER = {  # arguments that a run with adapter=FOLDER takes from the folder, or that do not apply to it
-    "r": 2,
-    "lora_alpha": 3,
-    "target_modules": r"net\.0",
-    "exclude_modules": [],
-    "modules_to_save": [],
-    "trainable_token_indices": None,
-    "init_lora_weights": "default",
-    "loftq_config": {},
-    "use_rslora": True,
-    "use_dora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "adapter": None,
+REPLACED = {  # arguments that a run with adapter=FOLDER takes from the folder, or that do not apply to it
+    "r": 7,
+    "lora_alpha": 5,
+    "target_modules": ["4"],
+    "exclude_modules": ["0"],
+    "modules_to_save": ["2"],
+    "trainable_token_indices": [1],
+    "init_lora_weights": "loftq",
+    "loftq_config": {"loftq_iter": 2},
+    "use_rslora": False,
+    "use_dora": True,
+    "rank_pattern": {"4": 3},
+    "alpha_pattern": {"4": 3},
+    "adapter": "the folder",
 }
 KEPT = {  # and those that stay as they are passed
     "quant_type": "fp4",
@@ -697,27 +646,12 @@ KEPT = {  # and those that stay as they are passed
 
 def test_each_argument_is_kept_or_taken_from_the_folder(tmp_path):
     """A new argument belongs in one of the two lists, and `config_of_adapter` does what its list says."""
-    assert not OF_FOLDER.keys() & KEPT.keys()
-    assert OF_FOLDER.keys() | KEPT.keys() == QLoRAConfig.__dataclass_fields__.keys()
+    defaults = vars(QLoRAConfig())
+    assert not REPLACED.keys() & KEPT.keys() and REPLACED.keys() | KEPT.keys() == defaults.keys()
     module = Classifier()
     convert(module, r=2, lora_alpha=3, use_rslora=True, target_modules=["0"])
     save_adapter(perturb(module), tmp_path)
-    passed = QLoRAConfig(
-        **KEPT,
-        r=7,
-        lora_alpha=5,
-        target_modules=["4"],
-        exclude_modules=["0"],
-        modules_to_save=["2"],
-        trainable_token_indices=[1],
-        init_lora_weights="loftq",
-        loftq_config={"loftq_iter": 2},
-        use_dora=True,
-        rank_pattern={"4": 3},
-        alpha_pattern={"4": 3},
-        adapter=str(tmp_path),
-    )
-    defaults = QLoRAConfig()
-    assert all(getattr(passed, name) != getattr(defaults, name) for name in KEPT)
-    config = config_of_adapter(Classifier(), read_adapter(tmp_path), passed)
-    assert {name: getattr(config, name) for name in OF_FOLDER | KEPT} == OF_FOLDER | KEPT
+    passed = QLoRAConfig(**KEPT | REPLACED | {"adapter": str(tmp_path)})
+    assert all(getattr(passed, name) != defaults[name] for name in KEPT)
+    of_folder = {"r": 2, "lora_alpha": 3, "target_modules": r"net\.0", "use_rslora": True}
+    assert vars(config_of_adapter(Classifier(), read_adapter(tmp_path), passed)) == {**defaults, **of_folder, **KEPT}

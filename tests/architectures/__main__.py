@@ -46,13 +46,13 @@ def share(kind):
     with torch.device("meta"):
         model = auto.from_config(config)
     choice = select_layers(model, QLoRAConfig())
-    seen = set[int]()
+    seen = set()
     reasons = choice.skip | choice.train
     parts = [chosen.part for chosen in choice.convert.values()]
     packed = {id(p.weight if isinstance(p, torch.nn.Module) else p.owner._parameters[p.key]) for p in parts}
     total = 0
     quantized = 0
-    rest = Counter[str]()
+    rest = Counter()
     for owner_name, owner in model.named_modules():
         for key, parameter in owner._parameters.items():
             if parameter is None or id(parameter) in seen:
@@ -81,13 +81,8 @@ def row(kind):
     try:
         total, quantized, rest = share(kind)
         found |= {"weights": f"{total / 1e9:.2f} B", "in 4 bits": f"{100 * quantized:.1f}%", "the rest": rest}
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-        IndexError,
-        ImportError,
-    ) as error:  # defaults that transformers can't build
+    # Defaults that transformers can't build.
+    except (AttributeError, TypeError, ValueError, IndexError, ImportError) as error:
         found |= {"weights": "-", "in 4 bits": "-", "the rest": f"no default model ({type(error).__name__})"}
     return found | results(kind, CHECKS)
 
@@ -140,7 +135,7 @@ NO_EXCEPTION = ("yes", "no: no language model")
 def page(rows):
     """The page of the documentation: the names, and what is not as expected."""
     names = ", ".join(f"`{one['architecture']}`" for one in rows)
-    notes: dict[tuple[str, str], list[str]] = {}
+    notes = {}
     for one in rows:
         for name in CHECKS:
             if one[name] not in NO_EXCEPTION:

@@ -99,10 +99,8 @@ def check_gradients(lit):
     twin = merge(copy.deepcopy(lit))
     for name, _, _, stack in expert_stacks(lit):
         weight = twin.get_parameter(name).requires_grad_(True)
-        dense_of[stack] = (
-            weight,
-            (lambda grad, stack=stack: stack._as_stored(grad.view(len(stack), *stack.expert_shape))),
-        )
+        shape = len(stack), *stack.expert_shape
+        dense_of[stack] = weight, (lambda grad, stack=stack, shape=shape: stack._as_stored(grad.view(shape)))
     for name, layer in layers.items():
         if layer not in dense_of:
             weight = twin.get_submodule(name).weight.requires_grad_(True)

@@ -4,7 +4,6 @@ A class is named `TYPE:CLASS`, for example `llama:LlamaForCausalLM`. The checks 
 no inputs.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 
@@ -15,16 +14,9 @@ from transformers.models.auto import modeling_auto
 from tests.architectures.models import ALL, DETR, MROPE, SIZES, configuration
 
 HEADS = [
-    "CAUSAL_LM",
-    "IMAGE_TEXT_TO_TEXT",
-    "SEQ_TO_SEQ_CAUSAL_LM",
-    "SPEECH_SEQ_2_SEQ",
-    "CTC",
-    "SEQUENCE_CLASSIFICATION",
-    "MASKED_LM",
-    "IMAGE_CLASSIFICATION",
-    "OBJECT_DETECTION",
-]
+    "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CTC", "SEQUENCE_CLASSIFICATION",
+    "MASKED_LM", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION",
+]  # fmt: skip
 MORE_SIZES = {
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
     **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "linear_num_key_heads", "depth"], 2),
@@ -44,6 +36,7 @@ MORE_SIZES = {
 DEPTH = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"]
 LARGEST = 100_000_000  # parameters of a model
 FULL_ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+INKLING = {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}}
 # What configurations lack or check, so that sizes alone do not do.
 EXTRA = {
     **{name: {"vocab_size": 128} for name in ("wav2vec2-bert", "wav2vec2-conformer")},
@@ -51,8 +44,8 @@ EXTRA = {
     **dict.fromkeys(("dab-detr", "deformable_detr", "table-transformer"), DETR),
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
-    "inkling2": {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}},
-    "inkling2_loop": {"text_config": {"unpadded_vocab_size": 100}, "vision_config": {"text_hidden_size": 64}},
+    "inkling2": INKLING,
+    "inkling2_loop": INKLING,
     **{name: {"unpadded_vocab_size": 100} for name in ("inkling2_text", "inkling2_loop_text")},
     "reformer": {"is_decoder": True},
     "esmc": {"num_key_value_heads": 4},
@@ -71,26 +64,26 @@ EXTRA = {
 }
 
 
-def all_types() -> list[str]:
+def all_types():
     """The architectures that transformers has, those without a row in the table first."""
     names = dict.fromkeys(name for table in _tables() for name in table)
     return sorted(names, key=lambda name: name in ALL)
 
 
-def class_of(name: str) -> str:
+def class_of(name):
     """`TYPE:CLASS` of an architecture: the first class that can be built here, those with a head first."""
     found = [table[name] for table in _tables() if name in table]
     kinds = [f"{name}:{one if isinstance(one, str) else one[0]}" for one in found]
     return next((kind for kind in kinds if not isinstance(find_configuration(kind), str)), kinds[0])
 
 
-def _tables() -> list[dict[str, str]]:
+def _tables():
     heads = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in HEADS]
     return [*heads, modeling_auto.MODEL_MAPPING_NAMES]
 
 
 @cache
-def find_configuration(kind: str) -> transformers.PreTrainedConfig | str:
+def find_configuration(kind):
     """The first configuration that gives a model of at most LARGEST parameters, or why there is none."""
     name, _, class_name = kind.partition(":")
     reasons = []
@@ -108,7 +101,7 @@ def find_configuration(kind: str) -> transformers.PreTrainedConfig | str:
     return reasons[0]
 
 
-def _attempts(name) -> Iterator:
+def _attempts(name):
     """Functions that make a configuration: the one in `models.py`, or the default one with fewer and fewer changes."""
     if name in ALL:
         yield lambda: configuration(name)
@@ -139,7 +132,7 @@ def _smaller(config, sizes, extra):
     return type(config)(**changes)
 
 
-def build_class(kind: str) -> transformers.PreTrainedModel:
+def build_class(kind):
     """A model of the class, in eval mode.
 
     Raises:

@@ -6,14 +6,12 @@ import io
 import random
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.attack import cases, files
 
 # Attempts of each attack at scale 1; `make test` has scale 0.4.
-ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
+ATTACKS = {
     "kills at random moments of a training": (files.kills_in_training, 5),
     "ends at random lines of save_adapter": (files.kills_in_saving, 40),
     "files that may not become large": (files.full_disks, 30),
@@ -26,14 +24,12 @@ ATTACKS: dict[str, tuple[Callable[[int, int, Path], Counter[str]], int]] = {
 }
 
 
-def run(name: str, seed: int, scale: float, folder: Path) -> Counter[str]:
-    """Run one attack."""
+def run(name, seed, scale, folder):
     attack, count = ATTACKS[name]
     return attack(seed, int(count * scale), folder)
 
 
-def main() -> None:
-    """Run all attacks and print what they counted."""
+def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))

@@ -8,7 +8,6 @@ import resource
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -25,44 +24,16 @@ from tests.toys import perturb
 JSON = (type(None), bool, int, float, str, list)
 
 VALUES = (
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    64,
-    3.5,
-    math.nan,
-    math.inf,
-    1e308,
-    10**30,
-    "",
-    "nf4",
-    "auto",
-    "x" * 500,
-    "(",
-    b"a",
-    "é\n",
-    [],
-    [""],
-    ["a", 1],
-    {},
-    {"a": 1},
-    {"(": 2},
-    {"a": -1},
-    {1: 2},
-    object(),
-    torch.float32,
-    ("a",),
+    None, True, False, 0, 1, -1, 64, 3.5, math.nan, math.inf, 1e308, 10**30, "", "nf4", "auto", "x" * 500, "(",
+    b"a", "é\n", [], [""], ["a", 1], {}, {"a": 1}, {"(": 2}, {"a": -1}, {1: 2}, object(), torch.float32, ("a",),
     {"a"},
-)
+)  # fmt: skip
 
 
-def arguments(seed: int, count: int, _: Path) -> Counter[str]:
+def arguments(seed, count, _):
     """Random values of random arguments: a config, or TypeError or ValueError that names the argument."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     names = list(QLoRAConfig.__dataclass_fields__)
     for _ in range(count):
         chosen = {name: draw.choice(VALUES) for name in draw.sample(names, draw.randint(1, 3))}
@@ -75,10 +46,10 @@ def arguments(seed: int, count: int, _: Path) -> Counter[str]:
     return found
 
 
-def layers(seed: int, count: int, _: Path) -> Counter[str]:
+def layers(seed, count, _):
     """Layers of random shapes, types and arguments against y = x W^T + b + s x A^T B^T in fp64, with gradients."""
     draw = random.Random(seed)
-    found = Counter[str](wrong=0)
+    found = Counter(wrong=0)
     for number in range(count):
         torch.manual_seed(draw.randrange(1 << 30))
         dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
@@ -117,10 +88,10 @@ def layers(seed: int, count: int, _: Path) -> Counter[str]:
     return found
 
 
-def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
+def foreign_values(seed, count, folder):
     """Random values in PEFT's two files, of any JSON and tensor type: an adapter, or an error of one line, soon."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     values = [value for value in VALUES if isinstance(value, JSON)]
     values += [
         10**400,
@@ -163,15 +134,15 @@ def foreign_values(seed: int, count: int, folder: Path) -> Counter[str]:
 class Counting(nn.Linear):
     """A subclass with a parameter and a buffer of its own."""
 
-    def __init__(self, *sizes: int) -> None:
+    def __init__(self, *sizes):
         super().__init__(*sizes)
         self.extra = nn.Parameter(torch.ones(()))
         self.register_buffer("seen", torch.zeros(2))
 
 
-def tree(draw: random.Random, width: int, depth: int) -> nn.Module:
+def tree(draw, width, depth):
     """A random module of linear layers, norms, nested and shared modules, and buffers."""
-    parts: list[nn.Module] = []
+    parts = []
     for _ in range(draw.randint(1, 4)):
         kind = draw.randrange(7)
         if kind == 0 and depth:
@@ -190,10 +161,10 @@ def tree(draw: random.Random, width: int, depth: int) -> nn.Module:
     return nn.Sequential(*parts)
 
 
-def modules(seed: int, count: int, _: Path) -> Counter[str]:
+def modules(seed, count, _):
     """Random modules: a state dict loads into a fresh one with the same outputs, and merging keeps outputs and keys."""
     draw = random.Random(seed)
-    found = Counter[str](wrong=0)
+    found = Counter(wrong=0)
     for number in range(count):
         shape_seed = draw.randrange(1 << 30)
         width = draw.choice([48, 64, 96])
@@ -223,13 +194,13 @@ def modules(seed: int, count: int, _: Path) -> Counter[str]:
     return found
 
 
-def threads(seed: int, count: int, _: Path) -> Counter[str]:
+def threads(seed, count, _):
     """Threads convert and run modules of their own at the same time, with the results of one after the other."""
     draw = random.Random(seed)
-    failures = list[str]()
+    failures = []
     seeds = [draw.randrange(1 << 30) for _ in range(count)]
 
-    def result(number: int) -> torch.Tensor:
+    def result(number):
         generator = torch.Generator().manual_seed(number)
         module = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
         with torch.no_grad():
@@ -244,7 +215,7 @@ def threads(seed: int, count: int, _: Path) -> Counter[str]:
 
     expected = {number: result(number) for number in seeds}
 
-    def work(numbers: list[int]) -> None:
+    def work(numbers):
         try:
             failures.extend(f"{n}" for n in numbers if not torch.equal(result(n), expected[n]))
         except Exception as error:
@@ -259,11 +230,11 @@ def threads(seed: int, count: int, _: Path) -> Counter[str]:
     return Counter({"right": 4 * count, "wrong": 0})
 
 
-def soak(seed: int, count: int, _: Path) -> Counter[str]:
+def soak(seed, count, _):
     """Convert, train, save, load and merge again and again in one process: memory does not grow."""
     torch.manual_seed(seed)
 
-    def once() -> None:
+    def once():
         module = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
         convert(module, r=8)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])

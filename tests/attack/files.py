@@ -11,7 +11,6 @@ import shutil
 import signal
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,7 @@ from tests.conftest import Classifier, ResumableLoader, make_trainer
 STEPS = 6
 
 
-def train(folder: Path, checkpoint: str | None = None) -> Classifier:
+def train(folder, checkpoint=None):
     """Train with dropout; a checkpoint after every step."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -41,13 +40,13 @@ def train(folder: Path, checkpoint: str | None = None) -> Classifier:
     return module
 
 
-def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
+def kills_in_training(seed, count, folder):
     """A run is killed at a random moment: its checkpoints are whole, and resuming the last one is bit-equal."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     expected = train(folder / "whole").state_dict()
 
-    def resume(place: Path) -> None:
+    def resume(place):
         whole = sorted(place.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
         for path in whole:
             read_checkpoint(path)
@@ -73,15 +72,15 @@ def kills_in_training(seed: int, count: int, folder: Path) -> Counter[str]:
     return found
 
 
-def number_of(place: Path) -> int:
+def number_of(place):
     """The number of the adapter in a folder, which must be whole."""
     return [content(adapter(number)) for number in (1, 2)].index(content(read_adapter(place))) + 1
 
 
-def kills_in_saving(seed: int, count: int, folder: Path) -> Counter[str]:
+def kills_in_saving(seed, count, folder):
     """A process ends at a random line of `save_adapter` over an older folder: one of the two is there, or no config."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     place = folder / "adapter"
     write_adapter(adapter(1), place)
     most = lines_of(lambda: write_adapter(adapter(2), place))
@@ -100,15 +99,15 @@ def kills_in_saving(seed: int, count: int, folder: Path) -> Counter[str]:
     return found
 
 
-def full_disks(seed: int, count: int, folder: Path) -> Counter[str]:
+def full_disks(seed, count, folder):
     """No file may become larger than a random size: the old adapter stays, and nothing else is left."""
     draw = random.Random(seed)
-    found = Counter[str]()
+    found = Counter()
     place = folder / "adapter"
     write_adapter(adapter(1), place)
     size = max(path.stat().st_size for path in place.iterdir())
 
-    def limited(most: int) -> None:
+    def limited(most):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         try:

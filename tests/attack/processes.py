@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import lightning_qlora
@@ -13,7 +12,7 @@ import lightning_qlora
 PACKAGE = str(Path(lightning_qlora.__file__).parent)
 
 
-def start(work: Callable[[], object]) -> int:
+def start(work):
     """Fork a process that runs `work`; its id. It ends with 0, or with 1 and its traceback if `work` raises."""
     sys.stdout.flush()
     pid = os.fork()
@@ -31,23 +30,20 @@ def start(work: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def ended(pid: int) -> int:
+def ended(pid):
     """Exit code of a process when it has ended; the negative signal if it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run(work: Callable[[], object]) -> int:
+def run(work):
     """Run `work` in a process; its exit code."""
     return ended(start(work))
 
 
-def kill_later(work: Callable[[], object], ready: Callable[[], bool], share: float) -> bool:
+def kill_later(work, ready, share):
     """Run `work` in a process and kill it; whether it had not ended before.
 
-    Args:
-        work: The work.
-        ready: Whether the process has come so far.
-        share: Of the time that this took: how long to wait after it.
+    `ready()` says whether the process has come so far; `share`: of the time that this took, how long to wait after it.
     """
     begin = time.perf_counter()
     pid = start(work)
@@ -58,10 +54,10 @@ def kill_later(work: Callable[[], object], ready: Callable[[], bool], share: flo
     return ended(pid) == -signal.SIGKILL
 
 
-def exit_at_line(work: Callable[[], object], number: int) -> bool:
+def exit_at_line(work, number):
     """Run `work` in a process that ends at once before a line of the package is executed; whether it got there."""
 
-    def traced() -> None:
+    def traced():
         left = number
 
         def trace(frame, event, _):
@@ -82,7 +78,7 @@ def exit_at_line(work: Callable[[], object], number: int) -> bool:
     return code == 9
 
 
-def lines_of(work: Callable[[], object]) -> int:
+def lines_of(work):
     """How many lines of the package `work` executes."""
     count = 0
 

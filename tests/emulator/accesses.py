@@ -4,20 +4,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.emulator.machine import Blocks, instruction, unknown
-from tests.emulator.memory import MEMORY, Actors
-from tests.emulator.program import Constant, Instruction
+from tests.emulator.machine import instruction, unknown
+from tests.emulator.memory import MEMORY
+from tests.emulator.program import Constant
 from tests.emulator.types import TYPES, UNSIGNED
 
 
-def _is_shared(given: Instruction) -> bool:
+def _is_shared(given):
     space = given.words[1].split("::")[0]
     if space not in ("global", "shared"):
         raise unknown(given, "only global and shared memory are")
     return space == "shared"
 
 
-def _order(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _order(blocks, given, active):
     """.release and .acquire order what other blocks stored."""
     words, actors = set(given.words), blocks.actors(active)
     for warp in np.unique(actors.warps):
@@ -29,7 +29,7 @@ def _order(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("ld")
-def _load(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _load(blocks, given, active):
     to, of = blocks.parts(given.operands[0]), given.operands[1]
     kind = TYPES[given.type]
     if given.words[1] == "param":
@@ -52,7 +52,7 @@ def _load(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("st")
-def _store(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _store(blocks, given, active):
     to, of = given.operands[0], blocks.parts(given.operands[1])
     kind = TYPES[given.type]
     bits = np.stack([blocks.read(part, f"b{kind.bits}")[active] for part in of], 1)
@@ -66,7 +66,7 @@ def _store(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("atom")
-def _atomic(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _atomic(blocks, given, active):
     """atom.global.gpu.sem.add.type d, [a], b: one thread after the other."""
     to, address, operand = given.operands
     kind = TYPES[given.type]
@@ -85,7 +85,7 @@ def _atomic(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("fence")
-def _fence(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _fence(blocks, given, active):
     """fence.proxy.async: shared memory, as asynchronous products read it."""
     if given.words[1] != "proxy":
         raise unknown(given)
@@ -111,17 +111,17 @@ class Copy:
 class Copies:
     """The asynchronous copies of the blocks. Their bytes arrive as late as they may: when the thread waits."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.pending: list[Copy] = []
+    def __init__(self, blocks):
+        self.pending = []
         self.commits = np.zeros(blocks.count, np.int64)
 
 
 @instruction("cp")
-def _copy(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _copy(blocks, given, active):
     """cp.async.ca.shared.global [to], [from], size, count: bytes after `count` are 0."""
     if given.words[1] != "async" or "bulk" in given.words:
         raise unknown(given)
-    copies: Copies = blocks.state.setdefault("cp.async", Copies(blocks))
+    copies = blocks.state.setdefault("cp.async", Copies(blocks))
     if given.words[2] in ("commit_group", "wait_group"):
         here = active.reshape(blocks.count, blocks.threads)
         if (here.any(1) != here.all(1)).any():
@@ -146,12 +146,12 @@ def _copy(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
     copies.pending.append(Copy(active.copy(), copies.commits.copy(), places, data))
 
 
-def _wait(blocks: Blocks, copies: Copies, here: np.ndarray, left: int) -> None:
+def _wait(blocks, copies, here, left):
     """Until at most `left` groups are on their way."""
     for copy in copies.pending:
         due = (here & (copy.commits < copies.commits - left))[blocks.block] & copy.left
         if due.any():
-            actors: Actors = blocks.actors(due)
+            actors = blocks.actors(due)
             blocks.shared.store(copy.places[due], copy.data[due], actors)
             copy.left &= ~due
     copies.pending = [copy for copy in copies.pending if copy.left.any()]

@@ -4,18 +4,14 @@ Shift" and "Data Movement and Conversion Instructions" (mov, cvt, prmt).
 fma rounds once, through fp64.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from tests.emulator.machine import Blocks, instruction, unknown
-from tests.emulator.program import Instruction, Vector
+from tests.emulator.machine import instruction, unknown
+from tests.emulator.program import Vector
 from tests.emulator.types import TYPES, UNSIGNED, wider
 
-Function = Callable[..., np.ndarray]
 
-
-def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _divide(a, b):
     if a.dtype.kind == "f":
         return a / b
     b = np.where(b == 0, 1, b).astype(b.dtype)  # on a card there is any number
@@ -23,7 +19,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 # name: the function of the operands, in the type that the name ends with
-FUNCTIONS: dict[str, Function] = {
+FUNCTIONS = {
     "add": np.add,
     "sub": np.subtract,
     "div": _divide,
@@ -37,7 +33,7 @@ FUNCTIONS: dict[str, Function] = {
     "abs": np.abs,
     "sqrt": np.sqrt,
 }
-COMPARISONS: dict[str, Function] = {
+COMPARISONS = {
     "eq": np.equal,
     "ne": np.not_equal,
     "lt": np.less,
@@ -49,13 +45,13 @@ COMPARISONS: dict[str, Function] = {
 PLAIN = {"rn", "lo", "wide"}
 
 
-def _check(given: Instruction) -> None:
+def _check(given):
     if others := [word for word in given.words[1:] if word not in PLAIN and word not in TYPES]:
         raise unknown(given, f".{others[0]}")
 
 
 @instruction(*FUNCTIONS)
-def _calculate(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _calculate(blocks, given, active):
     """d = f(a, b); max and min take three."""
     _check(given)
     to, first, *others = given.operands
@@ -68,13 +64,13 @@ def _calculate(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
     blocks.write(to, given.type, value.astype(dtype, copy=False), active)
 
 
-def _working(type_name: str) -> type:
+def _working(type_name):
     kind = TYPES[type_name]
     return kind.decode(np.zeros(1, UNSIGNED[kind.bits])).dtype.type
 
 
 @instruction("mul", "mad")
-def _multiply(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _multiply(blocks, given, active):
     """a * b, or a * b + c: the low half, or of .wide all of it."""
     _check(given)
     a, b = (blocks.read(operand, given.type) for operand in given.operands[1:3])
@@ -88,7 +84,7 @@ def _multiply(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("fma")
-def _fused(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _fused(blocks, given, active):
     """a * b + c, rounded once."""
     _check(given)
     a, b, c = (blocks.read(operand, given.type).astype(np.float64) for operand in given.operands[1:])
@@ -96,7 +92,7 @@ def _fused(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("shl", "shr")
-def _shift(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _shift(blocks, given, active):
     """By 32 bits; by the width or more: nothing, or the sign, is left."""
     value, by = blocks.read(given.operands[1], given.type), blocks.read(given.operands[2], "u32")
     bits = TYPES[given.type].bits
@@ -108,14 +104,14 @@ def _shift(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("popc")
-def _count_bits(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _count_bits(blocks, given, active):
     value = blocks.read(given.operands[1], given.type)
     bits = np.unpackbits(np.ascontiguousarray(value).view(np.uint8)).reshape(len(value), -1)
     blocks.write(given.operands[0], "u32", bits.sum(1).astype(np.uint32), active)
 
 
 @instruction("bfe")
-def _extract(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _extract(blocks, given, active):
     """`length` bits from `start` on; of a signed type the highest of them is repeated."""
     signed, bits = given.type[0] == "s", TYPES[given.type].bits
     value = blocks.read(given.operands[1], given.type).astype(np.int64 if signed else np.uint64)
@@ -129,7 +125,7 @@ def _extract(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("prmt")
-def _permute(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _permute(blocks, given, active):
     """Four of the eight bytes of a and b; bit 3 of a selector repeats the sign of the byte."""
     if given.type != "b32" or len(given.words) > 2:
         raise unknown(given, "only without a mode")
@@ -144,7 +140,7 @@ def _permute(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("setp")
-def _compare(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _compare(blocks, given, active):
     """setp.lt.f32 p, a, b: false with NaN; setp.nan: whether one is NaN."""
     comparison, kind = given.words[1], given.type
     if len(given.words) != 3 or (comparison == "ne" and kind[0] == "f"):
@@ -158,14 +154,14 @@ def _compare(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("selp")
-def _select(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _select(blocks, given, active):
     kind = f"b{TYPES[given.type].bits}"
     a, b = (blocks.read(operand, kind) for operand in given.operands[1:3])
     blocks.write(given.operands[0], kind, np.where(blocks.read(given.operands[3], "pred"), a, b), active)
 
 
 @instruction("mov")
-def _move(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _move(blocks, given, active):
     """Also from and to {low, high}."""
     to, of = given.operands
     kind = given.type if given.type == "pred" else f"b{TYPES[given.type].bits}"
@@ -183,7 +179,7 @@ def _move(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("cvt")
-def _convert(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _convert(blocks, given, active):
     """cvt.rn.bf16x2.f32 d, high, low; integers extend or are cut, floats to integers are cut and clamped."""
     to, of = given.words[-2:]
     goal = _working(to)

@@ -5,12 +5,11 @@ and the launches of `kernels/triton/launch.py`. For NVIDIA the last stage, ptxas
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from tests.emulator.program import Program
 from tests.kernels.triton.launches import forget_launches
 
 SHARED = {"cuda": 227 * 1024, "hip": 64 * 1024}  # of a block, at most
-PROGRAMS: dict[bytes, Any] = {}
+PROGRAMS = {}
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Emulation:
 
 
 @contextmanager
-def emulated(target: str) -> Iterator[Emulation]:
+def emulated(target):
     """Within it, launches of Triton kernels with CPU tensors are compiled for the target and executed.
 
     `torch.version.hip` says which company the card is from. A kernel that does what it must not do raises
@@ -64,7 +63,7 @@ def emulated(target: str) -> Iterator[Emulation]:
         forget_launches()
 
 
-def _without_ptxas(*stages: Any) -> tuple[str, str] | None:
+def _without_ptxas(*stages):
     """Triton's hook: with arguments it may change the stages, without any it gives a key for the cache, twice."""
     if not stages:
         return "emulator", "emulator"
@@ -73,7 +72,7 @@ def _without_ptxas(*stages: Any) -> tuple[str, str] | None:
     return None
 
 
-def _target(name: str) -> GPUTarget:
+def _target(name):
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
@@ -82,10 +81,10 @@ def _target(name: str) -> GPUTarget:
 class Launcher:
     """Takes the launches of one compiled kernel. Triton keeps it longer than an emulation."""
 
-    def __init__(self, source: Any, metadata: Any) -> None:
+    def __init__(self, source, metadata):
         self._source, self._metadata = source, metadata
 
-    def __call__(self, x: int, y: int, z: int, stream: int, code: bytes, *rest: Any) -> None:
+    def __call__(self, x, y, z, stream, code, *rest):
         _, _, _, _, *arguments = rest  # the metadata of the kernel and of the launch, and two hooks
         _launch(driver.active.emulation, self._source, self._metadata, (x, y, z), code, arguments)
 
@@ -95,7 +94,7 @@ class EmulatedDriver:
 
     launcher_cls = Launcher
 
-    def __init__(self, emulation: Emulation) -> None:
+    def __init__(self, emulation):
         self.emulation = emulation
         target = self.get_current_target()
         properties = {"max_shared_mem": SHARED[target.backend], "warpSize": target.warp_size}
@@ -108,25 +107,23 @@ class EmulatedDriver:
         # A number for each target: Triton keeps the kernels of a device.
         self._number = 1000 + int.from_bytes(emulation.target.encode(), "big")
 
-    def get_current_device(self) -> int:
+    def get_current_device(self):
         return self._number
 
-    def set_current_device(self, _: int) -> None:
+    def set_current_device(self, _):
         pass
 
-    def get_current_stream(self, _: int | None) -> int:
+    def get_current_stream(self, _):
         return 0
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self):
         return _target(self.emulation.target)
 
-    def get_active_torch_device(self) -> torch.device:
+    def get_active_torch_device(self):
         return torch.device("cpu")
 
 
-def _launch(
-    emulation: Emulation, source: Any, metadata: Any, grid: tuple[int, int, int], code: bytes, arguments: list[Any]
-) -> None:
+def _launch(emulation, source, metadata, grid, code, arguments):
     code = emulation.change(code) if emulation.change else code
     kinds = list(source.signature.values())
     given = [(kind, value) for kind, value in zip(kinds, arguments, strict=True) if kind != "constexpr"]
@@ -145,7 +142,7 @@ def _launch(
     execute(PROGRAMS[code], grid, threads, metadata.shared, values, ranges)
 
 
-def _bytes(kind: str, value: Any) -> bytes:
+def _bytes(kind, value):
     """An argument as the bytes of a parameter. An address of 0 is none."""
     if kind.startswith("*"):
         return (value.data_ptr() if isinstance(value, Tensor) else value or 0).to_bytes(8, "little")
@@ -155,7 +152,7 @@ def _bytes(kind: str, value: Any) -> bytes:
     return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
-def extent(tensor: Tensor) -> tuple[int, int]:
+def extent(tensor):
     """The addresses from the first to the last element."""
     last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -2,53 +2,42 @@
 
 Threads that diverge are executed in turns. Within a block those at the lowest place in the code go first, so that they
 meet again; of the blocks that one that has done least, so that a block may wait for another one. PTX ISA, "SIMT
-Architecture". What is known of an instruction is in `INSTRUCTIONS`, by the first part of its name.
+Architecture". `INSTRUCTIONS` has a function for the first part of each name; it gets the blocks, the instruction and a
+mask of the threads that execute it.
 """
 
-from collections.abc import Callable
 from itertools import pairwise, product
-from typing import Any
 
 import numpy as np
 
 from tests.emulator.memory import Actors, Fault, GlobalMemory, SharedMemory
-from tests.emulator.program import Address, Constant, Instruction, Operand, Program, Register, Symbol, Vector
+from tests.emulator.program import Constant, Register, Symbol, Vector
 from tests.emulator.types import TYPES, UNSIGNED
 
 WARP = 32
 THREADS = 4096  # executed together, at most
 STEPS = 10**6  # pieces of straight code in which blocks must come to their end
 NAN = 0xFFFFFFFFFFFFDEAD  # what a register holds before it is written: NaN as a float of 16, 32 and 64 bits
-Execute = Callable[["Blocks", Instruction, np.ndarray], None]
-INSTRUCTIONS: dict[str, Execute] = {}
+INSTRUCTIONS = {}
 
 
 class UnknownInstruction(Exception):
     """An instruction is not known, or what is around it."""
 
 
-def instruction(*names: str) -> Callable[[Execute], Execute]:
-    """Enter a function into the table of instructions."""
-
-    def enter(execute: Execute) -> Execute:
+def instruction(*names):
+    def enter(execute):
         INSTRUCTIONS.update(dict.fromkeys(names, execute))
         return execute
 
     return enter
 
 
-def unknown(given: Instruction, what: str = "") -> UnknownInstruction:
+def unknown(given, what=""):
     return UnknownInstruction(f"PTX instruction {given.name} is not known{what and ', '}{what}: {given.text}")
 
 
-def run(
-    program: Program,
-    grid: tuple[int, int, int],
-    threads: int,
-    shared: int,
-    values: list[int],
-    ranges: list[tuple[int, int]],
-) -> None:
+def run(program, grid, threads, shared, values, ranges):
     """Execute all blocks of a launch.
 
     Args:
@@ -78,17 +67,7 @@ class Blocks:
         state: Of asynchronous instructions; belongs to their modules.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        grid: tuple[int, int, int],
-        places: list[tuple[int, int, int]],
-        first: int,
-        threads: int,
-        shared: int,
-        parameters: dict[str, int],
-        memory: GlobalMemory,
-    ) -> None:
+    def __init__(self, program, grid, places, first, threads, shared, parameters, memory):
         self.program, self.parameters, self.memory = program, parameters, memory
         self.count, self.threads, self.n = len(places), threads, len(places) * threads
         self.every = np.ones(self.n, bool)
@@ -97,17 +76,16 @@ class Blocks:
         self.first = first
         self.epochs = np.zeros(self.count, np.int64)
         self.shared = SharedMemory(shared, self.count, program.shared_unit)
-        self.state: dict[str, Any] = {}
-        self.registers: dict[str, np.ndarray] = {}
+        self.state = {}
+        self.registers = {}
         thread = np.tile(np.arange(threads), self.count)
         self._special = {"%tid.x": thread}
         for axis, name in enumerate("xyz"):
             self._special[f"%ctaid.{name}"] = np.repeat([place[axis] for place in places], threads)
             self._special[f"%nctaid.{name}"] = 0 * thread + grid[axis]
-        self._constants: dict[tuple[Operand, str], np.ndarray] = {}
+        self._constants = {}
 
-    def run(self) -> None:
-        """Execute until all threads have ended."""
+    def run(self):
         instructions, leaders = self.program.instructions, self.program.leaders
         following = dict(pairwise(leaders))
         end, at = len(instructions), np.zeros(self.n, np.int64)
@@ -128,7 +106,7 @@ class Blocks:
             for given in instructions[now : following[now]]:
                 self._execute(given, here, at)
 
-    def _execute(self, given: Instruction, here: np.ndarray, at: np.ndarray) -> None:
+    def _execute(self, given, here, at):
         active = here
         if given.guard:
             guard = self.read(given.guard, "pred")
@@ -151,7 +129,7 @@ class Blocks:
             except Exception as error:
                 raise unknown(given, f"{type(error).__name__}: {error}") from error
 
-    def _barrier(self, given: Instruction, here: np.ndarray, at: np.ndarray) -> None:
+    def _barrier(self, given, here, at):
         """All threads of a block that have not ended must be here. PTX ISA, "bar"."""
         if given.operands != [Constant(0)]:
             raise unknown(given, "only the barrier of all threads is")
@@ -163,19 +141,19 @@ class Blocks:
 
     # What instructions use.
 
-    def actors(self, threads: np.ndarray) -> Actors:
+    def actors(self, threads):
         """Who the threads (a mask) are, for the memories."""
         block = self.block[threads]
         return Actors(self.first + block, self.warps[threads], self.epochs[block])
 
-    def whole_warps(self, given: Instruction, active: np.ndarray) -> None:
+    def whole_warps(self, given, active):
         """Instructions for all threads of a warp may not be executed by a part of it."""
         if active is not self.every:
             warps = active.reshape(-1, WARP)
             if (warps.any(1) != warps.all(1)).any():
                 raise Fault("only a part of a warp executes an instruction for all of it")
 
-    def read(self, operand: Operand, type_name: str) -> np.ndarray:
+    def read(self, operand, type_name):
         """The values of all threads."""
         kind = TYPES[type_name]
         if isinstance(operand, Register) and operand.name not in self._special:
@@ -186,7 +164,7 @@ class Blocks:
             self._constants[key] = kind.decode(array.astype(UNSIGNED[kind.bits]))
         return self._constants[key]
 
-    def write(self, operand: Operand, type_name: str, values: np.ndarray, active: np.ndarray) -> None:
+    def write(self, operand, type_name, values, active):
         """Values of all threads; those of the active ones are kept."""
         if operand.name == "_":
             return
@@ -199,26 +177,26 @@ class Blocks:
             bits = np.where(active, bits, self.bits(operand.name))
         self.registers[operand.name] = bits
 
-    def bits(self, name: str) -> np.ndarray:
+    def bits(self, name):
         """A register; NaN before it is written."""
         if name not in self.registers:
             width = self.program.width(name)
             self.registers[name] = np.full(self.n, NAN & (1 << width) - 1, UNSIGNED[width])
         return self.registers[name]
 
-    def address(self, operand: Address, type_name: str) -> np.ndarray:
+    def address(self, operand, type_name):
         """Addresses of all threads, as int64."""
         return self.read(operand.base, type_name).astype(np.int64) + operand.offset
 
-    def parts(self, operand: Operand) -> tuple[Operand, ...]:
+    def parts(self, operand):
         return operand.parts if isinstance(operand, Vector) else (operand,)
 
-    def _as_bits(self, register: np.ndarray, width: int) -> np.ndarray:
+    def _as_bits(self, register, width):
         """A register is read as a type of at most its width."""
         kind = UNSIGNED[width]
         return register if register.dtype == kind else register.astype(kind)
 
-    def _constant(self, operand: Operand) -> np.ndarray:
+    def _constant(self, operand):
         if isinstance(operand, Constant):
             return np.full(self.n, operand.bits, np.uint64)
         if operand == Symbol("global_smem"):  # the dynamic shared memory, which begins at 0

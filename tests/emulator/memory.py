@@ -53,8 +53,8 @@ class GlobalMemory:
         ranges: [begin, end) addresses that the kernel may touch.
     """
 
-    def __init__(self, ranges: list[tuple[int, int]]) -> None:
-        merged: list[tuple[int, int]] = []
+    def __init__(self, ranges):
+        merged = []
         for begin, end in sorted(ranges):
             if merged and begin < merged[-1][1]:  # a view of another tensor
                 merged[-1] = merged[-1][0], max(end, merged[-1][1])
@@ -65,11 +65,11 @@ class GlobalMemory:
         sizes = self.ends - self.begins
         self._starts = np.concatenate([[0], sizes.cumsum()[:-1]]).astype(np.int64)
         self._last = np.zeros(sizes.sum(), np.int32)  # the number of the last store to each byte
-        self.stores: list[Store] = [Store(-1, -1, -1)]
-        self._unpublished: dict[int, list[Store]] = {}
-        self._acquired: dict[int, int] = {}  # of a block: the stores before its last acquire
+        self.stores = [Store(-1, -1, -1)]
+        self._unpublished = {}
+        self._acquired = {}  # of a block: the stores before its last acquire
 
-    def access(self, kind: str, at: np.ndarray, size: int, actors: Actors, waits: bool = False) -> np.ndarray:
+    def access(self, kind, at, size, actors, waits=False):
         """Check an access of `size` bytes at each address; the places of these bytes in `MEMORY`.
 
         Args:
@@ -89,7 +89,7 @@ class GlobalMemory:
                 self._check_order(index, actors)
         return at[:, None] - BASE + np.arange(size)
 
-    def release(self, block: int, warp: int, epoch: int) -> None:
+    def release(self, block, warp, epoch):
         """What the warp stored, and what its block stored before the last barrier, may be seen by other blocks."""
         kept = []
         for store in self._unpublished.get(block, ()):
@@ -99,11 +99,11 @@ class GlobalMemory:
                 kept.append(store)
         self._unpublished[block] = kept
 
-    def acquire(self, block: int) -> None:
+    def acquire(self, block):
         """The block may load what others published before."""
         self._acquired[block] = len(self.stores)
 
-    def _store(self, index: np.ndarray, actors: Actors, waits: bool) -> None:
+    def _store(self, index, actors, waits):
         warps, first, number = np.unique(actors.warps, return_index=True, return_inverse=True)
         self._last[index] = (len(self.stores) + number)[:, None]
         for warp, thread in zip(warps, first, strict=True):
@@ -112,7 +112,7 @@ class GlobalMemory:
             self.stores.append(store)
             self._unpublished.setdefault(store.block, []).append(store)
 
-    def _check_order(self, index: np.ndarray, actors: Actors) -> None:
+    def _check_order(self, index, actors):
         numbers = self._last[index]
         if not numbers.any():  # inputs, which nobody stores to
             return
@@ -134,7 +134,7 @@ class GlobalMemory:
                 why = "its warp has not waited for the store" if store.waited is None else why
                 raise Fault(f"race: block {block} loads what block {store.block} stored, and {why}")
 
-    def _raise_outside(self, kind: str, at: np.ndarray, size: int) -> None:
+    def _raise_outside(self, kind, at, size):
         first = int(at[0])
         if not len(self.ends):
             raise Fault(f"{kind} of {size} bytes, and the kernel has no tensor")
@@ -154,24 +154,24 @@ class SharedMemory:
         unit: Bytes that are always accessed together; a power of two.
     """
 
-    def __init__(self, size: int, blocks: int, unit: int = 1) -> None:
+    def __init__(self, size, blocks, unit=1):
         self.size, self.unit = -(-size // unit) * unit, unit
         self.bytes = np.full(blocks * self.size, FILL, np.uint8)
         units = blocks * self.size // unit
         self._writer, self._written = np.full(units, NEVER, np.int32), np.full(units, NEVER, np.int32)
         self._reader, self._read = np.full(units, NEVER, np.int32), np.full(units, NEVER, np.int32)
         self._time = np.zeros(units, np.int64)  # of the last write
-        self._fenced: dict[int, int] = {}  # when a warp made its writes visible to asynchronous reads
+        self._fenced = {}  # when a warp made its writes visible to asynchronous reads
         self._now = 0
 
-    def places(self, at: np.ndarray, size: int, block: np.ndarray) -> np.ndarray:
+    def places(self, at, size, block):
         """The indices in `bytes` of `size` bytes at each address; `block`: the number in this memory."""
         outside = (at < 0) | (at + size > self.size)
         if outside.any():
             raise Fault(f"access to byte {int(at[outside][0])} of {self.size} bytes of shared memory")
         return (block * self.size + at)[:, None] + np.arange(size)
 
-    def load(self, places: np.ndarray, actors: Actors) -> np.ndarray:
+    def load(self, places, actors):
         """The bytes [threads, size] at these places."""
         units, warps, epochs = self._units(places, actors)
         self._check_written(units)
@@ -182,7 +182,7 @@ class SharedMemory:
         self._reader[units[clash]] = SEVERAL
         return self.bytes[places]
 
-    def store(self, places: np.ndarray, values: np.ndarray, actors: Actors) -> None:
+    def store(self, places, values, actors):
         """Write bytes [threads, size] there. A warp may write what is there already: Triton repeats small tiles."""
         units, warps, epochs = self._units(places, actors)
         new = (self.bytes[places] != values).reshape(-1, self.unit).any(1)
@@ -196,7 +196,7 @@ class SharedMemory:
         units, warps, epochs = units[~kept], warps[~kept], epochs[~kept]
         self._writer[units], self._written[units], self._time[units] = warps, epochs, self._now
 
-    def begin_copy(self, places: np.ndarray, actors: Actors) -> None:
+    def begin_copy(self, places, actors):
         """An asynchronous copy to these places has begun: nobody may read there until it has ended."""
         units, warps, epochs = self._units(places, actors)
         everywhere = np.ones(len(units), bool)
@@ -204,12 +204,12 @@ class SharedMemory:
         self._check_readers(units, warps, epochs, everywhere)
         self._written[units] = ON_ITS_WAY
 
-    def fence(self, warps: np.ndarray) -> None:
+    def fence(self, warps):
         """`fence.proxy.async`: asynchronous reads see what these warps wrote."""
         for warp in np.unique(warps):
             self._fenced[int(warp)] = self._now
 
-    def load_asynchronously(self, places: np.ndarray, warp: int, epoch: int, since: int | None) -> np.ndarray:
+    def load_asynchronously(self, places, warp, epoch, since):
         """The bytes that an asynchronous instruction of a warp group reads.
 
         Args:
@@ -235,32 +235,30 @@ class SharedMemory:
         return self.bytes[places]
 
     @property
-    def now(self) -> int:
+    def now(self):
         """A count of the writes so far."""
         return self._now
 
-    def _units(self, places: np.ndarray, actors: Actors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _units(self, places, actors):
         units = places[:, :: self.unit] // self.unit
         repeated = units.shape[1]
         return units.ravel(), np.repeat(actors.warps, repeated), np.repeat(actors.epochs, repeated)
 
-    def _check_written(self, units: np.ndarray) -> None:
+    def _check_written(self, units):
         written = self._written[units]
         if (written == ON_ITS_WAY).any():
             raise Fault("shared memory is read before an asynchronous copy to it has ended")
         if (written == NEVER).any():
             raise Fault("shared memory is read that nobody wrote")
 
-    def _check_writers(
-        self, units: np.ndarray, warps: np.ndarray, epochs: np.ndarray, does: str, new: np.ndarray | None
-    ) -> None:
+    def _check_writers(self, units, warps, epochs, does, new):
         others = (self._written[units] == epochs) & (self._writer[units] != warps)
         others = others if new is None else others & new
         if others.any():
             warp, writer = int(warps[others][0]), int(self._writer[units[others][0]])
             raise Fault(f"race in shared memory: warp {warp} {does} what warp {writer} wrote, with no barrier")
 
-    def _check_readers(self, units: np.ndarray, warps: np.ndarray, epochs: np.ndarray, new: np.ndarray) -> None:
+    def _check_readers(self, units, warps, epochs, new):
         others = (self._read[units] == epochs) & (self._reader[units] != warps) & new
         if others.any():
             warp = int(warps[others][0])

@@ -57,11 +57,11 @@ class Instruction:
     operands: list[Operand]
     words: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.words = self.name.split(".")
 
     @property
-    def type(self) -> str:
+    def type(self):
         return self.words[-1]
 
 
@@ -75,13 +75,13 @@ class Program:
         widths: Bits of each register that is declared by its name, and of each prefix declared as %r<100>.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
         head, body = text.split(".entry", 1)[1].split("{", 1)
         self.parameters = re.findall(r"(\w+_param_\d+)", head)
-        self.instructions: list[Instruction] = []
-        self.labels: dict[str, int] = {}
-        self.widths: dict[str, int] = {}
+        self.instructions = []
+        self.labels = {}
+        self.widths = {}
         body = re.split(r"\n\s*\.(?:section|file)\b", body)[0]
         body = re.sub(r"^\s*\.(?:loc|pragma)\b[^\n]*$", "", body, flags=re.MULTILINE)
         body = re.sub(r"\{([^{};]*)\}", r"<\1>", body)  # vectors, so that the braces left are those of scopes
@@ -89,7 +89,7 @@ class Program:
             self._add(" ".join(statement.split()))
 
     @cached_property
-    def leaders(self) -> list[int]:
+    def leaders(self):
         """Where threads may be that wait for others: targets of branches, what follows a branch, barriers."""
         places = {0, len(self.instructions), *self.labels.values()}
         for number, instruction in enumerate(self.instructions):
@@ -100,7 +100,7 @@ class Program:
         return sorted(places)
 
     @cached_property
-    def shared_unit(self) -> int:
+    def shared_unit(self):
         """Bytes that every access to shared memory moves at least."""
         sizes = [16]
         for instruction in self.instructions:
@@ -112,7 +112,7 @@ class Program:
                 sizes.append(4)
         return min(sizes)
 
-    def _add(self, statement: str) -> None:
+    def _add(self, statement):
         while label := re.match(r"([\w$]+):\s*", statement):
             self.labels[label[1]] = len(self.instructions)
             statement = statement[label.end() :]
@@ -126,7 +126,7 @@ class Program:
             register = Register(guard.lstrip("!")) if guard else None
             self.instructions.append(Instruction(statement, register, "!" in (guard or ""), name, operands))
 
-    def _operand(self, word: str) -> Operand:
+    def _operand(self, word):
         if word.startswith("<"):
             return Vector(tuple(self._operand(part) for part in _split(word[1:-1])))
         if word.startswith("["):
@@ -140,12 +140,12 @@ class Program:
             return Constant(int(word.rstrip("U"), 0) & (1 << 64) - 1)
         return Symbol(word)
 
-    def width(self, register: str) -> int:
+    def width(self, register):
         """Bits of a register; 1 for a predicate."""
         return self.widths.get(register) or self.widths[re.sub(r"\d+$", "<>", register)]
 
 
-def _split(text: str) -> list[str]:
+def _split(text):
     """The operands, at the commas that no bracket contains."""
     found, depth, word = [], 0, ""
     for letter in text + ",":

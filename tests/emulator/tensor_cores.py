@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.emulator.machine import WARP, Blocks, instruction, unknown
+from tests.emulator.machine import WARP, instruction, unknown
 from tests.emulator.memory import Fault
-from tests.emulator.program import Constant, Instruction, Operand, Vector
+from tests.emulator.program import Constant, Instruction, Vector
 from tests.emulator.types import TYPES
 from tests.emulator.warps import LANE, registers_as
 
@@ -18,14 +18,14 @@ GROUP_OF_WARPS = 4 * WARP  # threads that execute a wgmma together
 HALVES = ("f16", "bf16")  # types of factors
 
 
-def _rows_and_columns(registers: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+def _rows_and_columns(registers, parts):
     """Where lane, register and part lie in a left factor of 16 rows: ([32, registers, parts], the same)."""
     register, part = np.arange(registers)[:, None], np.arange(parts)
     rows = np.broadcast_to(GROUP[:, None, None] + 8 * (register % 2), (WARP, registers, parts))
     return rows, THREAD[:, None, None] * parts + part + register // 2 * 4 * parts
 
 
-def _left(values: np.ndarray) -> np.ndarray:
+def _left(values):
     """Registers [threads, registers, parts] of a left factor -> matrices [warps, 16, k]."""
     _, registers, parts = values.shape
     rows, columns = _rows_and_columns(registers, parts)
@@ -35,7 +35,7 @@ def _left(values: np.ndarray) -> np.ndarray:
 
 
 @instruction("mma")
-def _multiply(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _multiply(blocks, given, active):
     """mma.sync.aligned.m16n8k16.row.col.f32.type.type.f32 d, a, b, c: of each warp d = a b + c."""
     blocks.whole_warps(given, active)
     d, a, b, c = (operand.parts for operand in given.operands)
@@ -55,7 +55,7 @@ def _multiply(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("ldmatrix")
-def _load_matrices(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _load_matrices(blocks, given, active):
     """Matrices of 8 x 8 values of 16 bits; lane 8 i + j has the address of row j of matrix i."""
     blocks.whole_warps(given, active)
     to = blocks.parts(given.operands[0])
@@ -71,7 +71,7 @@ def _load_matrices(blocks: Blocks, given: Instruction, active: np.ndarray) -> No
 
 
 @instruction("stmatrix")
-def _store_matrices(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _store_matrices(blocks, given, active):
     """The inverse of ldmatrix."""
     blocks.whole_warps(given, active)
     of = blocks.parts(given.operands[1])
@@ -120,18 +120,18 @@ class Products:
     While a product is on its way its sums are NaN in the registers, so that code that does not wait shows.
     """
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.pending: list[Product] = []
+    def __init__(self, blocks):
+        self.pending = []
         self.commits = np.zeros(blocks.count, np.int64)
         self.fenced = np.zeros(blocks.count, bool)
-        self.sums: dict[tuple[Operand, ...], Sums] = {}  # by their registers
+        self.sums = {}  # by their registers
 
 
-def _products(blocks: Blocks) -> Products:
+def _products(blocks):
     return blocks.state.setdefault("wgmma", Products(blocks))
 
 
-def _blocks_of(blocks: Blocks, active: np.ndarray) -> np.ndarray:
+def _blocks_of(blocks, active):
     """A mask of blocks, all of whose threads must be there."""
     threads = active.reshape(blocks.count, blocks.threads)
     if (threads.any(1) != threads.all(1)).any():
@@ -140,7 +140,7 @@ def _blocks_of(blocks: Blocks, active: np.ndarray) -> np.ndarray:
 
 
 @instruction("wgmma")
-def _group_product(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _group_product(blocks, given, active):
     products, here = _products(blocks), _blocks_of(blocks, active)
     match given.words[1]:
         case "fence":
@@ -155,7 +155,7 @@ def _group_product(blocks: Blocks, given: Instruction, active: np.ndarray) -> No
             raise unknown(given)
 
 
-def _issue(blocks: Blocks, products: Products, given: Instruction, active: np.ndarray, here: np.ndarray) -> None:
+def _issue(blocks, products, given, active, here):
     """wgmma.mma_async.sync.aligned.m64nNkK.dtype.atype.btype d, a, b, add, scale a, scale b, transposed a, b;"""
     if not products.fenced[here].all():
         raise Fault("an asynchronous product with no wgmma.fence before it")
@@ -181,14 +181,12 @@ def _issue(blocks: Blocks, products: Products, given: Instruction, active: np.nd
     products.pending.append(product)
 
 
-def _columns(given: Instruction) -> int:
+def _columns(given):
     """Of the result: m64n128k16 -> 128."""
     return int(given.words[4].split("n")[1].split("k")[0])
 
 
-def _tile(
-    blocks: Blocks, given: Instruction, operand: Operand, rows: int, transposed: bool, here: np.ndarray
-) -> np.ndarray:
+def _tile(blocks, given, operand, rows, transposed, here):
     """The indices in shared memory of each value's first byte, [groups of warps, rows, k], from a matrix descriptor.
 
     PTX ISA, "Matrix Descriptor Format" and "Shared Memory Layout": start, leading and stride offset are in units of 16
@@ -200,7 +198,7 @@ def _tile(
     if (descriptors != descriptors[:, :1]).any():
         raise Fault("the threads of a warp group give different descriptors")
 
-    def field(bit: int, mask: int) -> np.ndarray:
+    def field(bit, mask):
         return (descriptors[:, :1, None] >> np.uint64(bit) & np.uint64(mask)).astype(np.int64)
 
     start, lead, step = (field(bit, 0x3FFF) * 16 for bit in (0, 16, 32))
@@ -221,14 +219,14 @@ def _tile(
     return at + (blocks.block[::GROUP_OF_WARPS] * blocks.shared.size)[:, None, None]
 
 
-def _read_tile(blocks: Blocks, places: np.ndarray, here: np.ndarray, since: int | None) -> None:
+def _read_tile(blocks, places, here, since):
     for group in np.flatnonzero(here[blocks.block[::GROUP_OF_WARPS]]):
         thread = group * GROUP_OF_WARPS
         epoch = int(blocks.epochs[blocks.block[thread]])
         blocks.shared.load_asynchronously(places[group], int(blocks.warps[thread]), epoch, since)
 
 
-def _wait(blocks: Blocks, products: Products, here: np.ndarray, left: int) -> None:
+def _wait(blocks, products, here, left):
     """Until at most `left` groups are on their way."""
     for product in products.pending:
         due = product.blocks & here & (product.commits < products.commits - left)
@@ -248,7 +246,7 @@ def _wait(blocks: Blocks, products: Products, here: np.ndarray, left: int) -> No
     products.sums = {registers: sums for registers, sums in products.sums.items() if sums.blocks.any()}
 
 
-def _multiply_groups(blocks: Blocks, products: Products, product: Product, due: np.ndarray) -> None:
+def _multiply_groups(blocks, products, product, due):
     given, threads = product.given, due[blocks.block]
     columns = _columns(given)
     factors = {}
@@ -272,6 +270,6 @@ def _multiply_groups(blocks: Blocks, products: Products, product: Product, due: 
     sums[threads] = total[threads]
 
 
-def _values(blocks: Blocks, places: np.ndarray, type_name: str) -> np.ndarray:
+def _values(blocks, places, type_name):
     data = blocks.shared.bytes[places[..., None] + np.arange(2)]
     return TYPES[type_name].decode(np.ascontiguousarray(data).view(np.uint16).reshape(-1)).reshape(places.shape)

@@ -1,10 +1,7 @@
 """Kernels that are broken on purpose: does the emulator notice?"""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from lightning_qlora.kernels import reference, scratch
 from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.lora_products import lora_down
 from lightning_qlora.kernels.triton.quantize import quantize
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.emulator import amd
 from tests.emulator.driver import emulated
 from tests.emulator.memory import Fault
@@ -72,14 +69,7 @@ def test_a_bug_in_the_source_is_found(tmp_path, file, text, replacement, op, num
     assert text in path.read_text()
     path.write_text(path.read_text().replace(text, replacement))
     code = f"from tests.emulator.test_kernels import fault; print(fault({target!r}, {op!r}, {number}))"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_python("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path))
     assert re.search(found, run.stdout), run.stdout + run.stderr
 
 

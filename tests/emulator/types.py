@@ -26,17 +26,17 @@ class Type:
     encode: Callable[[np.ndarray], np.ndarray]
 
 
-def bf16_to_float(bits: np.ndarray) -> np.ndarray:
+def bf16_to_float(bits):
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def float_to_bf16(values: np.ndarray) -> np.ndarray:
+def float_to_bf16(values):
     values = np.ascontiguousarray(values, np.float32)
     bits = values.view(np.uint32).astype(np.uint64)
     return np.where(np.isnan(values), 0x7FFF, bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
 
 
-def _viewed(bits: int, kind: type) -> Type:
+def _viewed(bits, kind):
     return Type(
         bits,
         lambda array: np.ascontiguousarray(array).view(kind),
@@ -44,7 +44,7 @@ def _viewed(bits: int, kind: type) -> Type:
     )
 
 
-def _packed(count: int, part: Type) -> Type:
+def _packed(count, part):
     """Several values in one register, the first in the lowest bits."""
     bits = count * part.bits
     return Type(
@@ -66,6 +66,6 @@ TYPES = {
 TYPES |= {f"{name}x2": _packed(2, TYPES[name]) for name in ("f16", "bf16", "f32", "s16")}
 
 
-def wider(name: str) -> str:
+def wider(name):
     """The integer type of twice the bits."""
     return f"{name[0]}{2 * int(name[1:])}"

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from tests.emulator.machine import WARP, Blocks, instruction
-from tests.emulator.program import Instruction
+from tests.emulator.machine import WARP, instruction
 from tests.emulator.types import TYPES, UNSIGNED
 
 LANE = np.arange(WARP)
@@ -11,7 +10,7 @@ REDUCTIONS = {"add": np.add, "max": np.maximum}
 
 
 @instruction("shfl")
-def _shuffle(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _shuffle(blocks, given, active):
     """shfl.sync.mode d, a, b, c, mask: a of the lane that mode and b name, if it is in the segment."""
     blocks.whole_warps(given, active)
     value = blocks.read(given.operands[1], "u32").reshape(-1, WARP)
@@ -30,7 +29,7 @@ def _shuffle(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("redux")
-def _reduce(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _reduce(blocks, given, active):
     """The sum, ... over the lanes of a warp."""
     blocks.whole_warps(given, active)
     value = blocks.read(given.operands[1], given.type).reshape(-1, WARP)
@@ -39,11 +38,11 @@ def _reduce(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
 
 
 @instruction("bar", "createpolicy")
-def _nothing(blocks: Blocks, given: Instruction, active: np.ndarray) -> None:
+def _nothing(blocks, given, active):
     """bar.warp.sync: the threads of a warp are executed together. Loads do not read the policy of a cache."""
 
 
-def registers_as(blocks: Blocks, operands, type_name: str) -> np.ndarray:
+def registers_as(blocks, operands, type_name):
     """The parts of 32-bit registers as values [threads, registers, parts]."""
     kind = TYPES[type_name]
     arrays = [np.ascontiguousarray(blocks.read(operand, "b32")).view(UNSIGNED[kind.bits]) for operand in operands]

@@ -12,9 +12,11 @@ from lightning_qlora.files.folder_writer import atomic_files, atomic_folder, che
 
 @pytest.mark.parametrize("writing", [atomic_folder, atomic_files])
 def test_after_an_error_nothing_is_left(writing, tmp_path):
-    def fail(error):
+    def fail(error, others_begin=lambda: None):
         with writing(tmp_path / "out") as partial:
             (partial / "half").write_text("x")
+            assert partial.name.startswith(".") and [*tmp_path.rglob("half")] == [partial / "half"]
+            others_begin()
             raise error
 
     with pytest.raises(KeyboardInterrupt):
@@ -30,14 +32,8 @@ def test_after_an_error_nothing_is_left(writing, tmp_path):
         fail(FileNotFoundError("an error of the caller"))
     assert not list(tmp_path.iterdir())
 
-    def fail_beside_another_process():
-        with writing(tmp_path / "out"):
-            (tmp_path / "out").mkdir(exist_ok=True)
-            (tmp_path / "out" / "theirs").write_text("x")
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        fail_beside_another_process()
+        fail(KeyboardInterrupt(), lambda: (tmp_path / "out/theirs").mkdir(parents=True))
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
@@ -55,11 +51,8 @@ def test_files_are_replaced_and_others_stay(tmp_path):
         write(number)
         with pytest.raises(KeyboardInterrupt):
             write("3", KeyboardInterrupt())
-        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-            "notes": "mine",
-            "config.json": number,
-            "weights": number,
-        }
+        expected = {"notes": "mine", "config.json": number, "weights": number}
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == expected
 
 
 def test_an_empty_folder_is_replaced_where_a_rename_does_not_do_it(tmp_path, monkeypatch):

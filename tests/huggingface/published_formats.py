@@ -177,22 +177,6 @@ def encode(model, name, folder):
     return dense
 
 
-LEAVES = {  # in the names of llama.cpp
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
 def encode_gguf(model, kind, path):
     """Write a Llama with llama.cpp's own encoder; the weights that the file stands for, by parameter."""
     import gguf
@@ -212,14 +196,13 @@ def encode_gguf(model, kind, path):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["t", "0", "t0", *(f"x{i}" for i in range(config.vocab_size - 3))])
     writer.add_token_merges(["t 0"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
     dense = {}
     for key, value in model.state_dict().items():
-        name = key.removeprefix("model.").removesuffix(".weight")
         value = value.float()
-        inner = name.partition("layers.")[2]
-        number, _, leaf = inner.partition(".")
-        target = f"blk.{number}.{LEAVES[leaf]}.weight" if inner else f"{LEAVES[name]}.weight"
-        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+        target = names.get_name(key, try_suffixes=(".weight",))
+        leaf = key.rpartition("self_attn.")[2]
         if leaf in heads:  # llama.cpp has their rows in another order
             value = value.unflatten(0, (heads[leaf], 2, -1)).transpose(1, 2).flatten(0, 2)
         if value.ndim == 2:

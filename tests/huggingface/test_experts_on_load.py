@@ -47,7 +47,6 @@ OF_LAYER = ["r", "scaling", "lora_dropout", "config", "full_name", "seed_name", 
 
 
 def same_modules(ours, theirs):
-    """Parameters and what they are for, and the bytes of 4-bit weights."""
     same_parameters(ours, theirs)
     layers = adapted_layers(theirs)
     for name, layer in adapted_layers(ours).items():
@@ -64,7 +63,6 @@ def classes(module):
 
 
 def assert_same_conversion(ours, theirs, convert_ours=convert, **arguments):
-    """Convert both; modules and reports are equal."""
     differ = {"seconds": 0}
     if "Linear4bit" in repr(theirs):
         differ["bytes_before"] = 0  # bitsandbytes' layers were in 4 bits; ours count as floats
@@ -108,8 +106,6 @@ def test_every_choice(arguments, folder):
 
 
 class _Allocated(_LivingTensors):
-    """Bytes of all new tensors with data."""
-
     def _add(self, storage):
         if storage.device.type != "meta":
             super()._add(storage)

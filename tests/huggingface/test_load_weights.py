@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,14 +24,12 @@ from lightning_qlora.layers.provenance import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.layers.test_experts import gpt_oss, made
-from tests.toys import ARGUMENTS, Lit, needs, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, converted, needs, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
 from tests.layers.test_experts import qwen3_moe  # noqa: E402
 
-pytestmark = [
-    needs("transformers", "5.3", "reads all weights before"),
-]
+pytestmark = needs("transformers", "5.3", "reads all weights before")
 
 
 def check_equal(sharded, alone):
@@ -57,7 +56,6 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(models):
-    """The result of each of `GIVEN` on one device, without a strategy."""
     from tests.scripts import load_weights
 
     return [load_weights.fit(models, 1, **given) for given in GIVEN]
@@ -130,6 +128,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def loaded_alone(folder, **arguments):
+    net = Net()
+    net.load_state_dict(torch.load(folder / "state.pt"))
+    convert(net, **ARGUMENTS | arguments)
+    return net
+
+
 def sharded_by_fabric(folder, fill=True, own=None, build=Net, **arguments):
     """A module on the meta device, which `parallelize_fn` shards and loads."""
 
@@ -152,27 +157,19 @@ def sharded_by_fabric(folder, fill=True, own=None, build=Net, **arguments):
 
 
 def test_what_has_values_is_not_read(folder, one_rank):
-    """A layer that was built outside of the meta device keeps its weight, though the folder has another one."""
     own = nn.Linear(200, 96, bias=False)
     expected = quantize(own.weight.detach()).dequantize()
     net = sharded_by_fabric(folder, own=own)[1].module
-    dense = Net()
-    dense.load_state_dict(torch.load(folder / "state.pt"))
     assert torch.equal(net[2].decode(), expected)
-    assert torch.equal(net[0].decode(), quantize(dense[0].weight.detach()).dequantize())
+    assert torch.equal(net[0].decode(), loaded_alone(folder)[0].decode())
 
 
 @pytest.mark.parametrize("start", ["default", "calibrated", "adapter"])
 def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank, monkeypatch):
-    def loaded(**arguments):
-        net = Net()
-        net.load_state_dict(torch.load(folder / "state.pt"))
-        convert(net, **ARGUMENTS | arguments)
-        return net
-
     arguments = {"init_lora_weights": start, "target_modules": ["0", "2"]}
     if start == "adapter":
-        save_adapter(perturb(loaded(target_modules=["2"], use_rslora=True)), folder / "adapter")
+        trained = loaded_alone(folder, target_modules=["2"], use_rslora=True)
+        save_adapter(perturb(trained), folder / "adapter")
         arguments = {"adapter": str(folder / "adapter")}
     bars = []
 
@@ -183,7 +180,7 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank,
     monkeypatch.setattr("lightning_qlora.huggingface.load_weights.tqdm", bar)
     fabric, net = sharded_by_fabric(folder, **arguments)
     assert bars == [("Quantizing", {"leave": False, "delay": 2, "unit": " x 1 layers", "disable": None})]
-    alone = loaded(**arguments)
+    alone = loaded_alone(folder, **arguments)
     check_equal(tensors(net.module), tensors(alone))
     x = torch.randn(5, 96)
     fabric.backward(net(x).sum())
@@ -319,14 +316,17 @@ def check_sharded(
     return sharded
 
 
-@pytest.mark.parametrize("then", [not_yet_converted, converted_now, converted_as_a_whole])
-def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(then, trainer, tmp_path, one_rank):
+@pytest.fixture
+def llama(tmp_path):
     toy("llama").save_pretrained(tmp_path / "llama")
-    trained = toy("llama")
-    convert(trained, **ARGUMENTS, modules_to_save=["lm_head"])
-    save_adapter(perturb(trained), tmp_path / "adapter")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("then", [not_yet_converted, converted_now, converted_as_a_whole])
+def test_an_adapter_to_start_from_and_a_head_that_trains_in_full(then, trainer, tmp_path, llama, one_rank):
+    save_adapter(converted("llama", modules_to_save=["lm_head"]), tmp_path / "adapter")
     start = {"adapter": str(tmp_path / "adapter"), "modules_to_save": ["lm_head"]}
-    sharded = check_sharded(trainer, tmp_path / "llama", then=then, **start)
+    sharded = check_sharded(trainer, llama, then=then, **start)
     assert sharded.model.lm_head.weight.requires_grad
     assert gather(sharded.model.model.layers[0].mlp.up_proj.lora_B).any()
 
@@ -345,13 +345,9 @@ def in_4_bits(folder):
     ("name", "changed", "arguments"),
     [
         ("t5", None, {"on_meta": True, "dtype": torch.float16}),  # transformers keeps its `wo` in fp32
-        (
-            "gpt2",
-            None,
-            {"on_meta": False, "dtype": torch.bfloat16, "then": converted_now, "trainable_token_indices": [3, 7]},
-        ),
-        ("llama", pickled, {"on_meta": False}),
-        ("gpt2", in_4_bits, {"on_meta": False}),
+        ("gpt2", None, {"dtype": torch.bfloat16, "then": converted_now, "trainable_token_indices": [3, 7]}),
+        ("llama", pickled, {}),
+        ("gpt2", in_4_bits, {}),
     ],
     ids=["types", "tokens", "pickled", "in 4 bits"],
 )
@@ -362,17 +358,12 @@ def test_sharded_models_of_all_kinds_of_folders(name, changed, arguments, traine
     folder = tmp_path / "base"
     if changed is not None:
         folder = changed(folder)
-    check_sharded(trainer, folder, kind=type(model), **arguments)
+    check_sharded(trainer, folder, kind=type(model), **{"on_meta": False, **arguments})
 
 
-def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
-    toy("llama").save_pretrained(tmp_path / "llama")
-
+def test_errors_while_a_model_has_no_weights(trainer, llama, one_rank):
     def copies(module):
         module.reference = copy.deepcopy(module.model)
-
-    def fails(module):
-        raise RuntimeError("theirs")
 
     def resizes(module):
         module.model.resize_token_embeddings(140)
@@ -384,27 +375,22 @@ def test_errors_while_a_model_has_no_weights(trainer, tmp_path, one_rank):
         torch.nn.init.normal_(module.model.lm_head.weight)
 
     for module, error in [
-        (Loaded(tmp_path / "llama", writes), r"lm_head\.weight: configure_model wrote values to it"),
-        (
-            Loaded(tmp_path / "llama", resizes),
-            r"meta tensors The weights are read after .* in __init__",
-        ),
-        (Loaded(tmp_path / "llama", appends), r"has shape \[128, 64\], and the module has \[140, 64\].* in __init__"),
-        (Loaded(tmp_path / "llama", copies), r"^reference\..* on the meta device, .* load it by from_pretrained too"),
-        (Loaded(tmp_path / "llama", fails), "^theirs$"),
-        (Loaded(tmp_path / "llama", intermediate_size=192), r"has shape \[.*128.*\], and the model has \[.*192.*\]"),
+        (Loaded(llama, writes), r"lm_head\.weight: configure_model wrote values to it"),
+        (Loaded(llama, resizes), r"meta tensors The weights are read after .* in __init__"),
+        (Loaded(llama, appends), r"has shape \[128, 64\], and the module has \[140, 64\].* in __init__"),
+        (Loaded(llama, copies), r"^reference\..* on the meta device, .* load it by from_pretrained too"),
+        (Loaded(llama, Mock(side_effect=RuntimeError("theirs"))), "^theirs$"),
+        (Loaded(llama, intermediate_size=192), r"has shape \[.*128.*\], and the model has \[.*192.*\]"),
     ]:
         with raises_before_teardown((ValueError, RuntimeError), error):
             fit(trainer, module, ModelParallelStrategy(1, 1))
 
 
-def test_a_model_that_is_not_sharded_is_loaded_too(trainer, tmp_path, one_rank):
-    toy("llama").save_pretrained(tmp_path / "llama")
-
+def test_a_model_that_is_not_sharded_is_loaded_too(trainer, llama, one_rank):
     def teacher(module):
-        module.teacher = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")]
+        module.teacher = [transformers.AutoModelForCausalLM.from_pretrained(llama)]
 
-    module = fit(trainer, Loaded(tmp_path / "llama", teacher), ModelParallelStrategy(1, 1))
+    module = fit(trainer, Loaded(llama, teacher), ModelParallelStrategy(1, 1))
     check_equal(tensors(module.model), tensors(module.teacher[0]))
 
 
@@ -414,10 +400,7 @@ def test_a_module_that_nobody_sharded_is_loaded(folder, one_rank):
         net = Net()
     convert(net, **ARGUMENTS)
     load_weights(net, folder)
-    alone = Net()
-    alone.load_state_dict(torch.load(folder / "state.pt"))
-    convert(alone, **ARGUMENTS)
-    check_equal(tensors(net), tensors(alone))
+    check_equal(tensors(net), tensors(loaded_alone(folder)))
 
 
 def test_types_and_marks_are_those_of_the_dense_copy():

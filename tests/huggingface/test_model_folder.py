@@ -82,7 +82,6 @@ def test_only_some_parameters_of_a_conversion_are_quantized(tmp_path):
     ("kind", "method"), [("qwen2_vl", "pissa"), ("gemma3", "loftq"), ("mixtral", "pissa"), ("gpt_oss", "loftq")]
 )
 def test_an_adapter_for_the_float_base_is_what_training_added(kind, method, tmp_path):
-    """B A of the adapter for the float base is what training added: s (B A - B0 A0)."""
     model, base = saved(kind, tmp_path / "base")
     module = load(model, base)
     convert(module, **ARGUMENTS, init_lora_weights=method)

@@ -24,7 +24,6 @@ ONE_LOAD = threading.Lock()  # transformers replaces `tie_weights` of its classe
 
 
 def layers_of_loaded(folder):
-    """Number of 4-bit layers of a model that is loaded now."""
     with ONE_LOAD:
         model = transformers.LlamaForCausalLM.from_pretrained(folder)
     return sum(isinstance(layer, QLoRALinear) for layer in model.modules())

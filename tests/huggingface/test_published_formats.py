@@ -4,12 +4,8 @@ The folders, and the dense weights that they stand for, are made by `published_f
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +26,7 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
+from tests.conftest import run_python
 from tests.huggingface.published_formats import CONFIGS, encode, encode_gguf
 from tests.huggingface.test_experts_on_load import (
     _Allocated,
@@ -51,14 +48,18 @@ def llama(**changes):
     return transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**SMALL, "intermediate_size": 96, **changes})
 
 
+def written(model, format, folder):
+    if format != "mxfp4":
+        pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
+    return encode(model, format, folder)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A function that writes a model in a format, and as the dense model that it stands for."""
 
     def write(format, build):
-        if format != "mxfp4":
-            pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
-        dense = encode(made(build), format, tmp_path / "published")
+        dense = written(made(build), format, tmp_path / "published")
         (tmp_path / "dense").mkdir()
         config = json.loads((tmp_path / "published" / "config.json").read_text())
         del config["quantization_config"]
@@ -108,8 +109,7 @@ def test_the_quantizer_of_the_format_decides_types_and_ends_the_load(folders, mo
     monkeypatch.setattr(kind, "update_dtype", lambda self, dtype: torch.float16)
     monkeypatch.setattr(kind, "get_new_dtype", lambda self, converter, param, dtype: torch.float16, raising=False)
     model = loaded(published)
-    assert len(ended) == 1
-    assert ended[0] is model
+    assert ended == [model]
     assert {model.dtype, model.model.norm.weight.dtype, model.lm_head.weight.dtype} == {torch.float16}
     assert {layer.weight_dtype for layer in adapted_layers(model).values()} == {torch.float16}
 
@@ -152,14 +152,14 @@ def test_a_run_is_that_on_the_dense_folder_and_resumes(format, build, folders, t
             return loss
 
     for folder in (published, dense):
-        lit = Run(build()[0], folder)
+        lit = Run(folder, build()[0])
         run = trainer(plugins=QLoRAPrecision(r=2, lora_dropout=0.0), max_steps=2)
         run.fit(lit)
         run.save_checkpoint(tmp_path / f"{folder.name}.ckpt")
     assert losses["published"] == losses["dense"] and len(losses["dense"]) == 2
     resumed = {}
     for name, folder in (("dense", dense), ("published", published)):  # each from the checkpoint of the other
-        resumed[name] = Run(build()[0], folder)
+        resumed[name] = Run(folder, build()[0])
         checkpoint = tmp_path / f"{'published' if name == 'dense' else 'dense'}.ckpt"
         trainer(plugins=QLoRAPrecision(r=2, lora_dropout=0.0), max_steps=3).fit(resumed[name], ckpt_path=checkpoint)
     same_parameters(resumed["published"], resumed["dense"])
@@ -167,15 +167,14 @@ def test_a_run_is_that_on_the_dense_folder_and_resumes(format, build, folders, t
 
 @of_5_23
 def test_load_from_checkpoint_needs_the_plugin_for_a_published_folder(folders, tmp_path, trainer):
-    kind, _ = llama()
     published, dense = folders("ct-int4", lambda: llama(vocab_size=1000))
-    lit = InConfigureModel(kind, published)
+    lit = InConfigureModel(published)
     run = trainer(plugins=QLoRAPrecision(r=2), max_steps=1)
     run.fit(lit)
     run.save_checkpoint(tmp_path / "run.ckpt")
 
     def load(folder):
-        return load_from_checkpoint(InConfigureModel, tmp_path / "run.ckpt", kind=kind, folder=folder)
+        return load_from_checkpoint(InConfigureModel, tmp_path / "run.ckpt", folder=folder)
 
     with pytest.raises(ValueError, match=r"weight_packed.*call load_from_checkpoint within plugin\.init"):
         load(published)
@@ -269,31 +268,29 @@ def test_plan_and_inspect(folders, tmp_path, capsys):
     assert "mxfp4" in capsys.readouterr().out
 
 
+def store_quantization(folder, **stored):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+
+
 def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
     published, _ = folders("mxfp4", gpt_oss)
     convert(model := made(gpt_oss), r=2)
     adapter = get_adapter(model)
-    config = json.loads((published / "config.json").read_text())
-
-    def change(**stored):
-        (published / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
-
-    change(quant_method="gptq", bits=4)
+    store_quantization(published, quant_method="gptq", bits=4)
     with pytest.raises(ImportError, match=r"is in 'gptq', so .* use a folder of the model in 16 bits"):
         loaded(published)
     with pytest.raises(ValueError, match=r"published: is in 'gptq'. .* in 16 bits"):
         merge_folder(published, adapter, tmp_path / "out")
     monkeypatch.setattr("transformers.utils.quantization_config.is_compressed_tensors_available", lambda: False)
-    change(**CONFIGS["ct-fp8"])
+    store_quantization(published, **CONFIGS["ct-fp8"])
     with pytest.raises(ImportError, match="pip install compressed-tensors"):
         loaded(published)
 
 
 def test_a_format_that_transformers_loads_and_does_not_dequantize_is_a_warning(folders):
     published, _ = folders("mxfp4", gpt_oss)
-    config = json.loads((published / "config.json").read_text())
-    stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (published / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    store_quantization(published, quant_method="bitsandbytes", load_in_8bit=True)
     with (
         pytest.warns(UserWarning, match=r"is in 'bitsandbytes', so its layers would not be converted"),
         suppress(Exception),
@@ -355,14 +352,9 @@ def test_200_mb_in_16_bits_never_stand_in_memory(format, build, tmp_path):
     elif format is None:
         model.save_pretrained(tmp_path / "folder", max_shard_size="60MB")
     else:
-        if format != "mxfp4":
-            pytest.importorskip("accelerate" if format == "fp8" else "compressed_tensors")
-        encode(model, format, tmp_path / "folder")
+        written(model, format, tmp_path / "folder")
     del model
-    script = Path(__file__).parents[1] / "scripts" / "memory_of_loading.py"
-    command = [sys.executable, script, tmp_path / "folder", "8"]
-    environment = {**os.environ, "PYTHONPATH": "."}
-    run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=script.parents[2], env=environment)
+    run = run_python("-m", "tests.scripts.memory_of_loading", tmp_path / "folder", "8")
     peak, end = re.search(r"peak ([\d.]+) MB, end ([\d.]+) MB", run.stdout).groups()
     files = sum(file.stat().st_size for file in (tmp_path / "folder").glob("model*"))
     print(

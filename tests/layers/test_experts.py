@@ -300,6 +300,17 @@ def test_the_inputs_of_each_expert_count_for_a_calibration_in_one_launch_too(mon
     assert_close(*sums, rtol=1e-4, atol=1e-6)
 
 
+def test_a_number_beyond_the_experts_means_none():
+    model = made(gpt_oss)
+    convert_stacks(model)
+    experts = model.model.layers[0].mlp.experts
+    count = len(experts.down_proj)
+    x, weights = torch.randn(3, 64), torch.rand(3, 2)
+    ours = experts(x, torch.tensor([[0, count], [count, 1], [2, count + 3]]), weights)
+    chosen = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    torch.testing.assert_close(ours, experts(x, torch.tensor([[0, 0], [1, 1], [2, 2]]), weights * chosen))
+
+
 def test_no_token_at_all():
     model = in_4_bits(qwen3_moe)
     owner = model.model.layers[0].mlp.experts

@@ -395,32 +395,6 @@ def test_frozen_integer_parameters_in_the_list_are_skipped():
     assert list(optimizer.state) == [trained]
 
 
-def test_by_name_from_yaml():
-    jsonargparse = pytest.importorskip("jsonargparse")
-    from lightning.pytorch.cli import OptimizerCallable
-
-    parser = jsonargparse.ArgumentParser()
-    parser.add_argument("--optimizer", type=OptimizerCallable)
-    text = '{"class_path": "lightning_qlora.optim.adamw.PagedAdamW8bit", "init_args": {"lr": 0.1}}'
-    arguments = parser.parse_args([f"--optimizer={text}"])
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name before 4.49
-    optimizer = instantiate(arguments).optimizer(model().parameters())
-    assert isinstance(optimizer, PagedAdamW8bit)
-    assert optimizer.param_groups[0]["lr"] == 0.1
-
-
-def test_a_default_type_of_float64_changes_no_state():
-    parameter = torch.nn.Parameter(torch.randn(64, 128))
-    parameter.grad = torch.randn(64, 128)
-    optimizer = PagedAdamW8bit([parameter])
-    torch.set_default_dtype(torch.float64)
-    try:
-        optimizer.step()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert {t.dtype for t in optimizer.state[parameter].values()} == {torch.float32, torch.uint8}
-
-
 def test_a_launch_has_tensors_of_one_device(monkeypatch):
     """The kernels get addresses: those of another device would be read as this device's memory."""
     devices = []
@@ -459,16 +433,14 @@ def test_no_parameters_is_an_error_that_says_what_to_do(kind):
 
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
 def test_a_learning_rate_that_changed_is_loaded_and_defaults_are_those_of_the_paper(kind):
-    saved, other = (kind([torch.nn.Parameter(torch.ones(300))], lr=1e-2) for _ in range(2))
+    params = [torch.nn.Parameter(torch.ones(300))]
+    saved, other = (kind(params, lr=1e-2) for _ in range(2))
     saved.param_groups[0].update(lr=5e-4, weight_decay=0.3)
     other.load_state_dict(saved.state_dict())
     assert (other.param_groups[0]["lr"], other.param_groups[0]["weight_decay"]) == (5e-4, 0.3)
-    torch_defaults = torch.optim.AdamW([torch.nn.Parameter(torch.ones(300))], lr=2e-4, weight_decay=0.0).defaults
-    defaults = kind([torch.nn.Parameter(torch.ones(300))]).defaults
+    torch_defaults = torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0).defaults
+    defaults = kind(params).defaults
     assert {name: torch_defaults[name] for name in defaults} == defaults
     zeros = {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
-    assert kind([torch.nn.Parameter(torch.ones(300))], **zeros).defaults.items() >= zeros.items()
-
-
-def test_paged_adamw_has_the_other_arguments_of_adamw():
-    assert PagedAdamW([torch.nn.Parameter(torch.ones(300))], amsgrad=True).defaults["amsgrad"]
+    assert kind(params, **zeros).defaults.items() >= zeros.items()
+    assert PagedAdamW(params, amsgrad=True).defaults["amsgrad"]

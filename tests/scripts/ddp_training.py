@@ -12,16 +12,16 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_qlora import QLoRAPrecision, calibrate, convert, save_adapter
 from tests.conftest import Classifier, dataset, loader, make_trainer, run_rank, tensors
-from tests.toys import Lit
+from tests.toys import Loaded
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
-def trainer(root: Path, plugin: QLoRAPrecision, **arguments) -> pl.Trainer:
+def trainer(root, plugin, **arguments):
     return make_trainer(root, **{"plugins": plugin, "strategy": "ddp", "devices": 2, **arguments})
 
 
-def fit(root: Path, epochs: int, ckpt: str | None = None) -> dict[str, object]:
+def fit(root, epochs, ckpt=None):
     pl.seed_everything(1, verbose=False)
     module = Classifier(dropout=0.1, seed=2)
     plugin = QLoRAPrecision(r=4, lora_dropout=0.2)
@@ -48,7 +48,7 @@ class Buffers(pl.Callback):
         assert len(self.names) == len(sent)
 
 
-def fit_with_another_start_on_each_rank(root: Path) -> dict[str, object]:
+def fit_with_another_start_on_each_rank(root):
     module = Classifier(seed=RANK)
     buffers = Buffers()
     module.net.append(nn.BatchNorm1d(8))
@@ -61,21 +61,8 @@ def fit_with_another_start_on_each_rank(root: Path) -> dict[str, object]:
     return {"tensors": weights, "sent": buffers.names, "own loop": tensors(own_loop)}
 
 
-class Loaded(Lit):
-    """Every rank loads a transformers folder in `configure_model`, in 4 bits."""
-
-    def __init__(self, folder: Path):
-        super().__init__(None)
-        self.folder = folder
-
-    def configure_model(self):
-        from transformers import AutoModelForCausalLM
-
-        if self.model is None:
-            self.model = AutoModelForCausalLM.from_pretrained(self.folder)
-
-
-def fit_loaded(root: Path) -> dict[str, torch.Tensor]:
+def fit_loaded(root):
+    """Every rank loads a transformers folder, in 4 bits."""
     module = Loaded(root / "base")
     trainer(root, QLoRAPrecision(r=4, modules_to_save=["norm"]), max_steps=2).fit(module)
     return {name: value.detach().clone() for name, value in tensors(module).items()}
@@ -88,7 +75,7 @@ class Scaled(Classifier):
         return super().training_step(batch, batch_idx) * (1e9 if self.global_rank else 1e-9)
 
 
-def fit_in_fp16(root: Path) -> dict[str, torch.Tensor]:
+def fit_in_fp16(root):
     module = Scaled()
     plugin = QLoRAPrecision(r=4, compute_dtype="fp16")
     trainer(root, plugin, max_epochs=4, gradient_clip_val=1.0).fit(module, loader(64))
@@ -109,13 +96,11 @@ class Experts(Classifier):
 
 
 class Called(Classifier):
-    """Calls its model before the first batch."""
-
     def on_train_start(self):
         self.net(torch.randn(8, 64) + self.global_rank)
 
 
-def fit_calibrated(root: Path, kind=Classifier, **arguments) -> tuple[dict[str, torch.Tensor], object]:
+def fit_calibrated(root, kind=Classifier, **arguments):
     """The state, and the report of the calibration."""
     pl.seed_everything(1, verbose=False)
     module = kind(dropout=0.1, seed=2)
@@ -126,7 +111,7 @@ def fit_calibrated(root: Path, kind=Classifier, **arguments) -> tuple[dict[str, 
     return module.state_dict(), plugin.report.calibration
 
 
-def calibrate_another_start_on_each_rank(root: Path) -> dict[str, object]:
+def calibrate_another_start_on_each_rank(root):
     """Without a common seed: the base is that of rank 0, and the share of a layer's output that it changes still."""
     weight = Classifier(seed=0).net[0].weight.detach()
     module = Classifier(seed=RANK)
@@ -140,7 +125,7 @@ def calibrate_another_start_on_each_rank(root: Path) -> dict[str, object]:
     return {"initial": layer.initial, "share": share, "reported": reported, "own loop": calibrate_in_own_loop()}
 
 
-def calibrate_in_own_loop() -> dict[str, object]:
+def calibrate_in_own_loop():
     """A loop without the Trainer: nothing is collective but what is named so."""
     torch.manual_seed(4)
     x = torch.randn(8, 64)
@@ -170,7 +155,7 @@ def calibrate_in_own_loop() -> dict[str, object]:
     return result
 
 
-def main(root: str) -> None:
+def main(root):
     folder = Path(root)
     results = {"loaded": fit_loaded(folder)} if (folder / "base").exists() else {}
     results["straight"] = fit(folder / "straight", 2)

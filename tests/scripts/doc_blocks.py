@@ -21,7 +21,6 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,23 +36,9 @@ COMMIT = "0" * 40
 FENCE = re.compile(r"^(?P<skip><!-- not run: .+ -->\n)?```(?P<kind>\w*)(?P<rest>.*)\n(?P<code>(?:.*\n)*?)```$", re.M)
 # What pages name and a test can't run: it installs, needs a network or a server, or takes minutes.
 PROGRAMS = {
-    "pip",
-    "make",
-    "git",
-    "pytest",
-    "vllm",
-    "curl",
-    "hf",
-    "ollama",
-    "llama-cli",
-    "transformers serve",
-    "torchrun",
-    "sbatch",
-    "ray",
-    "export",
-    "python -m",
-    "python llama.cpp/convert_hf_to_gguf.py",
-}
+    "pip", "make", "git", "pytest", "vllm", "curl", "hf", "ollama", "llama-cli", "transformers serve", "torchrun",
+    "sbatch", "ray", "export", "python -m", "python llama.cpp/convert_hf_to_gguf.py",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,11 +46,10 @@ class Block:
     """A code block of a page.
 
     Attributes:
-        page: File name of the page.
-        line: Line of its first line of code in the page.
+        page: Its file name.
+        line: Of the first line of code.
         kind: The language of the fence.
         title: File name for which it stands, or "".
-        code: Its text.
         run: False if a comment before the block exempts it.
     """
 
@@ -77,8 +61,7 @@ class Block:
     run: bool
 
 
-def blocks(page: Path) -> Iterator[Block]:
-    """The code blocks of a page, in order."""
+def blocks(page):
     text = page.read_text()
     for match in FENCE.finditer(text):
         title = re.search(r'title="([^"]+)"', match["rest"])
@@ -87,7 +70,7 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(page.name, line, match["kind"], name, match["code"], run=not match["skip"])
 
 
-def make_hub(folder: Path) -> None:
+def make_hub(folder):
     """Write the cache of the hub: one small model, under all names."""
     from tests.toys import chat_model
 
@@ -100,16 +83,14 @@ def make_hub(folder: Path) -> None:
         (repository / "snapshots" / COMMIT).symlink_to(model)
 
 
-def write(files: list[Block], folder: Path) -> None:
-    """Write the blocks that are files into a folder."""
+def write(files, folder):
     for file in files:
         path = folder / file.title
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(file.code)
 
 
-def run_block(block: Block, namespace: dict[str, object]) -> None:
-    """Run one block in the current folder."""
+def run_block(block, namespace):
     if block.kind in ("python", "diff"):
         code = block.code
         if block.kind == "diff":
@@ -120,7 +101,7 @@ def run_block(block: Block, namespace: dict[str, object]) -> None:
             run_command(shlex.split(line, comments=True))
 
 
-def run_command(words: list[str]) -> None:
+def run_command(words):
     """Run a line of a shell block, in this process: starting another one for each would take seconds."""
     from lightning_qlora.tools.cli import main
 
@@ -141,14 +122,14 @@ def run_command(words: list[str]) -> None:
             raise RuntimeError(f"{shlex.join(words)}: exit code {stop.code}") from stop
 
 
-def run_page(page: Path, files: list[Block], folder: Path) -> dict[str, object]:
+def run_page(page, files, folder):
     """Run the blocks of a page up to the first that fails."""
     folder.mkdir()
     os.chdir(folder)
     write(files, folder)
     module = sys.modules["__main__"] = ModuleType("__main__")  # where classes of the page say that they are from
     code = [block for block in blocks(page) if block.kind in ("python", "diff", "bash") and not block.title]
-    result: dict[str, object] = {"run": 0, "exempt": sum(not block.run for block in code), "error": ""}
+    result = {"run": 0, "exempt": sum(not block.run for block in code), "error": ""}
     start = time.perf_counter()
     for block in code:
         if not block.run:
@@ -158,11 +139,11 @@ def run_page(page: Path, files: list[Block], folder: Path) -> dict[str, object]:
         except BaseException:
             result["error"] = f"{block.page}:{block.line}\n{block.code}\n{traceback.format_exc()}"
             break
-        result["run"] = int(str(result["run"])) + 1
+        result["run"] += 1
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def main(folder: Path, pages: list[Path]) -> None:
+def main(folder, pages):
     os.environ["HF_HOME"], os.environ["HF_HUB_OFFLINE"] = str(folder), "1"
     make_hub(folder)
     files = [block for page in sorted((ROOT / "docs").glob("*.md")) for block in blocks(page) if block.title]

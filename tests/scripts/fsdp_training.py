@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, save_adapter
 from lightning_qlora.layers.dtensor import gather
 from tests.conftest import Classifier, loader, make_trainer, run_rank
-from tests.toys import ids
+from tests.toys import Lit
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 POLICIES = {"fp32": MixedPrecisionPolicy(), "bf16": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
@@ -116,14 +116,12 @@ def with_fabric(root, devices, single_file, policy="fp32", **arguments):
     return fabric.global_rank, straight, train(again, batches[4:]), {}
 
 
-class Llama(pl.LightningModule):
+class Llama(Lit):
     """A transformers model that is loaded, and so quantized, and then sharded in configure_model."""
 
     def __init__(self, folder, optimizer="AdamW", convert_first=False):
-        super().__init__()
+        super().__init__(None)
         self.save_hyperparameters()
-        self.model = None
-        self.losses = []
 
     def configure_model(self):
         if self.model is None:
@@ -131,17 +129,8 @@ class Llama(pl.LightningModule):
             if self._device_mesh is not None:
                 if self.hparams.convert_first:
                     self.trainer.precision_plugin.convert_module(self.model)
-                for layer in self.model.model.layers:
-                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-
-    def training_step(self, batch, batch_idx):
-        loss = self.model(input_ids=ids(), labels=ids()).loss
-        self.losses.append(loss.item())
-        return loss
-
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader(range(4))
+                for part in (*self.model.model.layers, self.model):
+                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self):
         kind = {"AdamW": torch.optim.AdamW, "PagedAdamW8bit": PagedAdamW8bit}[self.hparams.optimizer]

@@ -40,9 +40,8 @@ class Lit(LightningModule):
             gguf = {"gguf_file": GGUF, "dtype": torch.bfloat16} if GGUF else {}
             self.model = AutoModelForCausalLM.from_pretrained(self.folder, **gguf)
             if self._device_mesh is not None:
-                for layer in self.model.model.layers:
-                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+                for part in (*self.model.model.layers, self.model):
+                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def predict_dataloader(self):
         return torch.utils.data.DataLoader(range(1))

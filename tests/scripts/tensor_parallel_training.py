@@ -30,7 +30,7 @@ from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import every_pair, make_trainer, run_rank
 from tests.kernels.shares import share
-from tests.toys import delta, ids, save_in_4_bits, toy
+from tests.toys import Lit, delta, ids, save_in_4_bits, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "block_size": 32}
 PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {
@@ -41,14 +41,12 @@ PLAN = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {
 }
 
 
-class Llama(pl.LightningModule):
+class Llama(Lit):
     """As users write it for tensor parallelism."""
 
     def __init__(self, folder):
-        super().__init__()
+        super().__init__(None)
         self.save_hyperparameters()
-        self.model = None
-        self.losses = []
 
     def configure_model(self):
         if self.model is None:
@@ -64,9 +62,6 @@ class Llama(pl.LightningModule):
 
     def train_dataloader(self):
         return torch.utils.data.DataLoader(range(3))
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def loss_of(model):

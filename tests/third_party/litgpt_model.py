@@ -1,33 +1,17 @@
 """A tiny checkpoint folder and data for LitGPT's scripts, with random weights."""
 
 import json
-from pathlib import Path
 
 import torch
 from litgpt import GPT, Config
 from litgpt.utils import save_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = (
-    "[UNK]",
-    "</s>",
-    "the",
-    "quick",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "Below",
-    "is",
-    "an",
-    "instruction",
-)
+TEXT = "[UNK] </s> the quick fox jumps over a lazy dog Below is an instruction"
 
 
-def make(folder: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, "[UNK]"))
+def make(folder):
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(TEXT.split())}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -50,13 +50,13 @@ class Project:
     attributes: tuple[str, ...] = ()
     resumes: bool = True
 
-    def trainer(self, root: Path, **arguments: Any) -> Any:
+    def trainer(self, root, **arguments):
         limits = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0}
         package = importlib.import_module(self.lightning)
         return package.Trainer(**QUIET, **{**limits, "default_root_dir": root, **arguments})
 
 
-def plugin(**arguments: Any) -> QLoRAPrecision:
+def plugin(**arguments):
     return QLoRAPrecision(r=4, **arguments)
 
 
@@ -64,7 +64,7 @@ class Fitted(BaseException):
     """Raised in place of `Trainer.fit`, whose arguments it holds."""
 
 
-def arguments_of_fit(train: Callable[[Any], Any], lightning: str) -> tuple[Any, dict[str, Any]]:
+def arguments_of_fit(train, lightning):
     """The module and the data that a package's own training passes to `Trainer.fit`."""
     trainer = importlib.import_module(lightning).Trainer
 
@@ -79,7 +79,7 @@ def arguments_of_fit(train: Callable[[Any], Any], lightning: str) -> tuple[Any, 
     return raised.value.args
 
 
-def refuses(message: str) -> Any:
+def refuses(message):
     return pytest.raises(Exception, match=message)
 
 
@@ -89,7 +89,7 @@ NOT_CONVERTED = r"(?s)Error\(s\) in loading state_dict for {}:.*Unexpected key\(
 # pytorch-forecasting
 
 
-def forecasting(name: str) -> tuple[Any, dict[str, Any]]:
+def forecasting(name):
     import pandas as pd
     import pytorch_forecasting as pf
 
@@ -114,7 +114,7 @@ def forecasting(name: str) -> tuple[Any, dict[str, Any]]:
     return module, {"train_dataloaders": loaders[0], "val_dataloaders": loaders[1]}
 
 
-def own_forecasting(name: str, folder: Path) -> None:
+def own_forecasting(name, folder):
     """The tutorial: the best checkpoint by `load_from_checkpoint`, then `predict`."""
     module, data = forecasting(name)
     trainer = FORECASTING[name].trainer(folder, max_epochs=1, plugins=plugin(checkpoint="full"))
@@ -135,7 +135,7 @@ def own_forecasting(name: str, folder: Path) -> None:
 # gluonts
 
 
-def gluonts_estimator(**trainer: Any) -> tuple[Any, Any]:
+def gluonts_estimator(**trainer):
     import pandas as pd
     from gluonts.dataset.common import ListDataset
     from gluonts.torch import PatchTSTEstimator
@@ -155,12 +155,12 @@ def gluonts_estimator(**trainer: Any) -> tuple[Any, Any]:
     return estimator, data
 
 
-def gluonts() -> tuple[Any, dict[str, Any]]:
+def gluonts():
     estimator, data = gluonts_estimator()
     return arguments_of_fit(partial(estimator.train, data, data), "lightning.pytorch")
 
 
-def own_gluonts(folder: Path) -> None:
+def own_gluonts(folder):
     from gluonts.torch.model.predictor import PyTorchPredictor
 
     def means(predictor):
@@ -178,7 +178,7 @@ def own_gluonts(folder: Path) -> None:
     np.testing.assert_allclose(means(PyTorchPredictor.deserialize(folder / "merged")), expected, rtol=1e-3)
 
 
-def make(folder: Path) -> Path:
+def make(folder):
     folder.mkdir()
     return folder
 
@@ -186,7 +186,7 @@ def make(folder: Path) -> Path:
 # scvi-tools
 
 
-def scvi_model() -> Any:
+def scvi_model():
     import anndata
     import scvi
 
@@ -201,11 +201,11 @@ def scvi_model() -> Any:
 SCVI_TRAIN = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "batch_size": 32, "enable_progress_bar": False}
 
 
-def scvi() -> tuple[Any, dict[str, Any]]:
+def scvi():
     return arguments_of_fit(partial(scvi_model().train, **SCVI_TRAIN), "lightning.pytorch")
 
 
-def own_scvi(folder: Path) -> None:
+def own_scvi(folder):
     model = scvi_model()
     model.train(**SCVI_TRAIN, plugins=plugin())
     expected = model.get_latent_representation()
@@ -221,7 +221,7 @@ def own_scvi(folder: Path) -> None:
 # darts
 
 
-def darts_model(**arguments: Any) -> tuple[Any, dict[str, Any]]:
+def darts_model(**arguments):
     from darts import TimeSeries
     from darts.models import TFTModel
 
@@ -241,12 +241,12 @@ def darts_model(**arguments: Any) -> tuple[Any, dict[str, Any]]:
     return model, {"series": series, "val_series": series}
 
 
-def darts() -> tuple[Any, dict[str, Any]]:
+def darts():
     model, data = darts_model(pl_trainer_kwargs={**QUIET})
     return arguments_of_fit(partial(model.fit, **data, dataloader_kwargs={"shuffle": False}), "pytorch_lightning")
 
 
-def own_darts(folder: Path) -> None:
+def own_darts(folder):
     from pytorch_lightning.strategies import SingleDeviceStrategy
 
     model, data = darts_model(pl_trainer_kwargs={**QUIET, "plugins": [plugin()]})
@@ -273,7 +273,7 @@ def own_darts(folder: Path) -> None:
 # neuralforecast
 
 
-def neuralforecast_model(**trainer: Any) -> tuple[Any, Any]:
+def neuralforecast_model(**trainer):
     import pandas as pd
     from neuralforecast import NeuralForecast
     from neuralforecast.models import NHITS
@@ -300,12 +300,12 @@ def neuralforecast_model(**trainer: Any) -> tuple[Any, Any]:
     return NeuralForecast(models=[model], freq="D"), frame
 
 
-def neuralforecast() -> tuple[Any, dict[str, Any]]:
+def neuralforecast():
     forecast, frame = neuralforecast_model()
     return arguments_of_fit(partial(forecast.fit, frame, val_size=8), "pytorch_lightning")
 
 
-def own_neuralforecast(folder: Path) -> None:
+def own_neuralforecast(folder):
     forecast, frame = neuralforecast_model(plugins=plugin())
     forecast.fit(frame, val_size=8)
     assert forecast.models[0].blocks[0].layers[0].lora_B.any()
@@ -323,18 +323,18 @@ def own_neuralforecast(folder: Path) -> None:
 
 
 class Backbone(nn.Sequential):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(3 * 8 * 8, 64), nn.ReLU(), nn.Linear(64, 32))
 
 
-def images(classes: int = 4) -> DataLoader:
+def images(classes=4):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(48, 3, 8, 8, generator=generator)
     labels = torch.arange(48) % classes
     return DataLoader(TensorDataset(pixels, labels), batch_size=16)
 
 
-def lightly() -> tuple[Any, dict[str, Any]]:
+def lightly():
     """Fine-tuning as in its benchmarks."""
     from lightly.utils.benchmarking import FinetuneClassifier
 
@@ -343,7 +343,7 @@ def lightly() -> tuple[Any, dict[str, Any]]:
     return module, {"train_dataloaders": images(), "val_dataloaders": images()}
 
 
-def own_lightly(folder: Path) -> None:
+def own_lightly(folder):
     """Self-supervised training of its `embedding`, which takes a finished optimizer."""
     from lightly.embedding import SelfSupervisedEmbedding
     from lightly.loss import NTXentLoss
@@ -377,7 +377,7 @@ def own_lightly(folder: Path) -> None:
 # chemprop
 
 
-def chemprop() -> tuple[Any, dict[str, Any]]:
+def chemprop():
     from chemprop import data, nn
     from chemprop.models import MPNN
 
@@ -389,7 +389,7 @@ def chemprop() -> tuple[Any, dict[str, Any]]:
     return module, {"train_dataloaders": loader, "val_dataloaders": loader}
 
 
-def own_chemprop(folder: Path) -> None:
+def own_chemprop(folder):
     from chemprop.models.utils import load_model, save_model
 
     module, loaders = chemprop()
@@ -409,14 +409,14 @@ def own_chemprop(folder: Path) -> None:
 
 
 class Net(nn.Sequential):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(3 * 8 * 8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4))
 
 
 class HydraModule(pl.LightningModule):
     """As its `src/models/mnist_module.py`: hydra makes the network, and partial functions for the rest."""
 
-    def __init__(self, net: nn.Module, optimizer: Any, scheduler: Any, compile: bool) -> None:
+    def __init__(self, net, optimizer, scheduler, compile):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.net = net
@@ -449,13 +449,13 @@ class HydraModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
-def hydra() -> tuple[Any, dict[str, Any]]:
+def hydra():
     scheduler = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=10)
     module = HydraModule(Net(), partial(torch.optim.Adam, lr=1e-3), scheduler, compile=False)
     return module, {"train_dataloaders": images(), "val_dataloaders": images()}
 
 
-def own_hydra(folder: Path) -> None:
+def own_hydra(folder):
     """`src/train.py` and `src/eval.py`: test the best checkpoint, in this process and in another one."""
     torch.manual_seed(0)
     module, data = hydra()
@@ -478,7 +478,7 @@ def own_hydra(folder: Path) -> None:
     assert Path(path).stat().st_size < sum(sizes.values()) + optimizer + 20_000  # no second copy of the base
 
 
-PROJECTS: dict[str, Project] = {
+PROJECTS = {
     "pytorch-forecasting TFT": Project(
         "pytorch_forecasting",
         partial(forecasting, "TemporalFusionTransformer"),

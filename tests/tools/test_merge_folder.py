@@ -1,9 +1,6 @@
 """Merging into a folder: the same weights as merging in memory, and what is refused."""
 
 import json
-import multiprocessing
-import os
-import signal
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -37,12 +34,21 @@ def base(tmp_path):
     return save
 
 
+@pytest.fixture
+def folder(base):
+    return base("llama")[1]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
 def load(name, folder, **arguments):
     return type(toy(name)).from_pretrained(folder, **arguments).eval()
 
 
 def assert_merged(folder, lit, name="llama"):
-    """The model of the folder computes what the module does with its adapters."""
     torch.testing.assert_close(logits(load(name, folder)), logits(lit.model), atol=1e-5, rtol=0)
 
 
@@ -54,39 +60,38 @@ def assert_same_weights(merged, expected):
 
 
 @pytest.mark.parametrize(("name", "dora"), [*zip(NAMES, [False, True, False, True], strict=True), ("llama", True)])
-def test_merged_folder_is_the_merged_module(name, dora, base, tmp_path):
-    """With DoRA, also with ranks and alphas of their own."""
+def test_merged_folder_is_the_merged_module(name, dora, base, out):
     first = {"llama": "q_proj", "gpt2": "c_attn"}.get(name)
     patterns = {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}} if dora and first else {}
     lit, (_, folder) = converted(name, use_dora=dora, **patterns), base(name, max_shard_size="50KB")
-    merge_folder(folder, get_adapter(lit), tmp_path / "out")
+    merge_folder(folder, get_adapter(lit), out)
     others = {path.name for path in folder.iterdir() if "safetensors" not in path.name}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == others | {"model.safetensors"}
-    assert_merged(tmp_path / "out", lit, name)
-    assert_same_weights(load(name, tmp_path / "out"), merge(lit).model)
+    assert {path.name for path in out.iterdir()} == others | {"model.safetensors"}
+    assert_merged(out, lit, name)
+    assert_same_weights(load(name, out), merge(lit).model)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("llama", "auto"), ("gpt2", "fp16")])
-def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path):
+def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path, out):
     model = toy(name).bfloat16()
     model.save_pretrained(tmp_path / "base")
     lit = Lit(model)
     convert(lit, **ARGUMENTS, modules_to_save=["norm", "lm_head"] if name == "llama" else ["ln_f"])
     perturb(lit)
-    merge_folder(tmp_path / "base", get_adapter(lit), tmp_path / "out", dtype=dtype)
-    assert_same_weights(load(name, tmp_path / "out"), merge(lit, dtype=dtype).model)
+    merge_folder(tmp_path / "base", get_adapter(lit), out, dtype=dtype)
+    assert_same_weights(load(name, out), merge(lit, dtype=dtype).model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path):
+def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path, out):
     lit, (_, folder) = converted(name, modules_to_save=["lm_head"]), base(name)
     save_adapter(lit, tmp_path / "adapter")
-    merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out")
-    assert_merged(tmp_path / "out", lit, name)
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
+    assert_merged(out, lit, name)
 
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]])
-def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path):
+def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out):
     """In a folder an output embedding can be untied; a changed embedding with an unchanged output can't be stored."""
     peft = pytest.importorskip("peft")
     model = toy("llama", tie_word_embeddings=True)
@@ -97,18 +102,18 @@ def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path):
     adapter = read_adapter(tmp_path / "adapter")
     if "lm_head" not in modules:
         with pytest.raises(CheckpointMismatchError, match=r"was trained separately from lm_head\.weight"):
-            merge_folder(tmp_path / "base", adapter, tmp_path / "out")
+            merge_folder(tmp_path / "base", adapter, out)
         return
-    merge_folder(tmp_path / "base", adapter, tmp_path / "out", base="float")
-    torch.testing.assert_close(logits(load("llama", tmp_path / "out")), logits(trained), atol=1e-5, rtol=0)
+    merge_folder(tmp_path / "base", adapter, out, base="float")
+    torch.testing.assert_close(logits(load("llama", out)), logits(trained), atol=1e-5, rtol=0)
 
 
-def test_on_the_float_base_and_in_another_type(base, tmp_path):
+def test_on_the_float_base_and_in_another_type(base, out):
     lit, (model, folder) = converted("llama"), base("llama")
-    merge_folder(folder, get_adapter(lit), tmp_path / "out", dtype="bf16", base="float")
+    merge_folder(folder, get_adapter(lit), out, dtype="bf16", base="float")
     key = "model.layers.0.self_attn.q_proj"
     expected = (model.get_submodule(key).weight + delta(lit.model.get_submodule(key))).detach()
-    merged = load("llama", tmp_path / "out")
+    merged = load("llama", out)
     assert torch.equal(merged.get_submodule(key).weight, round_stochastically(expected, torch.bfloat16, key))
     assert merged.config.dtype == torch.bfloat16
 
@@ -133,38 +138,33 @@ def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_o
         assert merged.state_dict().keys() == model.state_dict().keys()
 
 
-def test_another_base_than_that_of_the_training_is_refused(base, tmp_path):
-    base("llama")
+def test_another_base_than_that_of_the_training_is_refused(tmp_path, out):
     toy("llama", seed=1).save_pretrained(tmp_path / "other")
     lit = converted("llama")
     with pytest.raises(CheckpointMismatchError, match=r"other: model.layers.0.* has other 4-bit weights than in the"):
-        merge_folder(tmp_path / "other", get_adapter(lit), tmp_path / "out")
-    merge_folder(tmp_path / "other", get_adapter(lit), tmp_path / "out", base="float")
+        merge_folder(tmp_path / "other", get_adapter(lit), out)
+    merge_folder(tmp_path / "other", get_adapter(lit), out, base="float")
 
 
-def test_a_base_that_was_trained_in_another_type(base, tmp_path):
-    _, folder = base("llama")
+def test_a_base_that_was_trained_in_another_type(folder, out):
     lit = Lit(load("llama", folder, dtype=torch.bfloat16))
     convert(lit, **ARGUMENTS)
     perturb(lit)
-    merge_folder(folder, get_adapter(lit), tmp_path / "out")
-    merged = load("llama", tmp_path / "out")
+    merge_folder(folder, get_adapter(lit), out)
+    merged = load("llama", out)
     assert_same_weights(merged, merge(lit).model)
     assert {value.dtype for value in merged.state_dict().values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("in_4_bits", [False, True])
-def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path):
+def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path, out):
     model, folder = base("llama")
     if in_4_bits:
         folder = save_in_4_bits(type(model), folder, tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
-    # The second is no name in transformers, and comes before the one that is.
-    names = {
-        "AutoConfig": "ours.Config",
-        "AutoModelForNothing": "ours.Model",
-        "AutoModelForImageTextToText": "ours.Model",
-    }
+    # The first is no name in transformers, and comes before the one that is.
+    names = dict.fromkeys(("AutoModelForNothing", "AutoModelForImageTextToText"), "ours.Model")
+    names["AutoConfig"] = "ours.Config"
     changed = {**config, "model_type": "ours", "architectures": ["Model"], "auto_map": names}
     (folder / "config.json").write_text(json.dumps(changed))
     (folder / "ours.py").write_text(
@@ -174,19 +174,19 @@ def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_pat
     )
     lit = converted("llama")
     with pytest.raises(ValueError, match="trust_remote_code"):
-        merge_folder(folder, get_adapter(lit), tmp_path / "out")
-    merge_folder(folder, get_adapter(lit), tmp_path / "out", trust_remote_code=True)
-    assert_same_weights(load_file(tmp_path / "out/model.safetensors"), merge(lit).model)
-    assert (tmp_path / "out/ours.py").is_file()
+        merge_folder(folder, get_adapter(lit), out)
+    merge_folder(folder, get_adapter(lit), out, trust_remote_code=True)
+    assert_same_weights(load_file(out / "model.safetensors"), merge(lit).model)
+    assert (out / "ours.py").is_file()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_4_bit_base(name, base, tmp_path):
+def test_a_4_bit_base(name, base, tmp_path, out):
     lit, (_, folder) = converted(name), base(name)
     save_in_4_bits(type(toy(name)), folder, tmp_path / "bnb")
-    merge_folder(tmp_path / "bnb", get_adapter(lit), tmp_path / "out", dtype="fp32")
-    assert_merged(tmp_path / "out", lit, name)
-    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    merge_folder(tmp_path / "bnb", get_adapter(lit), out, dtype="fp32")
+    assert_merged(out, lit, name)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
     # Layers without an adapter are decoded too.
     few = converted(name, target_modules=["down_proj", "c_fc"][name == "gpt2" :][:1])
     merge_folder(tmp_path / "bnb", get_adapter(few), tmp_path / "out2", dtype="fp32")
@@ -197,22 +197,35 @@ def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
 
 
-def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
+def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
     model, folder = base("llama", max_shard_size="50KB")
     adapter = get_adapter(converted("llama"))
 
     def refused(kind, message):
         with raises_in_one_line(kind, message):
-            merge_folder(folder, adapter, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+            merge_folder(folder, adapter, out)
+        assert not out.exists()
 
     shard(folder, 2).unlink()
     refused(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;")
     (folder / "model.safetensors.index.json").unlink()
     state = model.state_dict()
-    del state["model.norm.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(ValueError, r"no tensor for 'model.norm.weight' of a LlamaForCausalLM, and the adapter has none either")
+    first, other = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
+    weight = state[f"{first}.weight"]
+    inf = weight.index_fill(0, torch.tensor([1]), float("inf"))
+    for name, value, message in (
+        (f"{first}.weight", inf, f"base: {first}: weight: holds NaN or Inf"),
+        (f"{other}.weight", inf, f"base: {other}: weight: holds NaN or Inf"),
+        (
+            f"{first}.weight",
+            weight[0].clone(),
+            rf"base: '{first}.weight' has shape \[64\], and a LlamaForCausalLM with",
+        ),
+        ("model.norm.weight", None, "no tensor for 'model.norm.weight' of a LlamaForCausalLM, and the adapter has no"),
+    ):
+        changed = {key: tensor for key, tensor in {**state, name: value}.items() if tensor is not None}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        refused(ValueError, message)
 
     for kind in (ImportError, RuntimeError):
         error = Mock(side_effect=kind("install\nit"))
@@ -226,7 +239,7 @@ def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
         ({"quantization_config": {"quant_method": ["a"]}}, r"base: is in \['a'\]\. transformers can dequantize"),
         (
             {"hidden_act": "no"},
-            r"base: transformers makes no LlamaForCausalLM \(LlamaForCausalLM: KeyError: 'no'\). Load the",
+            r"base: transformers makes no LlamaForCausalLM \(LlamaForCausalLM: KeyError: 'no'\). Lo",
         ),
         ({"architectures": [5], "hidden_act": "no"}, r"base: transformers makes no 5 \(AutoModel: KeyError"),
     ):
@@ -236,64 +249,44 @@ def test_a_broken_base_is_named_in_one_line(base, tmp_path, monkeypatch):
     refused(FileNotFoundError, "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.")
 
 
-def test_another_architecture_and_a_used_output_are_refused(base, tmp_path):
-    _, folder = base("llama")
+def test_another_architecture_and_a_used_output_are_refused(folder, tmp_path, out):
     with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):
-        merge_folder(folder, get_adapter(converted("gpt2")), tmp_path / "out")
+        merge_folder(folder, get_adapter(converted("gpt2")), out)
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)
     message = r"lora_A.weight' does not fit: the LlamaForCausalLM has a layer of 64 inputs and 128"
     with pytest.raises(CheckpointMismatchError, match=message):
-        merge_folder(folder, get_adapter(wider), tmp_path / "out")
+        merge_folder(folder, get_adapter(wider), out)
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         merge_folder(folder, get_adapter(converted("llama")), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     experts.made(lambda: experts.qwen3_moe(num_experts=5)).save_pretrained(tmp_path / "five")
     convert(six := experts.made(experts.qwen3_moe), r=2)
     with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has shape \[5, .*\] there, not 6 experts"):
-        merge_folder(tmp_path / "five", get_adapter(six), tmp_path / "out")
+        merge_folder(tmp_path / "five", get_adapter(six), out)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="forks")
-def test_a_killed_merge_leaves_no_output_and_can_be_run_again(base, tmp_path, monkeypatch):
-    lit, (_, folder) = converted("llama"), base("llama")
-    save_adapter(lit, tmp_path / "adapter")
-    out = tmp_path / "out"
-    arguments = ["merge", str(tmp_path / "adapter"), str(out), "--base_model", str(folder)]
-    with monkeypatch.context() as patch:
-        patch.setattr(type(lit.model), "save_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
-        process.start()
-        process.join(300)
-    assert process.exitcode == -signal.SIGKILL
-    assert not out.exists()
-    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
-    assert {"adapter", "base", "out"} == {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
-
-
-def test_an_adapter_whose_initialization_changed_the_base(base, tmp_path, trainer):
-    _, folder = base("llama")
+def test_an_adapter_whose_initialization_changed_the_base(folder, tmp_path, trainer, out):
     lit = Lit(load("llama", folder))
     run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, init_lora_weights="pissa"), max_steps=2)
     run.fit(lit)
     run.save_checkpoint(tmp_path / "last.ckpt")
-    merge_folder(folder, read_adapter_from_checkpoint(tmp_path / "last.ckpt"), tmp_path / "out")
-    assert_merged(tmp_path / "out", lit)
+    merge_folder(folder, read_adapter_from_checkpoint(tmp_path / "last.ckpt"), out)
+    assert_merged(out, lit)
     write_adapter(get_adapter(lit), tmp_path / "adapter")
     with pytest.raises(CheckpointMismatchError, match="or of those in the module, changed the 4-bit weights"):
         merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
 
 
-def test_the_default_device_has_no_effect(base, tmp_path):
-    adapter, (_, folder) = get_adapter(converted("llama")), base("llama")
+def test_the_default_device_has_no_effect(folder, tmp_path, out):
+    adapter = get_adapter(converted("llama"))
     merge_folder(folder, adapter, tmp_path / "expected", dtype="bf16")
     with elsewhere():
-        merge_folder(folder, adapter, tmp_path / "out", dtype="bf16")
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
+        merge_folder(folder, adapter, out, dtype="bf16")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
-def test_files_outside_of_the_folder_are_refused(base, tmp_path):
-    """Those that an index names, and those that a link leads to."""
+def test_files_outside_of_the_folder_are_refused(base, tmp_path, out):
     _, folder = base("llama", max_shard_size="50KB")
     adapter = get_adapter(converted("llama"))
     path = folder / "model.safetensors.index.json"
@@ -301,20 +294,20 @@ def test_files_outside_of_the_folder_are_refused(base, tmp_path):
     for name in ("../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"):
         path.write_text(json.dumps({"weight_map": {**index["weight_map"], "lm_head.weight": name}}))
         with pytest.raises(ValueError, match=r"index.json: .*'lm_head.weight' is '.*', which is not a file of this"):
-            merge_folder(folder, adapter, tmp_path / "out")
+            merge_folder(folder, adapter, out)
     path.write_text(json.dumps(index))
     (folder / "extra.txt").write_text("secret")
     for name in ("tokenizer.json", shard(folder, 1).name, "config.json", "extra.txt"):
         (folder / name).rename(tmp_path / "secret")
         (folder / name).symlink_to(tmp_path / "secret")
         with pytest.raises(ValueError, match=rf"{name}: is a symbolic link to .*secret, outside of the folder"):
-            merge_folder(folder, adapter, tmp_path / "out")
+            merge_folder(folder, adapter, out)
         (tmp_path / "secret").rename(folder / name)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
-def test_weights_of_the_base_are_not_copied(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
+def test_weights_of_the_base_are_not_copied(tmp_path, out):
+    source = tmp_path / "source"
     (source / "code").mkdir(parents=True)
     out.mkdir()
     (out / "config.json").write_text("old")
@@ -326,19 +319,18 @@ def test_weights_of_the_base_are_not_copied(tmp_path):
     assert {path.name: path.read_text() for path in out.iterdir()} == copied
 
 
-def test_a_snapshot_of_a_hub_cache_consists_of_links(base, tmp_path):
-    _, folder = base("llama")
+def test_a_snapshot_of_a_hub_cache_consists_of_links(folder, tmp_path, out):
     repository = tmp_path / "models--org--name"
     (repository / "blobs").mkdir(parents=True)
     (repository / "snapshots/abc").mkdir(parents=True)
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(repository / f"blobs/{number}")
         (repository / "snapshots/abc" / path.name).symlink_to(f"../../blobs/{number}")
-    merge_folder(repository / "snapshots/abc", get_adapter(converted("llama")), tmp_path / "out")
-    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    merge_folder(repository / "snapshots/abc", get_adapter(converted("llama")), out)
+    assert not any(path.is_symlink() for path in out.iterdir())
 
 
-def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch, capsys):
+def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch, capsys, out):
     import huggingface_hub
 
     asked = []
@@ -352,10 +344,10 @@ def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch
     lit.model.config._name_or_path = "org/name"
     save_adapter(lit, tmp_path / "adapter")
     with pytest.raises(SystemExit):
-        main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")])
+        main(["merge", str(tmp_path / "adapter"), str(out)])
     assert "To download it, pass its name: base_model='org/name' (--base_model org/name)." in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out"), "--base_model", "org/name"])
+        main(["merge", str(tmp_path / "adapter"), str(out), "--base_model", "org/name"])
     assert asked == [True, False]
 
 
@@ -369,7 +361,7 @@ def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch
         (experts.jetmoe, "quantized"),
     ],
 )
-def test_experts_beside_linear_layers(build, kind, tmp_path):
+def test_experts_beside_linear_layers(build, kind, tmp_path, out):
     """Llama 4: the folder names the shared experts as parameters too, and the stacks are [experts, in, out]."""
     model_class = type(experts.made(build))
     experts.made(build).save_pretrained(tmp_path / "base")
@@ -377,15 +369,15 @@ def test_experts_beside_linear_layers(build, kind, tmp_path):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     convert(model, r=2, lora_dropout=0.0)
     save_adapter(perturb(model), tmp_path / "adapter")
-    merge_folder(tmp_path / "base", read_adapter(tmp_path / "adapter"), tmp_path / "out", base=kind)
-    merged = model_class.from_pretrained(tmp_path / "out").state_dict()
+    merge_folder(tmp_path / "base", read_adapter(tmp_path / "adapter"), out, base=kind)
+    merged = model_class.from_pretrained(out).state_dict()
     for name, layer in adapted_layers(model).items():
         key = name if layer.is_stack else f"{name}.weight"
         base = layer.decode() if kind == "quantized" else weights[key]
         torch.testing.assert_close(merged[key], base + delta(layer))
 
 
-def test_wrong_choices_are_named_before_anything_is_read(tmp_path):
+def test_wrong_choices_are_named_before_anything_is_read(tmp_path, out):
     for argument in ("dtype", "base"):
         with pytest.raises(ValueError, match=f"{argument}='int8': must be one of"):
-            merge_folder(tmp_path, None, tmp_path / "out", **{argument: "int8"})
+            merge_folder(tmp_path, None, out, **{argument: "int8"})

@@ -38,9 +38,9 @@ def test_launchers_that_would_lose_the_adapters_are_refused(trainer, strategy):
 
 
 @pytest.mark.slow
-def test_a_spawned_fit_is_refused_by_the_process_itself(trainer):
+def test_a_spawned_fit_is_refused_by_the_process_itself(fit):
     with pytest.raises(Exception, match="lost without an error"):
-        trainer(plugins=QLoRAPrecision(r=4), strategy="ddp_spawn", devices=1).fit(Classifier(), loader())
+        fit(Classifier(), loader(), strategy="ddp_spawn")
 
 
 REFUSED = {
@@ -51,12 +51,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_callbacks_that_change_weights_which_conversion_replaces_are_refused(trainer, message):
+def test_callbacks_that_change_weights_which_conversion_replaces_are_refused(fit, message):
     module = Classifier()
     module.backbone = module.net
-    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[REFUSED[message]()], max_epochs=4)
     with pytest.raises(RuntimeError, match=message):
-        run.fit(module, loader())
+        fit(module, loader(), callbacks=REFUSED[message](), max_epochs=4)
 
 
 class Holder(pl.Callback):
@@ -111,9 +110,8 @@ def test_the_batch_size_finder_works_and_trains_the_adapters_from_their_initial_
     monkeypatch.setattr("lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)  # slow
     module = tunable()
     arguments = {"steps_per_trial": 1, "max_trials": 2}
-    run = trainer(
-        plugins=QLoRAPrecision(r=4), callbacks=[BatchSizeFinder(**arguments)] if through == "callback" else []
-    )
+    callbacks = [BatchSizeFinder(**arguments)] if through == "callback" else []
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=callbacks)
     if through == "tuner":
         Tuner(run).scale_batch_size(module, **arguments)
         assert isinstance(module.net[0], QLoRALinear) and not module.net[0].lora_B.any()
@@ -140,7 +138,7 @@ def test_the_learning_rate_finder_works_and_restores_the_adapters(trainer, throu
 
 
 @pytest.mark.parametrize("kind", ["Adagrad", "stepped"])
-def test_an_optimizer_made_in_init_that_has_state_is_refused(trainer, kind):
+def test_an_optimizer_made_in_init_that_has_state_is_refused(fit, kind):
     class Early(Classifier):
         def __init__(self):
             super().__init__()
@@ -156,31 +154,28 @@ def test_an_optimizer_made_in_init_that_has_state_is_refused(trainer, kind):
 
     message = r"before the module was converted and has state.*of 2 layers \(net\.0, \.\.\.\).*configure_optimizers"
     with pytest.raises(RuntimeError, match=message):
-        trainer(plugins=QLoRAPrecision(r=4)).fit(Early(), loader())
+        fit(Early(), loader())
     module = Early()
     module.early.state[module.net[0].weight] = {}
-    merge(convert_and_return(module))
+    convert(module, r=4)
+    merge(module)
     with pytest.raises(RuntimeError, match=r"replaced weights of 2 layers \(merged since, \.\.\.\)"):
         check_optimizer(module.early)
 
 
-def convert_and_return(module):
-    convert(module, r=4)
-    return module
-
-
 @pytest.mark.parametrize("kind", ["frozen after conversion", "part that conversion froze"])
-def test_an_optimizer_of_frozen_parameters_only_is_refused(trainer, kind):
+def test_an_optimizer_of_frozen_parameters_only_is_refused(fit, kind):
     module = Classifier()
     if kind == "frozen after conversion":
-        convert_and_return(module).requires_grad_(False)
+        convert(module, r=4)
+        module.requires_grad_(False)
     else:
         module.configure_optimizers = lambda: torch.optim.SGD(module.net[2].parameters(), lr=1e-2)  # a layer norm
     with pytest.raises(RuntimeError, match=r"All \d+ parameters of the (AdamW|SGD) are frozen.*modules_to_save"):
-        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+        fit(module, loader())
 
 
-def test_a_checkpoint_on_an_exception_holds_the_adapters_and_waits_for_no_other_rank(trainer, tmp_path, monkeypatch):
+def test_a_checkpoint_on_an_exception_holds_the_adapters_and_waits_for_no_other_rank(fit, tmp_path, monkeypatch):
     """The other ranks are in another collective, or have ended."""
 
     def gather(*_):
@@ -195,9 +190,8 @@ def test_a_checkpoint_on_an_exception_holds_the_adapters_and_waits_for_no_other_
             raise ZeroDivisionError
 
     module.on_train_batch_end = fail
-    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[OnExceptionCheckpoint(tmp_path)])
     with pytest.raises(ZeroDivisionError):
-        run.fit(module, loader())
+        fit(module, loader(), callbacks=OnExceptionCheckpoint(tmp_path))
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert saved["global_step"] == 3 and len(saved["QLoRAPrecision"]["random_state"]) == 1
     state = saved["state_dict"]
@@ -209,32 +203,27 @@ class Chosen(Classifier):
         return torch.optim.AdamW(self.chosen(), lr=1e-3)
 
 
-def test_an_optimizer_of_a_decoded_weight_is_refused(trainer):
+def test_an_optimizer_of_a_decoded_weight_is_refused(fit):
     module = Chosen()
     module.chosen = lambda: [module.net[0].weight]
     with pytest.raises(RuntimeError, match=r"AdamW holds the `weight` of a 4-bit layer.*lora_A and lora_B"):
-        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+        fit(module, loader())
 
 
-def test_adapters_in_no_optimizer_are_named(trainer, recwarn):
-    module = Chosen()
+def test_adapters_in_no_optimizer_are_named(fit, recwarn):
+    module, both, none, frozen = Chosen(), Classifier(), Classifier(), Chosen()
     module.chosen = module.net[0].parameters
-    run = {"plugins": QLoRAPrecision(r=4), "enable_checkpointing": False, "max_steps": 1}
-    trainer(**run).fit(module, loader())
-    assert module.net[0].lora_B.any() and not module.net[4].lora_B.any()
-    trainer(**run).validate(module, loader())
-    both = Classifier()
-    both.automatic_optimization = False
+    for each in (both, none):
+        each.automatic_optimization = False
     both.configure_optimizers = lambda: [torch.optim.AdamW(both.net[i].parameters(), lr=1e-3) for i in (0, 4)]
-    trainer(**run).fit(both, loader())
-    none = Classifier()
-    none.automatic_optimization = False
     none.configure_optimizers = lambda: []
-    trainer(**run).fit(none, loader())
-    frozen = Chosen()
-    convert_and_return(frozen).net[4].requires_grad_(False)
+    convert(frozen, r=4)
+    frozen.net[4].requires_grad_(False)
     frozen.chosen = frozen.net[0].parameters
-    trainer(**run).fit(frozen, loader())
+    for each in (module, both, none, frozen):
+        run = fit(each, loader(), enable_checkpointing=False, max_steps=1)
+    run.validate(module, loader())
+    assert module.net[0].lora_B.any() and not module.net[4].lora_B.any()
     texts = [str(each.message) for each in recwarn if "in no optimizer" in str(each.message)]
     assert len(texts) == 1 and "adapters of 1 of 2 layers are in no optimizer, so they do not train: net.4." in texts[0]
 
@@ -246,12 +235,11 @@ class WithoutEncoder(Classifier):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "net.0." not in name}
 
 
-def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(trainer):
+def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(fit):
     module = WithoutEncoder()
-    with pytest.raises(
-        RuntimeError, match=r"WithoutEncoder\.state_dict\(\) leaves out the adapters of 1 of 2 .*net\.0"
-    ):
-        trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+    message = r"WithoutEncoder\.state_dict\(\) leaves out the adapters of 1 of 2 .*net\.0"
+    with pytest.raises(RuntimeError, match=message):
+        fit(module, loader())
     assert not module.net[0].lora_B.any()
     module.net[0].requires_grad_(False)
     check_state_dict(module)
@@ -268,22 +256,21 @@ def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(
     ids=("part", "whole", "shared", "wrapped"),
 )
 def test_a_state_dict_with_other_names_is_no_error(name):
-    module = convert_and_return(Classifier())
+    convert(module := Classifier(), r=4)
     module.alias = module.net[0]
     state = {name(key): value for key, value in module.state_dict().items() if key.startswith("net.")}
     module.state_dict = lambda: state
     check_state_dict(module)
 
 
-def test_adapters_that_on_save_checkpoint_removes_are_named(trainer, tmp_path):
+def test_adapters_that_on_save_checkpoint_removes_are_named(fit, tmp_path):
     class Removes(Classifier):
         def on_save_checkpoint(self, checkpoint):
             checkpoint["state_dict"] = {}
 
-    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=1, enable_checkpointing=False)
-    fit.fit(Removes(), loader())
+    run = fit(Removes(), loader(), max_steps=1, enable_checkpointing=False)
     with pytest.warns(UserWarning, match=r"lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"):
-        fit.save_checkpoint(tmp_path / "x.ckpt")
+        run.save_checkpoint(tmp_path / "x.ckpt")
 
 
 class BuildsAgain(Classifier):
@@ -296,14 +283,12 @@ class BuildsAgain(Classifier):
         self.setup("fit")
 
 
-def test_a_model_that_on_load_checkpoint_builds_again_is_converted_again(trainer, tmp_path):
-    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
-    fit.fit(module := BuildsAgain(), loader())
-    fit.save_checkpoint(tmp_path / "x.ckpt")
-    for run in ("fit", "validate"):
+def test_a_model_that_on_load_checkpoint_builds_again_is_converted_again(fit, trainer, tmp_path):
+    fit(module := BuildsAgain(), loader(), max_steps=2).save_checkpoint(tmp_path / "x.ckpt")
+    for stage in ("fit", "validate"):
         again = BuildsAgain()
-        trainer_again = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
-        getattr(trainer_again, run)(again, loader(), ckpt_path=tmp_path / "x.ckpt")
+        resumed = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
+        getattr(resumed, stage)(again, loader(), ckpt_path=tmp_path / "x.ckpt")
         assert torch.equal(again.net[0].lora_B, module.net[0].lora_B) and module.net[0].lora_B.any()
     loaded = load_from_checkpoint(BuildsAgain, tmp_path / "x.ckpt")
     assert torch.equal(loaded.net[0].lora_B, module.net[0].lora_B)

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from tests.conftest import Classifier, loader, make_trainer
+from tests.conftest import Classifier, loader
 from tests.toys import Lit, assert_equal, ids, logits, perturb, toy
 
 # ---------------------------------------------------------------- save_pretrained
@@ -66,16 +66,14 @@ def test_push_to_hub_uploads_the_adapter(monkeypatch):
     assert sorted(uploaded) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_a_module_that_saves_its_model_in_on_save_checkpoint_trains(trainer, tmp_path):
+def test_a_module_that_saves_its_model_in_on_save_checkpoint_trains(fit, tmp_path):
     """As lightning-ir (base/module.py) and Donut do."""
 
     class Saves(Lit):
         def on_save_checkpoint(self, checkpoint):
             self.model.save_pretrained(tmp_path / "hf")
 
-    fit = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
-    fit.fit(module := Saves(toy("llama")))
-    fit.save_checkpoint(tmp_path / "x.ckpt")
+    fit(module := Saves(toy("llama")), max_steps=2).save_checkpoint(tmp_path / "x.ckpt")
     again = toy("llama")
     convert(again, adapter=str(tmp_path / "hf"))
     for layer, other in zip(adapted_layers(module).values(), adapted_layers(again).values(), strict=True):
@@ -187,7 +185,7 @@ def test_a_converted_model_in_a_peft_model_is_refused_before_it_trains(kind, arg
         convert(peft.get_peft_model(model, getattr(peft, kind)(**arguments)), r=4)
 
 
-def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_path, trainer):
+def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_path, fit):
     peft = pytest.importorskip("peft")
     toy("llama").save_pretrained(tmp_path / "base")
 
@@ -198,20 +196,16 @@ def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_pa
 
     # With transformers 4 the model is dense until it is converted, so PEFT accepts it and conversion does not.
     with pytest.raises((AttributeError, ValueError), match=r"is_floating_point|is peft's .* Convert the model without"):
-        trainer(plugins=QLoRAPrecision(r=4)).fit(Late(None))
+        fit(Late(None))
 
 
 @pytest.mark.filterwarnings("ignore:No layer was converted")
-def test_a_run_without_a_layer_that_is_large_enough_resumes(trainer, tmp_path):
+def test_a_run_without_a_layer_that_is_large_enough_resumes(fit, trainer, tmp_path):
     path = tmp_path / "x.ckpt"
-
-    def run(module, steps, checkpoint=None):
-        fit = trainer(plugins=QLoRAPrecision(r=1), max_steps=steps, limit_val_batches=0)
-        fit.fit(module, ckpt_path=checkpoint)
-        return fit
-
-    run(module := BoringModel(), 2).save_checkpoint(path)
-    run(again := BoringModel(), 3, path).test(again, ckpt_path=path, verbose=False)
+    fit(module := BoringModel(), plugins=QLoRAPrecision(r=1), max_steps=2).save_checkpoint(path)
+    resumed = trainer(plugins=QLoRAPrecision(r=1), max_steps=3)
+    resumed.fit(again := BoringModel(), ckpt_path=path)
+    resumed.test(again, ckpt_path=path, verbose=False)
     for loaded in (again, load_from_checkpoint(BoringModel, path)):
         assert torch.equal(loaded.layer.weight, module.layer.weight)
 
@@ -219,9 +213,9 @@ def test_a_run_without_a_layer_that_is_large_enough_resumes(trainer, tmp_path):
 # ---------------------------------------------------------------- a second conversion
 
 
-def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer, recwarn):
+def test_a_second_conversion_names_the_arguments_that_it_does_not_use(fit, trainer, recwarn):
     module = Classifier()
-    trainer(plugins=QLoRAPrecision(r=4, paged_optimizer=False)).fit(module, loader())
+    fit(module, loader(), plugins=QLoRAPrecision(r=4, paged_optimizer=False))
     for r in (2, 8):
         with pytest.warns(UserWarning, match=rf"Classifier: was converted before, with r=4 and not {r}, and stays so"):
             convert(module, r=r)
@@ -241,11 +235,9 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(trainer, r
         assert not recwarn.list
 
 
-def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
+def test_the_same_arguments_are_no_reason_for_a_warning(fit, trainer, tmp_path):
     module = Classifier()
-    plugin = QLoRAPrecision(r=4)
-    run = trainer(plugins=plugin)
-    run.fit(module, loader())
+    run = fit(module, loader())
     save_adapter(module, tmp_path / "adapter")
     again = load_from_checkpoint(Classifier, run.checkpoint_callback.best_model_path)
     from_folder = Classifier()
@@ -257,7 +249,7 @@ def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
         trainer(plugins=QLoRAPrecision(r=4)).test(again, loader())
         start = QLoRAPrecision(adapter=str(tmp_path / "adapter"))
         for _ in range(2):
-            trainer(plugins=start).fit(from_folder, loader())
+            fit(from_folder, loader(), plugins=start)
         convert(other, r=2)
         load_adapter(other, tmp_path / "adapter")
         convert(other, r=2)
@@ -267,10 +259,8 @@ def test_the_same_arguments_are_no_reason_for_a_warning(trainer, tmp_path):
 # ---------------------------------------------------------------- checkpoints in a module that is not converted
 
 
-def test_an_adapter_checkpoint_in_a_dense_module_is_refused_by_strict_loading(trainer):
-    run = trainer(plugins=QLoRAPrecision(r=4))
-    run.fit(Classifier(), loader())
-    path = run.checkpoint_callback.best_model_path
+def test_an_adapter_checkpoint_in_a_dense_module_is_refused_by_strict_loading(fit, trainer):
+    path = fit(Classifier(), loader()).checkpoint_callback.best_model_path
     state = torch.load(path, weights_only=True)["state_dict"]
     convert(merged := Classifier(), r=4)
     for load in (
@@ -284,10 +274,8 @@ def test_an_adapter_checkpoint_in_a_dense_module_is_refused_by_strict_loading(tr
     assert load_from_checkpoint(Classifier, path).net[0].lora_B.any()
 
 
-def test_a_module_without_the_plugin_loads_its_checkpoints(trainer):
-    run = trainer()
-    run.fit(module := Classifier(), loader())
-    path = run.checkpoint_callback.best_model_path
+def test_a_module_without_the_plugin_loads_its_checkpoints(fit, trainer):
+    path = fit(module := Classifier(), loader(), plugins=None).checkpoint_callback.best_model_path
     trainer(max_epochs=2).fit(resumed := Classifier(), loader(), ckpt_path=path)
     for each in (module, resumed, Classifier.load_from_checkpoint(path)):
         assert type(each.net[0]) is nn.Linear
@@ -313,10 +301,10 @@ def test_a_dense_weight_in_a_4_bit_layer_is_refused(write):
 
 
 @pytest.mark.parametrize("arguments", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [1]}}])
-def test_an_adapter_that_resizing_removed_is_an_error_and_not_lost(arguments, trainer):
+def test_an_adapter_that_resizing_removed_is_an_error_and_not_lost(arguments, fit):
     convert(model := toy("llama"), r=4, **arguments)
     model.resize_token_embeddings(140)
-    for use in (model.state_dict, lambda: trainer(plugins=QLoRAPrecision(r=4)).fit(Lit(model))):
+    for use in (model.state_dict, lambda: fit(Lit(model))):
         with pytest.raises(RuntimeError, match=r"lm_head: a Linear of shape \[140, 64\] took the place of the layer"):
             use()
 
@@ -373,17 +361,16 @@ class WithScripted(pl.LightningModule):
 
 
 @pytest.mark.parametrize(("how", "in_list"), [("script", False), ("trace", True)])
-def test_a_torchscript_module_stays_as_it_is(how, in_list, tmp_path):
+def test_a_torchscript_module_stays_as_it_is(how, in_list, fit, tmp_path):
     module = WithScripted(how, in_list)
     plugin = QLoRAPrecision(r=4)
     name = "inner.0" if in_list else "inner"
     before = copy.deepcopy(module.inner.state_dict())
-    trainer = make_trainer(tmp_path, plugins=plugin)
-    trainer.fit(module, loader())
+    run = fit(module, loader(), plugins=plugin)
     assert plugin.report.converted == ["before", "after"]
     assert plugin.report.skipped == {name: "a torch.jit.ScriptModule, which can't be changed"}
     assert_equal(module.inner.state_dict(), before)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    run.save_checkpoint(tmp_path / "x.ckpt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT loads the folder, too
         save_adapter(module, tmp_path / "adapter")

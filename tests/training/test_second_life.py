@@ -77,7 +77,7 @@ def test_merge_gives_back_what_conversion_took():
     assert not [name for part in module.modules() for name in vars(part) if name.startswith(("was_", "lora_"))]
 
 
-def test_a_second_module_around_a_converted_network(trainer, tmp_path):
+def test_a_second_module_around_a_converted_network(fit, tmp_path):
     class Preferences(pl.LightningModule):
         def __init__(self, net=None):
             super().__init__()
@@ -90,11 +90,10 @@ def test_a_second_module_around_a_converted_network(trainer, tmp_path):
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     first = Classifier()
-    trainer(plugins=QLoRAPrecision(r=4)).fit(first, loader())
+    fit(first, loader())
     before = {name: p.detach().clone() for name, p in first.net.named_parameters()}
     second = Preferences(first.net)
-    used = trainer(plugins=QLoRAPrecision(r=4))
-    used.fit(second, loader())
+    used = fit(second, loader())
     changed = {name for name, p in second.policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     used.save_checkpoint(tmp_path / "c.ckpt")
@@ -156,9 +155,9 @@ def test_a_part_that_was_converted_alone_becomes_a_part_of_the_whole(tmp_path):
     assert torch.equal(load_from_checkpoint(Built, tmp_path / "c.ckpt").eval()(X), module(X))
 
 
-def test_layers_added_later_stay_dense_in_evaluation_and_are_converted_for_training(trainer):
+def test_layers_added_later_stay_dense_in_evaluation_and_are_converted_for_training(fit, trainer):
     module = Classifier()
-    trainer(plugins=QLoRAPrecision(r=4)).fit(module, loader())
+    fit(module, loader())
     module.net.append(nn.Linear(8, 8))
     module.probe = nn.Linear(64, 64)
     used = trainer(plugins=QLoRAPrecision(r=4))

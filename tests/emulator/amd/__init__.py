@@ -26,6 +26,6 @@ needs_tinygrad = pytest.mark.skipif(
 )
 
 
-def targets(*names: str) -> list:
+def targets(*names):
     """Targets as parameters of a slow test."""
     return [pytest.param(name, marks=[pytest.mark.slow, needs_tinygrad]) for name in names or TARGETS]

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from tests.emulator.amd.machine import Decoded, Wave, instruction, unknown
+from tests.emulator.amd.machine import instruction, unknown
 from tests.emulator.memory import MEMORY, Fault
 
 # Bytes that a lane moves, by a part of the name: RDNA's words and CDNA's.
@@ -30,14 +30,14 @@ class Moved:
         words: Registers.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name):
         kind = next(part for part in name.split("_") if part in SIZES)
         self.size = SIZES[kind]
         self.words = -(-self.size // 4)
         self._signed = kind in SIGNED
         self._half, self._high = "D16" in name, "D16_HI" in name
 
-    def write(self, registers: np.ndarray, number: int, lanes: np.ndarray, data: np.ndarray) -> None:
+    def write(self, registers, number, lanes, data):
         """Bytes [lanes, size] to registers; half a register if the name says D16."""
         if self.size < 4:
             narrow = np.ascontiguousarray(data).view(f"{'i' if self._signed else 'u'}{self.size}")
@@ -50,7 +50,7 @@ class Moved:
             words = high if self._high else before & np.uint32(0xFFFF0000) | half
         registers[number : number + self.words, lanes] = words.T
 
-    def read(self, registers: np.ndarray, number: int, lanes: np.ndarray) -> np.ndarray:
+    def read(self, registers, number, lanes):
         """Bytes [lanes, size] of registers."""
         data = np.ascontiguousarray(registers[number : number + self.words, lanes].T).view(np.uint8)
         return data[:, 2 : 2 + self.size] if self._high else data[:, : self.size]
@@ -59,7 +59,7 @@ class Moved:
 moved_by = cache(Moved)
 
 
-def _places(wave: Wave, given: Decoded, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _places(wave, given, size):
     """The active lanes, their addresses, and which of them are not masked by the size of a buffer."""
     lanes = np.flatnonzero(wave.active())
     if given.name.startswith("BUFFER"):
@@ -74,12 +74,12 @@ def _places(wave: Wave, given: Decoded, size: int) -> tuple[np.ndarray, np.ndarr
     return lanes, at + given.signed(_offset(given)), np.ones(len(lanes), bool)
 
 
-def _offset(given: Decoded) -> str:
+def _offset(given):
     """The name of the field: of RDNA 4, or of the others."""
     return "ioffset" if given.has("ioffset") else "offset"
 
 
-def _places_in_buffer(wave: Wave, given: Decoded, size: int, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _places_in_buffer(wave, given, size, lanes):
     """A raw buffer: 48 bits of address, its size in bytes in the third word. Triton masks lanes by that size."""
     resource = given.field("rsrc") or 4 * given.field("srsrc")
     stride = int(wave.scalars[resource + 1]) >> 16 & 0x3FFF
@@ -93,14 +93,14 @@ def _places_in_buffer(wave: Wave, given: Decoded, size: int, lanes: np.ndarray) 
     return base + within, within + size <= int(wave.scalars[resource + 2])
 
 
-def _count(wave: Wave, counted_as_store: bool) -> None:
+def _count(wave, counted_as_store):
     """An operation of the wave is outstanding. CDNA counts all in their order, RDNA stores apart from loads."""
     if counted_as_store or wave.program.architecture == "cdna":
         wave.outstanding.append(None)
 
 
 @instruction(rf"(GLOBAL|BUFFER)_LOAD_{MOVED}")
-def _load(wave: Wave, given: Decoded) -> None:
+def _load(wave, given):
     """Lanes that are masked by the size of a buffer load 0."""
     moved = moved_by(given.name)
     lanes, at, inside = _places(wave, given, moved.size)
@@ -111,7 +111,7 @@ def _load(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(rf"(GLOBAL|BUFFER)_STORE_{MOVED}")
-def _store(wave: Wave, given: Decoded) -> None:
+def _store(wave, given):
     moved, memory = moved_by(given.name), wave.group.memory
     lanes, at, inside = _places(wave, given, moved.size)
     data = moved.read(wave.registers(given), given.register("vsrc", "vdata", "data"), lanes[inside])
@@ -122,7 +122,7 @@ def _store(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(r"GLOBAL_ATOMIC_ADD(_U32)?")
-def _atomic(wave: Wave, given: Decoded) -> None:
+def _atomic(wave, given):
     """One lane after the other. It gives back what was there if glc, sc0 or the lowest bit of th says so."""
     lanes, at, _ = _places(wave, given, 4)
     memory, registers = wave.group.memory, wave.registers(given)
@@ -140,7 +140,7 @@ def _atomic(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(r"BUFFER_INV|BUFFER_GL[01]_INV|GLOBAL_INV|S_(DCACHE|GL1)_INV")
-def _invalidate(wave: Wave, given: Decoded) -> None:
+def _invalidate(wave, given):
     """Caches forget what they have, so that the work group loads what others published: for the device, not less."""
     for_device = {
         "BUFFER_INV": given.field("sc1"),
@@ -152,12 +152,12 @@ def _invalidate(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(r"BUFFER_WBL2|GLOBAL_WB")
-def _write_back(wave: Wave, given: Decoded) -> None:
+def _write_back(wave, given):
     """Caches write what they have: here there are none."""
 
 
 @instruction(rf"SCRATCH_(LOAD|STORE)_{MOVED}")
-def _access_scratch(wave: Wave, given: Decoded) -> None:
+def _access_scratch(wave, given):
     moved, lanes, registers = moved_by(given.name), np.flatnonzero(wave.active()), wave.registers(given)
     at = np.full(len(lanes), given.signed(_offset(given)))
     if given.field("sve"):
@@ -175,7 +175,7 @@ def _access_scratch(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(r"S_WAIT.*")
-def _wait(wave: Wave, given: Decoded) -> None:
+def _wait(wave, given):
     """Until so many operations are outstanding. Loads are executed at once, so only the waits for stores matter."""
     name, number = given.name, given.field("simm16")
     if wave.program.architecture == "cdna":
@@ -191,7 +191,7 @@ def _wait(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(rf"S_LOAD_({'|'.join(SIZES)})")
-def _load_scalar(wave: Wave, given: Decoded) -> None:
+def _load_scalar(wave, given):
     """At a multiple of 4 bytes, for all lanes. A scalar register is added unless soffset is NULL or CDNA says no."""
     moved = moved_by(given.name)
     at = wave.address(2 * given.field("sbase"))
@@ -204,7 +204,7 @@ def _load_scalar(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(rf"DS_(LOAD|STORE|READ2?|WRITE2?|READ2ST64|WRITE2ST64)_(2ADDR_|2ADDR_STRIDE64_)?{MOVED}")
-def _access_shared(wave: Wave, given: Decoded) -> None:
+def _access_shared(wave, given):
     """Two places if the name has a 2: their offsets count values, or 64 values."""
     name, moved, lanes = given.name, moved_by(given.name), np.flatnonzero(wave.active())
     if not len(lanes):

@@ -20,7 +20,7 @@ class CodeObject:
         resources: `compute_pgm_rsrc2`.
     """
 
-    def __init__(self, binary: bytes) -> None:
+    def __init__(self, binary):
         image, sections, _ = load_elf(binary)
         place = next(section.header.sh_addr for section in sections if section.name == ".rodata")
         self._image = ctypes.create_string_buffer(bytes(image) + bytes(64))  # the decoder reads ahead
@@ -34,14 +34,14 @@ class CodeObject:
         self.entry += LOADED if self._preloaded else 0
 
     @property
-    def _preloaded(self) -> int:
+    def _preloaded(self):
         """Words of the arguments that are in registers when the kernel begins."""
         return self._descriptor.kernarg_preload & 127
 
-    def scalar_registers(self, arguments: ctypes.Array) -> list[int]:
+    def scalar_registers(self, arguments):
         """The first scalar registers when the kernel begins. "Initial Kernel Execution State"."""
         address = ctypes.addressof(arguments)
-        registers: list[int] = []
+        registers = []
         # Scratch memory, packet of the dispatch, queue, arguments, number of the dispatch, scratch memory (three).
         for bit, count in enumerate((4, 2, 2, 2, 2, 2, 1)):
             if self._descriptor.kernel_code_properties >> bit & 1:
@@ -50,7 +50,7 @@ class CodeObject:
         return registers + list(struct.unpack_from(f"<{self._preloaded}I", arguments, 4 * first))
 
 
-def kernel_arguments(values: list[bytes], grid: tuple[int, int, int], threads: int) -> ctypes.Array:
+def kernel_arguments(values, grid, threads):
     """The arguments, each at a multiple of its size, and then the implicit ones. "Code Object V5 Metadata"."""
     packed = b""
     for value in values:

@@ -8,12 +8,12 @@ import struct
 
 import numpy as np
 
-from tests.emulator.amd.machine import Decoded, Wave, instruction, unknown
+from tests.emulator.amd.machine import instruction, unknown
 
 ROW = 16  # lanes
 
 
-def sources(given: Decoded, lanes: int, cdna: bool) -> tuple[np.ndarray, np.ndarray]:
+def sources(given, lanes, cdna):
     """Which lane each lane reads, and whether there is one. The values of `dpp_ctrl`."""
     control, lane = given.field("dpp"), np.arange(lanes)
     row, within, always = lane & ~15, lane & 15, np.ones(lanes, bool)
@@ -36,7 +36,7 @@ def sources(given: Decoded, lanes: int, cdna: bool) -> tuple[np.ndarray, np.ndar
 
 
 @instruction("DPP")
-def _exchange(wave: Wave, given: Decoded) -> None:
+def _exchange(wave, given):
     """The exchanged lanes go to a free register, and the instruction without DPP reads that."""
     vectors, lane = wave.vectors, np.arange(wave.program.lanes)
     if given.field("src1_abs") or given.field("src1_neg") or "V_CMP" in given.name:
@@ -67,7 +67,7 @@ def _exchange(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(r"V_PERMLANEX16_B32.*")
-def _permute_rows(wave: Wave, given: Decoded) -> None:
+def _permute_rows(wave, given):
     """Each lane reads one of the other row of its half, that two scalar operands name."""
     lanes, active = np.arange(wave.program.lanes), wave.active()
     if not (given.field("opsel") & 1 or active.all()):
@@ -80,7 +80,7 @@ def _permute_rows(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(r"DS_BPERMUTE_B32")
-def _permute(wave: Wave, given: Decoded) -> None:
+def _permute(wave, given):
     """Each lane reads from the lane that its address names, in bytes."""
     vectors, active = wave.vectors, wave.active()
     offset = given.field("offset0") | given.field("offset1") << 8
@@ -90,6 +90,6 @@ def _permute(wave: Wave, given: Decoded) -> None:
 
 
 @instruction(r"(GLOBAL|BUFFER|DS|FLAT|SCRATCH|S_BUFFER|S_STORE|S_ATOMIC|S_SCRATCH)_.*")
-def _unknown(wave: Wave, given: Decoded) -> None:
+def _unknown(wave, given):
     """No other access to memory is executed, because it would not be checked."""
     raise unknown(given)

@@ -6,29 +6,26 @@ AMD's "RDNA3", "RDNA4" and "CDNA3 Instruction Set Architecture", and LLVM's "Use
 
 import ctypes
 import re
-from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 from tests.emulator.amd.code_object import CodeObject, kernel_arguments
 from tests.emulator.amd.patches import decode, emulator
 from tests.emulator.machine import NAN, STEPS, UnknownInstruction
-from tests.emulator.memory import FILL, Actors, Fault, GlobalMemory, SharedMemory, Store
+from tests.emulator.memory import FILL, Actors, Fault, GlobalMemory, SharedMemory
 
 ARCHITECTURES = {"gfx9": "cdna", "gfx11": "rdna3", "gfx12": "rdna4"}
 BARRIERS = ("S_BARRIER", "S_BARRIER_WAIT")
 DPP8 = (233, 234)  # as a source: lanes are exchanged within eight
 DPP16 = 250
-Execute = Callable[["Wave", "Decoded"], None]
-INSTRUCTIONS: list[tuple[re.Pattern[str], Execute]] = []
+INSTRUCTIONS = []
 
 
-def instruction(form: str) -> Callable[[Execute], Execute]:
+def instruction(form):
     """Enter a function into the table of instructions. The first one whose form fits the whole name is taken."""
 
-    def enter(execute: Execute) -> Execute:
+    def enter(execute):
         INSTRUCTIONS.append((re.compile(form), execute))
         return execute
 
@@ -47,57 +44,57 @@ class Decoded:
         used: Which arrays of a wave `compiled` gets.
     """
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given):
         self._given, self._format = given, type(given)
-        self.name: str = emulator._op_name(given)
-        self.size: int = given.size()
-        self.word: int = given._raw
-        self.execute: Execute | None = None
-        self.compiled: Callable[..., None] | None = None
-        self.used: tuple[int, ...] = ()
+        self.name = emulator._op_name(given)
+        self.size = given.size()
+        self.word = given._raw
+        self.execute = None
+        self.compiled = None
+        self.used = ()
 
-    def __str__(self) -> str:
+    def __str__(self):
         return repr(self._given)
 
-    def has(self, name: str) -> bool:
+    def has(self, name):
         """Whether its format has a field of this name."""
         return hasattr(self._format, name)
 
-    def field(self, name: str) -> int:
+    def field(self, name):
         """The bits of a field; 0 if its format has none of this name."""
         bits = getattr(self._format, name, None)
         return 0 if bits is None else self.word >> bits.lo & (1 << bits.hi - bits.lo + 1) - 1
 
-    def signed(self, name: str) -> int:
+    def signed(self, name):
         """The same as a number with a sign."""
         bits = getattr(self._format, name)
         sign = 1 << bits.hi - bits.lo
         return (self.field(name) ^ sign) - sign
 
-    def register(self, *names: str) -> int:
+    def register(self, *names):
         """The number of a register, by the name that its field has here. Of vector registers 256 is taken off."""
         return self.field(next(name for name in names if self.has(name))) & 255
 
 
-def unknown(given: Decoded, what: str = "") -> UnknownInstruction:
+def unknown(given, what=""):
     return UnknownInstruction(f"AMD instruction {given.name} is not known{what and ', '}{what}: {given}")
 
 
 class Program:
     """A kernel and its decoded instructions."""
 
-    def __init__(self, binary: bytes, target: str) -> None:
+    def __init__(self, binary, target):
         self.code = CodeObject(binary)
         self.architecture = next(name for prefix, name in ARCHITECTURES.items() if target.startswith(prefix))
         self.lanes = emulator._wave_size(self.architecture)
-        self._decoded: dict[int, Decoded] = {}
+        self._decoded = {}
 
-    def at(self, place: int) -> Decoded:
+    def at(self, place):
         if place not in self._decoded:
             self._decoded[place] = self._decode(place)
         return self._decoded[place]
 
-    def _decode(self, place: int) -> Decoded:
+    def _decode(self, place):
         try:
             given = Decoded(decode(ctypes.string_at(place, 16), self.architecture))
         except ValueError as error:
@@ -110,7 +107,7 @@ class Program:
             self.compile(given, place)
         return given
 
-    def compile(self, given: Decoded, place: int) -> None:
+    def compile(self, given, place):
         """By tinygrad's emulator. It reads the numbers of registers from the code at the place where it executes."""
         try:
             (program, runtime), _ = emulator._decode_at(place, self.architecture)
@@ -119,14 +116,7 @@ class Program:
         given.compiled, given.used = runtime.fxn, tuple(program.arg.globals)
 
 
-def run(
-    program: Program,
-    grid: tuple[int, int, int],
-    threads: int,
-    shared: int,
-    values: list[bytes],
-    ranges: list[tuple[int, int]],
-) -> None:
+def run(program, grid, threads, shared, values, ranges):
     """Execute all work groups of a launch.
 
     Args:
@@ -153,23 +143,14 @@ class WorkGroup:
         epoch: How many barriers it has passed.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        number: int,
-        place: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        arguments: ctypes.Array,
-        memory: GlobalMemory,
-    ) -> None:
+    def __init__(self, program, number, place, threads, shared, arguments, memory):
         self.program, self.number, self.place, self.memory = program, number, place, memory
         self.threads, self.arguments = threads, arguments
         self.shared = SharedMemory(program.code.shared + shared, 1)
         self.epoch = 0
         self.waves = [Wave(self, first) for first in range(0, threads, program.lanes)]
 
-    def run(self) -> None:
+    def run(self):
         """Execute until all waves have ended."""
         running = self.waves
         while running:
@@ -188,11 +169,11 @@ class Wave:
         outstanding: The memory operations that it has not waited for, in their order; None for those that are no store.
     """
 
-    def __init__(self, group: WorkGroup, first: int) -> None:
+    def __init__(self, group, first):
         program = group.program
         self.group, self.program = group, program
         self.number = (group.number * group.threads + first) // program.lanes
-        self.outstanding: list[Store | None] = []
+        self.outstanding = []
         registers = program.code.scalar_registers(group.arguments)
         self._state = emulator._init_wave(
             program.code.entry,
@@ -224,7 +205,7 @@ class Wave:
         arrays = (self.scalars, self.vectors, None, None, None, self.accumulators)
         self._arrays = [ctypes.c_uint64(0 if array is None else array.ctypes.data) for array in arrays]
 
-    def run(self) -> bool:
+    def run(self):
         """Until the next barrier (True) or the end (False)."""
         state, program = self._state, self.program
         for _ in range(STEPS):
@@ -241,7 +222,7 @@ class Wave:
                     return True
         raise Fault(f"no end after {STEPS} steps, at: {program.at(state.pc)}")
 
-    def _execute(self, given: Decoded, place: int) -> None:
+    def _execute(self, given, place):
         try:
             given.execute(self, given)
         except Fault as fault:
@@ -251,7 +232,7 @@ class Wave:
         except Exception as error:
             raise unknown(given, f"{type(error).__name__}: {error}") from error
 
-    def call(self, given: Decoded, place: int | None = None) -> None:
+    def call(self, given, place=None):
         """Execute what was compiled, at the place of its code if it is not the present one."""
         if place is not None:
             self._state.pc = place
@@ -260,23 +241,23 @@ class Wave:
     # What instructions use.
 
     @property
-    def execution_mask(self) -> np.ndarray:
+    def execution_mask(self):
         """The words of EXEC."""
         first = emulator.EXEC_LO.offset
         return self.scalars[first : first + self.program.lanes // 32]
 
-    def active(self) -> np.ndarray:
+    def active(self):
         """Which lanes execute."""
         return np.unpackbits(self.execution_mask.view(np.uint8), bitorder="little").astype(bool)
 
-    def actors(self, lanes: int) -> Actors:
+    def actors(self, lanes):
         """This wave, once for each of the lanes, for the memories."""
         return Actors(*(np.full(lanes, value) for value in (self.group.number, self.number, self.group.epoch)))
 
-    def registers(self, given: Decoded) -> np.ndarray:
+    def registers(self, given):
         """The vector registers, or the accumulators, that a memory instruction loads to and stores from."""
         return self.accumulators if given.field("acc") else self.vectors
 
-    def address(self, number: int) -> int:
+    def address(self, number):
         """Two scalar registers."""
         return int(self.scalars[number]) | int(self.scalars[number + 1]) << 32

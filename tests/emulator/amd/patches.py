@@ -7,7 +7,6 @@ the reference. All that is imported from tinygrad is imported here, because no o
 import sys
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
-from types import ModuleType
 
 from tests.emulator.amd import FOLDER
 
@@ -37,7 +36,7 @@ CORRECTIONS = (
 )
 
 
-def _load() -> ModuleType:
+def _load():
     """The emulator with its corrections."""
     sys.path.insert(0, str(FOLDER))
     try:

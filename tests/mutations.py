@@ -260,6 +260,8 @@ class Record:
             file = test.split("::")[0]
             slowest[file] = max(seconds, slowest.get(file, 0))
         chosen = {*chosen, *(READERS & self.seconds.keys())}
+        if mutant.path.startswith(f"{PACKAGE}/kernels/triton/"):  # the emulator runs machine code, not these lines
+            chosen |= {test for test in self.seconds if test.startswith("tests/emulator/")}
         return sorted(chosen, key=lambda test: (self.seconds[test] + slowest[test.split("::")[0]] / 10, test))
 
 

@@ -197,3 +197,13 @@ def test_a_plugin_that_converted_a_module_and_its_trainer_can_be_copied_and_pick
         module = Classifier()
         other.fit(module, loader())
         assert other.precision_plugin.report.converted == ["net.0", "net.4"] and module.net[0].lora_B.any()
+
+
+def test_a_state_with_both_names_of_a_shared_layer_converts_nothing_again():
+    layer = nn.Linear(64, 64)
+    module = nn.ModuleDict({"one": layer, "two": layer})
+    used = plugin()
+    used.convert_module(module)
+    report = used.report
+    used.convert_again(module, module.state_dict())
+    assert used.report is report

@@ -233,7 +233,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         rows = self.rows()
-        width = max((len(name) for name, _, _ in rows), default=0)
+        width = max(len(name) for name, _, _ in rows)
         lines = [f"{name:{width}}  x{count:3} {status}" for name, status, count in rows]
         return "\n".join(["QLoRA", *lines, self.summary()])
 

@@ -104,6 +104,7 @@ class GlobalMemory:
         self._acquired[block] = len(self.stores)
 
     def _store(self, index, actors, waits):
+        self._check_other_blocks(index, actors)
         warps, first, number = np.unique(actors.warps, return_index=True, return_inverse=True)
         self._last[index] = (len(self.stores) + number)[:, None]
         for warp, thread in zip(warps, first, strict=True):
@@ -111,6 +112,17 @@ class GlobalMemory:
             store.waited = None if waits else store.epoch
             self.stores.append(store)
             self._unpublished.setdefault(store.block, []).append(store)
+
+    def _check_other_blocks(self, index, actors):
+        numbers = self._last[index]
+        if not numbers.any():
+            return
+        threads, _ = np.nonzero(numbers)
+        pairs = np.stack([numbers[numbers > 0], actors.blocks[threads]])
+        for number, block in np.unique(pairs, axis=1).T:
+            other = self.stores[number]
+            if other.block != block and not (other.published and number < self._acquired.get(int(block), 0)):
+                raise Fault(f"race: blocks {other.block} and {block} store to the same place, and nothing orders them")
 
     def _check_order(self, index, actors):
         numbers = self._last[index]

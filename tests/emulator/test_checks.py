@@ -119,6 +119,12 @@ def test_without_one_of_them_nothing_orders_the_two(old, new):
         execute(ORDERED.replace(old, new), np.zeros(1, np.uint32), np.zeros(65, np.uint32), threads=64, blocks=2)
 
 
+def test_two_blocks_may_not_store_to_the_same_place():
+    data, out = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)
+    with pytest.raises(Fault, match="race: blocks 0 and 1 store to the same place, and nothing orders them"):
+        execute(PLACE + LOAD + STORE, data, out, blocks=2)
+
+
 @pytest.mark.parametrize(
     "name",
     ["max.NaN.f32", "add.ftz.f32", "add.sat.f32", "setp.ltu.f32", "setp.ne.f32", "cvt.rni.s32.f32", "tex.1d.f32"],

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, merge, save_adapter
+from lightning_qlora.layers.full_precision import full_precision_parameters
 from tests.conftest import Classifier, loader
 from tests.toys import ARGUMENTS, assert_equal, ids, toy
 from tests.twin import dense_twin, error
@@ -289,6 +290,14 @@ def test_a_compute_type_that_is_asked_for_holds_beside_what_trains_in_full(dtype
     dense = F.linear(x.float(), net[0].packed_weight.dequantize(torch.float32), net[0].bias.float())
     rounding = torch.finfo(dtype if compute_dtype == "fp32" else torch.bfloat16).eps
     assert error(outputs[1].float(), dense) < rounding / 2
+
+
+def test_a_tied_parameter_that_trains_in_full_counts_once():
+    module = nn.ModuleDict({"words": nn.Embedding(50, 64), "head": nn.Linear(64, 50, bias=False)}).bfloat16()
+    module["head"].weight = module["words"].weight
+    report = convert(module, r=4, modules_to_save=["words", "head"])
+    assert report.full_precision_bytes == 4 * 50 * 64
+    assert [name for name, *_ in full_precision_parameters(module)] == ["words.weight"]
 
 
 def test_a_gradient_from_before_the_conversion_stays():

@@ -114,7 +114,14 @@ class GlobalMemory:
             self._unpublished.setdefault(store.block, []).append(store)
 
     def _check_other_blocks(self, index, actors):
+        def fault(one, other):
+            return Fault(f"race: blocks {one} and {other} store to the same place, and nothing orders them")
+
         numbers = self._last[index]
+        if len(np.unique(actors.blocks)) > 1:
+            places, blocks = np.unique(np.stack([index[:, 0], actors.blocks]), axis=1)
+            for at in np.flatnonzero(places[1:] == places[:-1]):
+                raise fault(blocks[at], blocks[at + 1])
         if not numbers.any():
             return
         threads, _ = np.nonzero(numbers)
@@ -122,7 +129,7 @@ class GlobalMemory:
         for number, block in np.unique(pairs, axis=1).T:
             other = self.stores[number]
             if other.block != block and not (other.published and number < self._acquired.get(int(block), 0)):
-                raise Fault(f"race: blocks {other.block} and {block} store to the same place, and nothing orders them")
+                raise fault(other.block, block)
 
     def _check_order(self, index, actors):
         numbers = self._last[index]

@@ -188,7 +188,7 @@ class PackageElsewhere(TorchFunctionMode):
 
 
 def run_python(*arguments, folder=ROOT, **environment) -> subprocess.CompletedProcess:
-    """Run Python with the package in a process of its own, which must end well."""
+    """Run Python with the package in a process of its own; its exit code must be 0."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_qlora import QLoRAPrecision
-from tests.toys import NAMES, Lit, toy
+from lightning_qlora import QLoRAPrecision, convert
+from tests.toys import NAMES, Lit, perturb, toy
 
 pytest.importorskip("transformers")
 
@@ -50,3 +50,19 @@ def test_a_model_trains_validates_and_resumes(trainer, kind, dtype):
     second.fit(again, batches(kind), batches(kind), ckpt_path=run.checkpoint_callback.best_model_path)
     assert len(again.losses) == 4
     assert sum(again.losses) < sum(module.losses[:4])
+
+
+def test_gradients_flow_through_transformers_own_gradient_checkpointing():
+    def gradients(checkpointing):
+        model = toy("llama").train()
+        convert(model, r=4, lora_dropout=0.3)
+        perturb(model, scale=0.1)
+        if checkpointing:
+            # transformers 4 defaults to the reentrant variant, which needs inputs that require gradients
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(3)
+        ids = torch.arange(3, 15)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    torch.testing.assert_close(gradients(True), gradients(False))

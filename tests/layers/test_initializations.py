@@ -26,14 +26,15 @@ def body():
     return nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
 
 
-def started(name, loftq_config, net):
-    convert(net, r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=name, loftq_config=loftq_config)
+def started(name, loftq_config, net, **arguments):
+    arguments |= {"init_lora_weights": name, "loftq_config": loftq_config}
+    convert(net, r=4, lora_alpha=8, lora_dropout=0.0, **arguments)
     return net
 
 
-def begun(name, loftq_config=None, net=None):
+def begun(name, loftq_config=None, net=None, **arguments):
     """A converted module with the values that training begins with."""
-    net = started(name, loftq_config, net or body())
+    net = started(name, loftq_config, net or body(), **arguments)
     if INITIALIZATIONS[name].needs_data:
         net(X).square().mean().backward()
         torch.optim.SGD(net.parameters(), lr=0.0).step()
@@ -92,12 +93,13 @@ def test_without_its_adapter_it_is_the_pretrained_model_or_an_error(name, loftq_
 
 
 @every
-def test_a_checkpoint_loads_on_a_machine_with_other_last_bits(name, loftq_config, monkeypatch):
-    first = begun(name, loftq_config)
+@pytest.mark.parametrize("checkpoint", ["adapter", "full"])
+def test_a_checkpoint_loads_on_a_machine_with_other_last_bits(name, loftq_config, checkpoint, monkeypatch):
+    first = begun(name, loftq_config, checkpoint=checkpoint)
     start = copy.deepcopy([layer.initial for layer in layers(first)])
     perturb(first)
     with another_machine(monkeypatch):
-        second = begun(name, loftq_config)
+        second = begun(name, loftq_config, checkpoint=checkpoint)
         pairs = [*zip(layers(begun(name, loftq_config)), layers(second), strict=True)]
         bits = [one.effective_weight().equal(other.effective_weight()) for one, other in pairs]
         assert all(bits) == INITIALIZATIONS[name].exact

@@ -288,7 +288,9 @@ def test_modules_without_an_embedding_or_with_one_that_other_code_uses_are_refus
         check_tokens(without, [1], names_of_modules(without), {})
     net = nn.Sequential(nn.Linear(64, 64))
     convert(net, r=4)
-    with pytest.raises(ValueError, match=r"'0\.0' is a QLoRALinear in 4 bits: only rows of nn\.Embedding"):
+    with pytest.raises(
+        ValueError, match=r"'0\.0' is a QLoRALinear in 4 bits: only rows of nn\.Embedding and nn\.Linear"
+    ):
         convert(nn.Sequential(net, nn.Linear(64, 64)), trainable_token_indices={"0.0": [1]}, r=4)
     with pytest.raises(TypeError, match="must be a list of indices, or a dict of such lists"):
         QLoRAConfig(trainable_token_indices=[])

@@ -1,6 +1,9 @@
 """Merging into a folder: the same weights as merging in memory, and what is refused."""
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -264,6 +267,22 @@ def test_another_architecture_and_a_used_output_are_refused(folder, tmp_path, ou
     convert(six := experts.made(experts.qwen3_moe), r=2)
     with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has shape \[5, .*\] there, not 6 experts"):
         merge_folder(tmp_path / "five", get_adapter(six), out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_a_killed_merge_leaves_no_output_and_can_be_run_again(folder, out, tmp_path, monkeypatch):
+    lit = converted("llama")
+    save_adapter(lit, tmp_path / "adapter")
+    arguments = ["merge", str(tmp_path / "adapter"), str(out), "--base_model", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lit.model), "save_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
+        process.start()
+        process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    assert not out.exists()
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
+    assert {"adapter", "base", "out"} == {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
 
 
 def test_an_adapter_whose_initialization_changed_the_base(folder, tmp_path, trainer, out):

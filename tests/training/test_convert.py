@@ -91,9 +91,17 @@ def test_a_rank_that_is_too_large_for_all_layers_is_refused_unless_they_are_name
 @pytest.mark.parametrize(
     ("first", "arguments", "message"),
     [
-        (lambda: nn.Conv2d(16, 64, 3, bias=False), {}, r"^66% of the weights are .*not linear: 0\.weight\. Name a mod"),
+        (
+            lambda: nn.Conv2d(16, 64, 3, bias=False),
+            {},
+            r"^66% of the weights are .*not linear: 0\.weight\. Name a module in ",
+        ),
         (lambda: nn.Conv2d(16, 64, 3), {"modules_to_save": ["0"]}, None),
-        (lambda: weight_norm(nn.Linear(64, 64)), {}, r"^47% of the weights are frozen .*: 0\.weight_v, 0\.weight_g\."),
+        (
+            lambda: weight_norm(nn.Linear(64, 64)),
+            {},
+            r"^47% of the weights are frozen and .*: 0\.weight_v, 0\.weight_g\.",
+        ),
         (lambda: nn.Embedding(64, 64), {}, None),
         (lambda: nn.BatchNorm1d(4096), {}, None),
         (lambda: nn.Conv1d(1, 20, 20), {}, None),  # 8% of them

@@ -48,7 +48,7 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
             magnitude=state.get(f"{prefix}{MAGNITUDE}"),
             initial=initial,
         )
-        with named(f"{path}: {prefix}lora_A"):
+        with named(f"{path}: {prefix.removesuffix('.')}"):
             _check(layers[name])
         full_name = prefix.removeprefix(root).removesuffix(".")
         if full_name in fingerprints:
@@ -78,11 +78,11 @@ def _check(layer: LayerAdapter) -> None:
     a, b = layer.lora_A, layer.lora_B
     if a.shape[:-2] != b.shape[:-2] or a.shape[-2:-1] != b.shape[-1:] or a.dtype not in ADAPTER_DTYPES:
         raise ValueError(
-            f"has shape {list(a.shape)} and type {a.dtype}, and lora_B {list(b.shape)}: they must be floats, [r, in] "
-            "and [out, r]. Use another copy."
+            f"lora_A has shape {list(a.shape)} and type {a.dtype}, and lora_B {list(b.shape)}: they must be floats, "
+            "[r, in] and [out, r]. Use another copy."
         )
     if not all(torch.isfinite(tensor).all() for tensor in (a, b)):
-        raise ValueError("or lora_B holds NaN or Inf: the training diverged. Use an earlier checkpoint.")
+        raise ValueError("lora_A or lora_B holds NaN or Inf: the training diverged. Use an earlier checkpoint.")
 
 
 def fingerprint_of_base(adapter: Adapter) -> str | None:

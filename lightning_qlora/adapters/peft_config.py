@@ -21,7 +21,6 @@ CONFIG_FILE = "adapter_config.json"
 DEFAULTS = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
-    "bias",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -113,8 +112,8 @@ def alpha_of_name(config: dict[str, Any], name: str) -> float:
     return float(first_match(config.get("alpha_pattern"), [name], config["lora_alpha"]))
 
 
-def _check_unset(name: str, value: Any) -> None:
-    if value and value != "none":
+def _check_unset(name: str, value: Any, is_set: Callable[[Any], bool] = bool) -> None:
+    if is_set(value):
         raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read. {MERGE_IN_PEFT}")
 
 
@@ -135,6 +134,7 @@ def _check_targets(name: str, value: Any) -> None:
 # Checks of the values in adapter_config.json. A value that is null stands for PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "peft_type": partial(check_choice, allowed=("LORA",)),
+    "bias": partial(_check_unset, is_set=lambda value: value != "none"),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
     "init_lora_weights": _check_initialization,
     **{name: OF_ARGUMENTS[name] for name in ARGUMENTS},

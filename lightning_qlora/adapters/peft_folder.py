@@ -222,16 +222,15 @@ def _layer(name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> Layer
 
 def _check_config(name: str, a: Tensor, magnitude: Tensor | None, config: dict[str, Any]) -> None:
     """Refuse a layer of another rank or kind than those in the config: the two files are not of one adapter."""
-    values = {"rank": len(a), "use_dora": magnitude is not None}
-    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}  # PEFT writes the patterns in another order
-    known = {"rank": ranks - {None}, "use_dora": {bool(config.get("use_dora"))}}
-    if config.get("target_parameters"):  # PEFT has the ranks of all experts in one matrix
-        known["rank"] = set()
-    for key, value in values.items():
-        if known[key] and value not in known[key]:
+    pairs: dict[str, tuple[int, set[int]]] = {"use_dora": (magnitude is not None, {bool(config.get("use_dora"))})}
+    if not config.get("target_parameters"):  # for these PEFT has the ranks of all experts in one matrix
+        # Any of the ranks: PEFT writes the patterns in another order.
+        pairs["rank"] = len(a), {config["r"], *(config.get("rank_pattern") or {}).values()}
+    for key, (value, allowed) in pairs.items():
+        if value not in allowed:
             raise ValueError(
                 f"key '{PREFIX}{name}.lora_A.weight': the file has {key}={value} there, and {CONFIG_FILE} has "
-                f"{', '.join(map(str, sorted(known[key])))}. They are not of one adapter: copy or save both again."
+                f"{', '.join(map(str, sorted(allowed)))}. They are not of one adapter: copy or save both again."
             )
 
 

@@ -167,6 +167,7 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a float weight of the shape of `weight` on `device`, None: that of the layer: the new base."""
+        self.remember_base()
         device = device or self.packed.device
         rows = [self._as_stored(dense.detach()).to(device) for dense in self.split_matrices(weight)]
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
@@ -276,7 +277,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         device = y.device.type
         if has_autocast(device):
             return y.to(torch.get_autocast_dtype(device))
-        return y if self.held_on is not None else y.to(input_dtype)
+        return y if self.is_held else y.to(input_dtype)
 
     def dropout_seed(self, rank: int = 0) -> Tensor | None:
         """A seed for the dropout of one call; None: no dropout.

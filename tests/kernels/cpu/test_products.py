@@ -38,7 +38,7 @@ def test_without_onednn_sixteen_bits_are_slow(dtype, without_onednn):
 
 
 @pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    not (torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="oneDNN has no products of bf16 for this processor",
 )
 def test_with_onednn_bf16_is_fast():

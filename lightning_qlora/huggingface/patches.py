@@ -53,7 +53,7 @@ def load_without_data(original: Any, *args: Any, **kwargs: Any) -> Any:
     """
     arguments = inspect.signature(original).bind(*args, **kwargs).arguments
     load_config = arguments.get("load_config")  # transformers 4 has none
-    quantizer = getattr(load_config, "hf_quantizer", None)
+    quantizer: Any = getattr(load_config, "hf_quantizer", None)
     if getattr(quantizer, "folder", None) is None:
         return original(*args, **kwargs)
     return quantizer.load_without_data(original, arguments["model"], load_config)  # quantizer.py

@@ -20,7 +20,7 @@ from lightning_qlora.initializations import INITIALIZATIONS, split_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 
-BITS = ("quant_type", "block_size", "double_quant")
+BITS = ("quant_type", "block_size", "double_quant")  # the arguments `of_base`, in the order of files
 
 
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def load_base_model(
         config = transformers.AutoConfig.from_pretrained(**location)
         stored = stored_format(config.to_dict())
     except Exception as error:  # wrong values make the code of configs raise errors of any type
-        raise ValueError(f"{source}: transformers can't read its config: {one_line(error)}") from error
+        raise ValueError(f"{source}: {_remedy(error)}transformers can't read its config: {one_line(error)}") from error
     check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
         config.update({"quantization_config": stored | {"dequantize": True}})
@@ -90,7 +90,7 @@ def load_base_model(
         with torch.device("cpu"):
             model, loading = model_class.from_pretrained(config=config, **location, **options)
     except Exception as error:  # as above
-        raise ValueError(f"{source}: transformers can't load it: {one_line(error)}") from error
+        raise ValueError(f"{source}: {_remedy(error)}transformers can't load it: {one_line(error)}") from error
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
@@ -102,6 +102,13 @@ def load_base_model(
             f"{LOAD_IT_YOURSELF}"
         )
     return model
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of transformers, to stand before its text, which may be long."""
+    if "trust_remote_code" in str(error):
+        return "read the Python files of the model, and pass trust_remote_code=True to run them; "
+    return ""
 
 
 def stored_format(config: dict[str, Any]) -> dict[str, Any]:

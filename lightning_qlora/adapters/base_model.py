@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     is_transformers_model,
@@ -22,18 +22,6 @@ from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import own_parameters
 from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
-
-OF_LAYER = (  # arguments that may differ between the layers of a module
-    "quant_type",
-    "block_size",
-    "double_quant",
-    "compute_dtype",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-)
 
 
 def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
@@ -88,7 +76,7 @@ def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]
 
 def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
     """The arguments of a layer that differ from those of the module."""
-    names = list(OF_LAYER)
+    names = [*arguments_that("of_layer")]
     if layer_config.changes_base or config.changes_base:
         names += ["init_lora_weights", "loftq_config"]
     values = {name: getattr(layer_config, name) for name in names}

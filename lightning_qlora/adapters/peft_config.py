@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_qlora.checks import check_bool, check_choice, check_names, check_string, shown
 from lightning_qlora.config import CHECKS as OF_ARGUMENTS
+from lightning_qlora.config import arguments_that
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.names import join
 
@@ -30,18 +31,6 @@ UNSUPPORTED = (
     "monteclora_config",
 )
 MERGE_IN_PEFT = "Merge it in PEFT (merge_and_unload), and use the merged model."
-# Entries whose values are those of our arguments.
-ARGUMENTS = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "lora_dropout",
-    "modules_to_save",
-    "trainable_token_indices",
-    "rank_pattern",
-    "alpha_pattern",
-)
 # PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits only
 # the changed weights, and its folder does not contain them.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -107,7 +96,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "bias": partial(_check_unset, is_set=lambda value: value != "none"),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
     "init_lora_weights": _check_initialization,
-    **{name: OF_ARGUMENTS[name] for name in ARGUMENTS},
+    **{name: OF_ARGUMENTS[name] for name in arguments_that("in_peft")},
     "fan_in_fan_out": check_bool,
     "task_type": check_string,
     BASE_MODEL: check_string,

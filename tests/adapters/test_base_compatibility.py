@@ -22,7 +22,7 @@ from lightning_qlora.adapters.base_compatibility import quantization_of, require
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.adapters.folders import assert_same_tensors, read_config
@@ -284,6 +284,10 @@ def test_the_base_that_an_adapter_needs():
             assert text.startswith(f"These adapters were initialized as {method!r}, {needed}")
             assert trained_on(quantization) == text
     assert required_base(None) is None and trained_on(None) == "not recorded"
+
+
+def test_files_name_all_arguments_of_the_base():
+    assert quantization_of(QLoRAConfig()).keys() == {*arguments_that("of_base"), "init_lora_weights", "base_changed"}
 
 
 def test_a_calibrated_adapter_is_exported_as_it_is_before_its_first_step(base, tmp_path):

@@ -48,8 +48,11 @@ def shown(value: Any) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Type and message of an error, on one line and shortened."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    """Type and message of an error, on one line; both ends of a long message, as what to do often stands last."""
+    text = " ".join(str(error).split())
+    if len(text) > 500:
+        text = f"{text[:250]} ... {text[-250:]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def first_of(names: Iterable[str], count: int) -> str:

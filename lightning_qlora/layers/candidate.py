@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.expert_selection import is_router
+from lightning_qlora.layers.expert_selection import Routers
 from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.kinds import is_linear, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -32,6 +32,7 @@ class Context:
         self.config = config
         self.saved = saved
         self.modules = dict(module.named_modules())
+        self.routers = Routers(self.modules)
         owners: dict[int, dict[nn.Module, str]] = defaultdict(dict)
         for name, layer in self.modules.items():
             for key, parameter in layer._parameters.items():
@@ -157,7 +158,7 @@ class Candidate:
             outer, _, last = self.name.rpartition(".")
             if id(layer) in self.context.output_embeddings or last in OUTPUT_EMBEDDINGS:
                 return "output embedding; name it in target_modules to convert it"
-            if (last in ROUTERS and hasattr(modules[outer], "experts")) or is_router(self.name, layer, modules):
+            if (last in ROUTERS and hasattr(modules[outer], "experts")) or self.context.routers.has(self.name, layer):
                 return "router of experts; name it in target_modules to convert it"
         if self.is_frozen:
             return FROZEN

@@ -187,10 +187,12 @@ def exact(matrix: Tensor, r: int) -> Factors:
 def sketched(matrix: Tensor, r: int, iterations: int, seed: int) -> Factors:
     """The same, approximately, from a sketch of r columns and power iterations (Halko et al. 2011, algorithm 4.4).
 
-    As torch.svd_lowrank(matrix, r, iterations), which PEFT calls, but with its own random generator.
+    As torch.svd_lowrank(matrix, r, iterations), which PEFT calls, but with its own random generator. It is computed
+    from a copy: the last bits of a product depend on the alignment of its operands, and a file's tensors are not
+    aligned as torch's are.
     """
     original = matrix
-    matrix = matrix.to(solver_device(matrix.device))
+    matrix = matrix.to(solver_device(matrix.device), copy=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     sketch = torch.randn(matrix.shape[1], r, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
     basis = torch.linalg.qr(matrix @ sketch).Q

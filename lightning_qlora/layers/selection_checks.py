@@ -169,19 +169,25 @@ def hand_written_adapters(root: nn.Module) -> list[str]:
     for name, module in root.named_modules():
         if isinstance(module, (LoRALayer, torch.jit.ScriptModule)):
             continue
-        for key, layer in [("", module), *module.named_children()]:
-            if not is_linear(layer):
-                continue
-            weight = layer._parameters.get("weight")
-            if weight is None or weight.requires_grad:
-                continue
+        frozen = {key: layer for key, layer in [("", module), *module.named_children()] if _is_frozen_linear(layer)}
+        if not frozen:
+            continue
+        matrices = [p for p in module.parameters() if p.requires_grad and p.ndim == 2]
+        for key, layer in frozen.items():
             in_layer = set()
             if key:
                 in_layer = {id(parameter) for parameter in layer.parameters()}
-            beside = [p for p in module.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in in_layer]
+            beside = [parameter for parameter in matrices if id(parameter) not in in_layer]
             if len(beside) == 2 and _is_low_rank(layer, *beside):
                 names.append(join(name, key))
     return names
+
+
+def _is_frozen_linear(layer: nn.Module) -> bool:
+    if not is_linear(layer):
+        return False
+    weight = layer._parameters.get("weight")
+    return weight is not None and not weight.requires_grad
 
 
 def _is_low_rank(layer: Any, first: Tensor, second: Tensor) -> bool:

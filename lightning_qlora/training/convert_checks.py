@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
-from lightning_qlora.adapters.base_model import OF_LAYER
 from lightning_qlora.checks import first_of
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.candidate import FROZEN, LARGE_RANK
 from lightning_qlora.layers.copies import Copy
 from lightning_qlora.layers.held_types import IN_16_BITS, reason_for_fp32
@@ -34,17 +33,6 @@ COMPUTE_IT = (
     "It is in no state dict: its module computes it when it is built. Build the model within "
     "accelerate.init_empty_weights() in place of torch.device('meta'), or a transformers model by "
     "from_pretrained(None, config=..., state_dict=...)."
-)
-AT_LOADING = (  # arguments that a layer which was quantized while its model loaded has used already
-    "quant_type",
-    "block_size",
-    "double_quant",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-    "loftq_config",
 )
 SHOWN = 5  # layers with the reason that each was skipped
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
@@ -111,7 +99,7 @@ def warn_after_conversion(
         _warn_of_two_configs(module)
     elif not first and not config.rank_pattern and not config.alpha_pattern:
         for name, layer in adapted_layers(module).items():
-            if warn_of_other_arguments(name, layer.config, config, OF_LAYER):
+            if warn_of_other_arguments(name, layer.config, config, arguments_that("of_layer")):
                 break
     _warn_of_large_new_parts(module, choice, report)
 
@@ -157,7 +145,7 @@ def _check_loaded(module: nn.Module, choice: Selection) -> None:
             reason = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
             differing = [f"is to stay dense now: {reason}"]
         else:
-            differing = _differing(layer.config, chosen.config, AT_LOADING)
+            differing = _differing(layer.config, chosen.config, arguments_that("at_loading"))
         if differing:
             raise ValueError(
                 f"{name}: was quantized while its model loaded ({', '.join(differing)}). Load and convert with the "

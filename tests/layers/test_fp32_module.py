@@ -11,6 +11,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, estimate_memory, load_adapter, merge, save_adapter
 from lightning_qlora.layers.full_precision import hold_in_fp32
@@ -141,7 +142,7 @@ def test_merged_weights_and_files_have_the_types_of_before_and_state_dicts_share
     lit = Lit(model(BF16))
     classes = [type(part) for part in lit.modules()]
     run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, modules_to_save=["norm"], checkpoint="full"), max_steps=1)
-    run.fit(lit, [ids()])
+    run.fit(lit, DataLoader(ids(), batch_size=2))
     run.save_checkpoint(tmp_path / "1.ckpt")
     lit.model.lm_head.weight.data[0, 0] = 1 + 2**-12  # what 16 bits don't hold stays
     run.save_checkpoint(tmp_path / "2.ckpt")

@@ -32,6 +32,7 @@ from lightning_qlora.layers.held_types import (
     cast_values,
     hold_tensors,
     in_fp32,
+    is_our_autocast,
     own_tensors,
     reason_for_fp32,
     set_types_before,
@@ -116,11 +117,8 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[A
 
 
 def _without_our_autocast(module: nn.Module) -> AbstractContextManager[Any]:
-    """Without the autocast of a module around this one, which has no cache, as no other has; the user's stays.
-
-    Recomputation, which restores what torch knows of autocast, gets the same answer.
-    """
-    if torch.is_autocast_cache_enabled():
+    """Without the autocast of a module around this one; the user's stays."""
+    if not is_our_autocast():
         return nullcontext()
     device = next((tensor.device.type for tensor in own_tensors(module).values()), "meta")
     if device == "meta":

@@ -58,6 +58,14 @@ def _cuda_has_bf16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
+def is_our_autocast() -> bool:
+    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
+
+    Recomputation, which restores what torch knows of autocast, gets the same answer.
+    """
+    return not torch.is_autocast_cache_enabled()
+
+
 def own_tensors(part: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that a module holds itself, by key."""
     return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])

@@ -23,7 +23,10 @@ ALLOWED = {
     "config.py": {"wrapper.__signature__", "wrapper.__doc__"},
     "tools/cli.py": {"command.__signature__", "command.__annotations__", "command.__doc__"},
     # The mechanism: it puts what the files named patches.py register in its place.
-    "layers/changes.py": {"setattr(wrapper, mark, True)", "setattr(owner, name, wrapper if is_function else type(descriptor)(wrapper))"},
+    "layers/changes.py": {
+        "setattr(wrapper, mark, True)",
+        "setattr(owner, name, wrapper if is_function else type(descriptor)(wrapper))",
+    },
     # Conversion: the user's linear layer becomes a QLoRALinear in place, or a bitsandbytes layer a dense one, and back.
     "layers/qlora_linear.py": {
         "layer.__dict__[name]", "layer._parameters.clear()", "layer._parameters.update(others)",

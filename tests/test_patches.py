@@ -47,6 +47,7 @@ ALLOWED = {
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
     "layers/held_types.py": {"tensor.grad", "object.__setattr__(value, name, new)"},  # and of a copy of a dataclass
     "training/calibration.py": {"parameter.grad"},
+    "layers/lora_layer.py": {"parameter.grad"},
     # Marks that transformers sets while it loads.
     "layers/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/operations.py": {"layer._is_hf_initialized", "owner._parameters[inner]"},  # as it was, after an error

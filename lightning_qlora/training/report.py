@@ -102,8 +102,6 @@ class ConversionReport:
             or its adapter has dropout.
         full_precision_bytes: Bytes of the parameters that train in full, are held in fp32 and compute in 16 bits.
         full_precision_computes_in: The types that they compute in: "bfloat16", "float16"; without those below.
-        computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
-            of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
         held_in_fp32: Why the module is held in fp32 and computes in it, one reason for each 16-bit type that it had;
             empty: it is not.
         held_bytes: Bytes that this takes more.
@@ -111,6 +109,8 @@ class ConversionReport:
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             loaded from weights.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
+        computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
+            of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
     """
 
     converted: list[str] = field(default_factory=list)
@@ -130,12 +130,12 @@ class ConversionReport:
     deferred_logits: dict[str, int] = field(default_factory=dict)
     full_precision_bytes: int = 0
     full_precision_computes_in: list[str] = field(default_factory=list)
-    computes_in: dict[str, str] = field(default_factory=dict)
     held_in_fp32: list[str] = field(default_factory=list)
     held_bytes: int = 0
     calibration: CalibrationReport | None = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
+    computes_in: dict[str, str] = field(default_factory=dict)
 
     def count(self, module: nn.Module) -> None:
         """Count the layers, parameters and bytes of the module that was converted."""

@@ -28,7 +28,7 @@ from lightning_qlora.adapters.conversion import (
 )
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import reshard, shard_like
+from lightning_qlora.layers.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.full_precision import hold_assigned
 from lightning_qlora.layers.layer_state import (
@@ -43,7 +43,7 @@ from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
-from lightning_qlora.layers.records import base_fingerprints, current_fingerprint
+from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, was_frozen
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
 
 BUILT_ANEW = (
@@ -53,12 +53,12 @@ BUILT_ANEW = (
 )
 
 
-_in_file = ContextVar[Collection[str]]("_in_file", default=())
+_in_file = ContextVar[Collection[str] | None]("_in_file", default=None)
 
 
 @contextmanager
 def ask_for(keys: Collection[str]) -> Iterator[None]:
-    """Within this, state dicts keep the entries with these keys: torch.distributed.checkpoint reads what they have.
+    """Within this, state dicts have these keys of what has a fingerprint: torch.distributed.checkpoint reads no others.
 
     A frozen value that changed since conversion is in the file, and a module built anew would leave it out.
     """
@@ -98,11 +98,20 @@ def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
             # A base that depends on the last bits of an SVD can't be computed again on another machine.
             if layer.config.can_repeat_base and layer.has_base_of_conversion():
                 fingerprints[name] = layer.base_fingerprint()
-        for name, owner, key, _ in _dense_parameters(root):
-            if (owner, key) in unchanged:
+        for name, owner, key, parameter in _dense_parameters(root):
+            if (owner, key) in unchanged and not _is_always_saved(owner, key, parameter):
                 fingerprints[name] = unchanged[owner, key]
     trained = trained_modules(find_base_model(root)[1], unchanged)
     return SavedConversion(config, describe_base(root, config, trained), fingerprints)
+
+
+def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """Whether a sharded parameter that is frozen is saved also if conversion saw its value.
+
+    The module itself froze it, as a momentum teacher, so its code may write to it. Without Lightning
+    torch.distributed.checkpoint reads the keys of a new module, whose value is that of conversion.
+    """
+    return _in_file.get() is None and is_sharded(parameter) and was_frozen(owner, key)
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -114,7 +123,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     saved = saved_conversion(root, conversion.config)
     for name, part in _converted_parts(root):
         _restore(part, state_dict, f"{prefix}{name}.")
-    asked = _in_file.get()
+    asked = _in_file.get() or ()
     layers = dict(_named_layers(root))
     for name in saved.fingerprints:  # of a parameter or a layer
         if name not in layers:

@@ -74,6 +74,12 @@ def is_recorded(owner: nn.Module) -> bool:
     return RECORDS in vars(owner) and own_parameters(owner).keys() <= _records(owner).keys()
 
 
+def was_frozen(owner: nn.Module, key: str) -> bool:
+    """Whether the module itself had frozen a parameter before conversion."""
+    record = _records(owner).get(key)
+    return record is not None and not record.trained
+
+
 class Frozen(NamedTuple):
     """A dense parameter that was frozen at the end of conversion."""
 

@@ -12,9 +12,9 @@ from typing import Any
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.checks import check_bool, check_choice, check_names, check_string, shown
 from lightning_qlora.config import CHECKS as OF_ARGUMENTS
-from lightning_qlora.config import first_match
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.names import join, last_part
+from lightning_qlora.layers.patterns import first_match
 from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
 
 CONFIG_FILE = "adapter_config.json"

@@ -11,11 +11,11 @@ from lightning_qlora.adapters.base_folder import stored_format
 from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
-from lightning_qlora.config import first_match
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
 from lightning_qlora.layers.names import last_part, owner_name
+from lightning_qlora.layers.patterns import first_match
 from lightning_qlora.training.report import size_text
 
 

@@ -266,7 +266,7 @@ def test_another_architecture_and_a_used_output_are_refused(folder, tmp_path, ou
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     experts.made(lambda: experts.qwen3_moe(num_experts=5)).save_pretrained(tmp_path / "five")
     convert(six := experts.made(experts.qwen3_moe), r=2)
-    with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has shape \[5, .*\] there, not 6 experts"):
+    with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has 5 experts of .* lora_A \[12, "):
         merge_folder(tmp_path / "five", get_adapter(six), out)
 
 

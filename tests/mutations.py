@@ -373,7 +373,7 @@ class Copy:
                     self.good.update(suspects)
                     return verdict, test
                 # pytest names a test that is gone without its parameters.
-                gone = re.findall(r"not found: \S+?/copy/([^\[\n]+)", (self.folder / "output.txt").read_text(encoding="utf-8"))
+                gone = re.findall(r"not found: \S+?/copy/([^\[\n]+)", (self.folder / "output.txt").read_text())
                 missing = [name for name in suspects if name.partition("[")[0] in gone]
                 self.bad.update([other] if other else missing or suspects)
         return PASSES, ""

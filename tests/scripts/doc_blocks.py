@@ -74,7 +74,8 @@ def make_hub(folder):
     """Write the cache of the hub: one small model, under all names."""
     from tests.toys import chat_model
 
-    model = Path(chat_model(folder / "model", [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]))
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    model = Path(chat_model(folder / "model", pages))
     for name in HUB:
         repository = folder / "hub" / f"models--{name.replace('/', '--')}"
         (repository / "snapshots").mkdir(parents=True)

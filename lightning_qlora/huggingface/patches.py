@@ -43,9 +43,7 @@ def default_quantizer(
 
 
 @replaces("transformers.modeling_utils:PreTrainedModel._load_pretrained_model")
-def load_without_data(
-    original: Any, model: Any, state: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
-) -> Any:
+def load_without_data(original: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a quantizer say what the files of a model have, where their values are read after the model is sharded.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel._load_pretrained_model, reads all values at once.
@@ -53,10 +51,12 @@ def load_without_data(
     and new heads without data.
     Removed by: from_pretrained returning a model whose values are read later.
     """
-    quantizer = load_config.hf_quantizer
+    arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+    load_config = arguments.get("load_config")  # transformers 4 has none
+    quantizer: Any = getattr(load_config, "hf_quantizer", None)
     if getattr(quantizer, "folder", None) is None:
-        return original(model, state, files, load_config, *args, **kwargs)
-    return quantizer.load_without_data(original, model, load_config)  # quantizer.py
+        return original(*args, **kwargs)
+    return quantizer.load_without_data(original, arguments["model"], load_config)  # quantizer.py
 
 
 def forget_quantizer(module: nn.Module) -> None:

@@ -84,7 +84,7 @@ class Loading:
         if self._adapter is None:
             return self.config
         names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
-        if self._adapter_is_used or not names.issuperset(self._adapter.targets):
+        if self._adapter_is_used or not names.issuperset(self._adapter.modules):
             return None
         self._adapter_is_used = True
         return config_of_adapter(model, self._adapter, self.config)

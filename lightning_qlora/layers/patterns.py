@@ -7,11 +7,9 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning_qlora.layers.names import name_endings, outer_names
-
-T = TypeVar("T")
 
 
 class Patterns:
@@ -69,8 +67,3 @@ class Patterns:
         """The value of the first key that one of the names matches."""
         key = self.first(names)
         return default if key is None else self._patterns[key]
-
-
-def first_match(patterns: Mapping[str, T] | None, names: Iterable[str], default: T) -> T:
-    """`Patterns.value` of one dict."""
-    return Patterns(patterns).value(names, default)  # type: ignore[no-any-return]

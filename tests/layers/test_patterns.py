@@ -5,7 +5,7 @@ import re
 import pytest
 from peft.utils.other import get_pattern_key
 
-from lightning_qlora.layers.patterns import Patterns, first_match
+from lightning_qlora.layers.patterns import Patterns
 
 NAMES = ["model.layers.0.self_attn.q_proj", "layers.11.mlp.up_proj", "q_proj", "a.b.c", "aaa", "", "x.q_proj.y", "é-1"]
 USUAL = [
@@ -51,9 +51,9 @@ def test_the_first_key_that_matches_counts_as_in_peft():
         values = {key: number for number, key in enumerate(keys)}
         for name in NAMES:
             expected = get_pattern_key(keys, name)
-            assert first_match(values, [name], None) == values.get(expected)
-    assert first_match({"b": 1, "a": 2}, ["a", "b"], 3) == 1
-    assert first_match(None, ["a"], 3) == first_match({"b": 1}, ["a"], 3) == 3
+            assert Patterns(values).value([name], None) == values.get(expected)
+    assert Patterns({"b": 1, "a": 2}).value(["a", "b"], 3) == 1
+    assert Patterns(None).value(["a"], 3) == Patterns({"b": 1}).value(["a"], 3) == 3
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX
 from lightning_qlora.adapters.conversion import CONVERSION
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_folder import BASE
+from lightning_qlora.checks import DAMAGED
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
@@ -30,8 +31,8 @@ from tests.errors import PAGE, errors_of, page
 
 
 def test_the_page_lists_every_error():
-    assert PAGE.read_text() == page(), "run: python -m tests.errors"
-    assert "errors.md" in (PAGE.parents[1] / "mkdocs.yml").read_text()
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.errors"
+    assert "errors.md" in (PAGE.parents[1] / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_every_kind_of_raise_is_found(tmp_path):
@@ -75,7 +76,7 @@ def adapter(files, tmp_path):
     def write(config=None, tensors=None, metadata=None):
         folder = tmp_path / "adapter"
         folder.mkdir()
-        text = (files / "adapter/adapter_config.json").read_text()
+        text = (files / "adapter/adapter_config.json").read_text(encoding="utf-8")
         content = config if isinstance(config, bytes) else json.dumps({**json.loads(text), **(config or {})}).encode()
         (folder / "adapter_config.json").write_bytes(content)
         weights = load_file(files / "adapter/adapter_model.safetensors")
@@ -98,7 +99,7 @@ def test_a_truncated_checkpoint(share, files, tmp_path, capsys):
     content = (files / "adapter.ckpt").read_bytes()
     path = tmp_path / "x.ckpt"
     path.write_bytes(content[: int(share * len(content))])
-    refused(lambda: load_from_checkpoint(Classifier, path), path, "truncated", "Use another copy")
+    refused(lambda: load_from_checkpoint(Classifier, path), path, "truncated", DAMAGED)
     with pytest.raises(SystemExit):
         main(["inspect", str(path)])
     line = capsys.readouterr().err
@@ -174,7 +175,7 @@ def test_a_damaged_quant_state(changed):
         state[key] = state[key].clone()
         state[key][3] ^= 128
 
-    refused(lambda: load_from_checkpoint(Classifier, changed(damage, "full")), key, "copy or write it again")
+    refused(lambda: load_from_checkpoint(Classifier, changed(damage, "full")), key, DAMAGED)
 
 
 def test_a_4_bit_weight_of_another_shape(changed):
@@ -204,17 +205,21 @@ DORA = f"{PREFIX}0.{MAGNITUDE}"
 @pytest.mark.parametrize(
     ("config", "tensors", "words"),
     [
-        (b"\xff\xfe{}", None, ["adapter_config.json: not valid JSON", "Copy or write the file again"]),
+        (b"\xff\xfe{}", None, ["adapter_config.json: not valid JSON", DAMAGED]),
         (b"[" * 100_000, None, ["adapter_config.json: not valid JSON"]),
         (b'{"a":' * 100_000, None, ["adapter_config.json: not valid JSON"]),
         (b"null", None, ["adapter_config.json: contains None, not an object"]),
         ({"lora_alpha": 1e308}, None, ["adapter_config.json: lora_alpha=1e+308: must be", "< 1e+30"]),
         ({"alpha_pattern": {"0": -1}}, None, ["adapter_config.json: alpha_pattern['0']=-1: must be"]),
         (None, {KEY: torch.ones(0, 64)}, [KEY, "of rank 1 or more"]),
-        (None, {KEY: torch.ones(4, 64, dtype=torch.int64)}, [KEY, "is int64", "must be float16"]),
+        (
+            None,
+            {KEY: torch.ones(4, 64, dtype=torch.int64)},
+            [KEY, "lora_A [4, 64] of torch.int64", "all are float16", DAMAGED],
+        ),
         (None, {KEY: torch.full((4, 64), float("inf"))}, [KEY, "holds NaN or Inf"]),
         (None, {}, ["holds no lora_A and lora_B"]),
-        (None, {DORA: torch.ones(3)}, [KEY, f"and {MAGNITUDE} [out]."]),
+        (None, {DORA: torch.ones(3)}, [KEY, f"{MAGNITUDE} [3]", f"with DoRA {MAGNITUDE} [out]"]),
         (
             {"use_dora": True},
             {DORA: torch.ones(64), DORA.replace(".0.", ".4."): torch.ones(8)},
@@ -236,9 +241,9 @@ def test_an_adapter_folder(config, tensors, words, adapter):
     [
         ("[", ["not valid JSON"]),
         ("[]", ["contains [], not an object"]),
-        ('{"experts": 3}', ["'experts': 3", "Copy or save it again"]),
-        ('{"quantization": {"base_changed": 1}}', ["base_changed=1: must be", "The file is damaged"]),
-        ('{"quantization": {}}', ["base_changed", "The file is damaged"]),
+        ('{"experts": 3}', ["'experts': 3", DAMAGED]),
+        ('{"quantization": {"base_changed": 1}}', ["base_changed=1: must be", DAMAGED]),
+        ('{"quantization": {}}', ["base_changed", DAMAGED]),
     ],
 )
 def test_the_metadata_of_an_adapter_folder(entry, words, adapter):
@@ -262,7 +267,7 @@ def test_a_damaged_header_of_a_shard(harm, tmp_path):
         "offset": content[:8] + header.replace(b"[0,64]", b"[9,64]") + content[8 + length :],
     }[harm]
     path.write_bytes(bad)
-    refused(lambda: WeightFolder(tmp_path), path, "Copy or download it again")
+    refused(lambda: WeightFolder(tmp_path), path, DAMAGED)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of files are bytes")

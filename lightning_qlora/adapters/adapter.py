@@ -1,6 +1,7 @@
 """Adapter: the two files of a PEFT folder as values, with the names of the base model."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.peft_config import is_target
-from lightning_qlora.checks import shown
+from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.config import first_match
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -91,17 +92,42 @@ class Adapter:
             matches = [entry[name]] if name in entry else [entry[end] for end in entry if name.endswith(end)]
             if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
                 raise ValueError(
-                    f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in {rule}."
+                    f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in {rule}. "
+                    + DAMAGED
                 )
             tokens[name] = matches[0]
         if any(entry.values()) and not tokens:  # PEFT writes those of tied weights once
-            raise ValueError(f"has no rows for {rule}.")
+            raise ValueError(f"has no rows for {rule}. {DAMAGED}")
         return tokens
 
     def has_one_value(self, tied: list[str]) -> bool:
         """Whether `saved` has no value for the names of a tied weight, or the same value for all of them."""
         values = [self.saved[name] for name in tied if name in self.saved]
         return not values or (len(values) == len(tied) and all(torch.equal(values[0], value) for value in values))
+
+
+def check_state(key: str, state: State, dimensions: Collection[int] = (2,)) -> None:
+    """Raise ValueError, with the key, for tensors of a file that no layer has."""
+    good_types = all(tensor.dtype in ADAPTER_DTYPES for tensor in state.values())
+    if not good_types or not _shapes_fit(state, dimensions):
+        shapes = ", ".join(f"{part} {list(tensor.shape)} of {tensor.dtype}" for part, tensor in state.items())
+        raise ValueError(
+            f"{key} the file has {shapes}: a layer has lora_A [r, in] and lora_B [out, r], of rank 1 or more, with "
+            f"DoRA {MAGNITUDE} [out], and all are float16, bfloat16, float32 or float64. {DAMAGED}"
+        )
+    for part, tensor in state.items():
+        check_finite(f"{key} {part}", tensor.float(), DIVERGED)  # a float64 may be too large for fp32
+
+
+def _shapes_fit(state: State, dimensions: Collection[int]) -> bool:
+    if not state.keys() >= {"lora_A", "lora_B"}:
+        return False
+    a = state["lora_A"].shape
+    b = state["lora_B"].shape
+    magnitude = state.get(MAGNITUDE)
+    if len(a) not in dimensions or (magnitude is not None and magnitude.shape != b[:-1]):
+        return False
+    return a[:-2] == b[:-2] and a[-2] == b[-1] and 0 not in (*a, *b)
 
 
 def outermost(key: str) -> str:

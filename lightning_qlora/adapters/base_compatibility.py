@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, State
-from lightning_qlora.checks import check_bool
+from lightning_qlora.checks import DAMAGED, check_bool
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.initializations import INITIALIZATIONS, split_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
@@ -41,7 +41,7 @@ def check_quantization(quantization: Any, source: str) -> None:
         arguments = {name: quantization[name] for name in (*BITS, "init_lora_weights")}
         QLoRAConfig(**arguments, loftq_config=quantization.get("loftq_config"))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}. The file is damaged: use another copy.") from error
+        raise ValueError(f"{source}: {error}. {DAMAGED}") from error
 
 
 def quantization_of_layer(layer: LoRALayer) -> dict[str, Any]:

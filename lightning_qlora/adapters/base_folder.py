@@ -13,7 +13,7 @@ from torch import nn
 from lightning_qlora.adapters.adapter import Adapter, State
 from lightning_qlora.adapters.base_model import tied_names
 from lightning_qlora.adapters.peft_experts import check_sizes, refuse, stack_at
-from lightning_qlora.checks import one_line
+from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
@@ -94,7 +94,7 @@ def load_base_model(
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
-            f"{list(expected)}. Copy or download the folder again."
+            f"{list(expected)}. {DAMAGED}"
         )
     for name in sorted(set(loading["missing_keys"]) - adapter.saved.keys()):
         raise ValueError(

@@ -5,10 +5,11 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, Adapter, State
+from lightning_qlora.adapters.adapter import Adapter, check_state
 from lightning_qlora.adapters.base_model import config_of_layer
 from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
 from lightning_qlora.adapters.to_peft import to_peft
+from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.fingerprint import checksum
@@ -39,7 +40,7 @@ def read_adapter_from_checkpoint(
     state, root, conversion = _read_converted_state_dict(path, weights_only)
     description = conversion.base
     if not description.keys() >= {*DESCRIPTION}:
-        raise ValueError(f"{path}: its {CONVERSION!r} does not name the base model. Use another copy of it.")
+        raise ValueError(f"{path}: its {CONVERSION!r} does not name the base model. {DAMAGED}")
     outer = without_wrappers(root)
     if description["prefix"]:
         outer += f"{description['prefix']}."
@@ -54,8 +55,7 @@ def read_adapter_from_checkpoint(
         name = name.removeprefix(outer)  # in the base model
         configs[name] = config_of_layer(description, name, conversion.config)
         layers[name] = {key: state[prefix + key] for key in (*ADAPTER, *INITIAL) if prefix + key in state}
-        with named(f"{path}: {prefix.removesuffix('.')}"):
-            _check(layers[name])
+        check_state(f"{path}: {prefix.removesuffix('.')}:", layers[name], dimensions=(2, 3))
         full_name = prefix.removeprefix(root).removesuffix(".")
         if full_name in fingerprints:
             fingerprints[name] = fingerprints.pop(full_name)
@@ -78,18 +78,6 @@ def read_adapter_from_checkpoint(
         fingerprints=fingerprints,
         source=str(path),
     )
-
-
-def _check(state: State) -> None:
-    """Raise ValueError for matrices that a module can't have: of a damaged or changed file."""
-    a, b = state["lora_A"], state["lora_B"]
-    if a.shape[:-2] != b.shape[:-2] or a.shape[-2:-1] != b.shape[-1:] or a.dtype not in ADAPTER_DTYPES:
-        raise ValueError(
-            f"lora_A has shape {list(a.shape)} and type {a.dtype}, and lora_B {list(b.shape)}: they must be floats, "
-            "[r, in] and [out, r]. Use another copy."
-        )
-    if not all(torch.isfinite(tensor).all() for tensor in (a, b)):
-        raise ValueError("lora_A or lora_B holds NaN or Inf: the training diverged. Use an earlier checkpoint.")
 
 
 def fingerprint_of_base(adapter: Adapter) -> str | None:

@@ -1,7 +1,7 @@
 """The adapters of a module as a value, and a module with the adapters of a value."""
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from lightning_qlora.adapters.base_model import (
 from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.adapters.peft_experts import check_sizes, layers_of_adapter, linear_parameters, refuse
 from lightning_qlora.adapters.to_peft import ranks_and_alphas, to_peft
-from lightning_qlora.checks import shown
+from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 from lightning_qlora.layers.input_statistics import stop_waiting
@@ -49,7 +49,7 @@ def check_finite(module: nn.Module) -> None:
         if trainer is not None:
             step = f" after step {trainer.global_step}"
         raise ValueError(
-            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
+            f"{bad[0] or type(module).__name__}: its adapter {NOT_FINITE}{step}, as those of {len(bad)} of "
             f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
             "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
             "in the batches."
@@ -63,7 +63,7 @@ def get_adapter(module: nn.Module, unchanged: Container[Any] | None = None, base
     """
     _, base_model = find_base_model(module)
     layers = base_layers(base_model)
-    _check_converted(module, layers)
+    check_converted(module, layers)
     check_finite(module)
     if unchanged is None:
         unchanged = base_fingerprints(base_model)
@@ -99,14 +99,6 @@ def _state_of_layer(layer: LoRALayer) -> State:
     return {name: gather(value).detach() for name, value in values.items() if value is not None}
 
 
-def _check_converted(module: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    if not layers:
-        raise ValueError(
-            f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
-            "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
-        )
-
-
 def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     """Set the adapters of a converted module, in place: the parameters stay the same objects.
 
@@ -114,7 +106,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     """
     _, base = find_base_model(module)
     layers = base_layers(base)
-    _check_converted(module, layers)
+    check_converted(module, layers)
     loaded = layers_of_adapter(adapter, base)
     _check_fits(base, layers, adapter, loaded)
     check_required_base(adapter, layers)

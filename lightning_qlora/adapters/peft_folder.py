@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State
+from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State, check_state
 from lightning_qlora.adapters.base_compatibility import check_quantization, required_base, subtract_initial
 from lightning_qlora.adapters.peft_config import (
     CONFIG_FILE,
@@ -24,7 +24,7 @@ from lightning_qlora.adapters.peft_config import (
     ranks_of,
     read_peft_config,
 )
-from lightning_qlora.checks import shown
+from lightning_qlora.checks import DAMAGED, DIVERGED, shown
 from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, parse_json, write_safetensors
@@ -38,7 +38,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # fingerprints of the 4-bit weights that the initialization changed.
 BASE = "lightning_qlora"
 CHECKSUMS = "lightning_qlora_checksums"
-NOT_FINITE = "holds NaN or Inf: the training diverged, or the file is damaged. Use an adapter that was saved earlier."
 METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
 
 
@@ -102,10 +101,8 @@ def _check_file(tensors: State, metadata: dict[str, str]) -> None:
     checksums = _checksums(tensors, {key: text for key, text in metadata.items() if key != CHECKSUMS})
     for key in sorted(expected.keys() | checksums.keys()):
         if expected.get(key) != checksums.get(key):
-            raise ValueError(
-                f"{key!r} is not what was saved (its checksum is {checksums.get(key)}, and was "
-                f"{expected.get(key)}). The file is damaged: copy it again, or save the adapter again."
-            )
+            difference = f"(its checksum is {checksums.get(key)}, and was {expected.get(key)})"
+            raise ValueError(f"{key!r} is not what was saved {difference}. {DAMAGED}")
 
 
 def _checksums(tensors: State, metadata: dict[str, str]) -> dict[str, str]:
@@ -126,29 +123,24 @@ def _parse(config: dict[str, Any], tensors: State, metadata: dict[str, str]) -> 
         owner, base_layer, _ = key.partition(".base_layer.")
         if base_layer and (owner in adapted or last_part(owner) == TOKEN_ADAPTER) and ".lora_" not in key:
             continue
-        if not key.startswith(PREFIX):
-            raise ValueError(f"key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
         name, part = _split(key)
-        if tensor.dtype not in ADAPTER_DTYPES and (part or tensor.is_floating_point() or tensor.is_complex()):
-            raise ValueError(
-                f"key {key!r} is {str(tensor.dtype).removeprefix('torch.')}, and adapters must be float16, "
-                "bfloat16, float32 or float64. Save it in one of these types."
-            )
         if part is None:
             _check_saved(key, name, tensor)
             saved[name] = tensor
         elif part in layers.setdefault(name, {}):
-            raise ValueError(f"key {key!r}: the file has a second {part} of {name}. Save the adapter again.")
+            raise ValueError(f"key {key!r}: the file has a second {part} of {name}. {DAMAGED}")
         else:
             layers[name][part] = tensor
     if not layers:
-        raise ValueError("holds no lora_A and lora_B. Use another copy, or save the adapter again.")
+        raise ValueError(f"holds no lora_A and lora_B. {DAMAGED}")
     for name, state in layers.items():
-        _check_layer(name, state, config)
+        key = f"key '{PREFIX}{name}.lora_A.weight':"
+        check_state(key, state)
+        _check_config(key, state, config)
     base = _entry(metadata, BASE) or {}
     for name, value in base.items():
         if not isinstance(value, dict | None):
-            raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. Copy or save it again.")
+            raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. {DAMAGED}")
     quantization = base.get("quantization")
     check_quantization(quantization, f"its metadata {BASE!r}")
     fingerprints = base.get("fingerprints") or {}
@@ -159,6 +151,8 @@ def _parse(config: dict[str, Any], tensors: State, metadata: dict[str, str]) -> 
 
 def _split(key: str) -> tuple[str, str | None]:
     """Layer and part ("lora_A", "lora_B", magnitude) of a key, or name of a parameter and None."""
+    if not key.startswith(PREFIX):
+        raise ValueError(f"key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
     name = key.removeprefix(PREFIX)
     match = re.fullmatch(rf"(.+)\.(lora_A|lora_B|{MAGNITUDE})(\.default)?(\.weight)?", name)
     if match:
@@ -171,32 +165,24 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _check_saved(key: str, name: str, tensor: Tensor) -> None:
-    """Refuse a value of `modules_to_save` that has no module, or holds NaN; a mask may hold Inf."""
+    """Refuse a value that `modules_to_save` can't have."""
     if "." not in name:
-        raise ValueError(f"key {key!r} is in no module, and modules_to_save names modules. Save the adapter again.")
-    if torch.isnan(tensor).any():
-        raise ValueError(f"key {key!r} {NOT_FINITE}")
+        raise ValueError(f"key {key!r} is in no module, and modules_to_save names modules. {DAMAGED}")
+    if tensor.dtype not in ADAPTER_DTYPES and (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"key {key!r} is {tensor.dtype}, and must be float16, bfloat16, float32 or float64. {DAMAGED}")
+    if tensor.isnan().any():  # a mask may hold Inf
+        raise ValueError(f"key {key!r} holds NaN. {DIVERGED}")
 
 
-def _check_layer(name: str, state: State, config: dict[str, Any]) -> None:
-    a = state.get("lora_A")
-    b = state.get("lora_B")
-    magnitude = state.get(MAGNITUDE)
-    shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in state.items())
-    rule = f"key '{PREFIX}{name}.lora_A.weight': the file has {shapes}, and must have lora_A [r, in], lora_B [out, r]"
-    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or not a.numel() * b.numel() or len(a) != b.shape[1]:
-        raise ValueError(f"{rule} of a linear layer, of rank 1 or more.")
-    if magnitude is not None and magnitude.shape != b.shape[:1]:
-        raise ValueError(f"{rule}, and {MAGNITUDE} [out].")
-    for part, tensor in state.items():
-        if not torch.isfinite(tensor.float()).all():  # a float64 may be too large for fp32, in which adapters train
-            raise ValueError(f"key '{PREFIX}{name}.{part}.weight' {NOT_FINITE}")
-    pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (magnitude is not None, {bool(config.get("use_dora"))})}
+def _check_config(key: str, state: State, config: dict[str, Any]) -> None:
+    """Refuse a layer of another rank or kind than those in the config: the two files are not of one adapter."""
+    pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (MAGNITUDE in state, {bool(config.get("use_dora"))})}
     if not config.get("target_parameters"):  # for these PEFT has the ranks of all experts in one matrix
-        pairs["rank"] = len(a), ranks_of(config)
-    for key, (value, allowed) in pairs.items():
+        pairs["rank"] = len(state["lora_A"]), ranks_of(config)
+    for argument, (value, allowed) in pairs.items():
         if value not in allowed:
+            words = ", ".join(map(str, sorted(allowed)))
             raise ValueError(
-                f"key '{PREFIX}{name}.lora_A.weight': the file has {key}={value} there, and {CONFIG_FILE} has "
-                f"{', '.join(map(str, sorted(allowed)))}. They are not of one adapter: copy or save both again."
+                f"{key} the file has {argument}={value} there, and {CONFIG_FILE} has {words}. They are not of one "
+                "adapter: copy or save both again."
             )

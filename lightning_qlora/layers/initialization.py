@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_qlora.checks import check_finite
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.fingerprint import has_values
@@ -115,7 +116,7 @@ def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
-    ops.check_finite(weight)  # a decomposition would fail without the reason
+    check_finite("weight:", weight, ops.SPREADS)  # a decomposition would fail without the reason
     dense = weight.float()
     r = _checked_rank(weight, config)
     if config.pissa_iterations is None:

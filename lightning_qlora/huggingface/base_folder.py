@@ -158,7 +158,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         names = {without_wrappers(name) for name, _ in (*model.named_modules(), *tensors)}
         if needed <= names:
-            heads = {id(layer) for layer in get_output_embeddings(model)}
+            heads = {id(layer) for layer in get_output_embeddings(model.modules())}
             outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
             trained = outputs & adapter.saved.keys()
             pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]

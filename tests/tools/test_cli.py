@@ -315,7 +315,7 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
     monkeypatch.setattr(doctor, "_self_test", lambda device: iter([1 / 0]))
     with pytest.raises(ZeroDivisionError):
         list(doctor.examine())
-    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for package, extra in doctor.PACKAGES.items():
         if extra is None:
             continue

@@ -31,8 +31,8 @@ from tests.errors import PAGE, errors_of, page
 
 
 def test_the_page_lists_every_error():
-    assert PAGE.read_text() == page(), "run: python -m tests.errors"
-    assert "errors.md" in (PAGE.parents[1] / "mkdocs.yml").read_text()
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.errors"
+    assert "errors.md" in (PAGE.parents[1] / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_every_kind_of_raise_is_found(tmp_path):
@@ -76,7 +76,7 @@ def adapter(files, tmp_path):
     def write(config=None, tensors=None, metadata=None):
         folder = tmp_path / "adapter"
         folder.mkdir()
-        text = (files / "adapter/adapter_config.json").read_text()
+        text = (files / "adapter/adapter_config.json").read_text(encoding="utf-8")
         content = config if isinstance(config, bytes) else json.dumps({**json.loads(text), **(config or {})}).encode()
         (folder / "adapter_config.json").write_bytes(content)
         weights = load_file(files / "adapter/adapter_model.safetensors")

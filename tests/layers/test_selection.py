@@ -325,7 +325,7 @@ def test_a_tied_head_that_is_named_among_others_is_warned_of():
 
 def test_the_documentation_has_the_rules_in_their_order():
     rows = [f"| {rule.when} | {rule.by_default or '-'} | {rule.if_named or '-'} |" for rule in RULES]
-    assert "\n".join(rows) in (ROOT / "docs" / "layers.md").read_text()
+    assert "\n".join(rows) in (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
 
 
 def test_the_first_rule_that_applies_decides():

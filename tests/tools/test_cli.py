@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
-from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checks import install
 from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.tools import doctor
 from lightning_qlora.tools.cli import main
+from lightning_qlora.tools.inspect_path import fingerprint_of_base
 from lightning_qlora.tools.memory_estimate import fits
 from lightning_qlora.training.report import size_text
 from tests.conftest import ROOT, make_trainer
@@ -314,7 +315,7 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
     monkeypatch.setattr(doctor, "_self_test", lambda device: iter([1 / 0]))
     with pytest.raises(ZeroDivisionError):
         list(doctor.examine())
-    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for package, extra in doctor.PACKAGES.items():
         if extra is None:
             continue

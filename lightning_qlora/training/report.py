@@ -151,8 +151,6 @@ class ConversionReport:
         self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(module))
         self.computes_in = {name: _dtype_text(dtype) for name, dtype in compute_types(module).items()}
         types = sorted({*self.computes_in.values()} - {"float32"})
-        held_on = {part.autocast_dtype: part.held_on for part in modules.values() if isinstance(part, FullPrecision)}
-        types = [str(dtype).removeprefix("torch.") for dtype in IN_16_BITS if held_on.get(dtype, "") is None]
         self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(module)
         weights: list[Tensor] = []

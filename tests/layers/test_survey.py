@@ -55,7 +55,7 @@ def test_each_part_has_its_place_and_kind_and_what_it_holds():
     assert {name: part.kind for name, part in parts.items() if part.kind is not Kind.OTHER} == {
         "body.0": Kind.LINEAR, "script": Kind.SCRIPT, "tied": Kind.LINEAR, "fp16": Kind.LINEAR,
     }  # fmt: skip
-    assert parts["body.0"].places == ("body.0", "again.0") and parts["fp16"].shape == (3, 2)
+    assert parts["body.0"].names.others == ("again.0",) and parts["fp16"].shape == (3, 2)
     assert parts["body.0"].parameters == {"weight": Parameter(ties=("tied.weight",)), "bias": Parameter()}
     assert parts["body.1"].parameters == {"weight": Parameter(), "bias": Parameter(trains=False)}
     assert parts["fp16"].weight == Parameter(dtype=torch.float16, device=torch.device("meta"))

@@ -23,11 +23,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_folder import can_compose
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
+from lightning_qlora.huggingface.base_folder import can_compose
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import (

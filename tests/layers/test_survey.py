@@ -59,7 +59,7 @@ def test_each_part_has_its_place_and_kind_and_what_it_holds():
     assert parts["body.0"].parameters == {"weight": Parameter(ties=("tied.weight",)), "bias": Parameter()}
     assert parts["body.1"].parameters == {"weight": Parameter(), "bias": Parameter(trains=False)}
     assert parts["fp16"].weight == Parameter(dtype=torch.float16, device=torch.device("meta"))
-    assert parts["body"].is_container and not parts["fp16"].is_container and seen.trains
+    assert parts["body"].has_parts and not parts["fp16"].has_parts and seen.trains
     assert not survey(module.requires_grad_(False)).trains
 
 
@@ -69,7 +69,7 @@ def test_experts_follow_the_module_that_holds_them_and_what_was_converted_is_kno
     block.up = nn.Parameter(torch.randn(3, 64, 32))
     module = nn.ModuleDict({"tokens": nn.Embedding(9, 64), "block": block})
     parts = parts_of(module)
-    assert list(parts) == ["", "tokens", "block", "block.up"] and parts["block"].holds_stacks
+    assert list(parts) == ["", "tokens", "block", "block.up"] and parts["block"].has_stacks
     experts = parts["block.up"]
     assert (experts.kind, experts.shape, experts.key) == (Kind.STACK, (64, 32), "up")
     assert experts.names.for_patterns == ("block.up", "block") and experts.owner is block

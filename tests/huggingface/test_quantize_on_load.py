@@ -272,8 +272,8 @@ def test_other_arguments_at_conversion_are_refused(folder):
         streamed = Lit(llama(folder("llama")))
     before = streamed.state_dict()
     others = {
-        **{"quant_type": "fp4", "block_size": 32, "double_quant": False, "r": 2, "lora_alpha": 3, "use_rslora": True},
-        **{"use_dora": True, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+        **{"quant_type": "fp4", "double_quant": False, "block_size": 32, "r": 2, "lora_alpha": 3},
+        **{"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}, "use_rslora": True, "use_dora": True},
     }
     config = QLoRAConfig(**ARGUMENTS)
     differing = ", ".join(f"{name}={getattr(config, name)!r} and not {value!r}" for name, value in others.items())

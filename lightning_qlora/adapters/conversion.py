@@ -67,10 +67,9 @@ def mark_as_merged(module: nn.Module) -> None:
     vars(module)[MERGED] = True
 
 
-def forget_merge(module: nn.Module) -> None:
-    """The module is converted again."""
-    for part in module.modules():
-        vars(part).pop(MERGED, None)
+def forget_merge(part: nn.Module) -> None:
+    """The module that it is a part of is converted again."""
+    vars(part).pop(MERGED, None)
 
 
 def was_merged(module: nn.Module) -> bool:

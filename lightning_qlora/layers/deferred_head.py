@@ -89,7 +89,7 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
     and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
     that of another one differ only in a number.
     """
-    heads = {id(layer) for layer in get_output_embeddings(module)}
+    heads = {id(layer) for layer in get_output_embeddings(module.modules())}
     in_models: set[int] = set()
     for part in module.modules():
         if heads and callable(getattr(part, "get_output_embeddings", None)):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import is_strided
+from lightning_qlora.layers.names import named_tensors
 
 
 def copy_from_files(module: nn.Module) -> None:
@@ -17,7 +18,7 @@ def copy_from_files(module: nn.Module) -> None:
     Tensors that share memory, the whole or a part of it, share that of the copy.
     """
     spans: list[tuple[int, int, Tensor]] = []
-    for tensor in [*module.parameters(), *module.buffers()]:
+    for _, tensor in named_tensors(module):
         if not is_strided(tensor) or is_sharded(tensor) or tensor.device.type != "cpu" or not tensor.numel():
             continue
         storage = tensor.untyped_storage()

@@ -679,7 +679,7 @@ def test_what_no_folder_of_these_tests_has():
     ):
         mesh.ndim = dimensions
         place = SimpleNamespace(device_mesh=mesh, placements=[placement])
-        assert _not_splittable(place, SimpleNamespace(part=None)) == message
+        assert _not_splittable(place, SimpleNamespace(stack=None)) == message
     weight = quantize(torch.randn(8, 64))
     model = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 64, dtype=torch.bfloat16)})
     load_packed = LoadPacked(SimpleNamespace(chosen={})).convert

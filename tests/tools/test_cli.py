@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
-from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checks import install
 from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.tools import doctor
 from lightning_qlora.tools.cli import main
+from lightning_qlora.tools.inspect_path import fingerprint_of_base
 from lightning_qlora.tools.memory_estimate import fits
 from lightning_qlora.training.report import size_text
 from tests.conftest import ROOT, make_trainer

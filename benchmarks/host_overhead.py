@@ -122,7 +122,7 @@ def ours(dropout: float, few_rows: bool = False) -> nn.Module:
     """Our layers on the Triton backend."""
     layers = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(LAYERS))).bfloat16()
     vars(ops)["backend"] = lambda device: eager
-    convert(layers, r=RANK, lora_dropout=dropout)
+    convert(layers, r=RANK, lora_dropout=dropout, compute_dtype="bf16")
     vars(ops)["backend"] = unchecked()
     tile = launch.Tile(M=16, N=64, PROGRAMS=256, num_warps=4, num_stages=3)
     launch.TABLE["matmul"] = {"default": [tile] if few_rows else []}
@@ -134,7 +134,7 @@ def experts(number: int) -> nn.Module:
     shape = argparse.Namespace(hidden=SIZE, width=SIZE, experts=number, active=8)
     block = nn.Sequential(moe_block(shape))
     vars(ops)["backend"] = lambda device: eager
-    convert(block, r=RANK, lora_dropout=0.0)
+    convert(block, r=RANK, lora_dropout=0.0, compute_dtype="bf16")
     for module in (ops, grouped_linear):
         vars(module)["backend"] = unchecked()
     vars(stacks)["INTERPRETED"] = True

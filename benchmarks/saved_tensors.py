@@ -36,7 +36,7 @@ def decoder_layer(options: argparse.Namespace) -> tuple[nn.Module, Callable[[], 
     layer = LlamaDecoderLayer(config, 0)
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    convert(layer, r=options.r, lora_dropout=0.05)
+    convert(layer, r=options.r, lora_dropout=0.05, compute_dtype="bf16")  # as on a GPU
     x = torch.zeros(1, options.tokens, options.hidden, dtype=torch.bfloat16, requires_grad=True)
     position = torch.arange(options.tokens).unsqueeze(0)
     cos_sin = LlamaRotaryEmbedding(config)(x, position)

@@ -7,7 +7,7 @@ what is allowed.
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from numbers import Real
 from typing import Any
 
@@ -35,6 +35,10 @@ ARGUMENTS = {
     "lr": "give it to your optimizer in configure_optimizers",
 }
 
+NOT_FINITE = "holds NaN or Inf"
+DIVERGED = "The training diverged, or the file is damaged: use one that was saved earlier."
+DAMAGED = "The file is damaged: copy it again, or save it again."
+
 
 def shown(value: Any) -> str:
     """The value as Python writes it, shortened."""
@@ -48,8 +52,11 @@ def shown(value: Any) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Type and message of an error, on one line and shortened."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    """Type and message of an error, on one line; both ends of a long message, as what to do often stands last."""
+    text = " ".join(str(error).split())
+    if len(text) > 500:
+        text = f"{text[:250]} ... {text[-250:]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def first_of(names: Iterable[str], count: int) -> str:
@@ -59,6 +66,22 @@ def first_of(names: Iterable[str], count: int) -> str:
     if len(every) > count:
         text += ", ..."
     return text
+
+
+def check_finite(name: str, values: Any, advice: str) -> None:
+    """Raise ValueError unless all values of a tensor are finite."""
+    low, high = values.aminmax()  # needs no tensor of the size of `values`
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(f"{name} {NOT_FINITE}. {advice}")
+
+
+def check_converted(module: Any, layers: Sized) -> None:
+    """Raise ValueError unless a module has layers with adapters."""
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
+            "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
+        )
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

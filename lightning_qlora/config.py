@@ -3,11 +3,10 @@
 import inspect
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, partial, wraps
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial, wraps
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
     check_auto,
@@ -33,7 +32,6 @@ from lightning_qlora.initializations import (
 C = TypeVar("C")
 P = ParamSpec("P")
 S = TypeVar("S")
-T = TypeVar("T")
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -49,36 +47,32 @@ ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-EMPTY = {  # argument -> type of the empty value that None stands for
-    "exclude_modules": list,
-    "modules_to_save": list,
-    "loftq_config": dict,
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-}
 
-CHECKS: dict[str, Callable[[str, Any], None]] = {  # argument -> what its value must be
-    "quant_type": partial(check_choice, allowed=get_args(QuantType)),
-    "double_quant": check_bool,
-    "block_size": check_integer,
-    "compute_dtype": partial(check_choice, allowed=get_args(ComputeDtype)),
-    "r": partial(check_integer, at_least=1),
-    "lora_alpha": partial(check_number, above=0, below=MOST_ALPHA),
-    "lora_dropout": partial(check_number, at_least=0, below=1),
-    "target_modules": partial(check_names, or_regex=True),
-    "exclude_modules": partial(check_names, or_regex=True),
-    "modules_to_save": check_names,
-    "trainable_token_indices": check_token_indices,
-    "use_rslora": check_bool,
-    "use_dora": check_bool,
-    "rank_pattern": partial(check_patterns, check=partial(check_integer, at_least=1)),
-    "alpha_pattern": partial(check_patterns, check=partial(check_number, above=0, below=MOST_ALPHA)),
-    "paged_optimizer": check_auto,
-    "gradient_checkpointing": check_bool,
-    "checkpoint": partial(check_choice, allowed=get_args(Checkpoint)),
-    "adapter": check_string,
-    "deferred_logits": check_auto,
-}
+_check_rank = partial(check_integer, at_least=1)
+_check_alpha = partial(check_number, above=0, below=MOST_ALPHA)
+_check_expression = partial(check_names, or_regex=True)
+
+
+def _check_block_size(name: str, value: Any) -> None:
+    check_integer(name, value)
+    check_choice(name, value, BLOCK_SIZES)
+
+
+class Argument(NamedTuple):
+    """What an argument means beside its value: metadata of its field."""
+
+    check: Callable[[str, Any], None] | None = None  # what its value must be; None: `check_initialization`
+    empty: type[Any] | None = None  # type of the empty value that None stands for
+    may_be_none: bool = False
+    of_layer: bool = False  # layers of a module may differ in it
+    at_loading: bool = False  # a layer that is quantized while its model loads uses it then
+    of_base: bool = False  # it decides the bytes of the 4-bit weights; adapter folders have it in `quantization`
+    of_function: bool = False  # it changes what an adapter computes
+    in_peft: bool = False  # adapter_config.json has it, with the same values
+
+
+def _meaning(check: Callable[[str, Any], None] | None = None, **others: Any) -> dict[str, Argument]:
+    return {"argument": Argument(check, **others)}
 
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
@@ -144,40 +138,66 @@ class QLoRAConfig:
         ValueError: If a value is not allowed.
     """
 
-    quant_type: QuantType = "nf4"
-    double_quant: bool = True
-    block_size: int = 64
-    compute_dtype: ComputeDtype = "auto"
-    r: int = 64
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
-    target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    init_lora_weights: InitLoRAWeights = "default"
-    loftq_config: dict[str, int] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    paged_optimizer: bool | Literal["auto"] = "auto"
-    gradient_checkpointing: bool = False
-    checkpoint: Checkpoint = "adapter"
-    adapter: str | None = None
-    deferred_logits: bool | Literal["auto"] = "auto"
+    quant_type: QuantType = field(
+        default="nf4",
+        metadata=_meaning(
+            partial(check_choice, allowed=get_args(QuantType)), of_layer=True, at_loading=True, of_base=True
+        ),
+    )
+    double_quant: bool = field(
+        default=True, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_base=True)
+    )
+    block_size: int = field(
+        default=64, metadata=_meaning(_check_block_size, of_layer=True, at_loading=True, of_base=True)
+    )
+    compute_dtype: ComputeDtype = field(
+        default="auto", metadata=_meaning(partial(check_choice, allowed=get_args(ComputeDtype)), of_layer=True)
+    )
+    r: int = field(default=64, metadata=_meaning(_check_rank, of_layer=True, at_loading=True, in_peft=True))
+    lora_alpha: float = field(
+        default=16, metadata=_meaning(_check_alpha, of_layer=True, at_loading=True, of_function=True, in_peft=True)
+    )
+    lora_dropout: float = field(
+        default=0.05, metadata=_meaning(partial(check_number, at_least=0, below=1), of_layer=True, in_peft=True)
+    )
+    target_modules: str | list[str] = field(default="all-linear", metadata=_meaning(_check_expression))
+    exclude_modules: str | list[str] | None = field(default=None, metadata=_meaning(_check_expression, empty=list))
+    modules_to_save: list[str] | None = field(default=None, metadata=_meaning(check_names, empty=list, in_peft=True))
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata=_meaning(check_token_indices, may_be_none=True, in_peft=True)
+    )
+    init_lora_weights: InitLoRAWeights = field(default="default", metadata=_meaning(at_loading=True))
+    loftq_config: dict[str, int] | None = field(default=None, metadata=_meaning(empty=dict, at_loading=True))
+    use_rslora: bool = field(
+        default=False, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
+    )
+    use_dora: bool = field(
+        default=False, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default=None, metadata=_meaning(partial(check_patterns, check=_check_rank), empty=dict, in_peft=True)
+    )
+    alpha_pattern: dict[str, float] | None = field(
+        default=None, metadata=_meaning(partial(check_patterns, check=_check_alpha), empty=dict, in_peft=True)
+    )
+    paged_optimizer: bool | Literal["auto"] = field(default="auto", metadata=_meaning(check_auto))
+    gradient_checkpointing: bool = field(default=False, metadata=_meaning(check_bool))
+    checkpoint: Checkpoint = field(
+        default="adapter", metadata=_meaning(partial(check_choice, allowed=get_args(Checkpoint)))
+    )
+    adapter: str | None = field(default=None, metadata=_meaning(check_string, may_be_none=True))
+    deferred_logits: bool | Literal["auto"] = field(default="auto", metadata=_meaning(check_auto))
 
     def __post_init__(self) -> None:
-        for name, empty in EMPTY.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, empty())
+        for name, argument in ARGUMENTS.items():
+            if argument.empty is not None and getattr(self, name) is None:
+                object.__setattr__(self, name, argument.empty())
         if not isinstance(self.compute_dtype, str):  # a torch.dtype; YAML and checkpoints have our word
             object.__setattr__(self, "compute_dtype", TORCH_DTYPES.get(str(self.compute_dtype), self.compute_dtype))
-        for name, check in CHECKS.items():
+        for name, argument in ARGUMENTS.items():
             value = getattr(self, name)
-            if value is not None or name not in ("trainable_token_indices", "adapter"):
-                check(name, value)
-        check_choice("block_size", self.block_size, BLOCK_SIZES)
+            if argument.check is not None and not (value is None and argument.may_be_none):
+                argument.check(name, value)
         if self.target_modules in ("", []):
             raise ValueError(
                 f"target_modules={self.target_modules!r} selects no layer: use 'all-linear', a regular expression, "
@@ -225,15 +245,6 @@ class QLoRAConfig:
             return self.lora_alpha / math.sqrt(self.r)
         return self.lora_alpha / self.r
 
-    def for_layer(self, names: Iterable[str]) -> "QLoRAConfig":
-        """The arguments for one layer: r and lora_alpha from the first pattern that matches one of its names."""
-        if not self.rank_pattern and not self.alpha_pattern:
-            return self
-        names = list(names)
-        r = first_match(self.rank_pattern, names, self.r)
-        alpha = first_match(self.alpha_pattern, names, self.lora_alpha)
-        return self.with_own({"r": r, "lora_alpha": alpha})
-
     def with_own(self, arguments: Mapping[str, Any]) -> "QLoRAConfig":
         """The config of one layer, with these arguments and without patterns."""
         if not arguments:
@@ -276,6 +287,17 @@ class QLoRAConfig:
         return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config)
 
 
+ARGUMENTS: dict[str, Argument] = {each.name: each.metadata["argument"] for each in fields(QLoRAConfig)}
+
+
+CHECKS = {name: argument.check for name, argument in ARGUMENTS.items() if argument.check is not None}
+
+
+def arguments_that(meaning: str) -> tuple[str, ...]:
+    """Names of the arguments with a meaning, a field of `Argument`, in their order."""
+    return tuple(name for name, argument in ARGUMENTS.items() if getattr(argument, meaning))
+
+
 def takes_arguments_of(
     config_class: Callable[P, C],
 ) -> Callable[[Callable[[S, C], None]], Callable[Concatenate[S, P], None]]:
@@ -298,21 +320,3 @@ def takes_arguments_of(
         return wrapper
 
     return decorate
-
-
-def first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T) -> T:
-    """The value of the first pattern that matches one of the names."""
-    for pattern, value in (patterns or {}).items():
-        if any(fits(name, pattern) for name in names):
-            return value
-    return default
-
-
-def fits(name: str, pattern: str) -> bool:
-    """Whether a layer's name matches a key of a pattern, as in PEFT: a name ending or a regular expression for one."""
-    return _compiled(pattern).match(name) is not None
-
-
-@cache  # that of `re` has 512 patterns; an adapter may have two for each of its layers
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")  # peft/utils/other.py, get_pattern_key

@@ -29,6 +29,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_qlora
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.layers.packed_linear import PackedLayer
+from tests.machines import products
+
+products.state(products.FAST)  # also in the scripts of tests/scripts, which import this file
 
 ROOT = Path(__file__).parent.parent
 FILES_OF_TORCH, FILES_OF_PACKAGE = (f"{Path(each.__file__).parent}{os.sep}" for each in (torch, lightning_qlora))
@@ -283,6 +286,20 @@ def fit(trainer):
         return used
 
     return run
+
+
+@pytest.fixture
+def slow():
+    """As on a processor without fast 16-bit products."""
+    with products.stated(products.SLOW):
+        yield
+
+
+@pytest.fixture(params=[False, True], ids=["slow", "fast"])
+def fast(request):
+    """On each kind of processor: whether 16-bit products are fast."""
+    with products.stated(products.FAST if request.param else products.SLOW):
+        yield request.param
 
 
 @pytest.fixture

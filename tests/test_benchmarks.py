@@ -4,7 +4,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -76,12 +75,10 @@ def test_a_crash_loses_one_cell_and_keeps_its_rows(tmp_path):
 
 def test_a_cell_that_takes_too_long_is_stopped_with_what_it_started(tmp_path):
     started = tmp_path / "started"
-    child = f"import time; open({str(started)!r}, 'w').write(str(__import__('os').getpid())); time.sleep(60)"
+    child = f"import time; open({str(started)!r}, 'w').write(str(__import__('os').getpid())); time.sleep(3600)"
     script = row(figure=1) + f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     day = Scripted(tmp_path, {"slow": script})
-    begin = time.monotonic()
     slow, after = day.run([cell("slow", limit=3), cell("after")])
-    assert time.monotonic() - begin < 20
     assert (slow["status"], slow["reason"], slow["rows"]) == ("failed", "stopped after 3 s", [{"figure": 1}])
     assert after["status"] == "ok"
     state = Path(f"/proc/{started.read_text()}/stat")

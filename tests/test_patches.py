@@ -11,7 +11,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.trainer import call
 
 import lightning_qlora
-from lightning_qlora.layers.changes import make_changes
+from lightning_qlora.layers.changes import make_changes, wrap_once
 from tests.foreign_changes import Package, changes_in, changes_of
 
 PACKAGE = Path(lightning_qlora.__file__).parent
@@ -23,7 +23,10 @@ ALLOWED = {
     "config.py": {"wrapper.__signature__", "wrapper.__doc__"},
     "tools/cli.py": {"command.__signature__", "command.__annotations__", "command.__doc__"},
     # The mechanism: it puts what the files named patches.py register in its place.
-    "layers/changes.py": {"setattr(wrapper, mark, True)", "setattr(owner, name, wrapper)"},
+    "layers/changes.py": {
+        "setattr(wrapper, mark, True)",
+        "setattr(owner, name, wrapper if is_function else type(descriptor)(wrapper))",
+    },
     # Conversion: the user's linear layer becomes a QLoRALinear in place, or a bitsandbytes layer a dense one, and back.
     "layers/qlora_linear.py": {
         "layer.__dict__[name]", "layer._parameters.clear()", "layer._parameters.update(others)",
@@ -69,7 +72,7 @@ def test_foreign_objects_are_changed_in_patches_only():
 
 def patches_in(file):
     """Name -> function of each patch in a file."""
-    functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
     return {f.name: f for f in functions if not f.name.startswith("_")}
 
 
@@ -83,7 +86,7 @@ def test_every_patch_names_its_upstream_file_and_what_would_remove_it(file):
 
 
 def test_the_page_of_patches_lists_each_one_once():
-    page = (PACKAGE.parent / "docs" / "patches.md").read_text()
+    page = (PACKAGE.parent / "docs" / "patches.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
     assert sorted(listed) == sorted(name for file in PATCHES for name in patches_in(file))
 
@@ -93,6 +96,33 @@ def test_a_function_is_wrapped_once_however_often_the_patch_is_applied():
     before = call._call_configure_model
     make_changes("lightning")
     assert call._call_configure_model is before
+
+
+class Methods:
+    @staticmethod
+    def total(first, second):
+        return first + second
+
+    @classmethod
+    def named(cls, word):
+        return f"{cls.__name__} {word}"
+
+
+class Derived(Methods):
+    pass
+
+
+def test_static_methods_and_class_methods_stay_what_they_are():
+    """transformers 4 has `_load_pretrained_model` as a class method; 5 has a static one and calls it on a model."""
+
+    def twice(original, *args, **kwargs):
+        return original(*args, **kwargs) * 2
+
+    for name in ("total", "named"):
+        wrap_once(Methods, name, twice)
+        wrap_once(Methods, name, twice)
+    assert Methods.total(1, second=2) == Derived().total(first=1, second=2) == 6
+    assert Derived.named("a") == Derived().named(word="a") == "Derived aDerived a"
 
 
 def test_fabric_wraps_optimizers_of_strategies_without_precision():

@@ -1,201 +1,140 @@
-"""Adapter: all adapters of a model as one value, with the names that PEFT uses; whether it breaks a tie of weights."""
+"""Adapter: the two files of a PEFT folder as values, with the names of the base model."""
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from statistics import mode
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import without_wrappers
+from lightning_qlora.adapters.peft_config import is_target
+from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
+from lightning_qlora.layers.patterns import Patterns
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
+State = dict[str, Tensor]  # the adapter of a layer by its own names: lora_A, lora_B, with DoRA lora_magnitude_vector
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitudes, and that of the layers
 BASE_LAYER = ".base_layer"  # of PEFT's wrapper in a wrapper
 PREFIX = "base_model.model."  # PEFT's, before the name of every parameter
-MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitudes
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class LayerAdapter:
-    """The adapter of one layer: lora_A [r, in], lora_B [out, r], its alpha, and DoRA's magnitudes [out].
-
-    That of a stack of experts is [experts, r, in], [experts, out, r] and [experts, out]. `initial` are the lora_A and
-    lora_B that training began with, if they were computed from the weight and are known.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    alpha: float
-    magnitude: Tensor | None = None
-    initial: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def r(self) -> int:
-        """Rank."""
-        return self.lora_A.shape[-2]
-
-
-class ExpertStack(NamedTuple):
-    """The experts of one parameter, and how PEFT writes their adapters.
-
-    Attributes:
-        number: Number of experts.
-        wrappers: How many of PEFT's wrappers are around the one of this parameter.
-        transposed: The parameter is [experts, in, out].
-        swapped_by_peft: PEFT takes its inputs for outputs, so PEFT's lora_A is lora_B^T, and the reverse.
-        flat: The parameter is [experts * out, in].
-    """
-
-    number: int
-    wrappers: int
-    transposed: bool
-    swapped_by_peft: bool
-    flat: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The adapters of a model; names are those in the base model.
+    """A PEFT folder, or what a module or checkpoint would write as one.
 
     Attributes:
-        layers: Name of a layer, or of a parameter of experts -> its adapter.
-        experts: Name of a parameter of experts -> how PEFT writes its adapter.
-        expert_adapters: Name in a folder -> its adapters, if there are `target_parameters`, until the model says which
-            parameters and layers they are for (`peft_experts.assign_parameters`).
-        peft_config: Content of that folder's adapter_config.json.
-        as_parameters: Names of linear layers that PEFT adapts only as `target_parameters`.
-        saved: Name of a parameter or buffer -> value, of the modules that were trained in full.
-        modules_to_save: Names of those modules.
-        tokens: Name of an embedding of which some rows were trained -> their indices; `saved` has the rows.
-        target_modules: PEFT's target_modules.
-        use_rslora: Whether the scaling is alpha / sqrt(r) instead of alpha / r.
-        fan_in_fan_out: Whether the layers are transformers' Conv1D, which stores its weight as [in, out].
-        lora_dropout: Dropout probability in training.
-        task_type: PEFT's task type, or None.
-        base_model: Folder or hub name of the base model, or None.
+        config: Content of adapter_config.json.
+        layers: PEFT's name of a layer -> its tensors; those of experts have PEFT's form (`peft_experts.py`).
+        saved: Name of a parameter or buffer -> value, of the modules that trained in full, and of rows of tokens.
         quantization: `base_compatibility.quantization_of` of the training, if known.
-        bases: Name of a layer -> the 4-bit weight of each of its matrices, if it is stored with the adapters.
-        base_fingerprints: Name of a layer -> fingerprint of its 4-bit weight, if known; in folders, if the
-            initialization changed it. Of a checkpoint also those of other frozen parameters.
+        fingerprints: Name of a layer, or of a parameter of experts -> fingerprint of its 4-bit weight, if known; in
+            folders, if the initialization changed it. Of a checkpoint also those of other frozen parameters.
+        bases: Name of a layer -> the 4-bit weight of each of its matrices, if the checkpoint has it.
+        no_place: Why PEFT has no such adapter, if it has none: it can be loaded and merged, and not be written.
         source: The file that the tensors came from, for messages.
     """
 
-    layers: dict[str, LayerAdapter]
-    experts: dict[str, ExpertStack] = field(default_factory=dict)
-    expert_adapters: dict[str, LayerAdapter] = field(default_factory=dict)
-    peft_config: dict[str, Any] = field(default_factory=dict)
-    as_parameters: frozenset[str] = frozenset()
-    saved: dict[str, Tensor]
-    modules_to_save: list[str]
-    tokens: dict[str, list[int]]
-    target_modules: str | list[str]
-    use_rslora: bool
-    fan_in_fan_out: bool
-    lora_dropout: float
-    task_type: str | None
-    base_model: str | None
+    config: dict[str, Any]
+    layers: dict[str, State]
+    saved: State
     quantization: dict[str, Any] | None
+    fingerprints: dict[str, int]
     bases: dict[str, list[PackedWeight]] = field(default_factory=dict)
-    base_fingerprints: dict[str, int]
+    no_place: str = ""
     source: str = "adapter_model.safetensors"
 
-    def __post_init__(self) -> None:
-        if self.base_model in ("", "None"):  # transformers' name of a model that was not loaded from a folder
-            object.__setattr__(self, "base_model", None)
+    @property
+    def base_model(self) -> str | None:
+        """Folder or hub name of the base model, if known."""
+        name: str | None = self.config.get("base_model_name_or_path")
+        return name
 
     @property
-    def use_dora(self) -> bool:
-        """Whether the layers have DoRA's magnitudes."""
-        return any(layer.magnitude is not None for layer in self.layers.values())
+    def use_rslora(self) -> bool:
+        """Whether the scaling is alpha / sqrt(r) instead of alpha / r."""
+        return bool(self.config.get("use_rslora"))
 
     @property
-    def r(self) -> int:
-        """The rank of most layers."""
-        return mode(layer.r for layer in self.layers.values())
+    def modules(self) -> set[str]:
+        """Names of the model's modules that have an adapter, or parameters with one."""
+        return set(map(outermost, self.layers))
+
+    def alpha(self, name: str) -> float:
+        """Alpha of a layer or parameter: that of the first pattern that matches (peft.utils.other.get_pattern_key)."""
+        return float(self._by_pattern("alpha_pattern", name, "lora_alpha"))
+
+    def rank(self, name: str) -> int:
+        """The rank of a layer or parameter: the matrices of experts have that of all of them."""
+        if not self.config.get("target_parameters"):
+            return len(self.layers[name]["lora_A"])
+        return int(self._by_pattern("rank_pattern", name, "r"))
+
+    def _by_pattern(self, pattern: str, name: str, default: str) -> Any:
+        if is_target(self.config, f"{name}.weight"):
+            name += ".weight"
+        return self._patterns[pattern].value([name], self.config[default])
+
+    @cached_property
+    def _patterns(self) -> dict[str, Patterns]:
+        return {pattern: Patterns(self.config.get(pattern)) for pattern in ("rank_pattern", "alpha_pattern")}
 
     @property
-    def alpha(self) -> float:
-        """The alpha of most layers."""
-        return mode(round_alpha(layer.alpha) for layer in self.layers.values())
+    def tokens(self) -> dict[str, list[int]]:
+        """Name of each embedding of which `saved` has rows -> their indices; ValueError if the two do not agree."""
+        entry: Any = self.config.get("trainable_token_indices")
+        if not isinstance(entry, dict):
+            entry = {"": entry}  # for any embedding
+        rule = f"trainable_token_indices, {shown(self.config.get('trainable_token_indices'))} in adapter_config.json"
+        tokens = {}
+        for key, rows in self.saved.items():
+            if not key.endswith(f".{DELTA}"):
+                continue
+            name = key.removesuffix(f".{DELTA}")
+            matches = [entry[name]] if name in entry else [entry[end] for end in entry if name.endswith(end)]
+            if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
+                raise ValueError(
+                    f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in {rule}. "
+                    + DAMAGED
+                )
+            tokens[name] = matches[0]
+        if any(entry.values()) and not tokens:  # PEFT writes those of tied weights once
+            raise ValueError(f"has no rows for {rule}. {DAMAGED}")
+        return tokens
 
-    @property
-    def rank_pattern(self) -> dict[str, int]:
-        """Ranks of the other layers, by PEFT's names."""
-        usual = self.r
-        return {self.name_in_peft(name): layer.r for name, layer in self.layers.items() if layer.r != usual}
+    def has_one_value(self, tied: list[str]) -> bool:
+        """Whether `saved` has no value for the names of a tied weight, or the same value for all of them."""
+        values = [self.saved[name] for name in tied if name in self.saved]
+        return not values or (len(values) == len(tied) and all(torch.equal(values[0], value) for value in values))
 
-    @property
-    def alpha_pattern(self) -> dict[str, float]:
-        """Alphas of the other layers, by PEFT's names."""
-        usual = self.alpha
-        alphas = {name: round_alpha(layer.alpha) for name, layer in self.layers.items()}
-        return {self.name_in_peft(name): alpha for name, alpha in alphas.items() if alpha != usual}
 
-    @property
-    def targets(self) -> set[str]:
-        """Names of the model's modules and expert parameters that have an adapter here."""
-        return {*self.layers, *map(outermost, self.expert_adapters)}
+def check_state(key: str, state: State, dimensions: Collection[int] = (2,)) -> None:
+    """Raise ValueError, with the key, for tensors of a file that no layer has."""
+    good_types = all(tensor.dtype in ADAPTER_DTYPES for tensor in state.values())
+    if not good_types or not _shapes_fit(state, dimensions):
+        shapes = ", ".join(f"{part} {list(tensor.shape)} of {tensor.dtype}" for part, tensor in state.items())
+        raise ValueError(
+            f"{key} the file has {shapes}: a layer has lora_A [r, in] and lora_B [out, r], of rank 1 or more, with "
+            f"DoRA {MAGNITUDE} [out], and all are float16, bfloat16, float32 or float64. {DAMAGED}"
+        )
+    for part, tensor in state.items():
+        check_finite(f"{key} {part}", tensor.float(), DIVERGED)  # a float64 may be too large for fp32
 
-    def name_in_peft(self, name: str) -> str:
-        """Name of the layer, or of the parameter, that PEFT adapts."""
-        return f"{name}.weight" if name in self.as_parameters else name
 
-    @property
-    def target_parameters(self) -> list[str]:
-        """PEFT's target_parameters."""
-        return sorted([*self.experts, *(f"{name}.weight" for name in self.as_parameters)])
-
-    def scaling(self, name: str) -> float:
-        """The factor s of a layer's product B A."""
-        layer = self.layers[name]
-        if self.use_rslora:
-            return layer.alpha / math.sqrt(layer.r)
-        return layer.alpha / layer.r
+def _shapes_fit(state: State, dimensions: Collection[int]) -> bool:
+    if not state.keys() >= {"lora_A", "lora_B"}:
+        return False
+    a = state["lora_A"].shape
+    b = state["lora_B"].shape
+    magnitude = state.get(MAGNITUDE)
+    if len(a) not in dimensions or (magnitude is not None and magnitude.shape != b[:-1]):
+        return False
+    return a[:-2] == b[:-2] and a[-2] == b[-1] and 0 not in (*a, *b)
 
 
 def outermost(key: str) -> str:
     """Name of the module that a key in a folder is for."""
     return re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)
-
-
-def round_alpha(alpha: float) -> float | int:
-    """An alpha that was computed from a scaling, without its rounding error; an int if it is a whole number."""
-    rounded = round(alpha, 9)
-    return int(rounded) if rounded == int(rounded) else rounded
-
-
-def tied_names(base: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        if not name.endswith(DELTA):
-            names.setdefault(id(parameter), []).append(without_wrappers(name))
-    return [group for group in names.values() if len(group) > 1]
-
-
-def is_one_weight(adapter: Adapter, tied: Sequence[str]) -> bool:
-    """Whether an adapter has no value for a tied weight, or the same value for all of its names."""
-    values = [adapter.saved[name] for name in tied if name in adapter.saved]
-    return not values or (len(values) == len(tied) and all(torch.equal(values[0], value) for value in values))
-
-
-def check_tie(adapter: Adapter, tied: Sequence[str]) -> None:
-    """Refuse an adapter with a value for some names of a tied weight only, or with different values.
-
-    PEFT trains a copy of a module in modules_to_save and leaves the weight that it was tied to unchanged, unless
-    `ensure_weight_tying` is set.
-    """
-    if is_one_weight(adapter, tied):
-        return
-    trained = next(name for name in tied if name in adapter.saved)
-    others = ", ".join(name for name in tied if name != trained)
-    raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{trained}' was trained separately from {others}, and in this base they are "
-        "one tied weight: it would be a different model. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
-    )

@@ -9,19 +9,18 @@ layers (`record_initialization`), so that the module can be saved again.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lightning_qlora.adapters.adapter import Adapter, LayerAdapter
-from lightning_qlora.checks import check_bool
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, State
+from lightning_qlora.checks import DAMAGED, check_bool
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.initializations import INITIALIZATIONS, split_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 
-BITS = ("quant_type", "block_size", "double_quant")
+BITS = ("quant_type", "block_size", "double_quant")  # the arguments `of_base`, in the order of files
 
 
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def check_quantization(quantization: Any, source: str) -> None:
         arguments = {name: quantization[name] for name in (*BITS, "init_lora_weights")}
         QLoRAConfig(**arguments, loftq_config=quantization.get("loftq_config"))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}. The file is damaged: use another copy.") from error
+        raise ValueError(f"{source}: {error}. {DAMAGED}") from error
 
 
 def quantization_of_layer(layer: LoRALayer) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> No
     quantization = adapter.quantization or {}
     for name, layer in layers.items():
         if quantization.get("base_changed") or layer.config.changes_base:
-            if adapter.base_fingerprints.get(name) != layer.base_fingerprint():
+            if adapter.fingerprints.get(name) != layer.base_fingerprint():
                 raise CheckpointMismatchError(
                     f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the "
                     "module, changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge "
@@ -125,43 +124,36 @@ def record_initialization(layer: LoRALayer, quantization: Mapping[str, Any] | No
     layer.config = layer.config.with_initialization(method, quantization.get("loftq_config"))
 
 
-def convert_to_float_base(adapter: Adapter) -> Adapter:
-    """The same adapter for the base in 16 or 32 bits: its difference from the initial values, of rank 2 r.
+def subtract_initial(layers: Mapping[str, State], source: str) -> dict[str, State]:
+    """The same adapters for the base in 16 or 32 bits: their differences from the initial values, of rank 2 r.
 
     With the float weight W in place of the 4-bit base, the trained layer is (up to the part of the quantization error
     that the initial values A0 and B0 did not correct)
 
         W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]        an adapter of rank 2 r with the same s (as PEFT's for PiSSA)
 
-    An adapter that was initialized with B = 0 is returned unchanged. ValueError if the initial values are not known.
+    Without initial values B must be 0. ValueError if they are not known.
     """
-    if required_base(adapter.quantization) is None:
-        return adapter
-    if adapter.use_dora:
-        raise ValueError(
-            f"{adapter.source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
-            "adapter instead."
-        )
-    for name, layer in (adapter.layers | adapter.expert_adapters).items():
-        if layer.initial is None and bool(layer.lora_B.any()):
+    differences = {}
+    for name, state in layers.items():
+        if MAGNITUDE in state:
             raise ValueError(
-                f"{adapter.source}: {name}: its initial values are not known, because an adapter folder does not hold "
-                "them. Export with base='float' from the checkpoint, or the module, in which it was initialized."
+                f"{source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
+                "adapter instead."
             )
-    layers = {name: _difference(layer, adapter.use_rslora) for name, layer in adapter.layers.items()}
-    return replace(adapter, layers=layers, quantization=None, bases={}, base_fingerprints={})
-
-
-def _difference(layer: LayerAdapter, use_rslora: bool) -> LayerAdapter:
-    a0, b0 = layer.initial or (layer.lora_A[..., :0, :], layer.lora_B[..., :0])  # None: B is 0
-    ratio = (layer.r + a0.shape[-2]) / layer.r
-    if use_rslora:
-        ratio **= 0.5
-    return LayerAdapter(
-        lora_A=torch.cat([layer.lora_A.float(), a0.to(layer.lora_A.device).float()], dim=-2),
-        lora_B=torch.cat([layer.lora_B.float(), -b0.to(layer.lora_B.device).float()], dim=-1),
-        alpha=layer.alpha * ratio,  # the scaling, alpha / r or alpha / sqrt(r), stays the same
-    )
+        if "initial_A" not in state and state["lora_B"].any():
+            raise ValueError(
+                f"{source}: {name}: its initial values are not known, because an adapter folder does not hold them. "
+                "Export with base='float' from the checkpoint, or the module, in which it was initialized."
+            )
+        device = state["lora_A"].device
+        a = [state[key].to(device).float() for key in ("lora_A", "initial_A") if key in state]
+        b = [state[key].to(device).float() for key in ("lora_B", "initial_B") if key in state]
+        differences[name] = {
+            "lora_A": torch.cat(a, dim=-2),
+            "lora_B": torch.cat([b[0], *(-value for value in b[1:])], dim=-1),
+        }
+    return differences
 
 
 def _bits_of(layer: LoRALayer) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 
-from lightning_qlora.adapters.adapter import Adapter, ExpertStack, LayerAdapter, round_alpha
-from lightning_qlora.adapters.base_compatibility import check_one_folder, quantization_of_layer
+from lightning_qlora.adapters.base_compatibility import quantization_of_layer
 from lightning_qlora.adapters.peft_experts import stacks_of
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     is_transformers_model,
@@ -22,27 +20,8 @@ from lightning_qlora.layers.names import (
 )
 from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import own_parameters
-from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_indices
+from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter, token_indices
 from lightning_qlora.lightning_copies import classes
-
-OF_LAYER = (  # arguments that may differ between the layers of a module
-    "quant_type",
-    "block_size",
-    "double_quant",
-    "compute_dtype",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-)
-OF_ADAPTER = (  # entries of `describe_base` that are attributes of `Adapter`
-    "task_type",
-    "base_model",
-    "fan_in_fan_out",
-    "quantization",
-    "target_modules",
-)
 
 
 def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
@@ -95,37 +74,9 @@ def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]
     return description
 
 
-def adapter_on_base(
-    description: Mapping[str, Any],
-    configs: dict[str, QLoRAConfig],
-    layers: dict[str, LayerAdapter],
-    **others: Any,
-) -> Adapter:
-    """An adapter from `describe_base`, and from arguments and adapter of each layer, by its name in the base model.
-
-    ValueError if an adapter folder has no place for layers with these arguments.
-    """
-    check_one_folder(configs)
-    first = next(iter(configs.values()))
-    use_rslora = all(config.use_rslora for config in configs.values())
-    for name, config in configs.items():
-        if config.use_rslora != use_rslora:  # the folder has one value: this alpha keeps the scaling of the layer
-            layers[name] = replace(layers[name], alpha=round_alpha(config.scaling * config.r))
-    return Adapter(
-        layers=layers,
-        experts={name: ExpertStack(*stack) for name, stack in description.get("experts", {}).items()},
-        modules_to_save=sorted(description["trained_in_full"]),
-        tokens=description.get("tokens", {}),
-        use_rslora=use_rslora,
-        lora_dropout=first.lora_dropout,
-        **{name: description[name] for name in OF_ADAPTER},
-        **others,
-    )
-
-
 def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
     """The arguments of a layer that differ from those of the module."""
-    names = list(OF_LAYER)
+    names = [*arguments_that("of_layer")]
     if layer_config.changes_base or config.changes_base:
         names += ["init_lora_weights", "loftq_config"]
     values = {name: getattr(layer_config, name) for name in names}
@@ -153,6 +104,15 @@ def trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, n
             if parameter.is_floating_point() and (part, key) not in unchanged:
                 trained[without_wrappers(name)] = part
     return trained
+
+
+def tied_names(base: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if not name.endswith(DELTA):
+            names.setdefault(id(parameter), []).append(without_wrappers(name))
+    return [group for group in names.values() if len(group) > 1]
 
 
 def _task_type(base: nn.Module) -> str | None:

@@ -2,19 +2,33 @@
 
 import os
 
-import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, Adapter, LayerAdapter
-from lightning_qlora.adapters.base_model import OF_ADAPTER, adapter_on_base, config_of_layer
+from lightning_qlora.adapters.adapter import Adapter, check_state
+from lightning_qlora.adapters.base_model import config_of_layer
 from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
+from lightning_qlora.adapters.to_peft import to_peft
+from lightning_qlora.checks import DAMAGED
+from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.layer_state import read_base
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL
 from lightning_qlora.layers.names import last_part, named, owner_name, without_wrappers
 
+DESCRIPTION = (
+    "prefix",
+    "trained_in_full",
+    "task_type",
+    "base_model",
+    "fan_in_fan_out",
+    "quantization",
+    "target_modules",
+)
 
-def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Adapter:
+
+def read_adapter_from_checkpoint(
+    path: str | os.PathLike[str], weights_only: bool = True, base: Base = "quantized"
+) -> Adapter:
     """The adapters that `get_adapter` would return for the module that was saved.
 
     The checkpoint is of the Trainer, ModelCheckpoint or Fabric, in one file or in shards. `weights_only` refuses
@@ -23,8 +37,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     """
     state, root, conversion = _read_converted_state_dict(path, weights_only)
     description = conversion.base
-    if not description.keys() >= {"prefix", "trained_in_full", *OF_ADAPTER}:
-        raise ValueError(f"{path}: its {CONVERSION!r} does not name the base model. Use another copy of it.")
+    if not description.keys() >= {*DESCRIPTION}:
+        raise ValueError(f"{path}: its {CONVERSION!r} does not name the base model. {DAMAGED}")
     outer = without_wrappers(root)
     if description["prefix"]:
         outer += f"{description['prefix']}."
@@ -38,18 +52,8 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
     for prefix, name in sorted(names.items()):
         name = name.removeprefix(outer)  # in the base model
         configs[name] = config_of_layer(description, name, conversion.config)
-        initial = None
-        if f"{prefix}initial_A" in state:
-            initial = state[f"{prefix}initial_A"], state[f"{prefix}initial_B"]
-        layers[name] = LayerAdapter(
-            lora_A=state[f"{prefix}lora_A"],
-            lora_B=state[f"{prefix}lora_B"],
-            alpha=configs[name].lora_alpha,
-            magnitude=state.get(f"{prefix}{MAGNITUDE}"),
-            initial=initial,
-        )
-        with named(f"{path}: {prefix.removesuffix('.')}"):
-            _check(layers[name])
+        layers[name] = {key: state[prefix + key] for key in (*ADAPTER, *INITIAL) if prefix + key in state}
+        check_state(f"{path}: {prefix.removesuffix('.')}:", layers[name], dimensions=(2, 3))
         full_name = prefix.removeprefix(root).removesuffix(".")
         if full_name in fingerprints:
             fingerprints[name] = fingerprints.pop(full_name)
@@ -62,35 +66,16 @@ def read_adapter_from_checkpoint(path: str | os.PathLike[str], weights_only: boo
         for key, value in state.items()
         if owner_name(without_wrappers(key)) in owners
     }
-    return adapter_on_base(
+    return to_peft(
         description,
         configs,
         layers,
+        base,
         saved=saved,
         bases=bases,
-        base_fingerprints=fingerprints,
+        fingerprints=fingerprints,
         source=str(path),
     )
-
-
-def _check(layer: LayerAdapter) -> None:
-    """Raise ValueError for matrices that a module can't have: of a damaged or changed file."""
-    a, b = layer.lora_A, layer.lora_B
-    if a.shape[:-2] != b.shape[:-2] or a.shape[-2:-1] != b.shape[-1:] or a.dtype not in ADAPTER_DTYPES:
-        raise ValueError(
-            f"lora_A has shape {list(a.shape)} and type {a.dtype}, and lora_B {list(b.shape)}: they must be floats, "
-            "[r, in] and [out, r]. Use another copy."
-        )
-    if not all(torch.isfinite(tensor).all() for tensor in (a, b)):
-        raise ValueError("lora_A or lora_B holds NaN or Inf: the training diverged. Use an earlier checkpoint.")
-
-
-def fingerprint_of_base(adapter: Adapter) -> str | None:
-    """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
-    numbers = [number for _, number in sorted(adapter.base_fingerprints.items())]
-    if not numbers:
-        return None
-    return checksum(torch.tensor(numbers, device="cpu"))
 
 
 def _read_converted_state_dict(

@@ -1,26 +1,33 @@
 """The adapters of a module as a value, and a module with the adapters of a value."""
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, LayerAdapter, check_tie, tied_names
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.adapters.base_compatibility import check_required_base, record_initialization
-from lightning_qlora.adapters.base_model import adapter_on_base, describe_base, find_base_model, trained_modules
+from lightning_qlora.adapters.base_model import (
+    describe_base,
+    find_base_model,
+    target_modules_of,
+    tied_names,
+    trained_modules,
+)
 from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.adapters.peft_config import exact
-from lightning_qlora.adapters.peft_experts import assign_parameters, check_sizes, refuse
-from lightning_qlora.checks import shown
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.adapters.from_peft import from_peft, refuse
+from lightning_qlora.adapters.peft_experts import linear_parameters
+from lightning_qlora.adapters.to_peft import ranks_and_alphas, to_peft
+from lightning_qlora.checks import NOT_FINITE, check_converted, shown
+from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
 from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
 from lightning_qlora.layers.records import base_fingerprints
@@ -43,64 +50,54 @@ def check_finite(module: nn.Module) -> None:
         if trainer is not None:
             step = f" after step {trainer.global_step}"
         raise ValueError(
-            f"{bad[0] or type(module).__name__}: its adapter holds NaN or Inf{step}, as those of {len(bad)} of "
+            f"{bad[0] or type(module).__name__}: its adapter {NOT_FINITE}{step}, as those of {len(bad)} of "
             f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
             "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
             "in the batches."
         )
 
 
-def get_adapter(module: nn.Module, unchanged: Container[Any] | None = None) -> Adapter:
-    """The adapters of a module; names are those in the base model.
+def get_adapter(module: nn.Module, unchanged: Container[Any] | None = None, base: Base = "quantized") -> Adapter:
+    """The adapters of a module as a PEFT folder for this base; names are those in the base model.
 
     `unchanged`: its `base_fingerprints`, if they are known. ValueError if PEFT's format has no place for what trained.
     """
-    _, base = find_base_model(module)
-    layers = base_layers(base)
-    _check_converted(module, layers)
+    _, base_model = find_base_model(module)
+    layers = base_layers(base_model)
+    check_converted(module, layers)
     check_finite(module)
     if unchanged is None:
-        unchanged = base_fingerprints(base)
-    trained = trained_modules(base, unchanged)
+        unchanged = base_fingerprints(base_model)
+    trained = trained_modules(base_model, unchanged)
     if "" in trained:
         raise ValueError(
-            f"A parameter of the {type(base).__name__} itself trains, and PEFT's modules_to_save can only name modules "
-            "inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
+            f"A parameter of the {type(base_model).__name__} itself trains, and PEFT's modules_to_save can only name "
+            "modules inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
         )
-    _check_endings(list(trained), base)
-    saved: dict[str, Tensor] = {}
+    _check_endings(list(trained), base_model)
+    saved: State = {}
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
-    return adapter_on_base(
-        describe_base(module, next(iter(layers.values())).config, trained),
+    as_parameters = linear_parameters(base_model)
+    description = describe_base(module, next(iter(layers.values())).config, trained)
+    if as_parameters:
+        description["target_modules"] = target_modules_of(base_model, without=as_parameters)
+    return to_peft(
+        description,
         {name: layer.config for name, layer in layers.items()},
-        {name: _adapter_of_layer(layer) for name, layer in layers.items()},
+        {name: _state_of_layer(layer) for name, layer in layers.items()},
+        base,
+        as_parameters,
         saved=saved,
-        base_fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
+        fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
         source=type(module).__name__,
     )
 
 
-def _adapter_of_layer(layer: LoRALayer) -> LayerAdapter:
-    """Its parameters, whole."""
-    magnitude: Tensor | None = layer.lora_magnitude_vector
-    if magnitude is not None:
-        magnitude = gather(magnitude).detach()
-    return LayerAdapter(
-        lora_A=gather(layer.lora_A).detach(),
-        lora_B=gather(layer.lora_B).detach(),
-        alpha=layer.config.lora_alpha,
-        magnitude=magnitude,
-        initial=layer.initial,
-    )
-
-
-def _check_converted(module: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    if not layers:
-        raise ValueError(
-            f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
-            "plugins=QLoRAPrecision(), or call lightning_qlora.convert(module)."
-        )
+def _state_of_layer(layer: LoRALayer) -> State:
+    """Its adapter, whole, and the initial values."""
+    values = {name: getattr(layer, name) for name in (*ADAPTER, *INITIAL)}
+    return {name: gather(value).detach() for name, value in values.items() if value is not None}
 
 
 def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
@@ -110,24 +107,23 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     """
     _, base = find_base_model(module)
     layers = base_layers(base)
-    _check_converted(module, layers)
-    adapter = assign_parameters(adapter, base)
-    _check_fits(base, layers, adapter)
+    check_converted(module, layers)
+    loaded = from_peft(adapter, base)
+    _check_fits(base, layers, adapter, loaded)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
         stop_waiting(layer)
         layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
-        saved = adapter.layers.get(name)
-        if saved is None:
-            layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora))
+        layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora))
+        state = loaded.get(name)
+        if state is None:
             layer.reset_adapter()
             continue
-        layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora, r=saved.r, lora_alpha=saved.alpha))
-        values = {"lora_A": saved.lora_A, "lora_B": saved.lora_B, MAGNITUDE: saved.magnitude}
-        for key, value in values.items():
-            if value is not None:
-                layer.write(key, value.to(layer.lora_A.dtype).contiguous())
+        r = state["lora_A"].shape[-2]
+        layer.set_config(replace(layer.config, r=r, lora_alpha=adapter.alpha(name)))
+        for key, value in state.items():
+            layer.write(key, value.to(layer.lora_A.dtype).contiguous())
     tensors = _named_tensors(base)
     with torch.no_grad():
         for key, value in adapter.saved.items():
@@ -135,36 +131,28 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     for part in module.modules():
         conversion = conversion_of(part)
         if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
-            conversion.config = replace(
-                conversion.config,
-                r=adapter.r,
-                lora_alpha=adapter.alpha,
-                use_rslora=adapter.use_rslora,
-                rank_pattern={},
-                alpha_pattern={},
-            )
+            arguments = _ranks_and_alphas(adapter, loaded) | {"rank_pattern": {}, "alpha_pattern": {}}
+            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.use_rslora)
+
+
+def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = "") -> dict[str, Any]:
+    ranks = {name: state["lora_A"].shape[-2] for name, state in layers.items()}
+    return ranks_and_alphas(ranks, {name: adapter.alpha(name) for name in layers}, prefix)
 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
     """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
     prefix, base = find_base_model(module)
-    adapter = assign_parameters(adapter, base)
-    inner = [*(name for name, _ in base.named_modules()), *adapter.experts]
-    names = {without_wrappers(name): join(prefix, name) for name in inner}
-    targets = list(adapter.layers)
-    missing = [name for name in targets if name not in names]
-    if missing:
-        refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
+    layers = from_peft(adapter, base)
+    names = {without_wrappers(name): join(prefix, name) for name, _ in base.named_modules()}
+    names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
     owners = {owner_name(key) for key in adapter.saved}
     return replace(
         config.with_initialization("default"),
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        rank_pattern=exact(adapter.rank_pattern, prefix),
-        alpha_pattern=exact(adapter.alpha_pattern, prefix),
+        **_ranks_and_alphas(adapter, layers, prefix),
         use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-        target_modules="|".join(re.escape(names[name]) for name in targets),
+        use_dora=bool(adapter.config.get("use_dora")),
+        target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),
         trainable_token_indices={names.get(name, name): indices for name, indices in adapter.tokens.items()} or None,
@@ -172,12 +160,12 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     )
 
 
-def _named_tensors(base: nn.Module) -> dict[str, Tensor]:
+def _named_tensors(base: nn.Module) -> State:
     tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
     return {without_wrappers(name): tensor for name, tensor in tensors}
 
 
-def _state_of(part: nn.Module) -> dict[str, Tensor]:
+def _state_of(part: nn.Module) -> State:
     """The tensors that PEFT saves of a module: its direct parameters and persistent buffers."""
     return {
         key: gather(value).detach()
@@ -198,20 +186,20 @@ def _check_endings(names: list[str], base: nn.Module) -> None:
             )
 
 
-def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter) -> None:
-    for name, saved in adapter.layers.items():
+def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter, loaded: dict[str, State]) -> None:
+    for name, state in loaded.items():
         key = f"{name}.lora_A.weight"
         layer = layers.get(name)
         if layer is None:
             refuse(adapter, key, base, "has no layer with an adapter there")
-        check_sizes(adapter, name, base, layer.out_features, layer.in_features)
-        if is_sharded(layer.lora_A) and saved.lora_A.shape != layer.lora_A.shape:
+        r = state["lora_A"].shape[-2]
+        if is_sharded(layer.lora_A) and r != layer.r:
             raise CheckpointMismatchError(
-                f"{adapter.source}: key '{PREFIX}{key}' has rank {saved.r}, and the sharded layer keeps "
-                f"its rank {layer.r}. Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
+                f"{adapter.source}: key '{PREFIX}{key}' has rank {r}, and the sharded layer keeps its rank {layer.r}. "
+                "Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
             )
-        if (saved.magnitude is None) != (layer.lora_magnitude_vector is None):
-            dora = layer.lora_magnitude_vector is not None
+        dora = layer.lora_magnitude_vector is not None
+        if dora != (MAGNITUDE in state):
             refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
     indices = token_indices(base)
     for name, rows in adapter.tokens.items():
@@ -219,10 +207,26 @@ def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter)
             difference = f"has trainable_token_indices={shown(indices.get(name))} there, and the adapter {shown(rows)}"
             refuse(adapter, f"{name}.{DELTA}", base, difference)
     for tied in tied_names(base):
-        check_tie(adapter, tied)
+        _check_tie(adapter, tied)
     tensors = _named_tensors(base)
     for key, value in adapter.saved.items():
         if key not in tensors:
             refuse(adapter, key, base, "has no such parameter")
         if tensors[key].shape != value.shape:
             refuse(adapter, key, base, f"has shape {list(tensors[key].shape)} there, the adapter {list(value.shape)}")
+
+
+def _check_tie(adapter: Adapter, tied: list[str]) -> None:
+    """Refuse an adapter with a value for some names of a tied weight only, or with different values.
+
+    PEFT trains a copy of a module in modules_to_save and leaves the weight that it was tied to unchanged, unless
+    `ensure_weight_tying` is set.
+    """
+    if adapter.has_one_value(tied):
+        return
+    trained = next(name for name in tied if name in adapter.saved)
+    others = ", ".join(name for name in tied if name != trained)
+    raise CheckpointMismatchError(
+        f"{adapter.source}: key '{PREFIX}{trained}' was trained separately from {others}, and in this base they are "
+        "one tied weight: it would be a different model. Train with ensure_weight_tying=True (PEFT's LoraConfig)."
+    )

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what it says of an adapter, read with checks, and its rules for names.
+"""PEFT's adapter_config.json, read with checks, and its rules for names.
 
 Source of the format: peft/tuners/lora/config.py (0.17 to 0.21).
 """
@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.checks import check_bool, check_choice, check_names, check_string, shown
 from lightning_qlora.config import CHECKS as OF_ARGUMENTS
-from lightning_qlora.config import first_match
+from lightning_qlora.config import arguments_that
 from lightning_qlora.files.safetensors_folder import read_json
-from lightning_qlora.layers.names import join, last_part
-from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
+from lightning_qlora.layers.names import join
 
 CONFIG_FILE = "adapter_config.json"
+BASE_MODEL = "base_model_name_or_path"
+UNNAMED = ("", "None")  # transformers' names of a model that was not loaded from a folder
 DEFAULTS = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
@@ -31,52 +31,9 @@ UNSUPPORTED = (
     "monteclora_config",
 )
 MERGE_IN_PEFT = "Merge it in PEFT (merge_and_unload), and use the merged model."
-# Entries whose values are those of our arguments.
-ARGUMENTS = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "lora_dropout",
-    "modules_to_save",
-    "trainable_token_indices",
-    "rank_pattern",
-    "alpha_pattern",
-)
 # PEFT's initializations that change the base weights (peft/tuners/lora/layer.py, update_layer). The adapter fits only
 # the changed weights, and its folder does not contain them.
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def peft_config(adapter: Adapter) -> dict[str, Any]:
-    """The content of adapter_config.json."""
-    if adapter.expert_adapters:  # they are written as they were read
-        return adapter.peft_config
-    modules_to_save = [name for name in adapter.modules_to_save if last_part(name) != TOKEN_ADAPTER]
-    config = {
-        "peft_type": "LORA",
-        "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.base_model,
-        "inference_mode": True,
-        "r": adapter.r,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.lora_dropout,
-        "target_modules": adapter.target_modules,
-        "modules_to_save": modules_to_save or None,
-        "rank_pattern": exact(adapter.rank_pattern),
-        "alpha_pattern": exact(adapter.alpha_pattern),
-        "use_rslora": adapter.use_rslora,
-        "use_dora": adapter.use_dora,
-        "fan_in_fan_out": adapter.fan_in_fan_out,
-        "init_lora_weights": True,
-        "bias": "none",
-    }
-    if adapter.tokens:
-        config["trainable_token_indices"] = adapter.tokens
-    if adapter.target_parameters:
-        config["target_parameters"] = adapter.target_parameters
-        config["lora_dropout"] = 0.0  # PEFT refuses parameters with dropout
-    return config
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
@@ -94,6 +51,8 @@ def read_peft_config(path: Path) -> dict[str, Any]:
                 check(name, config[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {error}") from None
+    if config.get(BASE_MODEL) in UNNAMED:
+        config[BASE_MODEL] = None
     return config
 
 
@@ -102,14 +61,14 @@ def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}
 
 
+def ranks_of(config: dict[str, Any]) -> set[int]:
+    """The ranks of layers; PEFT writes the patterns in another order, so which layer has which is not known."""
+    return {config["r"], *(config.get("rank_pattern") or {}).values()}
+
+
 def is_target(config: dict[str, Any], name: str) -> bool:
     """Whether PEFT's target_parameters name a parameter, in full or by the end of its name."""
     return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or [])
-
-
-def alpha_of_name(config: dict[str, Any], name: str) -> float:
-    """Alpha of a layer or parameter: that of the first pattern that matches (peft.utils.other.get_pattern_key)."""
-    return float(first_match(config.get("alpha_pattern"), [name], config["lora_alpha"]))
 
 
 def _check_unset(name: str, value: Any, is_set: Callable[[Any], bool] = bool) -> None:
@@ -137,10 +96,10 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "bias": partial(_check_unset, is_set=lambda value: value != "none"),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
     "init_lora_weights": _check_initialization,
-    **{name: OF_ARGUMENTS[name] for name in ARGUMENTS},
+    **{name: OF_ARGUMENTS[name] for name in arguments_that("in_peft")},
     "fan_in_fan_out": check_bool,
     "task_type": check_string,
-    "base_model_name_or_path": check_string,
+    BASE_MODEL: check_string,
     "target_parameters": check_names,
     "target_modules": _check_targets,
 }

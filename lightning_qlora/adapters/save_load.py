@@ -3,15 +3,13 @@
 import os
 import warnings
 from collections.abc import Collection
-from dataclasses import replace
 from typing import get_args
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base
-from lightning_qlora.adapters.base_model import find_base_model, target_modules_of, trained_modules
+from lightning_qlora.adapters.base_compatibility import required_base
+from lightning_qlora.adapters.base_model import find_base_model, trained_modules
 from lightning_qlora.adapters.conversion import conversion_of, float_buffers
 from lightning_qlora.adapters.module_adapter import get_adapter, set_adapter_of_module
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
@@ -19,13 +17,9 @@ from lightning_qlora.checks import check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.dtensor import reshard
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.names import join, last_part, owner_name
+from lightning_qlora.layers.names import join, owner_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.layers.records import base_fingerprints
-
-# Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
-# names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
-TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def save_adapter(
@@ -52,13 +46,10 @@ def save_adapter(
     check_choice("base", base, get_args(Base))
     reshard(module)
     unchanged = base_fingerprints(module)
-    adapter = get_adapter(module, unchanged)
-    if base == "float":
-        adapter = convert_to_float_base(adapter)
-    else:
-        requirement = required_base(adapter.quantization)
-        if requirement:
-            warnings.warn(requirement, stacklevel=2)
+    adapter = get_adapter(module, unchanged, base)
+    requirement = required_base(adapter.quantization)
+    if requirement:
+        warnings.warn(requirement, stacklevel=2)
     prefix, inner = find_base_model(module)
     inside = set(inner.modules())
     outside = [name for name, part in trained_modules(module, unchanged).items() if part not in inside]
@@ -68,7 +59,7 @@ def save_adapter(
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
-    changed = _changed_buffers(module, {join(prefix, name) for name in adapter.modules_to_save})
+    changed = _changed_buffers(module, {join(prefix, owner_name(key)) for key in adapter.saved})
     if changed:
         warnings.warn(
             f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
@@ -83,30 +74,7 @@ def save_adapter(
             "call them. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
             stacklevel=2,
         )
-    adapter = _as_parameters(adapter, inner)
     rank_zero_only(write_adapter)(adapter, folder)
-
-
-def _as_parameters(adapter: Adapter, base: nn.Module) -> Adapter:
-    """The adapter with dense MLPs and shared experts beside stacks of experts as PEFT's `target_parameters`.
-
-    With DoRA, which PEFT does not have for parameters, the adapter is returned unchanged, with a warning.
-    """
-    parameters = [*(name for name, _ in base.named_parameters()), *adapter.experts]
-    others = (name for name in adapter.layers if name not in adapter.experts)
-    names = [name for name in others if last_part(name) in TAKEN_FOR_EXPERTS]
-    if not names or not any(name.endswith("experts.gate_up_proj") for name in parameters):
-        return adapter
-    if adapter.use_dora:
-        warnings.warn(
-            f"PEFT can't load the adapters of {len(names)} layers ({names[0]}, ...): it takes their names for those of "
-            "the experts, and has no DoRA for these. Merge the adapter, or load the folder with lightning_qlora "
-            "(adapter=FOLDER).",
-            stacklevel=3,
-        )
-        return adapter
-    layers = frozenset(names)
-    return replace(adapter, as_parameters=layers, target_modules=target_modules_of(base, layers))
 
 
 def layers_that_are_only_read(base: nn.Module) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_qlora.checks import DAMAGED
+
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
 SHARDS_INDEX = ".metadata"  # the shard of every tensor
 OTHER_FILES = (  # of folders that are no checkpoints
@@ -145,4 +147,4 @@ def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, (AttributeError, ImportError)):
             raise ValueError(f"{path}: holds an object whose class cannot be imported ({error}).") from error
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({first_line}). Use another copy of it.") from error
+        raise ValueError(f"{path}: not a checkpoint, or truncated ({first_line}). {DAMAGED}") from error

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_qlora.checks import shown
+from lightning_qlora.checks import DAMAGED, shown
 from lightning_qlora.files.folder_writer import check_utf8
 
 WEIGHTS = "model.safetensors"
@@ -44,9 +44,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a safetensors file, or truncated ({error}). Copy or download it again."
-        ) from error
+        raise ValueError(f"{path}: not a safetensors file, or truncated ({error}). {DAMAGED}") from error
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -81,9 +79,9 @@ def parse_json(text: str | bytes, source: object) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not valid JSON ({error}). Copy or write the file again.") from error
+        raise ValueError(f"{source}: not valid JSON ({error}). {DAMAGED}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{source}: contains {shown(content)}, not an object. Copy or write the file again.")
+        raise ValueError(f"{source}: contains {shown(content)}, not an object. {DAMAGED}")
     return content
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -43,9 +43,7 @@ def default_quantizer(
 
 
 @replaces("transformers.modeling_utils:PreTrainedModel._load_pretrained_model")
-def load_without_data(
-    original: Any, model: Any, state: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any
-) -> Any:
+def load_without_data(original: Any, *args: Any, **kwargs: Any) -> Any:
     """Let a quantizer say what the files of a model have, where their values are read after the model is sharded.
 
     Upstream: transformers/modeling_utils.py, PreTrainedModel._load_pretrained_model, reads all values at once.
@@ -53,14 +51,16 @@ def load_without_data(
     and new heads without data.
     Removed by: from_pretrained returning a model whose values are read later.
     """
-    quantizer = load_config.hf_quantizer
+    arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+    load_config = arguments.get("load_config")  # transformers 4 has none
+    quantizer: Any = getattr(load_config, "hf_quantizer", None)
     if getattr(quantizer, "folder", None) is None:
-        return original(model, state, files, load_config, *args, **kwargs)
-    return quantizer.load_without_data(original, model, load_config)  # quantizer.py
+        return original(*args, **kwargs)
+    return quantizer.load_without_data(original, arguments["model"], load_config)  # quantizer.py
 
 
-def forget_quantizer(module: nn.Module) -> None:
-    """Remove the marks of quantization that transformers and `QLoRAQuantizer` left on the models in a module.
+def forget_quantizer(modules: Iterable[nn.Module]) -> None:
+    """Remove the marks of quantization that transformers and `QLoRAQuantizer` left on models among these modules.
 
     They are saved by the conversions of transformers, of which `QLoRAQuantizer` made copies.
 
@@ -68,7 +68,7 @@ def forget_quantizer(module: nn.Module) -> None:
     (postprocess_model): a model with these marks refuses to move, to be cast and to be saved.
     Removed by: a quantizer in transformers being able to hand over a model that it is done with.
     """
-    for part in module.modules():
+    for part in modules:
         if not is_transformers_model(part):
             continue
         for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", LOADED):

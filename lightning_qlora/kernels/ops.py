@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from lightning_qlora.checks import check_bool, check_choice
+from lightning_qlora.checks import check_bool, check_choice, check_finite
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.backends import backend, has_kernels
@@ -22,6 +22,8 @@ from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE, dequantize_absmax
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, aligned, check_bytes
+
+SPREADS = "It would spread to a whole block, or to all of it."  # of NaN or Inf in a weight
 
 
 def quantize(
@@ -57,20 +59,13 @@ def quantize(
         raise ValueError("weight: is on the meta device, so there is no data to quantize; load the weights first.")
     if not weight.numel():
         raise ValueError(f"weight: has shape {list(weight.shape)} and no element to quantize.")
-    check_finite(weight)
+    check_finite("weight:", weight, SPREADS)
     packed = quantize_unchecked(weight, quant_type, block_size, double_quant)
     if not isfinite(packed.offset):
         raise ValueError(
             "weight: too large for double quantization: the mean of its scales overflows fp32. Pass double_quant=False."
         )
     return packed
-
-
-def check_finite(weight: Tensor) -> None:
-    """Raise ValueError if a weight holds NaN or Inf."""
-    low, high = torch.aminmax(weight)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError("weight: holds NaN or Inf, which would spread to a whole block, or to all of it.")
 
 
 def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedWeight:

@@ -4,6 +4,7 @@ Code and objects of other libraries are changed in these files only. One functio
 the upstream file, the reason, the supported ways that were tried, and what would remove it.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import reduce, wraps
 from typing import Any, TypeVar
@@ -15,8 +16,12 @@ CHANGES: list[Any] = []  # module, name of a function in it, and what takes its 
 
 
 def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Replace the function `owner.name` by `replacement(original, *args)`; a second call does nothing."""
-    original = getattr(owner, name)
+    """Replace the function `owner.name` by `replacement(original, *args)`; a second call does nothing.
+
+    A static method stays one, as it may be called on an object, and a class method too: its class is the first of args.
+    """
+    descriptor = inspect.getattr_static(owner, name)
+    original = getattr(descriptor, "__func__", descriptor)
     mark = f"_qlora_{replacement.__name__}"
     if hasattr(original, mark):
         return
@@ -26,7 +31,8 @@ def wrap_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         return replacement(original, *args, **kwargs)
 
     setattr(wrapper, mark, True)
-    setattr(owner, name, wrapper)
+    is_function = descriptor is original
+    setattr(owner, name, wrapper if is_function else type(descriptor)(wrapper))
 
 
 def replaces(*places: str) -> Callable[[Function], Function]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.checks import first_of
+from lightning_qlora.checks import check_converted, first_of
 
 DISABLED = "_qlora_disabled"  # attribute: how many contexts a part is in; absent in none, which torch.compile guards on
 _lock = Lock()  # for the numbers of contexts
@@ -63,11 +63,7 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
 def _parts(module: nn.Module) -> list[WithAdapter]:
     """The parts that have an adapter; warns of what trains without one."""
     parts = [part for part in module.modules() if isinstance(part, WithAdapter)]
-    if not parts:
-        raise ValueError(
-            f"disable_adapter: {type(module).__name__} has no converted layer, so there is no adapter to disable. "
-            "Call convert(module) first, or let the Trainer do so."
-        )
+    check_converted(module, parts)
     for part in parts:
         part.check_can_disable()
     adapters = {id(p) for part in parts for p in part._parameters.values()}

@@ -4,6 +4,8 @@ A stack is recognized by the number of experts that its module knows, so no list
 """
 
 from collections.abc import Mapping
+from functools import cache
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import owner_name, parameter_name
+from lightning_qlora.layers.names import last_part, owner_name, parameter_name
 
+ROUTERS = ("gate", "router")  # names of routers beside a module `experts`
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
 
@@ -71,18 +74,34 @@ def _is_transposed(owner: Any, key: str, parameter: Tensor, experts: int) -> boo
     return False
 
 
-def is_router(name: str, layer: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the outputs of a linear layer are the experts of the block around it.
+class Routers:
+    """Which linear layers of a module are routers; each block is searched once."""
 
-    The block is the module that holds the layer, or the one around that if the layer is its only linear layer, as in
-    most router classes. `modules` has all modules by name.
-    """
-    outputs = getattr(layer, kind_of(type(layer)).sizes[0])
-    outer = owner_name(name)
-    blocks = [modules[outer]] if name else []
-    if blocks and outer and sum(isinstance(part, nn.Linear) for part in blocks[0].modules()) == 1:
-        blocks.append(modules[owner_name(outer)])
-    return any(outputs in _experts_in(block) for block in blocks)
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules  # all, by name
+        self._experts = cache(lambda name: _experts_in(modules[name]))
+        self._holds_one = cache(lambda name: _holds_one_linear(modules[name]))
+
+    def has(self, name: str, layer: nn.Module) -> bool:
+        """Whether a linear layer has the name of one, or its outputs are the experts of the block around it.
+
+        The block is the module that holds the layer, or the one around that if the layer is its only linear layer, as
+        in most router classes.
+        """
+        if not name:
+            return False
+        outputs = getattr(layer, kind_of(type(layer)).sizes[0])
+        outer = owner_name(name)
+        if last_part(name) in ROUTERS and hasattr(self._modules[outer], "experts"):
+            return True
+        if outputs in self._experts(outer):
+            return True
+        return bool(outer) and self._holds_one(outer) and outputs in self._experts(owner_name(outer))
+
+
+def _holds_one_linear(block: nn.Module) -> bool:
+    layers = (part for part in block.modules() if isinstance(part, nn.Linear))
+    return len(list(islice(layers, 2))) == 1
 
 
 def _experts_in(block: nn.Module) -> set[int]:

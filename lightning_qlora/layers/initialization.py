@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_qlora.checks import check_finite
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.fingerprint import has_values
@@ -115,7 +116,7 @@ def _loftq(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
 
 
 def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
-    ops.check_finite(weight)  # a decomposition would fail without the reason
+    check_finite("weight:", weight, ops.SPREADS)  # a decomposition would fail without the reason
     dense = weight.float()
     r = _checked_rank(weight, config)
     if config.pissa_iterations is None:
@@ -187,10 +188,12 @@ def exact(matrix: Tensor, r: int) -> Factors:
 def sketched(matrix: Tensor, r: int, iterations: int, seed: int) -> Factors:
     """The same, approximately, from a sketch of r columns and power iterations (Halko et al. 2011, algorithm 4.4).
 
-    As torch.svd_lowrank(matrix, r, iterations), which PEFT calls, but with its own random generator.
+    As torch.svd_lowrank(matrix, r, iterations), which PEFT calls, but with its own random generator. It is computed
+    from a copy: the last bits of a product depend on the alignment of its operands, and a file's tensors are not
+    aligned as torch's are.
     """
     original = matrix
-    matrix = matrix.to(solver_device(matrix.device))
+    matrix = matrix.to(solver_device(matrix.device), copy=True)
     generator = torch.Generator("cpu").manual_seed(seed)
     sketch = torch.randn(matrix.shape[1], r, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
     basis = torch.linalg.qr(matrix @ sketch).Q

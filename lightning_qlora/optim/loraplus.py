@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qlora.checks import check_converted
 from lightning_qlora.layers.names import last_part
 
 
@@ -23,10 +24,6 @@ def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.
             raise ValueError(f"{name}={value!r}: must be above 0.")
     trained = [(last_part(name), p) for name, p in module.named_parameters() if p.requires_grad]
     fast = [p for name, p in trained if name == "lora_B"]
-    if not fast:
-        raise ValueError(
-            "loraplus_groups: the module has no adapter. Call it in configure_optimizers with the Trainer's plugin, or "
-            "after fabric.setup_module or convert."
-        )
+    check_converted(module, fast)
     slow = [p for name, p in trained if name != "lora_B"]
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * loraplus_lr_ratio}]

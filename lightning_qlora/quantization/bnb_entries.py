@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from lightning_qlora.checks import check_choice, check_number
+from lightning_qlora.checks import DAMAGED, check_choice, check_finite, check_number
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE
 
@@ -57,7 +57,7 @@ def read_meta(prefix: str, key: str, entry: Tensor) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{key}: must be the bytes of a JSON object with quant_type, blocksize, dtype and shape "
-            f"({type(error).__name__}: {error}). The file is damaged: copy or write it again."
+            f"({type(error).__name__}: {error}). {DAMAGED}"
         ) from error
     check_choice(f"{prefix}: quant_type", quant_type, get_args(QuantType))
     if not key.endswith(META + quant_type):
@@ -81,9 +81,9 @@ def check_values(key: str, values: Tensor | None, count: int, dtype: torch.dtype
         content = "no such entry"
         if values is not None:
             content = f"{values.numel()} of {values.dtype}"
-        raise ValueError(f"{key}: must hold {count} values of {dtype}; got {content}. Copy or write the file again.")
-    if dtype.is_floating_point and not torch.isfinite(values).all():
-        raise ValueError(f"{key}: holds NaN or Inf. The file is damaged: copy or write it again.")
+        raise ValueError(f"{key}: must hold {count} values of {dtype}; got {content}. {DAMAGED}")
+    if dtype.is_floating_point:
+        check_finite(f"{key}:", values, DAMAGED)
 
 
 def check_levels(key: str, state: Mapping[str, Tensor], levels: Tensor) -> None:
@@ -92,4 +92,4 @@ def check_levels(key: str, state: Mapping[str, Tensor], levels: Tensor) -> None:
     if saved is None:
         return
     if saved.shape != levels.shape or not torch.allclose(saved.float().cpu(), levels, atol=1e-6):
-        raise ValueError(f"{key}: is not the table of levels of this type. The file is damaged, or of another format.")
+        raise ValueError(f"{key}: is not the table of levels of this type: the file is of another format. {DAMAGED}")

@@ -147,7 +147,6 @@ def merge_adapter(
         trust_remote_code: Run the code of a model that transformers does not have, as in `from_pretrained`.
         json: Print JSON.
     """
-    from lightning_qlora.adapters.base_compatibility import convert_to_float_base
     from lightning_qlora.files.folder_writer import check_free
     from lightning_qlora.files.hub import resolve_model
     from lightning_qlora.tools.merge_folder import merge_folder
@@ -157,13 +156,11 @@ def merge_adapter(
 
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     check_free(Path(output))
-    values = _adapter(adapter, weights_only)
+    values = _adapter(adapter, weights_only, base)
     source = base_model or values.base_model
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
     folder = resolve_model(source, download=base_model is not None)
-    if base == "float":
-        values = convert_to_float_base(values)
     merge_folder(folder, values, output, dtype, base, trust_remote_code)
     files = {path.name: path.stat().st_size for path in sorted(Path(output).iterdir())}
     if json:
@@ -189,19 +186,15 @@ def export(
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
-    from lightning_qlora.adapters.base_compatibility import convert_to_float_base, required_base, trained_on
+    from lightning_qlora.adapters.base_compatibility import required_base, trained_on
     from lightning_qlora.adapters.peft_folder import write_adapter
 
-    adapter = _adapter(checkpoint, weights_only)
-    if base == "float":
-        adapter = convert_to_float_base(adapter)
-    else:
-        requirement = required_base(adapter.quantization)
-        if requirement:
-            print(f"lightning-qlora: warning: {requirement}", file=sys.stderr)
+    adapter = _adapter(checkpoint, weights_only, base)
+    requirement = required_base(adapter.quantization)
+    if requirement:
+        print(f"lightning-qlora: warning: {requirement}", file=sys.stderr)
     write_adapter(adapter, output)
-    layers = adapter.layers | adapter.expert_adapters
-    print(f"{output}: {len(layers)} layers for {adapter.base_model or 'a base that is not named'}")
+    print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
     print(f"trained on: {trained_on(adapter.quantization)}")
 
 
@@ -286,14 +279,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _adapter(path: str, weights_only: bool) -> "Adapter":
+def _adapter(path: str, weights_only: bool, base: Base) -> "Adapter":
     from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
     from lightning_qlora.adapters.peft_folder import read_adapter
     from lightning_qlora.files.lightning_checkpoint import is_shards
 
     if os.path.isdir(path) and not is_shards(path):
-        return read_adapter(path)
-    return read_adapter_from_checkpoint(path, weights_only)
+        return read_adapter(path, base)
+    return read_adapter_from_checkpoint(path, weights_only, base)
 
 
 def _show(lines: list[tuple[str, str]]) -> None:

@@ -5,16 +5,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lightning_qlora.adapters.adapter import Adapter
+import torch
+
+from lightning_qlora.adapters.adapter import Adapter, outermost
 from lightning_qlora.adapters.base_compatibility import trained_on
-from lightning_qlora.adapters.base_folder import stored_format
-from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
-from lightning_qlora.config import first_match
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
+from lightning_qlora.huggingface.base_folder import stored_format
+from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.training.report import size_text
 
@@ -38,23 +40,24 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     return _model_lines(WeightFolder(resolve_model(path)))
 
 
+def fingerprint_of_base(adapter: Adapter) -> str | None:
+    """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
+    numbers = [number for _, number in sorted(adapter.fingerprints.items())]
+    if not numbers:
+        return None
+    return checksum(torch.tensor(numbers, device="cpu"))
+
+
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
-    layers = adapter.layers | adapter.expert_adapters
-    config = adapter.peft_config
-    ranks = Counter(layer.r for layer in adapter.layers.values())
-    for name in adapter.expert_adapters:  # matrices of many experts: only adapter_config.json has their rank
-        ranks[first_match(config.get("rank_pattern"), [name], config["r"])] += 1
-    alphas = Counter(layer.alpha for layer in layers.values())
-    endings = Counter(last_part(name) for name in layers)
-    tensors = list(adapter.saved.values())
-    for layer in layers.values():
-        tensors += [layer.lora_A, layer.lora_B]
-        if layer.magnitude is not None:
-            tensors.append(layer.magnitude)
+    names = _names_of_layers(adapter)
+    ranks = Counter(map(adapter.rank, names))
+    alphas = Counter(map(adapter.alpha, names))
+    endings = Counter(last_part(name.removesuffix(".weight")) for name in names)
+    tensors = [*adapter.saved.values(), *(t for state in adapter.layers.values() for t in state.values())]
     kinds = []
     if adapter.use_rslora:
         kinds.append("rsLoRA")
-    if adapter.use_dora:
+    if adapter.config.get("use_dora"):
         kinds.append("DoRA")
     quantization = "unknown"
     if adapter.quantization is not None:
@@ -63,7 +66,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("base", adapter.base_model or "unknown"),
         ("quantization", quantization),
         ("trained on", trained_on(adapter.quantization)),
-        ("layers", f"{len(layers)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
+        ("layers", f"{len(names)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
         ("rank", _counts(ranks)),
         ("alpha", _counts(alphas)),
         ("kind of LoRA", ", ".join(kinds) or "plain"),
@@ -71,6 +74,15 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
         ("size of the weights", size_text(sum(t.nbytes for t in tensors))),
     ]
+
+
+def _names_of_layers(adapter: Adapter) -> list[str]:
+    """The names of parameters with experts where the config has them in full, else PEFT's names of their wrappers."""
+    parameters = adapter.config.get("target_parameters") or []
+    counts = Counter(map(owner_name, parameters))
+    in_full = {owner for owner, count in Counter(map(outermost, adapter.layers)).items() if count == counts[owner]}
+    others = [key for key in adapter.layers if outermost(key) not in in_full]
+    return others + [name for name in parameters if owner_name(name) in in_full]
 
 
 def _counts(counter: Counter[int] | Counter[float]) -> str:

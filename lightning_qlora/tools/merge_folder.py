@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import BITS
-from lightning_qlora.adapters.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
+from lightning_qlora.adapters.from_peft import from_peft
 from lightning_qlora.adapters.merge import merge_onto
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
-from lightning_qlora.adapters.peft_experts import assign_parameters
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
+from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels.ops import quantize
@@ -73,23 +73,22 @@ def merge_folder(
     else:
         for loading_dtype in ("auto", torch.bfloat16, torch.float16):  # training may have loaded another type
             model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
-            adapter = assign_parameters(adapter, model)
-            weights = float_weights(model, adapter)
+            weights = float_weights(model, from_peft(adapter, model))
             if base == "float" or _quantizes_as_in_training(base_model, weights, adapter, config):
                 break
         if base == "quantized":
             weights = {}
-        forget_quantizer(model)
+        forget_quantizer(model.modules())
     config = config_of_adapter(model, adapter, config)
     with warnings.catch_warnings(), named(base_model):
         warnings.simplefilter("ignore")  # these warnings are about training
         convert_module(model, config)
     layers = base_layers(model)
-    fingerprints = dict(adapter.base_fingerprints)
+    fingerprints = dict(adapter.fingerprints)
     for name, bases in adapter.bases.items():
         layers[name].set_packed_weights(bases)
         fingerprints[name] = layers[name].base_fingerprint()
-    adapter = replace(adapter, base_fingerprints=fingerprints)
+    adapter = replace(adapter, fingerprints=fingerprints)
     if base == "quantized" and (adapter.bases or not quantization.get("base_changed")):
         for name, layer in layers.items():
             if fingerprints.get(name) not in (None, layer.base_fingerprint()):
@@ -109,7 +108,7 @@ def _quantizes_as_in_training(
 ) -> bool:
     """Whether quantizing the first weight gives the bytes of the training; True if these are not known."""
     name, weight = next(iter(weights.items()))
-    expected = adapter.base_fingerprints.get(name)
+    expected = adapter.fingerprints.get(name)
     if expected is None or adapter.bases:
         return True
     form = config.quant_type, config.block_size, config.double_quant

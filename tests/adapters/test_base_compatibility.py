@@ -18,16 +18,11 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_qlora.adapters.base_compatibility import (
-    convert_to_float_base,
-    quantization_of,
-    required_base,
-    trained_on,
-)
+from lightning_qlora.adapters.base_compatibility import quantization_of, required_base, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.adapters.folders import assert_same_tensors, read_config
@@ -172,8 +167,10 @@ METHODS = [
 
 def difference(net):
     """A, and s B, with the scaling of the folder that would be written."""
-    adapter = convert_to_float_base(get_adapter(net))
-    return adapter.layers["0"].lora_A, adapter.scaling("0") * adapter.layers["0"].lora_B
+    adapter = get_adapter(net, base="float")
+    state = adapter.layers["0"]
+    config = QLoRAConfig(r=adapter.rank("0"), lora_alpha=adapter.alpha("0"), use_rslora=adapter.use_rslora)
+    return state["lora_A"], config.scaling * state["lora_B"]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"init_lora_weights": "gaussian"}, *METHODS])
@@ -289,10 +286,14 @@ def test_the_base_that_an_adapter_needs():
     assert required_base(None) is None and trained_on(None) == "not recorded"
 
 
+def test_files_name_all_arguments_of_the_base():
+    assert quantization_of(QLoRAConfig()).keys() == {*arguments_that("of_base"), "init_lora_weights", "base_changed"}
+
+
 def test_a_calibrated_adapter_is_exported_as_it_is_before_its_first_step(base, tmp_path):
     lit = load_base(base)
     convert(lit, **ARGUMENTS, init_lora_weights="calibrated")
     save_adapter(lit, tmp_path, base="float")
     found = read_adapter(tmp_path)
-    for name, layer in get_adapter(lit).layers.items():
-        assert torch.equal(found.layers[name].lora_A, layer.lora_A) and not found.layers[name].lora_B.any()
+    for name, state in get_adapter(lit).layers.items():
+        assert torch.equal(found.layers[name]["lora_A"], state["lora_A"]) and not found.layers[name]["lora_B"].any()

@@ -70,7 +70,7 @@ def test_compiled_parts_have_plain_names(part, saved, tmp_path):
         lit.model.model.layers[1] = torch.compile(lit.model.model.layers[1])
     checkpoint = saved(lit, modules_to_save=["norm"], rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})
     adapter = same_folders(lit, checkpoint, tmp_path)
-    assert adapter.layers["model.layers.1.self_attn.v_proj"].alpha == 3
+    assert adapter.alpha("model.layers.1.self_attn.v_proj") == 3
     assert list(adapter.saved) == ["model.norm.weight"]
 
 
@@ -85,9 +85,11 @@ def test_compiled_parts_have_plain_names(part, saved, tmp_path):
 )
 def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, trained, tmp_path):
     lit = Lit(toy("llama"))
-    adapter = same_folders(lit, trained(lit, **arguments), tmp_path)
-    for name, layer in get_adapter(lit).layers.items():
-        assert_equal(adapter.layers[name].initial, layer.initial)
+    checkpoint = trained(lit, **arguments)
+    same_folders(lit, checkpoint, tmp_path)
+    of_checkpoint, of_module = read_adapter_from_checkpoint(checkpoint, base="float"), get_adapter(lit, base="float")
+    assert of_checkpoint.config == of_module.config
+    assert_equal(of_checkpoint.layers, of_module.layers)
 
 
 def test_matrices_that_no_module_has_are_refused(tmp_path):
@@ -96,10 +98,10 @@ def test_matrices_that_no_module_has_are_refused(tmp_path):
     for value, message in (
         (
             state[key][:3],
-            r"lora_A has shape \[3, 64\] and type torch.float32, and lora_B \[64, 4\]: they must be floats",
+            r"the file has lora_A \[3, 64\] of .*, lora_B \[64, 4\] .*: a layer has lora_A \[r, in\]",
         ),
-        (state[key].int(), r"lora_A has shape \[4, 64\] and type torch.int32"),
-        (state[key] * torch.nan, "lora_A or lora_B holds NaN or Inf: the training diverged"),
+        (state[key].int(), r"the file has lora_A \[4, 64\] of torch.int32.* all are float16"),
+        (state[key] * torch.nan, "lora_A holds NaN or Inf. The training diverged"),
     ):
         torch.save({"state_dict": state | {key: value.clone()}}, tmp_path / "x.ckpt")
         with raises_in_one_line(ValueError, rf"x.ckpt: {key.removesuffix('.lora_A')}: {message}"):
@@ -122,7 +124,7 @@ def test_hyperparameters_that_are_not_plain_values(value, trained, capsys, tmp_p
             read(checkpoint)
     again = load_from_checkpoint(WithHyperparameters, checkpoint, weights_only=False)
     assert again.hparams.value == value
-    assert read_adapter_from_checkpoint(checkpoint, weights_only=False).r == 4
+    assert read_adapter_from_checkpoint(checkpoint, weights_only=False).config["r"] == 4
     if isinstance(value, Path):
         for command in (["inspect", checkpoint], ["export", checkpoint, str(tmp_path / "out")]):
             with pytest.raises(SystemExit):
@@ -183,4 +185,4 @@ def test_a_checkpoint_gives_each_layer_the_scaling_that_it_had(pattern, saved):
     adapter = read_adapter_from_checkpoint(saved(lit, alpha_pattern={pattern: 32}))
     assert (lit.model["head"].scaling, lit.decoder["head"].scaling) == (8, 2 if "model" in pattern else 8)
     for name, layer in lit.named_children():
-        assert adapter.scaling(f"{name}.head") == layer["head"].scaling
+        assert adapter.alpha(f"{name}.head") / adapter.rank(f"{name}.head") == layer["head"].scaling

@@ -10,40 +10,45 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_qlora.adapters import peft_folder
-from lightning_qlora.adapters.adapter import Adapter, LayerAdapter, round_alpha
+from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
+from lightning_qlora.adapters.to_peft import round_alpha
 from tests.adapters.folders import assert_same_folders
 
+CONFIG = {  # entries for which PEFT has other defaults, or none
+    "peft_type": "LORA",
+    "task_type": None,
+    "lora_dropout": 0.0,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "bias": "none",
+}
 
-def adapter(number: int, r: int = 2) -> Adapter:
+
+def adapter(number: int, r: int = 2, **entries) -> Adapter:
     """An adapter whose values and alpha are `number`."""
-    layers = {
-        f"layers.{i}.proj": LayerAdapter(torch.full((r, 6), float(number)), torch.full((4, r), float(number)), number)
-        for i in range(2)
-    }
+    value = float(number)
+    state = {"lora_A": torch.full((r, 6), value), "lora_B": torch.full((4, r), value)}
+    names = {"base_model_name_or_path": f"base-{number}", "target_modules": ["proj"], "modules_to_save": ["head"]}
     return Adapter(
-        layers=layers,
-        saved={"head.weight": torch.full((3, 5), float(number), dtype=torch.bfloat16)},
-        modules_to_save=["head"],
-        tokens={},
-        target_modules=["proj"],
-        use_rslora=False,
-        fan_in_fan_out=False,
-        lora_dropout=0.0,
-        task_type=None,
-        base_model=f"base-{number}",
+        config={**CONFIG, "r": r, "lora_alpha": number, **names, **entries},
+        layers={f"layers.{i}.proj": state for i in range(2)},
+        saved={"head.weight": torch.full((3, 5), value, dtype=torch.bfloat16)},
         quantization=None,
-        base_fingerprints={},
+        fingerprints={},
     )
 
 
 def content(found: Adapter) -> dict:
     """Everything that decides what an adapter computes."""
     layers = {
-        name: (layer.lora_A.tolist(), layer.lora_B.tolist(), found.scaling(name))
-        for name, layer in found.layers.items()
+        name: ({part: value.tolist() for part, value in state.items()}, found.rank(name), found.alpha(name))
+        for name, state in found.layers.items()
     }
     return layers | {name: value.tolist() for name, value in found.saved.items()} | {"base": found.base_model}
 
@@ -57,19 +62,19 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path):
 def test_a_rank_and_an_alpha_that_are_not_in_the_file_are_pefts_defaults(tmp_path):
     write_adapter(adapter(3, r=8), tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    del config["r"], config["lora_alpha"], config["alpha_pattern"]
+    del config["r"], config["lora_alpha"]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
     found, default = read_adapter(tmp_path), pytest.importorskip("peft").LoraConfig()
-    assert (found.peft_config["r"], found.r, found.alpha) == (default.r, default.r, default.lora_alpha)
+    name = "layers.0.proj"
+    assert (found.config["r"], found.rank(name), found.alpha(name)) == (default.r, default.r, default.lora_alpha)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 @pytest.mark.parametrize("same_config", [False, True])
-def test_a_kill_at_any_step_leaves_one_of_two_adapters_or_no_config(same_config, tmp_path, monkeypatch):
+def test_a_kill_at_any_step_leaves_one_of_two_adapters_or_no_config(same_config, tmp_path):
     first, second = adapter(3), adapter(4)
     if same_config:
-        shared = peft_folder.peft_config(second)
-        monkeypatch.setattr(peft_folder, "peft_config", lambda _: shared)
+        first = replace(first, config=second.config)
     fork = multiprocessing.get_context("fork")
     outcomes = []
     contents = [None]  # without a config
@@ -132,10 +137,10 @@ def test_no_flipped_bit_of_the_weights_changes_what_is_read(tmp_path):
 @pytest.mark.parametrize("name", ["", "None"])
 def test_a_base_without_a_name_has_none(name, tmp_path):
     """transformers' names of a model that was not loaded from a folder."""
-    write_adapter(replace(adapter(3), base_model=name), tmp_path)
+    write_adapter(adapter(3, base_model_name_or_path=name), tmp_path)
     assert read_adapter(tmp_path).base_model is None
 
 
 def test_an_alpha_that_was_computed_has_nine_digits():
-    alphas = [round_alpha(alpha) for alpha in (8 / 2**0.5, 3 * (1 / 3 + 1e-12), 0.1 * 3)]
-    assert alphas == [5.656854249, 1, 0.3] and type(alphas[1]) is int
+    alphas = [round_alpha(alpha) for alpha in (8 / 2**0.5, 3 * (1 / 3 + 1e-12), 0.1 * 3, 1.5e-10)]
+    assert alphas == [5.656854249, 1, 0.3, 1.5e-10] and type(alphas[1]) is int

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.module_adapter import get_adapter
-from lightning_qlora.adapters.save_load import _as_parameters, layers_that_are_only_read
+from lightning_qlora.adapters.save_load import layers_that_are_only_read
 from tests.adapters.folders import read_config
 from tests.adapters.test_peft_experts import decoded_base, logits
 from tests.layers import test_experts as toys
@@ -50,12 +50,12 @@ def test_a_folder_that_peft_loads_is_written_as_always(tmp_path):
 
 
 def test_all_names_that_peft_takes_for_those_of_experts():
-    names = ["gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"]
+    names = sorted(["gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"])
     base = nn.ModuleDict({name: nn.Linear(64, 64) for name in (*names, "other")})
     base["experts"] = nn.ParameterDict({"gate_up_proj": nn.Parameter(torch.zeros(1))})
     convert(base, r=2)
-    adapter = _as_parameters(get_adapter(base), base)
-    assert (adapter.as_parameters, adapter.target_modules) == (set(names), ["other"])
+    config = get_adapter(base).config
+    assert (config["target_parameters"], config["target_modules"]) == ([f"{name}.weight" for name in names], ["other"])
 
 
 def test_what_peft_has_no_form_for_is_named(tmp_path):

@@ -6,7 +6,6 @@ import math
 import random
 import resource
 import threading
-import time
 from collections import Counter
 
 import torch
@@ -119,7 +118,6 @@ def foreign_values(seed, count, folder):
             tensors[key] = draw.choice([value, value[:0], value[None], value.view(-1)[:1]]).contiguous()
         save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
         (folder / CONFIG_FILE).write_text(json.dumps(config))
-        start = time.perf_counter()
         try:
             read_adapter(folder)
             found["read"] += 1
@@ -127,7 +125,6 @@ def foreign_values(seed, count, folder):
             text = str(error)
             assert str(folder) in text and "\n" not in text and len(text) < 1500, f"seed {seed}, case {number}: {text}"
             found["refused"] += 1
-        assert time.perf_counter() - start < 2, f"seed {seed}, case {number}"
     return found
 
 

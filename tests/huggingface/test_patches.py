@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision
 from tests.toys import toy
@@ -116,3 +117,16 @@ def test_transformers_function_is_replaced_once_whatever_refers_to_it(folder):
     with QLoRAPrecision(r=4).init():
         assert modeling_utils.get_hf_quantizer is replaced
     assert replaced.__wrapped__.__module__ == "transformers.quantizers.auto"
+
+
+def test_transformers_loads_an_adapter_of_peft_into_a_plain_model_afterwards(folder, tmp_path):
+    """`load_adapter` of a plain model calls `_load_pretrained_model` on the model itself."""
+    peft = pytest.importorskip("peft")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False)).save_pretrained(tmp_path)
+    with QLoRAPrecision(r=4).init():
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+    plain = transformers.LlamaForCausalLM.from_pretrained(folder)
+    plain.load_adapter(tmp_path)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(parameter, model.get_parameter(name), rtol=0, atol=0)

@@ -69,7 +69,7 @@ def test_a_wrong_value_an_error_a_hang_and_an_end_are_each_found_and_the_others_
     kernels.quantize = lambda *_: [].undefined
     kernels.dequantize = lambda *arguments: reference.dequantize(*arguments) * 2
     kernels.to_half = lambda x: print("noise") or reference.to_half(x)
-    kernels.adamw_step = lambda *_: time.sleep(60)
+    kernels.adamw_step = lambda *_: time.sleep(3600)
     kernels.adamw8bit_step = lambda *_: os._exit(3)
     monkeypatch.setattr(verdict, "LIMIT", 4.0)
     quick = ("quantize", "dequantize", "to_half", "adamw_step", "adamw8bit_step")
@@ -83,9 +83,7 @@ def test_a_wrong_value_an_error_a_hang_and_an_end_are_each_found_and_the_others_
         return lambda: ended.append(end()), output
 
     monkeypatch.setattr(verdict, "start", start_and_note)
-    start = time.monotonic()
     made = backends.backend(CPU)
-    assert time.monotonic() - start < 40
     assert started == [quick, quick[1:], quick[2:], quick[4:]] and len(ended) == len(started)
     assert made.failures == {
         "quantize": "AttributeError: 'list' object has no attribute 'undefined', with float32 [72, 256]",

@@ -152,7 +152,10 @@ def test_a_compiled_module_is_compiled_once_more_and_not_each_time():
 
 
 def test_a_module_without_adapters_and_pissa_are_errors():
-    with pytest.raises(ValueError, match="Sequential has no converted layer"), disable_adapter(nn.Sequential()):
+    with (
+        pytest.raises(ValueError, match=r"Sequential has no adapter\. Convert it first"),
+        disable_adapter(nn.Sequential()),
+    ):
         pass
     net = nn.Linear(64, 64)
     convert(net, r=4, init_lora_weights="pissa")

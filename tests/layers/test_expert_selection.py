@@ -93,6 +93,20 @@ def test_a_linear_router_is_known_by_its_experts_or_by_its_name_beside_experts(r
     assert f"mixture.{router}" in choose(module, r=1, target_modules=["mixture." + router]).convert
 
 
+def test_a_block_is_searched_for_routers_once_however_many_layers_it_has():
+    class Blocks(nn.ModuleList):
+        searches = 0
+
+        def children(self):
+            self.searches += 1
+            return super().children()
+
+    few, many = (Blocks(nn.Sequential(nn.Linear(64, 64)) for _ in range(number)) for number in (3, 30))
+    for blocks in (few, many):
+        assert len(choose(blocks).convert) == len(blocks)
+    assert few.searches == many.searches
+
+
 @pytest.mark.parametrize(
     ("targets", "keys"),
     [

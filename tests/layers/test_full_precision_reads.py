@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import QLoRAPrecision, convert, merge
 from tests.conftest import loader
+from tests.machines.products import FAST, SLOW, stated
 from tests.toys import LLAMA
 
 transformers = pytest.importorskip("transformers")
@@ -130,8 +131,8 @@ def losses_of(ways, loop, trainer):
 
 @pytest.mark.parametrize(("ways", "fast"), [*((ways, True) for ways in WAYS), (WAYS[0], False)])
 def test_reads_outside_of_a_forward_pass_compute_as_the_module_in_16_bits(ways, fast, trainer):
-    """Without oneDNN all of the module is held in fp32, as tests/layers/test_fp32_module.py says."""
-    with torch.backends.mkldnn.flags(enabled=fast):
+    """Where 16 bits are slow all of the module is held in fp32, as tests/layers/test_fp32_module.py says."""
+    with stated(FAST if fast else SLOW):
         losses, missing, module = losses_of(ways, "plain", trainer)
         assert {p.dtype for p in module.parameters() if p.requires_grad or not fast} == {torch.float32}
         plain, missing_there, _ = losses_of(ways, "16 bits", trainer)

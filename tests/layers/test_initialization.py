@@ -276,6 +276,16 @@ def test_exact_and_sketched_factors_are_those_of_an_svd():
             assert_close((factors[0] * factors[1]) @ factors[2].T, best, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sketch_has_the_same_bits_wherever_the_matrix_is_in_memory():
+    """A file's tensors are at multiples of 8 bytes."""
+    memory = torch.empty(64 * 64 + 16)
+    weight = torch.randn(64, 64)
+    expected = initialization.sketched(weight, 4, 2, seed=0)
+    for begin in range(16):
+        moved = memory[begin:][: weight.numel()].view(64, 64).copy_(weight)
+        assert_equal(initialization.sketched(moved, 4, 2, seed=0), expected)
+
+
 @pytest.mark.parametrize(
     "decompose", [lambda m: initialization.exact(m, 4), lambda m: initialization.sketched(m, 4, 1, 0)]
 )

@@ -1,11 +1,12 @@
 """Frozen values in checkpoints, however code writes to them: the module that loads one equals the one that saved it."""
 
 import copy
-import time
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_qlora import CheckpointMismatchError, convert
 from lightning_qlora.layers.fingerprint import checksum, fingerprint
@@ -135,30 +136,27 @@ def test_the_fingerprint_of_parts_of_tensors_in_any_order_of_memory():
     assert fingerprint(x + 0j) != fingerprint(x + 1e-3j)
 
 
-def test_a_save_reads_frozen_values_once_and_in_less_time_than_thirty_copies(monkeypatch):
+class Operands(TorchDispatchMode):
+    """The bytes of all operands of all ops that read or write values."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            leaves = tree_leaves((args, kwargs))
+            self.bytes += sum(each.nbytes for each in leaves if isinstance(each, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_save_reads_frozen_values_once():
+    """A fingerprint is five passes over them, three of these with a result in memory: 19 times their bytes in bf16."""
     module = nn.Sequential(nn.Embedding(1 << 15, 64), nn.Linear(64, 64)).bfloat16()
     convert(module, r=4, target_modules=["1"])
-    weight = module[0].weight.data
-    calls = []
-    sizes = lambda *tensors: calls.append([tensor.numel() for tensor in tensors]) or fingerprint(*tensors)  # noqa: E731
-    monkeypatch.setattr("lightning_qlora.layers.records.fingerprint", sizes)
-    module.state_dict()
-    assert calls.count([weight.numel()]) == 1
-
-    def seconds(function):
-        times = []
-        for _ in range(9):
-            start = time.thread_time()
-            function()
-            times.append(time.thread_time() - start)
-        return sorted(times)[4]
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert seconds(lambda: fingerprint(weight)) < 30 * seconds(lambda: weight.clone())
-    finally:
-        torch.set_num_threads(threads)
+    with Operands() as operands:
+        module.state_dict()
+    assert operands.bytes < 22 * module[0].weight.nbytes
 
 
 def test_a_checkpoint_fits_a_module_in_which_more_trains_if_the_base_is_the_same():

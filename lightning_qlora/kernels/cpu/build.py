@@ -153,7 +153,7 @@ def _open(library: Path) -> ctypes.CDLL:
     """
     openmp = None
     if platform.system() == "Linux" and not hasattr(ctypes.CDLL(None), "omp_get_thread_num"):
-        mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+        mapped = [line.split(maxsplit=5)[-1] for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()]
         # Other packages bring one as well, in folders of their own (scikit-learn, in scikit_learn.libs).
         libraries = (path for path in mapped if "gomp" in Path(path).name)
         openmp = min(libraries, key=lambda path: not path.startswith(str(TORCH)), default=None)

@@ -7,15 +7,18 @@ import torch
 
 from lightning_qlora.kernels.cpu import products as module
 from lightning_qlora.kernels.cpu.products import Products, is_slow, products
+from tests.machines.products import measured
 
 HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def unmeasured():
-    module._measured.cache_clear()
+def unmeasured(monkeypatch):
+    """This processor, which nothing was measured of."""
+    monkeypatch.setattr(module, "_measured", measured)
+    measured.cache_clear()
     yield
-    module._measured.cache_clear()
+    measured.cache_clear()
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def test_without_onednn_sixteen_bits_are_slow(dtype, without_onednn):
 
 
 @pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    not (torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     reason="oneDNN has no products of bf16 for this processor",
 )
 def test_with_onednn_bf16_is_fast():

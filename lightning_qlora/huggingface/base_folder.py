@@ -1,22 +1,23 @@
 """The model of a base folder, or of a GGUF file, as transformers loads it; the float weights of its layers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_qlora.adapters.adapter import Adapter, is_one_weight, tied_names
-from lightning_qlora.adapters.peft_experts import check_sizes, refuse
-from lightning_qlora.checks import one_line
+from lightning_qlora.adapters.adapter import Adapter, State
+from lightning_qlora.adapters.base_model import tied_names
+from lightning_qlora.adapters.peft_experts import expert_parameter
+from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import without_wrappers
+from lightning_qlora.layers.names import last_part, owner_name, without_wrappers
 from lightning_qlora.layers.provenance import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
 
@@ -78,7 +79,7 @@ def load_base_model(
         config = transformers.AutoConfig.from_pretrained(**location)
         stored = stored_format(config.to_dict())
     except Exception as error:  # wrong values make the code of configs raise errors of any type
-        raise ValueError(f"{source}: transformers can't read its config: {one_line(error)}") from error
+        raise ValueError(f"{source}: {_remedy(error)}transformers can't read its config: {one_line(error)}") from error
     check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
         config.update({"quantization_config": stored | {"dequantize": True}})
@@ -89,11 +90,11 @@ def load_base_model(
         with torch.device("cpu"):
             model, loading = model_class.from_pretrained(config=config, **location, **options)
     except Exception as error:  # as above
-        raise ValueError(f"{source}: transformers can't load it: {one_line(error)}") from error
+        raise ValueError(f"{source}: {_remedy(error)}transformers can't load it: {one_line(error)}") from error
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
-            f"{list(expected)}. Copy or download the folder again."
+            f"{list(expected)}. {DAMAGED}"
         )
     for name in sorted(set(loading["missing_keys"]) - adapter.saved.keys()):
         raise ValueError(
@@ -101,6 +102,13 @@ def load_base_model(
             f"{LOAD_IT_YOURSELF}"
         )
     return model
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of transformers, to stand before its text, which may be long."""
+    if "trust_remote_code" in str(error):
+        return "read the Python files of the model, and pass trust_remote_code=True to run them; "
+    return ""
 
 
 def stored_format(config: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +150,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
     The class of the folder comes first. An output embedding that was trained alone needs a model in which it is not
     tied to the embedding.
     """
-    needed = adapter.targets | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
+    needed = adapter.modules | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     first = None
     errors: list[str] = []
     for model_class, model in _candidates(config, adapter, trust_remote_code, errors):
@@ -150,11 +158,11 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         names = {without_wrappers(name) for name, _ in (*model.named_modules(), *tensors)}
         if needed <= names:
-            heads = {id(layer) for layer in get_output_embeddings(model)}
+            heads = {id(layer) for layer in get_output_embeddings(model.modules())}
             outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
             trained = outputs & adapter.saved.keys()
             pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]
-            return model_class, not all(is_one_weight(adapter, pair) for pair in pairs)
+            return model_class, not all(map(adapter.has_one_value, pairs))
     if first is None:
         name = (config.architectures or ["model"])[0]
         raise ValueError(f"{config.name_or_path}: transformers makes no {name} ({errors[0]}). {LOAD_IT_YOURSELF}")
@@ -187,34 +195,24 @@ def _candidates(
         yield model_class, model
 
 
-def float_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """Layer of an adapter -> its weight in a model that is not converted: views of its parameters.
+def float_weights(model: nn.Module, names: Iterable[str]) -> State:
+    """Layer of an adapter (`from_peft`) -> its weight in a model that is not converted: views of its parameters.
 
-    It is [out, in], of a stack [experts, out, in]. CheckpointMismatchError if the model has no such layer, or one of
-    another shape.
+    A weight is [out, in], of a stack [experts, out, in].
     """
     modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {}
-    for name in adapter.layers:
-        key = f"{name}.lora_A.weight"
-        stack = adapter.experts.get(name)
-        weight_name = name
-        if stack is None:
-            weight_name = f"{name}.weight"
-        parameter = parameters.get(weight_name)
-        if parameter is None:
-            refuse(adapter, key, model, "has no such layer")
-        weight = parameter.detach()
-        if stack is None:
+    for name in names:
+        if name in modules:
+            weight = modules[name].get_parameter("weight").detach()
             transposed = kind_of(type(modules[name])).transposed
         else:
-            transposed = stack.transposed
-            if len(weight) % stack.number or (weight.ndim == 3 and len(weight) != stack.number):
-                refuse(adapter, key, model, f"has shape {list(weight.shape)} there, not {stack.number} experts")
-            weight = weight.view(stack.number, -1, weight.shape[-1])
+            part = expert_parameter(modules[owner_name(name)], last_part(name))
+            assert part is not None  # as `from_peft` found it
+            parameter = part.owner.get_parameter(part.key).detach()
+            weight = parameter.view(part.experts, -1, parameter.shape[-1])
+            transposed = part.transposed
         if transposed:
             weight = weight.mT
-        check_sizes(adapter, name, model, *weight.shape[-2:])
         weights[name] = weight
     return weights

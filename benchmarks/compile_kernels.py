@@ -359,8 +359,8 @@ def _write(page: Path, summaries: dict[str, Summary]) -> None:
         reports = [summary.get(kernel) for summary in summaries.values()]
         cells = [f"{r.registers} / {r.spill_bytes} / {round(r.shared_kib, 1):g}" if r else "" for r in reports]
         lines.append(f"| {kernel} | {' | '.join(cells)} |")
-    before, rest = page.read_text().split(begin)
-    page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     text = tables(values)
     print(text)
     if options.output is not None:
-        (Path(options.output) / "data_types.md").write_text(text)
+        (Path(options.output) / "data_types.md").write_text(text, encoding="utf-8")
         draw(values, Path(options.output) / "data_types.png")
     return values
 

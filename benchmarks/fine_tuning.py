@@ -421,7 +421,7 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
     chosen = [run for run in results if run["variant"] in parsed and run["seed"] in options.seeds]
     chosen = [run for run in chosen if settings.items() <= run.items()]
     text = tables(chosen)
-    (folder / "fine_tuning.md").write_text(text)
+    (folder / "fine_tuning.md").write_text(text, encoding="utf-8")
     draw(chosen, folder / "fine_tuning.png")
     print(text)
     return chosen

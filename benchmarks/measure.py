@@ -93,7 +93,8 @@ def replace_block(name: str, text: str) -> None:
     """Replace the text between the marks of that name in docs/benchmarks.md."""
     begin = f"<!-- {name} -->"
     end = f"<!-- /{name} -->"
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     if begin not in page:
         raise ValueError(f"{PAGE} has no mark {begin}, so there is no place for this table.")
-    PAGE.write_text(page[: page.index(begin)] + f"{begin}\n{text}\n{end}" + page[page.index(end) + len(end) :])
+    before, after = page[: page.index(begin)], page[page.index(end) + len(end) :]
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

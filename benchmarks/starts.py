@@ -45,7 +45,7 @@ def windows(
     if path is None:
         text = "\n".join(topics[name] for name in sorted(topics)[odd::2])[: 12 * count * SIZE]
     else:
-        text = re.sub(r" @(.)@ ", r"\1", Path(path).read_text()[: 60 * count * SIZE])
+        text = re.sub(r" @(.)@ ", r"\1", Path(path).read_text(encoding="utf-8")[: 60 * count * SIZE])
         text = re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]'])", r"\1", text))
     tokens: Tensor = (tokenizer or load_tokenizer())(text, return_tensors="pt").input_ids[0]
     if len(tokens) < count * SIZE:

@@ -147,7 +147,7 @@ def main(args: list[str] | None = None) -> list[dict[str, Any]]:
         for method in options.methods:
             results.append(run(method, seed, steps=6 if options.fast else 60, held_out=16 if options.fast else 64))
             (folder / "compare_initializations.json").write_text(json.dumps(results, indent=1))
-    (folder / "compare_initializations.md").write_text(table(results))
+    (folder / "compare_initializations.md").write_text(table(results), encoding="utf-8")
     draw(results, folder / "compare_initializations.png")
     print(table(results))
     return results

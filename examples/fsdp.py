@@ -2,7 +2,8 @@
 
 python examples/fsdp.py [--devices 2] [--accelerator auto] [--fast] [--base HUB_NAME_OR_FOLDER]
 
-Use it for a model that does not fit on one GPU; for one that does, `strategy="ddp"` sends less. Not run on GPUs yet.
+Use it for a model that does not fit on one GPU; for one that does, `strategy="ddp"` sends less. On several machines use
+`machines.py --strategy fsdp`. Not run on GPUs yet.
 """
 
 import argparse
@@ -13,7 +14,9 @@ from docstring_qa import DocstringQA
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from smollm2 import load_model
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torchmetrics.text import Perplexity
 
 from lightning_qlora import QLoRAPrecision
 
@@ -26,11 +29,16 @@ class ShardedLM(CausalLM):
         self.save_hyperparameters()
         self.lr = lr
         self.model = None
+        self.perplexity = Perplexity(ignore_index=-100)
+
+    def make_mesh(self) -> DeviceMesh:
+        """Return the mesh on which the model is split: all ranks."""
+        return self.device_mesh["data_parallel"]
 
     def configure_model(self) -> None:
         if self.model is None:
             self.model = load_model(self.hparams.base).train()
-            mesh = self.device_mesh["data_parallel"]
+            mesh = self.make_mesh()
             for block in self.model.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)

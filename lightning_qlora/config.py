@@ -3,10 +3,9 @@
 import inspect
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 from lightning_qlora.checks import (
@@ -33,7 +32,6 @@ from lightning_qlora.initializations import (
 C = TypeVar("C")
 P = ParamSpec("P")
 S = TypeVar("S")
-T = TypeVar("T")
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -247,15 +245,6 @@ class QLoRAConfig:
             return self.lora_alpha / math.sqrt(self.r)
         return self.lora_alpha / self.r
 
-    def for_layer(self, names: Iterable[str]) -> "QLoRAConfig":
-        """The arguments for one layer: r and lora_alpha from the first pattern that matches one of its names."""
-        if not self.rank_pattern and not self.alpha_pattern:
-            return self
-        names = list(names)
-        r = first_match(self.rank_pattern, names, self.r)
-        alpha = first_match(self.alpha_pattern, names, self.lora_alpha)
-        return self.with_own({"r": r, "lora_alpha": alpha})
-
     def with_own(self, arguments: Mapping[str, Any]) -> "QLoRAConfig":
         """The config of one layer, with these arguments and without patterns."""
         if not arguments:
@@ -331,21 +320,3 @@ def takes_arguments_of(
         return wrapper
 
     return decorate
-
-
-def first_match(patterns: dict[str, T] | None, names: Iterable[str], default: T) -> T:
-    """The value of the first pattern that matches one of the names."""
-    for pattern, value in (patterns or {}).items():
-        if any(fits(name, pattern) for name in names):
-            return value
-    return default
-
-
-def fits(name: str, pattern: str) -> bool:
-    """Whether a layer's name matches a key of a pattern, as in PEFT: a name ending or a regular expression for one."""
-    return _compiled(pattern).match(name) is not None
-
-
-@cache  # that of `re` has 512 patterns; an adapter may have two for each of its layers
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")  # peft/utils/other.py, get_pattern_key

@@ -21,8 +21,8 @@ def page() -> str:
     """The content of the page."""
     defaults = {field.name: repr(field.default) for field in dataclasses.fields(QLoRAConfig)}
     rows = [f"| `{name}` | `{defaults[name]}` | {text} |\n" for name, text in described().items()]
-    return TABLE.sub(lambda _: "".join(rows), PAGE.read_text())
+    return TABLE.sub(lambda _: "".join(rows), PAGE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

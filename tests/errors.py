@@ -49,7 +49,7 @@ def _short(node):
 def errors_of(path):
     """Type and message of every `raise` of a new error in a file, in its order."""
     errors = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
             continue
         kind = ast.unparse(node.exc.func)
@@ -81,4 +81,4 @@ def page():
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -111,6 +111,6 @@ def changes_in(tree, package):
 @functools.cache
 def changes_of(folder):
     """File, relative to the package's folder -> its changes."""
-    trees = {path: ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))}
+    trees = {path: ast.parse(path.read_bytes()) for path in sorted(folder.rglob("*.py"))}
     package = Package(list(trees.values()))
     return {path.relative_to(folder).as_posix(): changes_in(tree, package) for path, tree in trees.items()}

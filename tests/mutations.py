@@ -276,9 +276,9 @@ def collected(folder: str, files: list[str]) -> list[str]:
 
 def recorded(file: Path) -> Record:
     """The record of the tests, made or brought up to date."""
-    record = Record(json.loads(file.read_text()) if file.exists() else {})
+    record = Record(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
     sources = sorted(path for name in (PACKAGE, "tests") for path in (ROOT / name).rglob("*.py"))
-    texts = {str(path.relative_to(ROOT)): path.read_text().splitlines() for path in sources}
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").splitlines() for path in sources}
     for name, files in groupby(record.follow(texts), os.path.dirname):
         stale = [*files]
         if run := collected(name, stale):
@@ -350,7 +350,7 @@ class Copy:
         if done == (0, 0):
             os.waitpid(pid, 0)
             return TOO_LONG, ""
-        return FAILS if done[1] else PASSES, name.read_text()
+        return FAILS if done[1] else PASSES, name.read_text(encoding="utf-8")
 
     def result(self, mutant: Mutant, tests: list[tuple[str, float]]) -> tuple[str, str]:
         """As `run`, of tests with their seconds; a test that fails without the mutant too is left out from then on."""

@@ -264,6 +264,6 @@ def test_the_scale_is_alpha_over_r_or_over_its_root():
 
 def test_the_page_of_arguments_is_what_the_config_says():
     arguments = pytest.importorskip("tests.arguments", reason="needs docstring_parser")
-    page = arguments.PAGE.read_text()
+    page = arguments.PAGE.read_text(encoding="utf-8")
     assert page == arguments.page(), "python -m tests.arguments writes it"
     assert set(re.findall(r"^\| `(\w+)` \| `", page, re.MULTILINE)) == {*QLoRAConfig.__dataclass_fields__}

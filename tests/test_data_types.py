@@ -196,7 +196,7 @@ def test_a_stopped_run_continues(base, tmp_path, monkeypatch, capsys):
     assert 4 < whole["bits"]["INT4 + DQ"][0] < 4.5
     assert whole["bits"]["NF4 + DQ, calibrated"][1] > whole["bits"]["INT4 + DQ"][1]
 
-    written = (output / "data_types.md").read_text()
+    written = (output / "data_types.md").read_text(encoding="utf-8")
     assert written.startswith("Items: first 4, second 4\n")
     assert written in capsys.readouterr().out
     assert (output / "data_types.png").read_bytes().startswith(b"\x89PNG")

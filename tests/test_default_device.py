@@ -321,7 +321,7 @@ def test_every_tensor_of_the_package_is_made_with_a_device():
     used = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
-        for line, text in calls_without_device(path.read_text()):
+        for line, text in calls_without_device(path.read_text(encoding="utf-8")):
             assert (name, text) in ALLOWED, (
                 f"{name}:{line}: {text}: pass device=, or it is on the user's default device"
             )
@@ -330,7 +330,7 @@ def test_every_tensor_of_the_package_is_made_with_a_device():
 
 
 def test_every_tensor_of_the_package_is_made_with_a_type():
-    texts = {text for path in PACKAGE.rglob("*.py") for text in calls_without_dtype(path.read_text())}
+    texts = {text for path in PACKAGE.rglob("*.py") for text in calls_without_dtype(path.read_text(encoding="utf-8"))}
     assert texts == ANY_TYPE and calls_without_dtype("x = f(torch.ones(3, device='cpu'), torch.arange(3))")
 
 

@@ -10,8 +10,8 @@ from lightning_qlora.tools import cli
 from tests.test_imports import ORDER
 
 PACKAGE = Path(lightning_qlora.__file__).parent
-DESIGN = "".join((PACKAGE.parent / "docs" / page).read_text() for page in ("design.md", "one-file.md"))
-FILES = (PACKAGE.parent / "docs" / "contributing.md").read_text()
+DESIGN = "".join((PACKAGE.parent / "docs" / page).read_text(encoding="utf-8") for page in ("design.md", "one-file.md"))
+FILES = (PACKAGE.parent / "docs" / "contributing.md").read_text(encoding="utf-8")
 
 
 def tree():
@@ -30,7 +30,7 @@ def tree():
 def names_in(path):
     """Names of the functions and classes of a Python file, methods as Class.method."""
     names = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
             names |= {f"{node.name}.{part.name}" for part in ast.walk(node) if isinstance(part, ast.FunctionDef)}
@@ -58,13 +58,13 @@ def test_every_function_that_is_named_exists():
 
 
 def test_every_mark_on_an_object_is_listed():
-    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     listed = re.findall(r"^\| `(_qlora_\w+)` \|", FILES, re.M)
     assert sorted(listed) == sorted(set(re.findall(r"(?<!\w)_qlora_[a-z]+", code)))
 
 
 def test_every_test_that_compatibility_names_exists():
-    page = (PACKAGE.parent / "docs" / "compatibility.md").read_text()
+    page = (PACKAGE.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/]+/test_\w+\.py)`", page))
     assert len(named) > 8
     assert not [name for name in named if not (PACKAGE.parent / "tests" / name).is_file()]
@@ -72,7 +72,7 @@ def test_every_test_that_compatibility_names_exists():
 
 def test_every_file_that_the_readme_links_to_exists():
     root = PACKAGE.parent
-    pages = (root / "README.md").read_text()  # full addresses: a package index shows the page too
+    pages = (root / "README.md").read_text(encoding="utf-8")  # full addresses: a package index shows the page too
     linked = re.findall(r"lightning-qlora/lightning-qlora/(?:(?:blob|tree)/)?main/([\w./-]+)", pages)
     assert len(linked) > 20 and not [path for path in linked if not (root / path).exists()]
     assert not re.findall(r"\]\((?!https?://|#)", pages)

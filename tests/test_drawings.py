@@ -17,11 +17,11 @@ DRAWINGS = SCRIPT["DRAWINGS"]
 def test_the_file_is_current(name):
     drawing = DRAWINGS[name]()
     ElementTree.fromstring(drawing)
-    assert (FOLDER / f"{name}.svg").read_text() == drawing, "run python docs/drawings/draw.py"
+    assert (FOLDER / f"{name}.svg").read_text(encoding="utf-8") == drawing, "run python docs/drawings/draw.py"
 
 
 def test_each_drawing_is_shown():
-    pages = "".join(page.read_text() for page in [*(ROOT / "docs").glob("*.md"), ROOT / "mkdocs.yml"])
+    pages = "".join(page.read_text(encoding="utf-8") for page in [*(ROOT / "docs").glob("*.md"), ROOT / "mkdocs.yml"])
     shown = {name for name in DRAWINGS if f"drawings/{name}.svg" in pages}
     assert shown == set(DRAWINGS) == {path.stem for path in FOLDER.glob("*.svg")}
 
@@ -31,5 +31,5 @@ def test_each_stop_is_in_the_code(name):
     stops = SCRIPT["STOPS"][name]
     assert len(stops) <= 8
     for file, place, _ in stops:
-        source = (ROOT / "lightning_qlora" / file).read_text()
+        source = (ROOT / "lightning_qlora" / file).read_text(encoding="utf-8")
         assert re.search(rf"^\s*(def|class) {place}\b", source, re.M), (file, place)

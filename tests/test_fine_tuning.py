@@ -137,7 +137,7 @@ def test_a_run_trains_measures_merged_models_and_continues(tiny_llm, tmp_path, m
     on_float = results[1]["merged"]["adapter on the 16-bit model"]
     assert on_float[0] == pytest.approx(results[1]["losses"]["10"], rel=2e-2)
     assert on_float != results[1]["merged"]["adapter on its base"]
-    written = (tmp_path / "fine_tuning.md").read_text()
+    written = (tmp_path / "fine_tuning.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in written for name in names)
     assert (tmp_path / "fine_tuning.png").read_bytes().startswith(b"\x89PNG")
 

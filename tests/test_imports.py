@@ -38,7 +38,7 @@ def test_files_import_only_from_folders_before_theirs():
     for path in sorted(PACKAGE.rglob("*.py")):
         here = folder_of(path)
         assert here in ORDER, f"{here}: give it a place in ORDER"
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_bytes())):
             names = []
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning_qlora"):
                 parts = node.module.split(".")
@@ -57,7 +57,7 @@ def test_no_two_files_import_each_other():
     }
     imports: dict[str, set[str]] = {}
     for name, path in names.items():
-        froms = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        froms = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.ImportFrom) and n.module]
         needed = {node.module for node in froms if not any(f"{node.module}.{a.name}" in names for a in node.names)}
         needed |= {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
         imports[name] = (needed & names.keys()) - {name}

@@ -21,7 +21,7 @@ def test_every_file_has_tests_of_its_name_or_a_row_that_says_where():
 
 
 def test_make_test_all_runs_every_target():
-    makefile = (PACKAGE.parent / "Makefile").read_text()
+    makefile = (PACKAGE.parent / "Makefile").read_text(encoding="utf-8")
     targets = set(re.search(r"^\.PHONY: (.*)", makefile, re.M)[1].split()) - {"help", "setup", "clean", "test-all"}
     commands = re.search(r"^test-all:(.*?)\n\n", makefile, re.M | re.S)[1]
     assert targets - {"test"} <= set(commands.split())  # of `test` it has the lint and the tests

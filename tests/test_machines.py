@@ -20,7 +20,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return chat_model(tmp_path_factory.mktemp("llama"), [page.read_text() for page in (ROOT / "docs").glob("*.md")])
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    return chat_model(tmp_path_factory.mktemp("llama"), pages)
 
 
 @pytest.fixture(scope="module")

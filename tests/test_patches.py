@@ -72,7 +72,7 @@ def test_foreign_objects_are_changed_in_patches_only():
 
 def patches_in(file):
     """Name -> function of each patch in a file."""
-    functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
     return {f.name: f for f in functions if not f.name.startswith("_")}
 
 
@@ -86,7 +86,7 @@ def test_every_patch_names_its_upstream_file_and_what_would_remove_it(file):
 
 
 def test_the_page_of_patches_lists_each_one_once():
-    page = (PACKAGE.parent / "docs" / "patches.md").read_text()
+    page = (PACKAGE.parent / "docs" / "patches.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
     assert sorted(listed) == sorted(name for file in PATCHES for name in patches_in(file))
 

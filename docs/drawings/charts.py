@@ -227,7 +227,7 @@ def memory_by_method() -> str:
 
 def quickstart() -> str:
     """Training loss of the quickstart, and its memory; from the summary.json of a run."""
-    summary = json.loads(Path(__file__).with_name("quickstart.json").read_text())
+    summary = json.loads(Path(__file__).with_name("quickstart.json").read_text(encoding="utf-8"))
     losses = summary["losses"]
     smooth = list(accumulate(losses, lambda mean, loss: 0.8 * mean + 0.2 * loss))
     highest = max(losses)

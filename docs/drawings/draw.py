@@ -274,4 +274,4 @@ DRAWINGS |= {name: partial(stops, name) for name in STOPS}
 
 if __name__ == "__main__":
     for name, drawing in DRAWINGS.items():
-        Path(__file__).with_name(f"{name}.svg").write_text(drawing())
+        Path(__file__).with_name(f"{name}.svg").write_text(drawing(), encoding="utf-8")

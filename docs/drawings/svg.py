@@ -67,7 +67,7 @@ def curve(points: list[tuple[float, float]], color: str, width: float = 2) -> st
 
 def table(page: str, header: str) -> list[list[str]]:
     """The cells of the rows of the table in a page whose header begins so, without marks of Markdown."""
-    text = (Path(__file__).parent.parent / page).read_text()
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
     found = re.search(rf"^{re.escape(header)}.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, re.M)
     assert found, f"{page} has no table that begins with {header}"
     rows = found[1].strip().splitlines()

@@ -25,7 +25,7 @@ def read(path: str | None) -> Iterator[Messages]:
     if path is None:
         rows = ({"instruction": pair.question, "output": pair.answer} for pair in read_pairs())
     elif Path(path).is_file():
-        rows = map(json.loads, filter(str.strip, Path(path).read_text().splitlines()))
+        rows = map(json.loads, filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()))
     else:
         try:
             from datasets import load_dataset

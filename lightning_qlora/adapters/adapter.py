@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_qlora.adapters.peft_config import is_target
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
-from lightning_qlora.config import first_match
+from lightning_qlora.layers.patterns import Patterns
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
@@ -75,7 +76,11 @@ class Adapter:
     def _by_pattern(self, pattern: str, name: str, default: str) -> Any:
         if is_target(self.config, f"{name}.weight"):
             name += ".weight"
-        return first_match(self.config.get(pattern), [name], self.config[default])
+        return self._patterns[pattern].value([name], self.config[default])
+
+    @cached_property
+    def _patterns(self) -> dict[str, Patterns]:
+        return {pattern: Patterns(self.config.get(pattern)) for pattern in ("rank_pattern", "alpha_pattern")}
 
     @property
     def tokens(self) -> dict[str, list[int]]:

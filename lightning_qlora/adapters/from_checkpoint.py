@@ -2,7 +2,6 @@
 
 import os
 
-import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter, check_state
@@ -12,7 +11,6 @@ from lightning_qlora.adapters.to_peft import to_peft
 from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.layer_state import read_base
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL
 from lightning_qlora.layers.names import last_part, named, owner_name, without_wrappers
@@ -78,14 +76,6 @@ def read_adapter_from_checkpoint(
         fingerprints=fingerprints,
         source=str(path),
     )
-
-
-def fingerprint_of_base(adapter: Adapter) -> str | None:
-    """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
-    numbers = [number for _, number in sorted(adapter.fingerprints.items())]
-    if not numbers:
-        return None
-    return checksum(torch.tensor(numbers, device="cpu"))
 
 
 def _read_converted_state_dict(

@@ -19,7 +19,8 @@ from lightning_qlora.adapters.base_model import (
     trained_modules,
 )
 from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.adapters.peft_experts import check_sizes, layers_of_adapter, linear_parameters, refuse
+from lightning_qlora.adapters.from_peft import from_peft, refuse
+from lightning_qlora.adapters.peft_experts import linear_parameters
 from lightning_qlora.adapters.to_peft import ranks_and_alphas, to_peft
 from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
@@ -107,7 +108,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     _, base = find_base_model(module)
     layers = base_layers(base)
     check_converted(module, layers)
-    loaded = layers_of_adapter(adapter, base)
+    loaded = from_peft(adapter, base)
     _check_fits(base, layers, adapter, loaded)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
@@ -142,12 +143,9 @@ def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
     """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
     prefix, base = find_base_model(module)
-    layers = layers_of_adapter(adapter, base)
+    layers = from_peft(adapter, base)
     names = {without_wrappers(name): join(prefix, name) for name, _ in base.named_modules()}
     names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
-    missing = [name for name in layers if name not in names]
-    if missing:
-        refuse(adapter, f"{missing[0]}.lora_A.weight", base, "has no such layer")
     owners = {owner_name(key) for key in adapter.saved}
     return replace(
         config.with_initialization("default"),
@@ -194,7 +192,6 @@ def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter,
         layer = layers.get(name)
         if layer is None:
             refuse(adapter, key, base, "has no layer with an adapter there")
-        check_sizes(adapter, name, state, base, layer.out_features, layer.in_features)
         r = state["lora_A"].shape[-2]
         if is_sharded(layer.lora_A) and r != layer.r:
             raise CheckpointMismatchError(

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, State
 from lightning_qlora.adapters.base_compatibility import check_one_folder, required_base, subtract_initial
 from lightning_qlora.adapters.peft_config import BASE_MODEL, UNNAMED, exact
-from lightning_qlora.adapters.peft_experts import ExpertStack, key_of, without_place
+from lightning_qlora.adapters.peft_experts import ExpertStack, without_place
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import last_part
@@ -39,7 +39,7 @@ def to_peft(
     in_peft = {}
     for name, state in layers.items():
         if name in stacks:
-            in_peft[key_of(name, stacks[name])] = stacks[name].to_peft(state)
+            in_peft[stacks[name].key(name)] = stacks[name].to_peft(state)
         else:
             in_peft[name] = {key: state[key] for key in ADAPTER if key in state}
     config = _config(description, configs, layers, as_parameters)

@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 from lightning_qlora.huggingface.model_folder import single_tensor
+from lightning_qlora.layers.apply import convert_layer
 from lightning_qlora.layers.derived import restore
 from lightning_qlora.layers.dtensor import local
-from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.kinds import decode_as_stored, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.selection import ToConvert
+from lightning_qlora.layers.selection import Row
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -124,10 +124,10 @@ class Quantize(_Operation):
             weight = DTensor.from_local(weight, place.device_mesh, place.placements).full_tensor()
         if weight.shape != place.shape:
             return self.refuse(source, key, place, wrong_shape(key, weight.shape, place.shape), weight.shape)
-        owner, inner = chosen.place
+        owner, inner = chosen.owner, chosen.key
         owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
-            layer = chosen.convert(weights=experts)
+            layer = convert_layer(chosen, weights=experts)
             if isinstance(place, DTensor) and isinstance(owner, QLoRALinear):
                 split(owner, place.device_mesh, by_inputs=place.placements[0].is_shard(1))
         except ValueError as error:
@@ -144,9 +144,9 @@ LOAD_WHOLE = (
 )
 
 
-def _not_splittable(place: DTensor, chosen: ToConvert) -> str | None:
+def _not_splittable(place: DTensor, chosen: Row) -> str | None:
     """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
-    if isinstance(chosen.part, ExpertParameter):
+    if chosen.stack is not None:
         return SPLIT_EXPERTS
     if place.device_mesh.ndim > 1:
         return LOAD_WHOLE
@@ -195,8 +195,8 @@ class Compose(ConversionOps):
     def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
         """The 4-bit layers of a stack, one dense expert at a time; None if it is none or operations mix experts."""
         name, model, missing = (arguments[word] for word in ("full_layer_name", "model", "missing_keys"))
-        stack = getattr(self.quantizer.chosen.get(name), "part", None)
-        if not isinstance(stack, ExpertParameter) or not all(map(_keeps_experts_apart, self.operations)):
+        stack = getattr(self.quantizer.chosen.get(name), "stack", None)
+        if stack is None or not all(map(_keeps_experts_apart, self.operations)):
             return None
         parts = [_of_expert(tensors, i, stack.experts) for i in range(stack.experts)]
         place = model.get_parameter(name)
@@ -253,7 +253,7 @@ class LoadPacked(_Operation):
         place: Tensor = getattr(layer, last_part(key))  # a parameter or a buffer
         if set(state) == {"weight"}:
             value = state["weight"].to(place.dtype)
-            if chosen is not None and isinstance(chosen.part, ExpertParameter):
+            if chosen is not None and chosen.stack is not None:
                 return {key: value}  # quantized next
             return self.dense(key, value)
         try:

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.huggingface.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR, Choice
 from lightning_qlora.huggingface.without_data import NO_VALUES, check_unwritten

@@ -23,11 +23,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_folder import can_compose
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
+from lightning_qlora.huggingface.base_folder import can_compose
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import (
@@ -48,12 +48,11 @@ from lightning_qlora.huggingface.without_data import (
     versions,
 )
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.provenance import LOADED, keep_marks
 from lightning_qlora.layers.qlora_linear import check_packed_initialization
-from lightning_qlora.layers.selection import ToConvert, select_layers
+from lightning_qlora.layers.selection import Row, select_layers
 
 COMPOSES = can_compose()
 SHARD = re.compile(r"model-\d+-of-\d+")  # name of one of several files of weights
@@ -106,7 +105,7 @@ class QLoRAQuantizer(HfQuantizer):
     def __init__(self, loading: Loading) -> None:
         super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=self.pre_quantized)  # type: ignore[arg-type]
         self.loading = loading
-        self.chosen: dict[str, ToConvert] = {}
+        self.chosen: dict[str, Row] = {}
         self.file_of: dict[str, Path] = {}
         self.errors: list[ValueError] = []
         self.folder: ModelFolder | None = None
@@ -144,7 +143,7 @@ class QLoRAQuantizer(HfQuantizer):
             self.folder = ModelFolder(paths[0].parent, copy.deepcopy(model))
             convert_without_data(model, self.folder, self.chosen, self._shapes)
 
-    def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, ToConvert]:
+    def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, Row]:
         """The layers and stacks of experts to convert, by the names of their parameters."""
         chosen = {each.weight_name: each for each in select_layers(model, config).convert.values()}
         keys: Any = getattr(model, "all_tied_weights_keys", {})
@@ -207,7 +206,7 @@ class QLoRAQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         self._check_shapes(model)
-        forget_quantizer(model)
+        forget_quantizer([model])
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
         if self.loading.sharding or self.folder is not None:
             keep_marks(model)
@@ -259,11 +258,11 @@ class PackedQuantizer(QLoRAQuantizer):
 
     pre_quantized = True
 
-    def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, ToConvert]:
+    def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, Row]:
         """As for dense files. Without `COMPOSES` experts are dense, and conversion quantizes them."""
         chosen = super().choose(model, config)
         for key, each in list(chosen.items()):
-            if not isinstance(each.part, ExpertParameter):
+            if each.stack is None:
                 with named(owner_name(key)):
                     check_packed_initialization(config)
             elif not COMPOSES:

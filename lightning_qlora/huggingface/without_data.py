@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.huggingface.model_folder import ModelFolder
+from lightning_qlora.layers.apply import convert_layer
 from lightning_qlora.layers.names import join, named_tensors, parameter_name
 from lightning_qlora.layers.packed_linear import PackedLayer, to_parameters
 from lightning_qlora.layers.provenance import LOADED_TENSOR
-from lightning_qlora.layers.selection import ToConvert
+from lightning_qlora.layers.selection import Row
 
 NO_VALUES = (
     "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
@@ -24,7 +25,7 @@ NO_VALUES = (
 
 
 def convert_without_data(
-    model: nn.Module, folder: ModelFolder, chosen: dict[str, ToConvert], shapes: dict[str, torch.Size]
+    model: nn.Module, folder: ModelFolder, chosen: dict[str, Row], shapes: dict[str, torch.Size]
 ) -> None:
     """Convert the chosen layers that the files have, on the meta device."""
     for key, each in chosen.items():
@@ -34,7 +35,7 @@ def convert_without_data(
         else:
             exists = entry.shape == shapes[key]
         if exists:
-            each.convert().loaded = True
+            convert_layer(each).loaded = True
     to_parameters(model)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.fingerprint import has_values, is_strided
-from lightning_qlora.layers.names import name_endings, owner_name, without_numbers
+from lightning_qlora.layers.names import name_endings, owner_name, tensors_of, without_numbers
 from lightning_qlora.layers.selection import Selection
+from lightning_qlora.layers.survey import Survey
 
 SAMPLES = 16  # elements of a weight that are compared first
 
@@ -32,21 +33,22 @@ class Copy(NamedTuple):
         return self.name.removesuffix(ending).rstrip("."), self.original.removesuffix(ending).rstrip(".")
 
 
-def find_copies(module: nn.Module, choice: Selection) -> list[Copy]:
+def find_copies(seen: Survey, choice: Selection) -> list[Copy]:
     """The tensors of a module that are equal, where one of them is the weight of a layer to convert.
 
     Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone
     (`nn.TransformerEncoder` makes its layers as copies of one).
     """
-    targets = {each.weight_name for each in choice.convert.values()}
+    targets = {row.weight_name for row in choice.convert.values()}
     groups: dict[object, list[tuple[str, Tensor]]] = {}
-    for name, tensor in _matrices(module):
+    for name, tensor in _matrices(seen):
         key = _sample(tensor)
         if key is not None:
             groups.setdefault((tensor.shape, *key), []).append((name, tensor))
-    parameters = {name for name, _ in module.named_parameters()}
     copies = []
     for tensors in groups.values():
+        if len({without_numbers(name) for name, _ in tensors}) == 1:
+            continue
         for place, (name, tensor) in enumerate(tensors):
             earlier = [each for each in tensors[:place] if without_numbers(each[0]) != without_numbers(name)]
             if not earlier:
@@ -55,27 +57,25 @@ def find_copies(module: nn.Module, choice: Selection) -> list[Copy]:
             if not {name, original} & targets or tensor.data_ptr() == values.data_ptr():
                 continue
             if bool((tensor == values.to(tensor.device)).all()):
-                copies.append(Copy(name, original, name in parameters))
+                copies.append(Copy(name, original, isinstance(tensor, nn.Parameter)))
     return copies
 
 
 def share_seeds(choice: Selection, copies: list[Copy]) -> None:
     """Let a layer that is a copy of another one begin with the same adapter."""
-    layers = choice.convert
-    names = {each.weight_name: name for name, each in layers.items()}
+    names = {row.weight_name: name for name, row in choice.convert.items()}
     for copy in copies:
         if copy.name in names and copy.original in names:
             name = names[copy.name]
-            layers[name] = layers[name]._replace(seed_name=layers[names[copy.original]].seed_name)
-            choice.decisions[name] = choice.decisions[name]._replace(layer=layers[name])
+            choice.rows[name] = choice.rows[name]._replace(seed_name=choice.rows[names[copy.original]].seed_name)
 
 
-def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _matrices(seen: Survey) -> Iterator[tuple[str, Tensor]]:
     """The dense matrices and stacks of matrices of a module, on this rank as a whole; each tensor once."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in tensors_of(list(seen.modules)):
         is_plain = type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor) and has_values(tensor)
         if is_plain and tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel():
-            yield name, tensor.detach()
+            yield name, tensor
 
 
 def _sample(tensor: Tensor) -> tuple[float, ...] | None:
@@ -83,7 +83,7 @@ def _sample(tensor: Tensor) -> tuple[float, ...] | None:
     places = [
         torch.linspace(0, size - 1, SAMPLES, dtype=torch.float32, device=tensor.device).long() for size in tensor.shape
     ]
-    values: list[float] = tensor[tuple(places)].float().tolist()
+    values: list[float] = tensor.detach()[tuple(places)].float().tolist()
     return None if len({*values}) == 1 else tuple(values)
 
 

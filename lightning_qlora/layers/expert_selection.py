@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import owner_name, parameter_name
+from lightning_qlora.layers.names import last_part, owner_name, parameter_name
 
+ROUTERS = ("gate", "router")  # names of routers beside a module `experts`
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
 
@@ -82,7 +83,7 @@ class Routers:
         self._holds_one = cache(lambda name: _holds_one_linear(modules[name]))
 
     def has(self, name: str, layer: nn.Module) -> bool:
-        """Whether the outputs of a linear layer are the experts of the block around it.
+        """Whether a linear layer has the name of one, or its outputs are the experts of the block around it.
 
         The block is the module that holds the layer, or the one around that if the layer is its only linear layer, as
         in most router classes.
@@ -91,6 +92,8 @@ class Routers:
             return False
         outputs = getattr(layer, kind_of(type(layer)).sizes[0])
         outer = owner_name(name)
+        if last_part(name) in ROUTERS and hasattr(self._modules[outer], "experts"):
+            return True
         if outputs in self._experts(outer):
             return True
         return bool(outer) and self._holds_one(outer) and outputs in self._experts(owner_name(outer))

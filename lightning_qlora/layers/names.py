@@ -1,8 +1,4 @@
-"""Names of modules, parameters and experts: taken apart, put together, and matched by patterns.
-
-A layer has two names. `full_name` is its name in the module that was converted; errors and reports have it. `seed_name`
-is what the seed of its adapter is made from: its name in the model that was loaded, so that a layer gets the same
-adapter wherever its model stands. Adapter files have the names of the base model (`base_layers`).
+"""Names of modules, parameters and experts: taken apart and put together.
 
 Where a parameter NAME holds the weights of all experts, conversion makes it the module NAME_experts; the name of that
 layer is NAME. No other file knows this.
@@ -10,9 +6,9 @@ layer is NAME. No other file knows this.
 
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
@@ -83,19 +79,6 @@ def stack_of(owner: nn.Module, key: str) -> Any:
     return stack if isinstance(stack, PackedLayer) and stack.is_stack else None
 
 
-def matches(name: str, patterns: str | list[str]) -> bool:
-    """Whether a module's name matches, as in PEFT: a regular expression for all of it, or a list of name endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == ending or name.endswith("." + ending) for ending in patterns)
-
-
-def matches_outer(name: str, patterns: str | list[str]) -> bool:
-    """Whether the name of a module, or of a module that it is inside of, matches."""
-    parts = name.split(".")
-    return any(matches(".".join(parts[:end]), patterns) for end in range(1, len(parts) + 1))
-
-
 def inside(name: str, outer: str) -> bool:
     """Whether a module's name is another's, or that of a part of it; all are parts of the root, ""."""
     return outer in ("", name) or name.startswith(outer + ".")
@@ -111,8 +94,21 @@ def named(name: object) -> Iterator[None]:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a module, then its buffers."""
-    return chain(module.named_parameters(), module.named_buffers())
+    """The parameters of a module, then its buffers, each tensor once."""
+    return tensors_of(list(module.named_modules()))
+
+
+def tensors_of(
+    modules: Sequence[tuple[str, nn.Module]], kinds: Iterable[str] = ("_parameters", "_buffers")
+) -> Iterator[tuple[str, Tensor]]:
+    """The same for all modules in a module, by their names."""
+    seen: set[int] = set()
+    for kind in kinds:
+        for name, module in modules:
+            for key, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield join(name, key), tensor
 
 
 def is_transformers_model(module: nn.Module) -> bool:
@@ -121,51 +117,57 @@ def is_transformers_model(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
-class LayerNames(NamedTuple):
-    """Names of one module; one that is used in several places has several of each kind."""
+class Names(NamedTuple):
+    """The names of a layer, by their purpose. Adapter files have those of `base_layers`."""
 
-    # Every name that a pattern may match: from the root, from the child of a LightningModule, and from the transformers
-    # model that holds the module.
-    all: list[str]
-    seed_name: str
+    full: str  # in the module that is converted: errors and reports have it
+    # All that a pattern may match: from the root, from the child of a LightningModule, and from the transformers model
+    # that holds it, which stay the same wherever the model stands; a module in several places has those of each.
+    for_patterns: tuple[str, ...]
+    # What the seed of its adapter is made from: the name in the model that was loaded, so that a layer gets the same
+    # adapter wherever its model stands.
+    for_seed: str
+    others: tuple[str, ...] = ()  # its full names in other places of the module
 
-    def match(self, patterns: str | list[str] | None) -> bool:
-        """Whether one of the names matches."""
-        return any(matches(name, patterns or []) for name in self.all)
-
-    def match_outer(self, patterns: str | list[str] | None) -> bool:
-        """Whether one of the names, or the name of a module around it, matches."""
-        return any(matches_outer(name, patterns or []) for name in self.all)
+    @property
+    def in_state_dicts(self) -> str:
+        """Without what torch.compile and checkpoint_wrapper put into it."""
+        return without_wrappers(self.full)
 
 
-def names_of_modules(root: nn.Module) -> dict[int, LayerNames]:
-    """Id of each module in `root` -> its names.
+@dataclass(eq=False, repr=False)
+class Place:
+    """A module in one of its places, and those inside of it, itself first."""
 
-    A transformers model has the same names in it before and after it becomes a part of a LightningModule, so a layer
-    gets the same adapter whether it is converted while its model loads or later.
-    """
-    names: dict[int, LayerNames] = {}
-    is_lightning = isinstance(root, classes(LightningModule))
-    only_child = only_child_of(root)
-    model: str | None = None
-    for name, part in root.named_modules(remove_duplicate=False):  # a module comes before those inside it
-        if model is None or not inside(name, model):
-            model = name if is_transformers_model(part) else None
-        in_child = ""
-        if is_lightning:
-            in_child = name.partition(".")[2]
-        in_model = ""
-        if model is not None:
-            in_model = name[len(model) :].lstrip(".")
-        if isinstance(part, PackedLayer):
-            # From the model that was loaded, which may be a part of another one now.
-            seed_name = vars(part)["seed_name"]
-        else:
-            seed_name = without_wrappers(in_model or (only_child and in_child) or name)
-        names_of_part = names.setdefault(id(part), LayerNames([], seed_name))
-        full = [each for each in (name, in_child, in_model, seed_name) if each or not name]
-        names_of_part.all.extend(dict.fromkeys([*full, *map(without_wrappers, full)]))
-    return names
+    name: str
+    module: nn.Module
+    inside: list["Place"] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the module and of its parts; shared ones several times."""
+        for place in self.inside:
+            yield from (parameter for parameter in place.module._parameters.values() if parameter is not None)
+
+
+def places_of(root: nn.Module) -> list[Place]:
+    """The places of all modules, each before those inside of it."""
+    outer: list[Place] = []
+    for name, module in root.named_modules(remove_duplicate=False):
+        while outer and not inside(name, outer[-1].name):
+            outer.pop()
+        outer.append(Place(name, module))
+        for place in outer:
+            place.inside.append(outer[-1])
+    return outer[0].inside
+
+
+def once(places: Iterable[Place]) -> list[Place]:
+    """The first place of each module."""
+    first: dict[int, Place] = {}
+    for place in places:
+        first.setdefault(id(place.module), place)
+    return list(first.values())
 
 
 def only_child_of(module: nn.Module) -> str | None:

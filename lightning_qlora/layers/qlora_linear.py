@@ -7,6 +7,7 @@
 `kernels/reference.py` specifies this, and the gradient. `kernels/lora_linear.py` is the op that `forward` calls.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     ) -> None:
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
-        It is quantized on `device`, None: where the weight is. `config` is for this layer (`QLoRAConfig.for_layer`).
+        It is quantized on `device`, None: where the weight is. `config` has the rank and lora_alpha of this layer.
         The seed of the adapter is made from `seed_name`, the same on every rank.
         """
         weight: Any = layer._parameters.pop("weight")
@@ -180,8 +181,13 @@ MEMBERS -= nn.Linear.__annotations__.keys()
 
 def adapted_layers(module: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
     """Name -> converted layer, in the order of the module; a stack of experts by the name of its parameter."""
+    return adapted_layers_of(module.named_modules(remove_duplicate=remove_duplicate))
+
+
+def adapted_layers_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, LoRALayer]:
+    """The same for all modules in a module, by their names."""
     layers = {}
-    for name, part in module.named_modules(remove_duplicate=remove_duplicate):
+    for name, part in modules:
         if isinstance(part, LoRALayer):
             if part.is_stack:
                 name = parameter_name(name)

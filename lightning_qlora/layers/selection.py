@@ -1,31 +1,104 @@
 """Which layers of a module become 4-bit layers, which stay dense, and why: the first of `RULES` that applies decides.
 
-Before the rules, a module in modules_to_save trains in full with all that is in it, and a ScriptModule, an embedding
-with rows that train and what an earlier conversion has seen stay as they are. A layer that was quantized while its
-model loaded counts as the dense layer that it was.
+Before the rules, a module in modules_to_save trains in full with all that is in it, and a ScriptModule, a layer with
+rows that train and what an earlier conversion has seen stay as they are. A layer that was quantized while its model
+loaded counts as the dense layer that it was.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.candidate import Candidate, Context, SavedLayers
-from lightning_qlora.layers.expert_selection import expert_parameters
-from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
-from lightning_qlora.layers.kinds import is_linear, is_packed, pop_packed_weight
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import LayerNames, inside, join, names_of_modules, outer_names
-from lightning_qlora.layers.provenance import new_parameters
-from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.records import is_recorded
+from lightning_qlora.layers.experts import ExpertParameter
+from lightning_qlora.layers.names import join, outer_names
+from lightning_qlora.layers.patterns import Patterns
+from lightning_qlora.layers.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
 from lightning_qlora.layers.token_selection import select_tokens
-from lightning_qlora.layers.trainable_tokens import TrainableTokens
+from lightning_qlora.quantization.blockwise import FLOATS
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
+FROZEN = "frozen by the module"
+LARGE_RANK = "an adapter of rank"  # beginning of a reason
+FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
+SavedLayers = Mapping[str, Mapping[str, Any]]  # name of a layer in a checkpoint -> its own arguments
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part that the rules decide about. Methods that give a reason give None where it does not apply."""
+
+    part: Part
+    config: QLoRAConfig  # with its own rank and lora_alpha
+    is_named: bool  # whether target_modules names it; a pattern for any name does not mean the whole module
+    is_excluded: bool
+    trains: bool  # whether anything of the module trains
+    new: str | None  # why its values are new
+    saved: Mapping[str, Any] | None  # its own arguments in the checkpoint
+    of_checkpoint: bool  # whether the layers of a checkpoint are converted
+
+    @property
+    def can_train(self) -> bool:
+        """Whether it may train in full: conversion makes nothing train in a module that the user froze."""
+        return self.trains and self.part.kind not in STACKS
+
+    def is_not_linear(self) -> str | None:
+        """Why a module that target_modules names has nothing to convert."""
+        return None if self.part.is_linear else "only linear layers can be converted"
+
+    def has_member(self) -> str | None:
+        """Why a subclass of nn.Linear can't become a QLoRALinear."""
+        name = self.part.class_name
+        if self.part.member == "__call__":
+            return f"{name} has a __call__ of its own, which may compute something else"
+        return self.part.member and f"{name} has a {self.part.member} of its own, which a 4-bit layer would replace"
+
+    def cannot_convert(self) -> str | None:
+        """Why it can't be converted, even if target_modules names it."""
+        part = self.part
+        if part.kind in QUANTIZED_KINDS:
+            return None
+        if part.computed:
+            return f"its {part.computed[0]} is computed (parametrized), not stored"
+        weight = part.weight
+        if weight.dtype not in FLOATS and part.kind is not Kind.PACKED:
+            reason = f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+            if "float8" in reason:
+                reason += "; load the model in configure_model or plugin.init(), where it is dequantized"
+            return reason
+        return f"its weight is tied to {weight.ties[0]}" if weight.ties else None
+
+    def not_by_default(self) -> str | None:
+        """Why it is converted only if target_modules names it."""
+        part = self.part
+        if part.is_output_embedding:
+            return "output embedding; name it in target_modules to convert it"
+        if part.is_router:
+            return "router of experts; name it in target_modules to convert it"
+        is_frozen = not part.weight.trains
+        if part.kind is Kind.PACKED:  # bitsandbytes freezes what it quantizes: the rest of a model decides
+            is_frozen = part.is_in_frozen_model
+        if is_frozen and self.trains:
+            return FROZEN
+        if part.is_left_dense and not self.too_small():
+            return "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
+        return None
+
+    def too_small(self) -> str | None:
+        """Why 4 bits and an adapter would not be smaller."""
+        rows, columns = self.part.shape
+        if rows * columns <= FEWEST:
+            return f"its {rows}x{columns} weights are too few for 4 bits"
+        if self.config.r * (rows + columns) < rows * columns:
+            return None
+        return f"{LARGE_RANK} {self.config.r} would not be smaller than its {rows}x{columns} weights"
+
+    def is_empty(self) -> str | None:
+        """Why there is nothing to quantize."""
+        rows, columns = self.part.shape
+        return None if rows and columns else f"its {rows}x{columns} weight is empty"
 
 
 class Rule(NamedTuple):
@@ -34,7 +107,7 @@ class Rule(NamedTuple):
     when: str  # as in docs/layers.md
     by_default: str | None  # what happens if target_modules does not name it; None: the rule does not apply
     if_named: str | None  # the same if target_modules names it; in ["all-linear", "lm_head"] it names "lm_head"
-    reason: Callable[[Candidate], str | bool | None]  # whether it applies: its reason, or True, for `when`
+    reason: Callable[[Case], str | bool | None]  # whether it applies: its reason, or True, for `when`
 
 
 CONVERT = "4 bits and an adapter"
@@ -44,85 +117,55 @@ WARN = "dense and frozen, with a warning"
 REFUSE = "an error"
 ROWS = "some rows train"  # of embeddings, decided before the rules
 RULES = (
-    Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda layer: layer.saved_arguments is not None),
-    Rule("in exclude_modules", SKIP, SKIP, lambda layer: layer.names.match_outer(layer.config.exclude_modules)),
-    Rule("new: without pretrained values", TRAIN, None, lambda layer: layer.new),
-    Rule("not in target_modules", SKIP, None, lambda layer: not layer.config.all_linear),
-    Rule("no linear layer", None, REFUSE, lambda layer: not layer.is_linear and "only linear layers can be converted"),
-    Rule("of a class with members that 4-bit layers have", SKIP, REFUSE, lambda layer: layer.name_clash()),
-    Rule("tied, parametrized, or not in floats", SKIP, WARN, lambda layer: layer.cannot_convert()),
-    Rule("an output embedding, a router, or frozen by the module", SKIP, None, lambda layer: layer.not_by_default()),
-    Rule("not larger than its adapter", TRAIN, None, lambda layer: layer.can_train and layer.too_small()),
-    Rule(
-        "not larger than its adapter, in a mixture of experts or where nothing trains",
-        SKIP,
-        None,
-        lambda layer: layer.too_small(),
-    ),
-    Rule("without weights", SKIP, SKIP, lambda layer: layer.is_empty()),
-    Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda layer: layer.context.saved is not None),
-    Rule("any other linear layer", CONVERT, CONVERT, lambda layer: True),
+    Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda case: case.saved is not None),
+    Rule("in exclude_modules", SKIP, SKIP, lambda case: case.is_excluded),
+    Rule("new: without pretrained values", TRAIN, None, lambda case: case.new),
+    Rule("not in target_modules", SKIP, None, lambda case: not case.config.all_linear),
+    Rule("no linear layer", None, REFUSE, Case.is_not_linear),
+    Rule("of a class with members that 4-bit layers have", SKIP, REFUSE, Case.has_member),
+    Rule("tied, parametrized, or not in floats", SKIP, WARN, Case.cannot_convert),
+    Rule("an output embedding, a router, or frozen by the module", SKIP, None, Case.not_by_default),
+    Rule("not larger than its adapter", TRAIN, None, lambda case: case.can_train and case.too_small()),
+    Rule("not larger than its adapter, in a mixture of experts or where nothing trains", SKIP, None, Case.too_small),
+    Rule("without weights", SKIP, SKIP, Case.is_empty),
+    Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda case: case.of_checkpoint),
+    Rule("any other linear layer", CONVERT, CONVERT, lambda case: True),
 )
 
 
-class ToConvert(NamedTuple):
-    """A layer to convert, or the experts of one parameter."""
+class Row(NamedTuple):
+    """What happens with a layer, a stack of experts, a parameter, or a module in modules_to_save."""
 
     name: str
-    part: nn.Module | ExpertParameter
-    config: QLoRAConfig  # the arguments, with its own rank and lora_alpha
-    seed_name: str
-
-    @property
-    def place(self) -> tuple[Any, str]:
-        """The module that holds its weight, and the key."""
-        if isinstance(self.part, ExpertParameter):
-            return self.part.owner, self.part.key
-        return self.part, "weight"
+    action: str  # an outcome of a rule
+    reason: str
+    owner: Any = None  # the module that holds its weight, or the module itself
+    key: str = ""  # of its weight, or of the parameter, in the owner; "": all of the module
+    config: QLoRAConfig | None = None  # the arguments of a layer to convert, with its own rank and lora_alpha
+    seed_name: str = ""
+    stack: ExpertParameter | None = None
 
     @property
     def weight_name(self) -> str:
         """The name of its weight; that of a stack of experts is the parameter."""
-        return self.name if isinstance(self.part, ExpertParameter) else join(self.name, "weight")
-
-    def convert(self, device: torch.device | None = None, weights: Iterable[Tensor] | None = None) -> LoRALayer:
-        """Convert it, in place, to a 4-bit layer. For the arguments see `QLoRAExperts.from_parameter`."""
-        name, part, config, seed_name = self
-        if isinstance(part, ExpertParameter):
-            return QLoRAExperts.from_parameter(part, config, name, device, seed_name, weights)
-        if is_packed(part):
-            setattr(part.weight, REPLACED, part)  # for an optimizer that was created before conversion
-            QLoRALinear.from_packed(part, *pop_packed_weight(part), config, name, seed_name)
-        else:
-            QLoRALinear.from_linear(part, config, name, device, seed_name)
-        assert isinstance(part, QLoRALinear)
-        return part
-
-
-class Decision(NamedTuple):
-    """What conversion does with a layer, a stack of experts, a parameter, or a module in modules_to_save."""
-
-    action: str  # an outcome of a rule
-    reason: str
-    layer: ToConvert | None = None  # if it is converted
+        return self.name if self.stack is not None else join(self.name, self.key)
 
 
 @dataclass
 class Selection:
-    """The decisions about a module, by name; what has none, and is in nothing that has one, is frozen."""
+    """The rows of a module, by name; what has none, and is in nothing that has one, is frozen."""
 
-    decisions: dict[str, Decision] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
-    names: dict[int, LayerNames] = field(default_factory=dict)  # id of each module -> its names
 
     def reasons(self, *actions: str) -> dict[str, str]:
         """Name -> reason, of what has one of these outcomes."""
-        return {name: each.reason for name, each in self.decisions.items() if each.action in actions}
+        return {name: row.reason for name, row in self.rows.items() if row.action in actions}
 
     @property
-    def convert(self) -> dict[str, ToConvert]:
+    def convert(self) -> dict[str, Row]:
         """The layers to convert, and the parameters with the weights of experts."""
-        return {name: each.layer for name, each in self.decisions.items() if each.layer is not None}
+        return {name: row for name, row in self.rows.items() if row.action == CONVERT}
 
     @property
     def train(self) -> dict[str, str]:
@@ -134,33 +177,6 @@ class Selection:
         """Why a linear layer, or a stack of experts, is dense and frozen."""
         return self.reasons(SKIP, WARN)
 
-    def decide(self, layer: Candidate) -> None:
-        """Do what the first rule that applies says."""
-        if not (layer.is_linear or layer.is_named or layer.new):
-            return
-        for rule in RULES:
-            outcome = rule.if_named if layer.is_named else rule.by_default
-            reason = outcome is not None and rule.reason(layer)
-            if reason:
-                break
-        text = rule.when if reason is True else str(reason)
-        to_convert = (
-            ToConvert(layer.name, layer.part, layer.config, layer.names.seed_name) if outcome == CONVERT else None
-        )
-        self.decisions[layer.name] = Decision(str(outcome), text, to_convert)
-
-    def of_parameters(self, module: nn.Module) -> dict[int, Decision]:
-        """Id of each parameter with a decision -> that about it, or about the innermost part around it.
-
-        A parameter with several names trains in full if it does by one of them.
-        """
-        result: dict[int, Decision] = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            decision = next((self.decisions[part] for part in outer_names(name) if part in self.decisions), None)
-            if decision is not None and (decision.action == TRAIN or id(parameter) not in result):
-                result[id(parameter)] = decision
-        return result
-
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
     """Decide for every linear layer of a module; with `saved`, exactly the layers of a checkpoint are converted.
@@ -168,48 +184,92 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     The module may be a part of another one, for which a pattern that matches nothing here is meant. `check_selection`
     refuses such patterns in a whole module.
     """
-    choice = Selection(names=names_of_modules(module))
-    context = Context(module, config, saved)
-    new = new_parameters(module)
-    parts = context.modules
-    whole = [name for name, part in parts.items() if choice.names[id(part)].match(config.modules_to_save)]
-    choice.decisions.update(dict.fromkeys(whole, Decision(TRAIN, IN_MODULES_TO_SAVE)))
-    choice.tokens = select_tokens(module, config.trainable_token_indices, choice.names)
-    for name, part in parts.items():
-        names = choice.names[id(part)]
-        if any(inside(name, outer) for outer in whole):
-            continue
-        if isinstance(part, torch.jit.ScriptModule):
-            whole.append(name)
-            choice.decisions[name] = Decision(SKIP, "a torch.jit.ScriptModule, which can't be changed")
-            continue
-        if name in choice.tokens:
-            choice.decisions[name] = Decision(ROWS, f"{len(choice.tokens[name])} rows train")
-            continue
-        if isinstance(part, TrainableTokens):
-            continue
-        if is_recorded(part):
-            if is_linear(part) and not isinstance(part, QLoRALinear):
-                trains = any(parameter.requires_grad for parameter in part.parameters())
-                choice.decisions[name] = Decision(TRAIN if trains else SKIP, "as an earlier conversion left it")
-            continue
-        stacks = expert_parameters(part)
-        for stack in stacks:
-            choice.decide(Candidate(join(name, stack.key), stack, names_of_stack(names, stack), None, context))
-        if stacks:
-            continue
-        new_here = {key: new[id(p)] for key, p in part._parameters.items() if id(p) in new}
-        if part._modules and not names.match_outer(config.exclude_modules):
-            choice.decisions.update({join(name, key): Decision(TRAIN, reason) for key, reason in new_here.items()})
-        reason = None
-        if not part._modules:
-            reason = next(iter(new_here.values()), None)
-        if not isinstance(part, QLoRAExperts):  # a stack: selected with the module around it
-            choice.decide(Candidate(name, part, names, reason, context))
-    return choice
+    return decide(survey(module), config, saved)
 
 
-def names_of_stack(names: LayerNames, stack: ExpertParameter) -> LayerNames:
-    """The names of a stack of experts: its own, and for patterns those of the module that holds it."""
-    own = [join(name, stack.key) for name in names.all]
-    return LayerNames(own + names.all, join(names.seed_name, stack.key))
+def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
+    """What happens with each part of a module; see `select_layers`."""
+    arguments = _Arguments(config, saved, seen.trains)
+    tokens = select_tokens(seen, config.trainable_token_indices)
+    in_full = Patterns(config.modules_to_save)
+    modules = (part for part in seen.parts if part.kind not in STACKS)
+    rows = [_whole(part, TRAIN, IN_MODULES_TO_SAVE) for part in modules if in_full.match(part.names.for_patterns)]
+    whole = {row.name for row in rows}  # decided with all that is in them
+    for part in seen.parts:
+        name = part.names.full
+        if not whole.isdisjoint(outer_names(name)):
+            continue
+        if part.kind is Kind.SCRIPT:
+            rows.append(_whole(part, SKIP, "a torch.jit.ScriptModule, which can't be changed"))
+            whole.add(name)
+        elif name in tokens:
+            rows.append(_whole(part, ROWS, f"{len(tokens[name])} rows train"))
+        elif part.is_recorded and part.is_linear:
+            rows.append(_whole(part, TRAIN if part.trains else SKIP, "as an earlier conversion left it"))
+        elif part.kind not in DECIDED and not part.is_recorded and not part.has_stacks:
+            rows += _rows(arguments.case(part))
+    return Selection({row.name: row for row in rows}, tokens)
+
+
+def _whole(part: Part, action: str, reason: str) -> Row:
+    return Row(part.names.full, action, reason, part.owner)
+
+
+def _rows(case: Case) -> Iterator[Row]:
+    """The rows of new parameters beside the parts of a module, then that of the module, or of a stack, by the rules."""
+    part = case.part
+    names = part.names
+    if part.has_parts and not case.is_excluded:
+        for key, parameter in part.parameters.items():
+            if parameter.new:
+                yield Row(join(names.full, key), TRAIN, parameter.new, part.owner, key)
+    if not (part.is_linear or case.is_named or case.new):
+        return
+    for rule in RULES:
+        action = rule.if_named if case.is_named else rule.by_default
+        reason = action is not None and rule.reason(case)
+        if reason:
+            break
+    text = rule.when if reason is True else str(reason)
+    config = case.config if action == CONVERT else None
+    yield Row(names.full, str(action), text, part.owner, part.key, config, names.for_seed, part.stack)
+
+
+class _Arguments:
+    """The arguments of a conversion, and of each part."""
+
+    def __init__(self, config: QLoRAConfig, saved: SavedLayers | None, trains: bool) -> None:
+        self._config = config
+        self._saved = saved
+        self._trains = trains
+        self._named = Patterns(config.named_targets)
+        self._excluded = Patterns(config.exclude_modules)
+        self._ranks = Patterns(config.rank_pattern)
+        self._alphas = Patterns(config.alpha_pattern)
+        self._configs: dict[str, QLoRAConfig] = {}  # by the arguments that differ: each is checked once
+
+    def case(self, part: Part) -> Case:
+        names = part.names.for_patterns
+        saved = None if self._saved is None else self._saved.get(part.names.in_state_dicts)
+        is_new = not part.has_parts and part.kind not in STACKS
+        return Case(
+            part=part,
+            config=self._config_of(names, saved),
+            is_named=part.names.full != "" and self._named.match(names),
+            is_excluded=self._excluded.match_outer(names),
+            trains=self._trains,
+            new=next(filter(None, (each.new for each in part.parameters.values() if is_new)), None),
+            saved=saved,
+            of_checkpoint=self._saved is not None,
+        )
+
+    def _config_of(self, names: tuple[str, ...], saved: Mapping[str, Any] | None) -> QLoRAConfig:
+        own: dict[str, Any] = {}
+        if self._config.rank_pattern or self._config.alpha_pattern:
+            own["r"] = self._ranks.value(names, self._config.r)
+            own["lora_alpha"] = self._alphas.value(names, self._config.lora_alpha)
+        own |= saved or {}
+        key = repr(own)
+        if key not in self._configs:
+            self._configs[key] = self._config.with_own(own)
+        return self._configs[key]

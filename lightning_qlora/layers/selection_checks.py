@@ -1,21 +1,20 @@
 """What a conversion refuses after it chose the layers: patterns that match nothing, and adapters of other libraries."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qlora.checks import first_of
-from lightning_qlora.config import QLoRAConfig, fits
-from lightning_qlora.layers.expert_selection import expert_parameters
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import inside, join, last_part, matches, matches_outer, names_of_modules
-from lightning_qlora.layers.provenance import LOADED
-from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection, names_of_stack
+from lightning_qlora.layers.names import inside, join, last_part, outer_names, without_wrappers
+from lightning_qlora.layers.patterns import Patterns
+from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection
+from lightning_qlora.layers.survey import Kind, Survey
 from lightning_qlora.layers.token_selection import check_tokens
 
 # Parameters or modules of a layer with an adapter, by their names in lower case.
@@ -27,36 +26,23 @@ FOREIGN = (
 )
 
 
-class Pattern(NamedTuple):
-    """One pattern of an argument."""
-
-    argument: str
-    text: str
-    matches_name: Callable[[str], bool]
-
-    def match(self, names: Iterable[str]) -> bool:
-        """Whether one of a module's names matches."""
-        return any(self.matches_name(name) for name in names)
+ARGUMENTS = ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
-def patterns_of(config: QLoRAConfig) -> Iterator[Pattern]:
-    """The patterns of all arguments for layers."""
-    for argument in ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        value = getattr(config, argument)
-        if argument == "target_modules":
-            value = config.named_targets
-        match = matches_outer if argument == "exclude_modules" else matches
-        if isinstance(value, str):
-            yield Pattern(argument, value, partial(match, patterns=value))
-            continue
-        for text in value:
-            if isinstance(value, dict):
-                yield Pattern(argument, text, partial(fits, pattern=text))
-            else:
-                yield Pattern(argument, text, partial(match, patterns=[text]))
+def patterns_of(config: QLoRAConfig) -> dict[str, Patterns]:
+    """The patterns of each argument for layers."""
+    values = {name: getattr(config, name) for name in ARGUMENTS} | {"target_modules": config.named_targets}
+    return {name: Patterns(value) for name, value in values.items() if value}
 
 
-def check_selection(module: nn.Module, config: QLoRAConfig, choice: Selection, of_checkpoint: bool) -> None:
+def matching(patterns: Patterns, argument: str, names: Iterable[str]) -> set[str]:
+    """The patterns of an argument that a part with these names matches."""
+    if argument == "exclude_modules":
+        names = [outer for name in names for outer in outer_names(name) if outer or not name]
+    return {text for name in names for text in patterns.of_name(name)}
+
+
+def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_checkpoint: bool) -> None:
     """Check the layers of a whole module; those of a checkpoint were chosen without patterns.
 
     Raises:
@@ -64,13 +50,15 @@ def check_selection(module: nn.Module, config: QLoRAConfig, choice: Selection, o
             If a part of the module has adapters of another library.
     """
     if not of_checkpoint:
-        _check_patterns(module, config, choice)
-    check_tokens(module, config.trainable_token_indices, choice.names, choice.train)
-    for name, part in module.named_modules():
-        kind = foreign_adapter(part)
-        if kind is None or choice.names[id(part)].match_outer(config.exclude_modules):
+        _check_patterns(seen, config, choice)
+    check_tokens(seen, config.trainable_token_indices, choice.train)
+    excluded = Patterns(config.exclude_modules)
+    for part in seen.parts:
+        name = part.names.full
+        kind = None if part.stack is not None else foreign_adapter(part.owner)
+        if kind is None or excluded.match_outer(part.names.for_patterns):
             continue
-        if not any(inside(name, outer) for outer in choice.train):
+        if choice.train.keys().isdisjoint(outer_names(name)):
             raise ValueError(
                 f"{name or 'the module itself'}: is {kind}. Conversion adds adapters of its own, and freezes or "
                 "quantizes these. Convert the model without them: pass it before get_peft_model or merge them into it "
@@ -79,71 +67,68 @@ def check_selection(module: nn.Module, config: QLoRAConfig, choice: Selection, o
             )
 
 
-def _check_patterns(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
-    layers = dict(module.named_modules())
-    for name, reason in choice.reasons(REFUSE).items():
-        raise ValueError(
-            f"target_modules={config.target_modules!r} names {name!r}, a {type(layers[name]).__name__}: {reason}. "
-            "Name it in modules_to_save to train it in full."
-        )
-    names_of = {name: choice.names[id(layer)].all for name, layer in layers.items()}
-    for name, layer in layers.items():
-        for stack in expert_parameters(layer):
-            names_of[join(name, stack.key)] = names_of_stack(choice.names[id(layer)], stack).all
-    earlier = [name for name, layer in layers.items() if isinstance(layer, LoRALayer) and not layer.loaded]
-    converted = [*choice.convert, *earlier]
-    dense = choice.reasons(TRAIN, SKIP, WARN)
-    for pattern in patterns_of(config):
-        names = layers if pattern.argument == "modules_to_save" else names_of
-        matched = [name for name in names if pattern.match(names_of[name])]
-        if pattern.argument in ("rank_pattern", "alpha_pattern"):
-            if not set(matched) & set(converted):
-                reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in matched if n in dense][:3])
-                first = first_of(map(repr, converted), 3)
-                raise ValueError(
-                    f"{pattern.argument}: {pattern.text!r} fits none of the layers to convert: [{first}].{reasons}"
-                )
-        elif not matched:
-            _refuse_pattern(pattern, getattr(config, pattern.argument), layers, names_of)
+def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
+    for row in choice.rows.values():
+        if row.action == REFUSE:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} names {row.name!r}, a {type(row.owner).__name__}: "
+                f"{row.reason}. Name it in modules_to_save to train it in full."
+            )
+    earlier = [part.names.full for part in seen.parts if part.kind is Kind.CONVERTED]
+    converted = dict.fromkeys([*choice.convert, *earlier])
+    for argument, patterns in patterns_of(config).items():
+        fitting: dict[str, list[str]] = {text: [] for text in patterns.texts}  # the names that each pattern matches
+        for part in seen.parts:
+            if argument != "modules_to_save" or part.stack is None:
+                for text in matching(patterns, argument, part.names.for_patterns):
+                    fitting[text].append(part.names.full)
+        for text, names in fitting.items():
+            if argument in ("rank_pattern", "alpha_pattern"):
+                if converted.keys().isdisjoint(names):
+                    dense = choice.reasons(TRAIN, SKIP, WARN)
+                    reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in names if n in dense][:3])
+                    first = first_of(map(repr, converted), 3)
+                    raise ValueError(f"{argument}: {text!r} fits none of the layers to convert: [{first}].{reasons}")
+            elif not names:
+                _refuse_pattern(argument, text, getattr(config, argument), seen)
 
 
-def _refuse_pattern(pattern: Pattern, value: Any, layers: Mapping[str, nn.Module], names: Iterable[str]) -> NoReturn:
+def _refuse_pattern(argument: str, text: str, value: Any, seen: Survey) -> NoReturn:
     """Raise ValueError for a pattern that fits no module, with the name endings that there are."""
-    if pattern.argument == "modules_to_save":
+    if argument == "modules_to_save":
         parts = "modules"
         rule = "A list has names or such endings."
-        fitting = [name for name, layer in layers.items() if name and next(layer.parameters(), None) is not None]
+        fitting = [name for name, layer in seen.modules if name and next(layer.parameters(), None) is not None]
     else:
         parts = "linear layers"
         rule = "A list has such endings, a string is a regular expression for the full name."
-        fitting = [name for name in names if name not in layers or is_linear(layers[name])]
-    if pattern.argument == "target_modules":
+        fitting = [part.names.full for part in seen.parts if part.stack is not None or is_linear(part.owner)]
+    if argument == "target_modules":
         rule += " 'all-linear', alone or in a list, means all linear layers."
     endings = sorted({last_part(name) for name in fitting})
     raise ValueError(
-        f"{pattern.argument}={value!r}: no module of this model fits {pattern.text!r}. Its {parts} end in {endings}. "
-        f"{rule}"
+        f"{argument}={value!r}: no module of this model fits {text!r}. Its {parts} end in {endings}. {rule}"
     )
 
 
-def check_names_in_loaded_models(module: nn.Module, config: QLoRAConfig, choice: Selection) -> None:
+def check_names_in_loaded_models(seen: Survey, config: QLoRAConfig) -> None:
     """Raise ValueError for patterns that fit a layer of a model quantized while loading, but not by its name there."""
-    for model in [part for part in module.modules() if LOADED in vars(part)]:
-        names_in_model = names_of_modules(model)
-        for name, layer in model.named_modules():
-            for pattern in patterns_of(config):
-                if not is_linear(layer) and pattern.argument != "modules_to_save":
-                    continue
-                if pattern.match(names_in_model[id(layer)].all):
-                    continue
-                matched = next((each for each in choice.names[id(layer)].all if pattern.match([each])), None)
-                if matched is not None:
-                    raise ValueError(
-                        f"{pattern.argument}: {pattern.text!r} matches {matched!r}, the name in the "
-                        f"{type(module).__name__}, and not {name!r}, the name in the {type(model).__name__}. That "
-                        "model was quantized while it loaded, so patterns must match the names in it: leave out the "
-                        "attribute that holds it."
-                    )
+    patterns = patterns_of(config)
+    for model, kind in seen.quantized_models.items():
+        for part in seen.parts:
+            if part.stack is not None or not inside(part.names.full, model):
+                continue
+            name = part.names.full[len(model) :].lstrip(".")
+            in_model = [*dict.fromkeys([name, part.names.for_seed, without_wrappers(name)])]
+            for argument in patterns if is_linear(part.owner) else patterns.keys() & {"modules_to_save"}:
+                known = matching(patterns[argument], argument, in_model)
+                for other in part.names.for_patterns:
+                    for text in matching(patterns[argument], argument, [other]) - known:
+                        raise ValueError(
+                            f"{argument}: {text!r} matches {other!r}, the name in the {seen.class_name}, and not "
+                            f"{name!r}, the name in the {kind}. That model was quantized while it loaded, so patterns "
+                            "must match the names in it: leave out the attribute that holds it."
+                        )
 
 
 def foreign_adapter(module: nn.Module) -> str | None:
@@ -160,13 +145,13 @@ def foreign_adapter(module: nn.Module) -> str | None:
     return None
 
 
-def hand_written_adapters(root: nn.Module) -> list[str]:
+def hand_written_adapters(seen: Survey) -> list[str]:
     """Names of the frozen linear layers with two trainable low-rank matrices beside them, [r, in] and [out, r].
 
     Their shapes tell, transposed or not. They are in the module that holds the layer, or in the layer itself.
     """
     names = []
-    for name, module in root.named_modules():
+    for name, module in seen.modules:
         if isinstance(module, (LoRALayer, torch.jit.ScriptModule)):
             continue
         frozen = {key: layer for key, layer in [("", module), *module.named_children()] if _is_frozen_linear(layer)}
@@ -177,6 +162,8 @@ def hand_written_adapters(root: nn.Module) -> list[str]:
             in_layer = set()
             if key:
                 in_layer = {id(parameter) for parameter in layer.parameters()}
+            if len(matrices) > 2 + len(in_layer):
+                continue
             beside = [parameter for parameter in matrices if id(parameter) not in in_layer]
             if len(beside) == 2 and _is_low_rank(layer, *beside):
                 names.append(join(name, key))

@@ -11,77 +11,75 @@ from torch import Tensor, nn
 
 from lightning_qlora.checks import shown
 from lightning_qlora.layers.kinds import is_packed
-from lightning_qlora.layers.names import LayerNames, inside, join, last_part
+from lightning_qlora.layers.names import join, last_part, outer_names
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.trainable_tokens import TrainableTokens
+from lightning_qlora.layers.patterns import Patterns
+from lightning_qlora.layers.survey import STACKS, Kind, Part, Survey
 
 ARGUMENT = "trainable_token_indices"
 TokenIndices = list[int] | dict[str, list[int]]
 
 
-def select_tokens(module: nn.Module, tokens: TokenIndices | None, names: dict[int, LayerNames]) -> dict[str, list[int]]:
+def select_tokens(seen: Survey, tokens: TokenIndices | None) -> dict[str, list[int]]:
     """Name of each layer whose rows train, tied ones included -> their indices; without those of earlier conversions.
 
     A key that fits no layer has no effect here, see `check_tokens`.
     """
-    layers = dict(module.named_modules())
-    by_name = _named_layers(module, tokens, names)
-    by_weight: dict[int, list[int]] = {}
-    for name, indices in by_name.items():
-        weight = layers[name]._parameters.get("weight")
-        if weight is not None:
-            by_weight.setdefault(id(weight), indices)
-    tied = {
-        name: by_weight[id(weight)]
-        for name, key, weight in _parameters_of(module)
-        if key == "weight" and id(weight) in by_weight
-    }
-    by_name = tied | by_name
-    return {name: indices for name, indices in by_name.items() if not isinstance(layers[name], TrainableTokens)}
+    named = _named_layers(seen, tokens)
+    rows: dict[str, list[int]] = {}  # by the name of each tied weight
+    for part, indices in named:
+        if "weight" in part.parameters:
+            for name in (join(part.names.full, "weight"), *part.parameters["weight"].ties):
+                rows.setdefault(name, indices)
+    tied = {part.names.full: rows.get(join(part.names.full, "weight")) for part in seen.parts} if rows else {}
+    chosen = tied | {part.names.full: indices for part, indices in named}
+    earlier = {part.names.full for part in seen.parts if part.kind is Kind.TOKENS}
+    return {name: indices for name, indices in chosen.items() if indices is not None and name not in earlier}
 
 
-def check_tokens(
-    module: nn.Module, tokens: TokenIndices | None, names: dict[int, LayerNames], in_full: Mapping[str, Any]
-) -> None:
+def check_tokens(seen: Survey, tokens: TokenIndices | None, in_full: Mapping[str, Any]) -> None:
     """Raise ValueError if the argument names no layer, rows beyond a weight, or layers that train in full."""
-    layers = dict(module.named_modules())
-    by_name = _named_layers(module, tokens, names)
-    embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
-    text = f"{type(module).__name__} has no nn.Embedding"
+    if tokens is None:
+        return
+    named = _named_layers(seen, tokens)
+    embeddings = [name for name, layer in seen.modules if isinstance(layer, nn.Embedding)]
+    text = f"{seen.class_name} has no nn.Embedding"
     if embeddings:
-        text = f"{type(module).__name__} has the embeddings {embeddings}"
-    if isinstance(tokens, list) and not by_name:
+        text = f"{seen.class_name} has the embeddings {embeddings}"
+    if isinstance(tokens, list) and not named:
         raise ValueError(f"{ARGUMENT}: {text}, so a list does not say which. Pass {{name of the layer: {tokens[:9]}}}.")
     if isinstance(tokens, dict):
         for key in tokens:
-            if not any(names[id(layer)].match([key]) for layer in layers.values()):
+            pattern = Patterns([key])
+            if not any(pattern.match(part.names.for_patterns) for part in seen.parts if part.kind not in STACKS):
                 raise ValueError(f"{ARGUMENT}: {key!r} fits no module; {text}.")
     by_weight: dict[int, list[int]] = {}
-    for name, indices in by_name.items():
-        weight = _checked_weight(name, layers[name], indices)
+    for part, indices in named:
+        name, layer = part.names.full, part.owner
+        weight = _checked_weight(name, layer, indices)
         previous = by_weight.setdefault(id(weight), indices)
-        layer = layers[name]
-        if isinstance(layer, TrainableTokens) and previous == indices:
+        if part.kind is Kind.TOKENS and previous == indices:
             previous = layer.token_adapter.token_indices.tolist()
         if previous != indices:
             raise ValueError(
                 f"{ARGUMENT}: {name!r} was converted before, or is tied to a layer, with the rows {shown(previous)}. "
                 "Pass these."
             )
-    for name, key, parameter in _parameters_of(module):
-        if id(parameter) not in by_weight:
-            continue
-        if any(inside(name, outer) for outer in in_full):
-            raise ValueError(
-                f"{ARGUMENT}: {name!r} trains in full ({in_full.get(name, 'its module does')}), so single rows can't. "
-                f"Leave it out of modules_to_save, or out of {ARGUMENT}."
-            )
-        if key != "weight" or not isinstance(layers[name], (nn.Embedding, nn.Linear)):
-            raise ValueError(
-                f"{ARGUMENT}: {join(name, key)!r} is tied to the embedding, and belongs to a "
-                f"{type(layers[name]).__name__}, which would not use the rows that train. Name the embedding in "
-                "modules_to_save."
-            )
+    for name, layer in seen.modules:
+        for key, parameter in layer._parameters.items():
+            if id(parameter) not in by_weight:
+                continue
+            if not in_full.keys().isdisjoint(outer_names(name)):
+                raise ValueError(
+                    f"{ARGUMENT}: {name!r} trains in full ({in_full.get(name, 'its module does')}), so single rows "
+                    f"can't. Leave it out of modules_to_save, or out of {ARGUMENT}."
+                )
+            if key != "weight" or not isinstance(layer, (nn.Embedding, nn.Linear)):
+                raise ValueError(
+                    f"{ARGUMENT}: {join(name, key)!r} is tied to the embedding, and belongs to a "
+                    f"{type(layer).__name__}, which would not use the rows that train. Name the embedding in "
+                    "modules_to_save."
+                )
 
 
 def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
@@ -104,38 +102,31 @@ def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
     return weight
 
 
-def _named_layers(module: nn.Module, tokens: TokenIndices | None, names: dict[int, LayerNames]) -> dict[str, list[int]]:
-    """Name of each layer that the argument means -> the indices."""
+def _named_layers(seen: Survey, tokens: TokenIndices | None) -> list[tuple[Part, list[int]]]:
+    """The layers that the argument means, and the indices."""
+    if tokens is None:
+        return []
+    parts = [part for part in seen.parts if part.kind not in STACKS]
     if isinstance(tokens, list):
-        embeddings = _input_embeddings(module)
-        if len(embeddings) != 1:
-            return {}
-        return {embeddings[0]: tokens}
-    by_name: dict[str, list[int]] = {}
-    for key, indices in (tokens or {}).items():
-        for name, layer in module.named_modules():
-            if names[id(layer)].match([key]):
-                by_name.setdefault(name, indices)
-    return by_name
+        embeddings = _input_embeddings(seen)
+        return [(part, tokens) for part in parts if [part.names.full] == embeddings]
+    keys = {key: Patterns([key]) for key in tokens}
+    matching = [(part, next((k for k in keys if keys[k].match(part.names.for_patterns)), None)) for part in parts]
+    return [(part, tokens[key]) for part, key in matching if key is not None]
 
 
-def _input_embeddings(module: nn.Module) -> list[str]:
+def _input_embeddings(seen: Survey) -> list[str]:
     """Names of what `get_input_embeddings` of each model returns; without one, every `embed_tokens` or nn.Embedding."""
-    models: list[str] = []
+    models: set[str] = set()
     of_models: set[int] = set()
-    for name, part in module.named_modules():
-        if callable(getattr(part, "get_input_embeddings", None)) and not any(inside(name, outer) for outer in models):
-            models.append(name)
+    for name, part in seen.modules:
+        if callable(getattr(part, "get_input_embeddings", None)) and models.isdisjoint(outer_names(name)):
+            models.add(name)
             with suppress(NotImplementedError, AttributeError):  # transformers models without one
-                of_models.add(id(part.get_input_embeddings()))
-    embeddings = {name: part for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
+                of_models.add(id(part.get_input_embeddings()))  # type: ignore[operator]
+    embeddings = {name: part for name, part in seen.modules if isinstance(part, nn.Embedding)}
     return (
         [name for name, part in embeddings.items() if id(part) in of_models]
         or [name for name in embeddings if last_part(name) == "embed_tokens"]
         or list(embeddings)
     )
-
-
-def _parameters_of(module: nn.Module) -> list[tuple[str, str, nn.Parameter | None]]:
-    """Name of a module, key and value of each parameter that it holds; tied ones several times."""
-    return [(name, key, p) for name, part in module.named_modules() for key, p in part._parameters.items()]

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_qlora.adapters.base_folder import check_format, stored_format
 from lightning_qlora.checks import one_line
+from lightning_qlora.huggingface.base_folder import check_format, stored_format
 
 LARGEST = 1 << 22  # elements of a real tensor: attention masks may have more
 

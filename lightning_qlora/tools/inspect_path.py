@@ -5,15 +5,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_qlora.adapters.adapter import Adapter, outermost
 from lightning_qlora.adapters.base_compatibility import trained_on
-from lightning_qlora.adapters.base_folder import stored_format
-from lightning_qlora.adapters.from_checkpoint import fingerprint_of_base, read_adapter_from_checkpoint
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
+from lightning_qlora.huggingface.base_folder import stored_format
+from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.training.report import size_text
 
@@ -35,6 +38,14 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
     if any(os.path.isfile(os.path.join(path, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)):
         return [("kind", "PEFT adapter"), *_adapter_lines(read_adapter(path))]
     return _model_lines(WeightFolder(resolve_model(path)))
+
+
+def fingerprint_of_base(adapter: Adapter) -> str | None:
+    """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
+    numbers = [number for _, number in sorted(adapter.fingerprints.items())]
+    if not numbers:
+        return None
+    return checksum(torch.tensor(numbers, device="cpu"))
 
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:

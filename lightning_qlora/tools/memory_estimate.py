@@ -165,7 +165,7 @@ class PlannedRun:
         check_choice("device", device, get_args(DeviceName))
         if not isinstance(model, nn.Module):
             model = meta_model(model)
-        check_initialized(model)
+        check_initialized(model.named_modules())
         if config.init_kind.keeps_initial:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
         self.config = config

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import BITS
-from lightning_qlora.adapters.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
+from lightning_qlora.adapters.from_peft import from_peft
 from lightning_qlora.adapters.merge import merge_onto
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
-from lightning_qlora.adapters.peft_experts import layers_of_adapter
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
+from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels.ops import quantize
@@ -73,12 +73,12 @@ def merge_folder(
     else:
         for loading_dtype in ("auto", torch.bfloat16, torch.float16):  # training may have loaded another type
             model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
-            weights = float_weights(model, adapter, layers_of_adapter(adapter, model))
+            weights = float_weights(model, from_peft(adapter, model))
             if base == "float" or _quantizes_as_in_training(base_model, weights, adapter, config):
                 break
         if base == "quantized":
             weights = {}
-        forget_quantizer(model)
+        forget_quantizer(model.modules())
     config = config_of_adapter(model, adapter, config)
     with warnings.catch_warnings(), named(base_model):
         warnings.simplefilter("ignore")  # these warnings are about training

@@ -1,7 +1,6 @@
 """Convert a module in place: choose linear layers, quantize them one after another, freeze the rest, report."""
 
 import time
-from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,23 +18,21 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.candidate import SavedLayers
+from lightning_qlora.layers.apply import add_tokens, convert_layer, freeze, rows_of_parameters
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.experts import ExpertParameter
 from lightning_qlora.layers.full_precision import Decide, hold_in_fp32, train_in_full_precision
 from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, named
-from lightning_qlora.layers.provenance import loaded_models
+from lightning_qlora.layers.names import named
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.records import Unrecorded, own_parameters, record, unrecorded
-from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, Selection, ToConvert, select_layers
+from lightning_qlora.layers.records import record, unrecorded
+from lightning_qlora.layers.selection import Row, SavedLayers, Selection, decide
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
-from lightning_qlora.layers.trainable_tokens import train_tokens
+from lightning_qlora.layers.survey import Kind, Survey, survey
 from lightning_qlora.training.calibration import Calibration, calibration_of
 from lightning_qlora.training.convert_checks import (
     check_before_conversion,
@@ -96,18 +93,19 @@ def convert_module(
     Layers that an earlier conversion made, of this module or of a part of it, stay as they are. Layers that were added
     since are converted.
     """
-    check_initialized(module)
     start = time.perf_counter()
-    report = ConversionReport(bytes_before=dense_bytes(module))
+    modules = dict(module.named_modules())
+    check_initialized(modules.items())
+    report = ConversionReport(bytes_before=dense_bytes(modules.values()))
     conversion = conversion_of(module)
     if conversion is not None and (run.evaluating or not unrecorded(module)):
         _convert_again(module, conversion, config)
         report.held_in_fp32 = hold_in_fp32(module, conversion.config.compute_dtype, run.device, run.decide)
         report.deferred_logits = deferred_heads(module)
-        report.count(module)
+        report.count(module, modules)
     else:
-        _convert_new(module, config, run, saved, report)
-    calibration = calibration_of(module)
+        modules = _convert_new(module, config, run, saved, report)
+    calibration = calibration_of(modules.values())
     report.calibration = None if calibration is None else calibration.report
     report.seconds = time.perf_counter() - start
     return report
@@ -115,40 +113,43 @@ def convert_module(
 
 def _convert_new(
     module: nn.Module, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
-) -> None:
-    """Convert what no conversion has seen, and fill the report."""
-    forget_merge(module)
-    for part in module.modules():
+) -> dict[str, nn.Module]:
+    """Convert what no conversion has seen, and fill the report; returns the modules by name, those that it made too."""
+    seen = survey(module)
+    for _, part in seen.modules:
+        forget_merge(part)
         check_no_layer_resized(part)
-    check_has_data(module, later=run.sharded or dist.is_initialized())
+    check_has_data(seen.modules, later=run.sharded or dist.is_initialized())
     new = unrecorded(module)
-    kept = [layer for layer in adapted_layers(module).values() if not layer.loaded]
+    first = not any(part.kind is Kind.CONVERTED for part in seen.parts)
     given = config
     adapter = None
     if config.adapter:
         adapter = read_adapter(config.adapter)
         config = config_of_adapter(module, adapter, config)
-    if not kept:
+    if first:
         check_output_embeddings(module, config.deferred_logits)
-    choice = select_layers(module, config, saved)
-    check_selection(module, config, choice, of_checkpoint=saved is not None)
+    choice = decide(seen, config, saved)
+    check_selection(seen, config, choice, of_checkpoint=saved is not None)
     if adapter is None:
-        check_names_in_loaded_models(module, config, choice)
-    report.by_size = config.all_linear and saved is None and not kept and not loaded_models(module)
-    check_before_conversion(module, choice, config, first=not kept)
-    copies = find_copies(module, choice)
+        check_names_in_loaded_models(seen, config)
+    report.by_size = config.all_linear and saved is None and first and not seen.is_loaded
+    check_before_conversion(seen, choice, config, first)
+    copies = find_copies(seen, choice)
     share_seeds(choice, copies)
     warn_of_copies(copies)
-    _quantize(module, choice, run.device)
-    forget_quantizer(module)
+    rows = rows_of_parameters(seen, choice)
+    converted = _quantize(seen, choice, run.device)
+    forget_quantizer(part for _, part in seen.modules)
     report.trained_in_full = choice.train
     report.skipped = choice.skip
-    report.frozen = freeze(module, choice, new, kept)
-    _add_tokens(module, choice)
+    report.frozen = freeze(seen, rows, new, converted)
+    add_tokens(seen, choice.tokens)
+    modules = dict(module.named_modules())
     train_in_full_precision(module)
     report.held_in_fp32 = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
-        copy_from_files(module)
+        copy_from_files(modules.items())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
     _load_adapter_once(module, given.adapter, adapter)
     if config.gradient_checkpointing:
@@ -157,11 +158,12 @@ def _convert_new(
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
-    if config.init_kind.needs_data and choice.convert:
+    if config.init_kind.needs_data and converted:
         Calibration(module, run.sharded)
-    report.count(module)
-    warn_after_conversion(module, choice, config, report, first=not kept)
-    warn_of_slow_products(module, run.device)
+    report.count(module, modules)
+    warn_after_conversion(modules, choice, config, report, first)
+    warn_of_slow_products(modules, run.device)
+    return modules
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -175,8 +177,10 @@ def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter |
     `adapter` is its content, if it was read before. On the meta device nothing happens: the folder is loaded when the
     layers have values, by `load_weights` or the next call.
     """
+    if folder is None:
+        return
     layers = adapted_layers(module).values()
-    if folder is None or all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
+    if all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
         return
     set_adapter_of_module(module, adapter or read_adapter(folder))
     for layer in layers:
@@ -194,33 +198,35 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
         conversion.given.insert(0, config)  # the last one is that of the conversion
 
 
-def _quantize(module: nn.Module, choice: Selection, device: torch.device | None) -> None:
-    """Convert the chosen layers one after another; other layers in 4 bits become dense."""
+def _quantize(seen: Survey, choice: Selection, device: torch.device | None) -> list[LoRALayer]:
+    """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense."""
     silent = bool(getattr(rank_zero_only, "rank", 0)) or None  # None: also where stderr is no terminal
-    layers = choice.convert.items()
-    for name, chosen in tqdm(layers, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
-        with named(name or type(chosen.part).__name__):
-            _convert(chosen, device)
-    for layer in module.modules():
+    rows = choice.convert.values()
+    layers = []
+    for row in tqdm(rows, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
+        with named(row.name or type(row.owner).__name__):
+            layers.append(_convert(row, device))
+    for _, layer in seen.modules:
         if is_packed(layer):
             decode_packed_layer(layer)
+    return layers
 
 
-def _convert(chosen: ToConvert, device: torch.device | None) -> None:
+def _convert(row: Row, device: torch.device | None) -> LoRALayer:
     """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
-    loaded = chosen.part.loaded if isinstance(chosen.part, ExpertParameter) else chosen.part
+    loaded = row.owner if row.stack is None else row.stack.loaded
     if isinstance(loaded, LoRALayer):
         if not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
             _check_not_sharded(loaded.lora_A)
-        loaded.set_arguments(chosen.config, chosen.name, loaded.seed_name)
+        assert row.config is not None
+        loaded.set_arguments(row.config, row.name, loaded.seed_name)
         loaded.loaded = False
-        return
-    owner, key = chosen.place
-    weight = owner._parameters.get(key)
+        return loaded
+    weight = row.owner._parameters.get(row.key)
     if weight is None:  # the parameters of another quantized format
-        raise ValueError(f"has no float weight to quantize, but {', '.join(owner._parameters)}. {IN_INIT}")
+        raise ValueError(f"has no float weight to quantize, but {', '.join(row.owner._parameters)}. {IN_INIT}")
     _check_not_sharded(weight)
-    chosen.convert(device)
+    return convert_layer(row, device)
 
 
 def _check_not_sharded(weight: Any) -> None:
@@ -231,39 +237,3 @@ def _check_not_sharded(weight: Any) -> None:
             "loop of your own, lightning_qlora.convert(model). A model that configure_model loads with from_pretrained "
             "of transformers is in 4 bits already; pass no plan to it (tp_plan, distributed_config) elsewhere."
         )
-
-
-def freeze(module: nn.Module, choice: Selection, new: Iterable[Unrecorded], kept: Collection[LoRALayer]) -> list[str]:
-    """Let only the adapters, and what was chosen to train in full, train; returns what trained and is frozen now.
-
-    `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
-    `kept` are the layers of an earlier conversion, which do not change. Linear layers are not in the result.
-    """
-    decisions = choice.of_parameters(module)
-    name_of = {part: name for name, part in module.named_modules()}
-    frozen: dict[str, None] = {}
-    for owner, key, trained, _ in new:
-        weight = own_parameters(owner).get(key)
-        if weight is None or not (weight.is_floating_point() or weight.is_complex()):
-            continue
-        decision = decisions.get(id(weight))
-        weight.requires_grad_(decision is not None and decision.action == TRAIN)
-        if trained and decision is None:
-            frozen[join(name_of[owner], key if owner._modules else "")] = None
-    trains = {key for key, decision in decisions.items() if decision.reason == IN_MODULES_TO_SAVE}
-    for layer in {*adapted_layers(module).values()} - {*kept}:
-        trains |= {id(parameter) for parameter in layer.adapter_parameters()}
-    for parameter in module.parameters():
-        if id(parameter) in trains and parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    return list(frozen)
-
-
-def _add_tokens(module: nn.Module, choice: Selection) -> None:
-    """Let the chosen rows of frozen embeddings train."""
-    tied: dict[int, list[str]] = {}
-    for name in choice.tokens:
-        weight = module.get_submodule(name)._parameters.get("weight")
-        tied.setdefault(id(weight), []).append(name)
-    for names in tied.values():
-        train_tokens([module.get_submodule(name) for name in names], choice.tokens[names[0]])

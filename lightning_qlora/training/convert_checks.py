@@ -2,27 +2,29 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.checks import first_of
 from lightning_qlora.config import QLoRAConfig, arguments_that
-from lightning_qlora.layers.candidate import FROZEN, LARGE_RANK
 from lightning_qlora.layers.copies import Copy
 from lightning_qlora.layers.held_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.names import inside, join, last_part, named_tensors, owner_name
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import inside, join, last_part, outer_names, owner_name, tensors_of
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.provenance import OUTSIDE
-from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.selection import WARN, Selection
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
+from lightning_qlora.layers.selection import FROZEN, IN_MODULES_TO_SAVE, LARGE_RANK, WARN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
-from lightning_qlora.training.report import ROOT, ConversionReport, count_parameters
+from lightning_qlora.layers.survey import QUANTIZED_KINDS, Survey
+from lightning_qlora.training.report import ROOT, ConversionReport
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
 LOAD_IN_CONFIGURE_MODEL = (
@@ -38,11 +40,12 @@ SHOWN = 5  # layers with the reason that each was skipped
 UNEXPECTED_SHARE = 0.10  # of the weights left in 16 bit before a warning
 
 
-def check_initialized(module: nn.Module) -> None:
+def check_initialized(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse a module with a lazy layer that has not run yet: it has no parameters to quantize, freeze or train."""
-    for name, tensor in named_tensors(module):
+    modules = list(modules)
+    for name, tensor in tensors_of(modules):
         if is_lazy(tensor):
-            owner = type(module.get_submodule(owner_name(name))).__name__
+            owner = type(dict(modules)[owner_name(name)]).__name__
             raise ValueError(
                 f"{name}: belongs to a {owner} that has not run yet, so it has no shape and can be neither quantized "
                 "nor frozen. Run one batch through the module first (in __init__ or configure_model of a "
@@ -50,12 +53,13 @@ def check_initialized(module: nn.Module) -> None:
             )
 
 
-def check_has_data(module: nn.Module, later: bool = False, advice: str = LOAD_IT) -> None:
+def check_has_data(modules: Iterable[tuple[str, nn.Module]], later: bool = False, advice: str = LOAD_IT) -> None:
     """Refuse a module that was built on the meta device if a part of it was never loaded, or can't be `later`."""
-    for name, tensor in named_tensors(module):
+    owners = dict(modules)
+    for name, tensor in tensors_of(list(owners.items())):
         if not tensor.is_meta:
             continue
-        is_computed = last_part(name) in module.get_submodule(owner_name(name))._non_persistent_buffers_set
+        is_computed = last_part(name) in owners[owner_name(name)]._non_persistent_buffers_set
         if is_computed:
             advice = COMPUTE_IT
         elif later:
@@ -64,12 +68,12 @@ def check_has_data(module: nn.Module, later: bool = False, advice: str = LOAD_IT
         raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {advice}")
 
 
-def check_before_conversion(module: nn.Module, choice: Selection, config: QLoRAConfig, first: bool) -> None:
+def check_before_conversion(seen: Survey, choice: Selection, config: QLoRAConfig, first: bool) -> None:
     """Refuse layers, or warn of them, before they are converted; `first`: no earlier conversion made layers."""
     if first:
-        _warn_of_hand_written_adapters(module)
+        _warn_of_hand_written_adapters(seen)
         _check_any(choice, config)
-    _check_loaded(module, choice)
+    _check_loaded(seen, choice)
     _warn_of_names_in_vain(choice)
     _warn_of_hooks(choice)
 
@@ -90,23 +94,25 @@ def warn_of_copies(copies: Iterable[Copy]) -> None:
 
 
 def warn_after_conversion(
-    module: nn.Module, choice: Selection, config: QLoRAConfig, report: ConversionReport, first: bool
+    modules: Mapping[str, nn.Module], choice: Selection, config: QLoRAConfig, report: ConversionReport, first: bool
 ) -> None:
-    """Warn of what a user may not expect of a converted module."""
-    _warn_of_what_stayed(module, choice)
-    _warn_of_16_bits(module)
+    """Warn of what a user may not expect of a converted module, whose modules by name are given."""
+    parameters = dict(tensors_of(list(modules.items()), ["_parameters"]))
+    _warn_of_what_stayed(modules, choice, report.total_parameters)
+    _warn_of_16_bits(parameters)
+    layers = adapted_layers_of(modules.items())
     if not first and choice.convert:
-        _warn_of_two_configs(module)
+        _warn_of_two_configs(layers)
     elif not first and not config.rank_pattern and not config.alpha_pattern:
-        for name, layer in adapted_layers(module).items():
+        for name, layer in layers.items():
             if warn_of_other_arguments(name, layer.config, config, arguments_that("of_layer")):
                 break
-    _warn_of_large_new_parts(module, choice, report)
+    _warn_of_large_new_parts(parameters, choice, report)
 
 
-def warn_of_slow_products(module: nn.Module, device: torch.device | None) -> None:
+def warn_of_slow_products(modules: Mapping[str, nn.Module], device: torch.device | None) -> None:
     """Warn if compute_dtype asks for a type in which the device of a module is slow."""
-    layer = next(iter(adapted_layers(module).values()), None)
+    layer = next((part for part in modules.values() if isinstance(part, LoRALayer)), None)
     if layer is None or layer.config.compute_dtype != "bf16":
         return
     reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
@@ -135,17 +141,19 @@ def _differing(previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str])
     return [f"{name}={was!r} and not {new!r}" for name, was, new in pairs if was != new]
 
 
-def _check_loaded(module: nn.Module, choice: Selection) -> None:
+def _check_loaded(seen: Survey, choice: Selection) -> None:
     """Refuse other arguments than those that layers were quantized with while their model loaded."""
-    for name, layer in adapted_layers(module).items():
-        if not layer.loaded:
+    dense = choice.skip | choice.train
+    for part in seen.parts:
+        if part.kind not in QUANTIZED_KINDS:
             continue
-        chosen = choice.convert.get(name)
-        if chosen is None:
-            reason = choice.skip.get(name) or choice.train.get(name) or "in modules_to_save"
-            differing = [f"is to stay dense now: {reason}"]
+        name = part.names.full
+        row = choice.rows.get(name)
+        if row is None or row.config is None:
+            differing = [f"is to stay dense now: {dense.get(name, IN_MODULES_TO_SAVE)}"]
         else:
-            differing = _differing(layer.config, chosen.config, arguments_that("at_loading"))
+            layer: Any = part.owner if part.stack is None else part.stack.loaded
+            differing = _differing(layer.config, row.config, arguments_that("at_loading"))
         if differing:
             raise ValueError(
                 f"{name}: was quantized while its model loaded ({', '.join(differing)}). Load and convert with the "
@@ -154,9 +162,9 @@ def _check_loaded(module: nn.Module, choice: Selection) -> None:
             )
 
 
-def _warn_of_hand_written_adapters(module: nn.Module) -> None:
+def _warn_of_hand_written_adapters(seen: Survey) -> None:
     """Warn of adapters that no library wrote: conversion freezes them, or adds a second one to the same layer."""
-    by_hand = hand_written_adapters(module)
+    by_hand = hand_written_adapters(seen)
     if by_hand:
         rank_zero_warn(
             f"{len(by_hand)} frozen linear layers have adapters that were written by hand, two low-rank matrices "
@@ -201,9 +209,8 @@ def _warn_of_names_in_vain(choice: Selection) -> None:
 def _warn_of_hooks(choice: Selection) -> None:
     """Warn of hooks for the gradient of a weight that is replaced."""
     hooked = []
-    for name, each in choice.convert.items():
-        owner, key = each.place
-        weight = owner._parameters.get(key)
+    for name, row in choice.convert.items():
+        weight = row.owner._parameters.get(row.key)
         if getattr(weight, "_backward_hooks", None) or getattr(weight, "_post_accumulate_grad_hooks", None):
             hooked.append(name)
     if hooked:
@@ -215,9 +222,9 @@ def _warn_of_hooks(choice: Selection) -> None:
         )
 
 
-def _warn_of_16_bits(module: nn.Module) -> None:
+def _warn_of_16_bits(parameters: Mapping[str, Tensor]) -> None:
     """Warn of parameters that train in full in 16 bits, because they can't be held in fp32."""
-    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    trained = ((name, p) for name, p in parameters.items() if p.requires_grad)
     sizes = {name: p.numel() for name, p in trained if p.dtype in IN_16_BITS}
     if sizes:
         rank_zero_warn(
@@ -228,25 +235,25 @@ def _warn_of_16_bits(module: nn.Module) -> None:
         )
 
 
-def _warn_of_two_configs(module: nn.Module) -> None:
+def _warn_of_two_configs(layers: Mapping[str, LoRALayer]) -> None:
     """Warn if layers of two conversions can't be saved in one adapter folder, before they are trained."""
     try:
-        check_one_folder({name: layer.config for name, layer in adapted_layers(module).items()})
+        check_one_folder({name: layer.config for name, layer in layers.items()})
     except ValueError as error:
         warnings.warn(f"save_adapter will refuse this module: {error}", stacklevel=2)
 
 
-def _warn_of_large_new_parts(module: nn.Module, choice: Selection, report: ConversionReport) -> None:
+def _warn_of_large_new_parts(parameters: Mapping[str, Tensor], choice: Selection, report: ConversionReport) -> None:
     """Warn if more trains in full as new than in the adapters: it may have been loaded by hand, as no mark says."""
-    new = [name for name, reason in choice.train.items() if reason.startswith(OUTSIDE)]
+    new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
     sizes = Counter[str]()  # by the first part of the name
-    for name, parameter in module.named_parameters():
-        if any(inside(name, outer) for outer in new):
+    for name, parameter in parameters.items() if new else ():
+        if not new.keys().isdisjoint(outer_names(name)):
             sizes[name.partition(".")[0]] += parameter.numel()
     if sizes.total() <= report.adapter_parameters:
         return
     largest, size = sizes.most_common(1)[0]
-    reason = choice.train[next(name for name in new if inside(name, largest))].removeprefix("new: ")
+    reason = next(reason for name, reason in new.items() if inside(name, largest)).removeprefix("new: ")
     rank_zero_warn(
         f"{largest!r} trains in full ({size:,} parameters; adapters have {report.adapter_parameters:,}), because it is "
         f"{reason}. If it was loaded from weights, name its linear layers in target_modules too, or freeze it before "
@@ -255,10 +262,11 @@ def _warn_of_large_new_parts(module: nn.Module, choice: Selection, report: Conve
     )
 
 
-def _warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
+def _warn_of_what_stayed(modules: Mapping[str, nn.Module], choice: Selection, total: int) -> None:
     """Warn of frozen matrices that belong to no linear layer or embedding, if they are a large part of the weights."""
     sizes = {}
-    for name, layer in module.named_modules():
+    skipped = choice.skip
+    for name, layer in modules.items():
         if isinstance(layer, (nn.Embedding, PackedLayer)):
             continue
         if is_linear(layer) and "weight" in layer._parameters:  # weight_norm stores others
@@ -267,9 +275,8 @@ def _warn_of_what_stayed(module: nn.Module, choice: Selection) -> None:
             key = join(name, key)
             if parameter is None or parameter.ndim < 2 or parameter.requires_grad:
                 continue
-            if key not in choice.skip:
+            if key not in skipped:
                 sizes[key] = parameter.numel()
-    _, total, _ = count_parameters(module)
     share = sum(sizes.values()) / total
     if share > UNEXPECTED_SHARE:
         largest = sorted(sizes, key=lambda name: -sizes[name])

@@ -89,7 +89,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         with quantize_while_loading(self.config, shards):
             yield
         if trainer is not None and shards:
-            check_has_data(trainer.lightning_module, advice=LOAD_IN_CONFIGURE_MODEL)
+            check_has_data(trainer.lightning_module.named_modules(), advice=LOAD_IN_CONFIGURE_MODEL)
 
     @contextmanager
     def convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:

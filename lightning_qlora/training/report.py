@@ -2,22 +2,22 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.candidate import FROZEN
 from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters
 from lightning_qlora.layers.held_types import IN_16_BITS, held_bytes
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.names import join
+from lightning_qlora.layers.names import join, last_part, owner_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
-from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.trainable_tokens import token_adapters
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
+from lightning_qlora.layers.selection import FROZEN
+from lightning_qlora.layers.trainable_tokens import token_adapters_of
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 ROOT = "(the module itself)"
@@ -133,24 +133,26 @@ class ConversionReport:
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
 
-    def count(self, module: nn.Module) -> None:
-        """Count the layers, parameters and bytes of the module that was converted."""
-        self.trainable_parameters, self.total_parameters, self.bytes_after = count_parameters(module)
-        layers = adapted_layers(module)
-        tokens = token_adapters(module)
+    def count(self, module: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
+        """Count the layers, parameters and bytes of the module that was converted; `modules`: its modules, if known."""
+        modules = modules or dict(module.named_modules())
+        self.trainable_parameters, self.total_parameters, self.bytes_after = _count_parameters(modules.values())
+        layers = adapted_layers_of(modules.items())
+        tokens = token_adapters_of(modules.items())
         self.converted = list(layers)
         self.shapes = {name: layer._shape for name, layer in layers.items()}
         self.trained_rows = {name: len(adapter.token_indices) for name, adapter in tokens.items()}
         adapters: list[Any] = [*layers.values(), *tokens.values()]
         self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
         self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(module))
-        held_on = {part.autocast_dtype: part.held_on for part in module.modules() if isinstance(part, FullPrecision)}
+        held_on = {part.autocast_dtype: part.held_on for part in modules.values() if isinstance(part, FullPrecision)}
         types = [str(dtype).removeprefix("torch.") for dtype in IN_16_BITS if held_on.get(dtype, "") is None]
         self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(module)
-        tensors = dict(module.named_parameters(remove_duplicate=False))
-        frozen = [name for name, reason in self.skipped.items() if reason == FROZEN]  # layers, and stacks of experts
-        weights = [tensors[key] for name in frozen for key in (join(name, "weight"), name) if key in tensors]
+        weights: list[Tensor] = []
+        for name, reason in self.skipped.items():
+            if reason == FROZEN:  # of layers, and of stacks of experts
+                weights += _parameters_at(modules, join(name, "weight")) + _parameters_at(modules, name)
         self.frozen_by_module = sum(weight.nbytes for weight in weights)
         self.bytes_4_bits_would_save = sum(w.nbytes - round(w.numel() * BITS_OF_NF4 / 8) for w in weights)
 
@@ -238,13 +240,19 @@ class ConversionReport:
         return "\n".join(["QLoRA", *lines, self.summary()])
 
 
-def count_parameters(module: nn.Module) -> tuple[int, int, int]:
+def _count_parameters(modules: Iterable[nn.Module]) -> tuple[int, int, int]:
     """Parameters that train, all parameters, and their bytes; shared ones count once, a 4-bit weight as its weights."""
-    layers = packed_layers(module)
-    parameters = _others(module, layers, BASE)
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in parameters) + sum(layer.weight_bytes.numel for layer in layers)
-    return trainable, total, parameter_bytes(module)
+    layers, others = _weights(modules, BASE)
+    trainable = sum(parameter.numel() for parameter in others if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in others) + sum(layer.weight_bytes.numel for layer in layers)
+    return trainable, total, packed_bytes(layers) + sum(map(_nbytes, others))
+
+
+def _parameters_at(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
+    """The parameter of a name, if there is one."""
+    owner = modules.get(owner_name(name))
+    parameter = None if owner is None else owner._parameters.get(last_part(name))
+    return [] if parameter is None else [parameter]
 
 
 def packed_layers(module: nn.Module) -> list[PackedLayer]:
@@ -259,21 +267,24 @@ def packed_bytes(layers: Iterable[PackedLayer]) -> int:
 
 def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and 4-bit weights."""
-    layers = packed_layers(module)
-    return packed_bytes(layers) + sum(map(_nbytes, _others(module, layers, BASE)))
+    layers, others = _weights(module.modules(), BASE)
+    return packed_bytes(layers) + sum(map(_nbytes, others))
 
 
-def dense_bytes(module: nn.Module) -> int:
+def dense_bytes(modules: Iterable[nn.Module]) -> int:
     """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
-    layers = packed_layers(module)
+    layers, others = _weights(modules, (*BASE, *ADAPTER))
     dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
-    return dense + sum(map(_nbytes, _others(module, layers, (*BASE, *ADAPTER))))
+    return dense + sum(map(_nbytes, others))
 
 
-def _others(module: nn.Module, layers: Iterable[PackedLayer], names: tuple[str, ...]) -> list[Tensor]:
-    """The parameters of a module without those of its 4-bit layers that have these names."""
+def _weights(modules: Iterable[nn.Module], names: tuple[str, ...]) -> tuple[list[PackedLayer], list[nn.Parameter]]:
+    """The layers in 4 bits, and all parameters, each once, without those of these layers that have these names."""
+    modules = list(modules)
+    layers = [layer for layer in modules if isinstance(layer, PackedLayer)]
     of_layers = {id(getattr(layer, name, None)) for layer in layers for name in names}
-    return [parameter for parameter in module.parameters() if id(parameter) not in of_layers]
+    parameters = {id(parameter): parameter for part in modules for parameter in part._parameters.values()}
+    return layers, [p for key, p in parameters.items() if p is not None and key not in of_layers]
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -154,7 +154,7 @@ def test_errors_name_file_and_key(tmp_path):
         assert str(tmp_path / "adapter_model.safetensors") in str(error.value)
 
     refused(converted(lambda: toys.qwen3_moe(num_experts=5)), "layers.0.mlp.experts.*has 5 experts of 32 inputs and 64")
-    refused(converted(lambda: toys.qwen3_moe(num_hidden_layers=1)), "layers.1.mlp.experts.*has no such module")
+    refused(converted(lambda: toys.qwen3_moe(num_hidden_layers=1)), "layers.1.mlp.experts.*has no such layer")
     unknown = toys.made(toys.qwen3_moe)
     unknown.model.layers[0].mlp.experts.num_experts = None  # which says which parameters are stacks
     convert(unknown, r=2)

@@ -48,8 +48,7 @@ def share(kind):
     choice = select_layers(model, QLoRAConfig())
     seen = set()
     reasons = choice.skip | choice.train
-    parts = [chosen.part for chosen in choice.convert.values()]
-    packed = {id(p.weight if isinstance(p, torch.nn.Module) else p.owner._parameters[p.key]) for p in parts}
+    packed = {id(row.owner._parameters[row.key]) for row in choice.convert.values()}
     total = 0
     quantized = 0
     rest = Counter()

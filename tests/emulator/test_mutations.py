@@ -66,8 +66,8 @@ def test_a_bug_in_the_source_is_found(tmp_path, file, text, replacement, op, num
     for part in ("lightning_qlora", "tests", "benchmarks"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     path = tmp_path / "lightning_qlora" / "kernels" / "triton" / f"{file}.py"
-    assert text in path.read_text()
-    path.write_text(path.read_text().replace(text, replacement))
+    assert text in path.read_text(encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace(text, replacement), encoding="utf-8")
     code = f"from tests.emulator.test_kernels import fault; print(fault({target!r}, {op!r}, {number}))"
     run = run_python("-c", code, folder=tmp_path, PYTHONPATH=str(tmp_path))
     assert re.search(found, run.stdout), run.stdout + run.stderr

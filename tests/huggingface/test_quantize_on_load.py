@@ -272,8 +272,8 @@ def test_other_arguments_at_conversion_are_refused(folder):
         streamed = Lit(llama(folder("llama")))
     before = streamed.state_dict()
     others = {
-        **{"quant_type": "fp4", "block_size": 32, "double_quant": False, "r": 2, "lora_alpha": 3, "use_rslora": True},
-        **{"use_dora": True, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+        **{"quant_type": "fp4", "double_quant": False, "block_size": 32, "r": 2, "lora_alpha": 3},
+        **{"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}, "use_rslora": True, "use_dora": True},
     }
     config = QLoRAConfig(**ARGUMENTS)
     differing = ", ".join(f"{name}={getattr(config, name)!r} and not {value!r}" for name, value in others.items())
@@ -679,7 +679,7 @@ def test_what_no_folder_of_these_tests_has():
     ):
         mesh.ndim = dimensions
         place = SimpleNamespace(device_mesh=mesh, placements=[placement])
-        assert _not_splittable(place, SimpleNamespace(part=None)) == message
+        assert _not_splittable(place, SimpleNamespace(stack=None)) == message
     weight = quantize(torch.randn(8, 64))
     model = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 64, dtype=torch.bfloat16)})
     load_packed = LoadPacked(SimpleNamespace(chosen={})).convert

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from lightning_qlora import QLoRAConfig, convert, disable_adapter, merge
 from lightning_qlora.kernels import reference
 from lightning_qlora.layers import experts
-from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts, expert_stacks
+from lightning_qlora.layers.apply import convert_layer
+from lightning_qlora.layers.experts import QLoRAExperts, expert_stacks
 from lightning_qlora.layers.readable_weight import ReadableWeight
 from lightning_qlora.layers.selection import select_layers
 from tests.toys import assert_equal, perturb
@@ -62,11 +63,10 @@ def made(build):
 def convert_stacks(model):
     """Every stack of experts, and no other layer: name of the stack -> dense parameter that it was."""
     dense = {}
-    for name, layer in select_layers(model, CONFIG).convert.items():
-        owner, key = layer.place
-        if isinstance(layer.part, ExpertParameter):
-            dense[name] = owner._parameters[key]
-            layer.convert()
+    for name, row in select_layers(model, CONFIG).convert.items():
+        if row.stack is not None:
+            dense[name] = row.owner._parameters[row.key]
+            convert_layer(row)
     for stack in stacks_of(model):
         stack.lora_B.data.normal_(std=0.05)
     return dense

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRAConfig, QLoRALinear, convert
-from lightning_qlora.layers.names import LayerNames, matches, names_of_modules
+from lightning_qlora.layers.names import Names
 from lightning_qlora.layers.selection import select_layers
+from lightning_qlora.layers.survey import survey
 from tests.toys import Lit, toy
 
 pytest.importorskip("transformers")
@@ -31,20 +32,11 @@ def stack():
 
 
 def names(root, name):
-    return names_of_modules(root)[id(root.get_submodule(name))]
+    return next(part.names for part in survey(root).parts if part.names.full == name)
 
 
 def adapters(module):
     return [layer.lora_A.detach() for layer in module.modules() if isinstance(layer, QLoRALinear)]
-
-
-def test_names_match_as_in_peft():
-    assert matches("model.layers.0.q_proj", ["q_proj"])
-    assert matches("q_proj", ["q_proj"])
-    assert not matches("model.layers.0.seq_proj", ["q_proj"])
-    assert matches("model.layers.0.q_proj", r".*\.q_proj")
-    assert not matches("model.layers.0.q_proj", "q_proj.")
-    assert not matches("net.model.layers.0.q_proj", r"model\.layers\.\d+\.q_proj")
 
 
 IN_T5 = "encoder.block.0.layer.0.SelfAttention.q"
@@ -77,7 +69,7 @@ IN_T5 = "encoder.block.0.layer.0.SelfAttention.q"
     ],
 )
 def test_a_layer_has_a_name_in_each_module_around_it(root, name, others, seed_name):
-    assert names(root(), name) == LayerNames([name, *others], seed_name)
+    assert names(root(), name) == Names(name, (name, *others), seed_name)
 
 
 def test_a_model_gets_the_same_adapters_wherever_it_stands_and_each_of_two_children_its_own():

@@ -23,8 +23,8 @@ from lightning_qlora import (
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
-from lightning_qlora.layers.names import names_of_modules
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.survey import survey
 from lightning_qlora.layers.token_selection import check_tokens
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import parameters_of, replace_parameters_by_adapters
@@ -285,7 +285,7 @@ def test_modules_without_an_embedding_or_with_one_that_other_code_uses_are_refus
         convert(module, trainable_token_indices=[1], r=4)
     without = nn.Sequential(nn.Embedding(8, 64, device="meta"), nn.Linear(64, 64))
     with pytest.raises(ValueError, match=r"'0' has no values yet\. Load the module before it is converted\."):
-        check_tokens(without, [1], names_of_modules(without), {})
+        check_tokens(survey(without), [1], {})
     net = nn.Sequential(nn.Linear(64, 64))
     convert(net, r=4)
     with pytest.raises(

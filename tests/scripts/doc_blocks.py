@@ -62,7 +62,7 @@ class Block:
 
 
 def blocks(page):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for match in FENCE.finditer(text):
         title = re.search(r'title="([^"]+)"', match["rest"])
         line = text.count("\n", 0, match.start("code")) + 1
@@ -74,7 +74,8 @@ def make_hub(folder):
     """Write the cache of the hub: one small model, under all names."""
     from tests.toys import chat_model
 
-    model = Path(chat_model(folder / "model", [page.read_text() for page in (ROOT / "docs").glob("*.md")]))
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    model = Path(chat_model(folder / "model", pages))
     for name in HUB:
         repository = folder / "hub" / f"models--{name.replace('/', '--')}"
         (repository / "snapshots").mkdir(parents=True)
@@ -87,7 +88,7 @@ def write(files, folder):
     for file in files:
         path = folder / file.title
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(file.code)
+        path.write_text(file.code, encoding="utf-8")
 
 
 def run_block(block, namespace):

@@ -1,7 +1,7 @@
 """The model of a base folder, or of a GGUF file, as transformers loads it; the float weights of its layers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import Adapter, State
 from lightning_qlora.adapters.base_model import tied_names
-from lightning_qlora.adapters.peft_experts import check_sizes, refuse, stack_at
+from lightning_qlora.adapters.peft_experts import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
@@ -158,7 +158,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         names = {without_wrappers(name) for name, _ in (*model.named_modules(), *tensors)}
         if needed <= names:
-            heads = {id(layer) for layer in get_output_embeddings(model)}
+            heads = {id(layer) for layer in get_output_embeddings(model.modules())}
             outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
             trained = outputs & adapter.saved.keys()
             pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]
@@ -195,29 +195,24 @@ def _candidates(
         yield model_class, model
 
 
-def float_weights(model: nn.Module, adapter: Adapter, layers: dict[str, State]) -> State:
-    """Layer of an adapter -> its weight in a model that is not converted: views of its parameters.
+def float_weights(model: nn.Module, names: Iterable[str]) -> State:
+    """Layer of an adapter (`from_peft`) -> its weight in a model that is not converted: views of its parameters.
 
-    `layers`: `layers_of_adapter` for the model. A weight is [out, in], of a stack [experts, out, in].
-    CheckpointMismatchError if the model has no such layer, or one of another shape.
+    A weight is [out, in], of a stack [experts, out, in].
     """
     modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {}
-    for name, state in layers.items():
-        is_stack = state["lora_A"].ndim == 3
-        parameter = parameters.get(name if is_stack else f"{name}.weight")
-        if parameter is None:
-            refuse(adapter, f"{name}.lora_A.weight", model, "has no such layer")
-        weight = parameter.detach()
-        if is_stack:
-            stack = stack_at(modules[owner_name(name)], last_part(name))
-            transposed = stack is not None and stack.transposed
-            weight = weight.view(len(state["lora_A"]), -1, weight.shape[-1])
-        else:
+    for name in names:
+        if name in modules:
+            weight = modules[name].get_parameter("weight").detach()
             transposed = kind_of(type(modules[name])).transposed
+        else:
+            part = expert_parameter(modules[owner_name(name)], last_part(name))
+            assert part is not None  # as `from_peft` found it
+            parameter = part.owner.get_parameter(part.key).detach()
+            weight = parameter.view(part.experts, -1, parameter.shape[-1])
+            transposed = part.transposed
         if transposed:
             weight = weight.mT
-        check_sizes(adapter, name, state, model, *weight.shape[-2:])
         weights[name] = weight
     return weights

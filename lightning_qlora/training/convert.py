@@ -101,7 +101,7 @@ def convert_module(
     if conversion is not None and (run.evaluating or not unrecorded(module)):
         _convert_again(module, conversion, config)
         report.held_in_fp32 = hold_in_fp32(module, conversion.config.compute_dtype, run.device, run.decide)
-        report.deferred_logits = deferred_heads(module)
+        report.deferred_logits = deferred_heads(modules)
         report.count(module, modules)
     else:
         modules = _convert_new(module, config, run, saved, report)
@@ -128,7 +128,7 @@ def _convert_new(
         adapter = read_adapter(config.adapter)
         config = config_of_adapter(module, adapter, config)
     if first:
-        check_output_embeddings(module, config.deferred_logits)
+        check_output_embeddings(dict(seen.modules), config.deferred_logits)
     choice = decide(seen, config, saved)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
     if adapter is None:
@@ -151,7 +151,7 @@ def _convert_new(
     _load_adapter_once(module, given.adapter, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
-    report.deferred_logits = defer_output_embeddings(module, config.deferred_logits, run.sharded)
+    report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)

@@ -18,7 +18,7 @@ from tests.test_machines import TORCHRUN, assert_equal, example, newest, wait_fo
 from tests.toys import chat_model
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # six processes on two cores, and a rendezvous of a minute
 PROCESSES = {"ddp": 1, "hsdp": 2, "fsdp": 1}  # on each host
 
 
@@ -64,7 +64,7 @@ def fit(hosts, base, folder, strategy="ddp", nodes=None, processes=None, argumen
 
 
 def finish(runs):
-    assert [run.wait(400) for run in runs] == [0] * len(runs)
+    assert [run.wait(900) for run in runs] == [0] * len(runs)
 
 
 def optimizer_state(checkpoint):
@@ -104,7 +104,7 @@ def test_without_the_host_of_the_rendezvous_the_others_end(hosts, base, tmp_path
     runs = fit(hosts[:2], base, tmp_path)
     wait_for_checkpoint(tmp_path, runs[0])
     hosts[0].kill()
-    assert runs[1].wait(400) != 0
+    assert runs[1].wait(900) != 0
 
 
 @pytest.mark.parametrize("strategy", PROCESSES)

@@ -15,7 +15,7 @@ from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
@@ -101,8 +101,9 @@ def check_no_layer_resized(root: nn.Module) -> None:
 
 def shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
     """`Conversion.layers` of a module."""
-    layers: dict[str, Any] = adapted_layers(root)
-    layers |= {name: part for name, part in root.named_modules() if isinstance(part, TrainableTokens)}
+    modules = list(root.named_modules())
+    layers: dict[str, Any] = adapted_layers_of(modules)
+    layers |= {name: part for name, part in modules if isinstance(part, TrainableTokens)}
     return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
 
 

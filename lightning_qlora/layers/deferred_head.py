@@ -89,19 +89,20 @@ def output_embeddings(module: nn.Module) -> dict[str, Any]:
     and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
     that of another one differ only in a number.
     """
-    heads = {id(layer) for layer in get_output_embeddings(module.modules())}
+    modules = dict(module.named_modules())
+    heads = {id(layer) for layer in get_output_embeddings(modules.values())}
     in_models: set[int] = set()
-    for part in module.modules():
+    for part in modules.values():
         if heads and callable(getattr(part, "get_output_embeddings", None)):
             in_models |= {id(layer) for layer in part.modules()}
-    outside = {name: layer for name, layer in module.named_modules() if id(layer) not in in_models}
+    outside = {name: layer for name, layer in modules.items() if id(layer) not in in_models}
     sizes = {layer.num_embeddings for layer in outside.values() if isinstance(layer, nn.Embedding)}
     fitting = {name: layer for name, layer in outside.items() if _is_plain(layer) and layer.out_features in sizes}
     repeated = Counter(map(without_numbers, fitting))
     heads |= {id(layer) for name, layer in fitting.items() if repeated[without_numbers(name)] == 1}
     return {
         name: layer
-        for name, layer in module.named_modules()
+        for name, layer in modules.items()
         if _is_plain(layer) and (id(layer) in heads or last_part(name) in OUTPUT_EMBEDDINGS)
     }
 

@@ -9,7 +9,7 @@ reads it. Layers that share a tied weight share one delta. Its module has the na
 Source: peft/tuners/trainable_tokens/layer.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -187,7 +187,11 @@ def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
 
 def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
     """Name of an embedding -> its `TokenAdapter`; for tied weights the first name only."""
-    parts = module.named_modules()
+    return token_adapters_of(module.named_modules())
+
+
+def token_adapters_of(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, TokenAdapter]:
+    """The same for all modules in a module, by their names."""
     return {name.removesuffix(TOKEN_ADAPTER)[:-1]: part for name, part in parts if isinstance(part, TokenAdapter)}
 
 

@@ -17,7 +17,7 @@ from lightning_qlora.layers.names import join, last_part, owner_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.selection import FROZEN
-from lightning_qlora.layers.trainable_tokens import token_adapters
+from lightning_qlora.layers.trainable_tokens import token_adapters_of
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 ROOT = "(the module itself)"
@@ -138,7 +138,7 @@ class ConversionReport:
         modules = modules or dict(module.named_modules())
         self.trainable_parameters, self.total_parameters, self.bytes_after = _count_parameters(modules.values())
         layers = adapted_layers_of(modules.items())
-        tokens = token_adapters(module)
+        tokens = token_adapters_of(modules.items())
         self.converted = list(layers)
         self.shapes = {name: layer._shape for name, layer in layers.items()}
         self.trained_rows = {name: len(adapter.token_indices) for name, adapter in tokens.items()}

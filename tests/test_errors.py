@@ -6,27 +6,24 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import (
     CheckpointMismatchError,
     QLoRAPrecision,
     convert,
-    load_adapter,
     load_from_checkpoint,
     quantize,
     save_adapter,
 )
-from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX
 from lightning_qlora.adapters.conversion import CONVERSION
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_folder import BASE
 from lightning_qlora.checks import DAMAGED
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
-from tests.conftest import Classifier, make_trainer
+from tests.conftest import Classifier, make_trainer, run_python
 from tests.errors import PAGE, errors_of, page
 
 
@@ -67,24 +64,6 @@ def changed(files, tmp_path):
         return tmp_path / "x.ckpt"
 
     return save
-
-
-@pytest.fixture
-def adapter(files, tmp_path):
-    """Writes an adapter folder without our metadata, as PEFT writes it, with other files."""
-
-    def write(config=None, tensors=None, metadata=None):
-        folder = tmp_path / "adapter"
-        folder.mkdir()
-        text = (files / "adapter/adapter_config.json").read_text(encoding="utf-8")
-        content = config if isinstance(config, bytes) else json.dumps({**json.loads(text), **(config or {})}).encode()
-        (folder / "adapter_config.json").write_bytes(content)
-        weights = load_file(files / "adapter/adapter_model.safetensors")
-        weights = {} if tensors == {} else {**weights, **(tensors or {})}
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt", **(metadata or {})})
-        return folder
-
-    return write
 
 
 def refused(load, *words, kind=ValueError):
@@ -198,61 +177,6 @@ def test_an_adapter_in_a_checkpoint(value, words, kind, changed):
     refused(lambda: load_from_checkpoint(Classifier, path), "net.0", *words, kind=kind)
 
 
-KEY = f"{PREFIX}0.lora_A.weight"
-DORA = f"{PREFIX}0.{MAGNITUDE}"
-
-
-@pytest.mark.parametrize(
-    ("config", "tensors", "words"),
-    [
-        (b"\xff\xfe{}", None, ["adapter_config.json: not valid JSON", DAMAGED]),
-        (b"[" * 100_000, None, ["adapter_config.json: not valid JSON"]),
-        (b'{"a":' * 100_000, None, ["adapter_config.json: not valid JSON"]),
-        (b"null", None, ["adapter_config.json: contains None, not an object"]),
-        ({"lora_alpha": 1e308}, None, ["adapter_config.json: lora_alpha=1e+308: must be", "< 1e+30"]),
-        ({"alpha_pattern": {"0": -1}}, None, ["adapter_config.json: alpha_pattern['0']=-1: must be"]),
-        (None, {KEY: torch.ones(0, 64)}, [KEY, "of rank 1 or more"]),
-        (
-            None,
-            {KEY: torch.ones(4, 64, dtype=torch.int64)},
-            [KEY, "lora_A [4, 64] of torch.int64", "all are float16", DAMAGED],
-        ),
-        (None, {KEY: torch.full((4, 64), float("inf"))}, [KEY, "holds NaN or Inf"]),
-        (None, {}, ["holds no lora_A and lora_B"]),
-        (None, {DORA: torch.ones(3)}, [KEY, f"{MAGNITUDE} [3]", f"with DoRA {MAGNITUDE} [out]"]),
-        (
-            {"use_dora": True},
-            {DORA: torch.ones(64), DORA.replace(".0.", ".4."): torch.ones(8)},
-            [KEY, "has use_dora=False there, and the adapter use_dora=True"],
-        ),
-        (None, {f"{PREFIX}2.scale": torch.ones(64)}, ["2.scale", "has no such parameter"]),
-        (None, {f"{PREFIX}2.weight": torch.ones(3)}, ["2.weight", "has shape [64] there, the adapter [3]"]),
-    ],
-)
-def test_an_adapter_folder(config, tensors, words, adapter):
-    module = Classifier()
-    folder = adapter(config, tensors)
-    convert(module, r=4)
-    refused(lambda: load_adapter(module, folder), folder, *words, kind=(ValueError, CheckpointMismatchError))
-
-
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ("[", ["not valid JSON"]),
-        ("[]", ["contains [], not an object"]),
-        ('{"experts": 3}', ["'experts': 3", DAMAGED]),
-        ('{"quantization": {"base_changed": 1}}', ["base_changed=1: must be", DAMAGED]),
-        ('{"quantization": {}}', ["base_changed", DAMAGED]),
-    ],
-)
-def test_the_metadata_of_an_adapter_folder(entry, words, adapter):
-    module = Classifier()
-    convert(module, r=4)
-    folder = adapter(metadata={BASE: entry})
-    refused(lambda: load_adapter(module, folder), folder, f"its metadata {BASE!r}", *words)
-
-
 @pytest.mark.parametrize("harm", ["length", "json", "shape", "offset"])
 def test_a_damaged_header_of_a_shard(harm, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -275,13 +199,27 @@ def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
     name = os.fsdecode(b"\xff")
     module = Classifier()
     convert(module, r=4)
-    refused(lambda: save_adapter(module, tmp_path / name), r"\udcff", "utf-8", "surrogates not allowed")
+    refused(lambda: save_adapter(module, tmp_path / name), r"\xff", "not UTF-8", "Choose another name")
     assert not list(tmp_path.iterdir())
     for command in ("export", "merge"):
         with pytest.raises(SystemExit):
             main([command, str(files / "adapter.ckpt"), str(tmp_path / f"{name}out")])
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and error.endswith("surrogates not allowed). Choose another.\n")
+        assert error.count("\n") == 1 and error.endswith("safetensors reads no other. Choose another name.\n")
+
+
+def test_a_name_in_utf8_is_saved_and_loaded_in_another_locale(tmp_path):
+    """There Python's own form of the name is not UTF-8."""
+    folder = tmp_path / "für"
+    folder.mkdir()
+    code = (
+        "import sys; from torch import nn; from lightning_qlora import convert, load_adapter, save_adapter\n"
+        "assert not sys.argv[1].isprintable() and sys.getfilesystemencoding() == 'ascii'\n"
+        "module = nn.Sequential(nn.Linear(64, 64)); convert(module, r=4)\n"
+        "save_adapter(module, sys.argv[1]); load_adapter(module, sys.argv[1])"
+    )
+    run_python("-c", code, folder / "out", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (folder / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_a_full_disk_without_errno(tmp_path):

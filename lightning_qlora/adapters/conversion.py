@@ -15,7 +15,7 @@ from lightning_qlora.adapters.base_compatibility import check_quantization
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
@@ -40,7 +40,6 @@ class Conversion:
             are those of this conversion.
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
-        replaced: The names in the state dict that is being loaded, if it holds a dense base.
         left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
@@ -48,7 +47,6 @@ class Conversion:
     given: list[QLoRAConfig]
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
-    replaced: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
 
 
@@ -101,8 +99,9 @@ def check_no_layer_resized(root: nn.Module) -> None:
 
 def shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
     """`Conversion.layers` of a module."""
-    layers: dict[str, Any] = adapted_layers(root)
-    layers |= {name: part for name, part in root.named_modules() if isinstance(part, TrainableTokens)}
+    modules = list(root.named_modules())
+    layers: dict[str, Any] = adapted_layers_of(modules)
+    layers |= {name: part for name, part in modules if isinstance(part, TrainableTokens)}
     return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -59,8 +59,8 @@ def load_without_data(original: Any, *args: Any, **kwargs: Any) -> Any:
     return quantizer.load_without_data(original, arguments["model"], load_config)  # quantizer.py
 
 
-def forget_quantizer(module: nn.Module) -> None:
-    """Remove the marks of quantization that transformers and `QLoRAQuantizer` left on the models in a module.
+def forget_quantizer(modules: Iterable[nn.Module]) -> None:
+    """Remove the marks of quantization that transformers and `QLoRAQuantizer` left on models among these modules.
 
     They are saved by the conversions of transformers, of which `QLoRAQuantizer` made copies.
 
@@ -68,7 +68,7 @@ def forget_quantizer(module: nn.Module) -> None:
     (postprocess_model): a model with these marks refuses to move, to be cast and to be saved.
     Removed by: a quantizer in transformers being able to hand over a model that it is done with.
     """
-    for part in module.modules():
+    for part in modules:
         if not is_transformers_model(part):
             continue
         for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", LOADED):

@@ -206,7 +206,7 @@ class QLoRAQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         self._check_shapes(model)
-        forget_quantizer(model)
+        forget_quantizer([model])
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
         if self.loading.sharding or self.folder is not None:
             keep_marks(model)

@@ -46,9 +46,9 @@ def _library(x: Tensor) -> Library | None:
     return library
 
 
-def _library_for_few_rows(x: Tensor, weight: PackedBytes) -> Library | None:
+def _library_for_few_rows(x: Tensor) -> Library | None:
     library = _library(x)
-    if library is None or not library.multiplies(x.shape[0], weight, x.dtype):
+    if library is None or not library.multiplies(x.shape[0], x.dtype):
         return None
     return library
 
@@ -84,7 +84,7 @@ def linear_into(
 ) -> None:
     """See `reference.linear_into`."""
     if isinstance(x, Tensor):
-        library = _library_for_few_rows(x, weight)
+        library = _library_for_few_rows(x)
         if library is not None:
             library.lora_linear(out, x, weight, bias, lora, xa)
             return
@@ -96,7 +96,7 @@ def linear_into(
 
 def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor | None:
     """`lora_project` without dropout and `linear_into` in one call of C for few rows; None if there is no such call."""
-    library = _library_for_few_rows(x, weight)
+    library = _library_for_few_rows(x)
     if library is None:
         return None
     return library.lora_linear(x.new_empty(x.shape[0], weight.shape[0]), x, weight, bias, lora)

@@ -45,7 +45,7 @@ def rows_of_parameters(seen: Survey, choice: Selection) -> Places:
             continue
         for key, parameter in own_parameters(part.owner).items():
             places[id(part.owner), key] = id(parameter)
-            for place in part.places:
+            for place in (part.names.full, *part.names.others):
                 row = next((choice.rows[name] for name in outer_names(join(place, key)) if name in choice.rows), None)
                 if row is not None and (row.action == TRAIN or id(parameter) not in rows):
                     rows[id(parameter)] = row

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
@@ -126,6 +127,7 @@ class Names(NamedTuple):
     # What the seed of its adapter is made from: the name in the model that was loaded, so that a layer gets the same
     # adapter wherever its model stands.
     for_seed: str
+    others: tuple[str, ...] = ()  # its full names in other places of the module
 
     @property
     def in_state_dicts(self) -> str:
@@ -133,24 +135,39 @@ class Names(NamedTuple):
         return without_wrappers(self.full)
 
 
-class Place(NamedTuple):
-    """A module in one of its places."""
+@dataclass(eq=False, repr=False)
+class Place:
+    """A module in one of its places, and those inside of it, itself first."""
 
     name: str
     module: nn.Module
-    end: int  # the number of the first place after it that is not inside of it
+    inside: list["Place"] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the module and of its parts; shared ones several times."""
+        for place in self.inside:
+            yield from (parameter for parameter in place.module._parameters.values() if parameter is not None)
 
 
 def places_of(root: nn.Module) -> list[Place]:
     """The places of all modules, each before those inside of it."""
-    modules = list(root.named_modules(remove_duplicate=False))
-    ends = [len(modules)] * len(modules)
-    outer: list[int] = []
-    for number, (name, _) in enumerate(modules):
-        while outer and not inside(name, modules[outer[-1]][0]):
-            ends[outer.pop()] = number
-        outer.append(number)
-    return [Place(name, module, end) for (name, module), end in zip(modules, ends, strict=True)]
+    outer: list[Place] = []
+    for name, module in root.named_modules(remove_duplicate=False):
+        while outer and not inside(name, outer[-1].name):
+            outer.pop()
+        outer.append(Place(name, module))
+        for place in outer:
+            place.inside.append(outer[-1])
+    return outer[0].inside
+
+
+def once(places: Iterable[Place]) -> list[Place]:
+    """The first place of each module."""
+    first: dict[int, Place] = {}
+    for place in places:
+        first.setdefault(id(place.module), place)
+    return list(first.values())
 
 
 def only_child_of(module: nn.Module) -> str | None:

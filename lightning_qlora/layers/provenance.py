@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.names import Place, is_transformers_model, places_of
+from lightning_qlora.layers.names import Place, is_transformers_model, once, places_of
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
@@ -28,28 +28,18 @@ def get_output_embeddings(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
                 yield embedding
 
 
-def models_of(places: Sequence[Place]) -> list[int]:
-    """The numbers of the places of transformers models; each model once."""
-    numbers: dict[int, int] = {}
-    for number, place in enumerate(places):
-        if is_transformers_model(place.module):
-            numbers.setdefault(id(place.module), number)
-    return list(numbers.values())
+def transformers_models(places: Iterable[Place]) -> list[Place]:
+    """The transformers models, each once."""
+    return [place for place in once(places) if is_transformers_model(place.module)]
 
 
-def loaded_models(places: Sequence[Place]) -> list[int]:
-    """The same of the models that were loaded from weights, without those inside another one."""
-    for place in places:
-        _mark(place.module._parameters.get(key) for key in vars(place.module).get(MARKED, ()))
-    models = models_of(places)
-    inner = {id(place.module) for number in models for place in places[number + 1 : places[number].end]}
-    outermost = [number for number in models if id(places[number].module) not in inner]
+def loaded_models(places: Iterable[Place]) -> list[Place]:
+    """The transformers models that were loaded from weights, without those inside another one."""
+    models = transformers_models(places)
+    inner = {id(part.module) for model in models for part in model.inside[1:]}
+    outermost = [model for model in models if id(model.module) not in inner]
     # A copy of a loaded model has lost the marks of its tensors, but not its name.
-    return [
-        number
-        for number in outermost
-        if _is_marked(_parameters_of(places, number)) or getattr(places[number].module, "name_or_path", None)
-    ]
+    return [model for model in outermost if _is_marked(model) or getattr(model.module, "name_or_path", None)]
 
 
 def new_parameters(places: Sequence[Place]) -> dict[int, str]:
@@ -58,29 +48,29 @@ def new_parameters(places: Sequence[Place]) -> dict[int, str]:
     If a transformers model was loaded, that is everything outside of such models. In each model it is the head of a
     model for classification, and what `from_pretrained` of transformers 5 reported as newly initialized.
     """
+    for place in places:
+        _mark(place.module._parameters.get(key) for key in vars(place.module).get(MARKED, ()))
     new: dict[int, str] = {}
+    every = list(places[0].parameters)
     loaded = loaded_models(places)
     if loaded:
-        kinds = " and ".join(dict.fromkeys(type(places[number].module).__name__ for number in loaded))
-        inside = {id(parameter) for number in loaded for parameter in _parameters_of(places, number)}
-        outside = (parameter for parameter in _parameters_of(places, 0) if id(parameter) not in inside)
-        new |= {id(parameter): f"{OUTSIDE} of the loaded {kinds}" for parameter in outside}
-    for number in models_of(places):
-        model = places[number].module
-        for parameter in _head(model):
-            new.setdefault(id(parameter), f"new: classification head of the {type(model).__name__}")
-        if _is_marked(_parameters_of(places, number)):
-            for place in places[number : places[number].end]:
-                new |= dict.fromkeys(map(id, _without_mark(place.module)), "new: initialized when the model was loaded")
-    frozen = {id(parameter) for parameter in _parameters_of(places, 0) if not parameter.requires_grad}
-    return {key: reason for key, reason in new.items() if key not in frozen}
+        kinds = " and ".join(dict.fromkeys(type(model.module).__name__ for model in loaded))
+        inside = {id(parameter) for model in loaded for parameter in model.parameters}
+        new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in every if id(p) not in inside}
+    for model in transformers_models(places):
+        for parameter in _head(model.module):
+            new.setdefault(id(parameter), f"new: classification head of the {type(model.module).__name__}")
+        if _is_marked(model):
+            for place in model.inside:
+                for parameter in _without_mark(place.module):
+                    new[id(parameter)] = "new: initialized when the model was loaded"
+    return {key: new[key] for key in (id(p) for p in every if p.requires_grad) if key in new}
 
 
 def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Give parameters that replace others the mark of those, so that they are not taken for new ones."""
-    places = places_of(root)
-    models = [[*_parameters_of(places, number)] for number in models_of(places)]
-    ids = {id(parameter) for model in models if _is_marked(model) for parameter in model}
+    models = filter(_is_marked, transformers_models(places_of(root)))
+    ids = {id(parameter) for model in models for parameter in model.parameters}
     _mark(parameter for parameter in parameters if id(parameter) in ids)
 
 
@@ -116,15 +106,9 @@ def _without_mark(part: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if not _has_mark(parameter)]
 
 
-def _parameters_of(places: Sequence[Place], number: int) -> Iterator[nn.Parameter]:
-    """The parameters of the module in a place, those of its parts included."""
-    for place in places[number : places[number].end]:
-        yield from (parameter for parameter in place.module._parameters.values() if parameter is not None)
-
-
 def _has_mark(parameter: Tensor) -> bool:
     return bool(getattr(parameter, LOADED_TENSOR, False))
 
 
-def _is_marked(parameters: Iterable[Tensor]) -> bool:
-    return any(map(_has_mark, parameters))
+def _is_marked(model: Place) -> bool:
+    return any(map(_has_mark, model.parameters))

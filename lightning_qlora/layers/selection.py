@@ -189,8 +189,8 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
 
 def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
     """What happens with each part of a module; see `select_layers`."""
-    choice = Selection(tokens=select_tokens(seen, config.trainable_token_indices))
-    decider = _Decider(seen, config, saved)
+    arguments = _Arguments(config, saved, seen.trains)
+    tokens = select_tokens(seen, config.trainable_token_indices)
     in_full = Patterns(config.modules_to_save)
     modules = (part for part in seen.parts if part.kind not in STACKS)
     rows = [_whole(part, TRAIN, IN_MODULES_TO_SAVE) for part in modules if in_full.match(part.names.for_patterns)]
@@ -202,76 +202,66 @@ def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) 
         if part.kind is Kind.SCRIPT:
             rows.append(_whole(part, SKIP, "a torch.jit.ScriptModule, which can't be changed"))
             whole.add(name)
-        elif name in choice.tokens:
-            rows.append(_whole(part, ROWS, f"{len(choice.tokens[name])} rows train"))
-        elif part.kind not in DECIDED:
-            rows += decider.rows(part)
-    choice.rows = {row.name: row for row in rows}
-    return choice
+        elif name in tokens:
+            rows.append(_whole(part, ROWS, f"{len(tokens[name])} rows train"))
+        elif part.is_recorded and part.is_linear:
+            rows.append(_whole(part, TRAIN if part.trains else SKIP, "as an earlier conversion left it"))
+        elif part.kind not in DECIDED and not part.is_recorded and not part.has_stacks:
+            rows += _rows(arguments.case(part))
+    return Selection({row.name: row for row in rows}, tokens)
 
 
 def _whole(part: Part, action: str, reason: str) -> Row:
     return Row(part.names.full, action, reason, part.owner)
 
 
-def _first_rule(case: Case) -> tuple[str, str]:
-    """The outcome of the first rule that applies, and the reason."""
+def _rows(case: Case) -> Iterator[Row]:
+    """The rows of new parameters beside the parts of a module, then that of the module, or of a stack, by the rules."""
+    part = case.part
+    names = part.names
+    if part.has_parts and not case.is_excluded:
+        for key, parameter in part.parameters.items():
+            if parameter.new:
+                yield Row(join(names.full, key), TRAIN, parameter.new, part.owner, key)
+    if not (part.is_linear or case.is_named or case.new):
+        return
     for rule in RULES:
         action = rule.if_named if case.is_named else rule.by_default
         reason = action is not None and rule.reason(case)
         if reason:
             break
-    return str(action), rule.when if reason is True else str(reason)
+    text = rule.when if reason is True else str(reason)
+    config = case.config if action == CONVERT else None
+    yield Row(names.full, str(action), text, part.owner, part.key, config, names.for_seed, part.stack)
 
 
-class _Decider:
-    """The patterns of the arguments, and the rows of one part by them."""
+class _Arguments:
+    """The arguments of a conversion, and of each part."""
 
-    def __init__(self, seen: Survey, config: QLoRAConfig, saved: SavedLayers | None) -> None:
-        self._seen = seen
+    def __init__(self, config: QLoRAConfig, saved: SavedLayers | None, trains: bool) -> None:
         self._config = config
         self._saved = saved
+        self._trains = trains
         self._named = Patterns(config.named_targets)
         self._excluded = Patterns(config.exclude_modules)
         self._ranks = Patterns(config.rank_pattern)
         self._alphas = Patterns(config.alpha_pattern)
         self._configs: dict[str, QLoRAConfig] = {}  # by the arguments that differ: each is checked once
 
-    def rows(self, part: Part) -> Iterator[Row]:
-        name = part.names.full
-        if part.is_recorded:
-            if part.is_linear:
-                yield _whole(part, TRAIN if part.trains else SKIP, "as an earlier conversion left it")
-            return
-        if part.holds_stacks:
-            return
-        new = {key: parameter.new for key, parameter in part.parameters.items() if parameter.new}
-        if part.is_container and not self._excluded.match_outer(part.names.for_patterns):
-            for key, reason in new.items():
-                yield Row(join(name, key), TRAIN, reason, part.owner, key)
-        is_new = None
-        if not part.is_container and part.kind not in STACKS:
-            is_new = next(iter(new.values()), None)
-        is_named = bool(name) and self._named.match(part.names.for_patterns)
-        if part.is_linear or is_named or is_new:
-            yield self._row(part, is_named, is_new)
-
-    def _row(self, part: Part, is_named: bool, new: str | None) -> Row:
-        names = part.names
-        saved = None if self._saved is None else self._saved.get(names.in_state_dicts)
-        case = Case(
+    def case(self, part: Part) -> Case:
+        names = part.names.for_patterns
+        saved = None if self._saved is None else self._saved.get(part.names.in_state_dicts)
+        is_new = not part.has_parts and part.kind not in STACKS
+        return Case(
             part=part,
-            config=self._config_of(names.for_patterns, saved),
-            is_named=is_named,
-            is_excluded=self._excluded.match_outer(names.for_patterns),
-            trains=self._seen.trains,
-            new=new,
+            config=self._config_of(names, saved),
+            is_named=part.names.full != "" and self._named.match(names),
+            is_excluded=self._excluded.match_outer(names),
+            trains=self._trains,
+            new=next(filter(None, (each.new for each in part.parameters.values() if is_new)), None),
             saved=saved,
             of_checkpoint=self._saved is not None,
         )
-        action, reason = _first_rule(case)
-        own = case.config if action == CONVERT else None
-        return Row(names.full, action, reason, part.owner, part.key, own, names.for_seed, part.stack)
 
     def _config_of(self, names: tuple[str, ...], saved: Mapping[str, Any] | None) -> QLoRAConfig:
         own: dict[str, Any] = {}

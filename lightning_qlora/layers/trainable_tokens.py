@@ -9,7 +9,7 @@ reads it. Layers that share a tied weight share one delta. Its module has the na
 Source: peft/tuners/trainable_tokens/layer.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,7 @@ class TrainableTokens(Derived):
         """This layer with another class, and other values of attributes."""
         view = object.__new__(kind)
         view.__dict__.update(self.__dict__, **changed)
+        view.__dict__.pop("forward", None)  # what stands in place of it calls this layer
         return view
 
     def rows(self) -> Tensor:
@@ -187,7 +188,11 @@ def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
 
 def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
     """Name of an embedding -> its `TokenAdapter`; for tied weights the first name only."""
-    parts = module.named_modules()
+    return token_adapters_of(module.named_modules())
+
+
+def token_adapters_of(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, TokenAdapter]:
+    """The same for all modules in a module, by their names."""
     return {name.removesuffix(TOKEN_ADAPTER)[:-1]: part for name, part in parts if isinstance(part, TokenAdapter)}
 
 

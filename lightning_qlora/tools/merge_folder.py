@@ -78,7 +78,7 @@ def merge_folder(
                 break
         if base == "quantized":
             weights = {}
-        forget_quantizer(model)
+        forget_quantizer(model.modules())
     config = config_of_adapter(model, adapter, config)
     with warnings.catch_warnings(), named(base_model):
         warnings.simplefilter("ignore")  # these warnings are about training

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_qlora.checks import check_module
 from lightning_qlora.layers.dtensor import gather, world_size
 from lightning_qlora.layers.input_statistics import InputStatistics, stop_waiting
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.optim.closure import before_update, closure_of
 from lightning_qlora.training.calibrated_adapter import (
@@ -271,10 +272,10 @@ def _calibrate_alone(optimizer: Optimizer, calibrate: Callable[[Optimizer], None
     calibrate(optimizer)
 
 
-def calibration_of(module: nn.Module) -> Calibration | None:
-    """The calibration that layers of a module wait for; None if none waits."""
-    for layer in adapted_layers(module).values():
-        if layer.input_statistics is not None:
+def calibration_of(modules: Iterable[nn.Module]) -> Calibration | None:
+    """The calibration that layers among these modules wait for; None if none waits."""
+    for layer in modules:
+        if isinstance(layer, LoRALayer) and layer.input_statistics is not None:
             calibration: Calibration | None = layer.input_statistics.calibration
             return calibration
     return None

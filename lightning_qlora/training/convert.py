@@ -94,18 +94,18 @@ def convert_module(
     since are converted.
     """
     start = time.perf_counter()
-    modules = list(module.named_modules())
-    check_initialized(modules)
-    report = ConversionReport(bytes_before=dense_bytes(part for _, part in modules))
+    modules = dict(module.named_modules())
+    check_initialized(modules.items())
+    report = ConversionReport(bytes_before=dense_bytes(modules.values()))
     conversion = conversion_of(module)
     if conversion is not None and (run.evaluating or not unrecorded(module)):
         _convert_again(module, conversion, config)
         report.held_in_fp32 = hold_in_fp32(module, conversion.config.compute_dtype, run.device, run.decide)
         report.deferred_logits = deferred_heads(module)
-        report.count(module, dict(modules))
+        report.count(module, modules)
     else:
-        _convert_new(module, config, run, saved, report)
-    calibration = calibration_of(module)
+        modules = _convert_new(module, config, run, saved, report)
+    calibration = calibration_of(modules.values())
     report.calibration = None if calibration is None else calibration.report
     report.seconds = time.perf_counter() - start
     return report
@@ -113,8 +113,8 @@ def convert_module(
 
 def _convert_new(
     module: nn.Module, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
-) -> None:
-    """Convert what no conversion has seen, and fill the report."""
+) -> dict[str, nn.Module]:
+    """Convert what no conversion has seen, and fill the report; returns the modules by name, those that it made too."""
     seen = survey(module)
     for _, part in seen.modules:
         forget_merge(part)
@@ -140,15 +140,16 @@ def _convert_new(
     warn_of_copies(copies)
     rows = rows_of_parameters(seen, choice)
     converted = _quantize(seen, choice, run.device)
-    forget_quantizer(module)
+    forget_quantizer(part for _, part in seen.modules)
     report.trained_in_full = choice.train
     report.skipped = choice.skip
     report.frozen = freeze(seen, rows, new, converted)
     add_tokens(seen, choice.tokens)
+    modules = dict(module.named_modules())
     train_in_full_precision(module)
     report.held_in_fp32 = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
-        copy_from_files(module)
+        copy_from_files(modules.items())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
     _load_adapter_once(module, given.adapter, adapter)
     if config.gradient_checkpointing:
@@ -159,10 +160,10 @@ def _convert_new(
     use_adapter_state_dict(module, config, given)
     if config.init_kind.needs_data and converted:
         Calibration(module, run.sharded)
-    modules = dict(module.named_modules())
     report.count(module, modules)
     warn_after_conversion(modules, choice, config, report, first)
     warn_of_slow_products(modules, run.device)
+    return modules
 
 
 def is_converted(module: nn.Module) -> bool:

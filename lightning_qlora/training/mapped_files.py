@@ -4,21 +4,23 @@ The file of a norm of 8 kB would stay mapped as a whole, and all of its pages th
 the process.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.names import named_tensors
+from lightning_qlora.layers.names import tensors_of
 
 
-def copy_from_files(module: nn.Module) -> None:
+def copy_from_files(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Copy parameters and buffers of a CPU that lie in mapped files.
 
     Tensors that share memory, the whole or a part of it, share that of the copy.
     """
     spans: list[tuple[int, int, Tensor]] = []
-    for _, tensor in named_tensors(module):
+    for _, tensor in tensors_of(list(modules)):
         if not is_strided(tensor) or is_sharded(tensor) or tensor.device.type != "cpu" or not tensor.numel():
             continue
         storage = tensor.untyped_storage()

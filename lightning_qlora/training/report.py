@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters
-from lightning_qlora.layers.held_types import IN_16_BITS, held_bytes
+from lightning_qlora.layers.full_precision import compute_types
+from lightning_qlora.layers.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.selection import FROZEN
-from lightning_qlora.layers.trainable_tokens import token_adapters
+from lightning_qlora.layers.trainable_tokens import token_adapters_of
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
 ROOT = "(the module itself)"
@@ -108,6 +109,8 @@ class ConversionReport:
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             loaded from weights.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
+        computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
+            of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
     """
 
     converted: list[str] = field(default_factory=list)
@@ -132,21 +135,22 @@ class ConversionReport:
     calibration: CalibrationReport | None = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
+    computes_in: dict[str, str] = field(default_factory=dict)
 
     def count(self, module: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
         """Count the layers, parameters and bytes of the module that was converted; `modules`: its modules, if known."""
         modules = modules or dict(module.named_modules())
         self.trainable_parameters, self.total_parameters, self.bytes_after = _count_parameters(modules.values())
         layers = adapted_layers_of(modules.items())
-        tokens = token_adapters(module)
+        tokens = token_adapters_of(modules.items())
         self.converted = list(layers)
         self.shapes = {name: layer._shape for name, layer in layers.items()}
         self.trained_rows = {name: len(adapter.token_indices) for name, adapter in tokens.items()}
         adapters: list[Any] = [*layers.values(), *tokens.values()]
         self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
         self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(module))
-        held_on = {part.autocast_dtype: part.held_on for part in modules.values() if isinstance(part, FullPrecision)}
-        types = [str(dtype).removeprefix("torch.") for dtype in IN_16_BITS if held_on.get(dtype, "") is None]
+        self.computes_in = {name: _dtype_text(dtype) for name, dtype in compute_types(module).items()}
+        types = sorted({*self.computes_in.values()} - {"float32"})
         self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(module)
         weights: list[Tensor] = []
@@ -175,6 +179,8 @@ class ConversionReport:
             add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:
             add(name, "frozen by conversion")
+        for name, dtype in self.computes_in.items():
+            add(name, f"computes in {dtype}, {'16-bit inputs are cast' if dtype == 'float32' else 'by autocast'}")
         table = []
         for (name, status), names in groups.items():
             if len(names) == 1:
@@ -295,6 +301,10 @@ def _nbytes(tensor: Tensor) -> int:
 def group(name: str) -> str:
     """A name with * for every number between dots; layers of one group have the same."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def groups(names: Iterable[str]) -> str:

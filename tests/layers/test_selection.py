@@ -8,7 +8,9 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.selection import REFUSE, RULES, select_layers
+from lightning_qlora.layers.names import Names
+from lightning_qlora.layers.selection import CONVERT, REFUSE, RULES, SKIP, TRAIN, WARN, decide, select_layers
+from lightning_qlora.layers.survey import Kind, Parameter, Part, Survey
 from tests.conftest import ROOT
 from tests.toys import NAMES, delta, toy
 
@@ -53,82 +55,161 @@ def linear(*sizes):
     return nn.Sequential(*(nn.Linear(*size) for size in sizes))
 
 
-def tied():
-    net = linear((64, 64), (64, 64), (64, 64))
-    net[1].weight = net[0].weight
-    return net
+def part(name="layer", kind=Kind.LINEAR, shape=(64, 64), weight=None, **facts):
+    """A linear layer as a survey has it, with what a case changes."""
+    parameters = {"weight": weight or Parameter()}
+    return Part(Names(name, (name,), name), kind, parameters=parameters, shape=shape, **facts)
 
 
-def frozen(net, name):
-    net.get_submodule(name).requires_grad_(False)
-    return net
+def rows(parts, trains=True, saved=None, **arguments):
+    """Name, action, reason, rank and seed name of each row."""
+    config = QLoRAConfig(**{"r": 4, **arguments})
+    choice = decide(Survey(parts, trains), config, saved)
+    return [
+        (row.name, row.action, row.reason, row.config and row.config.r, row.seed_name) for row in choice.rows.values()
+    ]
 
 
-def with_attribute():
-    net = linear((64, 64), (64, 64))
-    net[1].scaling = 3.0
-    return net
+FROZEN = Parameter(trains=False)
+NEW = Parameter(new="new: outside")
+ALL = "any other linear layer"
+NOT_SMALLER = "an adapter of rank {} would not be smaller than its {} weights".format
+MEMBER = "NoneType has a scaling of its own, which a 4-bit layer would replace"
+HEAD = "output embedding; name it in target_modules to convert it"
+ROUTER = "router of experts; name it in target_modules to convert it"
+LEFT = "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
+FLOAT8 = "its weight is float8_e4m3fn; load the model in configure_model or plugin.init(), where it is dequantized"
+EARLIER = "as an earlier conversion left it"
+NAMED = {"target_modules": ["all-linear", "layer"]}
 
 
-SMALL = "an adapter of rank {} would not be smaller than its {} weights".format
-CHOICES = {  # module, arguments, and what is converted, trains in full, and stays dense and frozen
-    "small": (linear((256, 256), (256, 2)), {"r": 8}, ["0"], {"1": SMALL(8, "2x256")}, {}),
-    "the border": (linear((64, 64), (128, 128)), {"r": 32}, ["1"], {"0": SMALL(32, "64x64")}, {}),
-    "small, but for its own rank": (
-        linear((64, 64), (64, 64)), {"r": 99, "rank_pattern": {"0": 4}}, ["0"], {"1": SMALL(99, "64x64")}, {},
-    ),
-    "small, frozen": (frozen(linear((256, 256), (256, 2)), "1"), {"r": 8}, ["0"], {}, {"1": "frozen by the module"}),
-    "frozen, named": (
-        frozen(linear((64, 64), (64, 64)), "1"), {"r": 4, "target_modules": ["0", "1"]}, ["0", "1"], {}, {},
-    ),
-    "small, all frozen": (frozen(linear((256, 256), (256, 2)), ""), {"r": 8}, ["0"], {}, {"1": SMALL(8, "2x256")}),
-    "small, named": (
-        linear((256, 256), (256, 2)), {"r": 8, "target_modules": ["1"]}, ["1"], {}, {"0": "not in target_modules"},
-    ),
-    "few weights, which Gemma 3n clamps": (
-        linear((64, 64), (16, 4), (16, 5)), {"r": 1}, ["0", "2"], {"1": "its 4x16 weights are too few for 4 bits"}, {},
-    ),
-    "read by other code": (
-        nn.TransformerEncoderLayer(64, 4, 128), {"r": 2}, ["self_attn.out_proj", "linear1", "linear2"], {}, {},
-    ),
-    "parametrized": (
-        nn.Sequential(
-            nn.Linear(64, 64),
-            nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
-            nn.utils.parametrize.register_parametrization(nn.Linear(64, 64), "bias", nn.Softplus()),
-            nn.Linear(64, 64, bias=False),
+def stays(reason):
+    """Dense and frozen, with a warning if it is named."""
+    return (SKIP, reason), (WARN, reason)
+
+
+CASES = [  # what a survey says of a layer beside the usual, arguments, and the outcome by default and if it is named
+    ({}, {}, (CONVERT, ALL), (CONVERT, ALL)),
+    ({}, {"exclude_modules": ["layer"]}, (SKIP, "in exclude_modules"), (SKIP, "in exclude_modules")),
+    ({}, {"target_modules": ["other"]}, (SKIP, "not in target_modules"), (CONVERT, ALL)),
+    ({"weight": NEW}, {}, (TRAIN, "new: outside"), (CONVERT, ALL)),
+    ({"weight": NEW}, {"exclude_modules": ["layer"]}, (SKIP, "in exclude_modules"), (SKIP, "in exclude_modules")),
+    ({"kind": Kind.OTHER}, {}, None, (REFUSE, "only linear layers can be converted")),
+    ({"kind": Kind.OTHER, "weight": NEW}, {}, (TRAIN, "new: outside"), (REFUSE, "only linear layers can be converted")),
+    ({"member": "scaling"}, {}, (SKIP, MEMBER), (REFUSE, MEMBER)),
+    ({"member": "scaling"}, {"exclude_modules": ["layer"]}, (SKIP, "in exclude_modules"), (SKIP, "in exclude_modules")),
+    ({"computed": ("bias",)}, {}, *stays("its bias is computed (parametrized), not stored")),
+    ({"weight": Parameter(ties=("a.w", "b.w"))}, {}, *stays("its weight is tied to a.w")),
+    ({"weight": Parameter(ties=("a.w",)), "kind": Kind.STACK}, {}, *stays("its weight is tied to a.w")),
+    ({"weight": Parameter(dtype=torch.float8_e4m3fn)}, {}, *stays(FLOAT8)),
+    ({"weight": Parameter(dtype=torch.int8)}, {}, *stays("its weight is int8")),
+    ({"weight": Parameter(dtype=torch.uint8), "kind": Kind.PACKED}, {}, (CONVERT, ALL), (CONVERT, ALL)),
+    ({"is_output_embedding": True}, {}, (SKIP, HEAD), (CONVERT, ALL)),
+    ({"is_router": True}, {}, (SKIP, ROUTER), (CONVERT, ALL)),
+    ({"weight": FROZEN}, {}, (SKIP, "frozen by the module"), (CONVERT, ALL)),
+    ({"weight": FROZEN}, {"trains": False}, (CONVERT, ALL), (CONVERT, ALL)),
+    ({"weight": FROZEN, "kind": Kind.PACKED}, {}, (CONVERT, ALL), (CONVERT, ALL)),
+    ({"kind": Kind.PACKED, "is_in_frozen_model": True}, {}, (SKIP, "frozen by the module"), (CONVERT, ALL)),
+    ({"is_left_dense": True}, {}, (SKIP, LEFT), (CONVERT, ALL)),
+    ({"is_left_dense": True}, {"r": 32}, (TRAIN, NOT_SMALLER(32, "64x64")), (CONVERT, ALL)),
+    ({}, {"r": 31}, (CONVERT, ALL), (CONVERT, ALL)),
+    ({}, {"r": 32}, (TRAIN, NOT_SMALLER(32, "64x64")), (CONVERT, ALL)),
+    ({"shape": (2, 256)}, {"r": 8, "trains": False}, (SKIP, NOT_SMALLER(8, "2x256")), (CONVERT, ALL)),
+    ({"kind": Kind.STACK}, {"r": 32}, (SKIP, NOT_SMALLER(32, "64x64")), (CONVERT, ALL)),
+    ({"weight": FROZEN}, {"r": 99}, (SKIP, "frozen by the module"), (CONVERT, ALL)),
+    ({}, {"r": 99, "rank_pattern": {"layer": 4}}, (CONVERT, ALL), (CONVERT, ALL)),
+    ({"shape": (4, 16)}, {"r": 1}, (TRAIN, "its 4x16 weights are too few for 4 bits"), (CONVERT, ALL)),  # Gemma 3n
+    ({"shape": (5, 16)}, {"r": 1}, (CONVERT, ALL), (CONVERT, ALL)),
+    ({"shape": (0, 64)}, {}, (TRAIN, "its 0x64 weights are too few for 4 bits"), (SKIP, "its 0x64 weight is empty")),
+    ({"kind": Kind.SCRIPT}, {}, *2 * [(SKIP, "a torch.jit.ScriptModule, which can't be changed")]),
+    ({"kind": Kind.CONVERTED}, {}, None, None),
+    ({"kind": Kind.TOKENS}, {}, None, None),
+    ({"is_recorded": True}, {}, *2 * [(TRAIN, EARLIER)]),
+    ({"is_recorded": True, "weight": FROZEN}, {}, *2 * [(SKIP, EARLIER)]),
+    ({"is_recorded": True, "kind": Kind.OTHER}, {}, None, None),
+    ({}, {"saved": {"layer": {}}}, *2 * [(CONVERT, "in 4 bits in the checkpoint to load")]),
+    ({"is_router": True}, {"saved": {"layer": {"r": 2}}}, *2 * [(CONVERT, "in 4 bits in the checkpoint to load")]),
+    ({}, {"saved": {}}, *2 * [(SKIP, "not in 4 bits in the checkpoint")]),
+    ({}, {"modules_to_save": ["layer"]}, *2 * [(TRAIN, "in modules_to_save")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts", "arguments", "by_default", "if_named"), CASES)
+def test_the_first_rule_that_applies_decides(facts, arguments, by_default, if_named):
+    for names, expected in (({}, by_default), (NAMED, if_named)):
+        found = rows([part(**facts)], **{**arguments, **names})
+        assert [row[1:3] for row in found] == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize("number", range(len(RULES)))
+def test_without_a_rule_one_of_these_cases_differs(number, monkeypatch):
+    def outcomes():
+        return [
+            rows([part(**facts)], **{**arguments, **names}) for facts, arguments, *_ in CASES for names in ({}, NAMED)
+        ]
+
+    before = outcomes()
+    monkeypatch.setattr("lightning_qlora.layers.selection.RULES", RULES[:number] + RULES[number + 1 :])
+    assert outcomes() != before
+
+
+def test_rows_have_the_rank_and_the_seed_name_of_their_layer():
+    inner = Part(Names("net.body.0", ("net.body.0", "body.0"), "body.0"), Kind.LINEAR, shape=(64, 64))
+    other = Part(Names("net.head", ("net.head", "head"), "head"), Kind.LINEAR, shape=(64, 64))
+    parts = [inner, other]
+    assert rows(parts) == [("net.body.0", CONVERT, ALL, 4, "body.0"), ("net.head", CONVERT, ALL, 4, "head")]
+    ranks = {"rank_pattern": {"^body": 1, r"^body\.0": 2, "net.head": 3}}
+    assert [row[3] for row in rows(parts, **ranks)] == [2, 3]
+    assert [row[3] for row in rows(parts, saved={"net.body.0": {"r": 7}, "net.head": {}}, **ranks)] == [7, 3]
+    assert rows(parts, exclude_modules=["body"])[0][1:3] == (SKIP, "in exclude_modules")
+
+
+def test_what_is_inside_of_a_part_that_is_decided_as_a_whole_has_no_row():
+    new = {"weight": NEW, "bias": NEW}
+    parts = [
+        Part(Names("", ("",), ""), has_parts=True, parameters={"scale": NEW, "shift": Parameter()}),
+        Part(Names("a", ("a",), "a"), has_parts=True, parameters=new),
+        part("a.b"), part("ab"), part("s", Kind.SCRIPT), part("s.t"),
+        Part(Names("m", ("m",), "m"), has_stacks=True, parameters=new),
+        part("m.up", Kind.STACK, weight=NEW), part("m_experts", Kind.EXPERTS),
+    ]  # fmt: skip
+    assert [row[:2] for row in rows(parts, modules_to_save=["a"])] == [
+        ("a", TRAIN), ("scale", TRAIN), ("ab", CONVERT), ("s", SKIP), ("m.up", CONVERT),
+    ]  # fmt: skip
+    names = [row[0] for row in rows(parts)]
+    assert names == ["scale", "a.weight", "a.bias", "a.b", "ab", "s", "m.up"]
+    assert "a.weight" not in [row[0] for row in rows(parts, exclude_modules=["a"])]
+
+
+def test_layers_that_read_their_weights_and_tied_parametrized_and_packed_ones_are_found_in_a_module():
+    """The facts of the cases above, in modules of torch; what trains in full does, and the rest is frozen."""
+    tied = linear((64, 64), (64, 64), (64, 64))
+    tied[1].weight = tied[0].weight
+    odd = linear((64, 64), (64, 64))
+    odd[1].scaling = 3.0
+    parametrized = nn.Sequential(
+        nn.Linear(64, 64),
+        nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
+        nn.utils.parametrize.register_parametrization(nn.Linear(64, 64), "bias", nn.Softplus()),
+    )
+    frozen = linear((64, 64), (64, 64), (256, 2))
+    frozen[1].requires_grad_(False)
+    for module, converted, trained, skipped in (
+        (nn.TransformerEncoderLayer(64, 4, 128), ["self_attn.out_proj", "linear1", "linear2"], {}, {}),
+        (tied, ["2"], {}, {"0": "its weight is tied to 1.weight", "1": "its weight is tied to 0.weight"}),
+        (odd, ["0"], {}, {"1": "Linear has a scaling of its own, which a 4-bit layer would replace"}),
+        (
+            parametrized, ["0"], {},
+            {f"{i}": f"its {name} is computed (parametrized), not stored" for i, name in ((1, "weight"), (2, "bias"))},
         ),
-        {"r": 2},
-        ["0", "3"],
-        {},
-        {f"{i}": f"its {name} is computed (parametrized), not stored" for i, name in ((1, "weight"), (2, "bias"))},
-    ),
-    "tied": (
-        tied(), {"r": 4}, ["2"], {}, {"0": "its weight is tied to 1.weight", "1": "its weight is tied to 0.weight"},
-    ),
-    "an attribute of a 4-bit layer": (
-        with_attribute(), {"r": 2}, ["0"], {},
-        {"1": "Linear has a scaling of its own, which a 4-bit layer would replace"},
-    ),
-    "8 bits": (
-        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).to(torch.float8_e4m3fn)), {"r": 1}, ["0"], {},
-        {
-            "1": "its weight is float8_e4m3fn; load the model in configure_model or plugin.init(), where it is "
-            "dequantized"
-        },
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_layers_that_do_not_become_4_bit_layers_and_why(case):
-    module, arguments, converted, trained, skipped = CHOICES[case]
-    module = copy.deepcopy(module)
-    report = convert(module, **arguments)
-    assert (report.converted, report.trained_in_full, report.skipped) == (converted, trained, skipped)
-    for trains, names in ((True, trained), (False, skipped)):
-        for name in names:
-            assert {p.requires_grad for p in module.get_submodule(name).parameters()} == {trains}
+        (frozen, ["0"], {"2": NOT_SMALLER(2, "2x256")}, {"1": "frozen by the module"}),
+        (linear((64, 64)).append(nn.Linear(64, 64).to(torch.float8_e4m3fn)), ["0"], {}, {"1": FLOAT8}),
+    ):  # fmt: skip
+        report = convert(module, r=2)
+        assert (report.converted, report.trained_in_full, report.skipped) == (converted, trained, skipped)
+        for trains, names in ((True, trained), (False, skipped)):
+            for name in names:
+                assert {p.requires_grad for p in module.get_submodule(name).parameters()} == {trains}
 
 
 class Scaled(nn.Linear):
@@ -136,16 +217,6 @@ class Scaled(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) * 2
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("shape", [(0, 64), (64, 0)])
-def test_an_empty_layer_is_not_converted_even_if_it_is_named(shape):
-    report = convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(*shape)), r=2, target_modules=["0", "1"])
-    assert report.converted == ["0"]
-    assert report.skipped == {"1": f"its {shape[1]}x{shape[0]} weight is empty"}
-    with pytest.raises(ValueError, match=r"1: its .* weight is empty"):
-        convert(nn.Sequential(nn.ReLU(), nn.Linear(*shape)), r=2, target_modules=["1"])
 
 
 @pytest.mark.parametrize(
@@ -326,20 +397,3 @@ def test_a_tied_head_that_is_named_among_others_is_warned_of():
 def test_the_documentation_has_the_rules_in_their_order():
     rows = [f"| {rule.when} | {rule.by_default or '-'} | {rule.if_named or '-'} |" for rule in RULES]
     assert "\n".join(rows) in (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
-
-
-def test_the_first_rule_that_applies_decides():
-    """A layer that is excluded, new, named, of a class of its own and too small: each rule hides those after it."""
-    net = nn.Sequential(Penalized(64, 64), nn.Linear(64, 64))
-    net[0].packed = None
-
-    def choose(**arguments):
-        return select_layers(net, QLoRAConfig(r=64, **arguments))
-
-    assert choose(exclude_modules=["0"]).skip["0"] == "in exclude_modules"
-    assert choose(target_modules=["1"]).skip["0"] == "not in target_modules"
-    assert "has a packed of its own" in choose().skip["0"]
-    assert "has a packed of its own" in choose(target_modules=["0"]).reasons(REFUSE)["0"]
-    del net[0].packed
-    assert "an adapter of rank 64" in choose().train["0"]
-    assert list(choose(target_modules=["0"]).convert) == ["0"]

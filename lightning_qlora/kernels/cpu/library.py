@@ -23,9 +23,10 @@ SOURCE = Path(__file__).parent / "c" / "kernels.c"
 SYMBOLS = ("dequantize", "quantize", "quantize_scales", "dropout", "form", "has_threads", "has_fp16")
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MOST_ROWS = 16  # up to which `lora_linear` is faster than decoding and torch's product
-MOST_ROWS_WIDE = 64  # the same in fp32 with AVX-512
-GROUP = 32  # c/few_rows.h: weights of a row that are decoded together
+# Up to how many rows `lora_linear` is as fast as decoding and torch's product. At 64 rows it takes 0.42 to 0.52 of that
+# time in fp32, and 0.90 to 1.14 in bf16 with bf16 instructions (benchmarks.few_rows, AMD EPYC, 30 November 2026).
+MOST_ROWS = 64  # as many as c/many_rows.h has room for
+MOST_ROWS_NEON = 16  # in fp32 alone; nothing was measured
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 
 # Arguments of the functions: p pointer, l int64, i int, f float.
@@ -49,7 +50,6 @@ class Library:
     """The functions of a compiled library."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
-        self._multiplies = hasattr(loaded, "lora_linear")
         for name, letters in SIGNATURES.items():
             if hasattr(loaded, name):
                 function = getattr(loaded, name)
@@ -58,8 +58,12 @@ class Library:
         self.form = _form(loaded)
         if not loaded.has_threads():
             self.form += ", one thread"
-        self._wide = "AVX-512" in self.form
         self.types = {dtype: code for dtype, code in TYPES.items() if dtype is not torch.float16 or loaded.has_fp16()}
+        self._most_rows: dict[torch.dtype, int] = {}
+        if hasattr(loaded, "lora_linear"):
+            self._most_rows = dict.fromkeys(self.types, MOST_ROWS)
+            if "NEON" in self.form:
+                self._most_rows = {torch.float32: MOST_ROWS_NEON}
         self._loaded = loaded
 
     def dequantize_into(self, out: Tensor, weight: PackedBytes) -> Tensor:
@@ -68,18 +72,14 @@ class Library:
         self._loaded.dequantize(ctypes.byref(struct), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
         return out
 
-    def multiplies(self, m: int, weight: PackedBytes, dtype: torch.dtype) -> bool:
-        """Whether `lora_linear` was measured to be faster than decoding and torch's product."""
-        if not self._multiplies or weight.shape[1] % GROUP:
-            return False
-        if dtype is torch.float32:
-            return 0 < m <= (MOST_ROWS_WIDE if self._wide else MOST_ROWS)
-        return self._wide and 0 < m <= MOST_ROWS
+    def multiplies(self, m: int, dtype: torch.dtype) -> bool:
+        """Whether `lora_linear` was measured to be as fast as decoding and torch's product for m rows."""
+        return 0 < m <= self._most_rows.get(dtype, 0)
 
     def lora_linear(
         self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
     ) -> Tensor:
-        """y = x W^T + bias + s xa B^T, rounded once, decoding W in registers.
+        """y = x W^T + bias + s xa B^T, rounded once, decoding W in registers or in the L1 cache.
 
         y [m, out] is contiguous. xa is in the type of x; None: x A^T, without dropout.
         """
@@ -93,7 +93,7 @@ class Library:
             lora_a = _fp32(lora.a)
         else:
             xa = xa.contiguous()
-        workspace = scratch(m * (2 * width + r), torch.float32, x.device, "rows")
+        workspace = scratch(2 * (m + 3) * (width + r + 16), torch.float32, x.device, "rows")
         bias_type = 0
         if bias is not None:
             if bias.dtype not in self.types:

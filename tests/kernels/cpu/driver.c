@@ -25,7 +25,7 @@ static void *array(void) { /* its size in bytes, then the bytes; NULL if there a
 static void *result(int64_t bytes) { return calloc(bytes, 1); }
 static void save(const void *data, int64_t bytes) { fwrite(data, 1, bytes, output); }
 
-static int64_t size_of(int type) { return type == FP32 ? 4 : 2; }
+static int64_t size_of_type(int type) { return type == FP32 ? 4 : 2; }
 
 static Weight weight(void) {
     Weight w = {.packed = array(), .absmax = array(), .nested = array(), .levels = array(), .dynamic = array()};
@@ -42,7 +42,7 @@ int main(int count, char **names) {
         if (function == 1) {
             Weight w = weight();
             int type = number();
-            int64_t bytes = w.rows * w.columns * size_of(type);
+            int64_t bytes = w.rows * w.columns * size_of_type(type);
             void *out = result(bytes);
             dequantize(&w, out, type, threads);
             save(out, bytes);
@@ -63,18 +63,19 @@ int main(int count, char **names) {
             int type = number();
             int64_t n = number(), seed = number(), least = number();
             float scale = real();
-            void *x = array(), *out = result(n * size_of(type));
+            void *x = array(), *out = result(n * size_of_type(type));
             dropout(x, out, type, n, seed, least, scale, threads);
-            save(out, n * size_of(type));
+            save(out, n * size_of_type(type));
 #if defined(__AVX2__) || defined(__aarch64__)
         } else if (function == 5) {
             Weight w = weight();
-            int64_t rows = number(), r = number();
+            int type = number();
+            int64_t rows = number(), r = number(), bytes = rows * w.rows * size_of_type(type);
             float scaling = real();
-            void *x = array(), *bias = array(), *a = array(), *b = array(), *y = result(4 * rows * w.rows);
-            float *workspace = result(4 * rows * (2 * w.columns + r));
-            lora_linear(&w, x, y, FP32, rows, bias, FP32, NULL, a, b, r, scaling, workspace, threads);
-            save(y, 4 * rows * w.rows);
+            void *x = array(), *bias = array(), *a = array(), *b = array(), *y = result(bytes);
+            float *workspace = result(8 * (rows + 3) * (w.columns + r + 16));
+            lora_linear(&w, x, y, type, rows, bias, FP32, NULL, a, b, r, scaling, workspace, threads);
+            save(y, bytes);
 #endif
         }
     }

@@ -25,6 +25,7 @@ from lightning_qlora.quantization import codebooks
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from tests.conftest import raises_in_one_line
 from tests.kernels.forks import in_forks
+from tests.mounts import mounted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (5, 4096), (70, 2112)]
@@ -111,17 +112,18 @@ def test_awkward_numbers_keep_their_bits(library, dtype):
             assert torch.equal(out, reference.dequantize(ours, out_dtype).view(-1))
 
 
+FEW_ROWS = [(1, 16), (2, 3), (3, 64), (4, 0), (5, 8), (16, 17), (33, 4), (module.MOST_ROWS, 16)]  # and ranks
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(DTYPES[0], 2e-6), (DTYPES[1], 5e-3), (DTYPES[2], 7e-4)])
-def test_few_rows_are_the_references(library, dtype, tolerance):
-    if not library.multiplies(1, reference.quantize(torch.ones(64, 64), "nf4", 64, True), dtype):
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_few_rows_are_the_references(library, dtype, tolerance, quant_type):
+    if not library.multiplies(1, dtype):
         pytest.skip("this form leaves the products to torch")
     for shape in [*SHAPES, (64, 128), (7, 96)]:
-        for block_size in (32, 64, 256):
-            weight = reference.quantize(torch.randn(shape) * shape[1] ** -0.5, "nf4", block_size, True)
-            if not library.multiplies(1, weight, dtype):  # only rows of whole groups of 32 weights
-                assert shape[1] % 32
-                continue
-            for m, r in [(1, 16), (2, 3), (3, 64), (4, 0), (6, 8), (16, 17), (module.MOST_ROWS_WIDE, 4)]:
+        for block_size, double_quant in [(32, True), (64, False), (256, True)]:
+            weight = reference.quantize(torch.randn(shape) * shape[1] ** -0.5, quant_type, block_size, double_quant)
+            for m, r in FEW_ROWS:
                 x = torch.randn(m, shape[1]).to(dtype)
                 a = torch.randn(r, shape[1]) * shape[1] ** -0.5
                 b = torch.randn(shape[0], r)
@@ -134,6 +136,41 @@ def test_few_rows_are_the_references(library, dtype, tolerance):
                 for projected in (None, xa):
                     error = (library.lora_linear(y, x, weight, bias, lora, projected) - expected).abs().max()
                     assert error <= tolerance * expected.abs().max(), (shape, block_size, m, r)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(DTYPES[0], 2e-6), (DTYPES[1], 5e-3), (DTYPES[2], 7e-4)])
+def test_any_number_of_rows_reads_and_writes_these_rows_alone(library, dtype, tolerance):
+    """Several rows are multiplied together: what is in memory beside the given ones must not matter."""
+    for rows in filter(lambda rows: library.multiplies(rows, dtype), [*range(1, 34), 63]):
+        width = 101 if rows % 2 else 96
+        weight = library.quantize(torch.randn(37, width), "nf4", 64, True)
+        given = torch.full((rows + 8, width), torch.inf, dtype=dtype)
+        x = given[4 : rows + 4].copy_(torch.randn(rows, width))
+        scratch(1 << 17, torch.float32, x.device, "rows").fill_(torch.nan)
+        lora = LoRA(torch.randn(5, width) / 8, torch.randn(37, 5), 0.5)
+        expected = torch.empty(rows, 37, dtype=dtype)
+        reference.linear_into(expected, x, reference.lora_project(x, lora), weight, None, lora)
+        written = torch.full((rows + 8, 37), 7.0, dtype=dtype)
+        y = library.lora_linear(written[4 : rows + 4], x, weight, None, lora)
+        assert (y - expected).abs().max() <= tolerance * expected.abs().max(), rows
+        assert (written[:4] == 7).all()
+        assert (written[rows + 4 :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_inf_or_nan_leave_the_other_rows_as_they_are(library, dtype):
+    if not library.multiplies(9, dtype):
+        pytest.skip("this form leaves the products to torch")
+    weight = library.quantize(torch.randn(40, 96), "nf4", 64, True)
+    lora = LoRA(torch.randn(4, 96), torch.randn(40, 4), 0.5)
+    x = torch.randn(9, 96).to(dtype)
+    plain = library.lora_linear(torch.empty(9, 40, dtype=dtype), x, weight, None, lora)
+    x[3, 5] = torch.inf
+    x[8, 7] = torch.nan
+    y = library.lora_linear(torch.empty(9, 40, dtype=dtype), x, weight, None, lora)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(y[others], plain[others])
+    assert not y[[3, 8]].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,19 +197,20 @@ def test_masks_of_neighbouring_seeds_and_rows_are_unlike():
 def test_any_number_of_threads_gives_the_same_bits(dtype, width, library):
     weight = torch.randn(300, width).to(dtype)
     before = torch.get_num_threads()
-    x = torch.randn(4, width).to(dtype)
-    y = torch.zeros(4, 300, dtype=dtype)
+    few, more = (torch.randn(m, width).to(dtype) for m in (4, 13))
     a = torch.randn(8, width)
     b = torch.randn(300, 8)
-    multiplies = library.multiplies(4, library.quantize(weight, "nf4", 64, True), dtype)
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             packed = library.quantize(weight, "nf4", 64, True)
             out = library.dequantize_into(torch.empty(weight.numel(), dtype=dtype), packed)
-            product = library.lora_linear(y.clone(), x, packed, None, LoRA(a, b, 0.5)) if multiplies else y
-            results.append([*packed[:3], out, product])
+            results.append([*packed[:3], out])
+            for x in (few, more):
+                if library.multiplies(len(x), dtype):
+                    y = torch.empty(len(x), 300, dtype=dtype)
+                    results[-1].append(library.lora_linear(y, x, packed, None, LoRA(a, b, 0.5)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -188,7 +226,7 @@ def test_views_are_read_right(library):
     assert torch.equal(
         library.quantize(transposed, "nf4", 64, True).packed, reference.quantize(transposed, "nf4", 64, True).packed
     )
-    if library.multiplies(4, made, torch.float32):
+    if library.multiplies(4, torch.float32):
         lora = LoRA(torch.randn(64, 8).T, torch.randn(8, 64).T.bfloat16(), 0.5)
         x = torch.randn(64, 4).T
         bias = torch.randn(128)[::2].double()
@@ -201,14 +239,16 @@ def test_views_are_read_right(library):
 def test_for_how_many_rows_the_loops_multiply(library, request):
     form = request.node.callspec.params["library"]
     assert library.form.endswith(", one thread") == (form == "plain, one thread")
-    wide = "AVX-512" in library.form
-    weights = [reference.quantize(torch.ones(2, columns), "nf4", 64, True) for columns in (64, 80)]
-    multiplies = [library.multiplies(m, weights[0], torch.float32) for m in (0, 1, 16, 17, 64, 65)]
-    assert multiplies in ([False, True, True, wide, wide, False], [False] * 6)
-    assert multiplies[1] == ("plain C" not in library.form)
-    of_halves = [library.multiplies(m, weights[0], torch.bfloat16) for m in (0, 1, 16, 17)]
-    assert of_halves == [False, wide, wide, False]
-    assert not library.multiplies(1, weights[1], torch.float32)
+    if "NEON" in library.form:
+        limits = {torch.float32: 16, torch.bfloat16: 0, torch.float16: 0}
+    elif "plain C" in library.form:
+        limits = dict.fromkeys(DTYPES, 0)
+    else:
+        limits = dict.fromkeys(DTYPES, 64)
+    for dtype, most in limits.items():
+        assert [library.multiplies(m, dtype) for m in (0, 1, 16, 17, 64, 65)] == [
+            0 < m <= most for m in (0, 1, 16, 17, 64, 65)
+        ]
 
 
 def test_small_weights_have_one_thread(library, monkeypatch):
@@ -642,8 +682,19 @@ def test_no_home_folder_is_a_failure_like_others(load, monkeypatch):
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home.")))
-    with pytest.raises(build.BuildError, match="Set LIGHTNING_QLORA_CACHE"):
+    with pytest.raises(build.BuildError, match=r"^no home\. Set LIGHTNING_QLORA_CACHE"):
         load()
+
+
+def test_a_cache_without_execution_is_named_in_one_line_and_nothing_is_compiled(tmp_path, compiler, train, caplog):
+    compiler(f'echo x >> "{tmp_path}/calls"\nexec "{{cc}}" "$@"')
+    with mounted(tmp_path / "noexec", "noexec,mode=700") as folder:
+        assert train(folder)[0].startswith("plain torch")
+        assert not list(folder.iterdir())
+    (warning,) = [message for message in caplog.messages if "C kernels" in message]
+    assert f"{folder} is mounted noexec" in warning and "Set LIGHTNING_QLORA_CACHE to a folder" in warning
+    assert "\n" not in warning and len(warning) < 300 + len(str(folder))
+    assert not (tmp_path / "calls").exists()
 
 
 def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):

@@ -71,12 +71,13 @@ static inline float scale_of_block(const Weight *w, int64_t block) {
 /* The table of a block: the 16 values level * scale in fp32, rounded to the type. Written with vector types, because
    compilers unroll a loop of 16 and then do not vectorize it. The 16-bit tables are stored twice: see look_up_16. */
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 
 static inline Words bf16_words(Floats f) { /* to_bf16 of 16 values */
     Words u = (Words)f, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    Words is_nan = (Words)((u & 0x7fffffff) > 0x7f800000);
+    Words is_nan = (Words)((Ints)(0x7f800000 - (u & 0x7fffffff)) >> 31); /* with AVX2 gcc compares one by one */
     return (is_nan & 0x7fc0) | (~is_nan & rounded & 0xffff);
 }
 
@@ -112,6 +113,14 @@ static inline uint8x16x2_t codes_of_16(const uint8_t *bytes) { /* the 32 codes o
     return (uint8x16x2_t){{vzip1q_u8(first, second), vzip2q_u8(first, second)}};
 }
 #endif
+
+static inline void table_bf16_in_fp32(float *table, const float *levels, float scale) {
+    *(Words *)table = bf16_words(*(const Floats *)levels * scale) << 16;
+}
+
+static inline void table_fp16_in_fp32(float *table, const float *levels, float scale) {
+    for (int k = 0; k < 16; k++) table[k] = from_fp16(to_fp16(levels[k] * scale));
+}
 
 /* out[i] = table[code[i]] for the 2n codes of n bytes; the vector code takes 16 bytes (32 codes) at a time. */
 static inline void look_up_16(uint16_t *out, const uint8_t *bytes, int64_t n, const uint16_t *table) {
@@ -207,3 +216,5 @@ static inline void look_up_32(float *out, const uint8_t *bytes, int64_t n, const
 DEFINE_DECODE(decode_fp32, float, table_fp32, look_up_32)
 DEFINE_DECODE(decode_bf16, uint16_t, table_bf16, look_up_16)
 DEFINE_DECODE(decode_fp16, uint16_t, table_fp16, look_up_16)
+DEFINE_DECODE(decode_bf16_in_fp32, float, table_bf16_in_fp32, look_up_32)
+DEFINE_DECODE(decode_fp16_in_fp32, float, table_fp16_in_fp32, look_up_32)

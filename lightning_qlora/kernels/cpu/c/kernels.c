@@ -3,7 +3,7 @@
 
 enum { PIECE = 1 << 14 }; /* weights per task of a thread; a multiple of every block size */
 
-#include "few_rows.h"
+#include "lora_linear.h"
 #include "quantize.h"
 #include "dropout.h"
 

@@ -113,7 +113,8 @@ def check_output_embeddings(modules: Mapping[str, nn.Module], setting: bool | Li
         raise ValueError(
             f"deferred_logits=True: {type(modules['']).__name__} has no output embedding: no get_output_embeddings() "
             f"that returns an nn.Linear, no nn.Linear named {', '.join(OUTPUT_EMBEDDINGS)}, and none with as many "
-            "outputs as an nn.Embedding has rows. Give the layer one of these names, or pass deferred_logits='auto' or False."
+            "outputs as an nn.Embedding has rows. Give the layer one of these names, or pass deferred_logits='auto' or "
+            "False."
         )
 
 

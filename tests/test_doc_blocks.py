@@ -10,7 +10,7 @@ import lightning_qlora
 from lightning_qlora import QLoRAConfig
 from lightning_qlora.checks import ARGUMENTS
 from tests.conftest import ROOT, run_python
-from tests.scripts.doc_blocks import blocks
+from tests.scripts.doc_blocks import blocks, make_hub
 
 pytest.importorskip("transformers")
 pytest.importorskip("jsonargparse")
@@ -29,6 +29,27 @@ def test_every_block_of_every_page_runs(tmp_path):
     assert {name: page["error"] for name, page in results.items() if page["error"]} == {}
     assert sum(page["exempt"] for page in results.values()) <= 2
     assert sum(page["run"] for page in results.values()) > 40
+
+
+def test_the_script_of_the_readme_trains_with_workers_that_import_it(tmp_path):
+    """As with `num_workers=2` from Python 3.14 on, on Macs and on Windows."""
+    (script,) = [block.code for block in blocks(ROOT / "README.md") if block.kind == "python"]
+    loader = "DataLoader(texts, batch_size=8, shuffle=True"
+    assert loader in script
+    workers = 'num_workers=2, multiprocessing_context="forkserver"'
+    (tmp_path / "script.py").write_text(script.replace(loader, f"{loader}, {workers}"))
+    make_hub(tmp_path)
+    run_python("script.py", folder=tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert (tmp_path / "tuned.ckpt").exists()
+
+
+def test_every_script_with_a_module_of_its_own_has_a_guard():
+    scripts = [
+        b for page in PAGES.values() for b in blocks(page) if b.kind == "python" and "LightningModule)" in b.code
+    ]
+    trains = [block for block in scripts if re.search(r"\.fit\(", block.code)]
+    assert len(trains) >= 3
+    assert not [(block.page, block.line) for block in trains if 'if __name__ == "__main__":' not in block.code]
 
 
 def test_titles_of_files_are_unique():

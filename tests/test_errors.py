@@ -23,7 +23,7 @@ from lightning_qlora.checks import DAMAGED
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
-from tests.conftest import Classifier, make_trainer
+from tests.conftest import Classifier, make_trainer, run_python
 from tests.errors import PAGE, errors_of, page
 
 
@@ -199,13 +199,27 @@ def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
     name = os.fsdecode(b"\xff")
     module = Classifier()
     convert(module, r=4)
-    refused(lambda: save_adapter(module, tmp_path / name), r"\udcff", "utf-8", "surrogates not allowed")
+    refused(lambda: save_adapter(module, tmp_path / name), r"\xff", "not UTF-8", "Choose another name")
     assert not list(tmp_path.iterdir())
     for command in ("export", "merge"):
         with pytest.raises(SystemExit):
             main([command, str(files / "adapter.ckpt"), str(tmp_path / f"{name}out")])
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and error.endswith("surrogates not allowed). Choose another.\n")
+        assert error.count("\n") == 1 and error.endswith("safetensors reads no other. Choose another name.\n")
+
+
+def test_a_name_in_utf8_is_saved_and_loaded_in_another_locale(tmp_path):
+    """There Python's own form of the name is not UTF-8."""
+    folder = tmp_path / "für"
+    folder.mkdir()
+    code = (
+        "import sys; from torch import nn; from lightning_qlora import convert, load_adapter, save_adapter\n"
+        "assert not sys.argv[1].isprintable() and sys.getfilesystemencoding() == 'ascii'\n"
+        "module = nn.Sequential(nn.Linear(64, 64)); convert(module, r=4)\n"
+        "save_adapter(module, sys.argv[1]); load_adapter(module, sys.argv[1])"
+    )
+    run_python("-c", code, folder / "out", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (folder / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_a_full_disk_without_errno(tmp_path):

@@ -40,14 +40,14 @@ ALLOWED = {
     "layers/derived.py": {"instance.__class__"},
     "training/load_from_checkpoint.py": {"module.__class__"},
     # Modules, tensors and functions that the code itself made.
-    "layers/full_precision.py": {"forward.__code__", "vars(part).pop(name, None)"},
     "layers/trainable_tokens.py": {"view.__dict__.update(self.__dict__, **changed)"},
     "layers/readable_weight.py": {"weight._is_detached", "weight._is_param"},
     "huggingface/load_weights.py": {"new.is_stack"},
     "huggingface/quantizer.py": {"copied.quantization_operation"},
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
-    "layers/held_types.py": {"tensor.grad"},
+    "layers/held_types.py": {"tensor.grad", "object.__setattr__(value, name, new)"},  # and of a copy of a dataclass
     "training/calibration.py": {"parameter.grad"},
+    "layers/lora_layer.py": {"parameter.grad"},
     # Marks that transformers sets while it loads.
     "layers/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/operations.py": {"layer._is_hf_initialized", "owner._parameters[inner]"},  # as it was, after an error

@@ -40,7 +40,6 @@ class Conversion:
             are those of this conversion.
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
-        replaced: The names in the state dict that is being loaded, if it holds a dense base.
         left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
@@ -48,7 +47,6 @@ class Conversion:
     given: list[QLoRAConfig]
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
-    replaced: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
 
 

@@ -17,8 +17,8 @@ from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dora import TINY
 from lightning_qlora.layers.dtensor import is_sharded, reshard
 from lightning_qlora.layers.experts import expert_stacks
-from lightning_qlora.layers.full_precision import full_precision_parameters, undo_full_precision
-from lightning_qlora.layers.held_types import release
+from lightning_qlora.layers.full_precision import release, undo_full_precision
+from lightning_qlora.layers.held_types import full_precision_parameters
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import DTYPES, LoRALayer
 from lightning_qlora.layers.names import without_wrappers

@@ -6,7 +6,9 @@ has no hooks: its state dict has its base.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -26,8 +28,9 @@ from lightning_qlora.adapters.conversion import (
 )
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.dtensor import reshard, shard_like
+from lightning_qlora.layers.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.full_precision import hold_assigned
 from lightning_qlora.layers.layer_state import (
     LOAD_THE_BASE,
     CheckpointMismatchError,
@@ -40,7 +43,7 @@ from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
-from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, renew
+from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, was_frozen
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
 
 BUILT_ANEW = (
@@ -48,6 +51,22 @@ BUILT_ANEW = (
     "after conversion. Load it before merging, and leave out what builds the layers again (setup, or "
     "on_load_checkpoint that calls it)."
 )
+
+
+_in_file = ContextVar[Collection[str] | None]("_in_file", default=None)
+
+
+@contextmanager
+def ask_for(keys: Collection[str]) -> Iterator[None]:
+    """Within this, state dicts have these keys of what has a fingerprint: torch.distributed.checkpoint reads no others.
+
+    A frozen value that changed since conversion is in the file, and a module built anew would leave it out.
+    """
+    token = _in_file.set({without_wrappers(key, (CHECKPOINTED,)) for key in keys})
+    try:
+        yield
+    finally:
+        _in_file.reset(token)
 
 
 def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
@@ -77,13 +96,22 @@ def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
     if config.checkpoint == "adapter":
         for name, layer in _named_layers(root):
             # A base that depends on the last bits of an SVD can't be computed again on another machine.
-            if layer.config.can_repeat_base:
+            if layer.config.can_repeat_base and layer.has_base_of_conversion():
                 fingerprints[name] = layer.base_fingerprint()
-        for name, owner, key, _ in _dense_parameters(root):
-            if (owner, key) in unchanged:
+        for name, owner, key, parameter in _dense_parameters(root):
+            if (owner, key) in unchanged and not _is_always_saved(owner, key, parameter):
                 fingerprints[name] = unchanged[owner, key]
     trained = trained_modules(find_base_model(root)[1], unchanged)
     return SavedConversion(config, describe_base(root, config, trained), fingerprints)
+
+
+def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """Whether a sharded parameter that is frozen is saved also if conversion saw its value.
+
+    The module itself froze it, as a momentum teacher, so its code may write to it. Without Lightning
+    torch.distributed.checkpoint reads the keys of a new module, whose value is that of conversion.
+    """
+    return _in_file.get() is None and is_sharded(parameter) and was_frozen(owner, key)
 
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -95,9 +123,16 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     saved = saved_conversion(root, conversion.config)
     for name, part in _converted_parts(root):
         _restore(part, state_dict, f"{prefix}{name}.")
+    asked = _in_file.get() or ()
+    layers = dict(_named_layers(root))
     for name in saved.fingerprints:  # of a parameter or a layer
-        state_dict.pop(prefix + name, None)
-        pop_base(state_dict, prefix + _prefix(name))
+        if name not in layers:
+            if prefix + name not in asked:
+                state_dict.pop(prefix + name, None)
+        elif prefix + _prefix(name) + BASE[0] in asked:
+            layers[name].remember_base()  # the file is read into its tensors
+        else:
+            pop_base(state_dict, prefix + _prefix(name))
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
 
 
@@ -123,13 +158,9 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     reshard(root)
     _check_same_layers(root, adapters)
     conversion.left_out = set()
-    conversion.replaced = set()
-    names = {key.removeprefix(prefix) for key in state_dict}
     saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
-        if not saved.fingerprints:
-            conversion.replaced = names
         _take_arguments(root, conversion, saved)
         keys, unknown = _check_base(root, saved)
         keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
@@ -139,7 +170,6 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
             missing_keys.append(prefix + CONVERSION)
     else:
-        conversion.replaced = names
         _begin_with_rows_of_dense_module(root, state_dict, prefix)
     for name, part in _named_modules(root):
         for key, parameter in part._parameters.items():
@@ -186,16 +216,13 @@ def _check_base(root: nn.Module, saved: SavedConversion) -> tuple[list[str], lis
 
 
 def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
-    """What has a fingerprint is not missing. Record the base if it was loaded from a checkpoint of the dense module."""
+    """What has a fingerprint is not missing."""
     conversion = _conversion_with_layers(root)
     if conversion is None:
         return
+    hold_assigned(root)
     missing: list[str] = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if without_wrappers(key, (CHECKPOINTED,)) not in conversion.left_out]
-    if conversion.replaced:
-        parameters = _dense_parameters(root)
-        renew(root, {id(parameter) for name, _, _, parameter in parameters if name in conversion.replaced})
-        conversion.replaced = set()
 
 
 def _layers_with_adapter(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> set[str]:

@@ -15,10 +15,11 @@ from lightning_qlora.adapters.module_adapter import get_adapter, set_adapter_of_
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.checks import check_choice, first_of
 from lightning_qlora.config import Base
+from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.dtensor import reshard
 from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.names import join, owner_name
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import base_fingerprints
 
 
@@ -81,7 +82,7 @@ def layers_that_are_only_read(base: nn.Module) -> list[str]:
     """Names of converted layers whose weight other code multiplied with, or read without calling the layer."""
     names = []
     for name, layer in adapted_layers(base).items():
-        if type(layer).forward is QLoRALinear.forward and layer.is_only_read:
+        if original_class(type(layer)).forward is nn.Linear.forward and layer.is_only_read:
             names.append(name)
     return names
 

@@ -64,7 +64,7 @@ def cache_folder() -> Path:
         if reason is not None:
             raise PermissionError(f"{folder}: {reason}")
     except (OSError, RuntimeError) as error:  # no home: the user is not in the password file, as in some containers
-        raise OSError(f"{error}. {OWN_FOLDER}") from error
+        raise OSError(f"{str(error).removesuffix('.')}. {OWN_FOLDER}") from error
     return folder
 
 

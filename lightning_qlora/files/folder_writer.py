@@ -73,13 +73,13 @@ def check_free(target: Path) -> None:
 
 
 def check_utf8(path: Path) -> None:
-    """Raise ValueError for a path that is not UTF-8."""
+    """Raise ValueError for a path whose bytes are not UTF-8, whatever the locale makes of them."""
+    name = os.fsencode(path)
     try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        name = os.fsencode(path)
+        name.decode()
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name!r}: safetensors could not read files of this name ({error}). Choose another."
+            f"{name!r}: the name is not UTF-8 ({error}), and safetensors reads no other. Choose another name."
         ) from error
 
 

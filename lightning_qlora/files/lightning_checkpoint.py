@@ -4,7 +4,7 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -118,6 +118,15 @@ def read_index(path: Path, weights_only: bool) -> Any:
         if Path(place.relative_path).name != place.relative_path or place.relative_path == "..":
             raise ValueError(f"{path}: names the shard {place.relative_path!r}, which is not a file of this folder.")
     return index
+
+
+def keys_of_shards(path: str | os.PathLike[str], names: Iterable[str]) -> set[str]:
+    """The keys in the state dicts of these names that are saved in shards."""
+    with one_line_errors(path):
+        index = read_index(Path(path) / SHARDS_INDEX, weights_only=True)
+    prefixes = [f"{name}." for name in names]
+    keys = {(prefix, key) for prefix in prefixes for key in index.state_dict_metadata if key.startswith(prefix)}
+    return {key.removeprefix(prefix) for prefix, key in keys}
 
 
 class _IndexUnpickler(pickle.Unpickler):

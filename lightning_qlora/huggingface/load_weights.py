@@ -26,7 +26,7 @@ from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import NO_VALUES
 from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.held_types import HeldTypes
+from lightning_qlora.layers.held_types import types_before
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import (
     is_transformers_model,
@@ -77,8 +77,7 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
         empty = tensors[key]
         value = _read(folder, name, tuple(empty.shape))
         owner = module.get_submodule(owner_name(names[0]))
-        if isinstance(owner, HeldTypes):  # rounded as where the module is not held in fp32
-            value = value.to(owner.held_types.get(key, value.dtype))
+        value = value.to(types_before(owner).get(key, value.dtype))  # rounded as where it is not held in fp32
         value = _with_data(empty, value, device)
         for _, tensors, key in places:
             tensors[key] = value

@@ -1,6 +1,7 @@
-"""Output embeddings that return deferred logits in training: which layers they are, and how their class changes."""
+"""Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
-from lightning_qlora.layers.derived import Derived, derive, original_class, restore
+from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.disable_adapter import DISABLED
-from lightning_qlora.layers.held_types import HeldTypes
+from lightning_qlora.layers.full_precision import output_dtype
+from lightning_qlora.layers.instance_method import InstanceMethod, add, has_other_forward, instance_method, remove
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import last_part, without_numbers
 from lightning_qlora.layers.provenance import OUTPUT_EMBEDDINGS, get_output_embeddings
@@ -21,29 +23,23 @@ from lightning_qlora.layers.provenance import OUTPUT_EMBEDDINGS, get_output_embe
 LARGE = 4
 
 
-class DeferredHead(Derived):
-    """What `defer_logits` adds to the class of an output embedding."""
+class DeferredForward(InstanceMethod):
+    """The forward pass of an output embedding: deferred logits where autograd records, else the real ones."""
 
-    @classmethod
-    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
-        return {"__name__": f"Deferred{before.__name__}", "plain_forward": before.forward}
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Deferred logits where autograd records, else the real ones."""
-        head: Any = self
+    def call(self, original: Callable[..., Any], input: Tensor) -> Tensor:
+        """Input [..., in] -> logits [..., out]."""
+        head: Any = self.module
         if torch.compiler.is_compiling() or not _can_defer(head, input):
             if type(input) is Tensor:
                 # With the strides of a slice, as `x[:, -1:]` has them, torch takes a product that is 15 times slower.
                 input = input.reshape(-1, input.shape[-1]).view(input.shape)
-            logits: Tensor = head.plain_forward(input)
+            logits: Tensor = original(input)
             return logits
         device = input.device.type
-        dtype = input.dtype
+        dtype = output_dtype(head, input.dtype)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        elif isinstance(head, HeldTypes):
-            dtype = head.output_dtype or dtype
-        return DeferredLogits(input, Source(input, head), dtype).attached()
+        return DeferredLogits(input, Source(input, head, self), dtype).attached()
 
 
 def _can_defer(head: Any, input: Tensor) -> bool:
@@ -56,7 +52,7 @@ def _can_defer(head: Any, input: Tensor) -> bool:
         and input.dim() >= 2
         # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the call.
         and "_is_fsdp_managed_module" not in vars(head)
-        and "forward" not in vars(head)
+        and not has_other_forward(head)
         # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
         and all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values())
         and not torch._C._are_functorch_transforms_active()
@@ -72,14 +68,14 @@ def _has_dropout(head: Any) -> bool:
 
 def defer_logits(head: nn.Module) -> None:
     """Make an output embedding (an nn.Linear, in 4 bits or not) return deferred logits in training, in place."""
-    derive(DeferredHead, head)
+    if instance_method(head, DeferredForward) is None:
+        add(DeferredForward(head))
 
 
 def compute_logits(module: nn.Module) -> None:
     """Undo `defer_logits` for all output embeddings in a module, in place."""
     for head in module.modules():
-        if isinstance(head, DeferredHead):
-            restore(head, DeferredHead)
+        remove(head, DeferredForward)
 
 
 def output_embeddings(module: nn.Module) -> dict[str, Any]:
@@ -146,7 +142,8 @@ def defer_output_embeddings(
 
 def deferred_heads(module: nn.Module) -> dict[str, int]:
     """Name of each output embedding whose logits are deferred -> bytes saved for each 1,000 tokens."""
-    return {name: saved_bytes(head) for name, head in module.named_modules() if isinstance(head, DeferredHead)}
+    heads = {name: part for name, part in module.named_modules() if instance_method(part, DeferredForward)}
+    return {name: saved_bytes(head) for name, head in heads.items()}
 
 
 def saved_bytes(head: Any) -> int:
@@ -156,8 +153,6 @@ def saved_bytes(head: Any) -> int:
     """
     if _has_dropout(head):
         return 0
-    dtype: torch.dtype = head.weight.dtype
-    if isinstance(head, HeldTypes):
-        dtype = head.output_dtype or dtype
+    dtype = output_dtype(head, head.weight.dtype)
     elements: int = 1000 * head.out_features
     return elements * (dtype.itemsize + 8)

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.layers.disable_adapter import DISABLED
+from lightning_qlora.layers.instance_method import InstanceMethod
 from lightning_qlora.layers.piecewise_cross_entropy import piecewise_cross_entropy
 from lightning_qlora.layers.readable_weight import METADATA, Readable, writes
 
@@ -31,8 +32,9 @@ Function = Callable[[Tensor], Tensor]
 class Source:
     """One call of a head: its input, its parameters as they were, and autocast."""
 
-    def __init__(self, hidden: Tensor, head: Any) -> None:
+    def __init__(self, hidden: Tensor, head: Any, method: InstanceMethod) -> None:
         self.head = head
+        self._method = method
         self.trained = [p for p in head.parameters() if p.requires_grad]
         device = hidden.device.type
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -51,7 +53,7 @@ class Source:
                         "its adapter is disabled now. Read the logits before that, for example by logits.detach(), or "
                         "pass deferred_logits=False."
                     )
-            logits: Tensor = self.head.plain_forward(hidden)  # deferred_head.py
+            logits: Tensor = self._method.original(hidden)
         return logits
 
 

@@ -16,6 +16,9 @@ class Derived:
 
     classes_before: ClassVar[dict[type, type[Any]]] = {}  # mixin -> the class without it, in the order of `derive`
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Not that of the user's class, which may keep a registry of its classes, or need an argument."""
+
     @classmethod
     def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
         """The bases of the class that is derived from another."""

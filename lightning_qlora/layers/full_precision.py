@@ -1,21 +1,20 @@
-"""Parameters held in fp32: what trains in full, computed in 16 bits by autocast; all of a module on a slow device.
+"""In which type dense modules compute, where it is not the one that they are stored in.
 
-    parameters of a module, in its forward pass and outside of it     fp32
-    its buffers, such as the statistics of BatchNorm                  fp32, as torch takes them beside such parameters
-    forward pass of the module that holds them                        under autocast(16-bit type), its output cast back
-    forward pass and steps of the module that was converted           under the same autocast, its output as it is
-    all of a module on a device that is slow in 16 bits               fp32, without autocast (`held_types.py`)
+    parameters that train in full           fp32, and the buffers of their module, such as the statistics of BatchNorm
+    forward pass of the module that uses them   under autocast(16-bit type), its output cast back
+    forward pass and steps of the module that was converted     under the same autocast, its output as it is
+    all of a module on a device that is slow in 16 bits         fp32: 16-bit inputs are cast, without autocast
+    a module that the user holds in fp32, and that trains       fp32: 16-bit inputs are cast, without that autocast
 
 In 16 bits most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that of 2e-4 is smaller
 than half of the last bit of every bf16 value above 0.1. A parameter is what it says everywhere, so code may write to it
-in a forward pass. The class of a module becomes a subclass of the same name. Around the converted module,
-autocast lets code of other modules use such a parameter too: `F.linear(h, self.head.weight)` in a training step.
+in a forward pass. Around the converted module, autocast lets code of other modules use such a parameter too:
+`F.linear(h, self.head.weight)` in a training step. A module keeps its class: an object stands in place of its `forward`
+(`instance_method.py`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,20 +23,23 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_qlora.config import ComputeDtype
-from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.held_types import (
-    EVERYWHERE,
     IN_16_BITS,
-    HeldTypes,
+    TYPES,
+    Casts,
     cast_in_place,
     cast_values,
+    hold_tensors,
     in_fp32,
+    is_our_autocast,
+    own_tensors,
     reason_for_fp32,
-    release,
+    set_types_before,
     type_after,
+    types_before,
 )
-from lightning_qlora.layers.names import join
+from lightning_qlora.layers.instance_method import InstanceMethod, add, instance_method, remove
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.lightning_copies import classes
 
@@ -48,74 +50,62 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 TAKES_FP32 = (nn.Bilinear, nn.EmbeddingBag, nn.RMSNorm)
 
 
-class FullPrecision(HeldTypes, Derived):
-    """A class whose forward pass, and steps of a LightningModule, compute under autocast.
+class ComputeIn(InstanceMethod):
+    """The forward pass of a dense module, or a step of a LightningModule, in another type than its parameters have.
 
     Attributes:
-        types_before: Key of each parameter that trains in fp32, and buffer beside it -> the 16-bit type that it had.
-        autocast_dtype: The type of the forward pass; None, or one that has not 16 bits: without autocast.
-        casts_output: Whether the output of the forward pass is cast to that type.
+        autocast: The 16-bit type of autocast; None, or one that has not 16 bits: without.
+        casts_output: Whether the output is cast to that type.
+        in_fp32: Whether it computes in fp32 in place of that, with 16-bit inputs cast.
     """
 
-    types_before: Mapping[str, torch.dtype] = MappingProxyType({})
-    autocast_dtype: torch.dtype | None = None
+    autocast: torch.dtype | None = None
     casts_output: bool = False
+    in_fp32: bool = False
 
-    @classmethod
-    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
-        members: dict[str, Any] = {name: getattr(before, name) for name in ("__name__", "__qualname__", "__doc__")}
-        for name in ("forward", *STEPS):
-            method = getattr(before, name, None)
-            inherited = [getattr(kind, name, None) for kind in (nn.Module, *classes(LightningModule))]
-            if method is not None and method not in inherited:
-                members[name] = _under_autocast(method, issubclass(before, TAKES_FP32))
-        return members
-
-    @property
-    def output_dtype(self) -> torch.dtype | None:
-        """The type of the output without autocast; None: that of the module without this class."""
-        if self.held_on is None and self.autocast_dtype in IN_16_BITS:
-            return self.autocast_dtype
-        return super().output_dtype
-
-    def _tensors_in_fp32(self) -> Iterator[Tensor]:
-        yield from super()._tensors_in_fp32()
-        tensors = vars(self)["_buffers"] | vars(self)["_parameters"]
-        yield from (tensors[key] for key in self.types_before if tensors.get(key) is not None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As in nn.Module; a cast of the module casts what it computes in, too."""
-        super()._apply(fn, recurse)
-        self.types_before = {key: type_after(fn, dtype) for key, dtype in self.types_before.items()}
-        if self.autocast_dtype is not None:
-            self.autocast_dtype = type_after(fn, self.autocast_dtype)
-        return self
-
-
-def _under_autocast(method: Any, takes_fp32: bool) -> Callable[..., Any]:
-    """A method of a class, under autocast."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        dtype = self.autocast_dtype
-        if self.held_on is not None:
-            if all(tensor.dtype is torch.float32 for _, tensor, _ in self.held_tensors()):  # FSDP may have cast them
-                args = in_fp32(args)
-                kwargs = {key: in_fp32(value) for key, value in kwargs.items()}
-            return method(self, *args, **kwargs)
+    def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The method, in its type."""
+        dtype = self.autocast
+        if self.in_fp32:
+            if _has_16_bits(self.module):  # FSDP cast them
+                return original(*args, **kwargs)
+            with _without_our_autocast(self.module):
+                return original(*in_fp32(args), **in_fp32(kwargs))
         if dtype not in IN_16_BITS:
-            return method(self, *args, **kwargs)
-        if takes_fp32:
-            args = tuple(_cast_values(value, dtype, torch.float32) for value in args)
-            kwargs = {key: _cast_values(value, dtype, torch.float32) for key, value in kwargs.items()}
+            return original(*args, **kwargs)
+        if isinstance(self.module, TAKES_FP32):
+            args = _cast(args, dtype, torch.float32)
+            kwargs = _cast(kwargs, dtype, torch.float32)
         unfused = nullcontext() if torch.compiler.is_compiling() else _without_fused_layers()
-        with _autocast(self, dtype), unfused:
-            output = method(self, *args, **kwargs)
+        with _autocast(self.module, dtype), unfused:
+            output = original(*args, **kwargs)
         if self.casts_output:
-            return _cast_values(output, torch.float32, dtype)
+            return _cast(output, torch.float32, dtype)
         return output
 
-    forward.__code__ = forward.__code__.replace()  # torch.compile keeps a limited number of graphs for a code object
-    return wraps(method)(forward)
+
+class FollowCasts(InstanceMethod):
+    """`_apply` of a dense module that holds values in fp32: a cast of the module casts what it computes in, too."""
+
+    def call(self, original: Callable[..., Any], fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """As in nn.Module."""
+        result = original(fn, *args, **kwargs)
+        follow_cast(self.module, fn)
+        return result
+
+
+def follow_cast(part: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Cast the types before of what a module holds itself, and those that it computes in, as `nn.Module._apply` did."""
+    set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})
+    for method in _methods(part):
+        method.in_fp32 = method.in_fp32 and type_after(fn, torch.float32) is torch.float32
+        if method.autocast is not None:
+            method.autocast = type_after(fn, method.autocast)
+
+
+def _has_16_bits(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None and tensor.dtype in IN_16_BITS for tensor in tensors)
 
 
 def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -124,6 +114,16 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[A
     if device == "meta":
         return nullcontext()
     return torch.autocast(device, dtype, cache_enabled=False)
+
+
+def _without_our_autocast(module: nn.Module) -> AbstractContextManager[Any]:
+    """Without the autocast of a module around this one; the user's stays."""
+    if not is_our_autocast():
+        return nullcontext()
+    device = next((tensor.device.type for tensor in own_tensors(module).values()), "meta")
+    if device == "meta":
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 @contextmanager
@@ -137,54 +137,59 @@ def _without_fused_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(is_enabled)
 
 
-def _cast_values(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
-    """A tensor of one type in another, also in a tuple or list; other values, and losses, as they are."""
+def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+    """The tensors of one type in another, wherever they stand in a value; losses as they are."""
     return cast_values(value, lambda tensor: tensor.to(after) if tensor.dtype is before and tensor.ndim else tensor)
 
 
 def train_in_full_precision(module: nn.Module) -> None:
     """Hold the 16-bit parameters that train in full in fp32, in place.
 
-    Three kinds of parameters still train in 16 bits: sharded ones, those of a ScriptModule, and those of a module whose
-    `forward` was replaced.
+    Two kinds of parameters still train in 16 bits: sharded ones, and those of a ScriptModule.
     """
-    trained: list[tuple[Any, str, nn.Parameter, torch.dtype]] = [
-        (owner, key, parameter, parameter.dtype)
+    trained = [
+        (owner, key, parameter)
         for owner in module.modules()
         for key, parameter in owner.named_parameters(recurse=False)
         if parameter.requires_grad and parameter.dtype in IN_16_BITS
     ]
     parents = _parents(module)
     in_16_bits = set[int]()  # tied ones are held in fp32 if all of their modules can
-    for owner, _, parameter, _ in trained:
-        can_cast = can_derive(owner) and all(map(can_derive, _users(owner, parents)))
-        if is_sharded(parameter) or not can_cast:
+    for owner, _, parameter in trained:
+        if is_sharded(parameter) or any(map(_is_script, [owner, *_users(owner, parents)])):
             in_16_bits.add(id(parameter))
-    for owner, key, parameter, dtype in trained:
-        if id(parameter) in in_16_bits:
-            continue
-        _set_type(owner, key, dtype)
-        _hold_buffers(owner)
+    held = [(owner, key, parameter) for owner, key, parameter in trained if id(parameter) not in in_16_bits]
+    for owner, _, parameter in held:
         for user in _users(owner, parents):
-            compute_in(user, dtype, casts_output=not isinstance(user, classes(LightningModule)))
-        cast_in_place(parameter, torch.float32)
-    for _, _, dtype in full_precision_parameters(module):  # those of parts that were converted before too
-        if can_derive(module):
-            compute_in(module, dtype)
+            compute_in(user, parameter.dtype, casts_output=not isinstance(user, classes(LightningModule)))
+    dtypes = [parameter.dtype for _, _, parameter in held]
+    buffers = [entry for owner, _, _ in held for entry in _buffers_beside(owner) if entry[2].dtype in IN_16_BITS]
+    _hold([*held, *buffers])
+    for part in module.modules():  # also those that were converted before
+        dtypes += [dtype for key, dtype in types_before(part).items() if own_tensors(part)[key].requires_grad]
+    if dtypes and not _is_script(module):
+        compute_in(module, dtypes[0])
 
 
-def _set_type(owner: nn.Module, key: str, dtype: torch.dtype) -> None:
-    own: FullPrecision = derive(FullPrecision, owner)
-    own.types_before = {**own.types_before, key: dtype}
+def _hold(tensors: list[tuple[nn.Module, str, Tensor]]) -> None:
+    hold_tensors(tensors)
+    for part, _, _ in tensors:
+        _let_follow_casts(part)
 
 
-def _hold_buffers(owner: nn.Module) -> None:
-    """Hold the 16-bit buffers of a module that trains in fp32, and those of its parametrizations (spectral_norm)."""
+def _let_follow_casts(part: nn.Module) -> None:
+    """A 4-bit layer does so by itself."""
+    can_follow = not isinstance(part, PackedLayer) and not _is_script(part)
+    if can_follow and instance_method(part, FollowCasts, "_apply") is None:
+        add(FollowCasts(part, "_apply"))
+
+
+def _buffers_beside(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The float buffers of a module that trains in fp32, and those of its parametrizations (spectral_norm)."""
     for part in owner.modules() if isinstance(owner, ParametrizationList) else [owner]:
         for key, buffer in part.named_buffers(recurse=False):
-            if buffer.dtype in IN_16_BITS and can_derive(part):
-                _set_type(part, key, buffer.dtype)
-                cast_in_place(buffer, torch.float32)
+            if buffer.is_floating_point() and not _is_script(part):
+                yield part, key, buffer
 
 
 def _parents(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -197,51 +202,91 @@ def _parents(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
 
 def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Iterator[nn.Module]:
     """The modules whose forward passes use the parameters of a module: itself, or the next ones around it."""
-    has_forward = type(owner).forward is not nn.Module.forward  # nn.ParameterList has none
-    if has_forward:
+    if _has(owner, "forward"):
         yield owner
     for parent in parents.get(owner, []):
-        if not has_forward or isinstance(parent, nn.MultiheadAttention):  # it uses the weight of its `out_proj`
+        # nn.MultiheadAttention uses the weight of its `out_proj`.
+        if not _has(owner, "forward") or isinstance(parent, nn.MultiheadAttention):
             yield from _users(parent, parents)
 
 
-def can_derive(part: nn.Module) -> bool:
-    """Whether the class of a module decides how it computes."""
-    return "forward" not in vars(part) and not isinstance(part, torch.jit.ScriptModule)
+def _has(part: nn.Module, name: str) -> bool:
+    """Whether a module has a method of this name that its class, or other code, wrote; nn.ParameterList has none."""
+    inherited = [getattr(kind, name, None) for kind in (nn.Module, *classes(LightningModule))]
+    return name in vars(part) or getattr(type(part), name, None) not in inherited
+
+
+def _is_script(part: nn.Module) -> bool:
+    return isinstance(part, torch.jit.ScriptModule)
+
+
+def _methods(part: nn.Module) -> list[ComputeIn]:
+    """The methods of a module that compute in another type."""
+    methods = [instance_method(part, ComputeIn, name) for name in ("forward", *STEPS)]
+    return [method for method in methods if method is not None]
+
+
+def _make_methods(part: nn.Module) -> list[ComputeIn]:
+    """The same for its forward pass, and the steps of a LightningModule, made where there is none."""
+    names = ["forward"]
+    if isinstance(part, classes(LightningModule)):
+        names += STEPS
+    for name in names:
+        if _has(part, name) and instance_method(part, ComputeIn, name) is None:
+            add(ComputeIn(part, name))
+    _let_follow_casts(part)
+    return _methods(part)
 
 
 def compute_in(part: nn.Module, dtype: torch.dtype, casts_output: bool = False) -> None:
     """Let a module compute under autocast; the first type stays, where parameters had several."""
-    own: FullPrecision = derive(FullPrecision, part)
-    if own.autocast_dtype not in IN_16_BITS:
-        own.autocast_dtype = dtype
-    own.casts_output = own.casts_output or casts_output
+    for method in _make_methods(part):
+        if method.autocast not in IN_16_BITS:
+            method.autocast = dtype
+        method.casts_output = method.casts_output or casts_output
 
 
-def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
-    """Name, value and 16-bit type of each parameter that is held in fp32; tied ones with the first name."""
-    seen = set[int]()
+def output_dtype(part: nn.Module, input_dtype: torch.dtype) -> torch.dtype:
+    """The type of a layer's output without autocast of the caller, for an input of a type."""
+    if isinstance(part, PackedLayer):
+        return torch.float32 if part.is_held else input_dtype
+    for method in _methods(part):
+        if method.in_fp32:
+            return torch.float32
+        if method.autocast in IN_16_BITS:
+            return method.autocast
+    return input_dtype
+
+
+def compute_types(module: nn.Module) -> dict[str, torch.dtype]:
+    """Name of each dense module whose `forward` has another in its place -> the type that it computes in."""
+    types = {}
     for name, part in module.named_modules():
-        for key, dtype in part.types_before.items() if isinstance(part, FullPrecision) else ():
-            parameter = part._parameters.get(key)
-            if parameter is None or parameter.dtype is not torch.float32 or dtype not in IN_16_BITS:
-                continue
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield join(name, key), parameter, dtype
+        method = instance_method(part, ComputeIn)
+        if method is not None and method.in_fp32:
+            types[name] = torch.float32
+        elif method is not None and method.autocast in IN_16_BITS:
+            types[name] = method.autocast
+    return types
+
+
+def hold_assigned(module: nn.Module) -> None:
+    """Hold in fp32 again what `load_state_dict(assign=True)` replaced by values in 16 bits."""
+    parts = [(part, vars(part)[TYPES]) for part in module.modules() if TYPES in vars(part)]
+    held = [(part, key, own_tensors(part).get(key)) for part, types in parts for key in types]
+    hold_tensors([(part, key, value) for part, key, value in held if value is not None and value.dtype in IN_16_BITS])
 
 
 def undo_full_precision(module: nn.Module) -> None:
-    """Give each module the class that it had, and its buffers their types, in place; its parameters do not change."""
+    """Let dense modules compute as their class does, and give buffers their types; parameters do not change."""
     for part in module.modules():
-        if not isinstance(part, FullPrecision):
-            continue
-        for key, buffer in part.named_buffers(recurse=False):
-            cast_in_place(buffer, part.types_before.get(key, buffer.dtype))
-        for name in ("types_before", "autocast_dtype", "casts_output"):
-            vars(part).pop(name, None)
-        if "classes_before" in vars(type(part)):  # else a library derived a class from it (parametrizations)
-            restore(part, FullPrecision)
+        tensors = own_tensors(part) if TYPES in vars(part) else {}
+        for key, dtype in types_before(part).items():
+            if key not in part._parameters:
+                cast_in_place(tensors[key], dtype)
+        set_types_before(part, {})
+        remove(part, ComputeIn)
+        remove(part, FollowCasts)
 
 
 def hold_in_fp32(
@@ -258,11 +303,11 @@ def hold_in_fp32(
     Returns:
         The reason for each type that is held in fp32.
     """
-    if compute_dtype == "bf16":
-        return []
-    device = device or _device_of(module)
     parts = list(module.modules())
-    types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in parts)]
+    types: list[torch.dtype] = []
+    if compute_dtype != "bf16":
+        types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in parts)]
+    device = device or _device_of(module)
     if compute_dtype == "fp16":
         reasons: dict[torch.dtype, Any] = dict.fromkeys(types, REASON_OF_FP16)
     else:
@@ -270,50 +315,80 @@ def hold_in_fp32(
     if not all(reasons.values()):
         release(module)
     slow = [dtype for dtype in types if reasons[dtype]]
-    _hold(parts, slow, EVERYWHERE if compute_dtype == "fp16" else device.type)
+    _hold_types(parts, slow)
+    _take_16_bit_inputs(parts)
     return [reasons[dtype] for dtype in slow]
 
 
 def _types(part: nn.Module) -> set[torch.dtype]:
-    """The types of what a module holds itself and computes with, before they were held in fp32."""
-    types = {tensor.dtype for tensor in _own_tensors(part).values()}
-    if isinstance(part, HeldTypes):
-        types |= {*part.held_types.values()}
+    """The types of what a module holds itself and computes in, before they were held in fp32."""
+    before = types_before(part)
+    types = {before.get(key, tensor.dtype) for key, tensor in own_tensors(part).items()}
     if isinstance(part, PackedLayer):
-        types.add(part.weight_dtype)
-    if isinstance(part, FullPrecision) and part.autocast_dtype is not None:
-        types.add(part.autocast_dtype)
-    return types
+        types.add(part.dtype_before)
+    return types | {method.autocast for method in _methods(part) if method.autocast is not None}
 
 
-def _own_tensors(part: nn.Module) -> dict[str, Tensor]:
-    return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
-
-
-def _hold(parts: list[nn.Module], slow: Collection[torch.dtype], device: str) -> None:
-    """Cast the values of these types to fp32, one after another."""
-    tensors = [(part, key, tensor, tensor.dtype) for part in parts for key, tensor in _own_tensors(part).items()]
-    for part, key, tensor, dtype in tensors:  # listed before tied ones are cast
-        if dtype not in slow or is_sharded(tensor):
-            continue
-        if not isinstance(part, HeldTypes) and can_derive(part):
-            derive(FullPrecision, part)
-        if isinstance(part, HeldTypes):
-            part.set_held({key: dtype}, device)
-        if tensor.dtype is dtype:
-            cast_in_place(tensor, torch.float32)
+def _hold_types(parts: list[nn.Module], slow: Collection[torch.dtype]) -> None:
+    """Hold the values of these types in fp32, and let the modules compute in it."""
+    if not slow:
+        return
+    tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
+    _hold([entry for entry in tensors if entry[2].dtype in slow and not is_sharded(entry[2])])
     for part in parts:
-        if isinstance(part, PackedLayer) and part.weight_dtype in slow:
-            part.set_held({"weight": part.weight_dtype}, device)
-            part.weight_dtype = torch.float32
-        if isinstance(part, FullPrecision) and part.autocast_dtype is not None and part.autocast_dtype in slow:
-            part.set_held({"forward": part.autocast_dtype}, device)
+        if isinstance(part, PackedLayer):
+            if part.dtype_before in slow:
+                part.weight_dtype = torch.float32
+        elif not _is_script(part) and not _types(part).isdisjoint(slow):
+            for method in _make_methods(part):
+                method.in_fp32 = True
+
+
+def _take_16_bit_inputs(parts: list[nn.Module]) -> None:
+    """Let layers that the user holds in fp32, and that train, compute in fp32 beside 4-bit layers of 16 bits."""
+    if not any(isinstance(part, PackedLayer) and part.weight_dtype in IN_16_BITS for part in parts):
+        return
+    for part in parts:
+        own = own_tensors(part)
+        trains = any(tensor.requires_grad for tensor in own.values())
+        in_fp32 = TYPES not in vars(part) and all(
+            t.dtype is torch.float32 for t in own.values() if t.is_floating_point()
+        )
+        if trains and in_fp32 and not part._modules and not isinstance(part, PackedLayer) and not _is_script(part):
+            for method in _make_methods(part):
+                method.in_fp32 = True
+
+
+def release(module: nn.Module) -> None:
+    """Give what a device holds in fp32 the type of before, in place: all but what trains, and the buffers beside it."""
+    trained = [part for part in module.modules() if _trains(part)]
+    beside = {id(buffer) for part in trained for _, _, buffer in _buffers_beside(part)}
+    casts: Casts = {}
+    for part in module.modules():
+        if isinstance(part, PackedLayer):
+            part.weight_dtype = part.dtype_before
+        tensors = own_tensors(part) if TYPES in vars(part) else {}
+        for key, dtype in types_before(part).items():
+            if not tensors[key].requires_grad and id(tensors[key]) not in beside:
+                cast_in_place(tensors[key], dtype, casts)
+        set_types_before(part, types_before(part))
+        methods = _methods(part)
+        for method in methods:
+            method.in_fp32 = False
+        if not any(method.autocast in IN_16_BITS for method in methods):
+            remove(part, ComputeIn)
+
+
+def _trains(part: nn.Module) -> bool:
+    """Whether a module holds a parameter of its own in fp32 that trains."""
+    tensors = own_tensors(part) if TYPES in vars(part) else {}
+    return any(tensors[key].requires_grad for key in types_before(part))
 
 
 def _device_of(module: nn.Module) -> torch.device:
     """The device of a module; of one that is on the meta device, the one that it will be loaded to."""
     for part in module.modules():
-        tensors = [part.packed] if isinstance(part, PackedLayer) else _own_tensors(part).values()
+        tensors = [part.packed] if isinstance(part, PackedLayer) else own_tensors(part).values()
         device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
         if device is not None:
             return device

@@ -1,18 +1,17 @@
-"""Modules in 16 bits that a device computes faster, or more exactly, in fp32: held in fp32 while they are on it.
+"""Values that are held in fp32 in a module of 16 bits: their types before, and the devices that compute fp32 better.
 
-    parameters, buffers             cast to fp32 at conversion, one after another
-    4-bit layers                    decode to fp32; `layer.weight.dtype` is fp32
-    16-bit inputs of a module       cast to fp32
-    state dicts                     the type of before, for values that it holds exactly
-    `.to` another kind of device    the type of before, unless that device computes in fp32 too
+    vars(part)["_qlora_types"]      key of a parameter or buffer -> the 16-bit type that it had
+    state dicts                     have the values as they are, in fp32
+    files, merged modules           have the types before (`in_types_before`, `release`)
 
-`reason_for_fp32` says which devices these are. What trains in full is held in fp32 on every device, and `hold_in_fp32`
-holds a whole module (`full_precision.py`).
+What trains in full is held in fp32 on every device, and a whole module on devices that are slow in 16 bits
+(`full_precision.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from torch import Tensor, nn
 
 from lightning_qlora.kernels.cpu.products import products
 from lightning_qlora.layers.dtensor import is_sharded
+from lightning_qlora.layers.fingerprint import has_values, is_strided
 
 IN_16_BITS = (torch.bfloat16, torch.float16)
-EVERYWHERE = "every device"
+Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
+TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each tensor of its own that is held in fp32
 
 
 def reason_for_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -57,81 +58,107 @@ def _cuda_has_bf16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-class HeldTypes:
-    """What classes derive from whose instances can be held in fp32.
+def is_our_autocast() -> bool:
+    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
 
-    Attributes:
-        held_types: Key of each parameter and buffer that is held in fp32 -> its type before; "weight" of a 4-bit layer,
-            and "forward" for a forward pass under autocast, are such keys without a tensor.
-        held_on: The kind of device for which it was held ("cpu"), or EVERYWHERE; None: it is not held. On another one
-            that is slow too it stays so.
+    Recomputation, which restores what torch knows of autocast, gets the same answer.
     """
+    return not torch.is_autocast_cache_enabled()
 
-    held_types: Mapping[str, torch.dtype] = MappingProxyType({})
-    held_on: str | None = None
 
-    @property
-    def output_dtype(self) -> torch.dtype | None:
-        """The type of the output without autocast; None: that of a module that is not held."""
-        return None if self.held_on is None else torch.float32
+def own_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a module holds itself, by key."""
+    return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
 
-    def set_held(self, types: Mapping[str, torch.dtype], device: str) -> None:
-        """Record the types of before of what is held in fp32 on a kind of device."""
-        self.held_types = {**self.held_types, **types}
-        self.held_on = device
 
-    def held_tensors(self) -> Iterator[tuple[str, Any, torch.dtype]]:
-        """Key, value and type before of each parameter and buffer that is held."""
-        tensors = vars(self)["_buffers"] | vars(self)["_parameters"]
-        for key, dtype in self.held_types.items():
-            if tensors.get(key) is not None:
-                yield key, tensors[key], dtype
+def types_before(part: nn.Module) -> dict[str, torch.dtype]:
+    """Key -> type before of what a module holds itself in fp32; what a cast gave another type since is not held."""
+    types: dict[str, torch.dtype] | None = vars(part).get(TYPES)
+    if types is None:
+        return {}
+    tensors = own_tensors(part)
+    return {key: dtype for key, dtype in types.items() if key in tensors and tensors[key].dtype is torch.float32}
 
-    def restore_types(self) -> None:
-        """Give the values the type of before."""
-        for _, tensor, dtype in self.held_tensors():
-            if tensor.dtype is torch.float32:
-                cast_in_place(tensor, dtype)
-        for name in ("held_types", "held_on"):
-            vars(self).pop(name, None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As in nn.Module; a cast also casts the types of before. It, or another device, may release the module."""
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.held_on is None:
-            return self
-        self.held_types = {key: type_after(fn, dtype) for key, dtype in self.held_types.items()}
-        is_everywhere = self.held_on == EVERYWHERE
-        applied = fn(torch.empty(0, dtype=torch.float32, device="cpu" if is_everywhere else self.held_on))
-        moves = not is_everywhere and applied.device.type != self.held_on
-        is_slow = not moves or any(reason_for_fp32(applied.device, dtype) for dtype in self.held_types.values())
-        if applied.dtype is not torch.float32 or not is_slow:
-            self.restore_types()
-        return self
+def set_types_before(part: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    """Replace the types before; those that are no 16-bit types are left out."""
+    types = {key: dtype for key, dtype in types.items() if dtype in IN_16_BITS}
+    if types:
+        vars(part)[TYPES] = types
+    else:
+        vars(part).pop(TYPES, None)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As in nn.Module, with the type of before where it holds a value exactly."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        if keep_vars:
-            return
-        for key, tensor, dtype in self.held_tensors():
-            value = destination.get(prefix + key)
-            if value is None or is_sharded(value) or tensor.dtype is not torch.float32:
-                continue
-            narrow = value.to(dtype)
-            if value.is_meta or torch.equal(narrow.float(), value):
-                destination[prefix + key] = narrow
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """As in nn.Module; with assign=True the values that were assigned are cast."""
-        super()._load_from_state_dict(*args)  # type: ignore[misc]
-        for tensor in self._tensors_in_fp32():
-            if tensor.dtype in IN_16_BITS:
-                cast_in_place(tensor, torch.float32)
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
-    def _tensors_in_fp32(self) -> Iterator[Tensor]:
-        for _, tensor, _ in self.held_tensors():
-            yield tensor
+
+def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Name, value and type before of each parameter and buffer that is held in fp32; tied ones with the first name."""
+    seen = set[int]()
+    for name, part in module.named_modules():
+        tensors = own_tensors(part) if TYPES in vars(part) else {}
+        for key, dtype in types_before(part).items():
+            tensor = tensors.get(key)
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield _join(name, key), tensor, dtype
+
+
+def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """The same of what trains."""
+    return ((name, tensor, dtype) for name, tensor, dtype in held_tensors(module) if tensor.requires_grad)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """How many bytes more a module takes, because what does not train is held in fp32; shared tensors count once."""
+    held = [(tensor, dtype) for _, tensor, dtype in held_tensors(module) if not tensor.requires_grad]
+    return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held)
+
+
+def hold_tensors(tensors: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
+    """Hold 16-bit parameters and buffers (owner, key, value) in fp32.
+
+    Values that share memory, as weights tied by `.data` do, share it afterwards.
+    """
+    dtypes = [tensor.dtype for _, _, tensor in tensors]  # of a tied one, which is cast once
+    casts: Casts = {}
+    for (part, key, tensor), dtype in zip(tensors, dtypes, strict=True):
+        set_types_before(part, vars(part).get(TYPES, {}) | {key: dtype})
+        if tensor.dtype is dtype:
+            cast_in_place(tensor, torch.float32, casts)
+
+
+def cast_in_place(tensor: Tensor, dtype: torch.dtype, casts: Casts | None = None) -> None:
+    """Cast a parameter or buffer, and its gradient if there is one, in place: it stays the same object.
+
+    `casts`: the values that were cast before, by their memory, which gets this one.
+    """
+    grad = tensor.grad
+    tensor.grad = None
+    tensor.data = _cast(tensor.data, dtype, {} if casts is None else casts)
+    if grad is not None:
+        tensor.grad = grad.to(dtype)
+
+
+def _cast(value: Tensor, dtype: torch.dtype, casts: Casts) -> Tensor:
+    if not has_values(value) or not is_strided(value) or is_sharded(value) or not value.numel():
+        return value.to(dtype)
+    memory = value.device, value.data_ptr(), value.shape, value.stride()
+    _, result = casts.setdefault(memory, (value, value.to(dtype)))  # with `value`, so that its memory is not reused
+    return result.view_as(result)
+
+
+def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict for a file: what is held in fp32 and does not train in its type before, if that holds it exactly."""
+    narrow = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        for key, dtype in types_before(part).items():
+            value = state_dict.get(_join(name, key))
+            if value is not None and not is_sharded(value) and not own_tensors(part)[key].requires_grad:
+                narrow[_join(name, key)] = value.to(dtype)
+    exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key])}
+    return {**state_dict, **exact}
 
 
 def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
@@ -140,44 +167,41 @@ def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtyp
 
 
 def in_fp32(value: Any) -> Any:
-    """A 16-bit tensor in fp32, also in a tuple or list; other values as they are."""
+    """16-bit tensors in fp32, wherever they stand in a value."""
     return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
 
 
 def cast_values(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
-    """A tensor after a cast, also in a tuple or list; one in which nothing changes, and other values, as they are.
+    """A value with the tensors in it cast: in tuples, lists, dicts and dataclasses.
 
-    So a forward pass may append to a list of its caller.
+    What has nothing to cast stays the same object, so a forward pass may append to a list of its caller.
     """
     if isinstance(value, Tensor):
         return cast(value)
-    if type(value) in (tuple, list):
-        values = [cast_values(each, cast) for each in value]
-        if any(new is not old for new, old in zip(values, value, strict=True)):
-            return type(value)(values)
+    if isinstance(value, Mapping):
+        changed = _changed(value.items(), cast)
+        if changed:
+            value = copy.copy(value)
+            for key, new in changed.items():
+                value[key] = new
+    elif isinstance(value, (tuple, list)):
+        changed = _changed(enumerate(value), cast)
+        if changed:
+            values = [changed.get(index, old) for index, old in enumerate(value)]
+            value = type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+    elif is_dataclass(value) and not isinstance(value, type):
+        changed = _changed(((field.name, getattr(value, field.name, None)) for field in fields(value)), cast)
+        if changed:
+            value = copy.copy(value)
+            for name, new in changed.items():
+                object.__setattr__(value, name, new)  # also of a frozen one
     return value
 
 
-def cast_in_place(tensor: Tensor, dtype: torch.dtype) -> None:
-    """Cast a parameter or buffer, and its gradient if there is one, in place: it stays the same object."""
-    grad = tensor.grad
-    tensor.grad = None
-    tensor.data = tensor.data.to(dtype)
-    if grad is not None:
-        tensor.grad = grad.to(dtype)
-
-
-def release(module: nn.Module) -> None:
-    """Give what is held in fp32 the type of before, in place."""
-    for part in module.modules():
-        if isinstance(part, HeldTypes):
-            part.restore_types()
-
-
-def held_bytes(module: nn.Module) -> int:
-    """How many bytes more a module takes, because it is held in fp32; shared tensors count once."""
-    held: dict[Tensor, torch.dtype] = {}
-    for part in module.modules():
-        if isinstance(part, HeldTypes):
-            held |= {tensor: dtype for _, tensor, dtype in part.held_tensors()}
-    return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held.items())
+def _changed(items: Iterable[tuple[Any, Any]], cast: Callable[[Tensor], Tensor]) -> dict[Any, Any]:
+    changed = {}
+    for key, old in items:
+        new = cast_values(old, cast)
+        if new is not old:
+            changed[key] = new
+    return changed

@@ -52,7 +52,7 @@ class SavedLayer(LoRALayer):
         metadata, strict, missing_keys, unexpected_keys, errors = arguments
         has_adapter = prefix + "lora_A" in state_dict
         initial = self.initial
-        has_base, optional = load_layer(self, state_dict, prefix)
+        has_base, optional = load_layer(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, errors)
         if not has_base:
@@ -140,11 +140,11 @@ def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
             )
 
 
-def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tuple[bool, set[str]]:
+def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> tuple[bool, set[str]]:
     """Replace the base by the dense or 4-bit weight in a state, if it has one; check the adapter, which loads later.
 
     The entries of the base are removed from the state. Its values may be loaded lazily (Lightning's `_lazy_load`);
-    `contiguous()` loads them.
+    `contiguous()` loads them. They are copied, except with `assign`, the argument of `load_state_dict`.
 
     Returns:
         Whether the state has the base, and names of the layer's parameters that the state may lack.
@@ -171,7 +171,7 @@ def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tup
         initial = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
         layer.set_initial(initial if len(initial) == len(INITIAL) else None)
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
-    has_weight = _load_weight(layer, state_dict, prefix, with_adapter)
+    has_weight = _load_weight(layer, state_dict, prefix, with_adapter, assign)
     if prefix + "bias" in state_dict and not has_weight and not with_adapter:
         warnings.warn(BIAS_ALONE, stacklevel=2)
     if has_weight and not with_adapter:
@@ -179,12 +179,15 @@ def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str) -> tup
     return has_weight, {*BASE}
 
 
-def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool) -> bool:
+def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool, assign: bool) -> bool:
     """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none."""
     key = prefix + "weight"
     if not has_base(state_dict, prefix):
         return False
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
+    is_packed = prefix + BASE[0] in entries or f"{key}.absmax" in entries
+    if (is_packed or layer.config.init_kind.needs_data) and not assign:  # else quantizing makes new values
+        entries = {name: value.clone() for name, value in entries.items()}
     arguments = entries.pop(prefix + ARGUMENTS, None)
     if with_adapter and arguments is not None:
         check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ARGUMENTS))
@@ -207,6 +210,7 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     device = layer.packed.device
     if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none
         device = next(iter(entries.values())).device
+    layer.remember_base()
     # An adapter that is initialized from data depends on the weight only until the inputs were measured.
     from_weight = layer.config.init_kind.keeps_initial and not layer.config.init_kind.needs_data
     if isinstance(packed, PackedBytes):

@@ -22,7 +22,7 @@ from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import Matrix, dora_linear, dora_scale, row_norm
 from lightning_qlora.layers.dtensor import gather, shard_like
-from lightning_qlora.layers.held_types import has_bf16
+from lightning_qlora.layers.held_types import has_bf16, is_our_autocast
 from lightning_qlora.layers.input_statistics import InputStatistics, wait_for_inputs
 from lightning_qlora.layers.packed_linear import PackedLayer
 
@@ -161,12 +161,14 @@ class LoRALayer(WithAdapter, PackedLayer):
             self.register_parameter(name, nn.Parameter(value.to(self.packed.device)))
         elif parameter.shape != value.shape:
             parameter.data = value.to(self.packed.device)  # another rank: an optimizer keeps the same parameter
+            parameter.grad = None
         else:
             with torch.no_grad():
                 parameter.copy_(shard_like(value, parameter))
 
     def quantize_weight(self, weight: Tensor, device: torch.device | None = None) -> None:
         """Quantize a float weight of the shape of `weight` on `device`, None: that of the layer: the new base."""
+        self.remember_base()
         device = device or self.packed.device
         rows = [self._as_stored(dense.detach()).to(device) for dense in self.split_matrices(weight)]
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
@@ -221,13 +223,24 @@ class LoRALayer(WithAdapter, PackedLayer):
         """
         if self.config.compute_dtype != "auto":
             return DTYPES[self.config.compute_dtype]
-        if has_autocast(device):
-            return torch.get_autocast_dtype(device)
+        autocast = self.autocast_dtype(device)
+        if autocast is not None:
+            return autocast
         if self.weight_dtype is torch.float64:
             return torch.float32
         if device in ("cuda", "xpu") and self.weight_dtype is not torch.float16:
             return torch.bfloat16 if has_bf16(device) else torch.float16
         return self.weight_dtype
+
+    def autocast_dtype(self, device: str) -> torch.dtype | None:
+        """The type of autocast on a type of device; None: without.
+
+        In a module of 16 bits that this package runs under autocast (`full_precision.py`), a layer in fp32 computes
+        without it.
+        """
+        if not has_autocast(device) or (self.weight_dtype is torch.float32 and is_our_autocast()):
+            return None
+        return torch.get_autocast_dtype(device)
 
     def cast_input(self, x: Tensor) -> tuple[Tensor, bool]:
         """x in the type of the call, and whether its products are those of `kernels/half.py`, which take fp32.
@@ -237,8 +250,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         """
         device = x.device.type
         dtype = self.compute_dtype(device)
-        autocast_dtype = torch.get_autocast_dtype(device) if has_autocast(device) else None
-        in_fp16 = dtype is torch.float16 and autocast_dtype is not torch.float16
+        in_fp16 = dtype is torch.float16 and self.autocast_dtype(device) is not torch.float16
         if in_fp16:
             dtype = torch.float32
         if x.dtype is dtype:
@@ -273,10 +285,10 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     def cast_output(self, y: Tensor, input_dtype: torch.dtype) -> Tensor:
         """y in the type of the input; under autocast in that of other layers, and of a module held in fp32 as it is."""
-        device = y.device.type
-        if has_autocast(device):
-            return y.to(torch.get_autocast_dtype(device))
-        return y if self.held_on is not None else y.to(input_dtype)
+        autocast = self.autocast_dtype(y.device.type)
+        if autocast is not None:
+            return y.to(autocast)
+        return y if self.is_held else y.to(input_dtype)
 
     def dropout_seed(self, rank: int = 0) -> Tensor | None:
         """A seed for the dropout of one call; None: no dropout.

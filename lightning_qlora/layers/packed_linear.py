@@ -16,14 +16,14 @@ from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.held_types import HeldTypes
+from lightning_qlora.layers.held_types import set_types_before, type_after, types_before
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
 ARGUMENTS = "adapter_arguments"  # key of those of the adapter in a state dict with a base
 
 
-class PackedLayer(HeldTypes, nn.Module):
+class PackedLayer(nn.Module):
     """Stores a 4-bit weight [out, in], or a stack of them [experts, out, in], in uint8 tensors."""
 
     weight: Tensor  # for code that reads it
@@ -32,23 +32,20 @@ class PackedLayer(HeldTypes, nn.Module):
     nested: Tensor
     quant_type: QuantType
     block_size: int
-    weight_dtype: torch.dtype  # of the float weight, which it decodes to; fp32 where the layer is held in fp32
+    weight_dtype: torch.dtype  # which it decodes to: that of the float weight; fp32 where the layer is held in fp32
+    dtype_before: torch.dtype  # of the float weight
     _shape: tuple[int, ...]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
     is_stack = False  # whether it has several matrices
     _fingerprint: int | None  # computed at the first use
+    base_of_conversion: int | None = None  # fingerprint of the base that conversion made, if it was replaced since
     _base_squares: dict[int, Tensor]  # DoRA: number of a matrix -> sums of squares of its rows, from their first use
     _split: Any = None  # with tensor parallelism: a `tensor_parallel.Split`
 
     @property
-    def dtype_before(self) -> torch.dtype:
-        """The type of the float weight before conversion."""
-        return self.held_types.get("weight", self.weight_dtype)
-
-    def restore_types(self) -> None:
-        """Give the weight, and the bias, the type of before."""
-        self.weight_dtype = self.dtype_before
-        super().restore_types()
+    def is_held(self) -> bool:
+        """Whether the layer is held in fp32, and computes in it."""
+        return self.weight_dtype is not self.dtype_before
 
     def set_packed_weights(self, weights: Sequence[PackedWeight]) -> None:
         """Replace the 4-bit weight of each matrix; the bytes are stored as they are."""
@@ -64,10 +61,9 @@ class PackedLayer(HeldTypes, nn.Module):
         self._shape = stored.shape
         self.quant_type = stored.quant_type
         self.block_size = stored.block_size
-        self.weight_dtype = dtype
-        if self.held_on is not None and self.weight_dtype is not torch.float32:
-            self.set_held({"weight": self.weight_dtype}, self.held_on)
-            self.weight_dtype = torch.float32
+        if "weight_dtype" not in vars(self) or not self.is_held:
+            self.weight_dtype = dtype
+        self.dtype_before = dtype
         self._fingerprint = None
         self._base_squares = {}
         for name in BASE:
@@ -158,10 +154,13 @@ class PackedLayer(HeldTypes, nn.Module):
                 return applied
             return tensor.to(applied.device)
 
-        super()._apply(keep_bytes, recurse)
+        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
         for name in self.__dict__.keys() & BASE:
             self.__dict__[name] = keep_bytes(self.__dict__[name])
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
+        self._fingerprint = None  # `to_empty` leaves no values
+        self.weight_dtype = type_after(fn, self.weight_dtype)
+        self.dtype_before = type_after(fn, self.dtype_before)
+        set_types_before(self, {key: type_after(fn, dtype) for key, dtype in types_before(self).items()})
         return self
 
     def reset_parameters(self) -> None:
@@ -184,6 +183,15 @@ class PackedLayer(HeldTypes, nn.Module):
         if not self._fingerprint:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
+
+    def remember_base(self) -> None:
+        """Call this before the base is replaced by another one: a state dict holds the other one then."""
+        if self.base_of_conversion is None:
+            self.base_of_conversion = self.base_fingerprint()
+
+    def has_base_of_conversion(self) -> bool:
+        """Whether converting a new build of the module gives the base that this layer has."""
+        return self.base_of_conversion in (None, self.base_fingerprint())
 
 
 class _Keys:

@@ -18,7 +18,6 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.dora import Matrix
 from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
-from lightning_qlora.layers.held_types import HeldTypes
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -49,8 +48,8 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         members: dict[str, Any] = {"_transposed": kind.transposed}
         if kind.forward is not None:
             members["forward"] = kind.forward
-        elif before.forward is not nn.Linear.forward:
-            members["forward"] = before.forward  # it reads `self.weight`, or calls nn.Linear's through super()
+        elif before is not nn.Linear:
+            members["forward"] = _forward_of(before)
         return members
 
     @staticmethod
@@ -157,6 +156,20 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         return f"{super().extra_repr()}, bias={self.bias is not None}"
 
 
+def _forward_of(before: type[Any]) -> Any:
+    """The forward pass of a subclass of nn.Linear in 4 bits, whose class may get another `forward` later.
+
+    One of its own reads `self.weight`, or calls nn.Linear's through super().
+    """
+
+    def forward(self: QLoRALinear, *args: Any, **kwargs: Any) -> Any:
+        if before.forward is nn.Linear.forward:
+            return QLoRALinear.forward(self, *args, **kwargs)
+        return before.forward(self, *args, **kwargs)
+
+    return forward
+
+
 def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
     """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
     names: set[str] = set()  # that a layer has while it is in 4 bits
@@ -174,7 +187,7 @@ def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
 
 
 MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks
-for kind in (HeldTypes, PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
+for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()
 

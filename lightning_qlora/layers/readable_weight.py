@@ -24,12 +24,24 @@ READ_ONLY = (
     "name the layer in exclude_modules, so that it stays dense."
 )
 # What tells the properties of a tensor without its values.
-PROPERTIES = (
-    "dtype device shape ndim requires_grad is_cuda layout is_meta is_leaf grad_fn grad is_sparse is_nested is_quantized"
-)
-METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES.split()}
+PROPERTIES = [
+    "dtype",
+    "device",
+    "shape",
+    "ndim",
+    "layout",
+    "requires_grad",
+    "is_leaf",
+    "grad_fn",
+    "grad",
+    "retains_grad",
+]
+PROPERTIES += ["retains_grad", "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized"]
+METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES}
 METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
 METADATA |= {Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel}
+IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+MEMORY = {Tensor.data_ptr, Tensor.untyped_storage}  # safetensors compares and reads it
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 UNBINDS = {Tensor.unbind, torch.unbind}
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -41,6 +53,7 @@ class Readable(Tensor):
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
     _is_detached = False
     _source: Any  # what computes the values
+    _kept: Tensor | None = None  # the values, from the time when code asked where they are
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -52,9 +65,15 @@ class Readable(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == IS_LEAF:  # an optimizer would get a tensor that no gradient reaches, and refuses what is no leaf
+            return not args[0].requires_grad
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in MEMORY:
+            if args[0]._kept is None:
+                args[0]._kept = plain(args[0]).detach().contiguous()
+            return func(args[0]._kept)
         outputs = [kwargs.get("out")]
         if writes(func):
             outputs += args[:1]

@@ -5,7 +5,7 @@ module. A parameter without a record has not been part of a conversion. A frozen
 whatever way, has another fingerprint: each save reads them all.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,12 @@ def is_recorded(owner: nn.Module) -> bool:
     return RECORDS in vars(owner) and own_parameters(owner).keys() <= _records(owner).keys()
 
 
+def was_frozen(owner: nn.Module, key: str) -> bool:
+    """Whether the module itself had frozen a parameter before conversion."""
+    record = _records(owner).get(key)
+    return record is not None and not record.trained
+
+
 class Frozen(NamedTuple):
     """A dense parameter that was frozen at the end of conversion."""
 
@@ -121,16 +127,9 @@ def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor, numbers: 
     return _fingerprint(owner, parameter, numbers)
 
 
-def renew(module: nn.Module, loaded: Collection[int] | None = None) -> None:
-    """Record the present values of frozen parameters as those of the base.
-
-    `loaded` are the ids of these parameters; None: all of the module.
-    """
-    record(
-        Unrecorded(owner, key, old.trained, old.dtype)
-        for _, owner, key, parameter, old in frozen_parameters(module)
-        if loaded is None or id(parameter) in loaded
-    )
+def renew(module: nn.Module) -> None:
+    """Record the present values of frozen parameters as those of the base."""
+    record(Unrecorded(owner, key, old.trained, old.dtype) for _, owner, key, _, old in frozen_parameters(module))
 
 
 def undo(module: nn.Module) -> None:

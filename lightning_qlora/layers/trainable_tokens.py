@@ -105,6 +105,7 @@ class TrainableTokens(Derived):
         """This layer with another class, and other values of attributes."""
         view = object.__new__(kind)
         view.__dict__.update(self.__dict__, **changed)
+        view.__dict__.pop("forward", None)  # what stands in place of it calls this layer
         return view
 
     def rows(self) -> Tensor:

@@ -229,8 +229,8 @@ def _warn_of_16_bits(parameters: Mapping[str, Tensor]) -> None:
     if sizes:
         rank_zero_warn(
             f"{first_of(sizes, 5)}: {sum(sizes.values()):,} elements train in 16 bits, in which most steps of an "
-            "optimizer are lost. They can't be held in fp32: they are of a sharded module, of a ScriptModule, or of a "
-            "module whose `forward` was replaced. Build them in fp32.",
+            "optimizer are lost. They can't be held in fp32: they are of a sharded module or of a ScriptModule. Build "
+            "them in fp32.",
             stacklevel=2,
         )
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.full_precision import compute_in, full_precision_parameters, hold_in_fp32
+from lightning_qlora.layers.full_precision import compute_in, hold_in_fp32
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.report import ConversionReport
@@ -21,7 +21,6 @@ from lightning_qlora.training.report import ConversionReport
 class _Converted:
     report: ConversionReport
     device: str  # the kind of device that it is on
-    trains_fp32: bool  # whether parameters train in fp32 that are neither adapters nor computed in 16 bits
     audit: Audit
 
 
@@ -49,12 +48,8 @@ class ConvertedModules:
         previous = self._converted.pop(module, None)
         if again and previous is not None:
             report = previous.report
-        in_16_bits = {id(parameter) for layer in _layers(module) for parameter in layer.adapter_parameters()}
-        in_16_bits |= {id(parameter) for _, parameter, _ in full_precision_parameters(module)}
-        trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
-        trains_fp32 = any(p.dtype is torch.float32 and id(p) not in in_16_bits for p in trained)
         device = next((layer.packed.device.type for layer in _layers(module)), "cpu")
-        self._converted[module] = _Converted(report, device, trains_fp32, Audit(report.unused))
+        self._converted[module] = _Converted(report, device, Audit(report.unused))
         return report
 
     def audit(self, optimizer: Optimizer) -> None:
@@ -77,15 +72,14 @@ class ConvertedModules:
                 rank_zero_info(f"QLoRA: moved to {layer.packed.device}. {converted.report.summary()}")
 
     def autocast(self, last_alone: bool) -> AbstractContextManager[Any]:
-        """Autocast around a forward pass, if the module has fp32 weights and computes in bf16.
+        """Autocast around a forward pass, if the 4-bit weights of the module were in fp32 and it computes in bf16.
 
-        So all layers compute in bf16. The fp32 weights are those of the layers before conversion, or new parts beside a
-        model in 16 bit. Fabric does not say whose forward pass it is: each of several modules enters its own autocast
-        where they differ. `last_alone`: the others were of earlier Trainers.
+        So all layers compute in bf16. Fabric does not say whose forward pass it is: each of several modules enters its
+        own autocast where they differ. `last_alone`: the others were of earlier Trainers.
         """
         if not last_alone:
             self._hold_what_moved()
-        dtypes = {module: _autocast_dtype(module, each.trains_fp32) for module, each in self._converted.items()}
+        dtypes = {module: _autocast_dtype(module) for module in self._converted}
         if last_alone:
             dtypes = {module: dtype for module, dtype in dtypes.items() if module is self.last}
         if len({*dtypes.values()}) > 1:
@@ -103,13 +97,14 @@ def _layers(module: nn.Module) -> Iterator[LoRALayer]:
     return (part for part in module.modules() if isinstance(part, LoRALayer))
 
 
-def _autocast_dtype(module: nn.Module, trains_fp32: bool) -> torch.dtype | None:
-    """The type that a module with fp32 weights computes in under autocast; None: without.
+def _autocast_dtype(module: nn.Module) -> torch.dtype | None:
+    """The type that a module whose 4-bit weights were in fp32 computes in under autocast; None: without.
 
     Without in fp16: 4-bit layers have a power of two there, and the products of other layers could overflow.
     """
-    layer = next(_layers(module), None)
-    if layer is None or (layer.weight_dtype is not torch.float32 and not trains_fp32):
+    dtypes = {layer.weight_dtype for layer in _layers(module)}
+    if dtypes != {torch.float32}:
         return None
+    layer = next(_layers(module))
     dtype = layer.compute_dtype(layer.packed.device.type)
     return dtype if dtype is torch.bfloat16 else None

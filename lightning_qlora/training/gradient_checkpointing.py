@@ -16,32 +16,28 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qlora.layers.instance_method import InstanceMethod, add, instance_method
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training import patches
 from lightning_qlora.training.report import group
 
 
-class RecomputedForward:
+class RecomputedForward(InstanceMethod):
     """The forward method of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
 
     Attributes:
         ran: Whether it was called while autograd recorded.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.ran = False
-        self._block = block
-        # accelerate gives a block a method in place of that of its class (`device_map`).
-        self._instance_forward: Callable[..., Any] | None = vars(block).get("forward")
+    ran = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward pass, recomputed if autograd records."""
-        forward = self._instance_forward or partial(type(self._block).forward, self._block)
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return original(*args, **kwargs)
         if not self.ran:
             self.ran = True
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
 
 def enable_gradient_checkpointing(module: nn.Module) -> None:
@@ -55,8 +51,9 @@ def enable_gradient_checkpointing(module: nn.Module) -> None:
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
     for block in blocks:
-        if _recomputed(block) is None:  # else an earlier conversion did this
-            patches.recompute_block(block, RecomputedForward(block))
+        if instance_method(block, RecomputedForward) is None:  # else an earlier conversion did this
+            add(RecomputedForward(block))
+            patches.leave_recomputation_to_us(block)
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
@@ -78,7 +75,7 @@ def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> lis
     ran: dict[str, bool] = {}
     names: dict[str, list[str]] = {}
     for name, block in module.named_modules():
-        recomputed = _recomputed(block)
+        recomputed = instance_method(block, RecomputedForward)
         if recomputed is not None and any(id(part) in ids for part in block.modules()):
             ran[group(name)] = ran.get(group(name), False) or recomputed.ran
             names.setdefault(group(name), []).append(name)
@@ -102,12 +99,6 @@ def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) 
     if torch.is_grad_enabled() and len(args) <= position:
         return args, {**kwargs, "use_cache": False}
     return None
-
-
-def _recomputed(block: nn.Module) -> "RecomputedForward | None":
-    """What took the place of a block's forward method; None if the block is not recomputed."""
-    forward = vars(block).get("forward")
-    return forward if isinstance(forward, RecomputedForward) else None
 
 
 def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -11,7 +11,6 @@ from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
-from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
 
 
@@ -84,12 +83,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"replaced weights of {len(replaced)} layers ({name}, ...) and not their adapters, so nothing would train. "
             "Create it in configure_optimizers, or after fabric.setup_module; one with no state, which has made no "
             "step, gets the adapters when fabric.setup or the Trainer sets it up."
-        )
-    if any(isinstance(parameter, Readable) for parameter in parameters):
-        raise RuntimeError(
-            f"The {type(optimizer).__name__} holds the `weight` of a 4-bit layer, which is decoded at each use and "
-            "can't train. Pass the parameters of the module, self.parameters(), or those of the layer: "
-            "layer.parameters() has lora_A and lora_B."
         )
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         raise RuntimeError(

@@ -3,7 +3,6 @@
 docs/patches.md says what each one changes, and why. None has an effect on a run without the plugin or our layers.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
@@ -22,8 +21,10 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
 from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
+from lightning_qlora.adapters.module_state import ask_for
+from lightning_qlora.files.lightning_checkpoint import is_shards, keys_of_shards, read_checkpoint
 from lightning_qlora.layers.changes import replaces, wrap_once
+from lightning_qlora.layers.held_types import in_types_before
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear, use_base_of_rank_0
 from lightning_qlora.layers.tensor_parallel import split
@@ -36,17 +37,15 @@ from lightning_qlora.training.guards import check_checkpoint
 STYLES = "torch.distributed.tensor.parallel.style"
 
 
-def recompute_block(block: nn.Module, forward: Callable[..., Any]) -> None:
-    """Replace the forward pass of a module by one that is recomputed in the backward pass.
+def leave_recomputation_to_us(block: nn.Module) -> None:
+    """Let a layer of transformers not recompute itself, where this package does so around it.
 
-    Upstream: torch/utils/checkpoint.py, checkpoint: the code that calls a module has to call it instead.
-    Supported ways tried: torch's `checkpoint_wrapper`, which renames the parameters of the block;
-    `gradient_checkpointing_enable` of transformers, whose layers recompute themselves in training mode alone.
-    Removed by: a switch of nn.Module for gradient checkpointing.
+    Upstream: transformers/modeling_layers.py, GradientCheckpointingLayer.__call__, recomputes in training mode alone.
+    Supported ways tried: `gradient_checkpointing_disable` of the model, which a part of a model does not have.
+    Removed by: transformers recomputing in eval mode, in which Lightning keeps its models.
     """
-    block.forward = forward
     if getattr(block, "gradient_checkpointing", False):
-        block.gradient_checkpointing = False  # type: ignore[assignment]  # transformers would recompute it again
+        block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 @replaces("lightning.pytorch.trainer.call:_call_configure_model")
@@ -197,16 +196,20 @@ def shard_bytes() -> None:
 
 @replaces(*(f"lightning.{package}.strategies.model_parallel:_load_checkpoint" for package in ("fabric", "pytorch")))
 def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True, *args: Any, **kwargs: Any) -> Any:
-    """Load a checkpoint in one file into a sharded module, and its optimizer state by the places in the optimizer.
+    """Load a checkpoint into a sharded module: all values in it, and optimizer state by the places in the optimizer.
 
-    Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint, fails on frozen parameters, and takes the
-    numbers in the optimizer's state for places among all parameters of the module.
+    Upstream: lightning/fabric/strategies/model_parallel.py, _load_checkpoint. Of one file it fails on frozen
+    parameters, and takes the numbers in the optimizer's state for places among all parameters of the module. Of shards
+    it reads what the state dict of a new module has, without the frozen values that changed since conversion.
     Supported ways tried: `strict_loading=False` of the module; it would also accept missing adapters.
     Removed by: upstream calling `load_state_dict` of the module, and numbering the parameters of the optimizer.
     """
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
-    if is_shards(path) or not any(map(_has_converted_part, modules.values())):
+    if not any(map(_has_converted_part, modules.values())):
         return original(path, state, strict, *args, **kwargs)
+    if is_shards(path):
+        with ask_for(keys_of_shards(path, modules)):
+            return original(path, state, strict, *args, **kwargs)
     saved = read_checkpoint(path, kwargs.get("weights_only") is not False)
     for key, module in modules.items():
         module.load_state_dict(saved.pop(key), strict=strict)
@@ -227,7 +230,7 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
 
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")
 def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let checkpoints of a converted module hold finite adapters, and no second copy of the base in hyperparameters.
+    """Let checkpoints of a converted module hold finite adapters, no second copy of the base, and the types of before.
 
     Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint, pickles `module.hparams`
     with the networks in it, and calls `on_save_checkpoint` of the module last, which may remove adapters.
@@ -239,6 +242,7 @@ def check_complete_checkpoint(original: Any, connector: Any, *args: Any, **kwarg
     module = connector.trainer.lightning_module
     if _has_converted_part(module):
         check_checkpoint(module, checkpoint)
+        checkpoint["state_dict"] = in_types_before(module, checkpoint["state_dict"])
     leave_out_networks(checkpoint, module)
     return checkpoint
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.full_precision import FullPrecision, full_precision_parameters
-from lightning_qlora.layers.held_types import IN_16_BITS, held_bytes
+from lightning_qlora.layers.full_precision import compute_types
+from lightning_qlora.layers.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
@@ -108,6 +109,8 @@ class ConversionReport:
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             loaded from weights.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
+        computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
+            of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
     """
 
     converted: list[str] = field(default_factory=list)
@@ -132,6 +135,7 @@ class ConversionReport:
     calibration: CalibrationReport | None = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
+    computes_in: dict[str, str] = field(default_factory=dict)
 
     def count(self, module: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
         """Count the layers, parameters and bytes of the module that was converted; `modules`: its modules, if known."""
@@ -145,8 +149,8 @@ class ConversionReport:
         adapters: list[Any] = [*layers.values(), *tokens.values()]
         self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
         self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(module))
-        held_on = {part.autocast_dtype: part.held_on for part in modules.values() if isinstance(part, FullPrecision)}
-        types = [str(dtype).removeprefix("torch.") for dtype in IN_16_BITS if held_on.get(dtype, "") is None]
+        self.computes_in = {name: _dtype_text(dtype) for name, dtype in compute_types(module).items()}
+        types = sorted({*self.computes_in.values()} - {"float32"})
         self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(module)
         weights: list[Tensor] = []
@@ -175,6 +179,8 @@ class ConversionReport:
             add(name, f"{count} rows train, the others are frozen")
         for name in self.frozen:
             add(name, "frozen by conversion")
+        for name, dtype in self.computes_in.items():
+            add(name, f"computes in {dtype}, {'16-bit inputs are cast' if dtype == 'float32' else 'by autocast'}")
         table = []
         for (name, status), names in groups.items():
             if len(names) == 1:
@@ -295,6 +301,10 @@ def _nbytes(tensor: Tensor) -> int:
 def group(name: str) -> str:
     """A name with * for every number between dots; layers of one group have the same."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def groups(names: Iterable[str]) -> str:

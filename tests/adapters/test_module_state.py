@@ -78,10 +78,10 @@ def test_a_dense_checkpoint_of_the_module_is_quantized_on_load():
     assert torch.equal(target[1].packed, expected[1].packed)
     assert torch.equal(target[1].lora_A, start)
     assert same_output(target, expected)
-    # its weights are the base now
-    expected.load_state_dict(target.state_dict())
-    with pytest.raises(CheckpointMismatchError):
-        fresh().load_state_dict(target.state_dict())
+    # a module that is built anew does not have its weights, so its state dict has them
+    again = fresh()
+    again.load_state_dict(target.state_dict())
+    assert same_output(again, target) and again.state_dict().keys() == target.state_dict().keys()
 
 
 ONE_LAYER = {"target_modules": ["1"], "modules_to_save": ["4"]}

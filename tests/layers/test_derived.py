@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_qlora import convert, merge
 from lightning_qlora.layers.derived import Derived, derive, original_class, restore
+from lightning_qlora.layers.instance_method import METHODS
 
 
 class Doubled(Derived):
@@ -75,7 +76,7 @@ def test_a_class_that_a_library_derives_stays_in_a_copy():
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_all_that_conversion_adds_is_removed_by_merge(copied):
-    """A head in 4 bits whose logits are deferred, a head with rows that train, and norms that train in fp32."""
+    """A head in 4 bits whose logits are deferred, an embedding with rows that train, and a norm that trains in fp32."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -95,7 +96,9 @@ def test_all_that_conversion_adds_is_removed_by_merge(copied):
     )  # fmt: skip
     model = copied(model)
     after = {name: type(part) for name, part in model.named_modules()}
-    assert all(after[name] is not before[name] for name in ("embedding", "norm", "mine", "lm_head"))
+    assert {name for name in before if after[name] is not before[name]} == {"embedding", "mine", "lm_head"}
     assert all(original_class(after[name]) is before[name] for name in before)
+    assert any(METHODS in vars(part) for part in model.modules())
     merge(model)
+    assert not any(METHODS in vars(part) or "forward" in vars(part) for part in model.modules())
     assert {name: type(part) for name, part in model.named_modules()} == before

@@ -117,7 +117,7 @@ def test_an_input_that_is_not_floating_point_is_refused(dtype, mixed):
 def test_compute_type_follows_weight_argument_and_autocast_and_the_output_the_input():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer, _ = converted(nn.Linear(128, 96, dtype=dtype))
-        assert layer.compute_dtype("cpu") == (torch.float32 if layer.held_on else dtype)
+        assert layer.compute_dtype("cpu") == (torch.float32 if layer.is_held else dtype)
         assert converted()[0](torch.randn(2, 128, dtype=dtype)).dtype == dtype
     x = torch.randn(2, 128)
     layer = converted(compute_dtype="bf16")[0]

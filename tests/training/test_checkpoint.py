@@ -1,5 +1,8 @@
 """A network as an argument that `save_hyperparameters` keeps, as in lightning-hydra-template."""
 
+import shutil
+import tempfile
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -8,7 +11,8 @@ from torch import nn
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint
 from lightning_qlora.training.checkpoint import leave_out_networks, set_torch_rng_state_of_rank, torch_rng_states
-from tests.conftest import loader
+from tests.conftest import Classifier, loader
+from tests.mounts import mounted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance")
 
@@ -103,3 +107,20 @@ def test_the_generator_of_a_gpu_is_saved_and_restored(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
     set_torch_rng_state_of_rank(torch_rng_states(gathered=False))
     assert [each.item() for each in restored] == [7]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(trainer, tmp_path, monkeypatch):
+    """Where TMPDIR is on the disk of the checkpoints, as docs/checkpoints.md says: Lightning renames a file then."""
+    used = trainer(plugins=QLoRAPrecision(r=4))
+    used.fit(Classifier(), loader())
+    with mounted(tmp_path / "disk", "size=4m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        used.save_checkpoint(disk / "last.ckpt")
+        before = (disk / "last.ckpt").read_bytes()
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+        with pytest.raises(OSError, match="No space left"):
+            used.save_checkpoint(disk / "last.ckpt")
+        assert (disk / "last.ckpt").read_bytes() == before
+        (disk / "other").unlink()
+        used.save_checkpoint(disk / "last.ckpt")
+        assert torch.load(disk / "last.ckpt", weights_only=True).keys() >= {"state_dict", "optimizer_states"}

@@ -21,8 +21,9 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.layers import piecewise_cross_entropy
-from lightning_qlora.layers.deferred_head import DeferredHead
+from lightning_qlora.layers.deferred_head import DeferredForward
 from lightning_qlora.layers.deferred_logits import DeferredLogits
+from lightning_qlora.layers.instance_method import METHODS, instance_method
 from tests.toys import perturb
 
 V = 320
@@ -236,7 +237,7 @@ def test_two_heads():
 
 
 def deferred(module):
-    return [name for name, part in module.named_modules() if isinstance(part, DeferredHead)]
+    return [name for name, part in module.named_modules() if instance_method(part, DeferredForward)]
 
 
 def test_the_report_says_what_is_deferred_and_what_it_saves():
@@ -245,7 +246,8 @@ def test_the_report_says_what_is_deferred_and_what_it_saves():
     assert report.deferred_logits == {"lm_head": 1000 * V * 12}
     assert "logits of lm_head: deferred, saves 3.84 MB for each 1,000 tokens" in str(report)
     assert convert(module, **ARGUMENTS).deferred_logits == report.deferred_logits
-    assert type(module.lm_head).__mro__.count(DeferredHead) == 1
+    assert type(module.lm_head) is nn.Linear
+    assert [type(method) for method in vars(module.lm_head)[METHODS]] == [DeferredForward]
     off = convert(model("llama"), **ARGUMENTS, deferred_logits=False)
     assert not off.deferred_logits and "deferred" not in str(off)
 

@@ -47,7 +47,7 @@ def flag_lists(system: str = platform.system()) -> tuple[tuple[str, ...], ...]:
     return *threads, *((processor,) for processor in processors), ()
 
 
-TORCH = Path(torch.__file__).parent
+TORCH = Path(torch.__file__).resolve().parent  # as /proc/self/maps has it
 TIMEOUT = 120  # seconds for one compiler call
 LITTLE = 4_000_000  # bytes: with less free space a compilation may fail
 _log = logging.getLogger("lightning_qlora")
@@ -82,13 +82,15 @@ def load(
     says why, if threads are lost. On a Mac it has the level INFO: torch's products there have threads in any case.
 
     Raises:
-        BuildError: If there is no compiler, no private cache folder or no space, or if no variant works.
+        BuildError: If there is no compiler, no private cache folder whose code can be loaded or no space, or if no
+            variant works.
     """
     program = compiler()
+    folder = _folder_for_code()
     failures: list[str] = []
     for flags in variants:
         try:
-            library = _load_variant(source, program, (*FLAGS, *flags), symbols)
+            library = _load_variant(source, program, (*FLAGS, *flags), symbols, folder)
             reason = refuse(library)
             if reason is not None:
                 raise _VariantError(reason)
@@ -115,15 +117,25 @@ def remedy() -> str:
     return "Install gcc, or set CC to another compiler with OpenMP"
 
 
-def _load_variant(source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str]) -> ctypes.CDLL:
-    binary = Path(program).resolve()
-    text = "".join(file.read_text() for file in sorted(source.parent.glob("*.[ch]")))  # what the source may include
-    inputs = (text, binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
-    name = f"{source.stem}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]}"
+def _folder_for_code() -> Path:
+    """The cache folder; BuildError if it is not private, or is mounted so that no code in it can be loaded."""
     try:
         folder = cache_folder()
     except OSError as error:
         raise BuildError(str(error)) from error
+    noexec = getattr(os, "ST_NOEXEC", 0)  # Linux has it
+    if noexec and os.statvfs(folder).f_flag & noexec:
+        raise BuildError(f"{folder} is mounted noexec, so compiled code can't be loaded from it. {OWN_FOLDER}")
+    return folder
+
+
+def _load_variant(
+    source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str], folder: Path
+) -> ctypes.CDLL:
+    binary = Path(program).resolve()
+    text = "".join(file.read_text() for file in sorted(source.parent.glob("*.[ch]")))  # what the source may include
+    inputs = (text, binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
+    name = f"{source.stem}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]}"
     cached = _cached(folder, name, symbols)
     if cached is not None:
         return cached
@@ -132,7 +144,7 @@ def _load_variant(source: Path, program: str, flags: tuple[str, ...], symbols: C
             return _cached(folder, name, symbols) or _open(_build(source, program, flags, folder, name))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BuildError(f"{error}. Free some space, or choose another disk: {OWN_FOLDER}") from error
+            raise BuildError(f"{error}. Free some space, or use a folder on another disk. {OWN_FOLDER}") from error
         raise
 
 

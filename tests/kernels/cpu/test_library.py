@@ -25,6 +25,7 @@ from lightning_qlora.quantization import codebooks
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from tests.conftest import raises_in_one_line
 from tests.kernels.forks import in_forks
+from tests.mounts import mounted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (5, 4096), (70, 2112)]
@@ -671,7 +672,7 @@ def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(cache, monkeypatc
     maps = "".join(f"00 r--p 0 00:00 0 {path}\n" for path in paths)
     monkeypatch.setattr(build.ctypes, "CDLL", open_library)
     monkeypatch.setattr(build.platform, "system", lambda: system)
-    monkeypatch.setattr(build.Path, "read_text", lambda _: maps)
+    monkeypatch.setattr(build.Path, "read_bytes", lambda _: os.fsencode(maps))
     build._open(cache)
     of_torch = [(libraries[system], os.RTLD_GLOBAL | os.RTLD_NOLOAD)] if system in libraries else []
     assert opened == [(None, 0)] * (system == "Linux") + of_torch + [(str(cache), 0)]
@@ -681,8 +682,19 @@ def test_no_home_folder_is_a_failure_like_others(load, monkeypatch):
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home.")))
-    with pytest.raises(build.BuildError, match="Set LIGHTNING_QLORA_CACHE"):
+    with pytest.raises(build.BuildError, match=r"^no home\. Set LIGHTNING_QLORA_CACHE"):
         load()
+
+
+def test_a_cache_without_execution_is_named_in_one_line_and_nothing_is_compiled(tmp_path, compiler, train, caplog):
+    compiler(f'echo x >> "{tmp_path}/calls"\nexec "{{cc}}" "$@"')
+    with mounted(tmp_path / "noexec", "noexec,mode=700") as folder:
+        assert train(folder)[0].startswith("plain torch")
+        assert not list(folder.iterdir())
+    (warning,) = [message for message in caplog.messages if "C kernels" in message]
+    assert f"{folder} is mounted noexec" in warning and "Set LIGHTNING_QLORA_CACHE to a folder" in warning
+    assert "\n" not in warning and len(warning) < 300 + len(str(folder))
+    assert not (tmp_path / "calls").exists()
 
 
 def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):

@@ -138,9 +138,13 @@ def memory_limit(value: int | str) -> int:
 
 def check_gradient_checkpointing(name: str, value: Any) -> None:
     """Raise TypeError or ValueError unless `value` is a bool, "auto", or a number of bytes, also as "8GiB"."""
-    _check(isinstance(value, (bool, int, str)), name, value, "True, False, 'auto', or bytes such as '8GiB'")
+    allowed = "True, False, 'auto', or bytes such as '8GiB'"
+    _check(isinstance(value, (bool, int, str)), name, value, allowed)
     if not isinstance(value, bool) and value != "auto":
-        memory_limit(value)
+        try:
+            memory_limit(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={shown(value)}: must be {allowed}.") from error
 
 
 def check_module(name: str, value: Any) -> None:

@@ -16,6 +16,7 @@ AUTO = "True, False or 'auto'"
 NAMES = "a list of non-empty names"
 BOOL = "True or False"
 STARTS = "'default', 'gaussian', 'loftq', 'pissa', 'calibrated', 'pissa_niter_16'"
+ACTIVATIONS = "True, False, 'auto', or bytes such as '8GiB'"
 WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "quant_type": (["nf5", "NF4", "", None], "one of 'nf4', 'fp4', 'int4'"),
     "block_size": ([0, 31, 48, 8192, -64], "one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
@@ -27,6 +28,7 @@ WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "checkpoint": (["both", "lora"], "one of 'adapter', 'full'"),
     "paged_optimizer": (["on", "never"], "one of True, False, 'auto'"),
     "deferred_logits": (["on", "False"], "one of True, False, 'auto'"),
+    "gradient_checkpointing": (["yes", "8TB", 0, -1, "1kB"], ACTIVATIONS),
 }
 WRONG_TYPES = {
     "block_size": (["64", 64.0, True], "an integer"),
@@ -39,7 +41,7 @@ WRONG_TYPES = {
     "modules_to_save": (["lm_head", [1], 5], NAMES),
     "use_rslora": ([1, "true"], BOOL),
     "use_dora": ([0], BOOL),
-    "gradient_checkpointing": (["yes"], BOOL),
+    "gradient_checkpointing": ([None, 1.5, []], ACTIVATIONS),
     "adapter": ([7], "a string"),
     "paged_optimizer": ([3, None], AUTO),
     "deferred_logits": ([1, None], AUTO),

@@ -9,16 +9,18 @@ from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.apply import add_tokens, convert_layer, freeze, rows_of_parameters
+from lightning_qlora.layers.apply import add_tokens, convert_layer, freeze
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
@@ -54,7 +56,7 @@ IN_INIT = (
 )
 
 
-def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
+def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> ConversionReport:
     """Turn a module's linear layers into frozen 4-bit layers with LoRA adapters, in place.
 
     Args:
@@ -67,9 +69,20 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
 
     Raises:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        print(convert(model, r=4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)  # trains the adapters
+        ```
     """
     check_module("module", module)
-    return convert_module(module, QLoRAConfig(**arguments))
+    return convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
 
 
 class Run(NamedTuple):
@@ -101,7 +114,7 @@ def convert_module(
     if conversion is not None and (run.evaluating or not unrecorded(module)):
         _convert_again(module, conversion, config)
         report.held_in_fp32 = hold_in_fp32(module, conversion.config.compute_dtype, run.device, run.decide)
-        report.deferred_logits = deferred_heads(module)
+        report.deferred_logits = deferred_heads(modules)
         report.count(module, modules)
     else:
         modules = _convert_new(module, config, run, saved, report)
@@ -129,7 +142,7 @@ def _convert_new(
         adapter = read_adapter(config.adapter)
         config = config_of_adapter(module, adapter, config)
     if first:
-        check_output_embeddings(module, config.deferred_logits)
+        check_output_embeddings(dict(seen.modules), config.deferred_logits)
     choice = decide(seen, config, saved)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
     if adapter is None:
@@ -139,12 +152,9 @@ def _convert_new(
     copies = find_copies(seen, choice)
     share_seeds(choice, copies)
     warn_of_copies(copies)
-    rows = rows_of_parameters(seen, choice)
     converted = _quantize(seen, choice, run.device)
     forget_quantizer(part for _, part in seen.modules)
-    report.trained_in_full = choice.train
-    report.skipped = choice.skip
-    report.frozen = freeze(seen, rows, new, converted)
+    report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)
     modules = dict(module.named_modules())
     train_in_full_precision(module)
@@ -155,12 +165,13 @@ def _convert_new(
     _load_adapter_once(module, given.adapter, adapter)
     if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
         enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
-    report.deferred_logits = defer_output_embeddings(module, config.deferred_logits, run.sharded)
+    report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
     if config.init_kind.needs_data and converted:
         Calibration(module, run.sharded)
+    report.take(choice)
     report.count(module, modules)
     warn_after_conversion(modules, choice, config, report, first)
     warn_of_slow_products(modules, run.device)
@@ -190,7 +201,6 @@ def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter |
 
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
-    """Load the adapter folder of the arguments, if another one was loaded last; warn of other arguments."""
     _load_adapter_once(module, config.adapter, None)
     if config not in (conversion.config, *conversion.given):
         names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]

@@ -33,7 +33,7 @@ class Namespaces:
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.outer = subprocess.Popen([*UNSHARE, "sh", "-c", BOOT, name, str(names)], cwd=ROOT, text=True, **pipes)
         if self.outer.stdout.readline() != "ready\n":
-            raise OSError(f"can't make namespaces: {self.outer.communicate()[1].strip()}")
+            raise OSError(self.outer.communicate()[1].strip())
         self.pid = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text().strip()
 
     def end(self) -> None:
@@ -89,7 +89,7 @@ def connected(number: int) -> Iterator[list[Host]]:
     """Make hosts with a switch between them.
 
     Raises:
-        OSError: If this process may not make namespaces.
+        OSError, CalledProcessError: If this process or this kernel can't make them. Root can on most machines.
     """
     hosts: list[Host] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from tests.test_machines import TORCHRUN, assert_equal, example, newest, wait_fo
 from tests.toys import chat_model
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # six processes on two cores, and a rendezvous of a minute
 PROCESSES = {"ddp": 1, "hsdp": 2, "fsdp": 1}  # on each host
 
 
@@ -27,8 +27,8 @@ def hosts():
     with ExitStack() as stack:
         try:
             made = stack.enter_context(connected(3))
-        except OSError as error:
-            pytest.skip(f"{error}. Root can make them.")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"hosts can't be made: {error}")
         yield made
 
 
@@ -64,7 +64,12 @@ def fit(hosts, base, folder, strategy="ddp", nodes=None, processes=None, argumen
 
 
 def finish(runs):
-    assert [run.wait(400) for run in runs] == [0] * len(runs)
+    assert [run.wait(900) for run in runs] == [0] * len(runs)
+
+
+def optimizer_state(checkpoint):
+    """In the order of the parameters: each strategy has numbers of its own for them."""
+    return [state for _, state in sorted(checkpoint["optimizer_states"][0]["state"].items())]
 
 
 def interrupt(hosts, base, folder, strategy="ddp"):
@@ -99,7 +104,7 @@ def test_without_the_host_of_the_rendezvous_the_others_end(hosts, base, tmp_path
     runs = fit(hosts[:2], base, tmp_path)
     wait_for_checkpoint(tmp_path, runs[0])
     hosts[0].kill()
-    assert runs[1].wait(400) != 0
+    assert runs[1].wait(900) != 0
 
 
 @pytest.mark.parametrize("strategy", PROCESSES)
@@ -120,19 +125,21 @@ def test_a_host_is_slow(hosts, base, whole, tmp_path, strategy):
     assert_equal(newest(tmp_path), whole(strategy))
 
 
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("strategy", ["hsdp", "fsdp"])
-def test_a_checkpoint_of_two_hosts_resumes_on_one_and_three(hosts, base, tmp_path, strategy):
-    """With the end of DDP from the same checkpoint: the sums have another order."""
-    saved = tmp_path / "saved"
-    interrupt(hosts[:2], base, saved, strategy)
-    for number in (1, 3):
-        ends = []
-        for name in (strategy, "ddp"):
-            folder = shutil.copytree(saved, tmp_path / f"{name} on {number}")
-            finish(fit(hosts[:number], base, folder, name, processes=PROCESSES[strategy]))
-            ends.append(newest(folder))
-        assert ends[0]["global_step"] == 12
-        torch.testing.assert_close(ends[0]["state_dict"], ends[1]["state_dict"], rtol=1e-4, atol=1e-5)
+def test_a_checkpoint_of_two_hosts_resumes_on_one_and_three(hosts, base, tmp_path, strategy, number):
+    saved = interrupt(hosts[:2], base, tmp_path, strategy)
+    path = max(tmp_path.rglob("*.ckpt"))
+    for name in (strategy, "ddp"):
+        copy = tmp_path / f"copy of {name}"
+        script = ["tests/scripts/save_again.py", name, base, str(path), str(copy)]
+        finish([host.start([*torchrun(number, PROCESSES[strategy]), *script]) for host in hosts[:number]])
+        found = torch.load(copy, weights_only=False)
+        assert found["global_step"] == saved["global_step"]
+        for part in (lambda checkpoint: checkpoint["state_dict"], optimizer_state):
+            torch.testing.assert_close(part(found), part(saved), rtol=0, atol=0)
+    finish(fit(hosts[:number], base, tmp_path, strategy))
+    assert newest(tmp_path)["global_step"] == 12
 
 
 @pytest.mark.parametrize("unplugged", [False, True])

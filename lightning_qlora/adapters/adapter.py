@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.peft_config import is_target
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
+from lightning_qlora.layers.names import name_endings
 from lightning_qlora.layers.patterns import Patterns
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
@@ -58,6 +58,15 @@ class Adapter:
         """Whether the scaling is alpha / sqrt(r) instead of alpha / r."""
         return bool(self.config.get("use_rslora"))
 
+    @cached_property
+    def target_parameters(self) -> frozenset[str]:
+        """PEFT's target_parameters: names of parameters, or endings of names."""
+        return frozenset(self.config.get("target_parameters") or ())
+
+    def is_target(self, parameter: str) -> bool:
+        """Whether they name a parameter."""
+        return not self.target_parameters.isdisjoint(name_endings(parameter))
+
     @property
     def modules(self) -> set[str]:
         """Names of the model's modules that have an adapter, or parameters with one."""
@@ -69,12 +78,12 @@ class Adapter:
 
     def rank(self, name: str) -> int:
         """The rank of a layer or parameter: the matrices of experts have that of all of them."""
-        if not self.config.get("target_parameters"):
+        if not self.target_parameters:
             return len(self.layers[name]["lora_A"])
         return int(self._by_pattern("rank_pattern", name, "r"))
 
     def _by_pattern(self, pattern: str, name: str, default: str) -> Any:
-        if is_target(self.config, f"{name}.weight"):
+        if self.is_target(f"{name}.weight"):
             name += ".weight"
         return self._patterns[pattern].value([name], self.config[default])
 

@@ -5,7 +5,7 @@ from typing import NoReturn
 from torch import nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, PREFIX, Adapter, State, outermost
-from lightning_qlora.adapters.peft_config import is_target, ranks_of
+from lightning_qlora.adapters.peft_config import ranks_of
 from lightning_qlora.adapters.peft_experts import ExpertStack, expert_parameter
 from lightning_qlora.layers.experts import PARAMETERS
 from lightning_qlora.layers.kinds import is_linear, kind_of
@@ -20,10 +20,9 @@ def from_peft(adapter: Adapter, base: nn.Module) -> dict[str, State]:
     other sizes.
     """
     modules = {without_wrappers(name): part for name, part in base.named_modules()}
-    has_parameters = bool(adapter.config.get("target_parameters"))
     wrappers: dict[str, list[str]] = {}  # name of a module -> keys of its adapters
     for key in adapter.layers:
-        wrappers.setdefault(outermost(key) if has_parameters else key, []).append(key)
+        wrappers.setdefault(outermost(key) if adapter.target_parameters else key, []).append(key)
     layers: dict[str, State] = {}
     for owner, keys in wrappers.items():
         module = modules.get(owner)
@@ -31,7 +30,7 @@ def from_peft(adapter: Adapter, base: nn.Module) -> dict[str, State]:
             layers[owner] = adapter.layers[owner]
             sizes = (getattr(module, size) for size in kind_of(type(module)).sizes)
             _check_sizes(adapter, owner, base, *sizes)
-        elif module is not None and has_parameters:
+        elif module is not None and adapter.target_parameters:
             layers |= _experts(adapter, base, owner, module, keys)
         else:
             refuse(adapter, f"{keys[0]}.lora_A.weight", base, "has no such layer")
@@ -48,7 +47,7 @@ def _check_sizes(adapter: Adapter, name: str, base: nn.Module, outputs: int, inp
 
 def _experts(adapter: Adapter, base: nn.Module, owner: str, module: nn.Module, keys: list[str]) -> dict[str, State]:
     order = vars(module).get(PARAMETERS, module._parameters)  # of its class; with the parameters in 4 bits
-    names = [key for key in order if is_target(adapter.config, join(owner, key))]
+    names = [key for key in order if adapter.is_target(join(owner, key))]
     if {owner + BASE_LAYER * number for number in range(len(names))} != set(keys):
         difference = f"has other parameters there that target_parameters names: {', '.join(names) or 'none'}"
         refuse(adapter, f"{keys[0]}.lora_A.weight", base, difference)

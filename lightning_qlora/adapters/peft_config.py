@@ -66,11 +66,6 @@ def ranks_of(config: dict[str, Any]) -> set[int]:
     return {config["r"], *(config.get("rank_pattern") or {}).values()}
 
 
-def is_target(config: dict[str, Any], name: str) -> bool:
-    """Whether PEFT's target_parameters name a parameter, in full or by the end of its name."""
-    return any(name == target or name.endswith(f".{target}") for target in config.get("target_parameters") or [])
-
-
 def _check_unset(name: str, value: Any, is_set: Callable[[Any], bool] = bool) -> None:
     if is_set(value):
         raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read. {MERGE_IN_PEFT}")

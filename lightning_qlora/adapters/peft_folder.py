@@ -20,7 +20,6 @@ from lightning_qlora.adapters.base_compatibility import check_quantization, requ
 from lightning_qlora.adapters.peft_config import (
     CONFIG_FILE,
     MERGE_IN_PEFT,
-    is_target,
     ranks_of,
     read_peft_config,
 )
@@ -59,7 +58,7 @@ def _metadata(adapter: Adapter, tensors: State) -> dict[str, str]:
     fingerprints = {name: fingerprint_of_weights(weights) for name, weights in adapter.bases.items()}
     if (adapter.quantization or {}).get("base_changed"):
         for name, number in adapter.fingerprints.items():
-            if name in adapter.layers or is_target(adapter.config, name):
+            if name in adapter.layers or adapter.is_target(name):
                 fingerprints.setdefault(name, number)
     base = {"quantization": adapter.quantization, "fingerprints": fingerprints}
     metadata = {"format": "pt", BASE: json.dumps(base, sort_keys=True)}

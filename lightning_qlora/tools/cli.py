@@ -38,8 +38,10 @@ def _with_arguments_of_config(command: Any) -> Any:
         parameters.append(parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY))
     command.__signature__ = signatures.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    descriptions = re.split(r"\n\s*(?:Args|Raises):\n", QLoRAConfig.__doc__ or "")[1]
-    command.__doc__ = re.sub(r"        \*\*arguments: .*", lambda _: descriptions.strip("\n"), command.__doc__)
+    # Python 3.13 and newer remove the indentation of docstrings themselves.
+    of_config, of_command = (signatures.cleandoc(each.__doc__ or "") for each in (QLoRAConfig, command))
+    descriptions = re.split(r"\n(?:Args|Raises):\n", of_config)[1]
+    command.__doc__ = re.sub(r"    \*\*arguments: .*", lambda _: descriptions.strip("\n"), of_command)
     return command
 
 

@@ -154,6 +154,8 @@ def test_errors_name_file_and_key(tmp_path):
         assert str(tmp_path / "adapter_model.safetensors") in str(error.value)
 
     refused(converted(lambda: toys.qwen3_moe(num_experts=5)), "layers.0.mlp.experts.*has 5 experts of 32 inputs and 64")
+    # 12 rows are 4 experts of rank 3 too, but the config has rank 2.
+    refused(converted(lambda: toys.qwen3_moe(num_experts=4)), "layers.0.mlp.experts.*has 4 experts of 32 inputs and 64")
     refused(converted(lambda: toys.qwen3_moe(num_hidden_layers=1)), "layers.1.mlp.experts.*has no such layer")
     unknown = toys.made(toys.qwen3_moe)
     unknown.model.layers[0].mlp.experts.num_experts = None  # which says which parameters are stacks
@@ -185,11 +187,13 @@ def test_the_order_of_conversion_does_not_matter(tmp_path):
 
 
 def test_adapters_of_experts_are_shown_and_written_again(tmp_path):
-    model = converted(toys.qwen3_moe, target_modules=["q_proj"], rank_pattern={"q_proj": 3})
+    unfreeze(model := toys.made(toys.qwen3_moe))
+    convert(model, r=2, target_modules=["q_proj", "o_proj", "gate_up_proj"], rank_pattern={"gate_up_proj": 3})
     save_adapter(model, tmp_path / "a")
-    assert ("rank", "2 (x4), 3 (x2)") in inspect_path(tmp_path / "a")
-    assert any("x2" in value and value.startswith("6:") for _, value in inspect_path(tmp_path / "a"))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    for path in ("a", "x.ckpt"):
+        lines = dict(inspect_path(tmp_path / path))
+        assert (lines["layers"], lines["rank"]) == ("6: o_proj x2, q_proj x2, gate_up_proj x2", "2 (x4), 3 (x2)")
     for number, again in enumerate((read_adapter(tmp_path / "a"), read_adapter_from_checkpoint(tmp_path / "x.ckpt"))):
         write_adapter(again, tmp_path / str(number))
         assert_same_folders(tmp_path / "a", tmp_path / str(number))

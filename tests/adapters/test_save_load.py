@@ -523,6 +523,7 @@ def test_experts_that_a_folder_lacks_get_the_default_initialization(tmp_path):
         {"lora_dropout": 0.0, "init_lora_weights": "pissa", "trainable_token_indices": [3, 7]},
         {"lora_dropout": 0.3, "use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}},
         {"lora_dropout": 0.1, "alpha_pattern": {"v_proj": 3}, "modules_to_save": ["norm"], "quant_type": "fp4"},
+        {"lora_dropout": 0.1, "rank_pattern": {"q_proj": 8, r".*1\.mlp.*": 2}, "alpha_pattern": {"o_proj": 0.1}},
     ],
     ids=str,
 )

@@ -4,7 +4,8 @@
 #   avx2         a processor without AVX-512: torch and MKL with AVX2, no oneDNN, C kernels compiled for x86-64-v3
 #   avx512       a processor with AVX-512 and without its bf16 instructions
 #   no-compiler  no C compiler on PATH
-#   elsewhere    a folder for temporary files whose path has 200 characters, and a locale that is ASCII
+#   elsewhere    a folder for temporary files whose path has 200 characters, and a locale in ISO-8859-1: in ASCII
+#                torch.compile fails, because torch reads its own sources in the encoding of the locale
 #   nobody       a user that is not root, and whose home does not exist
 #
 # The cache folder of the C kernels is empty in each of them.
@@ -43,7 +44,8 @@ elsewhere() {
   long=$own/$(printf 'long%.0s' {1..60})
   long=${long:0:200}
   mkdir "$long"
-  TMPDIR=$long LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"
+  localedef --inputfile=en_US --charmap=ISO-8859-1 "$own/en_US.ISO-8859-1" # Debian's package locales
+  TMPDIR=$long LOCPATH=$own LC_ALL=en_US.ISO-8859-1 "$@"
 }
 
 nobody() {

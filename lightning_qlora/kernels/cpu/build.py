@@ -47,7 +47,7 @@ def flag_lists(system: str = platform.system()) -> tuple[tuple[str, ...], ...]:
     return *threads, *((processor,) for processor in processors), ()
 
 
-TORCH = Path(torch.__file__).parent
+TORCH = Path(torch.__file__).resolve().parent  # as /proc/self/maps has it
 TIMEOUT = 120  # seconds for one compiler call
 LITTLE = 4_000_000  # bytes: with less free space a compilation may fail
 _log = logging.getLogger("lightning_qlora")

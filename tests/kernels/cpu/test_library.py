@@ -672,7 +672,7 @@ def test_openmp_that_torch_loaded_for_itself_is_opened_for_all(cache, monkeypatc
     maps = "".join(f"00 r--p 0 00:00 0 {path}\n" for path in paths)
     monkeypatch.setattr(build.ctypes, "CDLL", open_library)
     monkeypatch.setattr(build.platform, "system", lambda: system)
-    monkeypatch.setattr(build.Path, "read_text", lambda _: maps)
+    monkeypatch.setattr(build.Path, "read_bytes", lambda _: os.fsencode(maps))
     build._open(cache)
     of_torch = [(libraries[system], os.RTLD_GLOBAL | os.RTLD_NOLOAD)] if system in libraries else []
     assert opened == [(None, 0)] * (system == "Linux") + of_torch + [(str(cache), 0)]

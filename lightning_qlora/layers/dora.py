@@ -88,7 +88,7 @@ def scale_rows(weight: PackedBytes, factor: Tensor) -> PackedBytes | None:
     torch.jit.trace, which can't record a view of another type.
     """
     size = math.gcd(weight.shape[1], weight.block_size)
-    if size < min(BLOCK_SIZES) or torch.jit.is_tracing():
+    if size < min(BLOCK_SIZES) or torch._C._get_tracing_state() is not None:
         return None
     scales = ops.scales(weight).repeat_interleave(weight.block_size // size)[: weight.numel // size]
     scales = scales.view(weight.shape[0], -1) * factor[:, None]

@@ -8,14 +8,12 @@ from torch import Tensor
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, outer_names
+from lightning_qlora.layers.names import join
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import Unrecorded, own_parameters
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, Row, Selection
 from lightning_qlora.layers.survey import Survey
 from lightning_qlora.layers.trainable_tokens import train_tokens
-
-Places = dict[tuple[int, str], Row]  # id of a module and key of its parameter -> the row that decides about it
 
 
 def convert_layer(row: Row, device: torch.device | None = None, weights: Iterable[Tensor] | None = None) -> LoRALayer:
@@ -33,50 +31,32 @@ def convert_layer(row: Row, device: torch.device | None = None, weights: Iterabl
     return layer
 
 
-def rows_of_parameters(seen: Survey, choice: Selection) -> Places:
-    """The row of each parameter, or of the innermost part around it, before conversion; those without one are left out.
-
-    A parameter with several names trains in full if it does by one of them.
-    """
-    rows: dict[int, Row] = {}
-    places: dict[tuple[int, str], int] = {}
-    for part in seen.parts:
-        if part.stack is not None:
-            continue
-        for key, parameter in own_parameters(part.owner).items():
-            places[id(part.owner), key] = id(parameter)
-            for place in (part.names.full, *part.names.others):
-                row = next((choice.rows[name] for name in outer_names(join(place, key)) if name in choice.rows), None)
-                if row is not None and (row.action == TRAIN or id(parameter) not in rows):
-                    rows[id(parameter)] = row
-    return {place: rows[number] for place, number in places.items() if number in rows}
-
-
-def freeze(seen: Survey, rows: Places, new: Iterable[Unrecorded], converted: Iterable[LoRALayer]) -> list[str]:
+def freeze(seen: Survey, choice: Selection, new: Iterable[Unrecorded], converted: Iterable[LoRALayer]) -> list[str]:
     """Let only adapters, and what was chosen to train in full, train; returns what trained and is frozen now.
 
     `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
     `converted` are the layers of this conversion. Linear layers are not in the result.
     """
-    names = {id(owner): name for name, owner in seen.modules}
+    parts = {id(part.owner): part for part in seen.parts if part.stack is None}
     frozen: dict[str, None] = {}
     for owner, key, trained, _ in new:
-        weight = own_parameters(owner).get(key)
-        if weight is None or not (weight.is_floating_point() or weight.is_complex()):
+        parameter = own_parameters(owner).get(key)
+        if parameter is None or not (parameter.is_floating_point() or parameter.is_complex()):
             continue
-        row = rows.get((id(owner), key))
-        weight.requires_grad_(row is not None and row.action == TRAIN)
+        part = parts[id(owner)]
+        row = choice.of_parameter(part, key)
+        parameter.requires_grad_(row is not None and row.action == TRAIN)
         if trained and row is None:
-            frozen[join(names[id(owner)], key if owner._modules else "")] = None
-    for _, owner in seen.modules:
-        for key, parameter in own_parameters(owner).items():
-            row = rows.get((id(owner), key))
-            if row is not None and row.reason == IN_MODULES_TO_SAVE and parameter.is_floating_point():
-                parameter.requires_grad_(True)
-    for layer in converted:
-        for parameter in layer.adapter_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
+            frozen[join(part.names.full, key if owner._modules else "")] = None
+    trains = [parameter for layer in converted for parameter in layer.adapter_parameters()]
+    for part in parts.values():
+        for key, parameter in own_parameters(part.owner).items():
+            row = choice.of_parameter(part, key)
+            if row is not None and row.reason == IN_MODULES_TO_SAVE:
+                trains.append(parameter)
+    for parameter in trains:
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
     return list(frozen)
 
 

@@ -1,7 +1,7 @@
 """Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -78,14 +78,13 @@ def compute_logits(module: nn.Module) -> None:
         remove(head, DeferredForward)
 
 
-def output_embeddings(module: nn.Module) -> dict[str, Any]:
-    """Name -> plain linear layer, in 4 bits or not, that computes the logits of a vocabulary.
+def output_embeddings(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Name -> plain linear layer, in 4 bits or not, that computes the logits of a vocabulary; of modules by name.
 
     These are what `get_output_embeddings` of a model in the module returns, layers with a name in OUTPUT_EMBEDDINGS,
     and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
     that of another one differ only in a number.
     """
-    modules = dict(module.named_modules())
     heads = {id(layer) for layer in get_output_embeddings(modules.values())}
     in_models: set[int] = set()
     for part in modules.values():
@@ -108,20 +107,21 @@ def _is_plain(layer: nn.Module) -> bool:
     return original_class(type(layer)) is nn.Linear or is_packed(layer)
 
 
-def check_output_embeddings(module: nn.Module, setting: bool | Literal["auto"]) -> None:
+def check_output_embeddings(modules: Mapping[str, nn.Module], setting: bool | Literal["auto"]) -> None:
     """Raise ValueError for deferred_logits=True and a module without an output embedding."""
-    if setting is True and not output_embeddings(module):
+    if setting is True and not output_embeddings(modules):
         raise ValueError(
-            f"deferred_logits=True: {type(module).__name__} has no output embedding: no get_output_embeddings() that "
-            f"returns an nn.Linear, no nn.Linear named {', '.join(OUTPUT_EMBEDDINGS)}, and none with as many outputs "
-            "as an nn.Embedding has rows. Give the layer one of these names, or pass deferred_logits='auto' or False."
+            f"deferred_logits=True: {type(modules['']).__name__} has no output embedding: no get_output_embeddings() "
+            f"that returns an nn.Linear, no nn.Linear named {', '.join(OUTPUT_EMBEDDINGS)}, and none with as many "
+            "outputs as an nn.Embedding has rows. Give the layer one of these names, or pass deferred_logits='auto' or "
+            "False."
         )
 
 
 def defer_output_embeddings(
-    module: nn.Module, setting: bool | Literal["auto"], sharded: bool = False
+    modules: Mapping[str, nn.Module], setting: bool | Literal["auto"], sharded: bool = False
 ) -> dict[str, int]:
-    """Make the output embeddings of a converted module return deferred logits in training, in place.
+    """Make the output embeddings among the modules of a converted one return deferred logits in training, in place.
 
     With "auto" those with `LARGE` * inputs outputs or more. Nothing is deferred if a strategy shards the parameters.
 
@@ -129,7 +129,7 @@ def defer_output_embeddings(
         Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`, or if its adapter has
         dropout.
     """
-    heads = output_embeddings(module) if setting else {}
+    heads = output_embeddings(modules) if setting else {}
     chosen = {
         name: head for name, head in heads.items() if setting is True or head.out_features >= LARGE * head.in_features
     }
@@ -137,12 +137,12 @@ def defer_output_embeddings(
         return dict.fromkeys(chosen, 0)
     for head in chosen.values():
         defer_logits(head)
-    return deferred_heads(module)
+    return deferred_heads(modules)
 
 
-def deferred_heads(module: nn.Module) -> dict[str, int]:
+def deferred_heads(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Name of each output embedding whose logits are deferred -> bytes saved for each 1,000 tokens."""
-    heads = {name: part for name, part in module.named_modules() if instance_method(part, DeferredForward)}
+    heads = {name: part for name, part in modules.items() if instance_method(part, DeferredForward)}
     return {name: saved_bytes(head) for name, head in heads.items()}
 
 

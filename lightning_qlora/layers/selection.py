@@ -162,6 +162,17 @@ class Selection:
         """Name -> reason, of what has one of these outcomes."""
         return {name: row.reason for name, row in self.rows.items() if row.action in actions}
 
+    def of_parameter(self, part: Part, key: str) -> Row | None:
+        """The row of a parameter, or of the innermost part around it; with several names, one that lets it train."""
+        names = [join(name, key) for name in (part.names.full, *part.names.others)]
+        if key in part.parameters:
+            names += part.parameters[key].ties
+        rows = [self._innermost(name) for name in names]
+        return next((row for row in rows if row and row.action == TRAIN), next(filter(None, rows), None))
+
+    def _innermost(self, name: str) -> Row | None:
+        return next((self.rows[outer] for outer in outer_names(name) if outer in self.rows), None)
+
     @property
     def convert(self) -> dict[str, Row]:
         """The layers to convert, and the parameters with the weights of experts."""

@@ -94,7 +94,6 @@ def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> Non
 
 
 def _refuse_pattern(argument: str, text: str, value: Any, seen: Survey) -> NoReturn:
-    """Raise ValueError for a pattern that fits no module, with the name endings that there are."""
     if argument == "modules_to_save":
         parts = "modules"
         rule = "A list has names or such endings."
@@ -178,7 +177,6 @@ def _is_frozen_linear(layer: nn.Module) -> bool:
 
 
 def _is_low_rank(layer: Any, first: Tensor, second: Tensor) -> bool:
-    """Whether two matrices can be A and B of a linear layer."""
     outputs, inputs = (getattr(layer, size) for size in kind_of(type(layer)).sizes)
     shapes = {tuple(sorted(first.shape)), tuple(sorted(second.shape))}
     return any(

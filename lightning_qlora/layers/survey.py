@@ -169,11 +169,11 @@ class _Facts:
         self.modules = {place.name: place.module for place in once(places)}
         self.names = _names(root, places)
         self.new = new_parameters(places)
-        self.holders: dict[int, dict[int, str]] = defaultdict(dict)  # of a parameter: id of a module -> its name there
-        for name, module in self.modules.items():
-            for key, parameter in module._parameters.items():
+        self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
+        for place in places:
+            for key, parameter in place.module._parameters.items():
                 if parameter is not None:
-                    self.holders[id(parameter)][id(module)] = join(name, key)
+                    self.holders[id(parameter)][join(place.name, key)] = id(place.module)
         self.routers = Routers(self.modules)
         self.members_of: Callable[[Any], frozenset[str]] = cache(_members_of_class)
         self.output_embeddings = set(map(id, get_output_embeddings(self.modules.values())))
@@ -245,7 +245,7 @@ class _Facts:
         for key, parameter in parameters.items():
             if parameter is not None:
                 holders = self.holders[id(parameter)]
-                ties = tuple(name for owner, name in holders.items() if owner != id(holder))
+                ties = tuple(name for name, owner in holders.items() if owner != id(holder))
                 new = self.new.get(id(parameter))
                 result[key] = Parameter(parameter.requires_grad, parameter.dtype, parameter.device, new, ties)
         return result

@@ -18,7 +18,7 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.apply import add_tokens, convert_layer, freeze, rows_of_parameters
+from lightning_qlora.layers.apply import add_tokens, convert_layer, freeze
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
@@ -101,7 +101,7 @@ def convert_module(
     if conversion is not None and (run.evaluating or not unrecorded(module)):
         _convert_again(module, conversion, config)
         report.held_in_fp32 = hold_in_fp32(module, conversion.config.compute_dtype, run.device, run.decide)
-        report.deferred_logits = deferred_heads(module)
+        report.deferred_logits = deferred_heads(modules)
         report.count(module, modules)
     else:
         modules = _convert_new(module, config, run, saved, report)
@@ -128,7 +128,7 @@ def _convert_new(
         adapter = read_adapter(config.adapter)
         config = config_of_adapter(module, adapter, config)
     if first:
-        check_output_embeddings(module, config.deferred_logits)
+        check_output_embeddings(dict(seen.modules), config.deferred_logits)
     choice = decide(seen, config, saved)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
     if adapter is None:
@@ -138,12 +138,9 @@ def _convert_new(
     copies = find_copies(seen, choice)
     share_seeds(choice, copies)
     warn_of_copies(copies)
-    rows = rows_of_parameters(seen, choice)
     converted = _quantize(seen, choice, run.device)
     forget_quantizer(part for _, part in seen.modules)
-    report.trained_in_full = choice.train
-    report.skipped = choice.skip
-    report.frozen = freeze(seen, rows, new, converted)
+    report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)
     modules = dict(module.named_modules())
     train_in_full_precision(module)
@@ -154,12 +151,13 @@ def _convert_new(
     _load_adapter_once(module, given.adapter, adapter)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module)
-    report.deferred_logits = defer_output_embeddings(module, config.deferred_logits, run.sharded)
+    report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
     if config.init_kind.needs_data and converted:
         Calibration(module, run.sharded)
+    report.take(choice)
     report.count(module, modules)
     warn_after_conversion(modules, choice, config, report, first)
     warn_of_slow_products(modules, run.device)
@@ -189,7 +187,6 @@ def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter |
 
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
-    """Load the adapter folder of the arguments, if another one was loaded last; warn of other arguments."""
     _load_adapter_once(module, config.adapter, None)
     if config not in (conversion.config, *conversion.given):
         names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]

@@ -142,7 +142,6 @@ def _differing(previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str])
 
 
 def _check_loaded(seen: Survey, choice: Selection) -> None:
-    """Refuse other arguments than those that layers were quantized with while their model loaded."""
     dense = choice.skip | choice.train
     for part in seen.parts:
         if part.kind not in QUANTIZED_KINDS:
@@ -163,7 +162,6 @@ def _check_loaded(seen: Survey, choice: Selection) -> None:
 
 
 def _warn_of_hand_written_adapters(seen: Survey) -> None:
-    """Warn of adapters that no library wrote: conversion freezes them, or adds a second one to the same layer."""
     by_hand = hand_written_adapters(seen)
     if by_hand:
         rank_zero_warn(
@@ -199,7 +197,6 @@ def _check_any(choice: Selection, config: QLoRAConfig) -> None:
 
 
 def _warn_of_names_in_vain(choice: Selection) -> None:
-    """Warn of layers that target_modules names and that can't be converted, where it also names others."""
     in_vain = choice.reasons(WARN)
     if in_vain:
         reasons = "; ".join(f"{name}: {why}" for name, why in in_vain.items())
@@ -207,7 +204,6 @@ def _warn_of_names_in_vain(choice: Selection) -> None:
 
 
 def _warn_of_hooks(choice: Selection) -> None:
-    """Warn of hooks for the gradient of a weight that is replaced."""
     hooked = []
     for name, row in choice.convert.items():
         weight = row.owner._parameters.get(row.key)
@@ -223,7 +219,6 @@ def _warn_of_hooks(choice: Selection) -> None:
 
 
 def _warn_of_16_bits(parameters: Mapping[str, Tensor]) -> None:
-    """Warn of parameters that train in full in 16 bits, because they can't be kept in fp32."""
     trained = ((name, p) for name, p in parameters.items() if p.requires_grad)
     sizes = {name: p.numel() for name, p in trained if p.dtype in IN_16_BITS}
     if sizes:
@@ -236,7 +231,6 @@ def _warn_of_16_bits(parameters: Mapping[str, Tensor]) -> None:
 
 
 def _warn_of_two_configs(layers: Mapping[str, LoRALayer]) -> None:
-    """Warn if layers of two conversions can't be saved in one adapter folder, before they are trained."""
     try:
         check_one_folder({name: layer.config for name, layer in layers.items()})
     except ValueError as error:
@@ -244,7 +238,6 @@ def _warn_of_two_configs(layers: Mapping[str, LoRALayer]) -> None:
 
 
 def _warn_of_large_new_parts(parameters: Mapping[str, Tensor], choice: Selection, report: ConversionReport) -> None:
-    """Warn if more trains in full as new than in the adapters: it may have been loaded by hand, as no mark says."""
     new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
     sizes = Counter[str]()  # by the first part of the name
     for name, parameter in parameters.items() if new else ():
@@ -263,7 +256,6 @@ def _warn_of_large_new_parts(parameters: Mapping[str, Tensor], choice: Selection
 
 
 def _warn_of_what_stayed(modules: Mapping[str, nn.Module], choice: Selection, total: int) -> None:
-    """Warn of frozen matrices that belong to no linear layer or embedding, if they are a large part of the weights."""
     sizes = {}
     skipped = choice.skip
     for name, layer in modules.items():

@@ -14,10 +14,9 @@ from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.full_precision import compute_types
 from lightning_qlora.layers.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.names import join, last_part, owner_name
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
-from lightning_qlora.layers.selection import FROZEN
+from lightning_qlora.layers.selection import FROZEN, Selection
 from lightning_qlora.layers.trainable_tokens import token_adapters_of
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
@@ -153,10 +152,12 @@ class ConversionReport:
         types = sorted({*self.computes_in.values()} - {"float32"})
         self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(module)
-        weights: list[Tensor] = []
-        for name, reason in self.skipped.items():
-            if reason == FROZEN:  # of layers, and of stacks of experts
-                weights += _parameters_at(modules, join(name, "weight")) + _parameters_at(modules, name)
+
+    def take(self, choice: Selection) -> None:
+        """Take the rows of what is not converted, and count what naming the layers that the module froze would save."""
+        self.trained_in_full = choice.train
+        self.skipped = choice.skip
+        weights = [row.owner._parameters[row.key] for row in choice.rows.values() if row.reason == FROZEN]
         self.frozen_by_module = sum(weight.nbytes for weight in weights)
         self.bytes_4_bits_would_save = sum(w.nbytes - round(w.numel() * BITS_OF_NF4 / 8) for w in weights)
 
@@ -252,13 +253,6 @@ def _count_parameters(modules: Iterable[nn.Module]) -> tuple[int, int, int]:
     trainable = sum(parameter.numel() for parameter in others if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in others) + sum(layer.weight_bytes.numel for layer in layers)
     return trainable, total, packed_bytes(layers) + sum(map(_nbytes, others))
-
-
-def _parameters_at(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
-    """The parameter of a name, if there is one."""
-    owner = modules.get(owner_name(name))
-    parameter = None if owner is None else owner._parameters.get(last_part(name))
-    return [] if parameter is None else [parameter]
 
 
 def packed_layers(module: nn.Module) -> list[PackedLayer]:

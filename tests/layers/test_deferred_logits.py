@@ -402,7 +402,7 @@ def words(size=99, **layers):
     ],
 )
 def test_which_layers_are_output_embeddings(module, names):
-    assert [*output_embeddings(module)] == names
+    assert [*output_embeddings(dict(module.named_modules()))] == names
 
 
 def test_auto_defers_those_with_four_times_as_many_outputs_as_inputs():
@@ -414,10 +414,11 @@ def test_auto_defers_those_with_four_times_as_many_outputs_as_inputs():
         (32, False, torch.float32, {}),
     ):
         module = words(outputs, out=nn.Linear(8, outputs)).to(dtype)
-        assert defer_output_embeddings(module, setting, sharded=True) == dict.fromkeys(saved, 0)
-        assert defer_output_embeddings(module, setting) == deferred_heads(module) == saved
+        modules = dict(module.named_modules())
+        assert defer_output_embeddings(modules, setting, sharded=True) == dict.fromkeys(saved, 0)
+        assert defer_output_embeddings(modules, setting) == deferred_heads(modules) == saved
         compute_logits(module)
-        assert deferred_heads(module) == {} and type(module["out"]) is nn.Linear
+        assert deferred_heads(modules) == {} and type(module["out"]) is nn.Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,8 +23,8 @@ SOURCE = Path(__file__).parent / "c" / "kernels.c"
 SYMBOLS = ("dequantize", "quantize", "quantize_scales", "dropout", "form", "has_threads", "has_fp16")
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Up to how many rows `lora_linear` is as fast as decoding and torch's product. At 64 rows it takes 0.42 to 0.52 of that
-# time in fp32, and 0.90 to 1.14 in bf16 with bf16 instructions (benchmarks.few_rows, AMD EPYC, 30 November 2026).
+# Up to how many rows `lora_linear` is as fast as decoding and torch's product. At 64 rows it takes 0.35 to 0.49 of that
+# time in fp32, and 0.82 to 0.98 in bf16 with bf16 instructions (benchmarks.few_rows, AMD EPYC, 30 November 2026).
 MOST_ROWS = 64  # as many as c/many_rows.h has room for
 MOST_ROWS_NEON = 16  # in fp32 alone; nothing was measured
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two

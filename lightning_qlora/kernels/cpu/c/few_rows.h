@@ -1,6 +1,6 @@
-/* A layer for up to four rows of x: W is decoded into registers, and never written to memory or a cache. With AVX-512 in
-   every type, with AVX2 and NEON in fp32. The products are in fp32 for every type: vdpbf16ps was as fast for one row (Intel
-   Xeon with AMX). */
+/* A layer for up to four rows of x: W is decoded into registers, and never written to memory or a cache. With AVX-512
+   in every type, with AVX2 and NEON in fp32. The products are in fp32 for every type: vdpbf16ps was as fast for one row
+   (Intel Xeon with AMX). */
 enum { MOST_FEW = 4 };
 
 /* x in fp32 with the even ones of each 2 EVEN numbers before the odd ones, as `look_up_group` gives the weights. */
@@ -13,13 +13,13 @@ static void even_before_odd(float *out, const void *x, int type, int64_t n) {
 }
 
 /* Adds the products of x and OUTPUTS rows of W, whose first weights are `begin`. */
-static inline __attribute__((always_inline)) void add_products(const int rows, const int type, const Layer *layer, const int64_t *begin,
-                                                               Lanes (*total)[OUTPUTS]) {
-    const Weight weight = *layer->w, *w = &weight;
+static inline __attribute__((always_inline)) void add_products(const int rows, const int type, const Layer *layer,
+                                                               const int64_t *begin, Lanes (*total)[OUTPUTS]) {
+    const Weight weight = *layer->w, *w = &weight; /* a copy, whose fields the compiler keeps in registers */
     const float *x = layer->x;
     const uint8_t *packed[OUTPUTS];
     for (int j = 0; j < OUTPUTS; j++) packed[j] = w->packed + begin[j] / 2;
-    uint64_t next = OUTPUTS * w->columns; /* outputs, which are prefetched */
+    uint64_t next = OUTPUTS * w->columns; /* weights further on are the next outputs, which are prefetched */
     int64_t block = (int64_t)1 << w->block_shift, run = w->columns % block ? GROUP : block; /* weights of one scale */
     for (int64_t k = 0; k < w->columns; k += run) {
         float scale[OUTPUTS];
@@ -67,7 +67,8 @@ static inline __attribute__((always_inline)) void finish(const int rows, const L
     }
 }
 
-static inline __attribute__((always_inline)) void some_rows(const int rows, const int type, const Layer *layer, int64_t output) {
+static inline __attribute__((always_inline)) void some_rows(const int rows, const int type, const Layer *layer,
+                                                            int64_t output) {
     int64_t begin[OUTPUTS];
     for (int j = 0; j < OUTPUTS; j++) begin[j] = min64(output + j, layer->w->rows - 1) * layer->w->columns;
     Lanes total[MOST_FEW][OUTPUTS];
@@ -77,15 +78,17 @@ static inline __attribute__((always_inline)) void some_rows(const int rows, cons
     finish(rows, layer, output, total);
 }
 
-/* OUTPUTS outputs of all rows. */
-static inline __attribute__((always_inline)) void rows_of(const int type, const Layer *layer, int64_t output) {
+static inline __attribute__((always_inline)) void rows_of_type(const int type, const Layer *layer, int64_t output) {
     if (layer->rows == 1) some_rows(1, type, layer, output);
     else if (layer->rows == 2) some_rows(2, type, layer, output);
     else if (layer->rows == 3) some_rows(3, type, layer, output);
     else some_rows(4, type, layer, output);
 }
-static void few_rows(const Layer *layer, int64_t output) {
-    if (layer->type == FP32) rows_of(FP32, layer, output);
-    else if (layer->type == BF16) rows_of(BF16, layer, output);
-    else rows_of(FP16, layer, output);
+
+/* OUTPUTS outputs of all rows, compiled for each number of rows and type. Inlined into the loop with many_rows, it would be
+   slower by 5%. */
+static __attribute__((noinline)) void few_rows(const Layer *layer, int64_t output) {
+    if (layer->type == FP32) rows_of_type(FP32, layer, output);
+    else if (layer->type == BF16) rows_of_type(BF16, layer, output);
+    else rows_of_type(FP16, layer, output);
 }

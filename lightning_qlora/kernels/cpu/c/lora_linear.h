@@ -40,13 +40,14 @@ void lora_linear(const Weight *w, const void *x, void *y, int type, int64_t rows
         Product first = {NULL, a, r, w->columns, type, large.pairs, large.rows, rows};
         project(&first, projected);
     }
-    for (int64_t i = 0; i < rows * r; i++) projected[i] = scaling * (xa ? load(xa, i, type) : to_type(projected[i], type));
+    for (int64_t i = 0; i < rows * r; i++)
+        projected[i] = scaling * (xa ? load(xa, i, type) : to_type(projected[i], type));
     float *rest = projected + up_to(rows * r, LINE / sizeof(float));
     Layer layer = {w, rest, y, rows, type, bias, bias_type, projected, b, r, table_of(w->levels, 1, FP32)};
     if (few) even_before_odd(rest, x, type, rows * w->columns);
     else arrange_rows(&small, projected, FP32, (char *)rest);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t output = 0; output < w->rows; output += few ? OUTPUTS : SIDE) {
+    for (int64_t output = 0; output < w->rows; output += few ? OUTPUTS : TILE) {
         if (few) few_rows(&layer, output);
         else many_rows(&layer, &large, &small, output);
     }

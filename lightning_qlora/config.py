@@ -1,12 +1,11 @@
 """QLoRAConfig: every argument of a QLoRA run, described once and checked when the object is created."""
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_qlora.checks import (
     check_auto,
@@ -29,10 +28,6 @@ from lightning_qlora.initializations import (
     split_name,
 )
 
-C = TypeVar("C")
-P = ParamSpec("P")
-S = TypeVar("S")
-
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
@@ -45,6 +40,7 @@ StrategyName = Literal["ddp", "fsdp"]
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
+QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -136,13 +132,19 @@ class QLoRAConfig:
     Raises:
         TypeError: If a value has the wrong type.
         ValueError: If a value is not allowed.
+
+    Example:
+        ```python
+        from lightning_qlora import QLoRAConfig
+
+        config = QLoRAConfig(r=16, lora_alpha=32)
+        print(config.scaling)  # 2.0
+        ```
     """
 
     quant_type: QuantType = field(
         default="nf4",
-        metadata=_meaning(
-            partial(check_choice, allowed=get_args(QuantType)), of_layer=True, at_loading=True, of_base=True
-        ),
+        metadata=_meaning(partial(check_choice, allowed=QUANT_TYPES), of_layer=True, at_loading=True, of_base=True),
     )
     double_quant: bool = field(
         default=True, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_base=True)
@@ -296,27 +298,3 @@ CHECKS = {name: argument.check for name, argument in ARGUMENTS.items() if argume
 def arguments_that(meaning: str) -> tuple[str, ...]:
     """Names of the arguments with a meaning, a field of `Argument`, in their order."""
     return tuple(name for name, argument in ARGUMENTS.items() if getattr(argument, meaning))
-
-
-def takes_arguments_of(
-    config_class: Callable[P, C],
-) -> Callable[[Callable[[S, C], None]], Callable[Concatenate[S, P], None]]:
-    """Decorate `__init__(self, config)` so that it is called with the arguments of `config_class` instead.
-
-    Type checkers and IDEs see the arguments through the ParamSpec; help(), inspect.signature and jsonargparse (and so
-    LightningCLI) see them through the copied signature and docstring. So the arguments are described in one place.
-    """
-
-    def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
-        @wraps(init)
-        def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
-            init(self, config_class(*args, **kwargs))
-
-        signature = inspect.signature(config_class)
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [itself, *signature.parameters.values()]
-        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        wrapper.__doc__ = config_class.__doc__
-        return wrapper
-
-    return decorate

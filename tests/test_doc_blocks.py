@@ -1,8 +1,10 @@
-"""Every code block of docs/*.md and README.md runs; tests/scripts/doc_blocks.py says how."""
+"""Every code block of docs/*.md, README.md and public docstrings runs; tests/scripts/doc_blocks.py says how."""
 
 import dataclasses
+import inspect
 import json
 import re
+from textwrap import dedent
 
 import pytest
 
@@ -20,13 +22,18 @@ RUN = [name for name, page in PAGES.items() if any(b.kind in ("python", "diff", 
 
 
 def test_every_block_of_every_page_runs(tmp_path):
-    """All pages in one process: each of its own would import torch again."""
-    pages = (PAGES[name] for name in RUN)
+    """All pages in one process: each of its own would import torch again. A docstring's example is a page."""
+    pages = [PAGES[name] for name in RUN]
+    for name in lightning_qlora.__all__:
+        example = inspect.getdoc(getattr(lightning_qlora, name)).partition("\nExample:\n")[2]
+        pages.append(tmp_path / f"{name}.example.md")
+        pages[-1].write_text(dedent(example) + "\n", encoding="utf-8")
     # Lightning prints characters with rich that the locale may not have.
     run_python("-m", "tests.scripts.doc_blocks", tmp_path, *pages, PYTHONIOENCODING=":replace")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [*results] == RUN
+    assert [*results] == [page.name for page in pages]
     assert {name: page["error"] for name, page in results.items() if page["error"]} == {}
+    assert {name for name, page in results.items() if not page["run"]} <= {*RUN}, "a public name without an example"
     assert sum(page["exempt"] for page in results.values()) <= 2
     assert sum(page["run"] for page in results.values()) > 40
 

@@ -14,9 +14,11 @@ from typing import Any, get_args
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from typing_extensions import Unpack
 
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.held_types import IN_16_BITS
@@ -68,6 +70,17 @@ class MemoryEstimate:
         counted_activations: Whether the activations could be counted; if not, they are 0 in `parts`. They can't be
             where the forward pass needs an example, or depends on values of activations.
         layers: Name, status and number of layers, as in the report of a conversion.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import estimate_memory
+        from torch import nn
+
+        estimate = estimate_memory(nn.Linear(256, 256), example=torch.randn(8, 256), r=8)
+        print(estimate)  # a table
+        print(estimate.total, estimate.device, estimate.parts["4-bit weights"])
+        ```
     """
 
     parts: dict[str, int]
@@ -127,7 +140,7 @@ def estimate_memory(
     example: Any = None,
     device: DeviceName = "gpu",
     gpu: str | None = None,
-    **arguments: Any,
+    **arguments: Unpack[QLoRAArguments],
 ) -> MemoryEstimate:
     """Estimate the memory of training a model with QLoRA, without a GPU and without allocating the model.
 
@@ -144,16 +157,31 @@ def estimate_memory(
         **arguments: The arguments of `QLoRAPrecision`. The initialization does not change the estimate, which is of
             device memory; "calibrated" also needs host memory of the size of the dense weights until the first step.
 
+    Returns:
+        The bytes by part; `print` shows them as a table.
+
     Raises:
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import estimate_memory
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))
+        estimate = estimate_memory(model, optimizer="adamw8bit", example=torch.randn(32, 256), r=16)
+        print(f"{estimate.total / 1e6:.1f} MB")
+        ```
     """
     names = ["batch_size", "sequence_length", "optimizer", "example", "device", "gpu"]
     refuse_unknown_arguments(arguments, [*names, *QLoRAConfig.__dataclass_fields__])
+    config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
     card = None
     if gpu is not None:
         card = find_card(gpu)
-    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments), example, device, card)
+    run = PlannedRun(model, optimizer, config, example, device, card)
     return run.estimate(batch_size, sequence_length)
 
 

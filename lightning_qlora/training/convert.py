@@ -9,12 +9,14 @@ from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
@@ -54,7 +56,7 @@ IN_INIT = (
 )
 
 
-def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
+def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> ConversionReport:
     """Turn a module's linear layers into frozen 4-bit layers with LoRA adapters, in place.
 
     Args:
@@ -67,9 +69,20 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
 
     Raises:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        print(convert(model, r=4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)  # trains the adapters
+        ```
     """
     check_module("module", module)
-    return convert_module(module, QLoRAConfig(**arguments))
+    return convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
 
 
 class Run(NamedTuple):

@@ -110,6 +110,17 @@ class ConversionReport:
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
         computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
             of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
+
+    Example:
+        ```python
+        from lightning_qlora import convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        report = convert(model, r=4, target_modules=["0"])
+        print(report)  # a table
+        print(report.converted, report.skipped, report.trainable_parameters)
+        ```
     """
 
     converted: list[str] = field(default_factory=list)

@@ -11,6 +11,7 @@ from lightning_qlora.checks import (
     check_auto,
     check_bool,
     check_choice,
+    check_gradient_checkpointing,
     check_integer,
     check_names,
     check_number,
@@ -121,7 +122,8 @@ class QLoRAConfig:
         rank_pattern: Rank of single layers, as in PEFT: {name ending or regular expression: r}.
         alpha_pattern: lora_alpha of single layers, as in PEFT: {name ending or regular expression: lora_alpha}.
         paged_optimizer: Page optimizer state to host memory: True, False, or "auto" (True for CUDA devices).
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory. "auto": only those that do
+            not fit; a number of bytes, also as "8GiB": that the process may use on its device.
         checkpoint: Content of a checkpoint: "adapter" (the adapters and all other trained weights), or "full" (the
             4-bit base as well).
         adapter: Folder of a PEFT adapter to start from.
@@ -183,7 +185,7 @@ class QLoRAConfig:
         default=None, metadata=_meaning(partial(check_patterns, check=_check_alpha), empty=dict, in_peft=True)
     )
     paged_optimizer: bool | Literal["auto"] = field(default="auto", metadata=_meaning(check_auto))
-    gradient_checkpointing: bool = field(default=False, metadata=_meaning(check_bool))
+    gradient_checkpointing: bool | int | str = field(default=False, metadata=_meaning(check_gradient_checkpointing))
     checkpoint: Checkpoint = field(
         default="adapter", metadata=_meaning(partial(check_choice, allowed=get_args(Checkpoint)))
     )

@@ -19,6 +19,7 @@ from lightning_qlora.tools.cli import main
 AUTO = "True, False or 'auto'"
 NAMES = "a list of non-empty names"
 BOOL = "True or False"
+ACTIVATIONS = "True, False, 'auto', or bytes such as '8GiB'"
 STARTS = ", ".join(map(repr, [*INITIALIZATIONS, "pissa_niter_16"]))
 WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "quant_type": (["nf5", "NF4", "", None], "one of " + ", ".join(map(repr, QUANT_TYPES))),
@@ -31,6 +32,7 @@ WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "checkpoint": (["both", "lora"], "one of 'adapter', 'full'"),
     "paged_optimizer": (["on", "never"], "one of True, False, 'auto'"),
     "deferred_logits": (["on", "False"], "one of True, False, 'auto'"),
+    "gradient_checkpointing": (["yes", "8TB", 0, -1, "1kB"], ACTIVATIONS),
 }
 WRONG_TYPES = {
     "block_size": (["64", 64.0, True], "an integer"),
@@ -43,7 +45,7 @@ WRONG_TYPES = {
     "modules_to_save": (["lm_head", [1], 5], NAMES),
     "use_rslora": ([1, "true"], BOOL),
     "use_dora": ([0], BOOL),
-    "gradient_checkpointing": (["yes"], BOOL),
+    "gradient_checkpointing": ([None, 1.5, []], ACTIVATIONS),
     "adapter": ([7], "a string"),
     "paged_optimizer": ([3, None], AUTO),
     "deferred_logits": ([1, None], AUTO),

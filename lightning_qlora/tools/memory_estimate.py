@@ -6,7 +6,6 @@ activations and temporary tensors are counted, not guessed.
 
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -35,15 +34,6 @@ from lightning_qlora.training.report import packed_bytes, packed_layers, paramet
 # and one fp32 scale per 256 weights.
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}
 STATE_8BIT = 2 * (1 + 4 / 256)
-UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
 DRIVER = 0.8e9  # bytes that a run can't use
 FRAGMENTATION = 0.04  # share of the memory that a run can't use
 # Arguments that save memory; the last one costs time.
@@ -276,17 +266,6 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
         for dtype in dtypes:
             largest[dtype] = max(largest.get(dtype, 0), math.prod(layer._shape[-2:]))
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a text such as 24GiB (24 * 2^30), 24GB (24 * 10^9) or 24000000000; ValueError for other texts."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise ValueError(f"gpu_memory={text!r}: must be a number with a unit, such as 24GiB, or a number of bytes.")
-    count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
-    if count < UNITS["MB"]:
-        raise ValueError(f"gpu_memory={text!r} is {count} bytes. Give a unit, such as 24GiB.")
-    return count
 
 
 def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp") -> int:

@@ -45,7 +45,7 @@ from lightning_qlora.training.convert_checks import (
     warn_of_other_arguments,
     warn_of_slow_products,
 )
-from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
+from lightning_qlora.training.gradient_checkpointing import budget_of, enable_gradient_checkpointing
 from lightning_qlora.training.mapped_files import copy_from_files
 from lightning_qlora.training.patches import shard_bytes
 from lightning_qlora.training.report import ConversionReport, dense_bytes
@@ -120,6 +120,7 @@ def convert_module(
         modules = _convert_new(module, config, run, saved, report)
     calibration = calibration_of(modules.values())
     report.calibration = None if calibration is None else calibration.report
+    report.activations = budget_of(module)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -162,8 +163,8 @@ def _convert_new(
         copy_from_files(modules.items())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
     _load_adapter_once(module, given.adapter, adapter)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(module)
+    if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
+        enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
     report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()

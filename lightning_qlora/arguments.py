@@ -37,7 +37,7 @@ class QLoRAArguments(TypedDict, total=False):
     rank_pattern: dict[str, int] | None
     alpha_pattern: dict[str, float] | None
     paged_optimizer: bool | Literal["auto"]
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int | str
     checkpoint: Checkpoint
     adapter: str | None
     deferred_logits: bool | Literal["auto"]

@@ -19,6 +19,7 @@ pytest.importorskip("jsonargparse")
 
 PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 RUN = [name for name, page in PAGES.items() if any(b.kind in ("python", "diff", "bash") for b in blocks(page))]
+COMING_FROM = PAGES["coming-from.md"].read_text(encoding="utf-8").split("\n## ")[1:]
 
 
 def test_every_block_of_every_page_runs(tmp_path):
@@ -64,11 +65,11 @@ def test_titles_of_files_are_unique():
     assert "my_module.py" in titles and len(titles) == len(set(titles))
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("from-")])
-def test_the_tables_name_arguments_that_exist(name):
+@pytest.mark.parametrize("section", COMING_FROM, ids=lambda section: section.partition("\n")[0])
+def test_the_tables_name_arguments_that_exist(section):
     """In the right column of "Coming from"; and no argument of another library that we know by another name."""
     ours = {field.name for field in dataclasses.fields(QLoRAConfig)}
-    rows = re.findall(r"^\| .+ \| (.+) \|$", PAGES[name].read_text(), re.M)
+    rows = re.findall(r"^\| .+ \| (.+) \|$", section, re.M)
     named = {word for row in rows for word in re.findall(r"`(\w+)(?:=[^`]*)?`", row)}
     assert len(named & ours) >= 5
     assert not named & set(ARGUMENTS)

@@ -18,7 +18,7 @@ convert(model, checkpoint="all")  # type: ignore[arg-type]
 
 total: int = estimate_memory(model, batch_size=2, optimizer="adamw8bit", r=16).total
 estimate_memory(model, optimizer="adam")  # type: ignore[arg-type]
-estimate_memory(model, gradient_checkpointing="yes")  # type: ignore[arg-type]
+estimate_memory(model, use_dora="yes")  # type: ignore[arg-type]
 
 plugin = QLoRAPrecision(r=16, compute_dtype="bf16", rank_pattern={"0": 8})
 plugin = QLoRAPrecision(compute_dtype=torch.float16, modules_to_save=["head"], deferred_logits=False)

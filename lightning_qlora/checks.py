@@ -116,6 +116,37 @@ def check_auto(name: str, value: Any) -> None:
     check_choice(name, value, (True, False, "auto"))
 
 
+UNITS = {"": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMG", 1)}}
+UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMG", 1)}
+
+
+def parse_memory(name: str, text: str) -> int:
+    """Bytes of a text such as 24GiB (24 * 2^30), 24GB (24 * 10^9) or 24000000000; ValueError for other texts."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ValueError(f"{name}={text!r}: must be a number with a unit, such as 24GiB, or a number of bytes.")
+    count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
+    if count < UNITS["MB"]:
+        raise ValueError(f"{name}={text!r} is {count} bytes. Give a unit, such as 24GiB.")
+    return count
+
+
+def memory_limit(value: int | str) -> int:
+    """The bytes of `gradient_checkpointing`."""
+    return parse_memory("gradient_checkpointing", str(value))
+
+
+def check_gradient_checkpointing(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless `value` is a bool, "auto", or a number of bytes, also as "8GiB"."""
+    allowed = "True, False, 'auto', or bytes such as '8GiB'"
+    _check(isinstance(value, (bool, int, str)), name, value, allowed)
+    if not isinstance(value, bool) and value != "auto":
+        try:
+            memory_limit(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={shown(value)}: must be {allowed}.") from error
+
+
 def check_module(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a module; this does not import torch."""
     _check(hasattr(value, "named_modules"), name, value, "a torch.nn.Module: build or load it first")

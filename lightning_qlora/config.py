@@ -1,17 +1,17 @@
 """QLoRAConfig: every argument of a QLoRA run, described once and checked when the object is created."""
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_qlora.checks import (
     check_auto,
     check_bool,
     check_choice,
+    check_gradient_checkpointing,
     check_integer,
     check_names,
     check_number,
@@ -29,10 +29,6 @@ from lightning_qlora.initializations import (
     split_name,
 )
 
-C = TypeVar("C")
-P = ParamSpec("P")
-S = TypeVar("S")
-
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
@@ -45,6 +41,7 @@ StrategyName = Literal["ddp", "fsdp"]
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
+QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -125,7 +122,8 @@ class QLoRAConfig:
         rank_pattern: Rank of single layers, as in PEFT: {name ending or regular expression: r}.
         alpha_pattern: lora_alpha of single layers, as in PEFT: {name ending or regular expression: lora_alpha}.
         paged_optimizer: Page optimizer state to host memory: True, False, or "auto" (True for CUDA devices).
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory. "auto": only those that do
+            not fit; a number of bytes, also as "8GiB": that the process may use on its device.
         checkpoint: Content of a checkpoint: "adapter" (the adapters and all other trained weights), or "full" (the
             4-bit base as well).
         adapter: Folder of a PEFT adapter to start from.
@@ -136,13 +134,19 @@ class QLoRAConfig:
     Raises:
         TypeError: If a value has the wrong type.
         ValueError: If a value is not allowed.
+
+    Example:
+        ```python
+        from lightning_qlora import QLoRAConfig
+
+        config = QLoRAConfig(r=16, lora_alpha=32)
+        print(config.scaling)  # 2.0
+        ```
     """
 
     quant_type: QuantType = field(
         default="nf4",
-        metadata=_meaning(
-            partial(check_choice, allowed=get_args(QuantType)), of_layer=True, at_loading=True, of_base=True
-        ),
+        metadata=_meaning(partial(check_choice, allowed=QUANT_TYPES), of_layer=True, at_loading=True, of_base=True),
     )
     double_quant: bool = field(
         default=True, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_base=True)
@@ -181,7 +185,7 @@ class QLoRAConfig:
         default=None, metadata=_meaning(partial(check_patterns, check=_check_alpha), empty=dict, in_peft=True)
     )
     paged_optimizer: bool | Literal["auto"] = field(default="auto", metadata=_meaning(check_auto))
-    gradient_checkpointing: bool = field(default=False, metadata=_meaning(check_bool))
+    gradient_checkpointing: bool | int | str = field(default=False, metadata=_meaning(check_gradient_checkpointing))
     checkpoint: Checkpoint = field(
         default="adapter", metadata=_meaning(partial(check_choice, allowed=get_args(Checkpoint)))
     )
@@ -296,27 +300,3 @@ CHECKS = {name: argument.check for name, argument in ARGUMENTS.items() if argume
 def arguments_that(meaning: str) -> tuple[str, ...]:
     """Names of the arguments with a meaning, a field of `Argument`, in their order."""
     return tuple(name for name, argument in ARGUMENTS.items() if getattr(argument, meaning))
-
-
-def takes_arguments_of(
-    config_class: Callable[P, C],
-) -> Callable[[Callable[[S, C], None]], Callable[Concatenate[S, P], None]]:
-    """Decorate `__init__(self, config)` so that it is called with the arguments of `config_class` instead.
-
-    Type checkers and IDEs see the arguments through the ParamSpec; help(), inspect.signature and jsonargparse (and so
-    LightningCLI) see them through the copied signature and docstring. So the arguments are described in one place.
-    """
-
-    def decorate(init: Callable[[S, C], None]) -> Callable[Concatenate[S, P], None]:
-        @wraps(init)
-        def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
-            init(self, config_class(*args, **kwargs))
-
-        signature = inspect.signature(config_class)
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [itself, *signature.parameters.values()]
-        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        wrapper.__doc__ = config_class.__doc__
-        return wrapper
-
-    return decorate

@@ -2,22 +2,27 @@ import dataclasses
 import inspect
 import re
 from functools import partial
+from typing import get_type_hints
 
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
+from typing_extensions import Unpack
 
 from lightning_qlora import QLoRAPrecision, checks, convert, estimate_memory
-from lightning_qlora.config import ARGUMENTS, QLoRAConfig
+from lightning_qlora.arguments import QLoRAArguments
+from lightning_qlora.config import ARGUMENTS, QUANT_TYPES, QLoRAConfig
+from lightning_qlora.initializations import INITIALIZATIONS
 from lightning_qlora.tools.cli import main
 
 AUTO = "True, False or 'auto'"
 NAMES = "a list of non-empty names"
 BOOL = "True or False"
-STARTS = "'default', 'gaussian', 'loftq', 'pissa', 'calibrated', 'pissa_niter_16'"
+ACTIVATIONS = "True, False, 'auto', or bytes such as '8GiB'"
+STARTS = ", ".join(map(repr, [*INITIALIZATIONS, "pissa_niter_16"]))
 WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
-    "quant_type": (["nf5", "NF4", "", None], "one of 'nf4', 'fp4', 'int4'"),
+    "quant_type": (["nf5", "NF4", "", None], "one of " + ", ".join(map(repr, QUANT_TYPES))),
     "block_size": ([0, 31, 48, 8192, -64], "one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
     "compute_dtype": (["bfloat16", "float32", "half"], "one of 'auto', 'bf16', 'fp16', 'fp32'"),
     "r": ([0, -4], "an integer >= 1"),
@@ -27,6 +32,7 @@ WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "checkpoint": (["both", "lora"], "one of 'adapter', 'full'"),
     "paged_optimizer": (["on", "never"], "one of True, False, 'auto'"),
     "deferred_logits": (["on", "False"], "one of True, False, 'auto'"),
+    "gradient_checkpointing": (["yes", "8TB", 0, -1, "1kB"], ACTIVATIONS),
 }
 WRONG_TYPES = {
     "block_size": (["64", 64.0, True], "an integer"),
@@ -39,7 +45,7 @@ WRONG_TYPES = {
     "modules_to_save": (["lm_head", [1], 5], NAMES),
     "use_rslora": ([1, "true"], BOOL),
     "use_dora": ([0], BOOL),
-    "gradient_checkpointing": (["yes"], BOOL),
+    "gradient_checkpointing": ([None, 1.5, []], ACTIVATIONS),
     "adapter": ([7], "a string"),
     "paged_optimizer": ([3, None], AUTO),
     "deferred_logits": ([1, None], AUTO),
@@ -156,7 +162,7 @@ def test_answers_name_arguments_that_exist():
 
 def test_allowed_values_are_accepted():
     good = {
-        "quant_type": ["nf4", "fp4", "int4"],
+        "quant_type": QUANT_TYPES,
         "block_size": [32, 4096],
         "compute_dtype": ["auto", "bf16", "fp16", "fp32"],
         "lora_alpha": [1, 0.5],
@@ -260,6 +266,16 @@ def test_none_stands_for_the_default(name):
 def test_the_scale_is_alpha_over_r_or_over_its_root():
     assert QLoRAConfig(r=16, lora_alpha=8).scaling == 0.5
     assert QLoRAConfig(r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
+
+
+def test_functions_take_the_arguments_of_the_config():
+    """In their `**arguments`, and with the same types; in Python also a torch.dtype."""
+    types = get_type_hints(QLoRAArguments)
+    expected = get_type_hints(QLoRAConfig)
+    expected["compute_dtype"] |= torch.dtype
+    assert types == {field.name: expected[field.name] for field in dataclasses.fields(QLoRAConfig)}
+    for function in (convert, estimate_memory, QLoRAPrecision.__init__):
+        assert get_type_hints(function, include_extras=True)["arguments"] == Unpack[QLoRAArguments]
 
 
 def test_the_page_of_arguments_is_what_the_config_says():

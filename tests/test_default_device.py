@@ -31,6 +31,7 @@ from lightning_qlora import (
     merge,
     quantize,
 )
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.layers.deferred_head import defer_logits
 from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.fingerprint import fingerprint
@@ -139,7 +140,7 @@ def test_convert_and_a_training_step(arguments):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_quantize_and_its_state_dict_and_fingerprints(kind, dtype):
     weight = inputs(70, 33, dtype=dtype).detach()
 

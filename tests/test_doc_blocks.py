@@ -1,8 +1,10 @@
-"""Every code block of docs/*.md and README.md runs; tests/scripts/doc_blocks.py says how."""
+"""Every code block of docs/*.md, README.md and public docstrings runs; tests/scripts/doc_blocks.py says how."""
 
 import dataclasses
+import inspect
 import json
 import re
+from textwrap import dedent
 
 import pytest
 
@@ -17,16 +19,22 @@ pytest.importorskip("jsonargparse")
 
 PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 RUN = [name for name, page in PAGES.items() if any(b.kind in ("python", "diff", "bash") for b in blocks(page))]
+COMING_FROM = PAGES["coming-from.md"].read_text(encoding="utf-8").split("\n## ")[1:]
 
 
 def test_every_block_of_every_page_runs(tmp_path):
-    """All pages in one process: each of its own would import torch again."""
-    pages = (PAGES[name] for name in RUN)
+    """All pages in one process: each of its own would import torch again. A docstring's example is a page."""
+    pages = [PAGES[name] for name in RUN]
+    for name in lightning_qlora.__all__:
+        example = inspect.getdoc(getattr(lightning_qlora, name)).partition("\nExample:\n")[2]
+        pages.append(tmp_path / f"{name}.example.md")
+        pages[-1].write_text(dedent(example) + "\n", encoding="utf-8")
     # Lightning prints characters with rich that the locale may not have.
     run_python("-m", "tests.scripts.doc_blocks", tmp_path, *pages, PYTHONIOENCODING=":replace")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [*results] == RUN
+    assert [*results] == [page.name for page in pages]
     assert {name: page["error"] for name, page in results.items() if page["error"]} == {}
+    assert {name for name, page in results.items() if not page["run"]} <= {*RUN}, "a public name without an example"
     assert sum(page["exempt"] for page in results.values()) <= 2
     assert sum(page["run"] for page in results.values()) > 40
 
@@ -57,11 +65,11 @@ def test_titles_of_files_are_unique():
     assert "my_module.py" in titles and len(titles) == len(set(titles))
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("from-")])
-def test_the_tables_name_arguments_that_exist(name):
+@pytest.mark.parametrize("section", COMING_FROM, ids=lambda section: section.partition("\n")[0])
+def test_the_tables_name_arguments_that_exist(section):
     """In the right column of "Coming from"; and no argument of another library that we know by another name."""
     ours = {field.name for field in dataclasses.fields(QLoRAConfig)}
-    rows = re.findall(r"^\| .+ \| (.+) \|$", PAGES[name].read_text(), re.M)
+    rows = re.findall(r"^\| .+ \| (.+) \|$", section, re.M)
     named = {word for row in rows for word in re.findall(r"`(\w+)(?:=[^`]*)?`", row)}
     assert len(named & ours) >= 5
     assert not named & set(ARGUMENTS)

@@ -3,6 +3,9 @@
 import ast
 import inspect
 import re
+from collections.abc import Iterator
+from functools import partial
+from inspect import isfunction
 from pathlib import Path
 
 import lightning_qlora
@@ -107,6 +110,18 @@ device='gpu', json=False)
 
 def test_every_public_name_is_in_dir():
     assert set(dir(lightning_qlora)) >= {*lightning_qlora.__all__, "__version__"}
+
+
+def test_docstrings_of_public_functions_describe_each_argument_and_the_result():
+    functions = [each for each in map(partial(getattr, lightning_qlora), lightning_qlora.__all__) if isfunction(each)]
+    assert len(functions) > 10
+    for function in functions:
+        text = inspect.getdoc(function)
+        described = re.findall(r"^    (\**\w+): ", text.partition("\nArgs:\n")[2].partition("\n\n")[0], re.M)
+        signature = inspect.signature(function)
+        assert described == [str(each).partition(":")[0] for each in signature.parameters.values()], function.__name__
+        returns = signature.return_annotation not in (None, Iterator[None])
+        assert ("\nReturns:\n" in text) == returns, function.__name__
 
 
 def test_a_default_changes_on_purpose():

@@ -17,6 +17,7 @@ ORDER = [
     "lightning_copies",
     "initializations",
     "config",
+    "arguments",
     "files",
     "quantization",
     "kernels",

@@ -158,7 +158,7 @@ def pages() -> str:
 
 
 def step() -> str:
-    """The memory of a step with real and with deferred logits, in GB, as `plan` prints it (memory-options.md)."""
+    """The memory of a step with real and with deferred logits, in GB, as `plan` prints it (memory.md)."""
     parts = ("4-bit weights", "other weights", "adapters, optimizer, buffer", "activations")
     bars = {"real logits": (3.6, 2.102, 0.62, 7.563), "deferred logits": (3.6, 2.102, 0.62, 2.217)}
     colors, scale = (BLUE, PLAIN, ORANGE, GREEN), 440 / 14

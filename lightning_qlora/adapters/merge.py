@@ -44,9 +44,24 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
         dtype: Type of the weights. "auto": each layer gets the type that it had before conversion. With another value
             all floating-point parameters of the module get that type.
 
+    Returns:
+        The module that was passed; a root that was a QLoRALinear has its former class again.
+
     Raises:
         ValueError: If the module has no QLoRALinear, an adapter holds NaN or Inf, layers are sharded, or dtype is not
             one of those above.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert, merge
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        convert(model, r=4)
+        merge(model, dtype="bf16")
+        assert type(model[0]) is nn.Linear and model[0].weight.dtype == torch.bfloat16
+        ```
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)

@@ -111,6 +111,8 @@ def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> boo
     The module itself froze it, as a momentum teacher, so its code may write to it. Without Lightning
     torch.distributed.checkpoint reads the keys of a new module, whose value is that of conversion.
     """
+    if isinstance(owner, LoRALayer):  # its bias
+        return False
     return _in_file.get() is None and is_sharded(parameter) and was_frozen(owner, key)
 
 

@@ -43,6 +43,16 @@ def save_adapter(
 
     Raises:
         ValueError: If there is no adapter, it holds NaN or Inf, or PEFT's format has no place for what was trained.
+
+    Example:
+        ```python
+        from lightning_qlora import convert, save_adapter
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        convert(model, r=4)
+        save_adapter(model, "adapter")  # adapter_config.json and adapter_model.safetensors
+        ```
     """
     check_choice("base", base, get_args(Base))
     reshard(module)
@@ -114,6 +124,17 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError, ValueError: If a file is missing or broken.
         CheckpointMismatchError: If the adapter does not fit the module; names the file and the key.
+
+    Example:
+        ```python
+        from lightning_qlora import convert, load_adapter, save_adapter
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        convert(model, r=4)
+        save_adapter(model, "adapter")
+        load_adapter(model, "adapter")
+        ```
     """
     reshard(module)
     adapter = read_adapter(folder)

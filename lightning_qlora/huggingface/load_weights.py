@@ -48,6 +48,25 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError, ValueError: If the folder lacks a tensor, or has it in another shape or with NaN or Inf.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert, load_weights, to_parameters
+        from safetensors.torch import save_model
+        from torch import distributed, nn
+        from torch.distributed.fsdp import fully_shard
+
+        save_model(nn.Sequential(nn.Linear(64, 64)), "model.safetensors")
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(64, 64))
+        convert(model, r=4)
+        to_parameters(model)
+        fully_shard(model, mesh=distributed.init_device_mesh("cpu", (1,)))
+        load_weights(model, ".")
+        distributed.destroy_process_group()
+        ```
     """
     if is_transformers_model(module):
         read_weights(module, ModelFolder.open(folder))

@@ -54,7 +54,8 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
             weight = join(name, "weight")
             if part.is_stack:
                 weight = parameter_name(name)
-            part.weight_dtype = dense.get_parameter(weight).dtype
+            part.dtype_before = dense.get_parameter(weight).dtype
+            part.weight_dtype = part.dtype_before
             part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]
         for key, parameter in part._parameters.items():
             same = sources.get(join(name, key))

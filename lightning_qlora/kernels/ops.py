@@ -46,6 +46,16 @@ def quantize(
     Raises:
         TypeError: If the weight is not a tensor of one of the three float types.
         ValueError: If an argument is not among the allowed values, or the weight holds NaN or Inf.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import quantize
+
+        weight = torch.randn(64, 64)
+        packed = quantize(weight, quant_type="nf4", block_size=64)
+        error = packed.dequantize() - weight
+        ```
     """
     check_choice("quant_type", quant_type, get_args(QuantType))
     check_choice("block_size", block_size, BLOCK_SIZES)

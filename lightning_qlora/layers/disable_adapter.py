@@ -51,6 +51,18 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: If no layer in it is converted, or an adapter began as PiSSA: its base is not the pretrained model.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert, disable_adapter
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        convert(model, r=4)
+        with torch.no_grad(), disable_adapter(model):
+            reference = model(torch.randn(8, 64))
+        ```
     """
     parts = _parts(module)
     _count(parts, 1)

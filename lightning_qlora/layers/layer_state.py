@@ -33,7 +33,25 @@ BIAS_ALONE = (
 
 
 class CheckpointMismatchError(RuntimeError):
-    """A checkpoint or adapter belongs to another base model, or to layers of another shape or name."""
+    """A checkpoint or adapter belongs to another base model, or to layers of another shape or name.
+
+    A `RuntimeError`; its message names the layer and the key.
+
+    Example:
+        ```python
+        from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
+        from torch import nn
+
+        model, other = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(nn.Linear(32, 32))
+        convert(model, r=4)
+        convert(other, r=4)
+        save_adapter(model, "adapter")
+        try:
+            load_adapter(other, "adapter")
+        except CheckpointMismatchError as error:
+            print(error)
+        ```
+    """
 
 
 class SavedLayer(LoRALayer):

@@ -216,6 +216,21 @@ def to_parameters(module: nn.Module) -> None:
 
     Only a loop of your own calls it, before `fully_shard`; the Trainer and Fabric do it. Without it each rank holds
     all of the bytes.
+
+    Args:
+        module: A converted module; its 4-bit layers keep their names.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert, to_parameters
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        convert(model, r=4)
+        to_parameters(model)  # then fully_shard(model)
+        print([name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8])
+        ```
     """
     for layer in module.modules():
         if isinstance(layer, PackedLayer):

@@ -36,6 +36,29 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     An `nn.Linear` becomes one in place (`from_linear`), so every reference to the layer stays valid. A layer of a
     subclass of nn.Linear becomes an instance of that subclass and of this class, and keeps its methods.
     The bias is frozen. `PackedLayer` has the 4-bit weight, `LoRALayer` the adapter.
+
+    Attributes:
+        lora_A: A, a parameter [r, in_features] in fp32.
+        lora_B: B, a parameter [out_features, r] in fp32.
+        bias: The bias of the layer, frozen, or None.
+        in_features: Width of the input.
+        out_features: Width of the output.
+        weight: W + s B A [out_features, in_features], in the type of the float weight; read-only.
+        packed_weight: W in 4 bits, a `PackedWeight`.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import QLoRALinear, convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 32))
+        convert(model, r=4)
+        layer = model[0]
+        assert isinstance(layer, QLoRALinear) and isinstance(layer, nn.Linear)
+        print(layer.lora_A.shape, layer.lora_B.shape, layer.packed_weight.nbytes)
+        assert torch.equal(layer.weight, layer.decode())  # B = 0 at first
+        ```
     """
 
     @classmethod

@@ -40,6 +40,18 @@ class PagedAdamW(torch.optim.AdamW):
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay; 0 as in the paper's code, where torch's AdamW has 0.01.
         **kwargs: Other arguments of `torch.optim.AdamW`: foreach, fused, amsgrad, ...
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import PagedAdamW
+        from torch import nn
+
+        model = nn.Linear(64, 64)
+        optimizer = PagedAdamW(model.parameters(), lr=2e-4)
+        model(torch.randn(8, 64)).sum().backward()
+        optimizer.step()
+        ```
     """
 
     def __init__(
@@ -84,6 +96,19 @@ class PagedAdamW8bit(Optimizer):
     Raises:
         TypeError: If an argument, or a value in a parameter group, is not a number (betas: a pair; paged: a bool).
         ValueError: If a number is out of its range, betas are not two, or there are no parameters.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import PagedAdamW8bit
+        from torch import nn
+
+        model = nn.Linear(64, 64)
+        optimizer = PagedAdamW8bit(model.parameters(), lr=2e-4)
+        model(torch.randn(8, 64)).sum().backward()
+        optimizer.step()
+        print(optimizer.state[model.weight].keys())
+        ```
     """
 
     steps_in_windows = True

@@ -16,8 +16,22 @@ def loraplus_groups(module: nn.Module, lr: float, loraplus_lr_ratio: float = 16.
         lr: Learning rate of lora_A and of all other parameters that train.
         loraplus_lr_ratio: The learning rate of lora_B is this times lr; the paper recommends 16.
 
+    Returns:
+        Two groups, with `params` and `lr`: all that trains but lora_B, then lora_B.
+
     Raises:
         ValueError: If the module has no adapter, or a number is not above 0.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert, loraplus_groups
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        convert(model, r=4)
+        optimizer = torch.optim.AdamW(loraplus_groups(model, lr=1e-4))
+        ```
     """
     for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
         if not value > 0:

@@ -108,6 +108,17 @@ class PagedOptimizer(Callback):
 
     Args:
         min_numel: State tensors with fewer elements stay in device memory.
+
+    Example:
+        ```python
+        from lightning.pytorch import Trainer
+        from lightning_qlora import PagedOptimizer
+        from my_module import MyModule, data
+
+        paged = PagedOptimizer()
+        Trainer(max_epochs=1, callbacks=paged).fit(MyModule(), data)
+        print(paged.report())
+        ```
     """
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
@@ -135,7 +146,7 @@ class PagedOptimizer(Callback):
         """Free all pages: the Trainer does not call `teardown` after an exception."""
         self._pager.close()
 
-    def on_setup_optimizer(self, optimizer: Optimizer) -> None:
+    def _on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Page an optimizer of Fabric; see `patches.call_on_setup_optimizer`. Its pages are freed with it."""
         self._pager.attach(optimizer)
 

@@ -7,7 +7,7 @@ from lightning_qlora.layers.changes import replaces
 
 @replaces("lightning.fabric.wrappers:_FabricOptimizer.__init__")
 def call_on_setup_optimizer(original: Any, self: Any, optimizer: Any, strategy: Any, callbacks: Any = None) -> None:
-    """Call `on_setup_optimizer(optimizer)` of the plugin and callbacks of a Fabric for each optimizer that is set up.
+    """Call `_on_setup_optimizer(optimizer)` of the plugin and callbacks of a Fabric for each optimizer that is set up.
 
     Upstream: lightning/fabric/wrappers.py, _FabricOptimizer.__init__.
     Supported ways tried: `on_after_setup`, which gets no optimizers; `on_after_optimizer_step` and torch's
@@ -16,6 +16,6 @@ def call_on_setup_optimizer(original: Any, self: Any, optimizer: Any, strategy: 
     """
     original(self, optimizer, strategy, callbacks)
     for listener in (getattr(strategy, "precision", None), *(callbacks or [])):  # a mocked strategy may have none
-        hook = getattr(listener, "on_setup_optimizer", None)  # of training/precision.py and pager.py
+        hook = getattr(listener, "_on_setup_optimizer", None)  # of training/precision.py and pager.py
         if callable(hook):
             hook(optimizer)

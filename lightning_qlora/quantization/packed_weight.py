@@ -131,6 +131,17 @@ class PackedWeight:
         quant_type: 4-bit data type.
         block_size: Weights that share one scale.
         dtype: Type of the float weight.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import PackedWeight, quantize
+
+        packed = quantize(torch.randn(64, 64))
+        state = packed.bnb_state_dict()  # the keys and bytes of bitsandbytes
+        again = PackedWeight.from_bnb_state_dict(state)
+        assert torch.equal(again.dequantize(), packed.dequantize())
+        ```
     """
 
     packed: Tensor

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.checks import ARGUMENTS, check_integer, install
+from lightning_qlora.checks import ARGUMENTS, check_integer, install, parse_memory
 from lightning_qlora.config import Base, DeviceName, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def plan(
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
-    from lightning_qlora.tools.memory_estimate import PlannedRun, both_units, bytes_on_each, fits, parse_memory
+    from lightning_qlora.tools.memory_estimate import PlannedRun, both_units, bytes_on_each, fits
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
     if find_spec("transformers") is not None:
@@ -83,7 +83,7 @@ def plan(
     check_integer("devices", devices, at_least=1)
     memory = None
     if gpu_memory is not None:
-        memory = parse_memory(gpu_memory)
+        memory = parse_memory("gpu_memory", gpu_memory)
     config = QLoRAConfig(**arguments)
     if devices > 1 and strategy == "fsdp":
         config = replace(config, deferred_logits=False)  # the output embedding is in shards

@@ -6,7 +6,6 @@ activations and temporary tensors are counted, not guessed.
 
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -14,9 +13,11 @@ from typing import Any, get_args
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from typing_extensions import Unpack
 
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
@@ -31,15 +32,6 @@ from lightning_qlora.training.report import packed_bytes, packed_layers, paramet
 # and one fp32 scale per 256 weights.
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}
 STATE_8BIT = 2 * (1 + 4 / 256)
-UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
 DRIVER = 0.8e9  # bytes that a run can't use
 FRAGMENTATION = 0.04  # share of the memory that a run can't use
 # Arguments that save memory; the last one costs time.
@@ -66,6 +58,17 @@ class MemoryEstimate:
         counted_activations: Whether the activations could be counted; if not, they are 0 in `parts`. They can't be
             where the forward pass needs an example, or depends on values of activations.
         layers: Name, status and number of layers, as in the report of a conversion.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import estimate_memory
+        from torch import nn
+
+        estimate = estimate_memory(nn.Linear(256, 256), example=torch.randn(8, 256), r=8)
+        print(estimate)  # a table
+        print(estimate.total, estimate.device, estimate.parts["4-bit weights"])
+        ```
     """
 
     parts: dict[str, int]
@@ -124,7 +127,7 @@ def estimate_memory(
     optimizer: OptimizerName = "adamw",
     example: Any = None,
     device: DeviceName = "gpu",
-    **arguments: Any,
+    **arguments: Unpack[QLoRAArguments],
 ) -> MemoryEstimate:
     """Estimate the memory of training a model with QLoRA, without a GPU and without allocating the model.
 
@@ -140,13 +143,28 @@ def estimate_memory(
         **arguments: The arguments of `QLoRAPrecision`. The initialization does not change the estimate, which is of
             device memory; "calibrated" also needs host memory of the size of the dense weights until the first step.
 
+    Returns:
+        The bytes by part; `print` shows them as a table.
+
     Raises:
         TypeError, ValueError: If an argument is wrong, no model can be built from the config, sequences are longer than
             its positions, or a step fails.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import estimate_memory
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256))
+        estimate = estimate_memory(model, optimizer="adamw8bit", example=torch.randn(32, 256), r=16)
+        print(f"{estimate.total / 1e6:.1f} MB")
+        ```
     """
     names = ["batch_size", "sequence_length", "optimizer", "example", "device", *QLoRAConfig.__dataclass_fields__]
     refuse_unknown_arguments(arguments, names)
-    run = PlannedRun(model, optimizer, QLoRAConfig(**arguments), example, device)
+    config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
+    run = PlannedRun(model, optimizer, config, example, device)
     return run.estimate(batch_size, sequence_length)
 
 
@@ -227,17 +245,6 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
         for dtype in dtypes:
             largest[dtype] = max(largest.get(dtype, 0), math.prod(layer._shape[-2:]))
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a text such as 24GiB (24 * 2^30), 24GB (24 * 10^9) or 24000000000; ValueError for other texts."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise ValueError(f"gpu_memory={text!r}: must be a number with a unit, such as 24GiB, or a number of bytes.")
-    count = int(float(match[1]) * UNITS[(match[2] or "").upper()])
-    if count < UNITS["MB"]:
-        raise ValueError(f"gpu_memory={text!r} is {count} bytes. Give a unit, such as 24GiB.")
-    return count
 
 
 def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp") -> int:

@@ -196,6 +196,20 @@ def calibrate(module: nn.Module, replicas: Any = None) -> None:
     Raises:
         RuntimeError: If there are gradients, and no forward pass ran in training mode.
         ValueError: If all inputs of a layer have NaN or Inf.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import calibrate, convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        convert(model, r=4, init_lora_weights="calibrated")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+        model(torch.randn(8, 64)).sum().backward()
+        calibrate(model)
+        optimizer.step()
+        ```
     """
     check_module("module", module)
     waiting: dict[Calibration, list[InputStatistics]] = {}

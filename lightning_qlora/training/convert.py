@@ -9,12 +9,14 @@ from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
 from lightning_qlora.adapters.module_state import use_adapter_state_dict
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
@@ -43,7 +45,7 @@ from lightning_qlora.training.convert_checks import (
     warn_of_other_arguments,
     warn_of_slow_products,
 )
-from lightning_qlora.training.gradient_checkpointing import enable_gradient_checkpointing
+from lightning_qlora.training.gradient_checkpointing import budget_of, enable_gradient_checkpointing
 from lightning_qlora.training.mapped_files import copy_from_files
 from lightning_qlora.training.patches import shard_bytes
 from lightning_qlora.training.report import ConversionReport, dense_bytes
@@ -54,7 +56,7 @@ IN_INIT = (
 )
 
 
-def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
+def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> ConversionReport:
     """Turn a module's linear layers into frozen 4-bit layers with LoRA adapters, in place.
 
     Args:
@@ -67,9 +69,20 @@ def convert(module: nn.Module, **arguments: Any) -> ConversionReport:
 
     Raises:
         TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        print(convert(model, r=4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)  # trains the adapters
+        ```
     """
     check_module("module", module)
-    return convert_module(module, QLoRAConfig(**arguments))
+    return convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
 
 
 class Run(NamedTuple):
@@ -107,6 +120,7 @@ def convert_module(
         modules = _convert_new(module, config, run, saved, report)
     calibration = calibration_of(modules.values())
     report.calibration = None if calibration is None else calibration.report
+    report.activations = budget_of(module)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -149,8 +163,8 @@ def _convert_new(
         copy_from_files(modules.items())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
     _load_adapter_once(module, given.adapter, adapter)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(module)
+    if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
+        enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
     report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()

@@ -2,6 +2,7 @@
 
 The forward method of each block runs in `torch.utils.checkpoint` while autograd records. transformers checkpoints its
 layers only in training mode, and Lightning keeps these models in eval mode, so their layers are blocks like all others.
+With a budget (`activation_budget.py`) a block keeps its activations where they fit.
 """
 
 import inspect
@@ -13,12 +14,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qlora.checks import memory_limit
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.instance_method import InstanceMethod, add, instance_method
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.training import patches
+from lightning_qlora.training.activation_budget import ActivationBudget
 from lightning_qlora.training.report import group
 
 
@@ -27,9 +32,11 @@ class RecomputedForward(InstanceMethod):
 
     Attributes:
         ran: Whether it was called while autograd recorded.
+        budget: What decides for each call whether it is recomputed; None: it is.
     """
 
     ran = False
+    budget: ActivationBudget | None = None
 
     def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward pass, recomputed if autograd records."""
@@ -37,11 +44,28 @@ class RecomputedForward(InstanceMethod):
             return original(*args, **kwargs)
         if not self.ran:
             self.ran = True
-        return checkpoint(original, *args, use_reentrant=False, **kwargs)
+        budget = self.budget
+        # Ranks that share a block must do the same, and a graph is compiled for one way.
+        if budget is None or torch.compiler.is_compiling() or is_shared(self.module):
+            return checkpoint(original, *args, use_reentrant=False, **kwargs)
+        if budget.keeps(self.module, (args, kwargs)):
+            return budget.run(self.module, original, *args, **kwargs)
+        output = checkpoint(original, *args, use_reentrant=False, **kwargs)
+        budget.watch(output)
+        return output
 
 
-def enable_gradient_checkpointing(module: nn.Module) -> None:
+def is_shared(block: nn.Module) -> bool:
+    """Whether a strategy splits the parameters of a block over ranks."""
+    if not dist.is_initialized():
+        return False
+    return "_is_fsdp_managed_module" in vars(block) or any(map(is_sharded, block.parameters()))
+
+
+def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str = True) -> None:
     """Recompute the repeated blocks of a converted module in its backward pass.
+
+    `setting`: True, or "auto" or the bytes that the process may use: then blocks keep their activations while they fit.
 
     Blocks are the layers that a transformers model checkpoints itself, and elsewhere the outermost ModuleList or
     Sequential with two or more children of one class that hold converted layers.
@@ -50,16 +74,28 @@ def enable_gradient_checkpointing(module: nn.Module) -> None:
     inside = {id(part) for layer in blocks for part in layer.modules()}
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
+    budget = None
+    if setting is not True:
+        budget = ActivationBudget(None if setting == "auto" else memory_limit(setting))
     for block in blocks:
-        if instance_method(block, RecomputedForward) is None:  # else an earlier conversion did this
-            add(RecomputedForward(block))
+        method = instance_method(block, RecomputedForward)
+        if method is None:
+            method = RecomputedForward(block)
+            add(method)
             patches.leave_recomputation_to_us(block)
+        method.budget = budget
     if not blocks:
         warnings.warn(
-            f"gradient_checkpointing=True: {type(module).__name__} has no repeated blocks (two or more modules of one "
-            "class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
+            f"gradient_checkpointing={setting!r}: {type(module).__name__} has no repeated blocks (two or more modules "
+            "of one class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
             stacklevel=2,
         )
+
+
+def budget_of(module: nn.Module) -> ActivationBudget | None:
+    """What decides which blocks of a module are recomputed; None: all are, or none."""
+    methods = (instance_method(part, RecomputedForward) for part in module.modules())
+    return next((method.budget for method in methods if method is not None), None)
 
 
 def transformers_checkpointing_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -47,6 +47,18 @@ def load_from_checkpoint(
     Raises:
         ValueError: If the checkpoint was not saved from a converted module, or contains what weights_only refuses.
         CheckpointMismatchError: If the class builds a base model other than the one of the training.
+
+    Example:
+        ```python
+        from lightning.pytorch import Trainer
+        from lightning_qlora import QLoRAPrecision, load_from_checkpoint
+        from my_module import MyModule, data
+
+        trainer = Trainer(max_epochs=1, plugins=QLoRAPrecision(r=16))
+        trainer.fit(MyModule(), data)
+        trainer.save_checkpoint("tuned.ckpt")
+        module = load_from_checkpoint(MyModule, "tuned.ckpt")
+        ```
     """
     if not isinstance(module_class, type):
         raise TypeError(f"module_class={shown(module_class)}: must be the class of the module, which is built anew.")

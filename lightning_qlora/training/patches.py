@@ -58,7 +58,7 @@ def convert_before_checkpoint_is_restored(original: Any, trainer: Any) -> None:
     and `on_load_checkpoint`.
     Removed by: a hook of Precision between `configure_model` and the restore.
     """
-    with getattr(trainer.precision_plugin, "convert_for_trainer", nullcontext)(trainer):  # precision.py
+    with getattr(trainer.precision_plugin, "_convert_for_trainer", nullcontext)(trainer):  # precision.py
         original(trainer)
 
 
@@ -70,7 +70,7 @@ def convert_what_was_built_again(original: Any, strategy: Any, checkpoint: Any, 
     Supported ways tried: hooks of the module's load_state_dict, which know no plugin.
     Removed by: a hook of Precision before the restore.
     """
-    convert_again = getattr(strategy.precision_plugin, "convert_again", None)  # precision.py
+    convert_again = getattr(strategy.precision_plugin, "_convert_again", None)  # precision.py
     if convert_again is not None:
         convert_again(strategy.lightning_module, checkpoint["state_dict"])
     original(strategy, checkpoint, *args, **kwargs)

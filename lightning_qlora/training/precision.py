@@ -12,10 +12,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Never, Unpack, override
 
 from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
-from lightning_qlora.config import QLoRAConfig, takes_arguments_of
+from lightning_qlora.arguments import QLoRAArguments, shows_arguments
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
@@ -58,15 +59,26 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
 
     Raises:
         TypeError, ValueError: If an argument is wrong; the message names it, its value, and what is allowed.
+
+    Example:
+        ```python
+        from lightning.pytorch import Trainer
+        from lightning_qlora import QLoRAPrecision
+        from my_module import MyModule, data
+
+        plugin = QLoRAPrecision(r=16, target_modules="all-linear")
+        Trainer(max_epochs=1, plugins=plugin).fit(MyModule(), data)
+        print(plugin.report.trainable_parameters)
+        ```
     """
 
     precision = "32-true"
 
-    @takes_arguments_of(QLoRAConfig)
-    def __init__(self, config: QLoRAConfig) -> None:
+    @shows_arguments
+    def __init__(self, *unnamed: Never, **arguments: Unpack[QLoRAArguments]) -> None:
         inherit_from_copies(QLoRAPrecision)
         make_changes("lightning", "torch")  # in copies of Lightning that were loaded since
-        self.config = config
+        self.config = QLoRAConfig(*unnamed, **arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
         self.report: ConversionReport | None = None
         self.pager = Pager()
         self._trainer: Trainer | None = None  # only within configure_model
@@ -92,7 +104,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             check_has_data(trainer.lightning_module.named_modules(), advice=LOAD_IN_CONFIGURE_MODEL)
 
     @contextmanager
-    def convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:
+    def _convert_for_trainer(self, trainer: Trainer) -> Iterator[None]:
         """Within this (`configure_model`), the Trainer is known; then convert, if a checkpoint is restored next.
 
         `patches.convert_before_checkpoint_is_restored` calls it.
@@ -163,7 +175,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
-    def convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    def _convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         """Convert layers that replaced converted ones, if a state dict has adapters for them."""
         adapters = {without_wrappers(key) for key in state_dict if last_part(key) == "lora_A"}
         present = {without_wrappers(name) for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -198,7 +210,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Check the Trainer's optimizers and page their state; a checkpoint restores the state after this."""
         for optimizer in optimizers:
-            self.on_setup_optimizer(optimizer)
+            self._on_setup_optimizer(optimizer)
         module = self._modules.last  # `model` may be DDP's wrapper
         if module is not None and not self._evaluating:
             warn_of_adapters_in_no_optimizer(module, optimizers)
@@ -206,10 +218,10 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         return super().connect(model, optimizers, lr_schedulers)
 
     @override
-    def audit(self, optimizer: Optimizer) -> None:
+    def _audit(self, optimizer: Optimizer) -> None:
         self._modules.audit(optimizer)
 
-    def on_setup_optimizer(self, optimizer: Optimizer) -> None:
+    def _on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
 
         Fabric calls this in `setup` and `setup_optimizers`; see `optim.patches.call_on_setup_optimizer`.
@@ -232,7 +244,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
     def optimizer_step(self, optimizer: Optimizer, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """See `TrainerOrFabricPrecision`; an optimizer that Fabric did not set up is set up now."""
         if model is None:
-            self.on_setup_optimizer(optimizer)
+            self._on_setup_optimizer(optimizer)
         return super().optimizer_step(optimizer, model, *args, **kwargs)
 
     @override

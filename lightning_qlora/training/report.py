@@ -110,6 +110,19 @@ class ConversionReport:
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
         computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
             of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
+        activations: With gradient_checkpointing="auto" or bytes the `ActivationBudget`, whose text says how many blocks
+            of the last step kept their activations; None: all blocks are recomputed, or none.
+
+    Example:
+        ```python
+        from lightning_qlora import convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        report = convert(model, r=4, target_modules=["0"])
+        print(report)  # a table
+        print(report.converted, report.skipped, report.trainable_parameters)
+        ```
     """
 
     converted: list[str] = field(default_factory=list)
@@ -135,6 +148,7 @@ class ConversionReport:
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
     computes_in: dict[str, str] = field(default_factory=dict)
+    activations: Any = None
 
     def count(self, module: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
         """Count the layers, parameters and bytes of the module that was converted; `modules`: its modules, if known."""
@@ -221,6 +235,8 @@ class ConversionReport:
             if count:
                 how = f"deferred, saves {size_text(count)} for each 1,000 tokens"
             lines.append(f"logits of {name or ROOT}: {how}")
+        if self.activations is not None:
+            lines.append(f"gradient checkpointing: {self.activations}")
         if self.by_size:
             lines.append(BY_SIZE)
         if self.calibration is not None:

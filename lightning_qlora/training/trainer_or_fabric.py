@@ -35,9 +35,9 @@ def precision_class(module: nn.Module | None) -> type[Any]:
 
 
 class TrainerOrFabricPrecision(Precision):
-    """Calls the method of the loop; subclasses have `audit`, and calibration is done in each step of all ranks."""
+    """Calls the method of the loop; subclasses have `_audit`, and calibration is done in each step of all ranks."""
 
-    def audit(self, optimizer: Optimizer) -> None:
+    def _audit(self, optimizer: Optimizer) -> None:
         """Called between a backward pass and the step."""
 
     @override
@@ -73,13 +73,13 @@ class TrainerOrFabricPrecision(Precision):
         return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
 
     def _before_step_of_fabric(self, optimizer: Optimizer) -> None:
-        self.audit(optimizer)
+        self._audit(optimizer)
         calibrate_before_step(optimizer)
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
         """The Trainer calls this between its backward pass and its step; it clips gradients here."""
-        self.audit(optimizer)
+        self._audit(optimizer)
         super()._after_closure(model, optimizer)
         calibrate_before_step(optimizer)
 

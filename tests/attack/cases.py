@@ -16,7 +16,7 @@ from torch import nn
 from lightning_qlora import QLoRALinear, convert, merge
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import BASE, CHECKSUMS, WEIGHTS_FILE, read_adapter, write_adapter
-from lightning_qlora.config import BLOCK_SIZES, QLoRAConfig
+from lightning_qlora.config import BLOCK_SIZES, QUANT_TYPES, QLoRAConfig
 from tests.adapters.test_peft_folder import adapter
 from tests.toys import perturb
 
@@ -64,7 +64,7 @@ def layers(seed, count, _):
             module,
             r=rank,
             lora_dropout=0.0,
-            quant_type=draw.choice(["nf4", "fp4", "int4"]),
+            quant_type=draw.choice(QUANT_TYPES),
             block_size=draw.choice(BLOCK_SIZES),
             double_quant=draw.random() < 0.5,
             use_rslora=draw.random() < 0.5,

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import convert, quantize
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import eager, ops, reference
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
@@ -157,7 +158,7 @@ def test_a_second_derivative_is_an_error(compiled):
     st.integers(1, 9),
     st.integers(1, 8),
     st.sampled_from(DTYPES),
-    st.tuples(st.sampled_from(["nf4", "fp4", "int4"]), st.sampled_from([32, 64, 4096]), st.booleans()),
+    st.tuples(st.sampled_from(QUANT_TYPES), st.sampled_from([32, 64, 4096]), st.booleans()),
 )
 def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype, kind):
     weight, x, bias, lora_a, lora_b = make(rows, columns, r, (m,), dtype, kind)

@@ -355,7 +355,7 @@ def test_all_ranks_take_the_path_of_the_rank_whose_kernels_fail(monkeypatch, tmp
         module = torch.nn.Sequential(torch.nn.Linear(64, 64))
         plugin = QLoRAPrecision(r=2)
         plugin.convert_module(module)
-        plugin.on_setup_optimizer(torch.optim.SGD(module.parameters(), 0.1))  # as Fabric does
+        plugin._on_setup_optimizer(torch.optim.SGD(module.parameters(), 0.1))  # as Fabric does
         if rank:
             return backends.failures(CPU) == ({"adamw_step": "differs"} if has_triton else {})
         return backends.failures(CPU) == dict.fromkeys(failing, "fails on another rank")

@@ -64,6 +64,7 @@ def another_machine(monkeypatch):
 
 def test_the_names_are_those_of_the_argument_and_each_has_a_function():
     assert [*INITIALIZATIONS] == [*get_args(get_args(InitLoRAWeights)[0])] == [*STARTS]
+    assert [name for name in INITIALIZATIONS if f'"{name}"' not in QLoRAConfig.__doc__] == []
 
 
 @every

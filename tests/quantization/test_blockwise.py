@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given, settings
 
 from lightning_qlora import quantize
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook
@@ -118,7 +119,7 @@ def test_the_mean_of_the_scales_does_not_depend_on_threads_and_is_torchs_on_one(
     assert means[0] == expected or (torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"))
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_decoding_is_bit_equal_to_a_decoder_written_element_by_element(quant_type):
     weight = torch.randn(13, 37)
     value = quantize(weight, quant_type, 32)

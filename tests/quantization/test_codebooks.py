@@ -7,17 +7,18 @@ import torch
 from torch import nn
 
 from lightning_qlora import convert, quantize
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.quantization.blockwise import code_of_place
-from lightning_qlora.quantization.codebooks import codebook, dynamic_map
+from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES, codebook, dynamic_map
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", [*OF_BITSANDBYTES, "int4"])
 def test_tables_are_those_of_bitsandbytes(quant_type):
     book = codebook(quant_type)
     levels = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7]) / 7  # which it lists for INT4
-    if quant_type != "int4":
+    if quant_type in OF_BITSANDBYTES:
         levels = bnb.get_4bit_type(quant_type, device="cpu")
     ascending, order = levels.sort(stable=True)
     byte = torch.arange(256)
@@ -55,8 +56,8 @@ def test_an_unknown_type_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize(
     "table",
-    [*(lambda t=t: codebook.__wrapped__(t).levels for t in ("nf4", "fp4", "int4")), dynamic_map.__wrapped__],
-    ids=["nf4", "fp4", "int4", "dynamic"],
+    [*(lambda t=t: codebook.__wrapped__(t).levels for t in QUANT_TYPES), dynamic_map.__wrapped__],
+    ids=[*QUANT_TYPES, "dynamic"],
 )
 def test_a_default_type_of_float64_changes_no_table(table):
     expected = table()

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_qlora import MemoryEstimate, convert, estimate_memory, to_parameters
+from lightning_qlora.checks import parse_memory
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.memory_estimate import (
@@ -20,7 +21,6 @@ from lightning_qlora.tools.memory_estimate import (
     both_units,
     bytes_on_each,
     fits,
-    parse_memory,
 )
 from tests.toys import toy
 
@@ -31,12 +31,12 @@ R = {"r": 8, "lora_dropout": 0.0}
 def test_units(tmp_path, capsys):
     sizes = {"24GB": 24 * 10**9, " 24 GiB ": 24 * 2**30, "1.5gb": 15 * 10**8, "80000000000": 8 * 10**10}
     sizes |= {"1MB": 10**6, "2MiB": 2 * 2**20, "3000kb": 3 * 10**6, "4096KiB": 2**22}
-    assert {text: parse_memory(text) for text in sizes} == sizes
+    assert {text: parse_memory("gpu_memory", text) for text in sizes} == sizes
     for wrong in ("", "GB", "24TB", "0GB", "x24GB"):
         with pytest.raises(ValueError, match="must be a number with a unit"):
-            parse_memory(wrong)
+            parse_memory("gpu_memory", wrong)
     with pytest.raises(ValueError, match=r"gpu_memory='999999' is 999999 bytes\. Give a unit, such as 24GiB\."):
-        parse_memory("999999")
+        parse_memory("gpu_memory", "999999")
     toy("llama").config.save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path), "--gpu-memory", "24"])

@@ -22,6 +22,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.conversion import conversion_of
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import Classifier, loader
 from tests.toys import perturb
@@ -194,7 +195,7 @@ def test_an_adapter_folder_for_a_converted_module_is_loaded_once_or_refused(tmp_
 
 
 ARGUMENTS = {
-    "r": [2, 4], "lora_alpha": [4, 16], "use_rslora": [False, True], "quant_type": ["nf4", "fp4", "int4"],
+    "r": [2, 4], "lora_alpha": [4, 16], "use_rslora": [False, True], "quant_type": [*QUANT_TYPES],
     "block_size": [32, 64], "double_quant": [False, True], "use_dora": [False, True],
     "init_lora_weights": ["default", "loftq", "pissa"], "checkpoint": ["adapter", "full"],
     "exclude_modules": [[], ["3"]],

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lightning_qlora import convert
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.files import cache_folder
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.cpu import build
@@ -55,7 +56,7 @@ def library(request):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_quantizing_and_decoding_give_the_bits_of_the_reference(library, dtype, quant_type):
     for shape in SHAPES:
         weight = torch.randn(shape).to(dtype)
@@ -116,7 +117,7 @@ FEW_ROWS = [(1, 16), (2, 3), (3, 64), (4, 0), (5, 8), (16, 17), (33, 4), (module
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(DTYPES[0], 2e-6), (DTYPES[1], 5e-3), (DTYPES[2], 7e-4)])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_few_rows_are_the_references(library, dtype, tolerance, quant_type):
     if not library.multiplies(1, dtype):
         pytest.skip("this form leaves the products to torch")

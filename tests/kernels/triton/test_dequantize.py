@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import backends, ops, reference
 from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.quantize import dequantize, dequantize_into
@@ -31,7 +32,7 @@ BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
 @pytest.mark.parametrize(
-    ("quant_type", "double_quant", "block_size"), every_pair(["nf4", "fp4", "int4"], [True, False], BLOCK_SIZES)
+    ("quant_type", "double_quant", "block_size"), every_pair(QUANT_TYPES, [True, False], BLOCK_SIZES)
 )
 def test_every_format_and_block_size(quant_type, double_quant, block_size):
     packed = weight((67, 130), quant_type, block_size, double_quant)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 pytest.importorskip("triton")
 
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import ops, reference, scratch, verdict
 from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.lora import LoRA
@@ -37,7 +38,7 @@ def test_the_check_of_the_first_use_finds_no_fault():
     assert verdict.examine(CARD) == dict.fromkeys(verdict.OPS)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_and_dequantize_equal_the_reference_bit_for_bit(quant_type, double_quant, shape):

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
@@ -51,7 +52,7 @@ def test_uneven_groups(dtype, p):
 
 @pytest.mark.parametrize(
     ("quant_type", "block_size", "double_quant"),
-    [*product(["nf4", "fp4", "int4"], [64], [True, False]), ("nf4", 32, True), ("nf4", 32, False), ("nf4", 256, True)],
+    [*product(QUANT_TYPES, [64], [True, False]), ("nf4", 32, True), ("nf4", 32, False), ("nf4", 256, True)],
 )
 def test_every_format_and_block_size(quant_type, block_size, double_quant):
     """Also blocks that cross rows (192 columns in blocks of 256), and ranks that are no whole number of tiles."""

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
@@ -25,7 +26,7 @@ def test_adds_the_product(dtype, m, shape):
 
 
 @pytest.mark.parametrize(
-    ("quant_type", "double_quant", "block_size"), every_pair(["nf4", "fp4", "int4"], [True, False], [32, 64, 256, 4096])
+    ("quant_type", "double_quant", "block_size"), every_pair(QUANT_TYPES, [True, False], [32, 64, 256, 4096])
 )
 def test_every_format_and_block_size(quant_type, double_quant, block_size):
     """Also blocks that cross rows: 192 columns are no whole number of blocks of 256."""

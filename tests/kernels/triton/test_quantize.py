@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.triton.quantize import quantize
 from tests.conftest import every_pair
@@ -20,9 +21,7 @@ def weight(*shape, seed=0):
 SHAPES = [(64, 64), (129, 130), (5, 7), (1, 1), (3, 21), (400, 96)]
 
 
-@pytest.mark.parametrize(
-    ("quant_type", "double_quant", "shape"), every_pair(["nf4", "fp4", "int4"], [True, False], SHAPES)
-)
+@pytest.mark.parametrize(("quant_type", "double_quant", "shape"), every_pair(QUANT_TYPES, [True, False], SHAPES))
 def test_equals_the_reference_byte_for_byte(quant_type, double_quant, shape):
     values = weight(*shape)
     assert_equal(
@@ -53,7 +52,7 @@ def test_zeros_constants_ties_and_extremes(double_quant):
         torch.randn(4, 64) * 1e37,
         torch.cat([torch.zeros(4, 64), torch.randn(4, 64)]),
     ):
-        for quant_type in ("nf4", "fp4", "int4"):
+        for quant_type in QUANT_TYPES:
             assert_equal(
                 quantize(values, quant_type, 64, double_quant), reference.quantize(values, quant_type, 64, double_quant)
             )

@@ -1,0 +1,56 @@
+"""The arguments of `QLoRAConfig` for functions that take them as `**arguments`: for type checkers, and for help()."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, TypeVar
+
+import torch
+
+from lightning_qlora.config import Checkpoint, ComputeDtype, QLoRAConfig, QuantType
+from lightning_qlora.initializations import InitLoRAWeights
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+class QLoRAArguments(TypedDict, total=False):
+    """The fields of `QLoRAConfig` with their types, a torch.dtype included, which YAML has no value for.
+
+    Functions take `**arguments: Unpack[QLoRAArguments]`, so that type checkers read each argument and editors complete
+    it. A dataclass can't be unpacked in this way; tests/test_config.py compares the two.
+    """
+
+    quant_type: QuantType
+    double_quant: bool
+    block_size: int
+    compute_dtype: ComputeDtype | torch.dtype
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None
+    modules_to_save: list[str] | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    init_lora_weights: InitLoRAWeights
+    loftq_config: dict[str, int] | None
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+    paged_optimizer: bool | Literal["auto"]
+    gradient_checkpointing: bool | int | str
+    checkpoint: Checkpoint
+    adapter: str | None
+    deferred_logits: bool | Literal["auto"]
+
+
+def shows_arguments(init: Init) -> Init:
+    """Give an `__init__(self, **arguments)` the signature and the docstring of QLoRAConfig.
+
+    help(), inspect.signature and jsonargparse (and so LightningCLI) show the arguments with their defaults.
+    """
+    shown: Any = init
+    signature = inspect.signature(QLoRAConfig)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    shown.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
+    shown.__doc__ = QLoRAConfig.__doc__
+    return init

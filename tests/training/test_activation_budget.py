@@ -1,0 +1,226 @@
+"""Blocks that keep their activations while they fit: as with True and False, bit for bit, and never above the limit.
+
+The device is a stand-in, so that the same blocks fit on every machine; the last test runs on this one.
+"""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import convert
+from lightning_qlora.training import activation_budget
+from lightning_qlora.training.activation_budget import MARGIN, Memory, memory_of
+from lightning_qlora.training.gradient_checkpointing import budget_of
+from tests.conftest import run_python
+from tests.toys import ARGUMENTS, assert_equal, ids, toy
+
+pytest.importorskip("transformers")
+
+BASE, REST = 10_000_000, 1_000_000  # bytes of the stand-in
+DROPOUT = ARGUMENTS | {"lora_dropout": 0.1}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device that has `device.available` bytes; of the first step it measures REST."""
+
+    class Device:
+        available = 10**12
+
+    monkeypatch.setattr(activation_budget, "memory_of", lambda _: Memory(BASE, BASE + REST, Device.available))
+    return Device
+
+
+def converted(name="llama", setting="auto", **changes):
+    module = toy(name, **changes).train()
+    module.config.use_cache = False  # as where blocks are recomputed
+    return module, convert(module, **DROPOUT, gradient_checkpointing=setting)
+
+
+def step(module, tokens=12, seed=0):
+    torch.manual_seed(seed)
+    module.zero_grad()
+    tokens = ids(columns=tokens)
+    labels = torch.tensor([0, 1]) if "Classification" in type(module).__name__ else tokens
+    loss = module(input_ids=tokens, labels=labels).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+
+def limit_for(budget, blocks):
+    """Bytes of a device on which so many blocks of the last step keep their activations."""
+    size = budget.kept_bytes / budget.kept_blocks
+    return int((BASE + REST + (blocks + 0.5) * size) / (1 - MARGIN))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5"])
+def test_gradients_are_those_of_true_and_false_whatever_fits(name, device):
+    runs = {setting: converted(name, setting)[0] for setting in (False, True, "auto", "12MB", 2**40)}
+    for tokens in (8, 16, 4, 8):
+        results = [step(module, tokens) for module in runs.values()]
+        for result in results[1:]:
+            if name == "t5":  # its blocks share a bias of positions, whose gradients are added in another order
+                torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-6)
+            else:
+                assert_equal(result, results[0])
+    assert budget_of(runs["auto"]).kept_blocks == budget_of(runs["auto"]).blocks > 0
+    assert budget_of(runs[True]) is budget_of(runs[False]) is None
+
+
+def test_as_many_blocks_keep_their_activations_as_fit(device):
+    module, report = converted(num_hidden_layers=6)
+    budget = report.activations
+    assert "all blocks are recomputed in the first step" in report.summary()
+    step(module)
+    assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 0, None)
+    step(module)
+    assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 6, REST)
+    for blocks in (2, 5, 0, 6):
+        device.available = limit_for(budget, blocks)
+        step(module)
+        assert budget.kept_blocks == blocks and f"of 6 blocks {blocks} keep their activations" in report.summary()
+        if not blocks:
+            device.available = 10**12
+            step(module)
+
+
+def test_the_limit_of_the_user_counts_where_the_device_has_more(device):
+    measured, _ = converted(num_hidden_layers=4)
+    for _ in range(2):
+        step(measured)
+    module, _ = converted(setting=limit_for(budget_of(measured), 3), num_hidden_layers=4)
+    for _ in range(3):
+        step(module)
+    assert budget_of(module).kept_blocks == 3
+
+
+def test_a_longer_batch_recomputes_more(device):
+    module, _ = converted(num_hidden_layers=4)
+    budget = budget_of(module)
+    for _ in range(2):
+        step(module, tokens=8)
+    device.available = limit_for(budget, 4)
+    kept = []
+    for tokens in (8, 16, 8):
+        step(module, tokens)
+        kept.append(budget.kept_blocks)
+    assert kept[0] == kept[2] == 4 > kept[1]
+
+
+def test_several_forward_passes_before_a_backward_pass_share_the_budget(device):
+    module, _ = converted(num_hidden_layers=4)
+    budget = budget_of(module)
+    for _ in range(2):
+        step(module)
+    device.available = limit_for(budget, 6)
+    losses = [module(input_ids=ids(), labels=ids()).loss for _ in range(2)]
+    assert len(budget._live) == 8 and budget.kept_blocks == 6  # four of the first, two of the second
+    sum(losses).backward()
+    assert not budget._live
+    step(module)
+    assert budget.kept_blocks == 4
+
+
+def test_nothing_stays_counted_after_an_error_or_without_a_backward_pass(device):
+    module, _ = converted(num_hidden_layers=4)
+    budget = budget_of(module)
+    for _ in range(2):
+        step(module)
+    output = module(input_ids=ids(), labels=ids())
+    assert len(budget._live) == 4
+    del output
+    gc.collect()
+    assert not budget._live
+    handle = module.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module(input_ids=ids(), labels=ids())
+    handle.remove()
+    gc.collect()
+    assert not budget._live
+    with torch.no_grad():
+        module(input_ids=ids(), labels=ids())
+    module.eval()
+    expected = step(module)
+    assert budget.kept_blocks == 4 and not budget._live
+    assert_equal(step(module), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_has_a_budget_of_its_own(copied, device):
+    module, _ = converted()
+    for _ in range(2):
+        step(module)
+    again = copied(module)
+    assert budget_of(again) is not budget_of(module) and budget_of(again).rest is None
+    assert_equal(step(again), step(module))
+
+
+def test_a_compiled_module_recomputes_all_blocks(device):
+    module, _ = converted()
+    expected = step(module)
+    compiled = torch.compile(module, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(step(compiled), expected)
+
+
+class Blocks(nn.Module):
+    """Blocks of two classes, whose inputs have other sizes, as a vision model has them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.ModuleList(nn.Sequential(nn.Linear(128, 128), nn.GELU()) for _ in range(3))
+        self.narrow = nn.ModuleList(nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True) for _ in range(3))
+        self.between = nn.Linear(128, 64)
+
+    def forward(self, x):
+        for block in self.wide:
+            x = x + block(x)
+        x = self.between(x)
+        for block in self.narrow:
+            x = block(x)
+        return x
+
+
+def test_blocks_of_two_classes_are_measured_apart(device):
+    results = []
+    for setting in (True, "auto"):
+        module = Blocks()
+        convert(module, **ARGUMENTS, gradient_checkpointing=setting)
+        for _ in range(3):
+            module.zero_grad()
+            x = torch.ones(2, 5, 128)
+            module(x).square().sum().backward()
+        results.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    assert_equal(*results)
+    sizes = budget_of(module)._sizes
+    assert len(sizes) == 2 and budget_of(module).kept_blocks == 6
+
+
+def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):
+    """A linear layer keeps x and x A^T; GELU its input."""
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(2)))
+    convert(module, r=4, lora_dropout=0.0, gradient_checkpointing="auto")
+    x = torch.randn(10, 64, requires_grad=True)
+    for _ in range(2):
+        module(x).sum().backward()
+    ((size,),) = [each.values() for each in budget_of(module)._sizes.values()]
+    assert size == 4 * (10 * 4 + 10 * 64)
+
+
+def test_this_machine_says_what_it_has():
+    memory = memory_of(torch.device("cpu"))
+    if memory is None:
+        pytest.skip("no /proc")
+    assert 0 < memory.used <= memory.peak and memory.used < memory.available
+    assert memory_of(torch.device("meta")) is None
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_process_stays_below_its_limit():
+    done = run_python("-m", "tests.scripts.activation_limit")
+    assert "below the limit" in done.stdout

@@ -1,11 +1,14 @@
 """Hooks of mkdocs, named in mkdocs.yml."""
 
+import re
 from typing import Any
 
 import lightning_qlora
 
 MEMBERS = {  # class -> the members that are shown; of others, all public ones
     "QLoRAPrecision": ["init", "convert_module", "clip_gradients"],
+    "ConversionReport": [],
+    "PackedWeight": ["nbytes", "dequantize", "bnb_state_dict", "from_bnb_state_dict", "to"],
     "QLoRAConfig": [],
     "QLoRALinear": ["weight", "packed_weight", "decode"],
     "PagedOptimizer": ["report"],
@@ -20,10 +23,14 @@ def on_config(config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Add the docstrings of all public names to api.md. In the file itself they would be raw `:::` on GitHub."""
+    """Add the docstrings of all public names to api.md, in the order of its table. On GitHub they would be `:::`."""
     if page.file.src_uri != "api.md":
         return markdown
-    return markdown + "\n\n## Docstrings\n\n" + "\n\n".join(map(directive, sorted(lightning_qlora.__all__)))
+    first_cells = re.findall(r"^\| (`[A-Za-z].*?) \|", markdown.partition("## Public names")[2], re.M)
+    names = re.findall(r"`(\w+)`", "".join(first_cells))
+    if sorted(names) != sorted(lightning_qlora.__all__):
+        raise ValueError(f"docs/api.md: the table of public names has {names}, the package {lightning_qlora.__all__}.")
+    return markdown + "\n\n## Docstrings\n\n" + "\n\n".join(map(directive, names))
 
 
 def directive(name: str) -> str:

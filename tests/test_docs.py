@@ -81,6 +81,13 @@ def test_every_file_that_the_readme_links_to_exists():
     assert not re.findall(r"\]\((?!https?://|#)", pages)
 
 
+def test_the_address_of_the_site_is_the_same_everywhere():
+    root = PACKAGE.parent
+    (address,) = re.findall(r"^site_url: (.+)$", (root / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert f'Documentation = "{address}"' in (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"[The documentation]({address})" in (root / "README.md").read_text(encoding="utf-8")
+
+
 SIGNATURES = """\
 PagedAdamW(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, **kwargs)
 PagedAdamW8bit(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, paged=True)

@@ -121,7 +121,7 @@ class PagedOptimizer(Callback):
         ```
     """
 
-    def __init__(self, min_numel: int = MIN_NUMEL) -> None:
+    def __init__(self, min_numel: int = 4096) -> None:
         self._pager = Pager(min_numel)
         make_changes("lightning")
         inherit_from_copies(PagedOptimizer)

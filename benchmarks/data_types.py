@@ -55,7 +55,7 @@ def build(name: str, base: str | None, r: int, seen: Tensor) -> tuple[PreTrained
     if name == REFERENCE:
         return model.eval(), [16.0, 16.0]
     convert(model.train(), deferred_logits=False, **{"r": r, **TYPES[name]})
-    calibration = calibration_of(model)
+    calibration = calibration_of(model.modules())
     if calibration is not None:
         feed(model, seen)
         calibrate(model)

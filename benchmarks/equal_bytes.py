@@ -54,7 +54,7 @@ class SpendBytes(Callback):
         if each["codes"]:
             self.choose_codes(each["codes"], layers, weights, trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         model(**next(iter(trainer.datamodule.train_dataloader())))  # type: ignore[attr-defined]
-        calibration = calibration_of(module)
+        calibration = calibration_of(module.modules())
         assert calibration is not None
         calibrate(module)
         budget = TRAINED * sum(sum(w.shape) for w in weights.values())

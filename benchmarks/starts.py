@@ -79,7 +79,7 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
         model = copy.deepcopy(dense).train()
         began = time.perf_counter()
         convert(model, r=options.r, **STARTS[name])
-        calibration = calibration_of(model)
+        calibration = calibration_of(model.modules())
         if calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
             feed(model, rows)

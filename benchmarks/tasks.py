@@ -174,7 +174,7 @@ def main() -> None:
         given = {"r": 16, "lora_alpha": 16.0, **arguments}
         iterations = given.pop("loftq_iter", None)
         convert(model, **given, loftq_config={"loftq_iter": iterations} if iterations else None)
-        calibration = calibration_of(model)
+        calibration = calibration_of(model.modules())
         if calibration is not None:
             with torch.enable_grad():
                 model(**first)

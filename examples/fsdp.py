@@ -1,4 +1,4 @@
-"""Fine-tune with FSDP2: each GPU holds a part of the 4-bit model. Train, save, resume, export.
+"""Fine-tune with FSDP2: each GPU holds a part of the 4-bit model. Train, save, resume.
 
 python examples/fsdp.py [--devices 2] [--accelerator auto] [--fast] [--base HUB_NAME_OR_FOLDER]
 

@@ -100,8 +100,8 @@ class QLoRAConfig:
         double_quant: Quantize the block scales to 8 bits as well. This saves 0.37 bits per weight (QLoRA paper,
             section 3).
         block_size: Number of weights that share one scale: a power of two from 32 to 4096.
-        compute_dtype: Data type to which the 4-bit weights are decoded for each matrix product. "auto": bf16 on a GPU,
-            and fp16 on one without bf16; on a CPU the data type of the original weight. In fp16 the products have a
+        compute_dtype: Data type to which the 4-bit weights are decoded for each matmul. "auto": bf16 on a GPU,
+            and fp16 on one without bf16; on a CPU the data type of the original weight. In fp16 the matmuls have a
             power of two and fp32 results, so nothing overflows. In Python also a torch.dtype.
         r: Rank of the adapters.
         lora_alpha: The output of an adapter is multiplied by lora_alpha / r.

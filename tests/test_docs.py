@@ -89,7 +89,8 @@ QLoRALinear(in_features, out_features, bias=True, device=None, dtype=None)
 calibrate(module, replicas=None)
 convert(module, **arguments)
 disable_adapter(module)
-estimate_memory(model, batch_size=1, sequence_length=512, optimizer='adamw', example=None, device='gpu', **arguments)
+estimate_memory(model, batch_size=1, sequence_length=512, optimizer='adamw', example=None, device='gpu', gpu=None, \
+**arguments)
 load_adapter(module, folder)
 load_from_checkpoint(module_class, checkpoint_path, map_location=None, weights_only=None, **hyperparameters)
 load_weights(module, folder)
@@ -104,7 +105,7 @@ inspect(path, weights_only=True, json=False)
 merge_adapter(adapter, output, base_model=None, dtype='auto', base='quantized', weights_only=True, \
 trust_remote_code=False, json=False)
 plan(model, batch_size=1, sequence_length=512, optimizer='adamw', gpu_memory=None, devices=1, strategy='fsdp', \
-device='gpu', json=False)
+device='gpu', gpu=None, json=False)
 """
 
 

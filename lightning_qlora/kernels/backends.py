@@ -170,7 +170,7 @@ def _make(device: torch.device, repeat: bool = False) -> Backend:
     except Exception as error:
         warnings.warn(
             f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in eager "
-            "PyTorch there. The results are the same, but a product takes several passes over memory. Install Triton "
+            "PyTorch there. The results are the same, but a matmul takes several passes over memory. Install Triton "
             "(for CUDA `pip install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC).",
             stacklevel=3,
         )

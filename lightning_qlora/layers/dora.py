@@ -49,7 +49,7 @@ def row_norm(layer: Any, matrix: Matrix) -> Tensor:
     b = matrix.lora_b.float()
     s = layer.scaling
     squares = layer._base_squares.get(matrix.number)
-    if squares is None or squares.device != weight.packed.device or len(squares) != weight.shape[0]:
+    if squares is None or squares.device != weight.packed.device or squares.shape[0] != weight.shape[0]:
         squares = ops.dequantize(weight, torch.float32).square_().sum(1)  # in place: it is the whole weight
         layer._base_squares[matrix.number] = squares
     bracket = lora_linear(a, weight, None, LoRA(a, b, s / 2))  # [r, out]
@@ -84,10 +84,11 @@ def scale_rows(weight: PackedBytes, factor: Tensor) -> PackedBytes | None:
     """The weight with row i times factor[i]: the same codes with other scales, in fp32.
 
     A block that crosses rows is split into the largest blocks that do not. None if these would have fewer than 32
-    weights, which no backend decodes: rows of 720 weights, for example, consist of blocks of 16.
+    weights, which no backend decodes (rows of 720 weights, for example, consist of blocks of 16), and in
+    torch.jit.trace, which can't record a view of another type.
     """
     size = math.gcd(weight.shape[1], weight.block_size)
-    if size < min(BLOCK_SIZES):
+    if size < min(BLOCK_SIZES) or torch._C._get_tracing_state() is not None:
         return None
     scales = ops.scales(weight).repeat_interleave(weight.block_size // size)[: weight.numel // size]
     scales = scales.view(weight.shape[0], -1) * factor[:, None]

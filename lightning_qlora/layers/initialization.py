@@ -1,14 +1,14 @@
 """Initial values of a LoRA adapter, and the 4-bit base that belongs to them (`init_lora_weights`).
 
     default, gaussian   A random, B = 0: the model is unchanged                        base Q = quantize(W)
-    loftq               s B A = SVD_r(W - Q), repeated                                 base Q = quantize(W - s B A)
+    loftq               s B A = SVD_r(W - Q), repeated          base Q = quantize(W); repeated: quantize(W - s B A)
     pissa               s B A = SVD_r(W), repeated                                     base Q = quantize(W - s B A)
     calibrated          s B A = SVD_r((W - Q) diag(d)) diag(1 / d)                     base Q = quantize(W)
 
 W is the weight [out, in], s the scaling of the adapter, SVD_r the best approximation of rank r, d the root mean square
 of each input channel. Sources: "default" is PEFT's kaiming_uniform_(a=sqrt(5)). LoftQ: Li et al. 2023, algorithm 1.
 PiSSA: Meng et al. 2024, section 3; with more than one iteration section 4. "calibrated": the
-approximate form of QERA (Zhang et al., ICLR 2025), with d measured on the first batch.
+approximate form of QERA (Zhang et al., ICLR 2025), with d measured in the first step.
 """
 
 import hashlib

@@ -55,6 +55,7 @@ def plan(
     devices: int = 1,
     strategy: StrategyName = "fsdp",
     device: DeviceName = "gpu",
+    gpu: str | None = None,
     json: bool = False,
     **arguments: Any,
 ) -> None:
@@ -70,9 +71,11 @@ def plan(
         devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
+        gpu: A card such as T4, V100 or RTX4090: its memory, and whether it has bf16. Others are planned by gpu_memory.
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
+    from lightning_qlora.tools.cards import find_card
     from lightning_qlora.tools.memory_estimate import PlannedRun, both_units, bytes_on_each, fits
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
@@ -82,6 +85,10 @@ def plan(
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     check_integer("devices", devices, at_least=1)
     memory = None
+    card = None
+    if gpu is not None:
+        card = find_card(gpu)
+        memory = card.memory
     if gpu_memory is not None:
         memory = parse_memory("gpu_memory", gpu_memory)
     config = QLoRAConfig(**arguments)
@@ -89,7 +96,7 @@ def plan(
         config = replace(config, deferred_logits=False)  # the output embedding is in shards
     if sys.stderr.isatty():
         print(f"Running a step of {model} without weights ...", file=sys.stderr, flush=True)
-    run = PlannedRun(model, optimizer, config, device=device)
+    run = PlannedRun(model, optimizer, config, device=device, card=card)
     estimate = run.estimate(batch_size, sequence_length)
     needed = bytes_on_each(run, estimate, devices, strategy)
     answer = None

@@ -7,7 +7,7 @@ activations and temporary tensors are counted, not guessed.
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -20,7 +20,9 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.layers.held_types import IN_16_BITS
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
+from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.training.convert import Run, convert_module
@@ -127,6 +129,7 @@ def estimate_memory(
     optimizer: OptimizerName = "adamw",
     example: Any = None,
     device: DeviceName = "gpu",
+    gpu: str | None = None,
     **arguments: Unpack[QLoRAArguments],
 ) -> MemoryEstimate:
     """Estimate the memory of training a model with QLoRA, without a GPU and without allocating the model.
@@ -140,6 +143,7 @@ def estimate_memory(
         example: Input of the module's forward, for a module that is not a transformers model: a tensor, a tuple, or a
             dict of keyword arguments. batch_size and sequence_length are not used then.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
+        gpu: A card such as "T4", which holds a 16-bit model in fp32 if it has no bf16. None: a card with bf16.
         **arguments: The arguments of `QLoRAPrecision`. The initialization does not change the estimate, which is of
             device memory; "calibrated" also needs host memory of the size of the dense weights until the first step.
 
@@ -161,10 +165,13 @@ def estimate_memory(
         print(f"{estimate.total / 1e6:.1f} MB")
         ```
     """
-    names = ["batch_size", "sequence_length", "optimizer", "example", "device", *QLoRAConfig.__dataclass_fields__]
-    refuse_unknown_arguments(arguments, names)
+    names = ["batch_size", "sequence_length", "optimizer", "example", "device", "gpu"]
+    refuse_unknown_arguments(arguments, [*names, *QLoRAConfig.__dataclass_fields__])
     config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
-    run = PlannedRun(model, optimizer, config, example, device)
+    card = None
+    if gpu is not None:
+        card = find_card(gpu)
+    run = PlannedRun(model, optimizer, config, example, device, card)
     return run.estimate(batch_size, sequence_length)
 
 
@@ -178,6 +185,7 @@ class PlannedRun:
         config: QLoRAConfig,
         example: Any = None,
         device: DeviceName = "gpu",
+        card: Card | None = None,
     ) -> None:
         check_choice("optimizer", optimizer, get_args(OptimizerName))
         check_choice("device", device, get_args(DeviceName))
@@ -186,6 +194,9 @@ class PlannedRun:
         check_initialized(model.named_modules())
         if config.init_kind.keeps_initial:  # there is no weight, and the adapter has the same shape
             config = config.with_initialization("default")
+        without_bf16 = card is not None and not card.bf16
+        if without_bf16 and config.compute_dtype == "auto":
+            config = replace(config, compute_dtype="fp16")
         self.config = config
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         if config.adapter is not None:  # no file can be read under that mode
@@ -194,7 +205,9 @@ class PlannedRun:
             self.model = fake_copy(model)
             self._example = fake_example(example, self._mode)
             # The tensors without data are on the CPU.
-            run = Run() if device == "cpu" else Run(decide=lambda *_: None)
+            run = Run()
+            if device == "gpu":
+                run = Run(decide=_in_fp32 if without_bf16 else _as_it_is)
             self._report = convert_module(self.model, config, run)
             run_without_data(self.model)
         layers = packed_layers(self.model)
@@ -233,6 +246,14 @@ class PlannedRun:
             counted_activations=step is not None,
             layers=self._report.rows(),
         )
+
+
+def _in_fp32(_device: torch.device, dtype: torch.dtype) -> str | None:
+    return "the card has no bf16" if dtype in IN_16_BITS else None
+
+
+def _as_it_is(_device: torch.device, _dtype: torch.dtype) -> None:
+    return None
 
 
 def _decode_buffers(layers: Iterable[Any]) -> int:

@@ -118,7 +118,7 @@ def warn_of_slow_products(modules: Mapping[str, nn.Module], device: torch.device
     reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
     if reason is not None:
         rank_zero_warn(
-            f"compute_dtype='bf16': {reason}. With compute_dtype='auto' the module is held in fp32 here, and "
+            f"compute_dtype='bf16': {reason}. With compute_dtype='auto' the module is kept in fp32 here, and "
             "computes in it; files and merged weights have the same types.",
             stacklevel=2,
         )
@@ -224,7 +224,7 @@ def _warn_of_16_bits(parameters: Mapping[str, Tensor]) -> None:
     if sizes:
         rank_zero_warn(
             f"{first_of(sizes, 5)}: {sum(sizes.values()):,} elements train in 16 bits, in which most steps of an "
-            "optimizer are lost. They can't be held in fp32: they are of a sharded module or of a ScriptModule. Build "
+            "optimizer are lost. They can't be kept in fp32: they are of a sharded module or of a ScriptModule. Build "
             "them in fp32.",
             stacklevel=2,
         )

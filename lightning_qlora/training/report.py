@@ -99,9 +99,9 @@ class ConversionReport:
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
             1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred, because a strategy shards the weight
             or its adapter has dropout.
-        full_precision_bytes: Bytes of the parameters that train in full, are held in fp32 and compute in 16 bits.
+        full_precision_bytes: Bytes of the parameters that train in full, are kept in fp32 and compute in 16 bits.
         full_precision_computes_in: The types that they compute in: "bfloat16", "float16"; without those below.
-        held_in_fp32: Why the module is held in fp32 and computes in it, one reason for each 16-bit type that it had;
+        held_in_fp32: Why the module is kept in fp32 and computes in it, one reason for each 16-bit type that it had;
             empty: it is not.
         held_bytes: Bytes that this takes more.
         calibration: Status of adapters that are initialized from the first step; None if none are.
@@ -213,12 +213,12 @@ class ConversionReport:
         lines = [first]
         if self.held_in_fp32:
             lines.append(
-                f"{'; '.join(self.held_in_fp32)}: so all but the 4-bit weights is held in fp32 and computes in it "
+                f"{'; '.join(self.held_in_fp32)}: so all but the 4-bit weights is kept in fp32 and computes in it "
                 f"({size_text(self.held_bytes)} more); files and merged weights have the types of before"
             )
         if self.full_precision_computes_in:
             lines.append(
-                f"what trains in full is held in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
+                f"what trains in full is kept in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
                 f"{' and '.join(self.full_precision_computes_in)}"
             )
         if self.frozen_by_module:

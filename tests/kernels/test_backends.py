@@ -74,7 +74,7 @@ def test_a_device_without_triton_gets_the_eager_path_and_a_warning_with_the_reas
     assert [backends.backend(device) for device in (CUDA, CUDA, other)] == [eager] * 3
     assert [str(warning.message) for warning in recwarn] == [
         f"Triton kernels do not run on {device} (ImportError: {reason}), so 4-bit layers run in eager PyTorch there. "
-        "The results are the same, but a product takes several passes over memory. Install Triton (for CUDA `pip "
+        "The results are the same, but a matmul takes several passes over memory. Install Triton (for CUDA `pip "
         "install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC)."
         for device in (CUDA, other)
     ]

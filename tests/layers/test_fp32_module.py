@@ -95,7 +95,7 @@ def test_two_steps_are_those_of_an_fp32_run(slow, name, dtype, changes, extra):
         report = convert(module, **ARGUMENTS | {"lora_dropout": 0.1} | extra)
         held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point() and not t.requires_grad]
         assert report.held_bytes == (4 - before.itemsize) * sum(map(torch.numel, held))
-        assert ("held in fp32" in report.summary()) is (before is dtype)
+        assert ("kept in fp32" in report.summary()) is (before is dtype)
         optimizer = torch.optim.AdamW(trained(module).values(), lr=1e-3)
         torch.manual_seed(1)
         values = []
@@ -134,7 +134,7 @@ def test_an_explicit_type_stays_and_one_warning_has_the_factor(slow, recwarn):
     module = model(BF16)
     convert(module, **ARGUMENTS, compute_dtype="bf16")
     (text,) = [str(each.message) for each in recwarn if "times as long" in str(each.message)]
-    assert re.search(r"compute_dtype='bf16': on this CPU a product takes 40 times as long", text)
+    assert re.search(r"compute_dtype='bf16': on this CPU a matmul takes 40 times as long", text)
     assert module.lm_head.weight.dtype is module(ids()).logits.dtype is BF16
 
 

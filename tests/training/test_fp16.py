@@ -160,7 +160,7 @@ def test_a_16_bit_model_is_held_in_fp32_and_its_files_are_not(dtype):
     model = toy("llama").to(dtype)
     names = {name: value.dtype for name, value in model.named_parameters()}
     report = convert(model, r=4, lora_dropout=0.0, compute_dtype="fp16")
-    assert "compute_dtype='fp16'" in report.summary() and "held in fp32" in report.summary()
+    assert "compute_dtype='fp16'" in report.summary() and "kept in fp32" in report.summary()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     ids = torch.arange(12)[None]
     logits = model(input_ids=ids).logits

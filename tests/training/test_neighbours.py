@@ -325,10 +325,11 @@ def test_embeddings_that_were_resized_after_conversion_are_in_the_state(tied):
     assert not model.state_dict()[names[0]].any()
 
 
-def test_torchscript_by_tracing_and_after_a_merge():
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_torchscript_by_tracing_and_after_a_merge(use_dora):
     module = Classifier()
     x = torch.randn(3, 64)
-    convert(module, r=4)
+    convert(module, r=4, use_dora=use_dora)
     expected = perturb(module).eval()(x)
     traced = module.to_torchscript(method="trace", example_inputs=x)
     torch.testing.assert_close(traced(x), expected)

@@ -107,9 +107,9 @@ head                 x1   trains in full: new
 tokens               x1   3 rows train, the others are frozen
 norm                 x1   frozen by conversion
 1,500 of 6,000 parameters train (25.00%): 1,000 in adapters and 500 in full
-bf16 is slow; fp16 is slow: so all but the 4-bit weights is held in fp32 and computes in it (999 bytes more); \
+bf16 is slow; fp16 is slow: so all but the 4-bit weights is kept in fp32 and computes in it (999 bytes more); \
 files and merged weights have the types of before
-what trains in full is held in fp32 (1 kB) and computes in bfloat16 and float16
+what trains in full is kept in fp32 (1 kB) and computes in bfloat16 and float16
 layers that the module froze take 5 kB; naming them in target_modules would save 4 kB
 parameters take 1.5 kB, 4 MB before; converted 3 layers in 1.3 s
 logits of lm_head: deferred, saves 3.84 MB for each 1,000 tokens

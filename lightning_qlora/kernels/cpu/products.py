@@ -33,12 +33,10 @@ class Products(NamedTuple):
 
     def __str__(self) -> str:
         if self.slowdown > SLOW:
-            return f"a product takes {self.slowdown:.0f} times as long as in fp32"
+            return f"a matmul takes {self.slowdown:.0f} times as long as in fp32"
         if self.error > INEXACT:
-            return (
-                f"the sums of a product are rounded several times (error {self.error:.1f} eps; 0.5 with one rounding)"
-            )
-        return f"products are fast and rounded once (error {self.error:.1f} eps)"
+            return f"the sums of a matmul are rounded several times (error {self.error:.1f} eps; 0.5 with one rounding)"
+        return f"matmuls are fast and rounded once (error {self.error:.1f} eps)"
 
 
 def is_slow(dtype: torch.dtype) -> bool:

@@ -49,9 +49,9 @@ def test_with_onednn_bf16_is_fast():
 
 def test_the_limits_and_the_text():
     for values, slow, text in (
-        ((15.0, 0.75), False, "products are fast and rounded once (error 0.8 eps)"),
-        ((15.4, 0.5), True, "a product takes 15 times as long as in fp32"),
-        ((1.0, 0.76), True, "the sums of a product are rounded several times (error 0.8 eps; 0.5 with one rounding)"),
+        ((15.0, 0.75), False, "matmuls are fast and rounded once (error 0.8 eps)"),
+        ((15.4, 0.5), True, "a matmul takes 15 times as long as in fp32"),
+        ((1.0, 0.76), True, "the sums of a matmul are rounded several times (error 0.8 eps; 0.5 with one rounding)"),
     ):
         measured = Products(*values)
         assert (measured.is_slow, str(measured)) == (slow, text)

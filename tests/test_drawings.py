@@ -20,6 +20,16 @@ def test_the_file_is_current(name):
     assert (FOLDER / f"{name}.svg").read_text(encoding="utf-8") == drawing, "run python docs/drawings/draw.py"
 
 
+def test_the_words_in_a_box_do_not_touch_it():
+    """A letter of system-ui is about 0.53 times as wide as its size; the ᵀ of a matrix is narrow."""
+    boxes = re.findall(
+        r'<rect [^>]*width="([\d.]+)"[^>]*rx="6"[^>]*>(.*)', "".join(draw() for draw in DRAWINGS.values())
+    )
+    words = [(float(width), text) for width, line in boxes for text in re.findall(r">([^<]+)</text>", line)]
+    assert len(words) > 50
+    assert [text for width, text in words if 0.53 * 13 * len(text.replace("ᵀ", "")) + 10 > width] == []
+
+
 def test_each_drawing_is_shown():
     pages = "".join(page.read_text(encoding="utf-8") for page in [*(ROOT / "docs").glob("*.md"), ROOT / "mkdocs.yml"])
     shown = {name for name in DRAWINGS if f"drawings/{name}.svg" in pages}

@@ -24,6 +24,7 @@ from svg import (
     svg,
     table,
     text,
+    upright,
 )
 
 GIB = 1.073741824  # GB
@@ -145,7 +146,8 @@ def initializations() -> str:
 
     parts = [line(50, y(at), x(60), y(at), LINE, 0.5) for at in (3.0, 3.1, 3.2, 3.3, 3.4)]
     parts += [text(44, y(at) + 4, f"{at:.1f}", 12, anchor="end") for at in (3.0, 3.1, 3.2, 3.3, 3.4)]
-    parts += [text(x(step), 268, f"step {step}", 12) for step in steps]
+    parts += [text(x(step), 262, f"{step}", 12) for step in steps]
+    parts += [text(x(35), 280, "step", 12), upright(12, y(3.2), "held-out loss", 12)]
     ends = []
     for color, row in zip(CURVES, rows, strict=True):
         losses = [number(cell) for cell in row[2:5]]
@@ -160,7 +162,7 @@ def initializations() -> str:
         parts += [line(x(60) + 3, y(loss), x(60) + 14, place - 4, color, 1)]
         parts.append(text(x(60) + 18, place, f"{name} {loss:.3f}", 12, anchor="start"))
     return svg(
-        278, *parts, label="Held-out loss during training: LoRA in 16 bits and calibrated end lowest, pissa highest"
+        290, *parts, label="Held-out loss during training: LoRA in 16 bits and calibrated end lowest, pissa highest"
     )
 
 
@@ -242,8 +244,11 @@ def quickstart() -> str:
         curve([place(step, loss) for step, loss in enumerate(losses)], LINE, 1),
         curve([place(step, loss) for step, loss in enumerate(smooth)], CURVES[1]),
         *(text(44, place(0, at)[1] + 4, f"{at:.1f}", 12, anchor="end") for at in (highest, lowest)),
-        text(50, 192, "step 1", 12),
-        text(450, 192, f"step {len(losses)}", 12, anchor="end"),
+        upright(14, 104, "loss", 12),
+        text(50, 192, "1", 12),
+        text(250, 192, "step", 12),
+        text(450, 192, f"{len(losses)}", 12),
+        *legend(60, 212, ("each step", LINE), ("running mean", CURVES[1])),
     ]
     sizes = {
         "linear layers in 16 bits": ("linear_bytes_before", THEIRS),
@@ -252,13 +257,13 @@ def quickstart() -> str:
         "optimizer state": ("optimizer_bytes", ORANGE),
     }
     share = summary["trainable_parameters"] / summary["total_parameters"]
-    parts.append(text(8, 220, f"Memory ({share:.1%} of the parameters train)", 13, anchor="start"))
+    parts.append(text(8, 244, f"Memory ({share:.1%} of the parameters train)", 13, anchor="start"))
     largest = max(summary[key] for key, _ in sizes.values())
     for i, (name, (key, color)) in enumerate(sizes.items()):
-        top, width = 230 + 22 * i, 200 * summary[key] / largest
+        top, width = 254 + 22 * i, 200 * summary[key] / largest
         parts += [text(172, top + 13, name, 12, anchor="end"), bar(180, top, width, color, 16)]
         parts.append(text(186 + width, top + 13, f"{summary[key] / 1e6:.1f} MB", 12, anchor="start"))
-    return svg(326, *parts, label="Training loss, held-out perplexity and memory of the quickstart")
+    return svg(350, *parts, label="Training loss, held-out perplexity and memory of the quickstart")
 
 
 CHARTS = (

@@ -44,13 +44,13 @@ def nf4() -> str:
 def weight() -> str:
     """The path of a weight: 16 bits to 4."""
     parts = [
-        box(8, 24, 92, PLAIN, "W", "16 or 32 bits", height=66),
+        box(8, 24, 92, PLAIN, "W", "in floats", height=66),
         arrow(100, 57, 121, 57),
-        box(124, 24, 104, BLUE, "blocks of 64:", "4-bit codes,", "one scale each", height=66),
+        box(124, 24, 104, BLUE, "blocks of 64:", "4-bit codes,", "a scale each", height=66),
         arrow(228, 57, 249, 57),
-        box(252, 24, 104, BLUE, "256 scales:", "8-bit codes,", "one fp32 scale", height=66),
+        box(252, 24, 104, BLUE, "256 scales:", "8-bit codes,", "an fp32 scale", height=66),
         arrow(356, 57, 377, 57),
-        box(380, 24, 92, BLUE, "three frozen", "uint8", "tensors", height=66),
+        box(380, 24, 92, BLUE, "3 frozen", "uint8", "tensors", height=66),
         text(240, 116, "4 + 8/64 + 32/(64 * 256) = 4.127 bits for a weight"),
     ]
     return svg(132, *parts, label="A weight becomes 4-bit codes, 8-bit scales and fp32 scales of the scales")
@@ -197,18 +197,18 @@ def strategy() -> str:
         text(360, 72, "no", anchor="start"),
         box(16, 90, 200, PLAIN, "Do you have several GPUs?"),
         box(264, 90, 200, PLAIN, "Do you have several GPUs?"),
-        arrow(70, 120, 60, 162),
-        text(56, 144, "no", anchor="end"),
-        arrow(160, 120, 170, 162),
-        text(176, 144, "yes", anchor="start"),
-        arrow(318, 120, 308, 162),
-        text(304, 144, "no", anchor="end"),
-        arrow(408, 120, 418, 162),
-        text(424, 144, "yes", anchor="start"),
-        box(8, 164, 104, BLUE, "one GPU", height=46),
-        box(120, 164, 104, BLUE, "DDP", "strategy='ddp'"),
-        box(252, 164, 104, ORANGE, "save memory:", "see the options"),
-        box(364, 164, 108, GREEN, "FSDP2", "ModelParallel..."),
+        arrow(64, 120, 50, 162),
+        text(46, 144, "no", anchor="end"),
+        arrow(152, 120, 152, 162),
+        text(160, 144, "yes", anchor="start"),
+        arrow(296, 120, 266, 162),
+        text(268, 144, "no", anchor="end"),
+        arrow(392, 120, 392, 162),
+        text(400, 144, "yes", anchor="start"),
+        box(8, 164, 84, BLUE, "one GPU", height=46),
+        box(100, 164, 116, BLUE, "DDP", "strategy='ddp'"),
+        box(224, 164, 84, ORANGE, "memory", "options"),
+        box(316, 164, 156, GREEN, "FSDP2", "ModelParallelStrategy"),
     ]
     return svg(
         218, *parts, label="If the run fits on one GPU: one GPU, or DDP on several. If not: memory options, or FSDP2"

@@ -19,6 +19,11 @@ def text(x: float, y: float, words: str, size: int = 13, color: str = INK, ancho
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{words}</text>'
 
 
+def upright(x: float, y: float, words: str, size: int = 13) -> str:
+    """The name of a vertical axis, read from below."""
+    return f'<g transform="rotate(-90 {x:g} {y:g})">{text(x, y, words, size)}</g>'
+
+
 def box(x: float, y: float, width: float, color: str, *lines: str, height: float = 0, dashed: bool = False) -> str:
     """A box with centred lines of text."""
     height = height or 16 * len(lines) + 14

@@ -48,7 +48,7 @@ def main(rounds: int) -> None:
     measured = ours(10**12)
     step(measured)
     step(measured)
-    budget = budget_of(measured)
+    budget = budget_of(measured.modules())
     assert budget is not None
     size = budget.kept_bytes / budget.kept_blocks
     modules: dict[str, nn.Module] = {"True": ours(True)}
@@ -68,7 +68,7 @@ def main(rounds: int) -> None:
     print("| --- | --- | --- |")
     for name, taken in seconds.items():
         ratio = statistics.median(own / full for own, full in zip(taken, seconds["True"], strict=True))
-        of_module = budget_of(modules[name])
+        of_module = budget_of(modules[name].modules())
         kept_text = "-" if of_module is None else f"{of_module.kept_bytes / 1e6:.0f}"
         print(f"| {name} | {ratio:.2f} | {kept_text} |")
 

@@ -115,7 +115,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
 
 def _round_full_precision(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
     """Round parameters that train in full from fp32 to their previous type; `prefix` is that of the base model."""
-    for name, parameter, previous_dtype in full_precision_parameters(module):
+    for name, parameter, previous_dtype in full_precision_parameters(dict(module.named_modules())):
         name_in_base = without_wrappers(name).removeprefix(f"{without_wrappers(prefix)}.")
         parameter.data = round_stochastically(parameter.data, DTYPES.get(dtype, previous_dtype), name_in_base)
     undo_full_precision(module)

@@ -13,7 +13,7 @@ in a forward pass. Around the converted module, autocast lets code of other modu
 (`instance_method.py`).
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -258,10 +258,10 @@ def output_dtype(part: nn.Module, input_dtype: torch.dtype) -> torch.dtype:
     return input_dtype
 
 
-def compute_types(module: nn.Module) -> dict[str, torch.dtype]:
+def compute_types(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
     """Name of each dense module whose `forward` has another in its place -> the type that it computes in."""
     types = {}
-    for name, part in module.named_modules():
+    for name, part in modules.items():
         method = instance_method(part, ComputeIn)
         if method is not None and method.in_fp32:
             types[name] = torch.float32

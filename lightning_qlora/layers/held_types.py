@@ -93,10 +93,10 @@ def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+def held_tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """Name, value and type before of each parameter and buffer that is held in fp32; tied ones with the first name."""
     seen = set[int]()
-    for name, part in module.named_modules():
+    for name, part in modules.items():
         tensors = own_tensors(part) if TYPES in vars(part) else {}
         for key, dtype in types_before(part).items():
             tensor = tensors.get(key)
@@ -105,14 +105,14 @@ def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]
                 yield _join(name, key), tensor, dtype
 
 
-def full_precision_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+def full_precision_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """The same of what trains."""
-    return ((name, tensor, dtype) for name, tensor, dtype in held_tensors(module) if tensor.requires_grad)
+    return ((name, tensor, dtype) for name, tensor, dtype in held_tensors(modules) if tensor.requires_grad)
 
 
-def held_bytes(module: nn.Module) -> int:
+def held_bytes(modules: Mapping[str, nn.Module]) -> int:
     """How many bytes more a module takes, because what does not train is held in fp32; shared tensors count once."""
-    held = [(tensor, dtype) for _, tensor, dtype in held_tensors(module) if not tensor.requires_grad]
+    held = [(tensor, dtype) for _, tensor, dtype in held_tensors(modules) if not tensor.requires_grad]
     return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held)
 
 

@@ -120,7 +120,7 @@ def convert_module(
         modules = _convert_new(module, config, run, saved, report)
     calibration = calibration_of(modules.values())
     report.calibration = None if calibration is None else calibration.report
-    report.activations = budget_of(module)
+    report.activations = budget_of(modules.values())
     report.seconds = time.perf_counter() - start
     return report
 

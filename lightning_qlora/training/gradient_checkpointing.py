@@ -92,9 +92,9 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
         )
 
 
-def budget_of(module: nn.Module) -> ActivationBudget | None:
-    """What decides which blocks of a module are recomputed; None: all are, or none."""
-    methods = (instance_method(part, RecomputedForward) for part in module.modules())
+def budget_of(parts: Iterable[nn.Module]) -> ActivationBudget | None:
+    """What decides which blocks of a module with these parts are recomputed; None: all are, or none."""
+    methods = (instance_method(part, RecomputedForward) for part in parts)
     return next((method.budget for method in methods if method is not None), None)
 
 

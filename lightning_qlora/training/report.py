@@ -161,11 +161,11 @@ class ConversionReport:
         self.trained_rows = {name: len(adapter.token_indices) for name, adapter in tokens.items()}
         adapters: list[Any] = [*layers.values(), *tokens.values()]
         self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
-        self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(module))
-        self.computes_in = {name: _dtype_text(dtype) for name, dtype in compute_types(module).items()}
+        self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(modules))
+        self.computes_in = {name: _dtype_text(dtype) for name, dtype in compute_types(modules).items()}
         types = sorted({*self.computes_in.values()} - {"float32"})
         self.full_precision_computes_in = types if self.full_precision_bytes else []
-        self.held_bytes = held_bytes(module)
+        self.held_bytes = held_bytes(modules)
 
     def take(self, choice: Selection) -> None:
         """Take the rows of what is not converted, and count what naming the layers that the module froze would save."""

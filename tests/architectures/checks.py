@@ -18,6 +18,7 @@ from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, 
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.merge_folder import merge_folder
@@ -78,7 +79,11 @@ def with_adapters(kind, **how):
 def check_training(kind, folder):
     """It trains, its checkpoint restores it bit for bit, its gradients are those of dense weights W + s B A."""
     lit = lit_of(kind)
+    before = {name: type(part) for name, part in lit.named_modules()}
     run, plugin = fitted(lit, folder)
+    changed = [part for name, part in lit.named_modules() if type(part) is not before.get(name, type(part))]
+    stacks = {owner for _, owner, _, _ in expert_stacks(lit)}
+    assert all(isinstance(part, LoRALayer) or part in stacks for part in changed)  # what stays dense keeps its class
     names = {parameter: name for name, parameter in lit.named_parameters()}
     for name, layer in adapted_layers(lit).items():
         grad = lit.grads.get(names[layer.lora_B])

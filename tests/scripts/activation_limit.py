@@ -22,7 +22,7 @@ def main():
     convert(measured, r=8, lora_dropout=0.0, gradient_checkpointing="auto")
     for _ in range(2):
         step(measured, 512)
-    budget = budget_of(measured)
+    budget = budget_of(measured.modules())
     size = budget.kept_bytes // budget.kept_blocks
     module = toy("llama", **SHAPE)
     limit = int((memory_of(CPU).peak + 8 * size) / (1 - MARGIN))
@@ -31,9 +31,9 @@ def main():
     for tokens in (512, 512, 1024, 512, 1536):
         step(module, tokens)
         peak = memory_of(CPU).peak
-        print(tokens, budget_of(module), peak, limit, size)
+        print(tokens, budget_of(module.modules()), peak, limit, size)
         assert peak <= limit + size * tokens // 512
-        kept.append(budget_of(module).kept_blocks)
+        kept.append(budget_of(module.modules()).kept_blocks)
     assert max(kept) > 0 and min(kept[1:]) < 8, kept
     print("below the limit")
 

@@ -37,7 +37,7 @@ FENCE = re.compile(r"^(?P<skip><!-- not run: .+ -->\n)?```(?P<kind>\w*)(?P<rest>
 # What pages name and a test can't run: it installs, needs a network or a server, or takes minutes.
 PROGRAMS = {
     "pip", "make", "git", "pytest", "vllm", "curl", "hf", "ollama", "llama-cli", "transformers serve", "torchrun",
-    "sbatch", "ray", "export", "python -m", "python llama.cpp/convert_hf_to_gguf.py",
+    "sbatch", "ray", "export", "cp", "python -m", "python llama.cpp/convert_hf_to_gguf.py",
 }  # fmt: skip
 
 

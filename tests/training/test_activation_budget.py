@@ -67,8 +67,8 @@ def test_gradients_are_those_of_true_and_false_whatever_fits(name, device):
                 torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-6)
             else:
                 assert_equal(result, results[0])
-    assert budget_of(runs["auto"]).kept_blocks == budget_of(runs["auto"]).blocks > 0
-    assert budget_of(runs[True]) is budget_of(runs[False]) is None
+    assert budget_of(runs["auto"].modules()).kept_blocks == budget_of(runs["auto"].modules()).blocks > 0
+    assert budget_of(runs[True].modules()) is budget_of(runs[False].modules()) is None
 
 
 def test_as_many_blocks_keep_their_activations_as_fit(device):
@@ -92,15 +92,15 @@ def test_the_limit_of_the_user_counts_where_the_device_has_more(device):
     measured, _ = converted(num_hidden_layers=4)
     for _ in range(2):
         step(measured)
-    module, _ = converted(setting=limit_for(budget_of(measured), 3), num_hidden_layers=4)
+    module, _ = converted(setting=limit_for(budget_of(measured.modules()), 3), num_hidden_layers=4)
     for _ in range(3):
         step(module)
-    assert budget_of(module).kept_blocks == 3
+    assert budget_of(module.modules()).kept_blocks == 3
 
 
 def test_a_longer_batch_recomputes_more(device):
     module, _ = converted(num_hidden_layers=4)
-    budget = budget_of(module)
+    budget = budget_of(module.modules())
     for _ in range(2):
         step(module, tokens=8)
     device.available = limit_for(budget, 4)
@@ -113,7 +113,7 @@ def test_a_longer_batch_recomputes_more(device):
 
 def test_several_forward_passes_before_a_backward_pass_share_the_budget(device):
     module, _ = converted(num_hidden_layers=4)
-    budget = budget_of(module)
+    budget = budget_of(module.modules())
     for _ in range(2):
         step(module)
     device.available = limit_for(budget, 6)
@@ -127,7 +127,7 @@ def test_several_forward_passes_before_a_backward_pass_share_the_budget(device):
 
 def test_nothing_stays_counted_after_an_error_or_without_a_backward_pass(device):
     module, _ = converted(num_hidden_layers=4)
-    budget = budget_of(module)
+    budget = budget_of(module.modules())
     for _ in range(2):
         step(module)
     output = module(input_ids=ids(), labels=ids())
@@ -155,7 +155,7 @@ def test_a_copy_has_a_budget_of_its_own(copied, device):
     for _ in range(2):
         step(module)
     again = copied(module)
-    assert budget_of(again) is not budget_of(module) and budget_of(again).rest is None
+    assert budget_of(again.modules()) is not budget_of(module.modules()) and budget_of(again.modules()).rest is None
     assert_equal(step(again), step(module))
 
 
@@ -197,8 +197,8 @@ def test_blocks_of_two_classes_are_measured_apart(device):
             module(x).square().sum().backward()
         results.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
     assert_equal(*results)
-    sizes = budget_of(module)._sizes
-    assert len(sizes) == 2 and budget_of(module).kept_blocks == 6
+    sizes = budget_of(module.modules())._sizes
+    assert len(sizes) == 2 and budget_of(module.modules()).kept_blocks == 6
 
 
 def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):
@@ -208,7 +208,7 @@ def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):
     x = torch.randn(10, 64, requires_grad=True)
     for _ in range(2):
         module(x).sum().backward()
-    ((size,),) = [each.values() for each in budget_of(module)._sizes.values()]
+    ((size,),) = [each.values() for each in budget_of(module.modules())._sizes.values()]
     assert size == 4 * (10 * 4 + 10 * 64)
 
 

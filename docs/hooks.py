@@ -33,6 +33,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown + "\n\n## Docstrings\n\n" + "\n\n".join(map(directive, names))
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Let a name in a table break after an underscore, so that the table is as wide as a telephone."""
+
+    def breakable(cell: re.Match[str]) -> str:
+        return re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace("_", "_<wbr>"), cell[0])
+
+    return re.sub(r"<td.*?</td>", breakable, output, flags=re.DOTALL)
+
+
 def directive(name: str) -> str:
     """The lines for mkdocstrings."""
     options = "\n    options:\n      heading_level: 3"

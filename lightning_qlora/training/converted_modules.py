@@ -90,7 +90,8 @@ class ConvertedModules:
         dtype = next(iter(dtypes.values()), None)
         if dtype is None:
             return nullcontext()
-        return torch.autocast(next(self.layers()).packed.device.type, dtype)
+        # With the cache, by which layers tell it from that of `full_precision.py`; a failed ONNX export leaves it off.
+        return torch.autocast(next(self.layers()).packed.device.type, dtype, cache_enabled=True)
 
 
 def _layers(module: nn.Module) -> Iterator[LoRALayer]:

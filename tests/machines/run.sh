@@ -55,8 +55,8 @@ nobody() {
   fi
   mkdir "$own/temporary"
   chown -R 65534:65534 "$own"
-  # It reads all files, because Python may be in root's home, and writes none but its own.
-  HOME=/nonexistent USER=nobody TMPDIR="$own/temporary" setpriv --reuid=65534 --regid=65534 --clear-groups \
+  # It reads all files, because Python may be in root's home, and writes none but its own. Triton needs a folder for its cache.
+  HOME=/nonexistent USER=nobody TMPDIR="$own/temporary" TRITON_HOME="$own/temporary" setpriv --reuid=65534 --regid=65534 --clear-groups \
     --inh-caps=+dac_read_search --ambient-caps=+dac_read_search "$@"
 }
 

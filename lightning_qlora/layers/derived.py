@@ -1,7 +1,7 @@
 """Classes that conversion derives from those of the user: how a module gets one, and its own class back.
 
-    derive(FullPrecision, layer)      class of the layer -> its subclass with FullPrecision, made once for each class
-    restore(layer, FullPrecision)     the class without it, with what was derived after it
+    derive(QLoRALinear, layer)      class of the layer -> its subclass with QLoRALinear, made once for each class
+    restore(layer, QLoRALinear)     the class without it, with what was derived after it
 
 Hooks, aliases and `isinstance` stay valid, because the module stays the same object. No import finds a derived class,
 so a copy or pickle of a module says from which class it was derived, and by what.

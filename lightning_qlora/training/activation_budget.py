@@ -92,7 +92,7 @@ class ActivationBudget:
     def keeps(self, block: nn.Module, inputs: Any) -> bool:
         """Whether a call of a block keeps its activations."""
         tensors = _floats(inputs)
-        elements = sum(tensor.numel() for tensor in tensors)
+        elements = _elements(tensors)
         if not self._live and tensors:
             self._begin_step(tensors[0].device, elements)
         self.blocks += 1
@@ -132,7 +132,7 @@ class ActivationBudget:
 
     def run(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call that keeps its activations."""
-        elements = sum(tensor.numel() for tensor in _floats((args, kwargs)))
+        elements = _elements(_floats((args, kwargs)))
         sizes = self._sizes.setdefault(type(block), {})
         if elements in sizes:
             output = forward(*args, **kwargs)
@@ -178,6 +178,10 @@ class _Call:
 
 def _floats(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _elements(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _measured(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, int]:

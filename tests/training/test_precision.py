@@ -132,7 +132,8 @@ def test_generators_are_restored_and_those_of_other_ranks_are_not():
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_plugin_of_two_trainers_computes_each_module_in_its_own_type(cache, trainer):
+def test_a_plugin_of_two_trainers_computes_each_module_in_its_own_type(cache, trainer, request):
+    request.addfinalizer(lambda: torch.set_autocast_cache_enabled(True))
     torch.set_autocast_cache_enabled(cache)  # a failed ONNX export leaves it off
     one = plugin(compute_dtype="bf16")
     modules = [Classifier().bfloat16(), Classifier()]
@@ -141,7 +142,6 @@ def test_a_plugin_of_two_trainers_computes_each_module_in_its_own_type(cache, tr
         module.forward = lambda x, net=module.net, dtype=dtype: net(x.to(dtype)).float()
         module.net[1].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
         trainer(plugins=one, max_steps=1).fit(module, loader())
-    torch.set_autocast_cache_enabled(True)
     assert seen == 2 * [torch.bfloat16] and type(modules[1]) is Classifier
 
 

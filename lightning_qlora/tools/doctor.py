@@ -14,7 +14,7 @@ from torch import nn
 from lightning_qlora.checks import install
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels.cpu import build, library
-from lightning_qlora.kernels.cpu.products import products
+from lightning_qlora.kernels.cpu.matmul_16bit import products
 from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.optim.host_memory import why_not_managed
 from lightning_qlora.training.convert import convert

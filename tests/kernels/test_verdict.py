@@ -378,7 +378,7 @@ def test_the_process_that_checks(monkeypatch, tmp_path, kernels, capfd):
     program = tmp_path / "python"
     program.write_text(
         f'#!/bin/sh\ncd {tmp_path}\nprintf \'%s\\n\' "$OLDPWD" "$PYTHONPATH" "$@" > call; cat > input; echo no >&2\n'
-        'printf \'caf\\351\\n@verdict null\\nnoise @verdict 1\\n@verdict "of the child"\\n\''
+        "printf 'caf\\351\\n@verdict null\\nnoise @verdict 1\\n@verdict \"of the child\"\\n'"
     )
     program.chmod(0o755)
     only(monkeypatch, "dequantize")

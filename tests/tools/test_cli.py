@@ -18,7 +18,7 @@ import lightning_qlora
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checks import install
-from lightning_qlora.kernels.cpu.products import products
+from lightning_qlora.kernels.cpu.matmul_16bit import products
 from lightning_qlora.tools import doctor
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.inspect_path import fingerprint_of_base

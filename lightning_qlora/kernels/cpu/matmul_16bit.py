@@ -69,8 +69,8 @@ def _slowdown(dtype: torch.dtype) -> float:
     operands = [(x.to(each), matrix.to(each)) for matrix in (weight.T, weight) for each in (torch.float32, dtype)]
     # Types in turns: what else runs on the machine slows both.
     rounds = [[_seconds(*factors) for factors in operands] for _ in range(ROUNDS)]
-    exact, short, exact_transposed, short_transposed = (min(times) for times in zip(*rounds, strict=True))
-    return max(1.0, short / exact, short_transposed / exact_transposed)
+    best: list[float] = [min(times) for times in zip(*rounds, strict=True)]
+    return max(1.0, best[1] / best[0], best[3] / best[2])
 
 
 def _seconds(x: Tensor, weight: Tensor) -> float:

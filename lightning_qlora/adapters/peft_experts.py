@@ -9,10 +9,10 @@ Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tune
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, MAGNITUDE, State
 from lightning_qlora.layers.expert_selection import expert_parameters
@@ -23,6 +23,7 @@ from lightning_qlora.layers.qlora_linear import base_layers
 # Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
 # names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
 TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+ELSEWHERE = "Use a Lightning checkpoint, or merge the adapters."
 
 
 class ExpertStack(NamedTuple):
@@ -38,11 +39,11 @@ class ExpertStack(NamedTuple):
     def of(cls, part: ExpertParameter, wrappers: int) -> "ExpertStack":
         """That of a parameter, dense or converted."""
         # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
-        is_transposed = bool(getattr(part.owner, "is_transposed", False))
-        swapped = part.transposed != is_transposed
+        swapped = part.transposed != bool(getattr(part.owner, "is_transposed", False))
         if part.loaded is not None:
-            return cls(part.experts, wrappers, part.transposed, swapped, part.loaded.flat)
-        flat = part.owner.get_parameter(part.key).ndim == 2
+            flat = part.loaded.flat
+        else:
+            flat = part.owner.get_parameter(part.key).ndim == 2
         return cls(part.experts, wrappers, part.transposed, swapped, flat)
 
     def key(self, name: str) -> str:
@@ -51,7 +52,10 @@ class ExpertStack(NamedTuple):
 
     def to_peft(self, state: State) -> State:
         """PEFT's matrices for lora_A [experts, r, in] and lora_B [experts, out, r]."""
-        a, b = self._in_order(state["lora_A"], state["lora_B"])
+        a = state["lora_A"]
+        b = state["lora_B"]
+        if self.swapped_by_peft:
+            a, b = b.mT, a.mT
         stacked = {"lora_A": a.flatten(0, 1), "lora_B": b.permute(1, 2, 0).flatten(1)}
         if MAGNITUDE in state:
             stacked[MAGNITUDE] = state[MAGNITUDE].flatten()
@@ -59,17 +63,14 @@ class ExpertStack(NamedTuple):
 
     def from_peft(self, stacked: State) -> State:
         """The reverse."""
-        a = stacked["lora_A"].view(self.number, -1, stacked["lora_A"].shape[1])
-        b = stacked["lora_B"].view(len(stacked["lora_B"]), -1, self.number).permute(2, 0, 1)
-        state = dict(zip(("lora_A", "lora_B"), self._in_order(a, b), strict=True))
-        if MAGNITUDE in stacked:
-            state[MAGNITUDE] = stacked[MAGNITUDE].view(self.number, -1)
-        return state
-
-    def _in_order(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        a = stacked["lora_A"].unflatten(0, (self.number, -1))
+        b = stacked["lora_B"].unflatten(1, (-1, self.number)).permute(2, 0, 1)
         if self.swapped_by_peft:
-            return b.mT, a.mT
-        return a, b
+            a, b = b.mT, a.mT
+        state = {"lora_A": a, "lora_B": b}
+        if MAGNITUDE in stacked:
+            state[MAGNITUDE] = stacked[MAGNITUDE].unflatten(0, (self.number, -1))
+        return state
 
 
 def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
@@ -90,8 +91,10 @@ def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
     return stacks
 
 
-def without_place(stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) -> str:
-    """Why PEFT has no adapter for some of these experts, in an adapter with this config; "" if it has."""
+def without_place(layers: Iterable[str], stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) -> str:
+    """Why PEFT has no adapter with this config for some of these layers and experts; "" if it has."""
+    if "" in layers:
+        return f"PEFT can't adapt a layer that is the model itself. {ELSEWHERE}"
     for name, stack in stacks.items():
         for has_no_place, reason in (
             (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
@@ -100,10 +103,7 @@ def without_place(stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) 
             ("." not in name, "PEFT can't wrap a parameter of the model itself"),
         ):
             if has_no_place:
-                return (
-                    f"{name}: the adapters of these experts have no place in a PEFT folder: {reason}. Use a Lightning "
-                    "checkpoint, or merge the adapters."
-                )
+                return f"{name}: the adapters of these experts have no place in a PEFT folder: {reason}. {ELSEWHERE}"
     return ""
 
 

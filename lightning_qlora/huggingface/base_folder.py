@@ -150,7 +150,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
     The class of the folder comes first. An output embedding that was trained alone needs a model in which it is not
     tied to the embedding.
     """
-    needed = adapter.modules | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
+    needed = {*adapter.modules} | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     first = None
     errors: list[str] = []
     for model_class, model in _candidates(config, adapter, trust_remote_code, errors):

@@ -127,7 +127,8 @@ class Adapter:
 
 def check_state(key: str, state: State, dimensions: Collection[int] = (2,)) -> None:
     """Raise ValueError, with the key, for tensors of a file that no layer has."""
-    a, b = (state[part].shape if part in state else () for part in ("lora_A", "lora_B"))
+    a: Any = state["lora_A"].shape if "lora_A" in state else ()
+    b: Any = state["lora_B"].shape if "lora_B" in state else ()
     good = len(a) == len(b) and len(a) in dimensions and a[:-2] == b[:-2] and a[-2] == b[-1] and 0 not in (*a, *b)
     if MAGNITUDE in state:
         good = good and state[MAGNITUDE].shape == b[:-1]

@@ -63,13 +63,15 @@ class ExpertStack(NamedTuple):
 
     def from_peft(self, stacked: State) -> State:
         """The reverse."""
-        a = stacked["lora_A"].unflatten(0, (self.number, -1))
-        b = stacked["lora_B"].unflatten(1, (-1, self.number)).permute(2, 0, 1)
+        a = stacked["lora_A"]
+        b = stacked["lora_B"]
+        a = a.view(self.number, -1, a.shape[1])
+        b = b.view(len(b), -1, self.number).permute(2, 0, 1)
         if self.swapped_by_peft:
             a, b = b.mT, a.mT
         state = {"lora_A": a, "lora_B": b}
         if MAGNITUDE in stacked:
-            state[MAGNITUDE] = stacked[MAGNITUDE].unflatten(0, (self.number, -1))
+            state[MAGNITUDE] = stacked[MAGNITUDE].view(self.number, -1)
         return state
 
 

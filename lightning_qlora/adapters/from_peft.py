@@ -10,16 +10,17 @@ from lightning_qlora.adapters.peft_experts import ExpertStack, expert_parameter
 from lightning_qlora.layers.experts import PARAMETERS
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import join, without_wrappers
+from lightning_qlora.layers.names import join
+from lightning_qlora.layers.parts import Parts
 
 
-def from_peft(adapter: Adapter, base: nn.Module) -> dict[str, State]:
+def from_peft(adapter: Adapter, base: Parts) -> dict[str, State]:
     """Name of a layer, or of a parameter of experts, in a base model -> its tensors in the form of the layer.
 
     The base is dense or converted. CheckpointMismatchError, with file and key, if it has no such layer, or one of
     other sizes.
     """
-    modules = {without_wrappers(name): part for name, part in base.named_modules()}
+    modules = dict(base.named)
     layers: dict[str, State] = {}
     for owner, keys in adapter.modules.items():
         module = modules.get(owner)
@@ -34,7 +35,7 @@ def from_peft(adapter: Adapter, base: nn.Module) -> dict[str, State]:
     return layers
 
 
-def _experts(adapter: Adapter, base: nn.Module, owner: str, module: nn.Module) -> dict[str, State]:
+def _experts(adapter: Adapter, base: Parts, owner: str, module: nn.Module) -> dict[str, State]:
     keys = adapter.modules[owner]
     order = vars(module).get(PARAMETERS, module._parameters)  # of its class; with the parameters in 4 bits
     names = [key for key in order if adapter.is_target(join(owner, key))]
@@ -57,7 +58,7 @@ def _experts(adapter: Adapter, base: nn.Module, owner: str, module: nn.Module) -
     return layers
 
 
-def _check_sizes(adapter: Adapter, key: str, base: nn.Module, what: str, matrices: int, sizes: tuple[int, int]) -> None:
+def _check_sizes(adapter: Adapter, key: str, base: Parts, what: str, matrices: int, sizes: tuple[int, int]) -> None:
     """`sizes`: outputs and inputs of `what`, as PEFT counts them; it has the ranks of all matrices in one."""
     a, b = (list(adapter.layers[key][part].shape) for part in ("lora_A", "lora_B"))
     outputs, inputs = sizes
@@ -66,9 +67,10 @@ def _check_sizes(adapter: Adapter, key: str, base: nn.Module, what: str, matrice
         refuse(adapter, f"{key}.lora_A.weight", base, f"{difference} {b}")
 
 
-def refuse(adapter: Adapter, key: str, base: nn.Module, difference: str) -> NoReturn:
+def refuse(adapter: Adapter, key: str, base: Parts, difference: str) -> NoReturn:
     """Raise the error for an adapter that does not fit a model; `difference` says what the model has."""
+    kind = type(base.root).__name__
     raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {difference}. An adapter fits "
+        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {kind} {difference}. An adapter fits "
         "the architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
     )

@@ -10,16 +10,17 @@ from lightning_qlora.adapters.peft_experts import ExpertStack, expert_parameter
 from lightning_qlora.layers.experts import PARAMETERS
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.names import join, without_wrappers
+from lightning_qlora.layers.names import join
+from lightning_qlora.layers.parts import Parts
 
 
-def from_peft(adapter: Adapter, base: nn.Module) -> dict[str, State]:
+def from_peft(adapter: Adapter, base: Parts) -> dict[str, State]:
     """Name of a layer, or of a parameter of experts, in a base model -> its tensors in the form of the layer.
 
     The base is dense or converted. CheckpointMismatchError, with file and key, if it has no such layer, or one of
     other sizes.
     """
-    modules = {without_wrappers(name): part for name, part in base.named_modules()}
+    modules = dict(base.named)
     wrappers: dict[str, list[str]] = {}  # name of a module -> keys of its adapters
     for key in adapter.layers:
         wrappers.setdefault(outermost(key) if adapter.target_parameters else key, []).append(key)
@@ -37,7 +38,7 @@ def from_peft(adapter: Adapter, base: nn.Module) -> dict[str, State]:
     return layers
 
 
-def _check_sizes(adapter: Adapter, name: str, base: nn.Module, outputs: int, inputs: int) -> None:
+def _check_sizes(adapter: Adapter, name: str, base: Parts, outputs: int, inputs: int) -> None:
     state = adapter.layers[name]
     sizes = len(state["lora_B"]), state["lora_A"].shape[1]
     if sizes != (outputs, inputs):
@@ -45,7 +46,7 @@ def _check_sizes(adapter: Adapter, name: str, base: nn.Module, outputs: int, inp
         refuse(adapter, f"{name}.lora_A.weight", base, f"{difference}{sizes[1]} and {sizes[0]}")
 
 
-def _experts(adapter: Adapter, base: nn.Module, owner: str, module: nn.Module, keys: list[str]) -> dict[str, State]:
+def _experts(adapter: Adapter, base: Parts, owner: str, module: nn.Module, keys: list[str]) -> dict[str, State]:
     order = vars(module).get(PARAMETERS, module._parameters)  # of its class; with the parameters in 4 bits
     names = [key for key in order if adapter.is_target(join(owner, key))]
     if {owner + BASE_LAYER * number for number in range(len(names))} != set(keys):
@@ -63,7 +64,7 @@ def _experts(adapter: Adapter, base: nn.Module, owner: str, module: nn.Module, k
     return layers
 
 
-def _check_stack(adapter: Adapter, key: str, stack: ExpertStack, base: nn.Module, shape: tuple[int, int]) -> None:
+def _check_stack(adapter: Adapter, key: str, stack: ExpertStack, base: Parts, shape: tuple[int, int]) -> None:
     outputs, inputs = shape
     if stack.swapped_by_peft:
         inputs, outputs = shape
@@ -79,9 +80,10 @@ def _check_stack(adapter: Adapter, key: str, stack: ExpertStack, base: nn.Module
         refuse(adapter, f"{key}.lora_A.weight", base, difference)
 
 
-def refuse(adapter: Adapter, key: str, base: nn.Module, difference: str) -> NoReturn:
+def refuse(adapter: Adapter, key: str, base: Parts, difference: str) -> NoReturn:
     """Raise the error for an adapter that does not fit a model; `difference` says what the model has."""
+    kind = type(base.root).__name__
     raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {type(base).__name__} {difference}. An adapter fits "
+        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {kind} {difference}. An adapter fits "
         "the architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
     )

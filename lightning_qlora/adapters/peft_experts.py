@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.adapter import BASE_LAYER, MAGNITUDE, State
 from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.experts import PARAMETERS, ExpertParameter
-from lightning_qlora.layers.names import join, last_part, owner_name, stack_of, without_wrappers
-from lightning_qlora.layers.qlora_linear import base_layers
+from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
+from lightning_qlora.layers.parts import Parts
 
 # Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
 # names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
@@ -80,13 +80,13 @@ def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
     return next((part for part in expert_parameters(owner) if part.key == key), None)
 
 
-def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
-    """Name of every expert parameter that was converted -> how PEFT writes its adapters."""
+def stacks_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertStack]:
+    """Name of every expert parameter that was converted -> how PEFT writes its adapters; of modules by name."""
     stacks = {}
-    for name, owner in base.named_modules():
+    for name, owner in modules.items():
         parts = [expert_parameter(owner, key) for key in vars(owner).get(PARAMETERS, ()) if stack_of(owner, key)]
         for wrappers, part in enumerate(filter(None, reversed(parts))):
-            stacks[without_wrappers(join(name, part.key))] = ExpertStack.of(part, wrappers)
+            stacks[join(name, part.key)] = ExpertStack.of(part, wrappers)
     return stacks
 
 
@@ -107,14 +107,14 @@ def without_place(stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) 
     return ""
 
 
-def linear_parameters(base: nn.Module) -> list[str]:
+def linear_parameters(base: Parts) -> list[str]:
     """Names of converted linear layers that PEFT adapts as `target_parameters`: it takes their names for experts.
 
     With DoRA, which PEFT does not have for parameters, there are none, with a warning.
     """
-    layers = base_layers(base)
+    layers = base.layers
     names = [name for name, layer in layers.items() if last_part(name) in TAKEN_FOR_EXPERTS and not layer.is_stack]
-    parameters = [*(name for name, _ in base.named_parameters()), *layers]
+    parameters = [*(parameter.name for parameter in base.dense_parameters), *layers]
     if not names or not any(name.endswith("experts.gate_up_proj") for name in parameters):
         return []
     if any(layer.config.use_dora for layer in layers.values()):

@@ -26,7 +26,7 @@ from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.qlora_linear import base_layers
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.training.convert import convert_module
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -73,7 +73,7 @@ def merge_folder(
     else:
         for loading_dtype in ("auto", torch.bfloat16, torch.float16):  # training may have loaded another type
             model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
-            weights = float_weights(model, from_peft(adapter, model))
+            weights = float_weights(model, from_peft(adapter, Parts.of(model).base))
             if base == "float" or _quantizes_as_in_training(base_model, weights, adapter, config):
                 break
         if base == "quantized":
@@ -83,7 +83,7 @@ def merge_folder(
     with warnings.catch_warnings(), named(base_model):
         warnings.simplefilter("ignore")  # these warnings are about training
         convert_module(model, config)
-    layers = base_layers(model)
+    layers = Parts.of(model).base.layers
     fingerprints = dict(adapter.fingerprints)
     for name, bases in adapter.bases.items():
         layers[name].set_packed_weights(bases)

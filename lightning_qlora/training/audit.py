@@ -116,7 +116,7 @@ def _warn_of_blocks(not_recomputed: Collection[str]) -> None:
 def _warn_of_thawed(module: nn.Module, new: Collection[int]) -> None:
     """Warn of frozen parameters that train from this step on, as after `unfreeze()`; `new` are their ids."""
     thawed = defaultdict[tuple[str, str], dict[nn.Parameter, str]](dict)
-    for name, owner, _, parameter, record in frozen_parameters(module):
+    for name, owner, _, parameter, record in frozen_parameters(module.named_modules()):
         if id(parameter) in new:
             is_dense_layer = is_linear(owner) and not isinstance(owner, LoRALayer)
             kind = THAWED_LAYERS if is_dense_layer and not record.trained else THAWED

@@ -30,6 +30,7 @@ from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import named
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import record, unrecorded
 from lightning_qlora.layers.selection import Row, SavedLayers, Selection, decide
@@ -132,7 +133,9 @@ def _convert_new(
     seen = survey(module)
     for _, part in seen.modules:
         forget_merge(part)
-        check_no_layer_resized(part)
+        earlier = conversion_of(part)
+        if earlier is not None:
+            check_no_layer_resized(earlier, Parts.of(part))
     check_has_data(seen.modules, later=run.sharded or dist.is_initialized())
     new = unrecorded(module)
     first = not any(part.kind is Kind.CONVERTED for part in seen.parts)

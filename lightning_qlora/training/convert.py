@@ -36,7 +36,7 @@ from lightning_qlora.layers.records import record, unrecorded
 from lightning_qlora.layers.selection import Row, SavedLayers, Selection, decide
 from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
 from lightning_qlora.layers.survey import Kind, Survey, survey
-from lightning_qlora.training.calibration import Calibration, calibration_of
+from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.convert_checks import (
     check_before_conversion,
     check_has_data,
@@ -119,8 +119,8 @@ def convert_module(
         report.count(module, modules)
     else:
         modules = _convert_new(module, config, run, saved, report)
-    calibration = calibration_of(modules.values())
-    report.calibration = None if calibration is None else calibration.report
+    waiting = waiting_in(modules.values(), run.sharded)
+    report.calibration = waiting[0].report if waiting else None
     report.activations = budget_of(modules.values())
     report.seconds = time.perf_counter() - start
     return report
@@ -172,8 +172,6 @@ def _convert_new(
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
-    if config.init_kind.needs_data and converted:
-        Calibration(module, run.sharded)
     report.take(choice)
     report.count(module, modules)
     warn_after_conversion(modules, choice, config, report, first)

@@ -217,10 +217,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
-    @override
-    def _audit(self, optimizer: Optimizer) -> None:
-        self._modules.audit(optimizer)
-
     def _on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.adapters.conversion import forget_conversion, mark_as_merged
 from lightning_qlora.adapters.module_adapter import check_finite
-from lightning_qlora.checks import check_choice, check_module
+from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
@@ -72,8 +72,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) -> Module:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     layers = adapted_layers(module)
-    if not layers:
-        raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
+    check_converted(module, layers)
     check_finite(module)
     reshard(module)
     stacks = list(expert_stacks(module))

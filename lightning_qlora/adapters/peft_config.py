@@ -1,9 +1,8 @@
-"""PEFT's adapter_config.json, read with checks, and its rules for names.
+"""PEFT's adapter_config.json, read with checks.
 
 Source of the format: peft/tuners/lora/config.py (0.17 to 0.21).
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from lightning_qlora.checks import check_bool, check_choice, check_names, check_
 from lightning_qlora.config import CHECKS as OF_ARGUMENTS
 from lightning_qlora.config import arguments_that
 from lightning_qlora.files.safetensors_folder import read_json
-from lightning_qlora.layers.names import join
 
 CONFIG_FILE = "adapter_config.json"
 BASE_MODEL = "base_model_name_or_path"
@@ -21,6 +19,7 @@ UNNAMED = ("", "None")  # transformers' names of a model that was not loaded fro
 DEFAULTS = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
+    "bias",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -56,18 +55,13 @@ def read_peft_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The pattern with keys that match one name only; PEFT takes a key for a regular expression of endings."""
-    return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}
-
-
 def ranks_of(config: dict[str, Any]) -> set[int]:
     """The ranks of layers; PEFT writes the patterns in another order, so which layer has which is not known."""
     return {config["r"], *(config.get("rank_pattern") or {}).values()}
 
 
-def _check_unset(name: str, value: Any, is_set: Callable[[Any], bool] = bool) -> None:
-    if is_set(value):
+def _check_unset(name: str, value: Any) -> None:
+    if value and value != "none":
         raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read. {MERGE_IN_PEFT}")
 
 
@@ -88,7 +82,6 @@ def _check_targets(name: str, value: Any) -> None:
 # Checks of the values in adapter_config.json. A value that is null stands for PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "peft_type": partial(check_choice, allowed=("LORA",)),
-    "bias": partial(_check_unset, is_set=lambda value: value != "none"),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
     "init_lora_weights": _check_initialization,
     **{name: OF_ARGUMENTS[name] for name in arguments_that("in_peft")},

@@ -9,20 +9,21 @@ Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tune
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, MAGNITUDE, State
 from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.experts import PARAMETERS, ExpertParameter
-from lightning_qlora.layers.names import join, last_part, owner_name, stack_of, without_wrappers
-from lightning_qlora.layers.qlora_linear import base_layers
+from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
+from lightning_qlora.layers.parts import Parts
 
 # Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
 # names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
 TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+ELSEWHERE = "Use a Lightning checkpoint, or merge the adapters."
 
 
 class ExpertStack(NamedTuple):
@@ -38,11 +39,11 @@ class ExpertStack(NamedTuple):
     def of(cls, part: ExpertParameter, wrappers: int) -> "ExpertStack":
         """That of a parameter, dense or converted."""
         # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
-        is_transposed = bool(getattr(part.owner, "is_transposed", False))
-        swapped = part.transposed != is_transposed
+        swapped = part.transposed != bool(getattr(part.owner, "is_transposed", False))
         if part.loaded is not None:
-            return cls(part.experts, wrappers, part.transposed, swapped, part.loaded.flat)
-        flat = part.owner.get_parameter(part.key).ndim == 2
+            flat = part.loaded.flat
+        else:
+            flat = part.owner.get_parameter(part.key).ndim == 2
         return cls(part.experts, wrappers, part.transposed, swapped, flat)
 
     def key(self, name: str) -> str:
@@ -51,7 +52,10 @@ class ExpertStack(NamedTuple):
 
     def to_peft(self, state: State) -> State:
         """PEFT's matrices for lora_A [experts, r, in] and lora_B [experts, out, r]."""
-        a, b = self._in_order(state["lora_A"], state["lora_B"])
+        a = state["lora_A"]
+        b = state["lora_B"]
+        if self.swapped_by_peft:
+            a, b = b.mT, a.mT
         stacked = {"lora_A": a.flatten(0, 1), "lora_B": b.permute(1, 2, 0).flatten(1)}
         if MAGNITUDE in state:
             stacked[MAGNITUDE] = state[MAGNITUDE].flatten()
@@ -59,17 +63,16 @@ class ExpertStack(NamedTuple):
 
     def from_peft(self, stacked: State) -> State:
         """The reverse."""
-        a = stacked["lora_A"].view(self.number, -1, stacked["lora_A"].shape[1])
-        b = stacked["lora_B"].view(len(stacked["lora_B"]), -1, self.number).permute(2, 0, 1)
-        state = dict(zip(("lora_A", "lora_B"), self._in_order(a, b), strict=True))
+        a = stacked["lora_A"]
+        b = stacked["lora_B"]
+        a = a.view(self.number, -1, a.shape[1])
+        b = b.view(len(b), -1, self.number).permute(2, 0, 1)
+        if self.swapped_by_peft:
+            a, b = b.mT, a.mT
+        state = {"lora_A": a, "lora_B": b}
         if MAGNITUDE in stacked:
             state[MAGNITUDE] = stacked[MAGNITUDE].view(self.number, -1)
         return state
-
-    def _in_order(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if self.swapped_by_peft:
-            return b.mT, a.mT
-        return a, b
 
 
 def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
@@ -80,18 +83,20 @@ def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
     return next((part for part in expert_parameters(owner) if part.key == key), None)
 
 
-def stacks_of(base: nn.Module) -> dict[str, ExpertStack]:
-    """Name of every expert parameter that was converted -> how PEFT writes its adapters."""
+def stacks_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertStack]:
+    """Name of every expert parameter that was converted -> how PEFT writes its adapters; of modules by name."""
     stacks = {}
-    for name, owner in base.named_modules():
+    for name, owner in modules.items():
         parts = [expert_parameter(owner, key) for key in vars(owner).get(PARAMETERS, ()) if stack_of(owner, key)]
         for wrappers, part in enumerate(filter(None, reversed(parts))):
-            stacks[without_wrappers(join(name, part.key))] = ExpertStack.of(part, wrappers)
+            stacks[join(name, part.key)] = ExpertStack.of(part, wrappers)
     return stacks
 
 
-def without_place(stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) -> str:
-    """Why PEFT has no adapter for some of these experts, in an adapter with this config; "" if it has."""
+def without_place(layers: Iterable[str], stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) -> str:
+    """Why PEFT has no adapter with this config for some of these layers and experts; "" if it has."""
+    if "" in layers:
+        return f"PEFT can't adapt a layer that is the model itself. {ELSEWHERE}"
     for name, stack in stacks.items():
         for has_no_place, reason in (
             (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
@@ -100,21 +105,18 @@ def without_place(stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) 
             ("." not in name, "PEFT can't wrap a parameter of the model itself"),
         ):
             if has_no_place:
-                return (
-                    f"{name}: the adapters of these experts have no place in a PEFT folder: {reason}. Use a Lightning "
-                    "checkpoint, or merge the adapters."
-                )
+                return f"{name}: the adapters of these experts have no place in a PEFT folder: {reason}. {ELSEWHERE}"
     return ""
 
 
-def linear_parameters(base: nn.Module) -> list[str]:
+def linear_parameters(base: Parts) -> list[str]:
     """Names of converted linear layers that PEFT adapts as `target_parameters`: it takes their names for experts.
 
     With DoRA, which PEFT does not have for parameters, there are none, with a warning.
     """
-    layers = base_layers(base)
+    layers = base.layers
     names = [name for name, layer in layers.items() if last_part(name) in TAKEN_FOR_EXPERTS and not layer.is_stack]
-    parameters = [*(name for name, _ in base.named_parameters()), *layers]
+    parameters = [*(parameter.name for parameter in base.dense_parameters), *layers]
     if not names or not any(name.endswith("experts.gate_up_proj") for name in parameters):
         return []
     if any(layer.config.use_dora for layer in layers.values()):

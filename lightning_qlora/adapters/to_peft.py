@@ -1,17 +1,23 @@
 """An adapter in PEFT's form: adapter_config.json and PEFT's tensors, from the layers of a module or of a checkpoint."""
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from statistics import mode
 from typing import Any
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, State
-from lightning_qlora.adapters.base_compatibility import check_one_folder, required_base, subtract_initial
-from lightning_qlora.adapters.peft_config import BASE_MODEL, UNNAMED, exact
+from lightning_qlora.adapters.base_compatibility import (
+    check_one_folder,
+    read_quantization,
+    required_base,
+    subtract_initial,
+)
+from lightning_qlora.adapters.peft_config import BASE_MODEL, UNNAMED
 from lightning_qlora.adapters.peft_experts import ExpertStack, without_place
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.names import last_part
+from lightning_qlora.layers.names import join, last_part
 from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
 
 
@@ -30,7 +36,7 @@ def to_peft(
     layers with these arguments.
     """
     check_one_folder(configs)
-    quantization = description["quantization"]
+    quantization = read_quantization(description["quantization"], others["source"])
     if base == "float" and required_base(quantization) is not None:
         layers = subtract_initial(layers, others["source"])
         quantization = None
@@ -43,7 +49,7 @@ def to_peft(
         else:
             in_peft[name] = {key: state[key] for key in ADAPTER if key in state}
     config = _config(description, configs, layers, as_parameters)
-    no_place = without_place(stacks, config)
+    no_place = without_place(layers, stacks, config)
     return Adapter(config=config, layers=in_peft, quantization=quantization, no_place=no_place, **others)
 
 
@@ -57,9 +63,14 @@ def _config(
     ranks = {}
     alphas = {}
     for name, config in configs.items():
-        in_peft = f"{name}.weight" if name in as_parameters else name
-        ranks[in_peft] = layers[name]["lora_A"].shape[-2]
-        alphas[in_peft] = _alpha(config, ranks[in_peft], use_rslora)
+        r = layers[name]["lora_A"].shape[-2]
+        alpha = config.lora_alpha
+        if (config.r, config.use_rslora) != (r, use_rslora):  # what keeps the scaling in the folder
+            alpha = config.scaling * (math.sqrt(r) if use_rslora else r)
+        if name in as_parameters:
+            name += ".weight"
+        ranks[name] = r
+        alphas[name] = alpha
     most = ranks_and_alphas(ranks, alphas)
     modules_to_save = [name for name in sorted(description["trained_in_full"]) if last_part(name) != TOKEN_ADAPTER]
     base_model = description["base_model"]
@@ -90,27 +101,19 @@ def _config(
     return entries
 
 
-def _alpha(config: QLoRAConfig, r: int, use_rslora: bool) -> float:
-    """The alpha that keeps the scaling of a layer where the folder has another rank or use_rslora."""
-    if (config.r, config.use_rslora) == (r, use_rslora):
-        return config.lora_alpha
-    return config.scaling * (math.sqrt(r) if use_rslora else r)
-
-
 def ranks_and_alphas(ranks: dict[str, int], alphas: dict[str, float], prefix: str = "") -> dict[str, Any]:
-    """The entries for ranks and alphas of layers: those of most layers, and exact patterns for the others.
+    """The entries for ranks and alphas of layers: those of most layers, and patterns for the others.
 
-    `prefix` comes before the names in the patterns.
+    A pattern matches one name only, with `prefix` before it: PEFT takes a key for a regular expression of endings.
     """
+    entries: dict[str, Any] = {}
     alphas = {name: round_alpha(alpha) for name, alpha in alphas.items()}
-    r = mode(ranks.values())
-    alpha = mode(alphas.values())
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": exact({name: value for name, value in ranks.items() if value != r}, prefix),
-        "alpha_pattern": exact({name: value for name, value in alphas.items() if value != alpha}, prefix),
-    }
+    for entry, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        most = mode(values.values())
+        entries[entry] = most
+        others = {name: value for name, value in values.items() if value != most}
+        entries[pattern] = {"^" + re.escape(join(prefix, name)): value for name, value in others.items()}
+    return entries
 
 
 def round_alpha(alpha: float) -> float | int:

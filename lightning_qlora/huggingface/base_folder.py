@@ -18,6 +18,7 @@ from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import last_part, owner_name, without_wrappers
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.provenance import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
 
@@ -150,7 +151,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
     The class of the folder comes first. An output embedding that was trained alone needs a model in which it is not
     tied to the embedding.
     """
-    needed = adapter.modules | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
+    needed = {*adapter.modules} | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     first = None
     errors: list[str] = []
     for model_class, model in _candidates(config, adapter, trust_remote_code, errors):
@@ -161,7 +162,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
             heads = {id(layer) for layer in get_output_embeddings(model.modules())}
             outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
             trained = outputs & adapter.saved.keys()
-            pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]
+            pairs = [pair for pair in tied_names(Parts.of(model)) if len(pair) == 2 and trained & set(pair)]
             return model_class, not all(map(adapter.has_one_value, pairs))
     if first is None:
         name = (config.architectures or ["model"])[0]

@@ -13,7 +13,7 @@ from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, last_part, outer_names
 from lightning_qlora.layers.patterns import Patterns
-from lightning_qlora.layers.selection import MARKED, REFUSE, SKIP, TRAIN, Selection
+from lightning_qlora.layers.selection import IN_VAIN, REFUSE, SKIP, TRAIN, Selection
 from lightning_qlora.layers.survey import Kind, Survey
 from lightning_qlora.layers.token_selection import check_tokens
 
@@ -66,7 +66,7 @@ def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> Non
         for text, names in _matches(seen, argument, Patterns(value or ())).items():
             if argument in ("rank_pattern", "alpha_pattern"):
                 if converted.keys().isdisjoint(names):
-                    dense = choice.reasons(TRAIN, SKIP, MARKED)
+                    dense = choice.reasons(TRAIN, SKIP, IN_VAIN)
                     reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in names if n in dense][:3])
                     first = first_of(map(repr, converted), 3)
                     raise ValueError(f"{argument}: {text!r} fits none of the layers to convert: [{first}].{reasons}")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_qlora.adapters.adapter import Adapter, outermost
-from lightning_qlora.adapters.base_compatibility import trained_on
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_compatibility import quantization_of, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.peft_config import CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
@@ -42,7 +42,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
 
 def fingerprint_of_base(adapter: Adapter) -> str | None:
     """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
-    numbers = [number for _, number in sorted(adapter.fingerprints.items())]
+    numbers = [number for name, number in sorted(adapter.fingerprints.items()) if name not in adapter.bases]
     if not numbers:
         return None
     return checksum(torch.tensor(numbers, device="cpu"))
@@ -61,7 +61,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         kinds.append("DoRA")
     quantization = "unknown"
     if adapter.quantization is not None:
-        quantization = ", ".join(f"{name}={value}" for name, value in adapter.quantization.items())
+        quantization = ", ".join(f"{name}={value}" for name, value in quantization_of(adapter.quantization).items())
     return [
         ("base", adapter.base_model or "unknown"),
         ("quantization", quantization),
@@ -78,11 +78,15 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
 
 def _names_of_layers(adapter: Adapter) -> list[str]:
     """The names of parameters with experts where the config has them in full, else PEFT's names of their wrappers."""
-    parameters = adapter.config.get("target_parameters") or []
-    counts = Counter(map(owner_name, parameters))
-    in_full = {owner for owner, count in Counter(map(outermost, adapter.layers)).items() if count == counts[owner]}
-    others = [key for key in adapter.layers if outermost(key) not in in_full]
-    return others + [name for name in parameters if owner_name(name) in in_full]
+    names = []
+    in_full = []
+    for owner, keys in adapter.modules.items():
+        parameters = sorted(name for name in adapter.target_parameters if owner_name(name) == owner)
+        if len(parameters) == len(keys):
+            in_full += parameters
+        else:
+            names += keys
+    return names + in_full
 
 
 def _counts(counter: Counter[int] | Counter[float]) -> str:

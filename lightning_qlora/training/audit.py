@@ -90,7 +90,7 @@ class Audit:
     def _tell_what_was_thawed(self, module: nn.Module, new: Collection[int]) -> None:
         """Tell of frozen parameters that train from this step on, as after `unfreeze()`; `new` are their ids."""
         thawed = defaultdict[str, dict[nn.Parameter, str]](dict)
-        for name, owner, _, parameter, record in frozen_parameters(module):
+        for name, owner, _, parameter, record in frozen_parameters(module.named_modules()):
             if id(parameter) in new:
                 is_dense_layer = is_linear(owner) and not isinstance(owner, LoRALayer)
                 kind = THAWED_LAYERS if is_dense_layer and not record.trained else THAWED

@@ -30,12 +30,13 @@ from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import named
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers, adapted_layers_of
 from lightning_qlora.layers.records import record, unrecorded
 from lightning_qlora.layers.selection import Row, SavedLayers, Selection, decide
 from lightning_qlora.layers.selection_checks import check_selection
 from lightning_qlora.layers.survey import Kind, Survey, survey
-from lightning_qlora.training.calibration import Calibration, calibration_of
+from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.convert_checks import (
     check_any,
     check_has_data,
@@ -126,8 +127,8 @@ def convert_module(
         report.count(module, modules)
     else:
         modules = _convert_new(module, config, run, saved, report)
-    calibration = calibration_of(modules.values())
-    report.calibration = None if calibration is None else calibration.report
+    waiting = waiting_in(modules.values(), run.sharded)
+    report.calibration = waiting[0].report if waiting else None
     report.activations = budget_of(modules.values())
     report.seconds = time.perf_counter() - start
     return report
@@ -140,7 +141,9 @@ def _convert_new(
     seen = survey(module)
     for _, part in seen.modules:
         forget_merge(part)
-        check_no_layer_resized(part)
+        earlier = conversion_of(part)
+        if earlier is not None:
+            check_no_layer_resized(earlier, Parts.of(part))
     check_has_data(seen.modules, later=run.sharded or dist.is_initialized())
     new = unrecorded(module)
     first = not any(part.kind is Kind.CONVERTED for part in seen.parts)
@@ -178,8 +181,6 @@ def _convert_new(
     make_changes("torch", "transformers")
     shard_bytes()
     use_adapter_state_dict(module, config, given)
-    if config.init_kind.needs_data and converted:
-        Calibration(module, run.sharded)
     report.take(choice)
     report.count(module, modules)
     note_after_conversion(report, modules, choice, run.device)

@@ -15,6 +15,7 @@ from lightning_qlora.checks import TRAIN_IN_FULL, first_of
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
 
@@ -98,7 +99,7 @@ def check_state_dict(module: nn.Module) -> None:
 
 def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
-    check_finite(module)
+    check_finite(Parts.of(module))
     missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
     if missing:
         rank_zero_warn(

@@ -16,7 +16,7 @@ from lightning_qlora.layers.names import join, tensors_of
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.provenance import OUTSIDE
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
-from lightning_qlora.layers.selection import FROZEN, MARKED, Selection
+from lightning_qlora.layers.selection import FROZEN, IN_VAIN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
 from lightning_qlora.layers.survey import Survey
 from lightning_qlora.texts import groups
@@ -50,7 +50,7 @@ LARGE = (
 
 def note_before_conversion(report: ConversionReport, choice: Selection, copies: Iterable[Copy]) -> None:
     """Note what the dense layers show: hooks, copies, and names in vain."""
-    for name, why in choice.reasons(MARKED).items():
+    for name, why in choice.reasons(IN_VAIN).items():
         report.note(f"target_modules names it, and it stays dense and frozen: {why}", [name])
     weights = {name: row.owner._parameters.get(row.key) for name, row in choice.convert.items()}
     report.note(HOOKS, [name for name, weight in weights.items() if _has_hooks(weight)])

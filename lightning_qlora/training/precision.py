@@ -42,7 +42,7 @@ from lightning_qlora.training.optimizers import (
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
 
-MERGED = (
+MERGED_BEFORE = (
     "its adapters were merged, and its weights are quantized again, to train new ones: to compute with the merged "
     "weights alone, leave out plugins=QLoRAPrecision(...)"
 )
@@ -151,7 +151,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         again = is_converted(root)
         report = convert_module(root, self.config, run)
         if merged:
-            report.note(MERGED, [""])
+            report.note(MERGED_BEFORE, [""])
         if run.sharded:
             to_parameters(root)
         else:
@@ -221,10 +221,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             warn_of_adapters_in_no_optimizer(module, optimizers)
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
-
-    @override
-    def _audit(self, optimizer: Optimizer) -> None:
-        self._modules.audit(optimizer)
 
     def _on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.

@@ -39,8 +39,7 @@ def adapter(number: int, r: int = 2, **entries) -> Adapter:
         config={**CONFIG, "r": r, "lora_alpha": number, **names, **entries},
         layers={f"layers.{i}.proj": state for i in range(2)},
         saved={"head.weight": torch.full((3, 5), value, dtype=torch.bfloat16)},
-        quantization=None,
-        fingerprints={},
+        source="",
     )
 
 

@@ -81,7 +81,7 @@ def test_the_bytes_are_those_of_quantizing_after_loading(build, dtype, folder):
     path = folder(build)
     expected = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model = loaded(path, dtype)
-    stacks = list(expert_stacks(model))
+    stacks = list(expert_stacks(model.named_modules()))
     assert stacks and all(stack.loaded for *_, stack in stacks)
     assert_same_conversion(model, expected)
     assert torch.equal(outputs(model).logits, outputs(expected).logits)
@@ -140,7 +140,7 @@ def test_an_adapter_to_start_from(folder, tmp_path):
     convert(model, r=4, lora_dropout=0.0)
     save_adapter(perturb(model), tmp_path / "adapter")
     again = loaded(path, adapter=str(tmp_path / "adapter"))
-    assert all(stack.loaded for *_, stack in expert_stacks(again))
+    assert all(stack.loaded for *_, stack in expert_stacks(again.named_modules()))
     convert(again, adapter=str(tmp_path / "adapter"))
     torch.testing.assert_close(outputs(again).logits, outputs(model).logits)
 
@@ -163,7 +163,7 @@ def test_a_stack_of_another_shape(build, folder):
 def test_a_stack_of_another_shape_starts_anew_where_that_is_asked_for(build, folder):
     model = loaded_with_another_size(build, folder(build), ignore_mismatched_sizes=True)
     assert not any(parameter.is_meta for parameter in model.parameters())
-    assert adapted_layers(model) and not list(expert_stacks(model))
+    assert adapted_layers(model) and not list(expert_stacks(model.named_modules()))
 
 
 def test_nan_in_an_expert_is_an_error_that_names_the_stack(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import Names
-from lightning_qlora.layers.selection import CONVERT, MARKED, REFUSE, RULES, SKIP, TRAIN, decide, select_layers
+from lightning_qlora.layers.selection import CONVERT, IN_VAIN, REFUSE, RULES, SKIP, TRAIN, decide, select_layers
 from lightning_qlora.layers.survey import Kind, Parameter, Part, Survey
 from tests.conftest import ROOT
 from tests.toys import NAMES, delta, toy
@@ -85,7 +85,7 @@ NAMED = {"target_modules": ["all-linear", "layer"]}
 
 def stays(reason):
     """Dense and frozen, with a warning if it is named."""
-    return (SKIP, reason), (MARKED, reason)
+    return (SKIP, reason), (IN_VAIN, reason)
 
 
 CASES = [  # what a survey says of a layer beside the usual, arguments, and the outcome by default and if it is named

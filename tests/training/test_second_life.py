@@ -23,7 +23,7 @@ from lightning_qlora import (
 from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.precision import MERGED
+from lightning_qlora.training.precision import MERGED_BEFORE
 from tests.conftest import Classifier, loader
 from tests.toys import perturb
 
@@ -267,5 +267,5 @@ def test_a_merged_module_that_trains_is_converted_again_with_a_mark(trainer):
     for _ in range(2):
         trainer(**run).fit(module, loader())
     trainer(**run).test(module, loader())
-    assert run["plugins"].report.notes == {MERGED: [""]}
+    assert run["plugins"].report.notes == {MERGED_BEFORE: [""]}
     assert len(adapted_layers(module)) == 2

@@ -29,7 +29,7 @@ class Adapter:
 
     Attributes:
         config: Content of adapter_config.json.
-        layers: PEFT's name of a layer -> its tensors; those of experts have PEFT's form (`peft_experts.py`).
+        layers: PEFT's name of a layer -> its tensors; those of experts have PEFT's form (`peft_layers.py`).
         saved: Name of a parameter or buffer -> value, of the modules that trained in full, and of rows of tokens.
         quantization: How the base of the training was quantized and the adapters initialized, if known; no other
             argument of it is used.

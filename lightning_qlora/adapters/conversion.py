@@ -25,6 +25,7 @@ DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
     "trained_in_full": list,
     "layers": dict,
     "experts": dict,
+    "parameters": list,
     "tokens": dict,
 }
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size

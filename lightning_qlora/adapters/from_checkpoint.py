@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import Adapter, check_state
 from lightning_qlora.adapters.base_model import config_of_layer
 from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
-from lightning_qlora.adapters.to_peft import to_peft
+from lightning_qlora.adapters.peft_layers import to_peft
 from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint

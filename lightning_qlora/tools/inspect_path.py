@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,9 @@ def fingerprint_of_base(adapter: Adapter) -> str | None:
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     names = _names_of_layers(adapter)
-    ranks = Counter(map(adapter.rank, names))
-    alphas = Counter(map(adapter.alpha, names))
     endings = Counter(last_part(name.removesuffix(".weight")) for name in names)
     tensors = [*adapter.saved.values(), *(t for state in adapter.layers.values() for t in state.values())]
-    kinds = []
-    if adapter.use_rslora:
-        kinds.append("rsLoRA")
-    if adapter.config.get("use_dora"):
-        kinds.append("DoRA")
+    kinds = {"rsLoRA": adapter.use_rslora, "DoRA": adapter.config.get("use_dora")}
     quantization = "unknown"
     if adapter.quantization is not None:
         quantization = ", ".join(f"{name}={value}" for name, value in quantization_of(adapter.quantization).items())
@@ -67,9 +62,9 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
         ("quantization", quantization),
         ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(names)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
-        ("rank", _counts(ranks)),
-        ("alpha", _counts(alphas)),
-        ("kind of LoRA", ", ".join(kinds) or "plain"),
+        ("rank", _counts(map(adapter.rank, names))),
+        ("alpha", _counts(map(adapter.alpha, names))),
+        ("kind of LoRA", ", ".join(kind for kind, is_used in kinds.items() if is_used) or "plain"),
         ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
         ("size of the weights", size_text(sum(t.nbytes for t in tensors))),
@@ -89,7 +84,8 @@ def _names_of_layers(adapter: Adapter) -> list[str]:
     return names + in_full
 
 
-def _counts(counter: Counter[int] | Counter[float]) -> str:
+def _counts(values: Iterable[float]) -> str:
+    counter = Counter(values)
     if len(counter) == 1:
         return f"{next(iter(counter)):g}"
     return ", ".join(f"{value:g} (x{count})" for value, count in counter.most_common())
@@ -100,19 +96,14 @@ def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
     packed = {key for key in folder.entries if folder.is_packed(key)}
     sizes = Counter[str]()
     for key, entry in folder.entries.items():
-        weight, is_state, _ = key.partition(".weight.")  # the scales of a 4-bit weight
-        if is_state:
-            weight += ".weight"
+        weight = f"{key}.".partition(".weight.")[0] + ".weight"  # also of the scales of a 4-bit weight
         sizes["4-bit" if weight in packed else entry.dtype] += entry.nbytes
-    kind = "model folder"
-    if packed:
-        kind = "model folder, 4-bit (bitsandbytes)"
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         architectures = ["unknown"]
     names = [file.name for file in folder.files()]
     return [
-        ("kind", kind),
+        ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
         ("architecture", ", ".join(map(str, architectures))),
         ("quantization", _quantization(folder, config, packed)),
         ("4-bit layers", str(len(packed))),

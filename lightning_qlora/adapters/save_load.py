@@ -14,7 +14,7 @@ from lightning_qlora.adapters.conversion import conversion_of, float_buffers
 from lightning_qlora.adapters.module_adapter import get_adapter, set_adapter_of_module
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.adapters.peft_layers import taken_for_experts
-from lightning_qlora.checks import check_choice, first_of
+from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.dtensor import reshard
@@ -84,7 +84,7 @@ def save_adapter(
     if changed:
         warnings.warn(
             f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
-            "checkpoint has them; or name their modules in modules_to_save.",
+            f"checkpoint has them; or {TRAIN_IN_FULL}.",
             stacklevel=2,
         )
     layers = layers_that_are_only_read(parts.base.layers)

@@ -19,7 +19,7 @@ from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
 from lightning_qlora.huggingface.base_folder import stored_format
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.names import last_part, owner_name
-from lightning_qlora.training.report import size_text
+from lightning_qlora.texts import size_text
 
 
 def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:

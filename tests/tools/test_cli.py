@@ -19,11 +19,11 @@ from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memor
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checks import install
 from lightning_qlora.kernels.cpu.matmul_16bit import products
+from lightning_qlora.texts import size_text
 from lightning_qlora.tools import doctor
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.inspect_path import fingerprint_of_base
 from lightning_qlora.tools.memory_estimate import fits
-from lightning_qlora.training.report import size_text
 from tests.conftest import ROOT, make_trainer
 from tests.toys import ARGUMENTS, Lit, converted, logits, save_in_4_bits, toy
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -75,22 +76,17 @@ def load_base_model(
         location["gguf_file"] = gguf.name
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
+    with _one_line_errors(source, "read its config"):
         config = transformers.AutoConfig.from_pretrained(**location)
         stored = stored_format(config.to_dict())
-    except Exception as error:  # wrong values make the code of configs raise errors of any type
-        raise ValueError(f"{source}: {_remedy(error)}transformers can't read its config: {one_line(error)}") from error
     check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
         config.update({"quantization_config": stored | {"dequantize": True}})
     model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
         config.update({"tie_word_embeddings": False})
-    try:
-        with torch.device("cpu"):
-            model, loading = model_class.from_pretrained(config=config, **location, **options)
-    except Exception as error:  # as above
-        raise ValueError(f"{source}: {_remedy(error)}transformers can't load it: {one_line(error)}") from error
+    with _one_line_errors(source, "load it"), torch.device("cpu"):
+        model, loading = model_class.from_pretrained(config=config, **location, **options)
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
@@ -104,11 +100,16 @@ def load_base_model(
     return model
 
 
-def _remedy(error: Exception) -> str:
-    """What to do about an error of transformers, to stand before its text, which may be long."""
-    if "trust_remote_code" in str(error):
-        return "read the Python files of the model, and pass trust_remote_code=True to run them; "
-    return ""
+@contextmanager
+def _one_line_errors(source: object, subject: str) -> Iterator[None]:
+    """Name the source in an error of transformers; what to do stands before its text, which may be long."""
+    try:
+        yield
+    except Exception as error:  # wrong values make the code of configs and models raise errors of any type
+        remedy = ""
+        if "trust_remote_code" in str(error):
+            remedy = "read the Python files of the model, and pass trust_remote_code=True to run them; "
+        raise ValueError(f"{source}: {remedy}transformers can't {subject}: {one_line(error)}") from error
 
 
 def stored_format(config: dict[str, Any]) -> dict[str, Any]:

@@ -682,7 +682,7 @@ def test_what_no_folder_of_these_tests_has():
         assert _not_splittable(place, SimpleNamespace(stack=None)) == message
     weight = quantize(torch.randn(8, 64))
     model = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 64, dtype=torch.bfloat16)})
-    load_packed = LoadPacked(SimpleNamespace(chosen={})).convert
+    load_packed = LoadPacked(SimpleNamespace(chosen={}, file_of={})).convert
     found = load_packed(weight.bnb_state_dict("weight"), model=model, full_layer_name="e.weight")
     assert_equal(found, {"e.weight": weight.dequantize(torch.bfloat16)})
 

@@ -55,10 +55,8 @@ def load_base_model(
 ) -> Any:
     """The transformers model of a folder or GGUF file that has the layers of an adapter, on the CPU.
 
-    Folders in FP8, MXFP4 and compressed-tensors, and GGUF files, are dequantized. `dtype` as in `from_pretrained`.
-
-    Raises:
-        FileNotFoundError, ValueError: If a file is missing or broken, or transformers can't make the model.
+    It is dequantized. `dtype` as in `from_pretrained`. Raises FileNotFoundError or ValueError if a file is missing or
+    broken, or transformers can't make the model.
     """
     transformers: Any = import_module("transformers")
     gguf = gguf_of(source)

@@ -20,14 +20,12 @@ def quantize_while_loading(
 ) -> Iterator[None]:
     """Within this, in this thread or task, every transformers `from_pretrained` quantizes each weight as it reads it.
 
-    The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Weights in
-    bitsandbytes' 4 bits are loaded without requantizing, and those in another format that transformers can dequantize
-    are dequantized first. Calls with a `quantization_config`, and models in formats that transformers can't dequantize,
-    load as usual. Without transformers 5 this does nothing: weights are quantized when the loaded model is converted.
+    The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Calls with
+    a `quantization_config`, and models in formats that transformers can't dequantize, load as usual. Without
+    transformers 5 this does nothing: weights are quantized when the loaded model is converted.
 
     With `sharding` models stay on the meta device until the end of this context, when `fully_shard` has split them: so
-    each rank reads its part alone. With `adapter`, the layers of this adapter are quantized instead of those of
-    `config.adapter`.
+    each rank reads its part alone. `adapter` is instead of the one in `config.adapter`.
     """
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         yield

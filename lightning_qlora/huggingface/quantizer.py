@@ -4,9 +4,8 @@
     PackedQuantizer          bitsandbytes' 4 bits are loaded without requantizing
     DequantizingQuantizer    transformers' quantizer of another format dequantizes each tensor, and ours follows
 
-One dense weight is in memory at a time. Where transformers joins tensors of the files to a stack of experts, each
-expert is quantized before the next one is read. What happens with one weight is in `operations.py`. This file imports
-transformers, so `quantize_while_loading` imports it only if transformers is installed.
+One dense weight is in memory at a time, and of a stack of experts one expert; `operations.py` has what happens with it.
+This file imports transformers, so `quantize_while_loading` imports it only if transformers is installed.
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
 """
 
@@ -60,11 +59,8 @@ class Loading:
     """What the models that load within one `quantize_while_loading` have in common.
 
     Attributes:
-        config: The arguments.
-        sharding: Whether a strategy shards the models afterwards.
         on_meta: Models whose values are read at the end, their folders, and the versions of their tensors.
-        mismatches: Errors for weights with a wrong shape in the last load; not raised if it may
-            `ignore_mismatched_sizes`.
+        mismatches: Errors for weights with a wrong shape in the last load, which may `ignore_mismatched_sizes`.
     """
 
     def __init__(self, config: QLoRAConfig, sharding: bool, adapter: Adapter | None) -> None:
@@ -90,12 +86,8 @@ class Loading:
     def quantizer_for(
         self, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], Choice]
     ) -> Choice:
-        """The quantizer of a model, its config and device_map; `ask` returns transformers' own choice of these.
-
-        If transformers can't dequantize the format of the files while it loads, that choice is returned. A GGUF file is
-        dequantized by transformers as a whole.
-        """
-        if gguf_file is not None:
+        """The quantizer of a model, its config and device_map; `ask` returns transformers' own choice of these."""
+        if gguf_file is not None:  # transformers dequantizes it as a whole
             gguf_config = getattr(transformers, "GgufConfig", None)
             return ask(gguf_config and gguf_config(dequantize=True))
         text_config = model_config.get_text_config(decoder=True)
@@ -225,10 +217,7 @@ class QLoRAQuantizer(HfQuantizer):
         return result
 
     def load_without_data(self, load: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """What `load`, `PreTrainedModel._load_pretrained_model`, returns for a model whose values are read later.
-
-        It fills the dense copy of the model, on the meta device.
-        """
+        """What `PreTrainedModel._load_pretrained_model` returns, for a model whose values are read later."""
         assert self.folder is not None
         folder = self.folder
         load_config = replace(arguments["load_config"], device_map={"": "meta"}, hf_quantizer=None)

@@ -49,10 +49,8 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
     """8-bit state with its moments decoded to fp32."""
     state = dict(state)
     shards = int(state.pop("shards", 1))
-    for moment in MOMENTS:
-        codes = state.pop(f"{moment}_codes")
-        absmax = state.pop(f"{moment}_absmax")
-        state[moment] = _decode(codes, absmax, shards, signed=moment == MOMENTS[0])
+    for signed, moment in zip((True, False), MOMENTS, strict=True):
+        state[moment] = _decode(state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax"), shards, signed)
     return state
 
 
@@ -68,7 +66,7 @@ def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Ite
 
 
 def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Whole state, with scales and tensors of the parameter's shape split as the parameter is."""
+    """Whole state, split as its parameter is: scales, and tensors of its shape."""
     state = dict(state)
     for key, value in state.items():
         if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax")):

@@ -35,7 +35,7 @@ def find_card(name: str, device: str) -> Card:
     key = re.sub(r"nvidia|amd|geforce|tesla|instinct|[\s_-]", "", str(name).lower())
     if key not in CARDS:
         raise ValueError(
-            f"gpu={shown(name)}: must be one of {', '.join(CARDS)}. For another card pass its memory, such as gpu_memory=24GiB, "
-            "and compute_dtype=fp16 if it has no bf16."
+            f"gpu={shown(name)}: must be one of {', '.join(CARDS)}. For another card pass its memory, such as "
+            "gpu_memory=24GiB, and compute_dtype=fp16 if it has no bf16."
         )
     return CARDS[key]

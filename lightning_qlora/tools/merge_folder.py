@@ -43,21 +43,10 @@ def merge_folder(
 ) -> None:
     """Write the base model with the adapter merged, as `save_pretrained` does; after an error there is no output.
 
-    The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
-
-    Args:
-        base_model: Folder of a transformers model: safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
-            format that transformers dequantizes (FP8, MXFP4, compressed-tensors); or a GGUF file, or a folder with one.
-        adapter: The adapter.
-        output: A folder that does not exist yet, or is empty.
-        dtype: Type of the written weights; "auto": that of the base.
-        base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are
-            ("float").
-        trust_remote_code: Whether code in the folder may run, as in `from_pretrained`.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError: If the base is broken, or the output exists.
-        CheckpointMismatchError: If the adapter does not fit the base.
+    The whole model is in memory, in the type of its files: safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in
+    a format that transformers dequantizes (FP8, MXFP4, compressed-tensors, GGUF). Tokenizer, chat template and other
+    files are copied. For the arguments see `merge_adapter` (cli.py). Raises FileNotFoundError, FileExistsError or
+    ValueError if the base is broken or the output exists, and CheckpointMismatchError if the adapter does not fit.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_choice("base", base, get_args(Base))

@@ -16,7 +16,7 @@ from lightning_qlora.adapters.base_model import tied_names
 from lightning_qlora.adapters.peft_experts import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
-from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
+from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import last_part, owner_name, without_wrappers
 from lightning_qlora.layers.provenance import get_output_embeddings
@@ -134,13 +134,6 @@ def check_format(stored: dict[str, Any], source: object) -> None:
     """Raise ValueError for a `stored_format` that neither we nor transformers can turn into float weights."""
     if stored and not stored.get("load_in_4bit") and not takes_dequantize(stored):
         raise ValueError(f"{source}: is in {stored.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
-
-
-def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
-    """Whether a folder is in bitsandbytes' 4 bits."""
-    if not os.path.isdir(source):
-        return False
-    return bool(stored_format(read_config(Path(source))).get("load_in_4bit"))
 
 
 def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[Any, bool]:

@@ -66,9 +66,7 @@ class Compose(ConversionOps):
         return self
 
     @torch.no_grad()
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], **arguments: Any
-    ) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, Any]:  # type: ignore[override]
         """See ConversionOps."""
         return self._by_expert(input_dict, arguments) or self._run(input_dict, arguments)
 

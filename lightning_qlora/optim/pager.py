@@ -74,8 +74,13 @@ class Pager:
                 sizes += [tensor.nbytes for tensor in tensors]
         if not pools:
             return PagingReport("plain", "no state on a GPU", 0, 0, 0)
-        allocated = sum(pool.nbytes for pool in pools)
-        return PagingReport(pools[0].kind, pools[0].reason, len(sizes), sum(sizes), allocated)
+        return PagingReport(
+            kind=pools[0].kind,
+            reason=pools[0].reason,
+            tensors=len(sizes),
+            nbytes=sum(sizes),
+            allocated=sum(pool.nbytes for pool in pools),
+        )
 
     def close(self) -> None:
         """Stop paging: all state moves to plain host memory, as in Lightning's own teardown; all pages are freed.

@@ -49,8 +49,10 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
     """8-bit state with its moments decoded to fp32."""
     state = dict(state)
     shards = int(state.pop("shards", 1))
-    for signed, moment in zip((True, False), MOMENTS, strict=True):
-        state[moment] = _decode(state.pop(f"{moment}_codes"), state.pop(f"{moment}_absmax"), shards, signed)
+    for moment in MOMENTS:
+        codes = state.pop(f"{moment}_codes")
+        absmax = state.pop(f"{moment}_absmax")
+        state[moment] = _decode(codes, absmax, shards, signed=moment == MOMENTS[0])
     return state
 
 

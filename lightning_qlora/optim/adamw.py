@@ -252,11 +252,10 @@ def _check_numbers(numbers: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         check_number(name, _plain(numbers[name]), at_least=0)
     betas = numbers["betas"]
-    allowed = f"betas={betas!r}: must be two numbers, such as (0.9, 0.999)"
     if not isinstance(betas, list | tuple):
-        raise TypeError(f"{allowed}.")
+        raise TypeError(f"betas={betas!r}: must be two numbers, such as (0.9, 0.999).")
     if len(betas) != 2:
-        raise ValueError(f"{allowed}, not {len(betas)}.")
+        raise ValueError(f"betas={betas!r}: must be two numbers, such as (0.9, 0.999), not {len(betas)}.")
     for index, beta in enumerate(betas):
         check_number(f"betas[{index}]", _plain(beta), at_least=0, below=1)
 

@@ -285,7 +285,7 @@ def test_other_arguments_at_conversion_are_refused(folder):
     ):
         with raises_in_one_line(ValueError, rf"^model.model.layers.0.self_attn.q_proj: was quantized .*{message}"):
             convert(streamed, **{**ARGUMENTS, **other})
-        assert all(torch.equal(value, before[key]) for key, value in streamed.state_dict().items())
+        assert_equal(streamed.state_dict(), before)
     report = convert(streamed, **{**ARGUMENTS, "lora_dropout": 0.5, "compute_dtype": "bf16"})
     layers = adapted_layers(streamed)
     assert sorted(report.converted) == sorted(layers) and len(layers) == 14

@@ -1,7 +1,7 @@
 """Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -72,9 +72,9 @@ def defer_logits(head: nn.Module) -> None:
         add(DeferredForward(head))
 
 
-def compute_logits(module: nn.Module) -> None:
-    """Undo `defer_logits` for all output embeddings in a module, in place."""
-    for head in module.modules():
+def compute_logits(modules: Iterable[nn.Module]) -> None:
+    """Undo `defer_logits` for all output embeddings among modules, in place."""
+    for head in modules:
         remove(head, DeferredForward)
 
 

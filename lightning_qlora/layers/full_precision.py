@@ -13,7 +13,7 @@ in a forward pass. Around the converted module, autocast lets code of other modu
 (`instance_method.py`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -270,16 +270,16 @@ def compute_types(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
     return types
 
 
-def hold_assigned(module: nn.Module) -> None:
+def hold_assigned(modules: Iterable[nn.Module]) -> None:
     """Hold in fp32 again what `load_state_dict(assign=True)` replaced by values in 16 bits."""
-    parts = [(part, vars(part)[TYPES]) for part in module.modules() if TYPES in vars(part)]
+    parts = [(part, vars(part)[TYPES]) for part in modules if TYPES in vars(part)]
     held = [(part, key, own_tensors(part).get(key)) for part, types in parts for key in types]
     hold_tensors([(part, key, value) for part, key, value in held if value is not None and value.dtype in IN_16_BITS])
 
 
-def undo_full_precision(module: nn.Module) -> None:
+def undo_full_precision(modules: Iterable[nn.Module]) -> None:
     """Let dense modules compute as their class does, and give buffers their types; parameters do not change."""
-    for part in module.modules():
+    for part in modules:
         tensors = own_tensors(part) if TYPES in vars(part) else {}
         for key, dtype in types_before(part).items():
             if key not in part._parameters:
@@ -313,7 +313,7 @@ def hold_in_fp32(
     else:
         reasons = {dtype: decide(device, dtype) for dtype in types}
     if not all(reasons.values()):
-        release(module)
+        release(parts)
     slow = [dtype for dtype in types if reasons[dtype]]
     _hold_types(parts, slow)
     _take_16_bit_inputs(parts)
@@ -359,12 +359,12 @@ def _take_16_bit_inputs(parts: list[nn.Module]) -> None:
                 method.in_fp32 = True
 
 
-def release(module: nn.Module) -> None:
+def release(modules: list[nn.Module]) -> None:
     """Give what a device holds in fp32 the type of before, in place: all but what trains, and the buffers beside it."""
-    trained = [part for part in module.modules() if _trains(part)]
+    trained = [part for part in modules if _trains(part)]
     beside = {id(buffer) for part in trained for _, _, buffer in _buffers_beside(part)}
     casts: Casts = {}
-    for part in module.modules():
+    for part in modules:
         if isinstance(part, PackedLayer):
             part.weight_dtype = part.dtype_before
         tensors = own_tensors(part) if TYPES in vars(part) else {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.kernels.cpu.products import products
+from lightning_qlora.kernels.cpu.matmul_16bit import products
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import has_values, is_strided
 

@@ -118,7 +118,7 @@ def is_transformers_model(module: nn.Module) -> bool:
 
 
 class Names(NamedTuple):
-    """The names of a layer, by their purpose. Adapter files have those of `base_layers`."""
+    """The names of a layer, by their purpose. Adapter files have those of `Parts.base`."""
 
     full: str  # in the module that is converted: errors and reports have it
     # All that a pattern may match: from the root, from the child of a LightningModule, and from the transformers model

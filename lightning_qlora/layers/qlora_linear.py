@@ -21,7 +21,7 @@ from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import parameter_name, without_wrappers
+from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
@@ -215,9 +215,9 @@ for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
 MEMBERS -= nn.Linear.__annotations__.keys()
 
 
-def adapted_layers(module: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
+def adapted_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Name -> converted layer, in the order of the module; a stack of experts by the name of its parameter."""
-    return adapted_layers_of(module.named_modules(remove_duplicate=remove_duplicate))
+    return adapted_layers_of(module.named_modules())
 
 
 def adapted_layers_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, LoRALayer]:
@@ -229,11 +229,6 @@ def adapted_layers_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, LoR
                 name = parameter_name(name)
             layers[name] = part
     return layers
-
-
-def base_layers(base: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
-    """The same by the names in adapter files: those in the base model, without wrappers."""
-    return {without_wrappers(name): layer for name, layer in adapted_layers(base, remove_duplicate).items()}
 
 
 def use_base_of_rank_0(module: nn.Module, group: Any = None) -> None:

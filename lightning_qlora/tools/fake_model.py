@@ -55,7 +55,7 @@ def meta_model(model: Any) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(model)
         stored = stored_format(config.to_dict())
         with torch.device("meta"):
-            built = _model_of_config(config)
+            built: nn.Module = _model_of_config(config)
     except OSError as error:
         raise FileNotFoundError(
             f"{model}: neither a folder with a config.json nor a model on the hub ({one_line(error)})."

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import BITS
-from lightning_qlora.adapters.from_peft import from_peft
 from lightning_qlora.adapters.merge import merge_onto
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
+from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
@@ -27,7 +26,7 @@ from lightning_qlora.kernels.ops import quantize
 from lightning_qlora.layers.fingerprint import fingerprint_of_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.qlora_linear import base_layers
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.training.convert import convert_module
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -44,18 +43,20 @@ def merge_folder(
 ) -> None:
     """Write the base model with the adapter merged, as `save_pretrained` does; after an error there is no output.
 
-    The whole model is in memory, in the type of its files: safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in
-    a format that transformers dequantizes (FP8, MXFP4, compressed-tensors, GGUF). Tokenizer, chat template and other
-    files are copied. For the arguments see `merge_adapter` (cli.py). Raises FileNotFoundError, FileExistsError or
-    ValueError if the base is broken or the output exists, and CheckpointMismatchError if the adapter does not fit.
+    `base_model` is the folder of a transformers model (safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
+    format that transformers dequantizes), or a GGUF file, or a folder with one. `dtype` is that of the written weights.
+    For `base="quantized"` the adapter is added to the weights decoded from 4 bits, as in training, else to those of the
+    folder. The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
+
+    FileNotFoundError, FileExistsError or ValueError if the base is broken, or the output exists;
+    CheckpointMismatchError if the adapter does not fit the base.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
-    quantization = adapter.quantization or {}
-    bits = {name: quantization[name] for name in BITS if name in quantization}
-    config = QLoRAConfig(**bits, deferred_logits=False)
+    trained = adapter.quantization or QLoRAConfig()
+    config = replace(trained.with_initialization("default"), deferred_logits=False)
     weights: dict[str, Tensor] = {}
     if stored_format(read_config(Path(base_model))).get("load_in_4bit"):
         with quantize_while_loading(config, adapter=adapter):
@@ -63,7 +64,7 @@ def merge_folder(
     else:
         for loading_dtype in ("auto", torch.bfloat16, torch.float16):  # training may have loaded another type
             model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
-            weights = float_weights(model, from_peft(adapter, model))
+            weights = float_weights(model, from_peft(adapter, Parts.of(model).base))
             if base == "float" or _quantizes_as_in_training(base_model, weights, adapter, config):
                 break
         if base == "quantized":
@@ -73,15 +74,12 @@ def merge_folder(
     with warnings.catch_warnings(), named(base_model):
         warnings.simplefilter("ignore")  # these warnings are about training
         convert_module(model, config)
-    layers = base_layers(model)
-    fingerprints = dict(adapter.fingerprints)
-    for name, bases in adapter.bases.items():
-        layers[name].set_packed_weights(bases)
-        fingerprints[name] = layers[name].base_fingerprint()
-    adapter = replace(adapter, fingerprints=fingerprints)
-    if base == "quantized" and (adapter.bases or not quantization.get("base_changed")):
+    layers = Parts.of(model).base.layers
+    for name, packed in adapter.bases.items():
+        layers[name].set_packed_weights(packed)
+    if base == "quantized" and not trained.changes_base:
         for name, layer in layers.items():
-            if fingerprints.get(name) not in (None, layer.base_fingerprint()):
+            if adapter.fingerprints.get(name) not in (None, layer.base_fingerprint()):
                 raise CheckpointMismatchError(
                     f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the "
                     "base model of the training, or base='float' (--base float)."

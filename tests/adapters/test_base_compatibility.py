@@ -23,6 +23,7 @@ from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoin
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.config import QLoRAConfig, arguments_that
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.adapters.folders import assert_same_tensors, read_config
@@ -167,7 +168,7 @@ METHODS = [
 
 def difference(net):
     """A, and s B, with the scaling of the folder that would be written."""
-    adapter = get_adapter(net, base="float")
+    adapter = get_adapter(Parts.of(net), base="float")
     state = adapter.layers["0"]
     config = QLoRAConfig(r=adapter.rank("0"), lora_alpha=adapter.alpha("0"), use_rslora=adapter.use_rslora)
     return state["lora_A"], config.scaling * state["lora_B"]
@@ -275,7 +276,7 @@ def test_the_base_that_an_adapter_needs():
         ("pissa_niter_4", {}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
         ("loftq", {"loftq_iter": 5}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
     ):
-        quantization = quantization_of(QLoRAConfig(init_lora_weights=method, loftq_config=loftq_config))
+        quantization = QLoRAConfig(init_lora_weights=method, loftq_config=loftq_config)
         text = required_base(quantization)
         if needed is None:
             assert text is None
@@ -295,5 +296,5 @@ def test_a_calibrated_adapter_is_exported_as_it_is_before_its_first_step(base, t
     convert(lit, **ARGUMENTS, init_lora_weights="calibrated")
     save_adapter(lit, tmp_path, base="float")
     found = read_adapter(tmp_path)
-    for name, state in get_adapter(lit).layers.items():
+    for name, state in get_adapter(Parts.of(lit)).layers.items():
         assert torch.equal(found.layers[name]["lora_A"], state["lora_A"]) and not found.layers[name]["lora_B"].any()

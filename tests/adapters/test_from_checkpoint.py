@@ -16,6 +16,7 @@ from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from tests.adapters.folders import assert_same_folders
@@ -54,7 +55,7 @@ def same_folders(lit, checkpoint, folder):
         adapter = read_adapter_from_checkpoint(checkpoint)
     save_adapter(lit, folder / "a")
     exported = adapter
-    if not adapter.quantization["base_changed"]:
+    if not adapter.quantization.changes_base:
         exported = replace(adapter, bases={})  # a module's folder has fingerprints of its base only if that was changed
     write_adapter(exported, folder / "b")
     assert_same_folders(folder / "a", folder / "b")
@@ -87,7 +88,8 @@ def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, trained, tmp_pa
     lit = Lit(toy("llama"))
     checkpoint = trained(lit, **arguments)
     same_folders(lit, checkpoint, tmp_path)
-    of_checkpoint, of_module = read_adapter_from_checkpoint(checkpoint, base="float"), get_adapter(lit, base="float")
+    of_checkpoint = read_adapter_from_checkpoint(checkpoint, base="float")
+    of_module = get_adapter(Parts.of(lit), base="float")
     assert of_checkpoint.config == of_module.config
     assert_equal(of_checkpoint.layers, of_module.layers)
 

@@ -1,7 +1,7 @@
 """The model of a base folder, or of a GGUF file, as transformers loads it; the float weights of its layers."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -12,12 +12,12 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import Adapter, State
 from lightning_qlora.adapters.base_model import tied_names
-from lightning_qlora.adapters.peft_experts import expert_parameter
+from lightning_qlora.adapters.peft_layers import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import last_part, owner_name, without_wrappers
+from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.provenance import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
@@ -151,35 +151,15 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
     The class of the folder comes first. An output embedding that was trained alone needs a model in which it is not
     tied to the embedding.
     """
-    needed = adapter.modules | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
-    first = None
-    errors: list[str] = []
-    for model_class, model in _candidates(config, adapter, trust_remote_code, errors):
-        first = first or model_class
-        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-        names = {without_wrappers(name) for name, _ in (*model.named_modules(), *tensors)}
-        if needed <= names:
-            heads = {id(layer) for layer in get_output_embeddings(model.modules())}
-            outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
-            trained = outputs & adapter.saved.keys()
-            pairs = [pair for pair in tied_names(Parts.of(model)) if len(pair) == 2 and trained & set(pair)]
-            return model_class, not all(map(adapter.has_one_value, pairs))
-    if first is None:
-        name = (config.architectures or ["model"])[0]
-        raise ValueError(f"{config.name_or_path}: transformers makes no {name} ({errors[0]}). {LOAD_IT_YOURSELF}")
-    return first, False  # what does not fit is refused by name when the adapter is loaded
-
-
-def _candidates(
-    config: Any, adapter: Adapter, trust_remote_code: bool, errors: list[str]
-) -> Iterator[tuple[Any, nn.Module]]:
-    """Classes of transformers, each with its model on the meta device, which has no weights; adds to `errors`."""
     transformers: Any = import_module("transformers")
     architecture = str((config.architectures or ["AutoModelForCausalLM"])[0])
     classes = [architecture]
     if not hasattr(transformers, architecture):
         classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    needed = {*adapter.modules} | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     heads = [v for key, v in adapter.saved.items() if v.ndim == 2 and ("classifier" in key or "score" in key)]
+    first = None
+    errors = []
     for number, name in enumerate([*classes, *OTHER_CLASSES]):
         if number == len(classes) and heads:
             config.update({"num_labels": min(len(head) for head in heads)})
@@ -193,7 +173,21 @@ def _candidates(
         except Exception as error:  # no such model of this architecture, or one that can't be built without values
             errors.append(f"{name}: {one_line(error)}")
             continue
-        yield model_class, model
+        first = first or model_class
+        parts = Parts.of(model)
+        if needed <= {
+            *dict(parts.places),
+            *dict(model.named_buffers()),
+            *(each.name for each in parts.dense_parameters),
+        }:
+            outputs = {id(layer) for layer in get_output_embeddings(parts.modules)}
+            trained = {f"{name}.weight" for name, layer in parts.named if id(layer) in outputs} & adapter.saved.keys()
+            pairs = [pair for pair in tied_names(parts) if len(pair) == 2 and trained & {*pair}]
+            return model_class, not all(map(adapter.has_one_value, pairs))
+    if first is None:
+        name = (config.architectures or ["model"])[0]
+        raise ValueError(f"{config.name_or_path}: transformers makes no {name} ({errors[0]}). {LOAD_IT_YOURSELF}")
+    return first, False  # what does not fit is refused by name when the adapter is loaded
 
 
 def float_weights(model: nn.Module, names: Iterable[str]) -> State:
@@ -213,7 +207,5 @@ def float_weights(model: nn.Module, names: Iterable[str]) -> State:
             parameter = part.owner.get_parameter(part.key).detach()
             weight = parameter.view(part.experts, -1, parameter.shape[-1])
             transposed = part.transposed
-        if transposed:
-            weight = weight.mT
-        weights[name] = weight
+        weights[name] = weight.mT if transposed else weight
     return weights

@@ -164,7 +164,7 @@ class QLoRAExperts(SavedLayer):
             lora = lora._replace(seed=self.dropout_seed())
         if self.input_statistics is not None:
             for number, part in zip(*rows_of_experts(x, ends), strict=True):
-                self.add_input(number, part)
+                self.input_statistics.add(self, number, part, self.lora_B[number])
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return self.cast_output(y, x.dtype)
 

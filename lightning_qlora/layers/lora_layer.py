@@ -102,12 +102,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         if self.input_statistics is not None:
             self.input_statistics.join(self)
 
-    def add_input(self, number: int, x: Tensor) -> None:
-        """Count an input of a matrix, in training, for an adapter that waits for it."""
-        assert self.input_statistics is not None
-        if self.training and torch.is_grad_enabled() and x.is_floating_point():
-            self.input_statistics.add(number, x)
-
     def reset_adapter(self) -> None:
         """Set A to random values and B to 0, which need no float weight."""
         sizes = self.in_features, self.out_features
@@ -265,7 +259,7 @@ class LoRALayer(WithAdapter, PackedLayer):
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
         if self.input_statistics is not None:
-            self.add_input(matrix.number, x)
+            self.input_statistics.add(self, matrix.number, x, matrix.lora_b)
         input_dtype = x.dtype
         x, in_fp16 = self.cast_input(x)
         weight, a, b, magnitude, _ = matrix

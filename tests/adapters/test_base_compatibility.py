@@ -276,7 +276,7 @@ def test_the_base_that_an_adapter_needs():
         ("pissa_niter_4", {}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
         ("loftq", {"loftq_iter": 5}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
     ):
-        quantization = quantization_of(QLoRAConfig(init_lora_weights=method, loftq_config=loftq_config))
+        quantization = QLoRAConfig(init_lora_weights=method, loftq_config=loftq_config)
         text = required_base(quantization)
         if needed is None:
             assert text is None

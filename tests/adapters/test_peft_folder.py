@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_config import CONFIG_FILE, round_alpha
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
-from lightning_qlora.adapters.to_peft import round_alpha
 from tests.adapters.folders import assert_same_folders
 
 CONFIG = {  # entries for which PEFT has other defaults, or none
@@ -39,8 +38,7 @@ def adapter(number: int, r: int = 2, **entries) -> Adapter:
         config={**CONFIG, "r": r, "lora_alpha": number, **names, **entries},
         layers={f"layers.{i}.proj": state for i in range(2)},
         saved={"head.weight": torch.full((3, 5), value, dtype=torch.bfloat16)},
-        quantization=None,
-        fingerprints={},
+        source="",
     )
 
 

@@ -10,7 +10,7 @@ from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.activations import _LivingTensors
-from lightning_qlora.training.report import parameter_bytes
+from lightning_qlora.training.parameter_counts import parameter_bytes
 from tests.layers.test_experts import SMALL, architecture, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
 from tests.toys import needs, perturb
 
@@ -63,7 +63,7 @@ def classes(module):
 
 
 def assert_same_conversion(ours, theirs, convert_ours=convert, **arguments):
-    differ = {"seconds": 0}
+    differ = {"seconds": 0, "notes": {}}  # copies are known by their float weights
     if "Linear4bit" in repr(theirs):
         differ["bytes_before"] = 0  # bitsandbytes' layers were in 4 bits; ours count as floats
     arguments = {"r": 2, **arguments}

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import convert, save_adapter
-from lightning_qlora.adapters.from_peft import from_peft
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.parts import Parts

@@ -87,7 +87,7 @@ def plan(
     memory = None
     card = None
     if gpu is not None:
-        card = find_card(gpu)
+        card = find_card(gpu, device)
         memory = card.memory
     if gpu_memory is not None:
         memory = parse_memory("gpu_memory", gpu_memory)

@@ -19,7 +19,7 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.conversion import CONVERSION
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.checks import DAMAGED
+from lightning_qlora.checks import DAMAGED, DIVERGED
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
@@ -169,7 +169,7 @@ def test_a_4_bit_weight_of_another_shape(changed):
     ("value", "words", "kind"),
     [
         (torch.ones(0, 64), ["has rank 0 for 64 inputs"], CheckpointMismatchError),
-        (torch.full((4, 64), float("nan")), ["holds NaN or Inf", "Use an earlier checkpoint"], ValueError),
+        (torch.full((4, 64), float("nan")), ["holds NaN or Inf", DIVERGED], ValueError),
     ],
 )
 def test_an_adapter_in_a_checkpoint(value, words, kind, changed):

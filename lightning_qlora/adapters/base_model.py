@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import quantization_of_layer
-from lightning_qlora.adapters.peft_experts import stacks_of
+from lightning_qlora.adapters.peft_layers import stacks_of, taken_for_experts
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, last_part, name_endings, without_wrappers
@@ -27,19 +27,24 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     quantization = None
     if layers:
         quantization = quantization_of_layer(next(iter(layers.values())))
+    parameters = []
+    if not any(layer.config.use_dora for layer in layers.values()):  # which PEFT does not have for parameters
+        parameters = taken_for_experts(base)
     description: dict[str, Any] = {
         "prefix": without_wrappers(parts.base_name),
         "task_type": _task_type(base.root),
         "base_model": getattr(getattr(base.root, "config", None), "_name_or_path", None),
         "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
         "quantization": quantization,
-        "target_modules": target_modules_of(base),
+        "target_modules": target_modules_of(base, without=parameters),
         "trained_in_full": list(trained),
         "layers": {},
     }
     stacks = stacks_of(dict(base.named))
     if stacks:
         description["experts"] = {name: list(stack) for name, stack in stacks.items()}
+    if parameters:
+        description["parameters"] = parameters
     if base.tokens:
         description["tokens"] = base.token_indices
     for name, layer in layers.items():
@@ -103,7 +108,7 @@ def _task_type(base: nn.Module) -> str | None:
     return None
 
 
-def target_modules_of(base: Parts, without: Collection[str] = ()) -> str | list[str]:
+def target_modules_of(base: Parts, without: Collection[str]) -> str | list[str]:
     """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
     modules = [name for name, _ in base.named]
     names = [name for name, layer in base.layers.items() if not layer.is_stack]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.base_compatibility import check_quantization
+from lightning_qlora.adapters.base_compatibility import read_quantization
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
@@ -25,6 +25,7 @@ DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
     "trained_in_full": list,
     "layers": dict,
     "experts": dict,
+    "parameters": list,
     "tokens": dict,
 }
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
@@ -141,7 +142,7 @@ class SavedConversion:
         for name, expected in DESCRIPTION_TYPES.items():
             if not isinstance(base.get(name, expected()), expected):
                 raise TypeError(f"{name}={shown(base[name])}: must be a {expected.__name__}.")
-        check_quantization(base.get("quantization"), "quantization")
+        read_quantization(base.get("quantization"), "quantization")
         layers = base.get("layers", {}).values()
         for arguments in {json.dumps(value): value for value in layers}.values():  # each once
             QLoRAConfig(**arguments)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.conversion import forget_conversion, mark_as_merged
 from lightning_qlora.adapters.module_adapter import check_finite
-from lightning_qlora.checks import check_choice, check_module
+from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
@@ -73,8 +73,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     parts = Parts.of(module)
     layers = parts.layers
-    if not layers:
-        raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
+    check_converted(module, layers)
     check_finite(parts)
     reshard(parts.modules)
     stacks = list(expert_stacks(parts.named))

@@ -10,11 +10,10 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.adapters.base_compatibility import check_required_base, record_initialization
-from lightning_qlora.adapters.base_model import describe_base, target_modules_of, tied_names, trained_modules
+from lightning_qlora.adapters.base_model import describe_base, tied_names, trained_modules
 from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.adapters.from_peft import from_peft, refuse
-from lightning_qlora.adapters.peft_experts import linear_parameters
-from lightning_qlora.adapters.to_peft import ranks_and_alphas, to_peft
+from lightning_qlora.adapters.peft_config import ranks_and_alphas
+from lightning_qlora.adapters.peft_layers import from_peft, refuse, to_peft
 from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
@@ -68,16 +67,11 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     saved: State = {}
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
-    as_parameters = linear_parameters(base_model)
-    description = describe_base(parts, next(iter(layers.values())).config, trained)
-    if as_parameters:
-        description["target_modules"] = target_modules_of(base_model, without=as_parameters)
     return to_peft(
-        description,
+        describe_base(parts, next(iter(layers.values())).config, trained),
         {name: layer.config for name, layer in layers.items()},
         {name: _state_of_layer(layer) for name, layer in layers.items()},
         base,
-        as_parameters,
         saved=saved,
         fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
         source=type(parts.root).__name__,
@@ -106,7 +100,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
         stop_waiting(layer)
         layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
-        layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora))
+        layer.set_config(replace(layer.config, use_rslora=adapter.config["use_rslora"]))
         state = loaded.get(name)
         if state is None:
             layer.reset_adapter()
@@ -123,7 +117,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
         conversion = conversion_of(part)
         if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
             arguments = _ranks_and_alphas(adapter, loaded) | {"rank_pattern": {}, "alpha_pattern": {}}
-            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.use_rslora)
+            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.config["use_rslora"])
 
 
 def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = "") -> dict[str, Any]:
@@ -142,8 +136,8 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     return replace(
         config.with_initialization("default"),
         **_ranks_and_alphas(adapter, layers, prefix),
-        use_rslora=adapter.use_rslora,
-        use_dora=bool(adapter.config.get("use_dora")),
+        use_rslora=adapter.config["use_rslora"],
+        use_dora=adapter.config["use_dora"],
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
+from lightning_qlora.adapters.base_compatibility import read_quantization, record_initialization, required_base
 from lightning_qlora.adapters.base_model import config_of_layer, describe_base, trained_modules
 from lightning_qlora.adapters.conversion import (
     CONVERSION,
@@ -265,10 +265,10 @@ def _take_arguments(base: Parts, conversion: Conversion, saved: SavedConversion)
             f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(base.token_indices)} here, "
             "by names of embeddings. Set it to the value of the checkpoint."
         )
-    arguments = {layer: vars(config_of_layer(saved.base, name, saved.config)) for name, layer in base.layers.items()}
+    arguments = {layer: config_of_layer(saved.base, name, saved.config) for name, layer in base.layers.items()}
     for layer, of_layer in arguments.items():
-        check_same_arguments(layer, of_layer)
-    quantization = saved.base.get("quantization")
+        check_same_arguments(layer, vars(of_layer))
+    quantization = read_quantization(saved.base.get("quantization"), "quantization")
     for layer, of_layer in arguments.items():
         # The arguments do not name the initialization of adapters that came from a folder.
         record_initialization(layer, quantization if required_base(quantization) else of_layer)

@@ -13,7 +13,8 @@ from lightning_qlora.adapters.base_model import trained_modules
 from lightning_qlora.adapters.conversion import conversion_of, float_buffers
 from lightning_qlora.adapters.module_adapter import get_adapter, set_adapter_of_module
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.checks import check_choice, first_of
+from lightning_qlora.adapters.peft_layers import taken_for_experts
+from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.dtensor import reshard
@@ -71,11 +72,19 @@ def save_adapter(
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
+    dense = taken_for_experts(parts.base)
+    if dense and adapter.config["use_dora"]:
+        warnings.warn(
+            f"PEFT can't load the adapters of {len(dense)} layers ({first_of(dense, 1)}): it takes their names for "
+            "those of the experts, and has no DoRA for these. Merge the adapter, or load the folder with "
+            "lightning_qlora (adapter=FOLDER).",
+            stacklevel=2,
+        )
     changed = _changed_buffers(parts, {join(prefix, owner_name(key)) for key in adapter.saved})
     if changed:
         warnings.warn(
             f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
-            "checkpoint has them; or name their modules in modules_to_save.",
+            f"checkpoint has them; or {TRAIN_IN_FULL}.",
             stacklevel=2,
         )
     layers = layers_that_are_only_read(parts.base.layers)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -93,8 +94,8 @@ def refuse_second_derivative() -> None:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "4-bit layers have no second derivative: create_graph=True is not supported. Name the layers in "
-            "exclude_modules, which keeps them dense."
+            "4-bit layers have no second derivative: create_graph=True is not supported. For layers that need one, "
+            f"{KEEP_DENSE}."
         )
 
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
+
 READ_ONLY = (
     "the weight of a 4-bit layer, or of an embedding with rows that train, is read-only, because it is computed at "
     "each use. To replace a 4-bit weight, call layer.quantize_weight(new_weight). If the model itself writes to it, "
-    "name the layer in exclude_modules, so that it stays dense."
+    f"{KEEP_DENSE}."
 )
 # What tells the properties of a tensor without its values.
 PROPERTIES = [
@@ -101,8 +103,7 @@ class Readable(Tensor):
         """Refused, because no parameter would train; False is allowed, since the 4-bit weight is frozen."""
         if requires_grad:
             raise RuntimeError(
-                "weight.requires_grad_(): a 4-bit weight can't train; its adapter does. To train the layer in full, "
-                "name it in modules_to_save."
+                f"weight.requires_grad_(): a 4-bit weight can't train; its adapter does. Or {TRAIN_IN_FULL}."
             )
         return self
 

@@ -138,7 +138,6 @@ class Survey:
     parts: list[Part]  # the modules in the order of `named_modules`, each followed by the experts that it holds
     trains: bool = True
     is_loaded: bool = False  # whether a transformers model in it was loaded from weights
-    quantized_models: dict[str, str] = field(default_factory=dict)  # name of each that was then quantized -> its class
 
     @property
     def class_name(self) -> str:
@@ -158,7 +157,6 @@ def survey(root: nn.Module) -> Survey:
         parts=list(_Facts(root, places).parts()),
         trains=any(parameter.requires_grad for parameter in places[0].parameters),
         is_loaded=bool(loaded_models(places)),
-        quantized_models={each.name: type(each.module).__name__ for each in places if LOADED in vars(each.module)},
     )
 
 

@@ -17,8 +17,8 @@ from lightning_qlora.kernels.cpu import build, library
 from lightning_qlora.kernels.cpu.matmul_16bit import products
 from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.optim.host_memory import why_not_managed
+from lightning_qlora.texts import size_text
 from lightning_qlora.training.convert import convert
-from lightning_qlora.training.report import size_text
 
 PACKAGES = {  # package -> the extra that installs it; "": it is always installed; None: this package does not need it
     "torch": "",

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import BITS
-from lightning_qlora.adapters.from_peft import from_peft
 from lightning_qlora.adapters.merge import merge_onto
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
+from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
-from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
+from lightning_qlora.files.safetensors_folder import read_config
+from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, load_base_model, stored_format
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels.ops import quantize
@@ -43,31 +43,22 @@ def merge_folder(
 ) -> None:
     """Write the base model with the adapter merged, as `save_pretrained` does; after an error there is no output.
 
-    The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
+    `base_model` is the folder of a transformers model (safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
+    format that transformers dequantizes), or a GGUF file, or a folder with one. `dtype` is that of the written weights.
+    For `base="quantized"` the adapter is added to the weights decoded from 4 bits, as in training, else to those of the
+    folder. The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
 
-    Args:
-        base_model: Folder of a transformers model: safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
-            format that transformers dequantizes (FP8, MXFP4, compressed-tensors); or a GGUF file, or a folder with one.
-        adapter: The adapter.
-        output: A folder that does not exist yet, or is empty.
-        dtype: Type of the written weights; "auto": that of the base.
-        base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are
-            ("float").
-        trust_remote_code: Whether code in the folder may run, as in `from_pretrained`.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError: If the base is broken, or the output exists.
-        CheckpointMismatchError: If the adapter does not fit the base.
+    FileNotFoundError, FileExistsError or ValueError if the base is broken, or the output exists;
+    CheckpointMismatchError if the adapter does not fit the base.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
-    quantization = adapter.quantization or {}
-    bits = {name: quantization[name] for name in BITS if name in quantization}
-    config = QLoRAConfig(**bits, deferred_logits=False)
+    trained = adapter.quantization or QLoRAConfig()
+    config = replace(trained.with_initialization("default"), deferred_logits=False)
     weights: dict[str, Tensor] = {}
-    if is_in_4_bits(base_model):
+    if stored_format(read_config(Path(base_model))).get("load_in_4bit"):
         with quantize_while_loading(config, adapter=adapter):
             model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
     else:
@@ -84,14 +75,11 @@ def merge_folder(
         warnings.simplefilter("ignore")  # these warnings are about training
         convert_module(model, config)
     layers = Parts.of(model).base.layers
-    fingerprints = dict(adapter.fingerprints)
-    for name, bases in adapter.bases.items():
-        layers[name].set_packed_weights(bases)
-        fingerprints[name] = layers[name].base_fingerprint()
-    adapter = replace(adapter, fingerprints=fingerprints)
-    if base == "quantized" and (adapter.bases or not quantization.get("base_changed")):
+    for name, packed in adapter.bases.items():
+        layers[name].set_packed_weights(packed)
+    if base == "quantized" and not trained.changes_base:
         for name, layer in layers.items():
-            if fingerprints.get(name) not in (None, layer.base_fingerprint()):
+            if adapter.fingerprints.get(name) not in (None, layer.base_fingerprint()):
                 raise CheckpointMismatchError(
                     f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the "
                     "base model of the training, or base='float' (--base float)."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.training.report import size_text
+from lightning_qlora.texts import size_text
 
 MARGIN = 0.05  # of the limit: fragmentation, and what differs from step to step
 

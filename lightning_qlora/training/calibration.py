@@ -28,8 +28,8 @@ from lightning_qlora.training.calibrated_adapter import (
     ranks_with_weights,
     root_mean_square,
 )
+from lightning_qlora.training.calibration_report import CalibrationReport
 from lightning_qlora.training.optimizers import parameters_of
-from lightning_qlora.training.report import CalibrationReport
 
 
 def calibrate(module: nn.Module, replicas: Any = None) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities import rank_zero_info
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from tqdm import tqdm
@@ -31,25 +31,30 @@ from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.parts import Parts
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import adapted_layers, adapted_layers_of
 from lightning_qlora.layers.records import record, unrecorded
 from lightning_qlora.layers.selection import Row, SavedLayers, Selection, decide
-from lightning_qlora.layers.selection_checks import check_names_in_loaded_models, check_selection
+from lightning_qlora.layers.selection_checks import check_selection
 from lightning_qlora.layers.survey import Kind, Survey, survey
 from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.convert_checks import (
-    check_before_conversion,
+    check_any,
     check_has_data,
     check_initialized,
-    warn_after_conversion,
-    warn_of_copies,
+    check_loaded,
     warn_of_other_arguments,
-    warn_of_slow_products,
+    warn_of_other_layers,
 )
 from lightning_qlora.training.gradient_checkpointing import budget_of, enable_gradient_checkpointing
 from lightning_qlora.training.mapped_files import copy_from_files
+from lightning_qlora.training.notes import (
+    note_after_conversion,
+    note_before_conversion,
+    note_before_first_conversion,
+)
+from lightning_qlora.training.parameter_counts import dense_bytes
 from lightning_qlora.training.patches import shard_bytes
-from lightning_qlora.training.report import ConversionReport, dense_bytes
+from lightning_qlora.training.report import ConversionReport
 
 IN_INIT = (
     "Folders in 8 or 4 bits are dequantized while they load in configure_model or plugin.init(): load the model there, "
@@ -83,7 +88,10 @@ def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> Conversio
         ```
     """
     check_module("module", module)
-    return convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
+    report = convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
+    if report.notes:  # the caller may not print the report
+        rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=2)
+    return report
 
 
 class Run(NamedTuple):
@@ -148,13 +156,14 @@ def _convert_new(
         check_output_embeddings(dict(seen.modules), config.deferred_logits)
     choice = decide(seen, config, saved)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
-    if adapter is None:
-        check_names_in_loaded_models(seen, config)
     report.by_size = config.all_linear and saved is None and first and not seen.is_loaded
-    check_before_conversion(seen, choice, config, first)
+    if first:
+        check_any(choice, config)
+        note_before_first_conversion(report, seen, choice, config)
+    check_loaded(seen, choice)
     copies = find_copies(seen, choice)
     share_seeds(choice, copies)
-    warn_of_copies(copies)
+    note_before_conversion(report, choice, copies)
     converted = _quantize(seen, choice, run.device)
     forget_quantizer(part for _, part in seen.modules)
     report.frozen = freeze(seen, choice, new, converted)
@@ -174,8 +183,9 @@ def _convert_new(
     use_adapter_state_dict(module, config, given)
     report.take(choice)
     report.count(module, modules)
-    warn_after_conversion(modules, choice, config, report, first)
-    warn_of_slow_products(modules, run.device)
+    note_after_conversion(report, modules, choice, run.device)
+    if not first and not choice.convert:
+        warn_of_other_layers(adapted_layers_of(modules.items()), config)
     return modules
 
 

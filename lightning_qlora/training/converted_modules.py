@@ -52,7 +52,7 @@ class ConvertedModules:
         if again and previous is not None:
             report = previous.report
         device = next((layer.packed.device.type for layer in _layers(module)), "cpu")
-        self._converted[module] = _Converted(report, device, Audit(report.unused))
+        self._converted[module] = _Converted(report, device, Audit(report))
         return report
 
     def audit(self, optimizer: Optimizer) -> None:

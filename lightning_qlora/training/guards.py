@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.module_adapter import check_finite
-from lightning_qlora.checks import first_of
+from lightning_qlora.checks import TRAIN_IN_FULL, first_of
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers
@@ -34,8 +34,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         if isinstance(callback, classes(BaseFinetuning)):
             raise RuntimeError(
                 f"{name} freezes parameters before the module is converted, so their layers would stay dense, and "
-                "train in full when it makes them trainable. Remove the callback: QLoRA trains the adapters, and in "
-                "full the modules named in modules_to_save."
+                "train in full when it makes them trainable. Remove the callback. For what it should train beside the "
+                f"adapters, {TRAIN_IN_FULL}."
             )
         if isinstance(callback, classes(ModelPruning)):
             raise RuntimeError(
@@ -51,14 +51,6 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "the arguments of the plugin before the Trainer's method, so that the copy has the adapters; or remove "
                 "the callback."
             )
-
-
-def warn_of_merged(module: nn.Module) -> None:
-    """Warn of a module that is converted again although its adapters were merged."""
-    rank_zero_warn(
-        f"The adapters of this {type(module).__name__} were merged, and its weights are quantized again now, to train "
-        "new adapters. To compute with the merged weights alone, leave out plugins=QLoRAPrecision(...)."
-    )
 
 
 def check_fsdp_groups(module: nn.Module) -> None:
@@ -99,9 +91,9 @@ def check_state_dict(module: nn.Module) -> None:
         layers = adapted_layers(module)
         raise RuntimeError(
             f"{type(module).__name__}.state_dict() leaves out the adapters of {len(missing)} of {len(layers)} layers "
-            f"({first_of(missing, 3)}), so no checkpoint would hold what they "
-            "learn. Frozen weights are in no checkpoint of a converted module: remove the override or the hook that "
-            "leaves them out, or let it keep what ends in lora_A and lora_B."
+            f"({first_of(missing, 3)}), so no checkpoint would hold what they learn. Frozen weights are in no "
+            "checkpoint of a converted module: remove the override or the hook that leaves them out, or let it keep "
+            "what ends in lora_A and lora_B."
         )
 
 

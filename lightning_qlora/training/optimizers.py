@@ -6,7 +6,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qlora.checks import first_of
+from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
@@ -87,9 +87,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         raise RuntimeError(
             f"All {len(parameters)} parameters of the {type(optimizer).__name__} are frozen, so nothing would train. "
-            "Conversion freezes all but the adapters and what modules_to_save names; name the modules of this "
-            "optimizer there. Or the module was frozen after conversion (freeze(), requires_grad_(False), PEFT's "
-            "prepare_model_for_kbit_training): leave that out."
+            f"Conversion freezes all but the adapters: {TRAIN_IN_FULL}. Or the module was frozen after conversion "
+            "(freeze(), requires_grad_(False), PEFT's prepare_model_for_kbit_training): leave that out."
         )
 
 
@@ -104,7 +103,7 @@ def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimiz
     if optimizers and rest:
         rank_zero_warn(
             f"The adapters of {len(rest)} of {len(layers)} layers are in no optimizer, so they do not train: "
-            f"{first_of(rest, 5)}. Pass self.parameters() to the optimizer, or name these layers in exclude_modules."
+            f"{first_of(rest, 5)}. Pass self.parameters() to the optimizer, or {KEEP_DENSE}."
         )
 
 

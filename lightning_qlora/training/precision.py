@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -42,6 +41,11 @@ from lightning_qlora.training.optimizers import (
 )
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
+
+MERGED_BEFORE = (
+    "its adapters were merged, and its weights are quantized again, to train new ones: to compute with the merged "
+    "weights alone, leave out plugins=QLoRAPrecision(...)"
+)
 
 
 @inherit_from_copies
@@ -141,12 +145,13 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
                 self._runs.append(trainer)
             guards.check_trainer(trainer, trainer.lightning_module)
             run = run._replace(device=trainer.strategy.root_device, sharded=_shards_module(trainer))
-        if was_merged(root):
-            if self._evaluating:
-                return module
-            guards.warn_of_merged(root)
+        merged = was_merged(root)
+        if merged and self._evaluating:
+            return module
         again = is_converted(root)
         report = convert_module(root, self.config, run)
+        if merged:
+            report.note(MERGED_BEFORE, [""])
         if run.sharded:
             to_parameters(root)
         else:
@@ -277,9 +282,11 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         saved = state_dict.get("kernels")
         here = self._kernels()
         if None not in (saved, here) and saved != here:
-            rank_zero_warn(
-                f"The checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
-                "state, but its results differ from those of an uninterrupted run in their last bits."
+            assert self.report is not None
+            self.report.tell(
+                f"the checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
+                "state, but its results differ from those of an uninterrupted run in their last bits",
+                [""],
             )
         set_torch_rng_state_of_rank(state_dict["random_state"])
 

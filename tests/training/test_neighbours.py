@@ -138,22 +138,6 @@ def test_lora_matrices_of_other_libraries_are_refused(kind):
     assert trains.trained_in_full == {"1": "in modules_to_save"}
 
 
-class OwnLoRA(nn.Module):
-    """As many write it themselves; the matrices have any name."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
-        self.lora = nn.ParameterDict({"a": torch.zeros(64, 4), "b": torch.zeros(4, 64)})
-
-
-def test_adapters_written_by_hand_are_named_before_a_second_one_is_added():
-    model = nn.Sequential(nn.Linear(64, 64), OwnLoRA(nn.Linear(64, 64)))
-    message = r"1 frozen linear layers have adapters.*by hand.*: 1\.linear\. Conversion adds"
-    with pytest.warns(UserWarning, match=message):
-        convert(model, r=2, target_modules=["0", "linear"])
-
-
 def test_a_peft_model_is_refused_until_it_is_merged_and_an_adapter_that_was_injected():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_qlora import ConversionReport, QLoRAConfig, QLoRAPrecision, convert, quantize
-from lightning_qlora.training.report import CalibrationReport, groups, size_text
+from lightning_qlora.texts import groups, size_text
+from lightning_qlora.training.calibration_report import CalibrationReport
 
 
 def test_the_numbers_of_a_conversion():

@@ -31,7 +31,7 @@ from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.parts import Parts
-from lightning_qlora.layers.qlora_linear import adapted_layers, adapted_layers_of
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import record, unrecorded
 from lightning_qlora.layers.selection import Row, SavedLayers, Selection, decide
 from lightning_qlora.layers.selection_checks import check_selection
@@ -42,15 +42,16 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     check_loaded,
-    warn_of_other_arguments,
-    warn_of_other_layers,
+    differing_arguments,
 )
 from lightning_qlora.training.gradient_checkpointing import budget_of, enable_gradient_checkpointing
 from lightning_qlora.training.mapped_files import copy_from_files
 from lightning_qlora.training.notes import (
+    CONVERTED_BEFORE,
     note_after_conversion,
     note_before_conversion,
     note_before_first_conversion,
+    note_other_arguments,
 )
 from lightning_qlora.training.parameter_counts import dense_bytes
 from lightning_qlora.training.patches import shard_bytes
@@ -185,7 +186,7 @@ def _convert_new(
     report.count(module, modules)
     note_after_conversion(report, modules, choice, run.device)
     if not first and not choice.convert:
-        warn_of_other_layers(adapted_layers_of(modules.items()), config)
+        note_other_arguments(report, modules, config)
     return modules
 
 
@@ -213,9 +214,10 @@ def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter |
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
     _load_adapter_once(module, config.adapter, None)
-    if config not in (conversion.config, *conversion.given):
-        names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
-        warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)
+    names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
+    other = differing_arguments(conversion.given[-1], config, names)
+    if other and config not in (conversion.config, *conversion.given):
+        rank_zero_warn(f"{type(module).__name__} {CONVERTED_BEFORE.format(', '.join(other))}.", stacklevel=2)
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.copies import Copy
 from lightning_qlora.layers.held_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
@@ -20,7 +20,7 @@ from lightning_qlora.layers.selection import FROZEN, IN_VAIN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
 from lightning_qlora.layers.survey import Survey
 from lightning_qlora.texts import groups
-from lightning_qlora.training.convert_checks import no_layer
+from lightning_qlora.training.convert_checks import differing_arguments, no_layer
 from lightning_qlora.training.report import ConversionReport
 
 LARGEST = 5  # weights that stayed in 16 bits
@@ -41,6 +41,10 @@ COPY = (
 IN_16 = (
     "trains in 16 bits, in which most steps of an optimizer are lost, because it is of a sharded module or a "
     "ScriptModule: build it in fp32"
+)
+CONVERTED_BEFORE = (
+    "was converted before, with {}, and stays so: to convert with other arguments, build the module again, or merge "
+    "the adapters first"
 )
 LARGE = (
     "trains in full, and what does has more parameters than all adapters: if it was loaded from weights, name its "
@@ -102,6 +106,16 @@ def note_after_conversion(
                 "computes in it; files and merged weights have the same types",
                 [""],
             )
+
+
+def note_other_arguments(report: ConversionReport, modules: Mapping[str, nn.Module], config: QLoRAConfig) -> None:
+    """Note layers of an earlier conversion that have other arguments than those passed now."""
+    if config.rank_pattern or config.alpha_pattern:
+        return
+    for name, layer in adapted_layers_of(modules.items()).items():
+        other = differing_arguments(layer.config, config, arguments_that("of_layer"))
+        if other:
+            report.note(CONVERTED_BEFORE.format(", ".join(other)), [name])
 
 
 def _has_hooks(weight: Tensor | None) -> bool:

@@ -91,7 +91,7 @@ def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> Conversio
     check_module("module", module)
     report = convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
     if report.notes:  # the caller may not print the report
-        rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=2)
+        rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=5)
     return report
 
 
@@ -217,7 +217,7 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
     names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
     other = differing_arguments(conversion.given[-1], config, names)
     if other and config not in (conversion.config, *conversion.given):
-        rank_zero_warn(f"{type(module).__name__} {CONVERTED_BEFORE.format(', '.join(other))}.", stacklevel=2)
+        rank_zero_warn(f"{type(module).__name__} {CONVERTED_BEFORE.format(', '.join(other))}.")
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion
 

@@ -75,7 +75,7 @@ def note_before_first_conversion(
         advice = ""
         if FROZEN in choice.skip.values():
             advice = "; target_modules converts frozen layers that it names"
-        report.note(f"no layer is in 4 bits ({no_layer(config)}){advice}", [""])
+        report.note(f"no layer is in 4 bits ({no_layer(config)}){advice}")
 
 
 def note_after_conversion(
@@ -96,15 +96,14 @@ def note_after_conversion(
     try:
         check_one_folder({name: layer.config for name, layer in layers.items()})
     except ValueError as error:
-        report.note(f"save_adapter will refuse it: {error}", [""])
+        report.note(f"save_adapter will refuse it: {error}")
     layer = next(iter(layers.values()))
     if layer.config.compute_dtype == "bf16":
         reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
         if reason is not None:
             report.note(
                 f"compute_dtype='bf16': {reason}. With compute_dtype='auto' the module is kept in fp32 here, and "
-                "computes in it; files and merged weights have the same types",
-                [""],
+                "computes in it; files and merged weights have the same types"
             )
 
 

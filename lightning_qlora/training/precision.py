@@ -155,7 +155,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         again = is_converted(root)
         report = convert_module(root, self.config, run)
         if merged:
-            report.note(MERGED_BEFORE, [""])
+            report.note(MERGED_BEFORE)
         if run.sharded:
             to_parameters(root)
         else:
@@ -290,8 +290,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             assert self.report is not None
             self.report.tell(
                 f"the checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
-                "state, but its results differ from those of an uninterrupted run in their last bits",
-                [""],
+                "state, but its results differ from those of an uninterrupted run in their last bits"
             )
         set_torch_rng_state_of_rank(state_dict["random_state"])
 

@@ -60,6 +60,11 @@ class Adapter:
         """Whether the scaling is alpha / sqrt(r) instead of alpha / r."""
         return bool(self.config.get("use_rslora"))
 
+    @property
+    def use_dora(self) -> bool:
+        """Whether the magnitude of every output row is trained too."""
+        return bool(self.config.get("use_dora"))
+
     @cached_property
     def target_parameters(self) -> frozenset[str]:
         """PEFT's target_parameters: names of parameters, or endings of names."""
@@ -86,6 +91,11 @@ class Adapter:
         if not self.target_parameters:
             return len(self.layers[name]["lora_A"])
         return int(self._by_pattern("rank_pattern", name, "r"))
+
+    @cached_property
+    def ranks(self) -> set[int]:
+        """The ranks of layers; PEFT writes the patterns in another order, so which layer has which is not known."""
+        return {self.config["r"], *(self.config.get("rank_pattern") or {}).values()}
 
     def _by_pattern(self, pattern: str, name: str, default: str) -> Any:
         if self.is_target(f"{name}.weight"):

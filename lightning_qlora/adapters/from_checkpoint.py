@@ -68,16 +68,8 @@ def read_adapter_from_checkpoint(
         for key, value in state.items()
         if owner_name(without_wrappers(key)) in owners
     }
-    return to_peft(
-        description,
-        configs,
-        layers,
-        base,
-        saved=saved,
-        bases=bases,
-        fingerprints=fingerprints,
-        source=str(path),
-    )
+    others = {"saved": saved, "bases": bases, "fingerprints": fingerprints, "source": str(path)}
+    return to_peft(description, configs, layers, base, **others)
 
 
 def _read_converted_state_dict(

@@ -137,7 +137,7 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
         config.with_initialization("default"),
         **_ranks_and_alphas(adapter, layers, prefix),
         use_rslora=adapter.use_rslora,
-        use_dora=bool(adapter.config.get("use_dora")),
+        use_dora=adapter.use_dora,
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),

@@ -131,11 +131,6 @@ def round_alpha(alpha: float) -> float | int:
     return int(rounded) if rounded == int(rounded) else rounded
 
 
-def ranks_of(config: dict[str, Any]) -> set[int]:
-    """The ranks of layers; PEFT writes the patterns in another order, so which layer has which is not known."""
-    return {config["r"], *(config.get("rank_pattern") or {}).values()}
-
-
 def _check_unset(name: str, value: Any) -> None:
     if value and value != "none":
         raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read. {MERGE_IN_PEFT}")

@@ -22,7 +22,7 @@ from lightning_qlora.adapters.base_compatibility import (
     required_base,
     subtract_initial,
 )
-from lightning_qlora.adapters.peft_config import CONFIG_FILE, MERGE_IN_PEFT, ranks_of, read_peft_config
+from lightning_qlora.adapters.peft_config import CONFIG_FILE, MERGE_IN_PEFT, read_peft_config
 from lightning_qlora.checks import DAMAGED, DIVERGED, shown
 from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import atomic_files
@@ -81,8 +81,6 @@ def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Ad
     with named(weights_file):
         _check_sums(tensors, metadata)
         layers, saved = _layers_and_saved(tensors)
-        for name, state in layers.items():
-            _check_layer(f"key '{PREFIX}{name}.lora_A.weight':", state, config)
         trained = _entry(metadata, BASE)
         for name, value in trained.items():
             if not isinstance(value, dict | None):
@@ -95,7 +93,7 @@ def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Ad
             fingerprints=trained.get("fingerprints") or {},
             source=str(weights_file),
         )
-        adapter.tokens  # noqa: B018, checks them
+        _check_files(adapter)
     if base == "float" and required_base(adapter.quantization) is not None:
         layers = subtract_initial(adapter.layers, adapter.source)
         return replace(adapter, layers=layers, quantization=None, fingerprints={})
@@ -168,16 +166,19 @@ def _check_saved(key: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"key {key!r} holds NaN. {DIVERGED}")
 
 
-def _check_layer(key: str, state: State, config: dict[str, Any]) -> None:
-    """Refuse tensors of no layer, or of another rank or kind than in the config: the files are not of one adapter."""
-    check_state(key, state)
-    pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (MAGNITUDE in state, {bool(config.get("use_dora"))})}
-    if not config.get("target_parameters"):  # for these PEFT has the ranks of all experts in one matrix
-        pairs["rank"] = len(state["lora_A"]), ranks_of(config)
-    for argument, (value, allowed) in pairs.items():
-        if value not in allowed:
-            words = ", ".join(map(str, sorted(allowed)))
-            raise ValueError(
-                f"{key} the file has {argument}={value} there, and {CONFIG_FILE} has {words}. They are not of one "
-                "adapter: copy or save both again."
-            )
+def _check_files(adapter: Adapter) -> None:
+    """Refuse layers of another rank or kind than in the config, and rows of other tokens."""
+    for name, state in adapter.layers.items():
+        key = f"key '{PREFIX}{name}.lora_A.weight':"
+        check_state(key, state)
+        pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (MAGNITUDE in state, {adapter.use_dora})}
+        if not adapter.target_parameters:  # for these PEFT has the ranks of all experts in one matrix
+            pairs["rank"] = len(state["lora_A"]), adapter.ranks
+        for argument, (value, allowed) in pairs.items():
+            if value not in allowed:
+                words = ", ".join(map(str, sorted(allowed)))
+                raise ValueError(
+                    f"{key} the file has {argument}={value} there, and {CONFIG_FILE} has {words}. They are not of one "
+                    "adapter: copy or save both again."
+                )
+    adapter.tokens  # noqa: B018, checks them

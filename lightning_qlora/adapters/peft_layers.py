@@ -22,7 +22,7 @@ from lightning_qlora.adapters.base_compatibility import (
     required_base,
     subtract_initial,
 )
-from lightning_qlora.adapters.peft_config import config_for_peft, ranks_of
+from lightning_qlora.adapters.peft_config import config_for_peft
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.expert_selection import expert_parameters
 from lightning_qlora.layers.experts import PARAMETERS, ExpertParameter
@@ -208,7 +208,7 @@ def _check_sizes(adapter: Adapter, key: str, base: Parts, what: str, matrices: i
     """`sizes`: outputs and inputs of `what`, as PEFT counts them; it has the ranks of all matrices in one."""
     a, b = (list(adapter.layers[key][part].shape) for part in ("lora_A", "lora_B"))
     outputs, inputs = sizes
-    if (a[1], b[0]) != (inputs, outputs) or a[0] not in {matrices * rank for rank in ranks_of(adapter.config)}:
+    if (a[1], b[0]) != (inputs, outputs) or a[0] not in {matrices * rank for rank in adapter.ranks}:
         difference = f"has {what} of {inputs} inputs and {outputs} outputs there, the adapter has lora_A {a} and lora_B"
         refuse(adapter, f"{key}.lora_A.weight", base, f"{difference} {b}")
 

@@ -61,9 +61,7 @@ def quantize(
     check_choice("block_size", block_size, BLOCK_SIZES)
     check_bool("double_quant", double_quant)
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
-        kind: Any = type(weight).__name__
-        if isinstance(weight, Tensor):
-            kind = weight.dtype
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight: a tensor of type float32, bfloat16 or float16 can be quantized, not {kind}.")
     if weight.is_meta:
         raise ValueError("weight: is on the meta device, so there is no data to quantize; load the weights first.")

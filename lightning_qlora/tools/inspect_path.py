@@ -53,7 +53,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     names = _names_of_layers(adapter)
     endings = Counter(last_part(name.removesuffix(".weight")) for name in names)
     tensors = [*adapter.saved.values(), *(t for state in adapter.layers.values() for t in state.values())]
-    kinds = {"rsLoRA": adapter.use_rslora, "DoRA": adapter.config.get("use_dora")}
+    kinds = {"rsLoRA": adapter.use_rslora, "DoRA": adapter.use_dora}
     quantization = "unknown"
     if adapter.quantization is not None:
         quantization = ", ".join(f"{name}={value}" for name, value in quantization_of(adapter.quantization).items())

@@ -8,12 +8,10 @@ from torch import nn
 
 from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.adapters.save_load import layers_that_are_only_read
-from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.adapters.folders import assert_same_folders, read_config
+from tests.adapters.folders import adapter_of, assert_same_folders, read_config
 from tests.adapters.test_peft_experts import decoded_base, logits
 from tests.layers import test_experts as toys
 from tests.toys import perturb
@@ -63,7 +61,7 @@ def test_all_names_that_peft_takes_for_those_of_experts():
     base = nn.ModuleDict({name: nn.Linear(64, 64) for name in (*names, "other")})
     base["experts"] = nn.ParameterDict({"gate_up_proj": nn.Parameter(torch.zeros(1))})
     convert(base, r=2)
-    config = get_adapter(Parts.of(base)).config
+    config = adapter_of(base).config
     assert (config["target_parameters"], config["target_modules"]) == ([f"{name}.weight" for name in names], ["other"])
 
 

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, convert, merge, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.merge import round_stochastically
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
+from tests.adapters.folders import adapter_of
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.layers import test_experts as experts
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
@@ -68,7 +67,7 @@ def test_merged_folder_is_the_merged_module(name, dora, base, out):
     first = {"llama": "q_proj", "gpt2": "c_attn"}.get(name)
     patterns = {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}} if dora and first else {}
     lit, (_, folder) = converted(name, use_dora=dora, **patterns), base(name, max_shard_size="50KB")
-    merge_folder(folder, get_adapter(Parts.of(lit)), out)
+    merge_folder(folder, adapter_of(lit), out)
     others = {path.name for path in folder.iterdir() if "safetensors" not in path.name}
     assert {path.name for path in out.iterdir()} == others | {"model.safetensors"}
     assert_merged(out, lit, name)
@@ -82,7 +81,7 @@ def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path, out):
     lit = Lit(model)
     convert(lit, **ARGUMENTS, modules_to_save=["norm", "lm_head"] if name == "llama" else ["ln_f"])
     perturb(lit)
-    merge_folder(tmp_path / "base", get_adapter(Parts.of(lit)), out, dtype=dtype)
+    merge_folder(tmp_path / "base", adapter_of(lit), out, dtype=dtype)
     assert_same_weights(load(name, out), merge(lit, dtype=dtype).model)
 
 
@@ -114,7 +113,7 @@ def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out):
 
 def test_on_the_float_base_and_in_another_type(base, out):
     lit, (model, folder) = converted("llama"), base("llama")
-    merge_folder(folder, get_adapter(Parts.of(lit)), out, dtype="bf16", base="float")
+    merge_folder(folder, adapter_of(lit), out, dtype="bf16", base="float")
     key = "model.layers.0.self_attn.q_proj"
     expected = (model.get_submodule(key).weight + delta(lit.model.get_submodule(key))).detach()
     merged = load("llama", out)
@@ -136,7 +135,7 @@ def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_o
         model = kind.from_pretrained(folder, **more)
         convert(model, **ARGUMENTS)
         perturb(model)
-        merge_folder(folder, get_adapter(Parts.of(model)), tmp_path / name)
+        merge_folder(folder, adapter_of(model), tmp_path / name)
         merged = kind.from_pretrained(tmp_path / name)
         assert_same_weights(merged, merge(model))
         assert merged.state_dict().keys() == model.state_dict().keys()
@@ -146,15 +145,15 @@ def test_another_base_than_that_of_the_training_is_refused(tmp_path, out):
     toy("llama", seed=1).save_pretrained(tmp_path / "other")
     lit = converted("llama")
     with pytest.raises(CheckpointMismatchError, match=r"other: model.layers.0.* has other 4-bit weights than in the"):
-        merge_folder(tmp_path / "other", get_adapter(Parts.of(lit)), out)
-    merge_folder(tmp_path / "other", get_adapter(Parts.of(lit)), out, base="float")
+        merge_folder(tmp_path / "other", adapter_of(lit), out)
+    merge_folder(tmp_path / "other", adapter_of(lit), out, base="float")
 
 
 def test_a_base_that_was_trained_in_another_type(folder, out):
     lit = Lit(load("llama", folder, dtype=torch.bfloat16))
     convert(lit, **ARGUMENTS)
     perturb(lit)
-    merge_folder(folder, get_adapter(Parts.of(lit)), out)
+    merge_folder(folder, adapter_of(lit), out)
     merged = load("llama", out)
     assert_same_weights(merged, merge(lit).model)
     assert {value.dtype for value in merged.state_dict().values()} == {torch.bfloat16}
@@ -179,8 +178,8 @@ def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_pat
     lit = converted("llama")
     folder = folder.rename(tmp_path / ("long" * 50))  # transformers' text has it three times, and what to do last
     with pytest.raises(ValueError, match=r"long: .*, and pass trust_remote_code=True to run them; .*=True` to allow"):
-        merge_folder(folder, get_adapter(Parts.of(lit)), out)
-    merge_folder(folder, get_adapter(Parts.of(lit)), out, trust_remote_code=True)
+        merge_folder(folder, adapter_of(lit), out)
+    merge_folder(folder, adapter_of(lit), out, trust_remote_code=True)
     assert_same_weights(load_file(out / "model.safetensors"), merge(lit).model)
     assert (out / "ours.py").is_file()
 
@@ -189,12 +188,12 @@ def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_pat
 def test_a_4_bit_base(name, base, tmp_path, out):
     lit, (_, folder) = converted(name), base(name)
     save_in_4_bits(type(toy(name)), folder, tmp_path / "bnb")
-    merge_folder(tmp_path / "bnb", get_adapter(Parts.of(lit)), out, dtype="fp32")
+    merge_folder(tmp_path / "bnb", adapter_of(lit), out, dtype="fp32")
     assert_merged(out, lit, name)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     # Layers without an adapter are decoded too.
     few = converted(name, target_modules=["down_proj", "c_fc"][name == "gpt2" :][:1])
-    merge_folder(tmp_path / "bnb", get_adapter(Parts.of(few)), tmp_path / "out2", dtype="fp32")
+    merge_folder(tmp_path / "bnb", adapter_of(few), tmp_path / "out2", dtype="fp32")
     assert load(name, tmp_path / "out2").dtype == torch.float32
 
 
@@ -204,7 +203,7 @@ def shard(folder: Path, number: int) -> Path:
 
 def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
     model, folder = base("llama", max_shard_size="50KB")
-    adapter = get_adapter(Parts.of(converted("llama")))
+    adapter = adapter_of(converted("llama"))
 
     def refused(kind, message):
         with raises_in_one_line(kind, message):
@@ -256,19 +255,19 @@ def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
 
 def test_another_architecture_and_a_used_output_are_refused(folder, tmp_path, out):
     with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):
-        merge_folder(folder, get_adapter(Parts.of(converted("gpt2"))), out)
+        merge_folder(folder, adapter_of(converted("gpt2")), out)
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)
     message = r"lora_A.weight' does not fit: the LlamaForCausalLM has a layer of 64 inputs and 128"
     with pytest.raises(CheckpointMismatchError, match=message):
-        merge_folder(folder, get_adapter(Parts.of(wider)), out)
+        merge_folder(folder, adapter_of(wider), out)
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
-        merge_folder(folder, get_adapter(Parts.of(converted("llama"))), folder)
+        merge_folder(folder, adapter_of(converted("llama")), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     experts.made(lambda: experts.qwen3_moe(num_experts=5)).save_pretrained(tmp_path / "five")
     convert(six := experts.made(experts.qwen3_moe), r=2)
     with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has 5 experts of .* lora_A \[12, "):
-        merge_folder(tmp_path / "five", get_adapter(Parts.of(six)), out)
+        merge_folder(tmp_path / "five", adapter_of(six), out)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -294,13 +293,13 @@ def test_an_adapter_whose_initialization_changed_the_base(folder, tmp_path, trai
     run.save_checkpoint(tmp_path / "last.ckpt")
     merge_folder(folder, read_adapter_from_checkpoint(tmp_path / "last.ckpt"), out)
     assert_merged(out, lit)
-    write_adapter(get_adapter(Parts.of(lit)), tmp_path / "adapter")
+    write_adapter(adapter_of(lit), tmp_path / "adapter")
     with pytest.raises(CheckpointMismatchError, match="or of those in the module, changed the 4-bit weights"):
         merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
 
 
 def test_the_default_device_has_no_effect(folder, tmp_path, out):
-    adapter = get_adapter(Parts.of(converted("llama")))
+    adapter = adapter_of(converted("llama"))
     merge_folder(folder, adapter, tmp_path / "expected", dtype="bf16")
     with elsewhere():
         merge_folder(folder, adapter, out, dtype="bf16")
@@ -309,7 +308,7 @@ def test_the_default_device_has_no_effect(folder, tmp_path, out):
 
 def test_files_outside_of_the_folder_are_refused(base, tmp_path, out):
     _, folder = base("llama", max_shard_size="50KB")
-    adapter = get_adapter(Parts.of(converted("llama")))
+    adapter = adapter_of(converted("llama"))
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     for name in ("../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"):
@@ -347,7 +346,7 @@ def test_a_snapshot_of_a_hub_cache_consists_of_links(folder, tmp_path, out):
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(repository / f"blobs/{number}")
         (repository / "snapshots/abc" / path.name).symlink_to(f"../../blobs/{number}")
-    merge_folder(repository / "snapshots/abc", get_adapter(Parts.of(converted("llama"))), out)
+    merge_folder(repository / "snapshots/abc", adapter_of(converted("llama")), out)
     assert not any(path.is_symlink() for path in out.iterdir())
 
 

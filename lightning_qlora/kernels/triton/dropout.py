@@ -17,6 +17,9 @@ from lightning_qlora.kernels.reference import as_int32, dropout_threshold
 from lightning_qlora.kernels.scratch import is_capturing
 from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
 
+MASK = ["low", "high", "least_kept"]  # arguments that differ in every call
+NO_DROPOUT = (0, 0, 0), 1.0
+
 
 @triton.jit
 def _mix(h):
@@ -33,7 +36,7 @@ def is_kept(i, low, high, least_kept):
     return word.to(tl.int32, bitcast=True) >= least_kept
 
 
-@triton.jit(do_not_specialize=["low", "high", "least_kept"])
+@triton.jit(do_not_specialize=MASK)
 def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr):
     """A program computes SIZE elements."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -44,7 +47,7 @@ def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr)
 def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[tuple[int, int, int], float]:
     """What the kernels take: the halves of the seed and the smallest hash, and the factor 1 / (1 - p)."""
     if seed is None:
-        return (0, 0, 0), 1.0
+        return NO_DROPOUT
     if is_capturing(device):
         raise RuntimeError(
             "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "

@@ -12,7 +12,7 @@ from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.copies import Copy
 from lightning_qlora.layers.held_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.names import join, tensors_of
+from lightning_qlora.layers.names import join, outer_names, tensors_of
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.provenance import OUTSIDE
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
@@ -47,7 +47,7 @@ CONVERTED_BEFORE = (
     "the adapters first"
 )
 LARGE = (
-    "trains in full, and what does has more parameters than all adapters: if it was loaded from weights, name its "
+    "trains in full, and new parts have more parameters than all adapters: if it was loaded from weights, name its "
     "linear layers in target_modules, or freeze it before conversion"
 )
 
@@ -88,8 +88,11 @@ def note_after_conversion(
     parameters = dict(tensors_of(list(modules.items()), ["_parameters"]))
     _note_what_stayed(report, modules, choice)
     report.note(IN_16, [name for name, p in parameters.items() if p.requires_grad and p.dtype in IN_16_BITS])
-    if report.trainable_parameters > 2 * report.adapter_parameters:
-        report.note(LARGE, [name for name, reason in choice.train.items() if reason.startswith(OUTSIDE)])
+    new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
+    if new:
+        in_new = (p.numel() for name, p in parameters.items() if not new.keys().isdisjoint(outer_names(name)))
+        if sum(in_new) > report.adapter_parameters:
+            report.note(LARGE, new)
     layers = adapted_layers_of(modules.items())
     if not layers:
         return

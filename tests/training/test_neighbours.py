@@ -184,7 +184,6 @@ def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_pa
         fit(Late(None))
 
 
-@pytest.mark.filterwarnings("ignore:No layer was converted")
 def test_a_run_without_a_layer_that_is_large_enough_resumes(fit, trainer, tmp_path):
     path = tmp_path / "x.ckpt"
     fit(module := BoringModel(), plugins=QLoRAPrecision(r=1), max_steps=2).save_checkpoint(path)

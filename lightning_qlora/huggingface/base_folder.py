@@ -1,7 +1,8 @@
 """The model of a base folder, or of a GGUF file, as transformers loads it; the float weights of its layers."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning_qlora.adapters.base_model import tied_names
 from lightning_qlora.adapters.peft_layers import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
-from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
+from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.parts import Parts
@@ -55,10 +56,8 @@ def load_base_model(
 ) -> Any:
     """The transformers model of a folder or GGUF file that has the layers of an adapter, on the CPU.
 
-    Folders in FP8, MXFP4 and compressed-tensors, and GGUF files, are dequantized. `dtype` as in `from_pretrained`.
-
-    Raises:
-        FileNotFoundError, ValueError: If a file is missing or broken, or transformers can't make the model.
+    It is dequantized. `dtype` as in `from_pretrained`. Raises FileNotFoundError or ValueError if a file is missing or
+    broken, or transformers can't make the model.
     """
     transformers: Any = import_module("transformers")
     gguf = gguf_of(source)
@@ -76,22 +75,17 @@ def load_base_model(
         location["gguf_file"] = gguf.name
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
+    with _one_line_errors(source, "read its config"):
         config = transformers.AutoConfig.from_pretrained(**location)
         stored = stored_format(config.to_dict())
-    except Exception as error:  # wrong values make the code of configs raise errors of any type
-        raise ValueError(f"{source}: {_remedy(error)}transformers can't read its config: {one_line(error)}") from error
     check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
         config.update({"quantization_config": stored | {"dequantize": True}})
     model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
         config.update({"tie_word_embeddings": False})
-    try:
-        with torch.device("cpu"):
-            model, loading = model_class.from_pretrained(config=config, **location, **options)
-    except Exception as error:  # as above
-        raise ValueError(f"{source}: {_remedy(error)}transformers can't load it: {one_line(error)}") from error
+    with _one_line_errors(source, "load it"), torch.device("cpu"):
+        model, loading = model_class.from_pretrained(config=config, **location, **options)
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
@@ -105,11 +99,16 @@ def load_base_model(
     return model
 
 
-def _remedy(error: Exception) -> str:
-    """What to do about an error of transformers, to stand before its text, which may be long."""
-    if "trust_remote_code" in str(error):
-        return "read the Python files of the model, and pass trust_remote_code=True to run them; "
-    return ""
+@contextmanager
+def _one_line_errors(source: object, action: str) -> Iterator[None]:
+    """Name the source in an error of transformers; what to do stands before its text, which may be long."""
+    try:
+        yield
+    except Exception as error:  # wrong values make the code of configs and models raise errors of any type
+        remedy = ""
+        if "trust_remote_code" in str(error):
+            remedy = "read the Python files of the model, and pass trust_remote_code=True to run them; "
+        raise ValueError(f"{source}: {remedy}transformers can't {action}: {one_line(error)}") from error
 
 
 def stored_format(config: dict[str, Any]) -> dict[str, Any]:
@@ -136,13 +135,6 @@ def check_format(stored: dict[str, Any], source: object) -> None:
     """Raise ValueError for a `stored_format` that neither we nor transformers can turn into float weights."""
     if stored and not stored.get("load_in_4bit") and not takes_dequantize(stored):
         raise ValueError(f"{source}: is in {stored.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
-
-
-def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
-    """Whether a folder is in bitsandbytes' 4 bits."""
-    if not os.path.isdir(source):
-        return False
-    return bool(stored_format(read_config(Path(source))).get("load_in_4bit"))
 
 
 def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[Any, bool]:

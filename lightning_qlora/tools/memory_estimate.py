@@ -171,7 +171,7 @@ def estimate_memory(
     config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
     card = None
     if gpu is not None:
-        card = find_card(gpu)
+        card = find_card(gpu, device)
     run = PlannedRun(model, optimizer, config, example, device, card)
     return run.estimate(batch_size, sequence_length)
 

@@ -18,7 +18,8 @@ from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
-from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
+from lightning_qlora.files.safetensors_folder import read_config
+from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, load_base_model, stored_format
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels.ops import quantize
@@ -57,7 +58,7 @@ def merge_folder(
     trained = adapter.quantization or QLoRAConfig()
     config = replace(trained.with_initialization("default"), deferred_logits=False)
     weights: dict[str, Tensor] = {}
-    if is_in_4_bits(base_model):
+    if stored_format(read_config(Path(base_model))).get("load_in_4bit"):
         with quantize_while_loading(config, adapter=adapter):
             model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
     else:

@@ -12,7 +12,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.activations import _LivingTensors
 from lightning_qlora.training.parameter_counts import parameter_bytes
 from tests.layers.test_experts import SMALL, architecture, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
-from tests.toys import needs, perturb
+from tests.toys import assert_equal, needs, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -37,10 +37,8 @@ def folder(tmp_path):
 
 def same_parameters(ours, theirs):
     ours, theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    assert ours.keys() == theirs.keys()
-    for name, parameter in ours.items():
-        assert torch.equal(parameter, theirs[name]), name
-        assert parameter.dtype == theirs[name].dtype and parameter.requires_grad == theirs[name].requires_grad, name
+    assert_equal(ours, theirs)
+    assert [name for name in ours if ours[name].requires_grad != theirs[name].requires_grad] == []
 
 
 OF_LAYER = ["r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "loaded"]

@@ -13,7 +13,7 @@ from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.toys import delta, perturb
+from tests.toys import assert_equal, delta, perturb
 
 pytest.importorskip("transformers", minversion="5")
 
@@ -34,8 +34,7 @@ def test_a_fused_weight_is_read_as_the_parameters_of_the_model(tmp_path):
     names = [f"layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
     assert torch.equal(torch.cat(list(folder.tensors(names).values())), stored.tensors([fused])[fused])
     assert folder.where(names[1]) == f"{tmp_path / 'model.safetensors'}: {fused!r}"
-    tensors = folder.tensors([*expected])
-    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    assert_equal(folder.tensors([*expected]), expected)
 
     # Without a model names are keys, also if transformers can't build it; so are those that the model has.
     (tmp_path / "config.json").rename(tmp_path / "other.json")

@@ -38,7 +38,7 @@ from tests.huggingface.test_experts_on_load import (
 )
 from tests.huggingface.test_quantize_on_load import InConfigureModel
 from tests.layers.test_experts import SMALL, gpt_oss, jetmoe, made, outputs, qwen3_moe
-from tests.toys import ids, needs, perturb, save_in_4_bits
+from tests.toys import assert_equal, ids, needs, perturb, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")
 of_5_23 = needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
@@ -134,9 +134,7 @@ def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path)
         theirs = tmp_path / f"theirs {arguments}"
         merge_folder(published, adapter, ours, **arguments)
         merge_folder(dense, adapter, theirs, **arguments)
-        a = load_file(ours / "model.safetensors")
-        b = load_file(theirs / "model.safetensors")
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert_equal(*(load_file(merged / "model.safetensors") for merged in (ours, theirs)))
         assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
 
 

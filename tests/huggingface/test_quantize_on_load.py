@@ -290,7 +290,7 @@ def test_other_arguments_at_conversion_are_refused(folder):
     ):
         with raises_in_one_line(ValueError, rf"^model.model.layers.0.self_attn.q_proj: was quantized .*{message}"):
             convert(streamed, **{**ARGUMENTS, **other})
-        assert all(torch.equal(value, before[key]) for key, value in streamed.state_dict().items())
+        assert_equal(streamed.state_dict(), before)
     report = convert(streamed, **{**ARGUMENTS, "lora_dropout": 0.5, "compute_dtype": "bf16"})
     layers = adapted_layers(streamed)
     assert sorted(report.converted) == sorted(layers) and len(layers) == 14
@@ -687,7 +687,7 @@ def test_what_no_folder_of_these_tests_has():
         assert _not_splittable(place, SimpleNamespace(stack=None)) == message
     weight = quantize(torch.randn(8, 64))
     model = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 64, dtype=torch.bfloat16)})
-    load_packed = LoadPacked(SimpleNamespace(chosen={})).convert
+    load_packed = LoadPacked(SimpleNamespace(chosen={}, file_of={})).convert
     found = load_packed(weight.bnb_state_dict("weight"), model=model, full_layer_name="e.weight")
     assert_equal(found, {"e.weight": weight.dequantize(torch.bfloat16)})
 

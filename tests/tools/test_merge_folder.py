@@ -21,7 +21,7 @@ from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
 from tests.adapters.folders import adapter_of
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.layers import test_experts as experts
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, assert_equal, converted, delta, logits, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,6 +47,11 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def adapter():
+    return adapter_of(converted("llama"))
+
+
 def load(name, folder, **arguments):
     return type(toy(name)).from_pretrained(folder, **arguments).eval()
 
@@ -59,7 +64,7 @@ def assert_same_weights(merged, expected):
     """Those of a model that was loaded from the folder, or those of one of its files, are those merged in memory."""
     state = merged if isinstance(merged, dict) else merged.state_dict()
     expected = expected.state_dict()
-    assert all(value.dtype is expected[key].dtype and torch.equal(value, expected[key]) for key, value in state.items())
+    assert_equal(state, {key: expected[key] for key in state})
 
 
 @pytest.mark.parametrize(("name", "dora"), [*zip(NAMES, [False, True, False, True], strict=True), ("llama", True)])
@@ -141,12 +146,11 @@ def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_o
         assert merged.state_dict().keys() == model.state_dict().keys()
 
 
-def test_another_base_than_that_of_the_training_is_refused(tmp_path, out):
+def test_another_base_than_that_of_the_training_is_refused(adapter, tmp_path, out):
     toy("llama", seed=1).save_pretrained(tmp_path / "other")
-    lit = converted("llama")
     with pytest.raises(CheckpointMismatchError, match=r"other: model.layers.0.* has other 4-bit weights than in the"):
-        merge_folder(tmp_path / "other", adapter_of(lit), out)
-    merge_folder(tmp_path / "other", adapter_of(lit), out, base="float")
+        merge_folder(tmp_path / "other", adapter, out)
+    merge_folder(tmp_path / "other", adapter, out, base="float")
 
 
 def test_a_base_that_was_trained_in_another_type(folder, out):
@@ -201,9 +205,8 @@ def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
 
 
-def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
+def test_a_broken_base_is_named_in_one_line(base, adapter, monkeypatch, out):
     model, folder = base("llama", max_shard_size="50KB")
-    adapter = adapter_of(converted("llama"))
 
     def refused(kind, message):
         with raises_in_one_line(kind, message):
@@ -253,7 +256,7 @@ def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
     refused(FileNotFoundError, "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.")
 
 
-def test_another_architecture_and_a_used_output_are_refused(folder, tmp_path, out):
+def test_another_architecture_and_a_used_output_are_refused(folder, adapter, tmp_path, out):
     with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):
         merge_folder(folder, adapter_of(converted("gpt2")), out)
     wider = toy("llama", intermediate_size=256)
@@ -262,7 +265,7 @@ def test_another_architecture_and_a_used_output_are_refused(folder, tmp_path, ou
     with pytest.raises(CheckpointMismatchError, match=message):
         merge_folder(folder, adapter_of(wider), out)
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
-        merge_folder(folder, adapter_of(converted("llama")), folder)
+        merge_folder(folder, adapter, folder)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     experts.made(lambda: experts.qwen3_moe(num_experts=5)).save_pretrained(tmp_path / "five")
     convert(six := experts.made(experts.qwen3_moe), r=2)
@@ -298,17 +301,15 @@ def test_an_adapter_whose_initialization_changed_the_base(folder, tmp_path, trai
         merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
 
 
-def test_the_default_device_has_no_effect(folder, tmp_path, out):
-    adapter = adapter_of(converted("llama"))
+def test_the_default_device_has_no_effect(folder, adapter, tmp_path, out):
     merge_folder(folder, adapter, tmp_path / "expected", dtype="bf16")
     with elsewhere():
         merge_folder(folder, adapter, out, dtype="bf16")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
-def test_files_outside_of_the_folder_are_refused(base, tmp_path, out):
+def test_files_outside_of_the_folder_are_refused(base, adapter, tmp_path, out):
     _, folder = base("llama", max_shard_size="50KB")
-    adapter = adapter_of(converted("llama"))
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     for name in ("../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"):
@@ -339,14 +340,14 @@ def test_weights_of_the_base_are_not_copied(tmp_path, out):
     assert {path.name: path.read_text() for path in out.iterdir()} == copied
 
 
-def test_a_snapshot_of_a_hub_cache_consists_of_links(folder, tmp_path, out):
+def test_a_snapshot_of_a_hub_cache_consists_of_links(folder, adapter, tmp_path, out):
     repository = tmp_path / "models--org--name"
     (repository / "blobs").mkdir(parents=True)
     (repository / "snapshots/abc").mkdir(parents=True)
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(repository / f"blobs/{number}")
         (repository / "snapshots/abc" / path.name).symlink_to(f"../../blobs/{number}")
-    merge_folder(repository / "snapshots/abc", adapter_of(converted("llama")), out)
+    merge_folder(repository / "snapshots/abc", adapter, out)
     assert not any(path.is_symlink() for path in out.iterdir())
 
 

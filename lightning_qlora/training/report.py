@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_qlora.layers.full_precision import compute_types
+from lightning_qlora.layers.compute_in import compute_types
 from lightning_qlora.layers.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.selection import FROZEN, Selection

@@ -163,8 +163,8 @@ def _convert_new(
         copy_from_files(modules.items())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
     _load_adapter_once(module, given.adapter, adapter)
-    if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
-        enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()

@@ -251,8 +251,8 @@ class PlannedRun:
         if budget is None:
             return self._step(batch_size, sequence_length)
         # As in a run: first all blocks are recomputed, then a step decides by what that needed.
-        budget.memory_of = lambda _: None
-        budget.rest = None
+        budget.memory_of = None
+        budget.capacity = None
         estimate = self._step(batch_size, sequence_length)
         available = self._available(gpu_memory)
         if not estimate.counted_activations or (budget.limit is None and available == math.inf):
@@ -260,7 +260,6 @@ class PlannedRun:
         needed = estimate.total + LIBRARIES
         if self._device == "gpu":
             needed = bytes_on_each(self, estimate)
-        budget.rest = 0
         budget.set_capacity(available, needed)
         estimate = self._step(batch_size, sequence_length)
         kept = {"blocks": budget.blocks, "kept_blocks": budget.kept_blocks, "kept_bytes": budget.kept_bytes}

@@ -47,8 +47,6 @@ def memory_of(device: torch.device) -> Memory | None:
         return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), available)
     if device.type != "cpu":
         return None
-    if hasattr(C_LIBRARY, "malloc_trim"):  # glibc holds back memory that was freed, which would count as used
-        C_LIBRARY.malloc_trim(0)
     try:
         text = Path("/proc/self/status").read_text() + Path("/proc/meminfo").read_text()
     except OSError:
@@ -60,6 +58,12 @@ def memory_of(device: torch.device) -> Memory | None:
         files = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
         free = min(free, limit - current + int(files[1] if files else 0))
     return Memory(row["VmRSS"], row["VmHWM"], row["VmRSS"] + free)
+
+
+def trim(device: torch.device) -> None:
+    """Let `Memory.used` not count what was freed: glibc holds it back."""
+    if device.type == "cpu" and hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -77,23 +81,24 @@ class ActivationBudget:
     Attributes:
         limit: Bytes that the process may use on the device; None: what the device has.
         is_shared: Whether ranks hold parts of the blocks: they must do the same, so all blocks are recomputed.
-        memory_of: Reads a device; None: all blocks are recomputed there.
+        memory_of: Reads a device; None: `set_capacity` alone decides, as in `plan`.
         rest: Bytes of a step at its peak without kept activations, beyond those when it begins; None: not measured yet.
-        blocks, kept_blocks, kept_bytes, capacity: Of the last step: its calls of blocks, those that keep their
-            activations, their bytes, and how many bytes there were for them.
+        capacity: Bytes for the activations of a step; None: not known yet.
+        blocks, kept_blocks, kept_bytes: Of the last step: calls of blocks, those that keep their activations, bytes.
     """
 
     def __init__(self, limit: int | None, is_shared: bool = False) -> None:
         self.limit = limit
         self.is_shared = is_shared
-        self.memory_of: Callable[[torch.device], Memory | None] = memory_of
+        self.memory_of: Callable[[torch.device], Memory | None] | None = memory_of
         self.rest: int | None = None
-        self.blocks = self.kept_blocks = self.kept_bytes = self.capacity = 0
+        self.capacity: int | None = None
+        self.blocks = self.kept_blocks = self.kept_bytes = 0
         self._calls: WeakSet[_Call] = WeakSet()  # those whose backward pass has not begun
         self._sizes: WeakKeyDictionary[Any, tuple[list[torch.Size], int]] = WeakKeyDictionary()  # of blocks and classes
-        self._begin: tuple[Memory, int] | None = None  # when the last step began, and the elements of its input
+        self._begin: tuple[torch.device, Memory, int] | None = None  # of the last step, with the elements of its input
         self._elements = 0  # of the input of the step that `rest` is from
-        self._ran_backward = self._is_news = False
+        self._was_told = False
 
     def __reduce__(self) -> Any:
         return type(self), (self.limit, self.is_shared)
@@ -101,7 +106,7 @@ class ActivationBudget:
     def __str__(self) -> str:
         if self.is_shared:
             return "all blocks are recomputed, because ranks that hold parts of them must do the same"
-        if self.rest is None:
+        if self.capacity is None:
             return "all blocks are recomputed until a step has measured what fits"
         return (
             f"of {self.blocks} blocks {self.kept_blocks} keep their activations "
@@ -118,7 +123,7 @@ class ActivationBudget:
         measured = self._sizes.get(block)
         known, size = measured or self._sizes.get(type(block), (shapes, 0))
         size = int(size * _growth(shapes, known))
-        if self.rest is None or sum(call.size for call in self._calls) + size > self.capacity:
+        if self.capacity is None or sum(call.size for call in self._calls) + size > self.capacity:
             output = checkpoint(forward, *args, use_reentrant=False, **kwargs)
             size = 0
         else:
@@ -135,28 +140,20 @@ class ActivationBudget:
         return output
 
     def _begin_step(self, x: Tensor) -> None:
+        self.blocks = self.kept_blocks = self.kept_bytes = 0
+        if self.memory_of is None:
+            return
         if self._begin is None:
             gc.collect()  # else garbage counts as used when the step begins, and is free at its peak
+            reset_peak(x.device)
+        trim(x.device)
         memory = self.memory_of(x.device)
-        if memory is not None:
-            if self._begin is None:
-                reset_peak(x.device)
-                memory = memory._replace(peak=0)
-            elif self._ran_backward:
-                self._measure_rest(*self._begin, memory.peak)
-            self._begin = memory, x.numel()
-            if self.rest is not None:
-                growth = max(1.0, x.numel() / max(self._elements, 1))  # logits grow with the input
-                self.set_capacity(memory.available, memory.used + self.rest * growth)
-        self.blocks = self.kept_blocks = self.kept_bytes = 0
-
-    def _measure_rest(self, begin: Memory, elements: int, peak: int) -> None:
-        """Learn from the last step, if the process never used more than in it."""
-        rest = peak - begin.used - self.kept_bytes
-        if self.rest is None or (peak > begin.peak and rest > self.rest):
-            self._is_news = self.rest is None
-            self.rest = rest
-            self._elements = elements
+        if memory is None:
+            return
+        self._begin = x.device, memory, x.numel()
+        if self.rest is not None:
+            growth = max(1.0, x.numel() / max(self._elements, 1))  # logits grow with the input
+            self.set_capacity(memory.available, memory.used + self.rest * growth)
 
     def set_capacity(self, available: float, needed: float) -> None:
         """Keep what fits beside the bytes that a step needs without kept activations."""
@@ -165,12 +162,21 @@ class ActivationBudget:
         self.capacity = int(available * (1 - MARGIN) - needed)
 
     def begin_backward(self, call: "_Call") -> None:
-        """The activations of a call are no longer counted."""
+        """Stop counting the activations of a call; at the last one learn what the step needed beside them."""
         self._calls.discard(call)
-        self._ran_backward = True
-        if self._is_news:
-            self._is_news = False
+        if self._calls or self._begin is None or self.memory_of is None:
+            return
+        if self.capacity is not None and not self._was_told:
+            self._was_told = True
             rank_zero_info(f"QLoRA: {self}.")
+        device, begin, elements = self._begin
+        memory = self.memory_of(device)
+        if memory is None:
+            return
+        rest = memory.peak - begin.used - self.kept_bytes
+        if self.rest is None or (memory.peak > begin.peak and rest > self.rest):
+            self.rest = rest
+            self._elements = elements
 
 
 class _Call:

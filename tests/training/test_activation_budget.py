@@ -78,7 +78,7 @@ def test_as_many_blocks_keep_their_activations_as_fit(device):
     budget = report.activations
     assert "all blocks are recomputed until a step" in report.summary()
     step(module)
-    assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 0, None)
+    assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 0, REST)
     step(module)
     assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 6, REST)
     for blocks in (2, 5, 0, 6):
@@ -157,7 +157,7 @@ def test_a_copy_has_a_budget_of_its_own(copied, device):
     for _ in range(2):
         step(module)
     again = copied(module)
-    assert budget_of(again.modules()) is not budget_of(module.modules()) and budget_of(again.modules()).rest is None
+    assert budget_of(again.modules()) is not budget_of(module.modules()) and budget_of(again.modules()).capacity is None
     assert_equal(step(again), step(module))
 
 

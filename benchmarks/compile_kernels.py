@@ -261,14 +261,14 @@ def _grouped(
     a, b = torch.zeros(experts, 64, 512), torch.zeros(experts, 128, 64)
 
     def call() -> None:
-        group = Group(total, ends, stack, LoRA(a, b), kind == HALF)
+        group = Group(total, ends, stack, LoRA(a, b, 1.0, p, seed), kind == HALF)
         of_x, of_h = group.factor(x), group.factor(h)
         if kernel == 0:
-            group.product(of_x, of_h, 1.0, p, seed, backward)
+            group.product(of_x, of_h, backward)
         elif kernel == 1:
-            group.project(of_x, 1.0, p, seed, backward)
+            group.project(of_x, backward)
         else:
-            group.gradients(of_h, of_x, 1.0, p, seed, transposed=False)
+            group.gradients(of_h, of_x, of_b=False)
 
     return call
 

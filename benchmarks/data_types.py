@@ -31,7 +31,6 @@ from benchmarks.multiple_choice import correct, read_tasks
 from benchmarks.starts import feed, load_model, load_tokenizer, windows
 from lightning_qlora import calibrate, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers, to_dense
-from lightning_qlora.training.calibration import calibration_of
 
 REFERENCE = "bf16"
 TYPES: dict[str, dict[str, Any]] = {  # without an initialization from data or weights B = 0, so the rank has no effect
@@ -54,9 +53,8 @@ def build(name: str, base: str | None, r: int, seen: Tensor) -> tuple[PreTrained
     model = load_model(base, torch.bfloat16)
     if name == REFERENCE:
         return model.eval(), [16.0, 16.0]
-    convert(model.train(), deferred_logits=False, **{"r": r, **TYPES[name]})
-    calibration = calibration_of(model.modules())
-    if calibration is not None:
+    report = convert(model.train(), deferred_logits=False, **{"r": r, **TYPES[name]})
+    if report.calibration is not None:
         feed(model, seen)
         calibrate(model)
     size = bits(model)

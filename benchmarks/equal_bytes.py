@@ -28,10 +28,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from benchmarks.candidate_starts import DAMPING, round_with_feedback
+from lightning_qlora import calibrate
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.initialization import exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.training.calibration import calibrate, calibration_of
 
 TRAINED, FROZEN = 16, 2  # bytes of a number
 
@@ -54,13 +54,12 @@ class SpendBytes(Callback):
         if each["codes"]:
             self.choose_codes(each["codes"], layers, weights, trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         model(**next(iter(trainer.datamodule.train_dataloader())))  # type: ignore[attr-defined]
-        calibration = calibration_of(module.modules())
-        assert calibration is not None
         calibrate(module)
+        calibration = trainer.precision_plugin.report.calibration  # type: ignore[attr-defined]
         budget = TRAINED * sum(sum(w.shape) for w in weights.values())
-        sizes = {name.removeprefix("model."): value for name, value in calibration.report.input_rms.items()}
+        sizes = {name.removeprefix("model."): value for name, value in calibration.input_rms.items()}
         if each["float"]:
-            errors = {name.removeprefix("model."): value for name, value in calibration.report.errors.items()}
+            errors = {name.removeprefix("model."): value for name, value in calibration.errors.items()}
             for name in self.chosen(layers, weights, errors, sizes, each["float"] * budget):
                 self.keep(layers[name], weights[name])
                 self.extra += FROZEN * weights[name].numel() - layers[name].packed_weight.nbytes

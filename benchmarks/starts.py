@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_qlora import calibrate, convert
-from lightning_qlora.training.calibration import calibration_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from smollm2 import load_model, load_tokenizer
@@ -78,9 +77,8 @@ def results(options: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
     for name in options.starts:
         model = copy.deepcopy(dense).train()
         began = time.perf_counter()
-        convert(model, r=options.r, **STARTS[name])
-        calibration = calibration_of(model.modules())
-        if calibration is not None:
+        report = convert(model, r=options.r, **STARTS[name])
+        if report.calibration is not None:
             rows = seen[0].view(4, 128)[:2] if "2 x 128" in name else seen
             feed(model, rows)
             calibrate(model)

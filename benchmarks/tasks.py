@@ -23,7 +23,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from benchmarks.measure import table
 from lightning_qlora import calibrate, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.calibration import calibration_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from compare_initializations import held_out_loss
@@ -173,9 +172,8 @@ def main() -> None:
         model = copy.deepcopy(dense).train()
         given = {"r": 16, "lora_alpha": 16.0, **arguments}
         iterations = given.pop("loftq_iter", None)
-        convert(model, **given, loftq_config={"loftq_iter": iterations} if iterations else None)
-        calibration = calibration_of(model.modules())
-        if calibration is not None:
+        report = convert(model, **given, loftq_config={"loftq_iter": iterations} if iterations else None)
+        if report.calibration is not None:
             with torch.enable_grad():
                 model(**first)
             calibrate(model)

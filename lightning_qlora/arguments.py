@@ -13,11 +13,7 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 
 class QLoRAArguments(TypedDict, total=False):
-    """The fields of `QLoRAConfig` with their types, a torch.dtype included, which YAML has no value for.
-
-    Functions take `**arguments: Unpack[QLoRAArguments]`, so that type checkers read each argument and editors complete
-    it. A dataclass can't be unpacked in this way; tests/test_config.py compares the two.
-    """
+    """The fields of `QLoRAConfig`, for `**arguments: Unpack[QLoRAArguments]`, which takes no dataclass."""
 
     quant_type: QuantType
     double_quant: bool
@@ -44,10 +40,7 @@ class QLoRAArguments(TypedDict, total=False):
 
 
 def shows_arguments(init: Init) -> Init:
-    """Give an `__init__(self, **arguments)` the signature and the docstring of QLoRAConfig.
-
-    help(), inspect.signature and jsonargparse (and so LightningCLI) show the arguments with their defaults.
-    """
+    """Give an `__init__(self, **arguments)` the signature and docstring of QLoRAConfig, for help() and LightningCLI."""
     shown: Any = init
     signature = inspect.signature(QLoRAConfig)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)

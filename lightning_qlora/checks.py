@@ -38,6 +38,8 @@ ARGUMENTS = {
 NOT_FINITE = "holds NaN or Inf"
 DIVERGED = "The training diverged, or the file is damaged: use one that was saved earlier."
 DAMAGED = "The file is damaged: copy it again, or save it again."
+KEEP_DENSE = "name the layers in exclude_modules, which keeps them dense"
+TRAIN_IN_FULL = "name the modules in modules_to_save, which trains them in full"
 
 
 def shown(value: Any) -> str:

@@ -68,8 +68,8 @@ class Argument(NamedTuple):
     in_peft: bool = False  # adapter_config.json has it, with the same values
 
 
-def _meaning(check: Callable[[str, Any], None] | None = None, **others: Any) -> dict[str, Argument]:
-    return {"argument": Argument(check, **others)}
+def _argument(default: Any, check: Callable[[str, Any], None] | None = None, **meaning: Any) -> Any:
+    return field(default=default, metadata={"argument": Argument(check, **meaning)})
 
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
@@ -77,7 +77,7 @@ def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
     init: Callable[..., None] = cls.__init__
 
     @wraps(init)
-    def wrapper(self: "QLoRAConfig", /, *args: Any, **kwargs: Any) -> None:
+    def checked(self: "QLoRAConfig", /, *args: Any, **kwargs: Any) -> None:
         if args:
             raise TypeError(
                 f"{shown(args[0])}: arguments are passed by name, such as r=16. The values of a LoraConfig have the "
@@ -86,7 +86,7 @@ def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
         refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)
         init(self, **kwargs)
 
-    cls.__init__ = wrapper  # type: ignore[assignment, method-assign]
+    cls.__init__ = checked  # type: ignore[assignment, method-assign]
     return cls
 
 
@@ -144,63 +144,47 @@ class QLoRAConfig:
         ```
     """
 
-    quant_type: QuantType = field(
-        default="nf4",
-        metadata=_meaning(partial(check_choice, allowed=QUANT_TYPES), of_layer=True, at_loading=True, of_base=True),
+    quant_type: QuantType = _argument(
+        "nf4", partial(check_choice, allowed=QUANT_TYPES), of_layer=True, at_loading=True, of_base=True
     )
-    double_quant: bool = field(
-        default=True, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_base=True)
+    double_quant: bool = _argument(True, check_bool, of_layer=True, at_loading=True, of_base=True)
+    block_size: int = _argument(64, _check_block_size, of_layer=True, at_loading=True, of_base=True)
+    compute_dtype: ComputeDtype = _argument(
+        "auto", partial(check_choice, allowed=get_args(ComputeDtype)), of_layer=True
     )
-    block_size: int = field(
-        default=64, metadata=_meaning(_check_block_size, of_layer=True, at_loading=True, of_base=True)
+    r: int = _argument(64, _check_rank, of_layer=True, at_loading=True, in_peft=True)
+    lora_alpha: float = _argument(16, _check_alpha, of_layer=True, at_loading=True, of_function=True, in_peft=True)
+    lora_dropout: float = _argument(0.05, partial(check_number, at_least=0, below=1), of_layer=True, in_peft=True)
+    target_modules: str | list[str] = _argument("all-linear", _check_expression)
+    exclude_modules: str | list[str] | None = _argument(None, _check_expression, empty=list)
+    modules_to_save: list[str] | None = _argument(None, check_names, empty=list, in_peft=True)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _argument(
+        None, check_token_indices, may_be_none=True, in_peft=True
     )
-    compute_dtype: ComputeDtype = field(
-        default="auto", metadata=_meaning(partial(check_choice, allowed=get_args(ComputeDtype)), of_layer=True)
+    init_lora_weights: InitLoRAWeights = _argument("default", at_loading=True)
+    loftq_config: dict[str, int] | None = _argument(None, empty=dict, at_loading=True)
+    use_rslora: bool = _argument(False, check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
+    use_dora: bool = _argument(False, check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
+    rank_pattern: dict[str, int] | None = _argument(
+        None, partial(check_patterns, check=_check_rank), empty=dict, in_peft=True
     )
-    r: int = field(default=64, metadata=_meaning(_check_rank, of_layer=True, at_loading=True, in_peft=True))
-    lora_alpha: float = field(
-        default=16, metadata=_meaning(_check_alpha, of_layer=True, at_loading=True, of_function=True, in_peft=True)
+    alpha_pattern: dict[str, float] | None = _argument(
+        None, partial(check_patterns, check=_check_alpha), empty=dict, in_peft=True
     )
-    lora_dropout: float = field(
-        default=0.05, metadata=_meaning(partial(check_number, at_least=0, below=1), of_layer=True, in_peft=True)
-    )
-    target_modules: str | list[str] = field(default="all-linear", metadata=_meaning(_check_expression))
-    exclude_modules: str | list[str] | None = field(default=None, metadata=_meaning(_check_expression, empty=list))
-    modules_to_save: list[str] | None = field(default=None, metadata=_meaning(check_names, empty=list, in_peft=True))
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata=_meaning(check_token_indices, may_be_none=True, in_peft=True)
-    )
-    init_lora_weights: InitLoRAWeights = field(default="default", metadata=_meaning(at_loading=True))
-    loftq_config: dict[str, int] | None = field(default=None, metadata=_meaning(empty=dict, at_loading=True))
-    use_rslora: bool = field(
-        default=False, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
-    )
-    use_dora: bool = field(
-        default=False, metadata=_meaning(check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
-    )
-    rank_pattern: dict[str, int] | None = field(
-        default=None, metadata=_meaning(partial(check_patterns, check=_check_rank), empty=dict, in_peft=True)
-    )
-    alpha_pattern: dict[str, float] | None = field(
-        default=None, metadata=_meaning(partial(check_patterns, check=_check_alpha), empty=dict, in_peft=True)
-    )
-    paged_optimizer: bool | Literal["auto"] = field(default="auto", metadata=_meaning(check_auto))
-    gradient_checkpointing: bool | int | str = field(default=False, metadata=_meaning(check_gradient_checkpointing))
-    checkpoint: Checkpoint = field(
-        default="adapter", metadata=_meaning(partial(check_choice, allowed=get_args(Checkpoint)))
-    )
-    adapter: str | None = field(default=None, metadata=_meaning(check_string, may_be_none=True))
-    deferred_logits: bool | Literal["auto"] = field(default="auto", metadata=_meaning(check_auto))
+    paged_optimizer: bool | Literal["auto"] = _argument("auto", check_auto)
+    gradient_checkpointing: bool | int | str = _argument(False, check_gradient_checkpointing)
+    checkpoint: Checkpoint = _argument("adapter", partial(check_choice, allowed=get_args(Checkpoint)))
+    adapter: str | None = _argument(None, check_string, may_be_none=True)
+    deferred_logits: bool | Literal["auto"] = _argument("auto", check_auto)
 
     def __post_init__(self) -> None:
-        for name, argument in ARGUMENTS.items():
-            if argument.empty is not None and getattr(self, name) is None:
-                object.__setattr__(self, name, argument.empty())
         if not isinstance(self.compute_dtype, str):  # a torch.dtype; YAML and checkpoints have our word
             object.__setattr__(self, "compute_dtype", TORCH_DTYPES.get(str(self.compute_dtype), self.compute_dtype))
         for name, argument in ARGUMENTS.items():
             value = getattr(self, name)
-            if argument.check is not None and not (value is None and argument.may_be_none):
+            if value is None and argument.empty is not None:
+                object.__setattr__(self, name, argument.empty())
+            elif argument.check is not None and not (value is None and argument.may_be_none):
                 argument.check(name, value)
         if self.target_modules in ("", []):
             raise ValueError(

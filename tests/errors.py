@@ -4,6 +4,7 @@ import ast
 import keyword
 import re
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 
 import lightning_qlora
@@ -13,7 +14,7 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "errors.md"
 INTRODUCTION = """# Errors
 
-Every error that the package raises, by the file that raises it. The parts in braces are filled in.
+Every error that the package raises, by the part of the package that raises it. The parts in braces are filled in.
 `CheckpointMismatchError` is a `RuntimeError`. `python -m tests.errors` writes this page, and `tests/test_errors.py`
 checks that it is complete.
 
@@ -21,17 +22,21 @@ The command line prints an error in one line. An error of another type is a bug:
 """
 
 
-def text_of(node):
-    """The text of a message, with its expressions in braces."""
+def text_of(node, constants=None):
+    """The text of a message, with the constants of its file filled in and its other expressions in braces."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(map(text_of, node.values))
+        return "".join(text_of(value, constants) for value in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return text_of(node.left) + text_of(node.right)
+        return text_of(node.left, constants) + text_of(node.right, constants)
     if isinstance(node, ast.IfExp):
-        return f"{text_of(node.body)} / {text_of(node.orelse)}"
-    return "{" + _short(node.value if isinstance(node, ast.FormattedValue) else node) + "}"
+        return f"{text_of(node.body, constants)} / {text_of(node.orelse, constants)}"
+    text = _short(node.value if isinstance(node, ast.FormattedValue) else node)
+    value = getattr(constants, text, None) if text.strip("_").isupper() else None
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return "{" + text + "}" if value is None else str(value)
 
 
 def _short(node):
@@ -49,11 +54,15 @@ def _short(node):
 def errors_of(path):
     """Type and message of every `raise` of a new error in a file, in its order."""
     errors = []
+    constants = None
+    if path.is_relative_to(PACKAGE):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        constants = import_module(".".join(parts).removesuffix(".__init__"))
     for node in ast.walk(ast.parse(path.read_bytes())):
         if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
             continue
         kind = ast.unparse(node.exc.func)
-        message = " ".join(text_of(node.exc.args[-1]).split())
+        message = " ".join(text_of(node.exc.args[-1], constants).split())
         if (
             not kind.startswith(("type(", "_"))
             and kind != "SystemExit"
@@ -67,7 +76,7 @@ def page():
     """The content of docs/errors.md."""
     parts = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts[path.relative_to(PACKAGE).as_posix()] += errors_of(path)
+        parts[path.relative_to(PACKAGE).parts[0].removesuffix(".py")] += errors_of(path)
     lines = [INTRODUCTION]
     for name, errors in parts.items():
         if errors:

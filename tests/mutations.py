@@ -45,7 +45,7 @@ patch = _exit
 # Mutants that change nothing: path, the line, what stands in its place -> why. At most five.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
-        "lightning_qlora/kernels/cpu/products.py",
+        "lightning_qlora/kernels/cpu/matmul_16bit.py",
         '(torch.ones(ROWS, WIDTH, dtype=each, device="cpu"), torch.ones(WIDTH, WIDTH, dtype=each, device="cpu"))',
         "torch.ones(ROWS, WIDTH, dtype=each)",
     ): "it runs in a new thread, and the default device of another thread does not apply there",

@@ -124,7 +124,7 @@ def test_rwkv_in_evaluation(rescale_every, tmp_path):
     fitted(lit, tmp_path)
     lit.eval()
     if rescale_every:
-        with pytest.raises(RuntimeError, match=r"div_.*read-only.*name the layer in exclude_modules"):
+        with pytest.raises(RuntimeError, match=r"div_.*read-only.*name the layers in exclude_modules"):
             lit.outputs()
     else:
         twin = transformers.RwkvForCausalLM(transformers.RwkvConfig(**sizes, context_length=64, rescale_every=2))

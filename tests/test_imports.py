@@ -14,6 +14,7 @@ PACKAGE = Path(lightning_qlora.__file__).parent
 # From the bottom up; a file imports only from entries before its own (and, in a folder, from its own folder).
 ORDER = [
     "checks",
+    "texts",
     "lightning_copies",
     "initializations",
     "config",

@@ -11,16 +11,14 @@ from torch import nn
 
 from lightning_qlora import PagedOptimizer, QLoRALinear, QLoRAPrecision, load_from_checkpoint, save_adapter
 from tests.conftest import loader, make_trainer
+from tests.toys import assert_equal
 
 other_pl = pytest.importorskip("pytorch_lightning")
 other_fabric = pytest.importorskip("lightning_fabric")
 
 
 def same_state(first, second):
-    first = first.state_dict()
-    second = second.state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert_equal(first.state_dict(), second.state_dict())
 
 
 def module_of(package):

@@ -8,7 +8,7 @@ import torch
 from benchmarks.gpu_cells import Row
 from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.verdict import verdict
-from lightning_qlora.kernels.verify import OPS, fault
+from lightning_qlora.kernels.verify import faults
 
 
 def measure(device: torch.device, small: bool) -> Iterator[Row]:
@@ -18,7 +18,7 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
         if device.type == "cuda":
             failures = verdict(device, repeat=True)
         else:  # no kernels: the eager backend
-            failures = {op: fault(eager, device, op) for op in OPS}
+            failures = faults(eager, device)
         yield {"check": name, "seconds": time.perf_counter() - start}
     for op, why in failures.items():
         if why:

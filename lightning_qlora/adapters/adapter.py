@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
+from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import name_endings
 from lightning_qlora.layers.patterns import Patterns
-from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 State = dict[str, Tensor]  # the adapter of a layer by its own names: lora_A, lora_B, with DoRA lora_magnitude_vector
@@ -27,10 +27,11 @@ class Adapter:
     """A PEFT folder, or what a module or checkpoint would write as one.
 
     Attributes:
-        config: Content of adapter_config.json.
-        layers: PEFT's name of a layer -> its tensors; those of experts have PEFT's form (`peft_experts.py`).
+        config: Content of adapter_config.json, with what `read_peft_config` fills in.
+        layers: PEFT's name of a layer -> its tensors; those of experts have PEFT's form (`peft_layers.py`).
         saved: Name of a parameter or buffer -> value, of the modules that trained in full, and of rows of tokens.
-        quantization: `base_compatibility.quantization_of` of the training, if known.
+        quantization: How the base of the training was quantized and the adapters initialized, if known; no other
+            argument of it is used.
         fingerprints: Name of a layer, or of a parameter of experts -> fingerprint of its 4-bit weight, if known; in
             folders, if the initialization changed it. Of a checkpoint also those of other frozen parameters.
         bases: Name of a layer -> the 4-bit weight of each of its matrices, if the checkpoint has it.
@@ -41,22 +42,11 @@ class Adapter:
     config: dict[str, Any]
     layers: dict[str, State]
     saved: State
-    quantization: dict[str, Any] | None
-    fingerprints: dict[str, int]
+    quantization: QLoRAConfig | None = None
+    fingerprints: dict[str, int] = field(default_factory=dict)
     bases: dict[str, list[PackedWeight]] = field(default_factory=dict)
     no_place: str = ""
-    source: str = "adapter_model.safetensors"
-
-    @property
-    def base_model(self) -> str | None:
-        """Folder or hub name of the base model, if known."""
-        name: str | None = self.config.get("base_model_name_or_path")
-        return name
-
-    @property
-    def use_rslora(self) -> bool:
-        """Whether the scaling is alpha / sqrt(r) instead of alpha / r."""
-        return bool(self.config.get("use_rslora"))
+    source: str
 
     @cached_property
     def target_parameters(self) -> frozenset[str]:
@@ -67,10 +57,13 @@ class Adapter:
         """Whether they name a parameter."""
         return not self.target_parameters.isdisjoint(name_endings(parameter))
 
-    @property
-    def modules(self) -> set[str]:
-        """Names of the model's modules that have an adapter, or parameters with one."""
-        return set(map(outermost, self.layers))
+    @cached_property
+    def modules(self) -> dict[str, list[str]]:
+        """Name of a module with an adapter, or with parameters that have one -> the names in `layers`."""
+        modules: dict[str, list[str]] = {}
+        for key in self.layers:
+            modules.setdefault(re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key), []).append(key)
+        return modules
 
     def alpha(self, name: str) -> float:
         """Alpha of a layer or parameter: that of the first pattern that matches (peft.utils.other.get_pattern_key)."""
@@ -82,6 +75,11 @@ class Adapter:
             return len(self.layers[name]["lora_A"])
         return int(self._by_pattern("rank_pattern", name, "r"))
 
+    @cached_property
+    def ranks(self) -> set[int]:
+        """The ranks of layers; PEFT writes the patterns in another order, so which layer has which is not known."""
+        return {self.config["r"], *self.config["rank_pattern"].values()}
+
     def _by_pattern(self, pattern: str, name: str, default: str) -> Any:
         if self.is_target(f"{name}.weight"):
             name += ".weight"
@@ -89,30 +87,12 @@ class Adapter:
 
     @cached_property
     def _patterns(self) -> dict[str, Patterns]:
-        return {pattern: Patterns(self.config.get(pattern)) for pattern in ("rank_pattern", "alpha_pattern")}
+        return {pattern: Patterns(self.config[pattern]) for pattern in ("rank_pattern", "alpha_pattern")}
 
     @property
     def tokens(self) -> dict[str, list[int]]:
-        """Name of each embedding of which `saved` has rows -> their indices; ValueError if the two do not agree."""
-        entry: Any = self.config.get("trainable_token_indices")
-        if not isinstance(entry, dict):
-            entry = {"": entry}  # for any embedding
-        rule = f"trainable_token_indices, {shown(self.config.get('trainable_token_indices'))} in adapter_config.json"
-        tokens = {}
-        for key, rows in self.saved.items():
-            if not key.endswith(f".{DELTA}"):
-                continue
-            name = key.removesuffix(f".{DELTA}")
-            matches = [entry[name]] if name in entry else [entry[end] for end in entry if name.endswith(end)]
-            if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
-                raise ValueError(
-                    f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in {rule}. "
-                    + DAMAGED
-                )
-            tokens[name] = matches[0]
-        if any(entry.values()) and not tokens:  # PEFT writes those of tied weights once
-            raise ValueError(f"has no rows for {rule}. {DAMAGED}")
-        return tokens
+        """Name of each embedding of which `saved` has rows -> their indices."""
+        return self.config.get("trainable_token_indices") or {}
 
     def has_one_value(self, tied: list[str]) -> bool:
         """Whether `saved` has no value for the names of a tied weight, or the same value for all of them."""
@@ -122,8 +102,12 @@ class Adapter:
 
 def check_state(key: str, state: State, dimensions: Collection[int] = (2,)) -> None:
     """Raise ValueError, with the key, for tensors of a file that no layer has."""
-    good_types = all(tensor.dtype in ADAPTER_DTYPES for tensor in state.values())
-    if not good_types or not _shapes_fit(state, dimensions):
+    a: Any = state["lora_A"].shape if "lora_A" in state else ()
+    b: Any = state["lora_B"].shape if "lora_B" in state else ()
+    good = len(a) == len(b) and len(a) in dimensions and a[:-2] == b[:-2] and a[-2] == b[-1] and 0 not in (*a, *b)
+    if MAGNITUDE in state:
+        good = good and state[MAGNITUDE].shape == b[:-1]
+    if not good or any(tensor.dtype not in ADAPTER_DTYPES for tensor in state.values()):
         shapes = ", ".join(f"{part} {list(tensor.shape)} of {tensor.dtype}" for part, tensor in state.items())
         raise ValueError(
             f"{key} the file has {shapes}: a layer has lora_A [r, in] and lora_B [out, r], of rank 1 or more, with "
@@ -131,19 +115,3 @@ def check_state(key: str, state: State, dimensions: Collection[int] = (2,)) -> N
         )
     for part, tensor in state.items():
         check_finite(f"{key} {part}", tensor.float(), DIVERGED)  # a float64 may be too large for fp32
-
-
-def _shapes_fit(state: State, dimensions: Collection[int]) -> bool:
-    if not state.keys() >= {"lora_A", "lora_B"}:
-        return False
-    a = state["lora_A"].shape
-    b = state["lora_B"].shape
-    magnitude = state.get(MAGNITUDE)
-    if len(a) not in dimensions or (magnitude is not None and magnitude.shape != b[:-1]):
-        return False
-    return a[:-2] == b[:-2] and a[-2] == b[-1] and 0 not in (*a, *b)
-
-
-def outermost(key: str) -> str:
-    """Name of the module that a key in a folder is for."""
-    return re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)

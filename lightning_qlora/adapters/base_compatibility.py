@@ -4,8 +4,8 @@
     loftq, calibrated     initialized from the quantization error: fits the base quantized in the same way
     pissa, iterated loftq the initialization changed the 4-bit weights: fits only these
 
-Checkpoints and adapter folders store the dict that `quantization_of` returns. Loading an adapter records it in the
-layers (`record_initialization`), so that the module can be saved again.
+Checkpoints and adapter folders store the arguments that decide it (`quantization_of`). Loading an adapter records its
+initialization in the layers (`record_initialization`), so that the module can be saved again.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ import torch
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, State
 from lightning_qlora.checks import DAMAGED, check_bool
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.initializations import INITIALIZATIONS, split_name
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 
@@ -32,20 +31,20 @@ def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
     return quantization
 
 
-def check_quantization(quantization: Any, source: str) -> None:
-    """Raise ValueError, with the source, if a value is neither None nor what `quantization_of` returns."""
+def read_quantization(quantization: Any, source: str) -> QLoRAConfig | None:
+    """The reverse; None for None, and ValueError, with the source, for another value."""
     if quantization is None:
-        return
+        return None
     try:
         check_bool("base_changed", quantization["base_changed"])
         arguments = {name: quantization[name] for name in (*BITS, "init_lora_weights")}
-        QLoRAConfig(**arguments, loftq_config=quantization.get("loftq_config"))
+        return QLoRAConfig(**arguments, loftq_config=quantization.get("loftq_config"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}. {DAMAGED}") from error
 
 
 def quantization_of_layer(layer: LoRALayer) -> dict[str, Any]:
-    """The same for a layer, with the type of its weight, which may have been loaded in 4 bits."""
+    """`quantization_of` a layer, with the type of its weight, which may have been loaded in 4 bits."""
     return quantization_of(layer.config) | _bits_of(layer)
 
 
@@ -64,64 +63,58 @@ def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
                 )
 
 
-def required_base(quantization: Mapping[str, Any] | None) -> str | None:
+def required_base(quantization: QLoRAConfig | None) -> str | None:
     """A sentence on the base that adapters initialized this way need; None if the float base also fits."""
-    if quantization is None:
+    if quantization is None or not quantization.init_kind.keeps_initial:
         return None
-    method = quantization.get("init_lora_weights", "default")
-    if not INITIALIZATIONS[split_name(method)[0]].keeps_initial:
-        return None
-    bits = _in_words(quantization)
-    if quantization["base_changed"]:
+    begin = f"These adapters were initialized as {quantization.init_lora_weights!r}, "
+    bits = _in_words(vars(quantization))
+    if quantization.changes_base:
         return (
-            f"These adapters were initialized as {method!r}, which changed the base: they fit only the 4-bit weights "
-            f"({bits}) of this run, which are not those of the quantized model. Merge them, or export their difference "
-            "from the initial values (base='float')."
+            f"{begin}which changed the base: they fit only the 4-bit weights ({bits}) of this run, which are not those "
+            "of the quantized model. Merge them, or export their difference from the initial values (base='float')."
         )
     return (
-        f"These adapters were initialized as {method!r}, from the quantization error: they fit the model in 4 bits "
-        f"({bits}). For a model in 16 bits export their difference from the initial values (base='float')."
+        f"{begin}from the quantization error: they fit the model in 4 bits ({bits}). For a model in 16 bits export "
+        "their difference from the initial values (base='float')."
     )
 
 
-def trained_on(quantization: Mapping[str, Any] | None) -> str:
+def trained_on(quantization: QLoRAConfig | None) -> str:
     """A sentence on the base that adapters were trained on, and what to do for another base."""
     if quantization is None:
         return "not recorded"
     return required_base(quantization) or (
-        f"the model in 4 bits ({_in_words(quantization)}). On the model in 16 bits its outputs differ from those in "
-        "training, because the weights do: merge it (lightning-qlora merge) to keep them."
+        f"the model in 4 bits ({_in_words(vars(quantization))}). On the model in 16 bits its outputs differ from those "
+        "in training, because the weights do: merge it (lightning-qlora merge) to keep them."
     )
 
 
 def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> None:
     """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
-    quantization = adapter.quantization or {}
+    trained = adapter.quantization or QLoRAConfig()
     for name, layer in layers.items():
-        if quantization.get("base_changed") or layer.config.changes_base:
+        bits = _bits_of(layer)
+        if trained.changes_base or layer.config.changes_base:
             if adapter.fingerprints.get(name) != layer.base_fingerprint():
                 raise CheckpointMismatchError(
                     f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the "
                     "module, changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge "
                     "it, or export it with base='float' for a base in 16 bits."
                 )
-            continue
-        bits = _bits_of(layer)
-        if required_base(quantization) and any(quantization.get(key) != value for key, value in bits.items()):
-            method = quantization["init_lora_weights"]
+        elif trained.init_kind.keeps_initial and any(getattr(trained, key) != value for key, value in bits.items()):
             raise CheckpointMismatchError(
-                f"{adapter.source}: does not fit {name}: the adapter was initialized as {method!r} from the error of "
-                f"quantization to {_in_words(quantization)}, and here it is {_in_words(bits)}. Use the same "
-                "quantization, or export the checkpoint that it came from with base='float', for a base in 16 bits."
+                f"{adapter.source}: does not fit {name}: the adapter was initialized as {trained.init_lora_weights!r} "
+                f"from the error of quantization to {_in_words(vars(trained))}, and here it is {_in_words(bits)}. Use "
+                "the same quantization, or export the checkpoint that it came from with base='float', for a base in 16 "
+                "bits."
             )
 
 
-def record_initialization(layer: LoRALayer, quantization: Mapping[str, Any] | None) -> None:
+def record_initialization(layer: LoRALayer, trained: QLoRAConfig | None) -> None:
     """Store in a layer how its loaded adapter was initialized, for when it is saved again."""
-    if quantization is None:
-        quantization = {}
-    method = quantization.get("init_lora_weights", "default")
-    layer.config = layer.config.with_initialization(method, quantization.get("loftq_config"))
+    trained = trained or QLoRAConfig()
+    layer.config = layer.config.with_initialization(trained.init_lora_weights, trained.loftq_config)
 
 
 def subtract_initial(layers: Mapping[str, State], source: str) -> dict[str, State]:
@@ -141,18 +134,18 @@ def subtract_initial(layers: Mapping[str, State], source: str) -> dict[str, Stat
                 f"{source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
                 "adapter instead."
             )
-        if "initial_A" not in state and state["lora_B"].any():
+        values = {part: value.to(state["lora_A"].device).float() for part, value in state.items()}
+        a = values["lora_A"]
+        b = values["lora_B"]
+        if "initial_A" in values:
+            a = torch.cat([a, values["initial_A"]], dim=-2)
+            b = torch.cat([b, -values["initial_B"]], dim=-1)
+        elif b.any():
             raise ValueError(
                 f"{source}: {name}: its initial values are not known, because an adapter folder does not hold them. "
                 "Export with base='float' from the checkpoint, or the module, in which it was initialized."
             )
-        device = state["lora_A"].device
-        a = [state[key].to(device).float() for key in ("lora_A", "initial_A") if key in state]
-        b = [state[key].to(device).float() for key in ("lora_B", "initial_B") if key in state]
-        differences[name] = {
-            "lora_A": torch.cat(a, dim=-2),
-            "lora_B": torch.cat([b[0], *(-value for value in b[1:])], dim=-1),
-        }
+        differences[name] = {"lora_A": a, "lora_B": b}
     return differences
 
 
@@ -164,5 +157,5 @@ def _bits_of(layer: LoRALayer) -> dict[str, Any]:
     }
 
 
-def _in_words(quantization: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={quantization.get(name)}" for name in BITS)
+def _in_words(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={arguments[name]}" for name in BITS)

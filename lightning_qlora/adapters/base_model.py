@@ -1,72 +1,52 @@
-"""The base model inside a LightningModule: PEFT and vLLM would load that one, so its names are used for adapters."""
+"""The base model inside a LightningModule (`Parts.base`): what checkpoints and adapter folders say of it."""
 
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any
 
-from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import quantization_of_layer
-from lightning_qlora.adapters.peft_experts import stacks_of
+from lightning_qlora.adapters.peft_layers import stacks_of, taken_for_experts
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import (
-    is_transformers_model,
-    last_part,
-    name_endings,
-    only_child_of,
-    without_wrappers,
-)
-from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
+from lightning_qlora.layers.names import join, last_part, name_endings, without_wrappers
+from lightning_qlora.layers.parts import Parts
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.records import own_parameters
-from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter, token_indices
-from lightning_qlora.lightning_copies import classes
+from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
 
 
-def find_base_model(module: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the base model: the transformers model that holds all adapters, if there is one.
-
-    Else the only child with parameters of a LightningModule, else the module itself, whose name is "".
-    """
-    if isinstance(module, classes(_FabricModule)):
-        module = module.module
-    adapted = set(adapted_layers(module).values())
-    for name, part in module.named_modules():
-        if is_transformers_model(part) and adapted.issubset(part.modules()):
-            return name, part
-    name = only_child_of(module)
-    if name is None:
-        return "", module
-    return name, module.get_submodule(name)
-
-
-def describe_base(module: nn.Module, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
+def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
     """Entries of a checkpoint, beside `config`, from which a PEFT folder can be written without the module.
 
     `trained` are the names in `trained_modules` of the base model.
     """
-    prefix, base = find_base_model(module)
-    layers = base_layers(base, remove_duplicate=False)
+    base = parts.base
+    layers = adapted_layers_of(base.places)
     quantization = None
     if layers:
         quantization = quantization_of_layer(next(iter(layers.values())))
+    parameters = []
+    if not any(layer.config.use_dora for layer in layers.values()):  # which PEFT does not have for parameters
+        parameters = taken_for_experts(base)
     description: dict[str, Any] = {
-        "prefix": without_wrappers(prefix),
-        "task_type": _task_type(base),
-        "base_model": getattr(getattr(base, "config", None), "_name_or_path", None),
+        "prefix": without_wrappers(parts.base_name),
+        "task_type": _task_type(base.root),
+        "base_model": getattr(getattr(base.root, "config", None), "_name_or_path", None),
         "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
         "quantization": quantization,
-        "target_modules": target_modules_of(base),
+        "target_modules": target_modules_of(base, without=parameters),
         "trained_in_full": list(trained),
         "layers": {},
     }
-    stacks = stacks_of(base)
+    stacks = stacks_of(dict(base.named))
     if stacks:
         description["experts"] = {name: list(stack) for name, stack in stacks.items()}
-    tokens = token_indices(base)
-    if tokens:
-        description["tokens"] = tokens
+    if parameters:
+        description["parameters"] = parameters
+    if base.tokens:
+        description["tokens"] = base.token_indices
     for name, layer in layers.items():
         arguments = _arguments_of_layer(layer.config, config)
         if arguments:
@@ -88,16 +68,16 @@ def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConf
     return config.with_own(description.get("layers", {}).get(name, {}))
 
 
-def trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, nn.Module]:
-    """Modules inside of one, by name, with a parameter that is no adapter and trains or has changed.
+def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Module]:
+    """Modules by name with a parameter that is no adapter and trains or has changed.
 
     `unchanged` are the frozen parameters that have not (`base_fingerprints`). A parameter that trained and was frozen
     again, and a resized embedding, have changed. A shared module has several names; the rows of a tied embedding have
     one, as in PEFT's files.
     """
-    first_names = dict(module.named_modules())
+    first_names = {name for name, _ in parts.named}
     trained = {}
-    for name, part in module.named_modules(remove_duplicate=False):
+    for name, part in parts.places:
         if isinstance(part, LoRALayer) or (isinstance(part, TokenAdapter) and name not in first_names):
             continue
         for key, parameter in own_parameters(part).items():
@@ -106,12 +86,13 @@ def trained_modules(module: nn.Module, unchanged: Container[Any]) -> dict[str, n
     return trained
 
 
-def tied_names(base: nn.Module) -> list[list[str]]:
+def tied_names(base: Parts) -> list[list[str]]:
     """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
     names: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        if not name.endswith(DELTA):
-            names.setdefault(id(parameter), []).append(without_wrappers(name))
+    for name, part in base.places:
+        for key, parameter in own_parameters(part).items():
+            if not join(name, key).endswith(DELTA):
+                names.setdefault(id(parameter), []).append(join(name, key))
     return [group for group in names.values() if len(group) > 1]
 
 
@@ -127,10 +108,10 @@ def _task_type(base: nn.Module) -> str | None:
     return None
 
 
-def target_modules_of(base: nn.Module, without: Collection[str] = ()) -> str | list[str]:
+def target_modules_of(base: Parts, without: Collection[str]) -> str | list[str]:
     """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
-    modules = [without_wrappers(name) for name, _ in base.named_modules()]
-    names = [name for name, layer in base_layers(base).items() if not layer.is_stack]
+    modules = [name for name, _ in base.named]
+    names = [name for name, layer in base.layers.items() if not layer.is_stack]
     layers = [name for name in names if name not in without]
     for endings in ({last_part(name) for name in layers}, set(layers)):
         matches = {name for name in modules if not endings.isdisjoint(name_endings(name))}

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.base_compatibility import check_quantization
+from lightning_qlora.adapters.base_compatibility import read_quantization
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
-from lightning_qlora.layers.qlora_linear import adapted_layers_of
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
@@ -25,6 +25,7 @@ DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
     "trained_in_full": list,
     "layers": dict,
     "experts": dict,
+    "parameters": list,
     "tokens": dict,
 }
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
@@ -75,15 +76,12 @@ def was_merged(module: nn.Module) -> bool:
     return any(MERGED in vars(part) for part in module.modules())
 
 
-def check_no_layer_resized(root: nn.Module) -> None:
+def check_no_layer_resized(conversion: Conversion, parts: Parts) -> None:
     """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
 
     `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
     """
-    conversion = conversion_of(root)
-    if conversion is None:
-        return
-    layers = {without_wrappers(name): part for name, part in root.named_modules()}
+    layers = {without_wrappers(name): part for name, part in parts.named}
     for name, shape in conversion.layers.items():
         layer = layers.get(name)
         if layer is None or isinstance(layer, TrainableTokens):
@@ -97,17 +95,16 @@ def check_no_layer_resized(root: nn.Module) -> None:
             )
 
 
-def shapes_of_layers(root: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:
     """`Conversion.layers` of a module."""
-    modules = list(root.named_modules())
-    layers: dict[str, Any] = adapted_layers_of(modules)
-    layers |= {name: part for name, part in modules if isinstance(part, TrainableTokens)}
+    layers: dict[str, Any] = parts.layers
+    layers = layers | {name: part for name, part in parts.named if isinstance(part, TrainableTokens)}
     return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
 
 
-def float_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def float_buffers(parts: Parts) -> Iterator[tuple[str, Tensor]]:
     """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
-    for name, part in module.named_modules():
+    for name, part in parts.named:
         for key, value in part.named_buffers(recurse=False):
             dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
             if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
@@ -145,7 +142,7 @@ class SavedConversion:
         for name, expected in DESCRIPTION_TYPES.items():
             if not isinstance(base.get(name, expected()), expected):
                 raise TypeError(f"{name}={shown(base[name])}: must be a {expected.__name__}.")
-        check_quantization(base.get("quantization"), "quantization")
+        read_quantization(base.get("quantization"), "quantization")
         layers = base.get("layers", {}).values()
         for arguments in {json.dumps(value): value for value in layers}.values():  # each once
             QLoRAConfig(**arguments)

@@ -7,10 +7,11 @@ from torch import Tensor
 from lightning_qlora.adapters.adapter import Adapter, check_state
 from lightning_qlora.adapters.base_model import config_of_layer
 from lightning_qlora.adapters.conversion import CONVERSION, SavedConversion, read_conversion
-from lightning_qlora.adapters.to_peft import to_peft
+from lightning_qlora.adapters.peft_layers import to_peft
 from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
+from lightning_qlora.layers.fingerprint import fingerprint_of_weights
 from lightning_qlora.layers.layer_state import read_base
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL
 from lightning_qlora.layers.names import last_part, named, owner_name, without_wrappers
@@ -60,22 +61,15 @@ def read_adapter_from_checkpoint(
         weights = read_base(state, prefix)
         if weights:
             bases[name] = weights
+            fingerprints[name] = fingerprint_of_weights(weights)
     owners = {outer + owner for owner in description["trained_in_full"]}
     saved = {
         without_wrappers(key).removeprefix(outer): value
         for key, value in state.items()
         if owner_name(without_wrappers(key)) in owners
     }
-    return to_peft(
-        description,
-        configs,
-        layers,
-        base,
-        saved=saved,
-        bases=bases,
-        fingerprints=fingerprints,
-        source=str(path),
-    )
+    others = {"saved": saved, "bases": bases, "fingerprints": fingerprints, "source": str(path)}
+    return to_peft(description, configs, layers, base, **others)
 
 
 def _read_converted_state_dict(

@@ -6,10 +6,9 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.adapters.conversion import forget_conversion, mark_as_merged
 from lightning_qlora.adapters.module_adapter import check_finite
-from lightning_qlora.checks import check_choice, check_module
+from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
@@ -20,12 +19,14 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import release, undo_full_precision
 from lightning_qlora.layers.held_types import full_precision_parameters
 from lightning_qlora.layers.input_statistics import stop_waiting
-from lightning_qlora.layers.lora_layer import DTYPES, LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import without_wrappers
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.provenance import mark_as_loaded
-from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers, base_layers, to_dense
+from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
+from lightning_qlora.layers.typed_layer import DTYPES
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -71,19 +72,18 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 @torch.no_grad()
 def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) -> Module:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
-    layers = adapted_layers(module)
-    if not layers:
-        raise ValueError(f"{type(module).__name__} has no QLoRALinear: there is nothing to merge.")
-    check_finite(module)
-    reshard(module)
-    stacks = list(expert_stacks(module))
-    prefix, base = find_base_model(module)
-    names = {layer: name for name, layer in base_layers(base).items()}
+    parts = Parts.of(module)
+    layers = parts.layers
+    check_converted(module, layers)
+    check_finite(parts)
+    reshard(parts.modules)
+    stacks = list(expert_stacks(parts.named))
+    names = {layer: name for name, layer in parts.base.layers.items()}
     for name, layer in layers.items():
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
-    release(module)
+    release(parts.modules)
 
     def merged(layer: LoRALayer) -> Tensor:
         stop_waiting(layer)
@@ -98,13 +98,13 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
     for _, owner, key, stack in stacks:
         stack.restore(owner, key, merged(stack))
         parameters.append(owner.get_parameter(key))
-    compute_logits(module)
-    _round_full_precision(module, prefix, dtype)
+    compute_logits(parts.modules)
+    _round_full_precision(parts, dtype)
     mark_as_loaded(module, parameters)
-    merge_tokens(module)
-    for part in module.modules():
+    merge_tokens(parts.modules)
+    for part in parts.modules:
         forget_conversion(part)
-    undo(module)
+    undo(parts.modules)
     mark_as_merged(module)
     if dtype != "auto":
         for parameter in module.parameters():
@@ -113,12 +113,12 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
     return module
 
 
-def _round_full_precision(module: nn.Module, prefix: str, dtype: MergeDtype) -> None:
-    """Round parameters that train in full from fp32 to their previous type; `prefix` is that of the base model."""
-    for name, parameter, previous_dtype in full_precision_parameters(dict(module.named_modules())):
-        name_in_base = without_wrappers(name).removeprefix(f"{without_wrappers(prefix)}.")
+def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:
+    """Round parameters that train in full from fp32 to their previous type."""
+    for name, parameter, previous_dtype in full_precision_parameters(dict(parts.named)):
+        name_in_base = without_wrappers(name).removeprefix(f"{without_wrappers(parts.base_name)}.")
         parameter.data = round_stochastically(parameter.data, DTYPES.get(dtype, previous_dtype), name_in_base)
-    undo_full_precision(module)
+    undo_full_precision(parts.modules)
 
 
 def merged_weight(layer: LoRALayer, dtype: torch.dtype, name: str, weight: Tensor | None) -> Tensor:

@@ -1,7 +1,6 @@
 """The adapters of a module as a value, and a module with the adapters of a value."""
 
 import re
-from collections.abc import Container
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -11,17 +10,10 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.adapters.base_compatibility import check_required_base, record_initialization
-from lightning_qlora.adapters.base_model import (
-    describe_base,
-    find_base_model,
-    target_modules_of,
-    tied_names,
-    trained_modules,
-)
+from lightning_qlora.adapters.base_model import describe_base, tied_names, trained_modules
 from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.adapters.from_peft import from_peft, refuse
-from lightning_qlora.adapters.peft_experts import linear_parameters
-from lightning_qlora.adapters.to_peft import ranks_and_alphas, to_peft
+from lightning_qlora.adapters.peft_config import ranks_and_alphas
+from lightning_qlora.adapters.peft_layers import from_peft, refuse, to_peft
 from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
@@ -29,68 +21,60 @@ from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
-from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
-from lightning_qlora.layers.records import base_fingerprints
-from lightning_qlora.layers.trainable_tokens import DELTA, token_adapters, token_indices
+from lightning_qlora.layers.parts import Parts
+from lightning_qlora.layers.trainable_tokens import DELTA
 
 
-def check_finite(module: nn.Module) -> None:
+def check_finite(parts: Parts) -> None:
     """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
 
     Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
     """
-    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
+    layers: dict[str, Any] = {**parts.layers, **parts.tokens}
     parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
     bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
     if any(map(is_sharded, chain.from_iterable(parameters.values()))):
         bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
     if bad:
-        trainer = vars(module).get("_trainer")  # of a LightningModule
+        trainer = vars(parts.root).get("_trainer")  # of a LightningModule
         step = ""
         if trainer is not None:
             step = f" after step {trainer.global_step}"
         raise ValueError(
-            f"{bad[0] or type(module).__name__}: its adapter {NOT_FINITE}{step}, as those of {len(bad)} of "
+            f"{bad[0] or type(parts.root).__name__}: its adapter {NOT_FINITE}{step}, as those of {len(bad)} of "
             f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
             "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
             "in the batches."
         )
 
 
-def get_adapter(module: nn.Module, unchanged: Container[Any] | None = None, base: Base = "quantized") -> Adapter:
+def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     """The adapters of a module as a PEFT folder for this base; names are those in the base model.
 
-    `unchanged`: its `base_fingerprints`, if they are known. ValueError if PEFT's format has no place for what trained.
+    ValueError if PEFT's format has no place for what trained.
     """
-    _, base_model = find_base_model(module)
-    layers = base_layers(base_model)
-    check_converted(module, layers)
-    check_finite(module)
-    if unchanged is None:
-        unchanged = base_fingerprints(base_model)
-    trained = trained_modules(base_model, unchanged)
+    base_model = parts.base
+    layers = base_model.layers
+    check_converted(parts.root, layers)
+    check_finite(parts)
+    trained = trained_modules(base_model, parts.unchanged)
     if "" in trained:
         raise ValueError(
-            f"A parameter of the {type(base_model).__name__} itself trains, and PEFT's modules_to_save can only name "
-            "modules inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
+            f"A parameter of the {type(base_model.root).__name__} itself trains, and PEFT's modules_to_save can only "
+            "name modules inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
         )
     _check_endings(list(trained), base_model)
     saved: State = {}
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
-    as_parameters = linear_parameters(base_model)
-    description = describe_base(module, next(iter(layers.values())).config, trained)
-    if as_parameters:
-        description["target_modules"] = target_modules_of(base_model, without=as_parameters)
     return to_peft(
-        description,
+        describe_base(parts, next(iter(layers.values())).config, trained),
         {name: layer.config for name, layer in layers.items()},
         {name: _state_of_layer(layer) for name, layer in layers.items()},
         base,
-        as_parameters,
         saved=saved,
         fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
-        source=type(module).__name__,
+        source=type(parts.root).__name__,
     )
 
 
@@ -105,17 +89,18 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
 
     Raises CheckpointMismatchError as `load_adapter`.
     """
-    _, base = find_base_model(module)
-    layers = base_layers(base)
+    parts = Parts.of(module)
+    base = parts.base
+    layers = base.layers
     check_converted(module, layers)
     loaded = from_peft(adapter, base)
-    _check_fits(base, layers, adapter, loaded)
+    _check_fits(base, adapter, loaded)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
         stop_waiting(layer)
         layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
-        layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora))
+        layer.set_config(replace(layer.config, use_rslora=adapter.config["use_rslora"]))
         state = loaded.get(name)
         if state is None:
             layer.reset_adapter()
@@ -128,11 +113,11 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for key, value in adapter.saved.items():
             tensors[key].copy_(shard_like(value, tensors[key]))
-    for part in module.modules():
+    for part in parts.modules:
         conversion = conversion_of(part)
         if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
             arguments = _ranks_and_alphas(adapter, loaded) | {"rank_pattern": {}, "alpha_pattern": {}}
-            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.use_rslora)
+            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.config["use_rslora"])
 
 
 def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = "") -> dict[str, Any]:
@@ -142,16 +127,17 @@ def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = 
 
 def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
     """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
-    prefix, base = find_base_model(module)
-    layers = from_peft(adapter, base)
-    names = {without_wrappers(name): join(prefix, name) for name, _ in base.named_modules()}
+    parts = Parts.of(module)
+    prefix = parts.base_name
+    layers = from_peft(adapter, parts.base)
+    names = {without_wrappers(name): join(prefix, name) for name, _ in parts.inside(prefix)}
     names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
     owners = {owner_name(key) for key in adapter.saved}
     return replace(
         config.with_initialization("default"),
         **_ranks_and_alphas(adapter, layers, prefix),
-        use_rslora=adapter.use_rslora,
-        use_dora=bool(adapter.config.get("use_dora")),
+        use_rslora=adapter.config["use_rslora"],
+        use_dora=adapter.config["use_dora"],
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),
@@ -160,9 +146,13 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     )
 
 
-def _named_tensors(base: nn.Module) -> State:
-    tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
-    return {without_wrappers(name): tensor for name, tensor in tensors}
+def _named_tensors(base: Parts) -> State:
+    return {
+        join(name, key): tensor
+        for name, part in base.places
+        for key, tensor in {**part._parameters, **part._buffers}.items()
+        if tensor is not None
+    }
 
 
 def _state_of(part: nn.Module) -> State:
@@ -174,11 +164,10 @@ def _state_of(part: nn.Module) -> State:
     }
 
 
-def _check_endings(names: list[str], base: nn.Module) -> None:
+def _check_endings(names: list[str], base: Parts) -> None:
     """Refuse names that are the ending of another module's name: PEFT's modules_to_save would select both."""
-    modules = [without_wrappers(name) for name, _ in base.named_modules()]
     for name in names:
-        others = [other for other in modules if other.endswith(name) and other not in names]
+        others = [other for other, _ in base.named if other.endswith(name) and other not in names]
         if others:
             raise ValueError(
                 f"{name!r} was trained in full, and PEFT would also select {others[0]!r}, whose name ends the same: "
@@ -186,10 +175,10 @@ def _check_endings(names: list[str], base: nn.Module) -> None:
             )
 
 
-def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter, loaded: dict[str, State]) -> None:
+def _check_fits(base: Parts, adapter: Adapter, loaded: dict[str, State]) -> None:
     for name, state in loaded.items():
         key = f"{name}.lora_A.weight"
-        layer = layers.get(name)
+        layer = base.layers.get(name)
         if layer is None:
             refuse(adapter, key, base, "has no layer with an adapter there")
         r = state["lora_A"].shape[-2]
@@ -201,7 +190,7 @@ def _check_fits(base: nn.Module, layers: dict[str, LoRALayer], adapter: Adapter,
         dora = layer.lora_magnitude_vector is not None
         if dora != (MAGNITUDE in state):
             refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
-    indices = token_indices(base)
+    indices = base.token_indices
     for name, rows in adapter.tokens.items():
         if rows != indices.get(name):
             difference = f"has trainable_token_indices={shown(indices.get(name))} there, and the adapter {shown(rows)}"

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.adapters.base_compatibility import record_initialization, required_base
-from lightning_qlora.adapters.base_model import config_of_layer, describe_base, find_base_model, trained_modules
+from lightning_qlora.adapters.base_compatibility import read_quantization, record_initialization, required_base
+from lightning_qlora.adapters.base_model import config_of_layer, describe_base, trained_modules
 from lightning_qlora.adapters.conversion import (
     CONVERSION,
     Conversion,
@@ -39,12 +39,12 @@ from lightning_qlora.layers.layer_state import (
     has_base,
     pop_base,
 )
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
 from lightning_qlora.layers.packed_linear import BASE
-from lightning_qlora.layers.qlora_linear import adapted_layers, base_layers
-from lightning_qlora.layers.records import base_fingerprints, current_fingerprint, was_frozen
-from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens, token_indices
+from lightning_qlora.layers.parts import Parts
+from lightning_qlora.layers.records import current_fingerprint, was_frozen
+from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens
 
 BUILT_ANEW = (
     "This state dict holds adapters, and this {kind} has none: its adapters were merged, or its layers were built anew "
@@ -75,13 +75,11 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
     `config`: the arguments of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were
     passed.
     """
-    requests = []
-    for part in root.modules():
-        earlier = conversion_of(part)
-        if earlier is not None:
-            requests += earlier.given
-    buffers = {name: fingerprint(value) for name, value in float_buffers(root)}
-    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(root), buffers)
+    parts = Parts.of(root)
+    earlier = [conversion_of(part) for part in parts.modules]
+    requests = [request for conversion in earlier if conversion is not None for request in conversion.given]
+    buffers = {name: fingerprint(value) for name, value in float_buffers(parts)}
+    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(parts), buffers)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
@@ -89,20 +87,19 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
         root.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
 
-def saved_conversion(root: nn.Module, config: QLoRAConfig) -> SavedConversion:
+def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
     """What a checkpoint says about a module."""
     fingerprints: dict[str, int] = {}
-    unchanged = base_fingerprints(root)
     if config.checkpoint == "adapter":
-        for name, layer in _named_layers(root):
+        for name, layer in parts.layers_in_places.items():
             # A base that depends on the last bits of an SVD can't be computed again on another machine.
             if layer.config.can_repeat_base and layer.has_base_of_conversion():
                 fingerprints[name] = layer.base_fingerprint()
-        for name, owner, key, parameter in _dense_parameters(root):
-            if (owner, key) in unchanged and not _is_always_saved(owner, key, parameter):
-                fingerprints[name] = unchanged[owner, key]
-    trained = trained_modules(find_base_model(root)[1], unchanged)
-    return SavedConversion(config, describe_base(root, config, trained), fingerprints)
+        for name, owner, key, parameter in parts.dense_parameters:
+            if (owner, key) in parts.unchanged and not _is_always_saved(owner, key, parameter):
+                fingerprints[name] = parts.unchanged[owner, key]
+    trained = trained_modules(parts.base, parts.unchanged)
+    return SavedConversion(config, describe_base(parts, config, trained), fingerprints)
 
 
 def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> bool:
@@ -118,15 +115,17 @@ def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> boo
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave out what has a fingerprint, and add the conversion."""
-    check_no_layer_resized(root)
-    conversion = _conversion_with_layers(root)
+    parts = Parts.of(root)
+    conversion = conversion_of(root)
     if conversion is None:
         return
-    saved = saved_conversion(root, conversion.config)
-    for name, part in _converted_parts(root):
-        _restore(part, state_dict, f"{prefix}{name}.")
+    check_no_layer_resized(conversion, parts)
+    if _is_merged(conversion, parts):
+        return
+    saved = saved_conversion(parts, conversion.config)
+    _restore_converted_parts(parts, state_dict, prefix)
     asked = _in_file.get() or ()
-    layers = dict(_named_layers(root))
+    layers = parts.layers_in_places
     for name in saved.fingerprints:  # of a parameter or a layer
         if name not in layers:
             if prefix + name not in asked:
@@ -138,64 +137,73 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
 
 
-def _restore(part: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Add what a part left out, which was converted as a module of its own too: this module names its own base."""
-    state_dict.pop(prefix + CONVERSION, None)
-    for name, layer in _named_layers(part):
-        for key, value in base_entries(layer, prefix + _prefix(name)).items():
-            state_dict.setdefault(key, value)
-    for name, _, _, parameter in _dense_parameters(part):
-        state_dict.setdefault(prefix + name, parameter.detach())
+def _restore_converted_parts(parts: Parts, state_dict: dict[str, Any], prefix: str) -> None:
+    """Add what parts left out that were converted as modules of their own too: this module names its own base."""
+    outer = tuple(_prefix(name) for name in _converted_parts(parts))
+    if not outer:
+        return
+    for name in outer:
+        state_dict.pop(prefix + name + CONVERSION, None)
+    for name, layer in parts.layers_in_places.items():
+        if _prefix(name).startswith(outer):
+            for key, value in base_entries(layer, prefix + _prefix(name)).items():
+                state_dict.setdefault(key, value)
+    for name, _, _, parameter in parts.dense_parameters:
+        if name.startswith(outer):
+            state_dict.setdefault(prefix + name, parameter.detach())
 
 
 def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
     """Check that a state fits the module, and that the module has the base that the state names."""
     _, _, missing_keys, unexpected_keys, _ = arguments
-    adapters = _layers_with_adapter(root, state_dict, prefix)
-    conversion = _conversion_with_layers(root)
+    conversion = conversion_of(root)
     if conversion is None:
-        if conversion_of(root) is not None and adapters and prefix + CONVERSION in state_dict:
+        return
+    parts = Parts.of(root)
+    adapters = _layers_with_adapter(parts, state_dict, prefix)
+    if _is_merged(conversion, parts):
+        if adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
-    reshard(root)
-    _check_same_layers(root, adapters)
+    reshard(parts.modules)
+    _check_same_layers(parts, adapters)
     conversion.left_out = set()
     saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
-        _take_arguments(root, conversion, saved)
-        keys, unknown = _check_base(root, saved)
-        keys += [join(name, CONVERSION) for name, _ in _converted_parts(root)]
+        _take_arguments(parts.base, conversion, saved)
+        keys, unknown = _check_base(parts, saved)
+        keys += [join(name, CONVERSION) for name in _converted_parts(parts)]
         conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
         unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
             missing_keys.append(prefix + CONVERSION)
     else:
-        _begin_with_rows_of_dense_module(root, state_dict, prefix)
-    for name, part in _named_modules(root):
+        _begin_with_rows_of_dense_module(parts, state_dict, prefix)
+    for name, part in parts.places:
         for key, parameter in part._parameters.items():
             key = prefix + join(name, key)
             if key in state_dict:  # the whole parameter, also if the module has a shard
                 state_dict[key] = shard_like(state_dict[key], parameter)
 
 
-def _begin_with_rows_of_dense_module(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def _begin_with_rows_of_dense_module(parts: Parts, state_dict: dict[str, Any], prefix: str) -> None:
     """Let the rows that train begin with the values in a state of the dense module."""
-    for name, part in _named_modules(root):
+    for name, part in parts.places:
         key = prefix + join(name, "weight")
         if isinstance(part, TrainableTokens) and key in state_dict:
             rows = state_dict[key][part.token_adapter.token_indices]
             state_dict.setdefault(prefix + join(name, DELTA), rows)
 
 
-def _check_base(root: nn.Module, saved: SavedConversion) -> tuple[list[str], list[str]]:
+def _check_base(parts: Parts, saved: SavedConversion) -> tuple[list[str], list[str]]:
     """Compare the base with its fingerprints; CheckpointMismatchError if it is another one.
 
     Returns the keys of what has a fingerprint, and the names that the module does not have.
     """
-    layers = dict(_named_layers(root))
-    parameters = {name: (owner, key, parameter) for name, owner, key, parameter in _dense_parameters(root)}
+    layers = parts.layers_in_places
+    parameters = {parameter.name: parameter for parameter in parts.dense_parameters}
     numbers: dict[int, int] = {}  # tied parameters are read once
     keys = []
     unknown = []
@@ -205,7 +213,7 @@ def _check_base(root: nn.Module, saved: SavedConversion) -> tuple[list[str], lis
             current = layers[name].base_fingerprint()
         elif name in parameters:
             keys.append(name)
-            current = current_fingerprint(*parameters[name], numbers)
+            current = current_fingerprint(*parameters[name][1:], numbers)
         else:
             unknown.append(name)
             continue
@@ -219,22 +227,22 @@ def _check_base(root: nn.Module, saved: SavedConversion) -> tuple[list[str], lis
 
 def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
     """What has a fingerprint is not missing."""
-    conversion = _conversion_with_layers(root)
+    conversion = conversion_of(root)
     if conversion is None:
         return
-    hold_assigned(root)
+    hold_assigned(root.modules())
     missing: list[str] = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if without_wrappers(key, (CHECKPOINTED,)) not in conversion.left_out]
 
 
-def _layers_with_adapter(root: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
+def _layers_with_adapter(parts: Parts, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
     """Names of the layers with an adapter in a state dict; a parameter of the user may have its name."""
     adapters = {key.removeprefix(prefix) for key in state_dict if last_part(key) == "lora_A"}
-    return {owner_name(key) for key in adapters - {name for name, _, _, _ in _dense_parameters(root)}}
+    return {owner_name(key) for key in adapters - {parameter.name for parameter in parts.dense_parameters}}
 
 
-def _check_same_layers(root: nn.Module, saved: set[str]) -> None:
-    layers = {name for name, _ in _named_layers(root)}
+def _check_same_layers(parts: Parts, saved: set[str]) -> None:
+    layers = parts.layers_in_places.keys()
     if saved and saved != layers:
         name = min(saved ^ layers)
         difference = "has adapter in the checkpoint, has none here"
@@ -246,25 +254,21 @@ def _check_same_layers(root: nn.Module, saved: set[str]) -> None:
         )
 
 
-def _take_arguments(root: nn.Module, conversion: Conversion, saved: SavedConversion) -> None:
+def _take_arguments(base: Parts, conversion: Conversion, saved: SavedConversion) -> None:
     """Refuse arguments that change what the adapters compute, but not their shapes; take those of the initialization.
 
     The initialization decides which base the adapters fit.
     """
-    _, base = find_base_model(root)
     saved_tokens = saved.base.get("tokens", {})
-    tokens = token_indices(base)
-    if saved_tokens != tokens:
+    if saved_tokens != base.token_indices:
         raise CheckpointMismatchError(
-            f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(tokens)} here, by names of "
-            "embeddings. Set it to the value of the checkpoint."
+            f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(base.token_indices)} here, "
+            "by names of embeddings. Set it to the value of the checkpoint."
         )
-    arguments = {
-        layer: vars(config_of_layer(saved.base, name, saved.config)) for name, layer in base_layers(base).items()
-    }
+    arguments = {layer: config_of_layer(saved.base, name, saved.config) for name, layer in base.layers.items()}
     for layer, of_layer in arguments.items():
-        check_same_arguments(layer, of_layer)
-    quantization = saved.base.get("quantization")
+        check_same_arguments(layer, vars(of_layer))
+    quantization = read_quantization(saved.base.get("quantization"), "quantization")
     for layer, of_layer in arguments.items():
         # The arguments do not name the initialization of adapters that came from a folder.
         record_initialization(layer, quantization if required_base(quantization) else of_layer)
@@ -279,40 +283,16 @@ def _take_arguments(root: nn.Module, conversion: Conversion, saved: SavedConvers
         conversion.config = config
 
 
-def _named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules under each of their names in state dicts, which have the names of torch.compile."""
-    parts = root.named_modules(remove_duplicate=False)
-    return [(without_wrappers(name, (CHECKPOINTED,)), part) for name, part in parts]
-
-
-def _named_layers(root: nn.Module) -> list[tuple[str, LoRALayer]]:
-    """4-bit layers under each of their names in state dicts: a shared layer has several."""
-    return [(name, part) for name, part in _named_modules(root) if isinstance(part, LoRALayer)]
-
-
 def _prefix(name: str) -> str:
     """What the keys of a module of this name begin with."""
     return f"{name}." if name else ""
 
 
-def _converted_parts(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Parts that were converted as a module of their own too."""
-    return [(name, part) for name, part in _named_modules(root) if name and conversion_of(part) is not None]
+def _converted_parts(parts: Parts) -> list[str]:
+    """Names of the parts that were converted as a module of their own too."""
+    return [name for name, part in parts.places if name and conversion_of(part) is not None]
 
 
-def _conversion_with_layers(root: nn.Module) -> Conversion | None:
-    """The conversion; None without one, or if its layers were merged: then the state dict is that of a dense module."""
-    conversion = conversion_of(root)
-    if conversion is not None and conversion.layers and not adapted_layers(root):
-        return None
-    return conversion
-
-
-def _dense_parameters(root: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Name, owner, key and value of the parameters that layers do not save, under each of their names."""
-    parameters = []
-    for name, owner in _named_modules(root):
-        for key, parameter in owner._parameters.items():
-            if parameter is not None and not (isinstance(owner, LoRALayer) and key in (*BASE, *ADAPTER)):
-                parameters.append((join(name, key), owner, key, parameter))
-    return parameters
+def _is_merged(conversion: Conversion, parts: Parts) -> bool:
+    """Whether its layers were merged, so that its state dict is that of a dense module."""
+    return bool(conversion.layers) and not parts.layers

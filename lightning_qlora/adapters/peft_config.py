@@ -1,26 +1,38 @@
-"""PEFT's adapter_config.json, read with checks, and its rules for names.
+"""PEFT's adapter_config.json: read with checks, and written.
 
 Source of the format: peft/tuners/lora/config.py (0.17 to 0.21).
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
+from lightning_qlora.adapters.adapter import MAGNITUDE, State
 from lightning_qlora.checks import check_bool, check_choice, check_names, check_string, shown
 from lightning_qlora.config import CHECKS as OF_ARGUMENTS
-from lightning_qlora.config import arguments_that
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.safetensors_folder import read_json
-from lightning_qlora.layers.names import join
+from lightning_qlora.layers.names import join, last_part
+from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
 
 CONFIG_FILE = "adapter_config.json"
 BASE_MODEL = "base_model_name_or_path"
 UNNAMED = ("", "None")  # transformers' names of a model that was not loaded from a folder
-DEFAULTS = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
+DEFAULTS: dict[str, Any] = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
+UNSET: dict[str, Any] = {  # what null stands for there, and an entry that is missing
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    BASE_MODEL: None,
+}
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
+    "bias",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -37,7 +49,7 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
-    """The content of the file, with the defaults of r and lora_alpha.
+    """The content of the file, with values for the entries of DEFAULTS and UNSET.
 
     FileNotFoundError or ValueError if it is missing or broken, or QLoRALinear does not compute this kind of adapter.
     """
@@ -53,21 +65,81 @@ def read_peft_config(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{path}: {error}") from None
     if config.get(BASE_MODEL) in UNNAMED:
         config[BASE_MODEL] = None
-    return config
+    return config | {name: value for name, value in UNSET.items() if config.get(name) is None}
 
 
-def exact(pattern: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The pattern with keys that match one name only; PEFT takes a key for a regular expression of endings."""
-    return {"^" + re.escape(join(prefix, name)): value for name, value in pattern.items()}
+def config_for_peft(
+    description: Mapping[str, Any], configs: Mapping[str, QLoRAConfig], layers: Mapping[str, State]
+) -> dict[str, Any]:
+    """The content of the file for layers with these arguments and tensors, by their names in `describe_base`."""
+    use_rslora = all(config.use_rslora for config in configs.values())
+    as_parameters = {*description.get("parameters", [])}
+    ranks = {}
+    alphas = {}
+    for name, config in configs.items():
+        r = layers[name]["lora_A"].shape[-2]
+        alpha = config.lora_alpha
+        if (config.r, config.use_rslora) != (r, use_rslora):  # what keeps the scaling in the folder
+            alpha = config.scaling * (math.sqrt(r) if use_rslora else r)
+        if name in as_parameters:
+            name += ".weight"
+        ranks[name] = r
+        alphas[name] = alpha
+    most = ranks_and_alphas(ranks, alphas)
+    modules_to_save = [name for name in sorted(description["trained_in_full"]) if last_part(name) != TOKEN_ADAPTER]
+    base_model = description["base_model"]
+    entries = {
+        "peft_type": "LORA",
+        "task_type": description["task_type"],
+        BASE_MODEL: None if base_model in UNNAMED else base_model,
+        "inference_mode": True,
+        "r": most["r"],
+        "lora_alpha": most["lora_alpha"],
+        "lora_dropout": next(iter(configs.values())).lora_dropout,
+        "target_modules": description["target_modules"],
+        "modules_to_save": modules_to_save or None,
+        "rank_pattern": most["rank_pattern"],
+        "alpha_pattern": most["alpha_pattern"],
+        "use_rslora": use_rslora,
+        "use_dora": any(MAGNITUDE in state for state in layers.values()),
+        "fan_in_fan_out": description["fan_in_fan_out"],
+        "init_lora_weights": True,
+        "bias": "none",
+    }
+    if description.get("tokens"):
+        entries["trainable_token_indices"] = description["tokens"]
+    parameters = [*description.get("experts", {}), *(f"{name}.weight" for name in as_parameters)]
+    if parameters:
+        entries["target_parameters"] = sorted(parameters)
+        entries["lora_dropout"] = 0.0  # PEFT refuses parameters with dropout
+    return entries
 
 
-def ranks_of(config: dict[str, Any]) -> set[int]:
-    """The ranks of layers; PEFT writes the patterns in another order, so which layer has which is not known."""
-    return {config["r"], *(config.get("rank_pattern") or {}).values()}
+def ranks_and_alphas(ranks: dict[str, int], alphas: dict[str, float], prefix: str = "") -> dict[str, Any]:
+    """The entries for ranks and alphas of layers: those of most layers, and patterns for the others.
+
+    A pattern matches one name only, with `prefix` before it: PEFT takes a key for a regular expression of endings.
+    """
+    alphas = {name: round_alpha(alpha) for name, alpha in alphas.items()}
+    entries: dict[str, Any] = {}
+    for entry, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        most = mode(values.values())
+        others = {name: value for name, value in values.items() if value != most}
+        entries[entry] = most
+        entries[pattern] = {"^" + re.escape(join(prefix, name)): value for name, value in others.items()}
+    return entries
 
 
-def _check_unset(name: str, value: Any, is_set: Callable[[Any], bool] = bool) -> None:
-    if is_set(value):
+def round_alpha(alpha: float) -> float | int:
+    """An alpha that was computed from a scaling, without its rounding error; an int if it is a whole number."""
+    rounded = round(alpha, 9)
+    if not math.isclose(rounded, alpha, rel_tol=1e-8):  # a very small one
+        return alpha
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+def _check_unset(name: str, value: Any) -> None:
+    if value and value != "none":
         raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read. {MERGE_IN_PEFT}")
 
 
@@ -88,7 +160,6 @@ def _check_targets(name: str, value: Any) -> None:
 # Checks of the values in adapter_config.json. A value that is null stands for PEFT's default.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "peft_type": partial(check_choice, allowed=("LORA",)),
-    "bias": partial(_check_unset, is_set=lambda value: value != "none"),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
     "init_lora_weights": _check_initialization,
     **{name: OF_ARGUMENTS[name] for name in arguments_that("in_peft")},

@@ -16,25 +16,24 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State, check_state
-from lightning_qlora.adapters.base_compatibility import check_quantization, required_base, subtract_initial
-from lightning_qlora.adapters.peft_config import (
-    CONFIG_FILE,
-    MERGE_IN_PEFT,
-    ranks_of,
-    read_peft_config,
+from lightning_qlora.adapters.base_compatibility import (
+    quantization_of,
+    read_quantization,
+    required_base,
+    subtract_initial,
 )
+from lightning_qlora.adapters.peft_config import CONFIG_FILE, MERGE_IN_PEFT, read_peft_config
 from lightning_qlora.checks import DAMAGED, DIVERGED, shown
 from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, parse_json, write_safetensors
-from lightning_qlora.layers.fingerprint import checksum, fingerprint_of_weights
+from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.names import last_part, named
-from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
+from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
-SUFFIXES = {"lora_A": ".weight", "lora_B": ".weight", MAGNITUDE: ""}
 WEIGHTS_FILE = "adapter_model.safetensors"
 # JSON in the metadata: how the base was quantized and the adapters were initialized (`quantization_of`), and
-# fingerprints of the 4-bit weights that the initialization changed.
+# fingerprints of the 4-bit weights that the initialization changed, or that the checkpoint held.
 BASE = "lightning_qlora"
 CHECKSUMS = "lightning_qlora_checksums"
 METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
@@ -46,24 +45,24 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
         raise ValueError(adapter.no_place)
     tensors = dict(adapter.saved)
     for name, state in adapter.layers.items():
-        tensors |= {f"{name}.{part}{SUFFIXES[part]}": value for part, value in state.items()}
+        for part, value in state.items():
+            key = f"{name}.{part}"
+            tensors[key if part == MAGNITUDE else f"{key}.weight"] = value
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     tensors = {PREFIX + key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    with atomic_files(Path(folder)) as partial:
-        write_safetensors(tensors, partial / WEIGHTS_FILE, _metadata(adapter, tensors))
-        (partial / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
-
-
-def _metadata(adapter: Adapter, tensors: State) -> dict[str, str]:
-    fingerprints = {name: fingerprint_of_weights(weights) for name, weights in adapter.bases.items()}
-    if (adapter.quantization or {}).get("base_changed"):
-        for name, number in adapter.fingerprints.items():
-            if name in adapter.layers or adapter.is_target(name):
-                fingerprints.setdefault(name, number)
-    base = {"quantization": adapter.quantization, "fingerprints": fingerprints}
+    base: dict[str, Any] = {"quantization": None, "fingerprints": {}}
+    changed = False
+    if adapter.quantization is not None:
+        base["quantization"] = quantization_of(adapter.quantization)
+        changed = adapter.quantization.changes_base
+    for name, number in adapter.fingerprints.items():
+        if name in adapter.bases or (changed and (name in adapter.layers or adapter.is_target(name))):
+            base["fingerprints"][name] = number
     metadata = {"format": "pt", BASE: json.dumps(base, sort_keys=True)}
     metadata[CHECKSUMS] = json.dumps(_checksums(tensors, metadata), sort_keys=True)
-    return metadata
+    with atomic_files(Path(folder)) as partial:
+        write_safetensors(tensors, partial / WEIGHTS_FILE, metadata)
+        (partial / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
 
 
 def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Adapter:
@@ -80,22 +79,39 @@ def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Ad
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
     with named(weights_file):
-        adapter = replace(_parse(config, tensors, metadata), source=str(weights_file))
+        _check_sums(tensors, metadata)
+        layers, saved = _layers_and_saved(tensors)
+        trained = _entry(metadata, BASE)
+        for name, value in trained.items():
+            if not isinstance(value, dict | None):
+                raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. {DAMAGED}")
+        tokens = _tokens(config.get("trainable_token_indices"), saved)
+        if tokens:
+            config["trainable_token_indices"] = tokens
+        adapter = Adapter(
+            config=config,
+            layers=layers,
+            saved=saved,
+            quantization=read_quantization(trained.get("quantization"), f"its metadata {BASE!r}"),
+            fingerprints=trained.get("fingerprints") or {},
+            source=str(weights_file),
+        )
+        _check_layers(adapter)
     if base == "float" and required_base(adapter.quantization) is not None:
         layers = subtract_initial(adapter.layers, adapter.source)
         return replace(adapter, layers=layers, quantization=None, fingerprints={})
     return adapter
 
 
-def _entry(metadata: dict[str, str], key: str) -> dict[str, Any] | None:
-    """An object that `_metadata` stored; None if the file does not have it."""
-    return parse_json(metadata[key], f"its metadata {key!r}") if key in metadata else None
+def _entry(metadata: dict[str, str], key: str) -> dict[str, Any]:
+    """An object that `write_adapter` stored; empty if the file does not have it."""
+    return parse_json(metadata[key], f"its metadata {key!r}") if key in metadata else {}
 
 
-def _check_file(tensors: State, metadata: dict[str, str]) -> None:
+def _check_sums(tensors: State, metadata: dict[str, str]) -> None:
     """Raise ValueError, with the key, if a tensor is missing, or one or the metadata has another checksum."""
     expected = _entry(metadata, CHECKSUMS)
-    if expected is None:
+    if not expected:
         return
     checksums = _checksums(tensors, {key: text for key, text in metadata.items() if key != CHECKSUMS})
     for key in sorted(expected.keys() | checksums.keys()):
@@ -111,8 +127,8 @@ def _checksums(tensors: State, metadata: dict[str, str]) -> dict[str, str]:
     return checksums
 
 
-def _parse(config: dict[str, Any], tensors: State, metadata: dict[str, str]) -> Adapter:
-    _check_file(tensors, metadata)
+def _layers_and_saved(tensors: State) -> tuple[dict[str, State], State]:
+    """The tensors of each layer by PEFT's name of it, and the other ones by their names."""
     adapted = {key.partition(".lora_A")[0] for key in tensors if ".lora_A" in key}
     layers: dict[str, State] = {}
     saved = {}
@@ -122,45 +138,25 @@ def _parse(config: dict[str, Any], tensors: State, metadata: dict[str, str]) -> 
         owner, base_layer, _ = key.partition(".base_layer.")
         if base_layer and (owner in adapted or last_part(owner) == TOKEN_ADAPTER) and ".lora_" not in key:
             continue
-        name, part = _split(key)
-        if part is None:
+        if not key.startswith(PREFIX):
+            raise ValueError(f"key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
+        name = key.removeprefix(PREFIX)
+        match = re.fullmatch(rf"(.+)\.(lora_A|lora_B|{MAGNITUDE})(\.default)?(\.weight)?", name)
+        if match:
+            state = layers.setdefault(match[1], {})
+            if match[2] in state:
+                raise ValueError(f"key {key!r}: the file has a second {match[2]} of {match[1]}. {DAMAGED}")
+            state[match[2]] = tensor
+        elif ".lora_" in name or base_layer:
+            raise ValueError(
+                f"key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read. {MERGE_IN_PEFT}"
+            )
+        else:
             _check_saved(key, name, tensor)
             saved[name] = tensor
-        elif part in layers.setdefault(name, {}):
-            raise ValueError(f"key {key!r}: the file has a second {part} of {name}. {DAMAGED}")
-        else:
-            layers[name][part] = tensor
     if not layers:
         raise ValueError(f"holds no lora_A and lora_B. {DAMAGED}")
-    for name, state in layers.items():
-        key = f"key '{PREFIX}{name}.lora_A.weight':"
-        check_state(key, state)
-        _check_config(key, state, config)
-    base = _entry(metadata, BASE) or {}
-    for name, value in base.items():
-        if not isinstance(value, dict | None):
-            raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. {DAMAGED}")
-    quantization = base.get("quantization")
-    check_quantization(quantization, f"its metadata {BASE!r}")
-    fingerprints = base.get("fingerprints") or {}
-    adapter = Adapter(config=config, layers=layers, saved=saved, quantization=quantization, fingerprints=fingerprints)
-    adapter.tokens  # noqa: B018, checks them
-    return adapter
-
-
-def _split(key: str) -> tuple[str, str | None]:
-    """Layer and part ("lora_A", "lora_B", magnitude) of a key, or name of a parameter and None."""
-    if not key.startswith(PREFIX):
-        raise ValueError(f"key {key!r} does not begin with {PREFIX!r}, so PEFT would not read it either.")
-    name = key.removeprefix(PREFIX)
-    match = re.fullmatch(rf"(.+)\.(lora_A|lora_B|{MAGNITUDE})(\.default)?(\.weight)?", name)
-    if match:
-        return match[1], match[2]
-    if ".lora_" in name or ".base_layer." in name:
-        raise ValueError(
-            f"key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read. {MERGE_IN_PEFT}"
-        )
-    return name, None
+    return layers, saved
 
 
 def _check_saved(key: str, name: str, tensor: Tensor) -> None:
@@ -173,15 +169,41 @@ def _check_saved(key: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"key {key!r} holds NaN. {DIVERGED}")
 
 
-def _check_config(key: str, state: State, config: dict[str, Any]) -> None:
-    """Refuse a layer of another rank or kind than those in the config: the two files are not of one adapter."""
-    pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (MAGNITUDE in state, {bool(config.get("use_dora"))})}
-    if not config.get("target_parameters"):  # for these PEFT has the ranks of all experts in one matrix
-        pairs["rank"] = len(state["lora_A"]), ranks_of(config)
-    for argument, (value, allowed) in pairs.items():
-        if value not in allowed:
-            words = ", ".join(map(str, sorted(allowed)))
+def _check_layers(adapter: Adapter) -> None:
+    """Refuse layers of another rank or kind than in the config: the two files are not of one adapter."""
+    config = adapter.config
+    for name, state in adapter.layers.items():
+        key = f"key '{PREFIX}{name}.lora_A.weight':"
+        check_state(key, state)
+        pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (MAGNITUDE in state, {config["use_dora"]})}
+        if not adapter.target_parameters:  # for these PEFT has the ranks of all experts in one matrix
+            pairs["rank"] = len(state["lora_A"]), adapter.ranks
+        for argument, (value, allowed) in pairs.items():
+            if value not in allowed:
+                words = ", ".join(map(str, sorted(allowed)))
+                raise ValueError(
+                    f"{key} the file has {argument}={value} there, and {CONFIG_FILE} has {words}. They are not of one "
+                    "adapter: copy or save both again."
+                )
+
+
+def _tokens(entry: Any, saved: State) -> dict[str, list[int]]:
+    """Name of each embedding with rows -> their indices; `entry`: trainable_token_indices, by endings of names."""
+    rule = f"trainable_token_indices, {shown(entry)} in {CONFIG_FILE}"
+    if not isinstance(entry, dict):
+        entry = {"": entry}  # for any embedding
+    tokens = {}
+    for key, rows in saved.items():
+        name = key.removesuffix(f".{DELTA}")
+        if name == key:
+            continue
+        matches = [entry[name]] if name in entry else [entry[end] for end in entry if name.endswith(end)]
+        if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
+            shape = list(rows.shape)
             raise ValueError(
-                f"{key} the file has {argument}={value} there, and {CONFIG_FILE} has {words}. They are not of one "
-                "adapter: copy or save both again."
+                f"key '{PREFIX}{key}' has shape {shape}: it must have one row for each index in {rule}. {DAMAGED}"
             )
+        tokens[name] = matches[0]
+    if any(entry.values()) and not tokens:  # PEFT writes those of tied weights once
+        raise ValueError(f"has no rows for {rule}. {DAMAGED}")
+    return tokens

@@ -2,25 +2,26 @@
 
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import get_args
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from lightning_qlora.adapters.base_compatibility import required_base
-from lightning_qlora.adapters.base_model import find_base_model, trained_modules
+from lightning_qlora.adapters.base_model import trained_modules
 from lightning_qlora.adapters.conversion import conversion_of, float_buffers
 from lightning_qlora.adapters.module_adapter import get_adapter, set_adapter_of_module
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.checks import check_choice, first_of
+from lightning_qlora.adapters.peft_layers import taken_for_experts
+from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.dtensor import reshard
 from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, owner_name
-from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.records import base_fingerprints
+from lightning_qlora.layers.parts import Parts
 
 
 def save_adapter(
@@ -55,32 +56,41 @@ def save_adapter(
         ```
     """
     check_choice("base", base, get_args(Base))
-    reshard(module)
-    unchanged = base_fingerprints(module)
-    adapter = get_adapter(module, unchanged, base)
+    parts = Parts.of(module)
+    reshard(parts.modules)
+    adapter = get_adapter(parts, base)
     requirement = required_base(adapter.quantization)
     if requirement:
         warnings.warn(requirement, stacklevel=2)
-    prefix, inner = find_base_model(module)
-    inside = set(inner.modules())
-    outside = [name for name, part in trained_modules(module, unchanged).items() if part not in inside]
+    prefix = parts.base_name
+    kind = type(parts.base.root).__name__
+    inside = set(parts.base.modules)
+    outside = [name for name, part in trained_modules(parts, parts.unchanged).items() if part not in inside]
     if outside:
         warnings.warn(
-            f"The folder gets the adapters of {prefix!r}, a {type(inner).__name__}, and not what trains outside of it: "
+            f"The folder gets the adapters of {prefix!r}, a {kind}, and not what trains outside of it: "
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
-    changed = _changed_buffers(module, {join(prefix, owner_name(key)) for key in adapter.saved})
+    dense = taken_for_experts(parts.base)
+    if dense and adapter.config["use_dora"]:
+        warnings.warn(
+            f"PEFT can't load the adapters of {len(dense)} layers ({first_of(dense, 1)}): it takes their names for "
+            "those of the experts, and has no DoRA for these. Merge the adapter, or load the folder with "
+            "lightning_qlora (adapter=FOLDER).",
+            stacklevel=2,
+        )
+    changed = _changed_buffers(parts, {join(prefix, owner_name(key)) for key in adapter.saved})
     if changed:
         warnings.warn(
             f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
-            "checkpoint has them; or name their modules in modules_to_save.",
+            f"checkpoint has them; or {TRAIN_IN_FULL}.",
             stacklevel=2,
         )
-    layers = layers_that_are_only_read(inner)
+    layers = layers_that_are_only_read(parts.base.layers)
     if layers:
         warnings.warn(
-            f"PEFT would load the adapters of {len(layers)} layers of this {type(inner).__name__} "
+            f"PEFT would load the adapters of {len(layers)} layers of this {kind} "
             f"({first_of(layers, 3)}), but not use them: the model reads the weights of these layers and does not "
             "call them. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
             stacklevel=2,
@@ -88,24 +98,24 @@ def save_adapter(
     rank_zero_only(write_adapter)(adapter, folder)
 
 
-def layers_that_are_only_read(base: nn.Module) -> list[str]:
+def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
     """Names of converted layers whose weight other code multiplied with, or read without calling the layer."""
     names = []
-    for name, layer in adapted_layers(base).items():
+    for name, layer in layers.items():
         if original_class(type(layer)).forward is nn.Linear.forward and layer.is_only_read:
             names.append(name)
     return names
 
 
-def _changed_buffers(module: nn.Module, saved: Collection[str]) -> list[str]:
+def _changed_buffers(parts: Parts, saved: Collection[str]) -> list[str]:
     """Names of the buffers that changed since conversion, outside of the modules that are saved."""
-    conversion = conversion_of(module)
+    conversion = conversion_of(parts.root)
     if conversion is None:
         return []
     before = conversion.buffers
     return [
         name
-        for name, value in float_buffers(module)
+        for name, value in float_buffers(parts)
         if name in before and owner_name(name) not in saved and fingerprint(value) != before[name]
     ]
 
@@ -136,11 +146,11 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         load_adapter(model, "adapter")
         ```
     """
-    reshard(module)
+    reshard(module.modules())
     adapter = read_adapter(folder)
     set_adapter_of_module(module, adapter)
-    _, base = find_base_model(module)
-    trained = trained_modules(base, base_fingerprints(base))
+    base = Parts.of(module).base
+    trained = trained_modules(base, base.unchanged)
     loaded = {trained.get(owner_name(key)) for key in adapter.saved}
     kept = [name for name, part in trained.items() if part not in loaded]
     if kept:

@@ -53,8 +53,8 @@ def _is_private_group(gid: int) -> bool:
 def cache_folder() -> Path:
     """The cache folder: $LIGHTNING_QLORA_CACHE, else `lightning_qlora` in the user's cache folder.
 
-    It is created if it does not exist, for this user alone (mode 0700). Raises OSError if it cannot be created, another
-    user could have written to it or could replace it, or the user has no home folder.
+    It is created for this user alone (mode 0700). Raises OSError if that is not possible, if there is an `objection`,
+    or if the user has no home folder.
     """
     try:
         folder = _named_folder().absolute()  # for dlopen
@@ -71,9 +71,8 @@ def cache_folder() -> Path:
 def _named_folder() -> Path:
     if os.environ.get("LIGHTNING_QLORA_CACHE"):
         return Path(os.environ["LIGHTNING_QLORA_CACHE"])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"], "lightning_qlora")
-    return Path.home() / ".cache" / "lightning_qlora"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches, "lightning_qlora")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_files(target: Path) -> Iterator[Path]:
     """Yield a folder to write files to. Each file replaces the file of that name in `target` when the block ends.
 
-    Other files in `target` stay. A JSON file that changes is removed first and written last: a process that is killed
+    A JSON file that changes is removed first and written last: a process that is killed
     in between leaves a folder without it, which readers refuse, and never files of two adapters. OSError if the files
     can't be written.
     """

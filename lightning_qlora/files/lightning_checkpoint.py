@@ -52,14 +52,11 @@ def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
 def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
     """Read a checkpoint into host memory: a file is memory-mapped, the tensors of shards are put together.
 
-    `weights_only` as in torch.load: refuse objects that are neither tensors nor plain values, and run no code of the
-    files, also not of the index of shards. Raises FileNotFoundError if there is no checkpoint, and ValueError if it is
-    broken, or contains objects that weights_only refuses.
+    `weights_only` as in torch.load: run no code of the files, also not of the index of shards. Raises
+    FileNotFoundError if there is no checkpoint, and ValueError if it is broken or weights_only refuses an object in it.
     """
-    if is_shards(path):
-        with one_line_errors(path):
-            return _read_shards(Path(path), weights_only)
-    if not os.path.isfile(path):
+    shards = is_shards(path)
+    if not shards and not os.path.isfile(path):
         kind = "no such file"
         if _has_file(path, OTHER_FILES):
             kind = "a folder of a model or an adapter, not of a checkpoint"
@@ -67,6 +64,8 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
             kind = f"no checkpoint (no {META} in it)"
         raise FileNotFoundError(f"{path}: {kind}.")
     with one_line_errors(path):
+        if shards:
+            return _read_shards(Path(path), weights_only)
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
@@ -106,8 +105,7 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
 def read_index(path: Path, weights_only: bool) -> Any:
     """The index of shards, torch's `Metadata`; weights_only=False runs code in its pickle.
 
-    Raises UnpicklingError for classes that torch.distributed.checkpoint does not write into an index, and ValueError
-    for a shard outside of its folder.
+    Raises UnpicklingError for a class that does not belong there, and ValueError for a shard outside of its folder.
     """
     with path.open("rb") as file:
         if weights_only:
@@ -121,12 +119,11 @@ def read_index(path: Path, weights_only: bool) -> Any:
 
 
 def keys_of_shards(path: str | os.PathLike[str], names: Iterable[str]) -> set[str]:
-    """The keys in the state dicts of these names that are saved in shards."""
+    """The keys that shards have in the state dicts of these names."""
     with one_line_errors(path):
         index = read_index(Path(path) / SHARDS_INDEX, weights_only=True)
-    prefixes = [f"{name}." for name in names]
-    keys = {(prefix, key) for prefix in prefixes for key in index.state_dict_metadata if key.startswith(prefix)}
-    return {key.removeprefix(prefix) for prefix, key in keys}
+    keys = index.state_dict_metadata
+    return {key.removeprefix(f"{name}.") for name in names for key in keys if key.startswith(f"{name}.")}
 
 
 class _IndexUnpickler(pickle.Unpickler):

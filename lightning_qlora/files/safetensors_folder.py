@@ -70,7 +70,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; FileNotFoundError or ValueError if there is none."""
+    """The object in a JSON file; FileNotFoundError or ValueError if there is none."""
     return parse_json(path.read_bytes(), path)
 
 

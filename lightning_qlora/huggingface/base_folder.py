@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import Adapter, State
 from lightning_qlora.adapters.base_model import tied_names
-from lightning_qlora.adapters.peft_experts import expert_parameter
+from lightning_qlora.adapters.peft_layers import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
-from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder, read_config
+from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import last_part, owner_name, without_wrappers
+from lightning_qlora.layers.names import last_part, owner_name
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.provenance import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
 
@@ -54,10 +56,8 @@ def load_base_model(
 ) -> Any:
     """The transformers model of a folder or GGUF file that has the layers of an adapter, on the CPU.
 
-    Folders in FP8, MXFP4 and compressed-tensors, and GGUF files, are dequantized. `dtype` as in `from_pretrained`.
-
-    Raises:
-        FileNotFoundError, ValueError: If a file is missing or broken, or transformers can't make the model.
+    It is dequantized. `dtype` as in `from_pretrained`. Raises FileNotFoundError or ValueError if a file is missing or
+    broken, or transformers can't make the model.
     """
     transformers: Any = import_module("transformers")
     gguf = gguf_of(source)
@@ -75,22 +75,17 @@ def load_base_model(
         location["gguf_file"] = gguf.name
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
+    with _one_line_errors(source, "read its config"):
         config = transformers.AutoConfig.from_pretrained(**location)
         stored = stored_format(config.to_dict())
-    except Exception as error:  # wrong values make the code of configs raise errors of any type
-        raise ValueError(f"{source}: {_remedy(error)}transformers can't read its config: {one_line(error)}") from error
     check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
         config.update({"quantization_config": stored | {"dequantize": True}})
     model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
         config.update({"tie_word_embeddings": False})
-    try:
-        with torch.device("cpu"):
-            model, loading = model_class.from_pretrained(config=config, **location, **options)
-    except Exception as error:  # as above
-        raise ValueError(f"{source}: {_remedy(error)}transformers can't load it: {one_line(error)}") from error
+    with _one_line_errors(source, "load it"), torch.device("cpu"):
+        model, loading = model_class.from_pretrained(config=config, **location, **options)
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
@@ -104,11 +99,16 @@ def load_base_model(
     return model
 
 
-def _remedy(error: Exception) -> str:
-    """What to do about an error of transformers, to stand before its text, which may be long."""
-    if "trust_remote_code" in str(error):
-        return "read the Python files of the model, and pass trust_remote_code=True to run them; "
-    return ""
+@contextmanager
+def _one_line_errors(source: object, action: str) -> Iterator[None]:
+    """Name the source in an error of transformers; what to do stands before its text, which may be long."""
+    try:
+        yield
+    except Exception as error:  # wrong values make the code of configs and models raise errors of any type
+        remedy = ""
+        if "trust_remote_code" in str(error):
+            remedy = "read the Python files of the model, and pass trust_remote_code=True to run them; "
+        raise ValueError(f"{source}: {remedy}transformers can't {action}: {one_line(error)}") from error
 
 
 def stored_format(config: dict[str, Any]) -> dict[str, Any]:
@@ -137,48 +137,21 @@ def check_format(stored: dict[str, Any], source: object) -> None:
         raise ValueError(f"{source}: is in {stored.get('quant_method')!r}. {CANNOT_DEQUANTIZE}")
 
 
-def is_in_4_bits(source: str | os.PathLike[str]) -> bool:
-    """Whether a folder is in bitsandbytes' 4 bits."""
-    if not os.path.isdir(source):
-        return False
-    return bool(stored_format(read_config(Path(source))).get("load_in_4bit"))
-
-
 def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[Any, bool]:
     """The first class of transformers that has the layers of an adapter; whether the adapter unties its embeddings.
 
     The class of the folder comes first. An output embedding that was trained alone needs a model in which it is not
     tied to the embedding.
     """
-    needed = adapter.modules | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
-    first = None
-    errors: list[str] = []
-    for model_class, model in _candidates(config, adapter, trust_remote_code, errors):
-        first = first or model_class
-        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-        names = {without_wrappers(name) for name, _ in (*model.named_modules(), *tensors)}
-        if needed <= names:
-            heads = {id(layer) for layer in get_output_embeddings(model.modules())}
-            outputs = {f"{name}.weight" for name, layer in model.named_modules() if id(layer) in heads}
-            trained = outputs & adapter.saved.keys()
-            pairs = [pair for pair in tied_names(model) if len(pair) == 2 and trained & set(pair)]
-            return model_class, not all(map(adapter.has_one_value, pairs))
-    if first is None:
-        name = (config.architectures or ["model"])[0]
-        raise ValueError(f"{config.name_or_path}: transformers makes no {name} ({errors[0]}). {LOAD_IT_YOURSELF}")
-    return first, False  # what does not fit is refused by name when the adapter is loaded
-
-
-def _candidates(
-    config: Any, adapter: Adapter, trust_remote_code: bool, errors: list[str]
-) -> Iterator[tuple[Any, nn.Module]]:
-    """Classes of transformers, each with its model on the meta device, which has no weights; adds to `errors`."""
     transformers: Any = import_module("transformers")
     architecture = str((config.architectures or ["AutoModelForCausalLM"])[0])
     classes = [architecture]
     if not hasattr(transformers, architecture):
         classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    needed = {*adapter.modules} | {key.removesuffix(f".{DELTA}") for key in adapter.saved}
     heads = [v for key, v in adapter.saved.items() if v.ndim == 2 and ("classifier" in key or "score" in key)]
+    first = None
+    errors = []
     for number, name in enumerate([*classes, *OTHER_CLASSES]):
         if number == len(classes) and heads:
             config.update({"num_labels": min(len(head) for head in heads)})
@@ -192,7 +165,21 @@ def _candidates(
         except Exception as error:  # no such model of this architecture, or one that can't be built without values
             errors.append(f"{name}: {one_line(error)}")
             continue
-        yield model_class, model
+        first = first or model_class
+        parts = Parts.of(model)
+        if needed <= {
+            *dict(parts.places),
+            *dict(model.named_buffers()),
+            *(each.name for each in parts.dense_parameters),
+        }:
+            outputs = {id(layer) for layer in get_output_embeddings(parts.modules)}
+            trained = {f"{name}.weight" for name, layer in parts.named if id(layer) in outputs} & adapter.saved.keys()
+            pairs = [pair for pair in tied_names(parts) if len(pair) == 2 and trained & {*pair}]
+            return model_class, not all(map(adapter.has_one_value, pairs))
+    if first is None:
+        name = (config.architectures or ["model"])[0]
+        raise ValueError(f"{config.name_or_path}: transformers makes no {name} ({errors[0]}). {LOAD_IT_YOURSELF}")
+    return first, False  # what does not fit is refused by name when the adapter is loaded
 
 
 def float_weights(model: nn.Module, names: Iterable[str]) -> State:
@@ -212,7 +199,5 @@ def float_weights(model: nn.Module, names: Iterable[str]) -> State:
             parameter = part.owner.get_parameter(part.key).detach()
             weight = parameter.view(part.experts, -1, parameter.shape[-1])
             transposed = part.transposed
-        if transposed:
-            weight = weight.mT
-        weights[name] = weight
+        weights[name] = weight.mT if transposed else weight
     return weights

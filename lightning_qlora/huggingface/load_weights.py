@@ -10,6 +10,7 @@ A model of transformers is loaded before it is sharded, without values (`without
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,12 +29,7 @@ from lightning_qlora.layers.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.held_types import types_before
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import (
-    is_transformers_model,
-    join,
-    named,
-    owner_name,
-)
+from lightning_qlora.layers.names import is_transformers_model, join, named
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import renew
@@ -73,10 +69,8 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     else:
         read_weights(module, ModelFolder(folder, None))
     conversion = conversion_of(module)
-    if conversion is not None:
-        adapter = conversion.given[-1].adapter
-        if adapter is not None:
-            set_adapter_of_module(module, read_adapter(adapter))
+    if conversion is not None and conversion.given[-1].adapter is not None:
+        set_adapter_of_module(module, read_adapter(conversion.given[-1].adapter))
 
 
 @torch.no_grad()
@@ -85,20 +79,18 @@ def read_weights(module: nn.Module, folder: ModelFolder) -> None:
     device = _device_of(module)
     _read_layers(module, folder, device)
     for places in _tensors_on_meta(module):
-        names = [name for name, _, _ in places]
-        name = next((name for name in names if name in folder.entries), None)
+        first, owner, tensors, key = places[0]
+        name = next((name for name, *_ in places if name in folder.entries), None)
         if name is None:
             raise ValueError(
-                f"{names[0]}: is on the meta device, so it has no data, and {folder.folder} has no tensor of this "
+                f"{first}: is on the meta device, so it has no data, and {folder.folder} has no tensor of this "
                 "name. Load it, or build it outside of the meta device."
             )
-        _, tensors, key = places[0]
         empty = tensors[key]
         value = _read(folder, name, tuple(empty.shape))
-        owner = module.get_submodule(owner_name(names[0]))
         value = value.to(types_before(owner).get(key, value.dtype))  # rounded as where it is not held in fp32
         value = _with_data(empty, value, device)
-        for _, tensors, key in places:
+        for _, _, tensors, key in places:
             tensors[key] = value
     renew(module)
 
@@ -114,7 +106,7 @@ def _read_layers(module: nn.Module, folder: ModelFolder, device: torch.device) -
     groups = [layers[first : first + ranks] for first in range(0, len(layers), ranks)]
     silent = rank > 0 or None  # None: also where stderr is no terminal
     for group in tqdm(groups, "Quantizing", leave=False, delay=2, unit=f" x {ranks} layers", disable=silent):
-        whole: LoRALayer | None = None  # the layer that this rank reads
+        whole = None  # the layer that this rank reads
         error = None
         try:
             if rank < len(group):
@@ -157,7 +149,6 @@ def _share(layer: LoRALayer, whole: LoRALayer | None, source: int, device: torch
 
 
 def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.device) -> LoRALayer:
-    """The layer that a single device makes from the float weight in the folder."""
     new = LoRALayer()
     new.is_stack = layer.is_stack
     new._transposed = layer._transposed
@@ -198,7 +189,6 @@ def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _with_data(empty: Tensor, value: Tensor, device: torch.device) -> Tensor:
-    """The tensor with values that replaces a tensor on the meta device."""
     part = local_part(value, empty, device)
     if not isinstance(empty, nn.Parameter):
         return part
@@ -206,22 +196,24 @@ def _with_data(empty: Tensor, value: Tensor, device: torch.device) -> Tensor:
     return kind(part, requires_grad=empty.requires_grad)  # type: ignore[no-any-return]
 
 
-def _tensors_on_meta(module: nn.Module) -> list[list[tuple[str, dict[str, Any], str]]]:
-    """Name, dict and key of every tensor on the meta device, tied ones together; without 4-bit weights and adapters."""
-    places: dict[int, list[tuple[str, dict[str, Any], str]]] = {}
+def _tensors_on_meta(module: nn.Module) -> list[list[tuple[str, nn.Module, dict[str, Any], str]]]:
+    """Where each tensor on the meta device is, tied ones together: name, owner, dict and key.
+
+    Without 4-bit weights and adapters.
+    """
+    places = defaultdict(list)
     for name, owner in module.named_modules(remove_duplicate=False):
-        skipped: tuple[str, ...] = ()
+        of_layer: tuple[str, ...] = ()
         if isinstance(owner, PackedLayer):
-            skipped = (*BASE, *ADAPTER)
+            of_layer = (*BASE, *ADAPTER)
         for tensors in (owner._parameters, owner._buffers):
             for key, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta and key not in skipped:
-                    places.setdefault(id(tensor), []).append((join(name, key), tensors, key))
+                if tensor is not None and tensor.is_meta and key not in of_layer:
+                    places[id(tensor)].append((join(name, key), owner, tensors, key))
     return list(places.values())
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """The device of this rank in the mesh of the sharded parameters; the CPU without any."""
     for parameter in module.parameters():
         if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
             kind = parameter.device_mesh.device_type

@@ -29,19 +29,14 @@ from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 class TensorGroup:
     """Tensors of a folder that become other parameters while the model loads.
 
-    Attributes:
-        model: The model, on the meta device.
-        transform: transformers' WeightConverter.
-        first: Name of its first parameter.
-        sources: Pattern of the transform -> keys in the folder that match it, in order.
-        expert: Number of the expert that the keys belong to, if the transform stacks experts. Then the parameters are
-            named `NAME.expert`, and lack the dimension of experts.
+    The keys may belong to one expert of those that the transform stacks. Then the parameters are named `NAME.expert`,
+    and lack the dimension of experts.
     """
 
-    model: Any
-    transform: Any
-    first: str
-    sources: dict[str, list[str]]
+    model: Any  # on the meta device
+    transform: Any  # transformers' WeightConverter
+    first: str  # name of its first parameter
+    sources: dict[str, list[str]]  # pattern of the transform -> keys in the folder that match it, in order
     expert: int | None = None
 
     @property
@@ -56,14 +51,10 @@ class TensorGroup:
             for key in keys:
                 transform.add_tensor(self.first, key, pattern, tensors[key])
         converted = transform.convert(self.first, model=self.model, config=self.model.config)
-        parameters = {}
-        for name, value in converted.items():
-            tensor = single_tensor(value)
-            if self.expert is None:
-                parameters[name] = tensor
-            else:
-                parameters[f"{name}.{self.expert}"] = tensor[0]
-        return parameters
+        parameters = {name: single_tensor(value) for name, value in converted.items()}
+        if self.expert is None:
+            return parameters
+        return {f"{name}.{self.expert}": tensor[0] for name, tensor in parameters.items()}
 
 
 def single_tensor(value: Any) -> Tensor:
@@ -100,11 +91,12 @@ class ModelFolder(WeightFolder):
         self.entries = {name: self.stored.entries[key] for name, key in self.key_of.items()}
         self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
         for group in groups:
-            key = group.keys[0]
-            for name, value in group.convert(self._shapes(group)).items():
+            first = group.keys[0]
+            shapes = {key: torch.empty(self.stored.entries[key].shape, device="meta") for key in group.keys}
+            for name, value in group.convert(shapes).items():
                 self.groups[name] = group
-                self.file_of[name] = self.stored.file_of[key]
-                self.entries[name] = TensorEntry(self.stored.entries[key].dtype, tuple(value.shape))
+                self.file_of[name] = self.stored.file_of[first]
+                self.entries[name] = TensorEntry(self.stored.entries[first].dtype, tuple(value.shape))
 
     @staticmethod
     def open(folder: str | os.PathLike[str]) -> "ModelFolder":
@@ -176,7 +168,3 @@ class ModelFolder(WeightFolder):
             replace(group, sources={p: [keys[i]] for p, keys in group.sources.items()}, expert=i)
             for i in range(numbers.pop())
         ]
-
-    def _shapes(self, group: TensorGroup) -> dict[str, Tensor]:
-        entries = {key: self.stored.entries[key] for key in group.keys}
-        return {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}

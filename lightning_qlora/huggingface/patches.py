@@ -16,9 +16,8 @@ from lightning_qlora.layers.provenance import LOADED
 from lightning_qlora.layers.qlora_linear import adapted_layers
 
 Choice = tuple[Any, Any, Any]  # HfQuantizer or None, model config, device_map
-# In this thread or task: model config, device_map, gguf_file, and transformers' own function -> Choice.
-QuantizerFor = Callable[[Any, Any, str | None, Callable[[Any], Choice]], Choice]
-QUANTIZER_FOR: ContextVar[QuantizerFor | None] = ContextVar("lightning_qlora_quantizer_for", default=None)
+# `Loading.quantizer_for` in this thread or task.
+QUANTIZER_FOR: ContextVar[Callable[..., Choice] | None] = ContextVar("lightning_qlora_quantizer_for", default=None)
 
 
 @replaces("transformers.modeling_utils:get_hf_quantizer")
@@ -52,11 +51,10 @@ def load_without_data(original: Any, *args: Any, **kwargs: Any) -> Any:
     Removed by: from_pretrained returning a model whose values are read later.
     """
     arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-    load_config = arguments.get("load_config")  # transformers 4 has none
-    quantizer: Any = getattr(load_config, "hf_quantizer", None)
+    quantizer: Any = getattr(arguments.get("load_config"), "hf_quantizer", None)  # transformers 4 has no load_config
     if getattr(quantizer, "folder", None) is None:
         return original(*args, **kwargs)
-    return quantizer.load_without_data(original, arguments["model"], load_config)  # quantizer.py
+    return quantizer.load_without_data(original, arguments)  # quantizer.py
 
 
 def forget_quantizer(modules: Iterable[nn.Module]) -> None:
@@ -68,9 +66,7 @@ def forget_quantizer(modules: Iterable[nn.Module]) -> None:
     (postprocess_model): a model with these marks refuses to move, to be cast and to be saved.
     Removed by: a quantizer in transformers being able to hand over a model that it is done with.
     """
-    for part in modules:
-        if not is_transformers_model(part):
-            continue
+    for part in filter(is_transformers_model, modules):
         for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", LOADED):
             vars(part).pop(name, None)
         for name in ("quantization_config", "_is_quantized"):

@@ -1,19 +1,15 @@
 """Models larger than memory: transformers' `from_pretrained` quantizes each weight as it reads it."""
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
 from lightning_qlora.huggingface.load_weights import read_weights
-from lightning_qlora.huggingface.patches import QUANTIZER_FOR, Choice
+from lightning_qlora.huggingface.patches import QUANTIZER_FOR
 from lightning_qlora.huggingface.without_data import NO_VALUES, check_unwritten
 from lightning_qlora.layers.changes import make_changes
 
@@ -24,14 +20,12 @@ def quantize_while_loading(
 ) -> Iterator[None]:
     """Within this, in this thread or task, every transformers `from_pretrained` quantizes each weight as it reads it.
 
-    The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Weights in
-    bitsandbytes' 4 bits are loaded without requantizing, and those in another format that transformers can dequantize
-    are dequantized first. Calls with a `quantization_config`, and models in formats that transformers can't dequantize,
-    load as usual. Without transformers 5 this does nothing: weights are quantized when the loaded model is converted.
+    The model never exists in 16 bits: a weight stays memory-mapped until it is quantized, one after another. Calls with
+    a `quantization_config`, and models in formats that transformers can't dequantize, load as usual. Without
+    transformers 5 this does nothing: weights are quantized when the loaded model is converted.
 
     With `sharding` models stay on the meta device until the end of this context, when `fully_shard` has split them: so
-    each rank reads its part alone. With `adapter`, the layers of this adapter are quantized instead of those of
-    `config.adapter`.
+    each rank reads its part alone. `adapter` is instead of the one in `config.adapter`.
     """
     if find_spec("transformers") is None or find_spec("transformers.core_model_loading") is None:
         yield
@@ -41,7 +35,7 @@ def quantize_while_loading(
     loading = Loading(config, sharding, adapter)
     import_module("transformers.modeling_utils")  # `make_changes` changes what is imported
     make_changes("transformers")
-    token = QUANTIZER_FOR.set(partial(_quantizer_for, loading))
+    token = QUANTIZER_FOR.set(loading.quantizer_for)
     try:
         with _one_after_another():
             yield
@@ -57,46 +51,6 @@ def quantize_while_loading(
         raise
     finally:
         QUANTIZER_FOR.reset(token)
-
-
-def _quantizer_for(
-    loading: Any, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], Choice]
-) -> Choice:
-    """The quantizer of a model, its config and device_map; `ask` returns transformers' own choice of these.
-
-    If transformers can't dequantize the format of the files while it loads, that choice is returned. A GGUF file is
-    dequantized by transformers as a whole.
-    """
-    from lightning_qlora.huggingface.quantizer import DequantizingQuantizer, PackedQuantizer, QLoRAQuantizer
-
-    if gguf_file is not None:
-        gguf_config = getattr(import_module("transformers"), "GgufConfig", None)
-        return ask(gguf_config and gguf_config(dequantize=True))
-    text_config = model_config.get_text_config(decoder=True)
-    stored = stored_format({"text_config": text_config.to_dict(), **model_config.to_dict()})
-    if not stored:
-        return QLoRAQuantizer(loading), model_config, device_map
-    if stored.get("load_in_4bit"):
-        return PackedQuantizer(loading), model_config, device_map
-    can_dequantize = takes_dequantize(stored)
-    if can_dequantize:
-        model_config.update({"quantization_config": stored | {"dequantize": True}})
-    reason = (
-        f"{model_config.name_or_path}: is in {stored.get('quant_method')!r}, so its layers would not be converted. "
-        f"{CANNOT_DEQUANTIZE}"
-    )
-    try:
-        quantizer, model_config, device_map = ask(None)
-    except ImportError as error:
-        if can_dequantize:
-            reason = str(error)
-        raise ImportError(reason) from error
-    dequantizes = getattr(getattr(quantizer, "quantization_config", None), "dequantize", False)
-    if quantizer is not None and not dequantizes:
-        warnings.warn(reason, stacklevel=2)
-    if dequantizes and can_compose():
-        quantizer = DequantizingQuantizer(loading, quantizer)
-    return quantizer, model_config, device_map
 
 
 @contextmanager

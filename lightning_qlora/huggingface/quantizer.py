@@ -4,21 +4,23 @@
     PackedQuantizer          bitsandbytes' 4 bits are loaded without requantizing
     DequantizingQuantizer    transformers' quantizer of another format dequantizes each tensor, and ours follows
 
-One dense weight is in memory at a time. Where transformers joins tensors of the files to a stack of experts, each
-expert is quantized before the next one is read. This file imports transformers, so `quantize_while_loading` imports it
-only if transformers is installed.
+One dense weight is in memory at a time, and of a stack of experts one expert; `operations.py` has what happens with it.
+This file imports transformers, so `quantize_while_loading` imports it only if transformers is installed.
 Source of the interface: transformers 5, quantizers/base.py (HfQuantizer) and core_model_loading.py (ConversionOps).
 """
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,46 +29,38 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
-from lightning_qlora.huggingface.base_folder import can_compose
+from lightning_qlora.huggingface.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.huggingface.operations import (
-    LOAD_WHOLE,
-    STORED,
-    Compose,
-    LoadPacked,
-    Nothing,
-    Quantize,
-    wrong_shape,
-)
-from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.huggingface.without_data import (
-    Version,
-    convert_without_data,
-    find_without_data,
-    mark_as_found,
-    versions,
-)
+from lightning_qlora.huggingface.operations import LOAD_WHOLE, Compose, LoadPacked, Nothing, Quantize, wrong_shape
+from lightning_qlora.huggingface.patches import Choice, forget_quantizer
+from lightning_qlora.huggingface.without_data import Version, convert_without_data, mark_as_found, versions
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.provenance import LOADED, keep_marks
 from lightning_qlora.layers.qlora_linear import check_packed_initialization
 from lightning_qlora.layers.selection import Row, select_layers
+from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 
 COMPOSES = can_compose()
 SHARD = re.compile(r"model-\d+-of-\d+")  # name of one of several files of weights
+STORED = [  # the entries of bitsandbytes for a weight
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_map",
+    "weight.absmax",
+    *(f"weight.quant_state.bitsandbytes__{kind}" for kind in OF_BITSANDBYTES),
+    "weight",
+]
 
 
 class Loading:
     """What the models that load within one `quantize_while_loading` have in common.
 
     Attributes:
-        config: The arguments.
-        sharding: Whether a strategy shards the models afterwards.
         on_meta: Models whose values are read at the end, their folders, and the versions of their tensors.
-        mismatches: Errors for weights with a wrong shape in the last load; not raised if it may
-            `ignore_mismatched_sizes`.
+        mismatches: Errors for weights with a wrong shape in the last load, which may `ignore_mismatched_sizes`.
     """
 
     def __init__(self, config: QLoRAConfig, sharding: bool, adapter: Adapter | None) -> None:
@@ -88,6 +82,39 @@ class Loading:
             return None
         self._adapter_is_used = True
         return config_of_adapter(model, self._adapter, self.config)
+
+    def quantizer_for(
+        self, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], Choice]
+    ) -> Choice:
+        """The quantizer of a model, its config and device_map; `ask` returns transformers' own choice of these."""
+        if gguf_file is not None:  # transformers dequantizes it as a whole
+            gguf_config = getattr(transformers, "GgufConfig", None)
+            return ask(gguf_config and gguf_config(dequantize=True))
+        text_config = model_config.get_text_config(decoder=True)
+        stored = stored_format({"text_config": text_config.to_dict(), **model_config.to_dict()})
+        if not stored:
+            return QLoRAQuantizer(self), model_config, device_map
+        if stored.get("load_in_4bit"):
+            return PackedQuantizer(self), model_config, device_map
+        can_dequantize = takes_dequantize(stored)
+        if can_dequantize:
+            model_config.update({"quantization_config": stored | {"dequantize": True}})
+        reason = (
+            f"{model_config.name_or_path}: is in {stored.get('quant_method')!r}, so its layers would not be converted. "
+            f"{CANNOT_DEQUANTIZE}"
+        )
+        try:
+            quantizer, model_config, device_map = ask(None)
+        except ImportError as error:
+            if can_dequantize:
+                reason = str(error)
+            raise ImportError(reason) from error
+        dequantizes = getattr(getattr(quantizer, "quantization_config", None), "dequantize", False)
+        if quantizer is not None and not dequantizes:
+            warnings.warn(reason, stacklevel=2)
+        if dequantizes and COMPOSES:
+            quantizer = DequantizingQuantizer(self, quantizer)
+        return quantizer, model_config, device_map
 
 
 class QLoRAQuantizer(HfQuantizer):
@@ -122,8 +149,9 @@ class QLoRAQuantizer(HfQuantizer):
     ) -> None:
         """Check the files by their headers, and choose layers, while the model is on the meta device."""
         self.loading.mismatches.clear()
-        splits = _ranks(model, "tp_size") > 1
-        if splits and (self.pre_quantized or _ranks(model, "fsdp_size") > 1):
+        plan = getattr(model.config, "distributed_config", None)  # of transformers
+        splits, shards = ((getattr(plan, name, None) or 1) > 1 for name in ("tp_size", "fsdp_size"))
+        if splits and (self.pre_quantized or shards):
             raise ValueError(f"{type(model).__name__}: {LOAD_WHOLE}")
         paths = [Path(path) for path in checkpoint_files or [] if str(path).endswith(".safetensors")]
         in_shards = all(SHARD.fullmatch(path.stem) for path in paths)
@@ -136,10 +164,9 @@ class QLoRAQuantizer(HfQuantizer):
         if config is None:
             return
         self.chosen = self.choose(model, config)
-        shards = self.loading.sharding or _ranks(model, "fsdp_size") > 1
         is_folder = bool(self.file_of) and (in_shards or [path.name for path in paths] == [WEIGHTS])
         needs_values = self.pre_quantized or splits or config.trainable_token_indices
-        if shards and is_folder and not needs_values:
+        if (shards or self.loading.sharding) and is_folder and not needs_values:
             self.folder = ModelFolder(paths[0].parent, copy.deepcopy(model))
             convert_without_data(model, self.folder, self.chosen, self._shapes)
 
@@ -157,7 +184,7 @@ class QLoRAQuantizer(HfQuantizer):
         """Whether a parameter of the model is the weight of a chosen layer, or a chosen stack of experts."""
         return param_name in self.chosen
 
-    def get_quantize_ops(self) -> ConversionOps:
+    def get_quantize_ops(self) -> Quantize:
         """The operation that turns a float weight of the files into a 4-bit layer."""
         return Quantize(self)
 
@@ -169,33 +196,37 @@ class QLoRAQuantizer(HfQuantizer):
         return conversions
 
     def followed_by_ours(self, conversions: list[Any]) -> list[Any]:
-        """Copies of conversions that also make the 4-bit layers; others, which only rename tensors, as they are."""
+        """Copies of conversions that also make the 4-bit layers; others, which only rename tensors, as they are.
+
+        A model is saved by the conversions that loaded it, so these stay as they are.
+        """
         if not COMPOSES:
             return conversions
         if self.pre_quantized:  # tensors that their conversions do not make; "$": patterns match the end
             names = sorted({last_part(key) for key in self.chosen})
             conversions = conversions + [WeightConverter(f"{name}$", name, [Nothing()]) for name in names]
-        return list(map(self._copy, conversions))
+        result = []
+        for conversion in conversions:
+            copied = conversion
+            if hasattr(conversion, "operations"):
+                copied = copy.copy(conversion)
+                copied.operations = [Compose(self, conversion)]
+                # Where the files are dense, transformers adds it itself.
+                copied.quantization_operation = Quantize(self) if self.pre_quantized else None
+            result.append(copied)
+        return result
 
-    def _copy(self, conversion: Any) -> Any:
-        """A conversion with ours behind it. A model is saved by the conversions that loaded it, which stay as they are.
-
-        transformers adds `quantization_operation` itself where the files are dense.
-        """
-        if not hasattr(conversion, "operations"):
-            return conversion  # it only renames
-        copied = copy.copy(conversion)
-        copied.operations = [Compose(self, conversion)]
-        copied.quantization_operation = Quantize(self) if self.pre_quantized else None
-        return copied
-
-    def load_without_data(self, load: Callable[..., Any], model: nn.Module, load_config: Any) -> Any:
+    def load_without_data(self, load: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """What `PreTrainedModel._load_pretrained_model` returns, for a model whose values are read later."""
         assert self.folder is not None
-        result = find_without_data(self.folder, load, load_config)
-        mark_as_found(model, self.folder)
+        folder = self.folder
+        load_config = replace(arguments["load_config"], device_map={"": "meta"}, hf_quantizer=None)
+        empty = {key: torch.empty(entry.shape, device="meta") for key, entry in folder.stored.entries.items()}
+        of_copy = {"model": folder.model, "state_dict": empty, "checkpoint_files": None, "load_config": load_config}
+        result = load(**{**arguments, **of_copy})
+        mark_as_found(arguments["model"], folder)
         for name, shape, expected in result[0].mismatched_keys:
-            key = self.folder.key_of.get(name, name)
+            key = folder.key_of.get(name, name)
             self.loading.mismatches.append(self.error(key, wrong_shape(key, shape, expected)))
         return result
 
@@ -205,7 +236,11 @@ class QLoRAQuantizer(HfQuantizer):
         """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
         if self.errors:
             raise self.errors[0]
-        self._check_shapes(model)
+        for name, tensor in named_tensors(model):  # transformers before 5.23 compares none if it has a quantizer
+            expected = self._shapes.get(name, tensor.shape)
+            if tensor.shape != expected:
+                error = self.error(name, wrong_shape(name, tensor.shape, expected))
+                raise [*self.loading.mismatches, error][0]  # the first ones name the files of converted weights too
         forget_quantizer([model])
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
         if self.loading.sharding or self.folder is not None:
@@ -218,15 +253,6 @@ class QLoRAQuantizer(HfQuantizer):
         else:
             self.loading.on_meta.append((model, self.folder, versions(model)))
         return model
-
-    def _check_shapes(self, model: nn.Module) -> None:
-        """Refuse another shape than that of the model: transformers before 5.23 compares none if it has a quantizer."""
-        for name, tensor in named_tensors(model):
-            expected = self._shapes.get(name, tensor.shape)
-            if tensor.shape != expected:
-                for error in self.loading.mismatches:  # these name the files of converted weights too
-                    raise error
-                raise self.error(name, wrong_shape(name, tensor.shape, expected))
 
     def error(self, key: str, message: str) -> ValueError:
         """An error that names the file of a key."""
@@ -282,6 +308,8 @@ class DequantizingQuantizer(QLoRAQuantizer):
     def __init__(self, loading: Loading, original: Any) -> None:
         super().__init__(loading)
         self._original = original
+        self.update_dtype = original.update_dtype  # type: ignore[method-assign]
+        self.get_new_dtype = original.get_new_dtype  # type: ignore[method-assign]
 
     def _process_model_before_weight_loading(self, model: nn.Module, *args: Any, **arguments: Any) -> None:
         self._original.preprocess_model(model, *args, **arguments)
@@ -295,17 +323,3 @@ class DequantizingQuantizer(QLoRAQuantizer):
         if not self.errors:
             self._original._process_model_after_weight_loading(model)
         return super()._process_model_after_weight_loading(model, **arguments)
-
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """See HfQuantizer."""
-        return self._original.update_dtype(dtype)  # type: ignore[no-any-return]
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """See HfQuantizer."""
-        return self._original.get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
-
-
-def _ranks(model: Any, name: str) -> int:
-    """The ranks over which transformers' `DistributedConfig(fsdp_size=n, tp_size=n)` distributes a model."""
-    plan = getattr(model.config, "distributed_config", None)
-    return getattr(plan, name, None) or 1

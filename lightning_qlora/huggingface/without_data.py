@@ -4,9 +4,8 @@ The chosen layers are converted on the meta device. For all else tensors with th
 dense copy of the model on the meta device; its types, and its marks of what the files lack, are set on the model.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +29,9 @@ def convert_without_data(
     """Convert the chosen layers that the files have, on the meta device."""
     for key, each in chosen.items():
         entry = folder.entries.get(key)
-        if entry is None:
-            exists = f"{key}.0" in folder.entries
-        else:
-            exists = entry.shape == shapes[key]
-        if exists:
+        if f"{key}.0" in folder.entries or (entry is not None and entry.shape == shapes[key]):
             convert_layer(each).loaded = True
     to_parameters(model)
-
-
-def find_without_data(folder: ModelFolder, load: Callable[..., Any], load_config: Any) -> Any:
-    """Load the model of a folder, on the meta device; `load` is `PreTrainedModel._load_pretrained_model`."""
-    empty = {key: torch.empty(entry.shape, device="meta") for key, entry in folder.stored.entries.items()}
-    return load(folder.model, empty, None, replace(load_config, device_map={"": "meta"}, hf_quantizer=None))
 
 
 def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
@@ -68,17 +57,12 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
                 setattr(tensor, LOADED_TENSOR, True)
 
 
-class Version(NamedTuple):
-    """A tensor on the meta device, whose values are read later, when its model was loaded."""
-
-    name: str
-    tensor: Tensor
-    number: int
+Version = tuple[str, Tensor, int]  # name of a tensor on the meta device, and its version when its model was loaded
 
 
 def versions(model: nn.Module) -> list[Version]:
     """The tensors of a model that are on the meta device."""
-    return [Version(name, tensor, tensor._version) for name, tensor in named_tensors(model) if tensor.is_meta]
+    return [(name, tensor, tensor._version) for name, tensor in named_tensors(model) if tensor.is_meta]
 
 
 def check_unwritten(versions: Iterable[Version]) -> None:

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from types import ModuleType
 from typing import Any, cast
@@ -15,7 +14,7 @@ from torch import Tensor
 from lightning_qlora.kernels import eager, scratch
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.verdict import KERNELS, verdict
-from lightning_qlora.kernels.verify import OPS, fault
+from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
@@ -146,9 +145,7 @@ def agree(device: torch.device) -> None:
 def _try(device: torch.device) -> Backend:
     """`eager`, with a warning if torch lacks what an op needs on the device or computes other values there."""
     _backends[device] = _EAGER
-    with ThreadPoolExecutor(1) as pool:  # torch's modes are those of a thread: a new one has none
-        faults = pool.submit(lambda: {op: fault(eager, device, op) for op in OPS}).result()
-    wrong = "; ".join(f"{op}: {why}" for op, why in faults.items() if why)
+    wrong = "; ".join(f"{op}: {why}" for op, why in faults(eager, device).items() if why)
     if wrong:
         warnings.warn(
             f"{device}: torch has not all that 4-bit layers need, or computes other values ({wrong}). This package was "
@@ -164,9 +161,9 @@ def _make(device: torch.device, repeat: bool = False) -> Backend:
     try:
         kernels = import_module(KERNELS)
         kernels.check_launch(device)
-        faults = verdict(device, repeat)
+        found = verdict(device, repeat)
         result = Backend(device, kernels)
-        result.fall_back({op: why for op, why in faults.items() if why})
+        result.fall_back({op: why for op, why in found.items() if why})
     except Exception as error:
         warnings.warn(
             f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in eager "

@@ -3,31 +3,27 @@
 The kernels run in a child process, so a kernel that hangs or faults ends the child and not the run.
 """
 
+import faulthandler
 import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import IO, Any
 
 import torch
 
 from lightning_qlora.files.cache_folder import cache_folder, lock_file, objection
 from lightning_qlora.files.folder_writer import atomic_files
-from lightning_qlora.kernels.verify import OPS, fault
+from lightning_qlora.kernels.verify import OPS, fault, faults
 
 LIMIT = 120.0  # seconds for one op, most of which compile its kernels
-READY = "ready"
-ENDED = "the process of the check ended"
 MARK = "@verdict "  # of the child's lines that are for us
+LATE = "Timeout ("  # the line of `faulthandler`
 KERNELS = "lightning_qlora.kernels.triton"
 PACKAGE = Path(__file__).parents[1]
 Verdict = dict[str, str | None]  # op -> what its kernels do wrong
@@ -40,22 +36,22 @@ def verdict(device: torch.device, repeat: bool = False) -> Verdict:
     Any number of processes may ask at the same time: one checks, and the others wait for it.
     """
     facts = setup(device)
-    faults: Verdict | None = None
+    found: Verdict | None = None
     try:
         file = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.json"
-        faults = None if repeat else _read(file)
-        if faults is not None:
-            return faults
+        found = None if repeat else _read(file)
+        if found is not None:
+            return found
         with lock_file(file.with_suffix(".lock"), timeout=LIMIT * len(OPS)):
-            faults = None if repeat else _read(file)  # it may be there now
-            if faults is None:
-                faults = examine(device)
-                if not any("out of memory" in (why or "") for why in faults.values()):  # the next process may have some
+            found = None if repeat else _read(file)  # it may be there now
+            if found is None:
+                found = examine(device)
+                if not any("out of memory" in (why or "") for why in found.values()):  # the next process may have some
                     with atomic_files(file.parent) as folder:
-                        (folder / file.name).write_text(json.dumps({"setup": facts, "ops": faults}, indent=1) + "\n")
+                        (folder / file.name).write_text(json.dumps({"setup": facts, "ops": found}, indent=1) + "\n")
     except OSError as error:  # no private folder, or no space
         _log.warning("The kernels are checked again in each process: %s", error)
-    return faults or examine(device)
+    return found or examine(device)
 
 
 def setup(device: torch.device) -> dict[str, str]:
@@ -81,58 +77,42 @@ def setup(device: torch.device) -> dict[str, str]:
 def _read(file: Path) -> Verdict | None:
     """The verdict in a file; None if there is none, it is damaged, or another user could have written it."""
     try:
-        if objection(file):
-            return None
-        faults: Any = json.loads(file.read_text())["ops"]
+        found: Any = None if objection(file) else json.loads(file.read_text())["ops"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not isinstance(faults, dict) or list(faults) != list(OPS):
+    if not isinstance(found, dict) or list(found) != list(OPS):
         return None
-    if not all(why is None or isinstance(why, str) for why in faults.values()):
-        return None
-    return faults
+    return found if all(why is None or isinstance(why, str) for why in found.values()) else None
 
 
 def examine(device: torch.device) -> Verdict:
     """Check every op now. After a wrong op another child checks the rest, because a fault ends the use of a device."""
-    faults: Verdict = {}
-    while left := [op for op in OPS if op not in faults]:
-        op = ""
-        try:
-            with _child(device, left) as results:
-                if results.get(timeout=2 * LIMIT) == READY:
-                    for op in left:
-                        faults[op] = results.get(timeout=LIMIT)
-                        if faults[op]:
-                            break
-        except Empty:
-            if op:
-                faults[op] = f"no result after {LIMIT:g} s"
-        if not op:  # a card for one process, or without memory for a second one: here, without a time limit
-            # Torch's modes (a default device, autocast, inference) are those of a thread: a new one has none.
-            with ThreadPoolExecutor() as pool:
-                return pool.submit(lambda: {op: fault(import_module(KERNELS), device, op) for op in OPS}).result()
-    return {op: faults[op] for op in OPS}
+    found: Verdict = {}
+    while left := [op for op in OPS if op not in found]:
+        answers = _ask(device, left)
+        if not answers:  # a card for one process, or without memory for a second one: here, without a time limit
+            return faults(import_module(KERNELS), device)
+        found |= zip(left, answers, strict=False)
+    return found
 
 
-@contextmanager
-def _child(device: torch.device, ops: list[str]) -> Iterator["SimpleQueue[str | None]"]:
-    """A process that checks ops and is killed at the end; yields the queue of its results."""
+def _ask(device: torch.device, ops: list[str]) -> list[str | None]:
+    """What a child finds in these ops, until one is wrong; empty if it can't use the device."""
     end, output = start(device, ops)
-    results: SimpleQueue[str | None] = SimpleQueue()
-
-    def listen() -> None:
-        with output:
-            for line in output:
-                if line.startswith(MARK):
-                    results.put(json.loads(line.removeprefix(MARK)))
-        results.put(ENDED)
-
-    Thread(target=listen, daemon=True).start()
+    answers: list[str | None] = []
+    ending = "the process of the check ended"
     try:
-        yield results
+        for line in output:
+            if line.startswith(LATE):
+                ending = f"no result after {LIMIT:g} s"
+            elif line.startswith(MARK):
+                answers.append(json.loads(line.removeprefix(MARK)))
+                if answers[-1] or len(answers) > len(ops):
+                    return answers[1:]
+        return [*answers[1:], ending] if answers else []
     finally:
         end()
+        output.close()
 
 
 def start(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], IO[str]]:
@@ -140,12 +120,14 @@ def start(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], I
 
     Not a fork, in which CUDA can't be used. Its working folder is the first in which Python looks for the package.
     """
-    code = f"import sys; from {__name__} import check; check(sys.argv[1], sys.argv[2:], sys.stdout)"
-    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    code = (
+        f"import faulthandler, sys; faulthandler.dump_traceback_later({2 * LIMIT}, exit=True)\n"
+        f"from {__name__} import check; check(sys.argv[1], sys.argv[2:], sys.stdout)"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(device), *ops],
         cwd=PACKAGE.parent,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         errors="replace",  # and so as text
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -156,13 +138,18 @@ def start(device: torch.device, ops: list[str]) -> tuple[Callable[[], object], I
 
 
 def check(name: str, ops: Iterable[str], output: IO[str]) -> None:
-    """In a child: write what each op does wrong on the device of this name, until one does."""
+    """In a child: write None once the device of this name can be used, then what each op does wrong, until one does.
+
+    The child ends itself if an op takes too long, also in a call of C that never returns.
+    """
     kernels = import_module(KERNELS)
     device = torch.device(name)
     torch.zeros(1, dtype=torch.float32, device=device)
-    print(MARK + json.dumps(READY), file=output, flush=True)
+    print(MARK + "null", file=output, flush=True)
     for op in ops:
+        faulthandler.dump_traceback_later(LIMIT, exit=True, file=output)
         text = fault(kernels, device, op)
         print(MARK + json.dumps(text), file=output, flush=True)
         if text:
-            return
+            break
+    faulthandler.cancel_dump_traceback_later()

@@ -1,17 +1,17 @@
 """Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_qlora.layers.compute_in import output_dtype
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.disable_adapter import DISABLED
-from lightning_qlora.layers.full_precision import output_dtype
 from lightning_qlora.layers.instance_method import InstanceMethod, add, has_other_forward, instance_method, remove
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import last_part, without_numbers
@@ -72,9 +72,9 @@ def defer_logits(head: nn.Module) -> None:
         add(DeferredForward(head))
 
 
-def compute_logits(module: nn.Module) -> None:
-    """Undo `defer_logits` for all output embeddings in a module, in place."""
-    for head in module.modules():
+def compute_logits(modules: Iterable[nn.Module]) -> None:
+    """Undo `defer_logits` for all output embeddings among modules, in place."""
+    for head in modules:
         remove(head, DeferredForward)
 
 

@@ -65,11 +65,11 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *options: Any,
     return norm
 
 
-def reshard(module: nn.Module) -> None:
+def reshard(modules: Iterable[nn.Module]) -> None:
     """Reshard parameters that an evaluation gathered, and left in the type that it computed in."""
     from torch.distributed.fsdp import FSDPModule
 
-    for part in module.modules():
+    for part in modules:
         if isinstance(part, FSDPModule):
             part.reshard()
 

@@ -164,7 +164,7 @@ class QLoRAExperts(SavedLayer):
             lora = lora._replace(seed=self.dropout_seed())
         if self.input_statistics is not None:
             for number, part in zip(*rows_of_experts(x, ends), strict=True):
-                self.add_input(number, part)
+                self.input_statistics.add(self, number, part, self.lora_B[number])
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return self.cast_output(y, x.dtype)
 
@@ -238,9 +238,9 @@ class _WithExperts(Derived):
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
-def expert_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:
-    """Full name, owner, key and experts of every stack in a module."""
-    for name, owner in module.named_modules():
+def expert_stacks(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:
+    """Full name, owner, key and experts of every stack in modules."""
+    for name, owner in modules:
         for key, part in owner._modules.items():
             if isinstance(part, QLoRAExperts):
                 key = parameter_name(key)

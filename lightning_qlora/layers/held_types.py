@@ -8,16 +8,14 @@ What trains in full is held in fp32 on every device, and a whole module on devic
 (`full_precision.py`).
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.kernels.cpu.products import products
+from lightning_qlora.kernels.cpu.matmul_16bit import products
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import has_values, is_strided
 
@@ -71,13 +69,19 @@ def own_tensors(part: nn.Module) -> dict[str, Tensor]:
     return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
 
 
-def types_before(part: nn.Module) -> dict[str, torch.dtype]:
-    """Key -> type before of what a module holds itself in fp32; what a cast gave another type since is not held."""
+def held_in(part: nn.Module) -> list[tuple[str, Tensor, torch.dtype]]:
+    """Key, value and type before of what a module holds itself in fp32; what a cast gave another type is not held."""
     types: dict[str, torch.dtype] | None = vars(part).get(TYPES)
     if types is None:
-        return {}
+        return []
     tensors = own_tensors(part)
-    return {key: dtype for key, dtype in types.items() if key in tensors and tensors[key].dtype is torch.float32}
+    held = [(key, tensors[key], dtype) for key, dtype in types.items() if key in tensors]
+    return [entry for entry in held if entry[1].dtype is torch.float32]
+
+
+def types_before(part: nn.Module) -> dict[str, torch.dtype]:
+    """Key -> type before, of the same."""
+    return {key: dtype for key, _, dtype in held_in(part)}
 
 
 def set_types_before(part: nn.Module, types: Mapping[str, torch.dtype]) -> None:
@@ -97,10 +101,8 @@ def held_tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor
     """Name, value and type before of each parameter and buffer that is held in fp32; tied ones with the first name."""
     seen = set[int]()
     for name, part in modules.items():
-        tensors = own_tensors(part) if TYPES in vars(part) else {}
-        for key, dtype in types_before(part).items():
-            tensor = tensors.get(key)
-            if tensor is not None and id(tensor) not in seen:
+        for key, tensor, dtype in held_in(part):
+            if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield _join(name, key), tensor, dtype
 
@@ -153,9 +155,9 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
     """A state dict for a file: what is held in fp32 and does not train in its type before, if that holds it exactly."""
     narrow = {}
     for name, part in module.named_modules(remove_duplicate=False):
-        for key, dtype in types_before(part).items():
+        for key, tensor, dtype in held_in(part):
             value = state_dict.get(_join(name, key))
-            if value is not None and not is_sharded(value) and not own_tensors(part)[key].requires_grad:
+            if value is not None and not is_sharded(value) and not tensor.requires_grad:
                 narrow[_join(name, key)] = value.to(dtype)
     exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key])}
     return {**state_dict, **exact}
@@ -164,44 +166,3 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
 def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
     """The type of a tensor after the function of `nn.Module._apply`, which may cast."""
     return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
-
-
-def in_fp32(value: Any) -> Any:
-    """16-bit tensors in fp32, wherever they stand in a value."""
-    return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
-
-
-def cast_values(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
-    """A value with the tensors in it cast: in tuples, lists, dicts and dataclasses.
-
-    What has nothing to cast stays the same object, so a forward pass may append to a list of its caller.
-    """
-    if isinstance(value, Tensor):
-        return cast(value)
-    if isinstance(value, Mapping):
-        changed = _changed(value.items(), cast)
-        if changed:
-            value = copy.copy(value)
-            for key, new in changed.items():
-                value[key] = new
-    elif isinstance(value, (tuple, list)):
-        changed = _changed(enumerate(value), cast)
-        if changed:
-            values = [changed.get(index, old) for index, old in enumerate(value)]
-            value = type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
-    elif is_dataclass(value) and not isinstance(value, type):
-        changed = _changed(((field.name, getattr(value, field.name, None)) for field in fields(value)), cast)
-        if changed:
-            value = copy.copy(value)
-            for name, new in changed.items():
-                object.__setattr__(value, name, new)  # also of a frozen one
-    return value
-
-
-def _changed(items: Iterable[tuple[Any, Any]], cast: Callable[[Tensor], Tensor]) -> dict[Any, Any]:
-    changed = {}
-    for key, old in items:
-        new = cast_values(old, cast)
-        if new is not old:
-            changed[key] = new
-    return changed

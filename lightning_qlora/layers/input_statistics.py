@@ -13,20 +13,25 @@ from torch import Tensor, nn
 from lightning_qlora.layers.initialization import solver_device
 from lightning_qlora.layers.packed_linear import PackedLayer
 
+# Places of numbers of rows in the sums:
+FINITE_ROWS = -3
+TRAINING_ROWS = -2
+ROWS_BEFORE_STEP = -1  # those of forward passes with gradients, in which B was 0
+
 
 class InputStatistics:
     """The float weight of a layer, and sums over its inputs.
 
     Attributes:
         dense_weight: [out, in], of a stack [experts, out, in], in host memory; on the meta device: another rank has it.
-        sums: fp64 [matrices, in + 2]: of each matrix the squares of each input, the number of finite rows, and of all.
-        calibration: The `Calibration` of the conversion that made the layer.
+        sums: fp64 [matrices, in + 3]: of each matrix the squares of each input, and three numbers of rows.
+        report: The `CalibrationReport` of the conversion that made the layer.
     """
 
     def __init__(self, dense_weight: Tensor, matrices: int, inputs: int, device: torch.device) -> None:
         self.dense_weight = dense_weight
-        self.sums = torch.zeros(matrices, inputs + 2, dtype=torch.float64, device=solver_device(device))
-        self.calibration: Any = None
+        self.sums = torch.zeros(matrices, inputs + 3, dtype=torch.float64, device=solver_device(device))
+        self.report: Any = None
         self._layers: list[ref[nn.Module]] = []  # in the order in which they were made, the same on all ranks
 
     def __deepcopy__(self, memo: Any) -> "InputStatistics":
@@ -41,15 +46,21 @@ class InputStatistics:
         layers = [each() for each in self._layers]
         return [layer for layer in layers if layer is not None]
 
+    @property
+    def name(self) -> str:
+        """Name of the layer in the converted module."""
+        name: str = self.layers[0].full_name
+        return name
+
     def join(self, layer: nn.Module) -> None:
         """Add a layer, which has the weight."""
         self._layers.append(ref(layer))
 
-    def leave(self, layer: nn.Module) -> None:
+    def leave(self, layer: Any) -> None:
         """Remove a layer, whose adapter got its values."""
         self._layers = [each for each in self._layers if each() not in (layer, None)]
-        if not self._layers and self.calibration is not None:
-            self.calibration.remove(self)  # training/calibration.py
+        if not self._layers and self.report is not None:
+            self.report.waiting.remove(layer.full_name)
 
     def leave_to_another_rank(self) -> None:
         """Free the weight: another rank has it, and computes the values of the adapter."""
@@ -63,23 +74,48 @@ class InputStatistics:
         else:
             self.sums = self.sums.to(device)
 
-    def add(self, number: int, x: Tensor) -> None:
-        """Add the rows of an input [..., in] of a matrix. A row with NaN or Inf (masked padding) does not count.
-
-        torch.compile traces it.
-        """
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if rows.dtype is torch.float64:
-            rows = rows.float()
+    def add(self, layer: Any, number: int, x: Tensor, lora_b: Tensor) -> None:
+        """Add an input [..., in] of a matrix of a layer, which has this B, in a forward pass with gradients."""
+        if not torch.is_grad_enabled() or not x.is_floating_point():
+            return
         if self.sums.device != solver_device(x.device):
             self.to(x.device)
-        is_finite = torch.isfinite(rows).all(dim=1)
-        finite_rows = torch.where(is_finite.unsqueeze(1), rows, 0)
-        sums = self.sums[number]
-        norms = torch.linalg.vector_norm(finite_rows, dim=0, dtype=torch.float32)
-        sums[:-2] += norms.to(sums.device).double().square()
-        sums[-2] += is_finite.sum().to(sums.device)
-        sums[-1] += len(rows)
+        add_input(self.sums, number, x.detach(), lora_b.detach(), layer.training, layer.full_name)
+
+
+# An op, since torch.compile can't trace a decision by values.
+@torch.library.custom_op("lightning_qlora::add_input", mutates_args=("sums",))
+def add_input(sums: Tensor, number: int, x: Tensor, lora_b: Tensor, in_training: bool, name: str) -> None:
+    """Add the rows of an input to the sums of a matrix. A row with NaN or Inf (masked padding) does not count.
+
+    Raises:
+        RuntimeError: If an optimizer changed B, which was 0 in another forward pass.
+    """
+    sums = sums[number]
+    rows = x.reshape(-1, x.shape[-1])
+    if not lora_b.any():
+        sums[ROWS_BEFORE_STEP] += len(rows)
+    elif sums[ROWS_BEFORE_STEP]:
+        raise RuntimeError(
+            f"init_lora_weights='calibrated': an optimizer changed the adapter of {name} before it was initialized "
+            "from its inputs. In a loop of your own call lightning_qlora.calibrate(module) between the first backward "
+            "pass and the first step (replicas=torch.distributed.group.WORLD if several ranks train the same layers)."
+        )
+    if not in_training:
+        return
+    if rows.dtype is torch.float64:
+        rows = rows.float()
+    is_finite = torch.isfinite(rows).all(dim=1)
+    finite_rows = torch.where(is_finite.unsqueeze(1), rows, 0)
+    norms = torch.linalg.vector_norm(finite_rows, dim=0, dtype=torch.float32)
+    sums[:FINITE_ROWS] += norms.to(sums.device).double().square()
+    sums[FINITE_ROWS] += is_finite.sum().to(sums.device)
+    sums[TRAINING_ROWS] += len(rows)
+
+
+@add_input.register_fake
+def _(sums: Tensor, number: int, x: Tensor, lora_b: Tensor, in_training: bool, name: str) -> None:
+    pass
 
 
 def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
@@ -88,7 +124,9 @@ def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
     statistics = InputStatistics(dense_weight, layer.matrix_count, dense_weight.shape[-1], layer.packed.device)
     statistics.join(layer)
     if previous is not None:  # the copies keep the weight that this layer had
-        previous.calibration.add(statistics, layer.full_name)
+        statistics.report = previous.report
+        if statistics.report is not None:
+            statistics.report.waiting.append(layer.full_name)
         stop_waiting(layer)
     return statistics
 

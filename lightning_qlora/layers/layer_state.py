@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.checks import shown
+from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.input_statistics import stop_waiting
@@ -139,7 +139,7 @@ def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes
     """The tensors of a stack, or of a layer that was sharded when it was saved, and the type that they decode to."""
     meta = read_bnb_meta(state_dict, f"{prefix}weight")
     if meta is None or any(prefix + name not in state_dict for name in BASE):
-        raise ValueError(f"{prefix}{BASE[0]}: its description or another of its tensors is missing. Copy the file.")
+        raise ValueError(f"{prefix}{BASE[0]}: its description or another of its tensors is missing. {DAMAGED}")
     packed, absmax, nested = (state_dict[prefix + name].contiguous() for name in BASE)
     weight = PackedBytes(packed, absmax, nested, tuple(meta["shape"]), meta["quant_type"], meta["blocksize"])
     check_bytes(weight)
@@ -175,11 +175,8 @@ def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
     if lora_a is not None:
         for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
             value = state_dict[key].contiguous()
-            if not is_sharded(value) and not torch.isfinite(value).all():
-                raise ValueError(
-                    f"{key}: holds NaN or Inf: the training diverged, or the file is damaged. Use an earlier "
-                    "checkpoint."
-                )
+            if value.numel() and not is_sharded(value):
+                check_finite(f"{key}:", value, DIVERGED)
         if lora_a.shape != layer.lora_A.shape:
             raise CheckpointMismatchError(
                 f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "

@@ -18,25 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
+
 READ_ONLY = (
     "the weight of a 4-bit layer, or of an embedding with rows that train, is read-only, because it is computed at "
     "each use. To replace a 4-bit weight, call layer.quantize_weight(new_weight). If the model itself writes to it, "
-    "name the layer in exclude_modules, so that it stays dense."
+    f"{KEEP_DENSE}."
 )
 # What tells the properties of a tensor without its values.
-PROPERTIES = [
-    "dtype",
-    "device",
-    "shape",
-    "ndim",
-    "layout",
-    "requires_grad",
-    "is_leaf",
-    "grad_fn",
-    "grad",
-    "retains_grad",
-]
-PROPERTIES += ["retains_grad", "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized"]
+PROPERTIES = ["dtype", "device", "shape", "ndim", "layout"]
+PROPERTIES += ["requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad"]
+PROPERTIES += ["is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized"]
 METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES}
 METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
 METADATA |= {Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel}
@@ -101,8 +93,7 @@ class Readable(Tensor):
         """Refused, because no parameter would train; False is allowed, since the 4-bit weight is frozen."""
         if requires_grad:
             raise RuntimeError(
-                "weight.requires_grad_(): a 4-bit weight can't train; its adapter does. To train the layer in full, "
-                "name it in modules_to_save."
+                f"weight.requires_grad_(): a 4-bit weight can't train; its adapter does. Or {TRAIN_IN_FULL}."
             )
         return self
 

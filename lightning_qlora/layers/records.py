@@ -90,23 +90,23 @@ class Frozen(NamedTuple):
     record: Record
 
 
-def frozen_parameters(module: nn.Module) -> Iterator[Frozen]:
-    """The dense parameters of a module that were frozen at the end of its conversion; tied ones several times."""
-    for name, part in module.named_modules():
+def frozen_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Frozen]:
+    """The dense parameters in modules that were frozen at the end of the conversion; tied ones several times."""
+    for name, part in modules:
         parameters = own_parameters(part)
         for key, record in _records(part).items():
             if record.fingerprint is not None and key in parameters:
                 yield Frozen(join(name, key), part, key, parameters[key], record)
 
 
-def base_fingerprints(module: nn.Module) -> dict[tuple[nn.Module, str], int]:
+def base_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tuple[nn.Module, str], int]:
     """Owner and key of each frozen parameter with the value that conversion froze -> its fingerprint.
 
     It reads them all. Of a module that is sharded, all ranks must call it.
     """
     numbers: dict[int, int] = {}
     unchanged = {}
-    for _, owner, key, parameter, record in frozen_parameters(module):
+    for _, owner, key, parameter, record in frozen_parameters(modules):
         if not parameter.requires_grad and record.fingerprint:
             number = _fingerprint(owner, parameter, numbers)
             if number == record.fingerprint:
@@ -129,12 +129,13 @@ def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor, numbers: 
 
 def renew(module: nn.Module) -> None:
     """Record the present values of frozen parameters as those of the base."""
-    record(Unrecorded(owner, key, old.trained, old.dtype) for _, owner, key, _, old in frozen_parameters(module))
+    frozen = frozen_parameters(module.named_modules())
+    record(Unrecorded(owner, key, old.trained, old.dtype) for _, owner, key, _, old in frozen)
 
 
-def undo(module: nn.Module) -> None:
+def undo(modules: Iterable[nn.Module]) -> None:
     """Let each parameter require a gradient if it did before conversion, and remove all records."""
-    for part in module.modules():
+    for part in modules:
         parameters = own_parameters(part)
         for key, record in vars(part).pop(RECORDS, {}).items():
             if key in parameters:

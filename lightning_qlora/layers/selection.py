@@ -113,7 +113,7 @@ class Rule(NamedTuple):
 CONVERT = "4 bits and an adapter"
 TRAIN = "trains in full"
 SKIP = "dense and frozen"
-WARN = "dense and frozen, with a warning"
+IN_VAIN = "dense and frozen, with a mark in the report"
 REFUSE = "an error"
 ROWS = "some rows train"  # of embeddings, decided before the rules
 RULES = (
@@ -123,7 +123,7 @@ RULES = (
     Rule("not in target_modules", SKIP, None, lambda case: not case.config.all_linear),
     Rule("no linear layer", None, REFUSE, Case.is_not_linear),
     Rule("of a class with members that 4-bit layers have", SKIP, REFUSE, Case.has_member),
-    Rule("tied, parametrized, or not in floats", SKIP, WARN, Case.cannot_convert),
+    Rule("tied, parametrized, or not in floats", SKIP, IN_VAIN, Case.cannot_convert),
     Rule("an output embedding, a router, or frozen by the module", SKIP, None, Case.not_by_default),
     Rule("not larger than its adapter", TRAIN, None, lambda case: case.can_train and case.too_small()),
     Rule("not larger than its adapter, in a mixture of experts or where nothing trains", SKIP, None, Case.too_small),
@@ -186,7 +186,7 @@ class Selection:
     @property
     def skip(self) -> dict[str, str]:
         """Why a linear layer, or a stack of experts, is dense and frozen."""
-        return self.reasons(SKIP, WARN)
+        return self.reasons(SKIP, IN_VAIN)
 
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:

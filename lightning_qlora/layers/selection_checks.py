@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.checks import first_of
+from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import inside, join, last_part, outer_names, without_wrappers
+from lightning_qlora.layers.names import join, last_part, outer_names
 from lightning_qlora.layers.patterns import Patterns
-from lightning_qlora.layers.selection import REFUSE, SKIP, TRAIN, WARN, Selection
+from lightning_qlora.layers.selection import IN_VAIN, REFUSE, SKIP, TRAIN, Selection
 from lightning_qlora.layers.survey import Kind, Survey
 from lightning_qlora.layers.token_selection import check_tokens
 
@@ -24,22 +24,7 @@ FOREIGN = (
     ("adapter_wte", "gating_factor"),  # LLaMA-Adapter in LitGPT
     ("adapter_bias", "adapter_scale"),  # its second version
 )
-
-
 ARGUMENTS = ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
-
-
-def patterns_of(config: QLoRAConfig) -> dict[str, Patterns]:
-    """The patterns of each argument for layers."""
-    values = {name: getattr(config, name) for name in ARGUMENTS} | {"target_modules": config.named_targets}
-    return {name: Patterns(value) for name, value in values.items() if value}
-
-
-def matching(patterns: Patterns, argument: str, names: Iterable[str]) -> set[str]:
-    """The patterns of an argument that a part with these names matches."""
-    if argument == "exclude_modules":
-        names = [outer for name in names for outer in outer_names(name) if outer or not name]
-    return {text for name in names for text in patterns.of_name(name)}
 
 
 def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_checkpoint: bool) -> None:
@@ -63,7 +48,7 @@ def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_che
                 f"{name or 'the module itself'}: is {kind}. Conversion adds adapters of its own, and freezes or "
                 "quantizes these. Convert the model without them: pass it before get_peft_model or merge them into it "
                 "first (PEFT: merge_and_unload()); adapter=FOLDER starts from a saved PEFT adapter. To keep them "
-                "frozen, name this module in exclude_modules."
+                f"frozen, {KEEP_DENSE}."
             )
 
 
@@ -72,25 +57,35 @@ def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> Non
         if row.action == REFUSE:
             raise ValueError(
                 f"target_modules={config.target_modules!r} names {row.name!r}, a {type(row.owner).__name__}: "
-                f"{row.reason}. Name it in modules_to_save to train it in full."
+                f"{row.reason}. To train it, {TRAIN_IN_FULL}."
             )
     earlier = [part.names.full for part in seen.parts if part.kind is Kind.CONVERTED]
     converted = dict.fromkeys([*choice.convert, *earlier])
-    for argument, patterns in patterns_of(config).items():
-        fitting: dict[str, list[str]] = {text: [] for text in patterns.texts}  # the names that each pattern matches
-        for part in seen.parts:
-            if argument != "modules_to_save" or part.stack is None:
-                for text in matching(patterns, argument, part.names.for_patterns):
-                    fitting[text].append(part.names.full)
-        for text, names in fitting.items():
+    for argument in ARGUMENTS:
+        value = config.named_targets if argument == "target_modules" else getattr(config, argument)
+        for text, names in _matches(seen, argument, Patterns(value or ())).items():
             if argument in ("rank_pattern", "alpha_pattern"):
                 if converted.keys().isdisjoint(names):
-                    dense = choice.reasons(TRAIN, SKIP, WARN)
+                    dense = choice.reasons(TRAIN, SKIP, IN_VAIN)
                     reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in names if n in dense][:3])
                     first = first_of(map(repr, converted), 3)
                     raise ValueError(f"{argument}: {text!r} fits none of the layers to convert: [{first}].{reasons}")
             elif not names:
                 _refuse_pattern(argument, text, getattr(config, argument), seen)
+
+
+def _matches(seen: Survey, argument: str, patterns: Patterns) -> dict[str, list[str]]:
+    """Each pattern -> names of the parts that it matches, of exclude_modules also by the modules around them."""
+    matches: dict[str, list[str]] = {text: [] for text in patterns.texts}
+    for part in seen.parts if matches else ():
+        if part.stack is not None and argument == "modules_to_save":
+            continue
+        names: Iterable[str] = part.names.for_patterns
+        if argument == "exclude_modules":
+            names = [outer for name in names for outer in outer_names(name) if outer or not name]
+        for text in {text for name in names for text in patterns.of_name(name)}:
+            matches[text].append(part.names.full)
+    return matches
 
 
 def _refuse_pattern(argument: str, text: str, value: Any, seen: Survey) -> NoReturn:
@@ -108,26 +103,6 @@ def _refuse_pattern(argument: str, text: str, value: Any, seen: Survey) -> NoRet
     raise ValueError(
         f"{argument}={value!r}: no module of this model fits {text!r}. Its {parts} end in {endings}. {rule}"
     )
-
-
-def check_names_in_loaded_models(seen: Survey, config: QLoRAConfig) -> None:
-    """Raise ValueError for patterns that fit a layer of a model quantized while loading, but not by its name there."""
-    patterns = patterns_of(config)
-    for model, kind in seen.quantized_models.items():
-        for part in seen.parts:
-            if part.stack is not None or not inside(part.names.full, model):
-                continue
-            name = part.names.full[len(model) :].lstrip(".")
-            in_model = [*dict.fromkeys([name, part.names.for_seed, without_wrappers(name)])]
-            for argument in patterns if is_linear(part.owner) else patterns.keys() & {"modules_to_save"}:
-                known = matching(patterns[argument], argument, in_model)
-                for other in part.names.for_patterns:
-                    for text in matching(patterns[argument], argument, [other]) - known:
-                        raise ValueError(
-                            f"{argument}: {text!r} matches {other!r}, the name in the {seen.class_name}, and not "
-                            f"{name!r}, the name in the {kind}. That model was quantized while it loaded, so patterns "
-                            "must match the names in it: leave out the attribute that holds it."
-                        )
 
 
 def foreign_adapter(module: nn.Module) -> str | None:

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.dora import Matrix
 from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.layers.packed_linear import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 SPLIT_EXPERTS = (
-    "experts in 4 bits can't be split over ranks by tensor or expert parallelism. Name them in exclude_modules to keep "
-    "them dense, leave them out of the plan, or use fully_shard."
+    "experts in 4 bits can't be split over ranks by tensor or expert parallelism. Leave them out of the plan, use "
+    f"fully_shard, or {KEEP_DENSE}."
 )
 WHOLE = Replicate()
 BY_OUTPUTS = dict.fromkeys(("packed", "absmax", "lora_B", "lora_magnitude_vector", "bias"), Shard(0))
@@ -64,7 +65,7 @@ def unknown_style(style: str) -> str:
     """The error for a style of a plan that can't split a 4-bit layer."""
     return (
         f"a 4-bit layer is split by ColwiseParallel or RowwiseParallel (colwise, rowwise), not by {style}. Remove it "
-        "from the plan, or name it in exclude_modules."
+        f"from the plan, or {KEEP_DENSE}."
     )
 
 
@@ -100,8 +101,8 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
     if sizes:
         raise ValueError(
             f"{layer.full_name}: can't be split over {ranks} ranks by {side} in blocks of "
-            f"{size}: it has {sizes}. Choose another number of ranks or block_size, name the layer in exclude_modules, "
-            "or leave it out of the plan."
+            f"{size}: it has {sizes}. Choose another number of ranks or block_size, leave the layer out of the plan, "
+            f"or {KEEP_DENSE}."
         )
     if by_inputs:
         shape = (out, inputs // ranks)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qlora.checks import shown
+from lightning_qlora.checks import TRAIN_IN_FULL, shown
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import join, last_part, outer_names
 from lightning_qlora.layers.packed_linear import PackedLayer
@@ -77,8 +77,8 @@ def check_tokens(seen: Survey, tokens: TokenIndices | None, in_full: Mapping[str
             if key != "weight" or not isinstance(layer, (nn.Embedding, nn.Linear)):
                 raise ValueError(
                     f"{ARGUMENT}: {join(name, key)!r} is tied to the embedding, and belongs to a "
-                    f"{type(layer).__name__}, which would not use the rows that train. Name the embedding in "
-                    "modules_to_save."
+                    f"{type(layer).__name__}, which would not use the rows that train. For such embeddings, "
+                    f"{TRAIN_IN_FULL}."
                 )
 
 

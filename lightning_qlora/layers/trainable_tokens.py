@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lightning_qlora.layers.derived import Derived, derive, original_class, restore
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dtensor import gather, is_sharded
-from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.readable_weight import readable_parameter
 
 TOKEN_ADAPTER = "token_adapter"
@@ -196,14 +195,9 @@ def token_adapters_of(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, Token
     return {name.removesuffix(TOKEN_ADAPTER)[:-1]: part for name, part in parts if isinstance(part, TokenAdapter)}
 
 
-def token_indices(module: nn.Module) -> dict[str, list[int]]:
-    """Name of an embedding, without the names of wrappers -> the indices of its rows that train."""
-    return {without_wrappers(name): adapter.token_indices.tolist() for name, adapter in token_adapters(module).items()}
-
-
-def merge_tokens(module: nn.Module) -> None:
+def merge_tokens(modules: Iterable[nn.Module]) -> None:
     """Write the trained rows into the weights, and restore the class of each layer."""
-    layers: list[Any] = [part for part in module.modules() if isinstance(part, TrainableTokens)]
+    layers: list[Any] = [part for part in modules if isinstance(part, TrainableTokens)]
     rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
     for layer in layers:
         vars(layer._parameters.get("weight", layer)).pop(ROWS, None)

@@ -236,7 +236,6 @@ def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def _not_empty(optimizer: str, params: Any) -> Any:
-    """The parameters of a new optimizer; ValueError if there are none."""
     if isinstance(params, Tensor):
         return params  # which torch refuses
     params = list(params)
@@ -250,7 +249,6 @@ def _not_empty(optimizer: str, params: Any) -> Any:
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:
-    """Check the numbers of a parameter group; like torch's, they may be one-element tensors."""
     for name in ("lr", "eps", "weight_decay"):
         check_number(name, _plain(numbers[name]), at_least=0)
     betas = numbers["betas"]
@@ -263,6 +261,7 @@ def _check_numbers(numbers: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """Numbers of a parameter group may be one-element tensors, as torch's."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     return value

@@ -1,9 +1,8 @@
 """The two kinds of host memory for optimizer state: ManagedPool, and PinnedPool where that cannot page.
 
-**Unified ("managed") memory** has the same address on the CPU and on the GPU, and its pages move between them. We tell
-the driver to prefer the host, and prefetch the pages before each optimizer step. When forward and backward need GPU
-memory, the driver evicts the pages. This is how the QLoRA paper (section 3, "Paged Optimizers") avoids running out of
-memory on long sequences.
+**Unified ("managed") memory** has the same address on the CPU and on the GPU, and its pages move between them. The
+driver is told to prefer the host, the pages are prefetched before each optimizer step, and the driver evicts them when
+forward and backward need GPU memory (QLoRA paper, section 3, "Paged Optimizers").
 
 Why not `torch.cuda.MemPool`: its bytes count against `set_per_process_memory_fraction` as device memory, it does not
 work with `expandable_segments:True`, and it frees nothing before `empty_cache()`. Here `__cuda_array_interface__` gives
@@ -37,8 +36,7 @@ from lightning_qlora.optim.pool import ALIGNMENT, SEGMENT_BYTES, Pool
 class ManagedPool(Pool):
     """A `Pool` of CUDA unified memory. Its tensors are CUDA tensors at all times.
 
-    Prefetches are in order with the kernels, which can also read a page that is on the host. The driver evicts pages
-    when it needs their device memory, and torch synchronizes when it copies a tensor to the CPU.
+    Prefetches are in order with the kernels, and torch synchronizes when it copies a tensor to the CPU.
     """
 
     kind = "managed"

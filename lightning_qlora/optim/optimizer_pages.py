@@ -1,12 +1,10 @@
 """OptimizerPages: pages the state of one optimizer, and decides when it moves.
 
-    forward, backward      the state is in host memory (unified memory: where the driver has it)
-    optimizer.step         1. the closure, if there is one: forward, backward
-                           2. prefetch the state
-                           3. the update; new state is paged as soon as it is made
-                           4. evict the state
-
-It uses the public hooks of `torch.optim.Optimizer`.
+forward, backward      the state is in host memory (unified memory: where the driver has it)
+optimizer.step         1. the closure, if there is one: forward, backward
+                       2. prefetch the state
+                       3. the update; new state is paged as soon as it is made
+                       4. evict the state
 """
 
 import weakref
@@ -33,7 +31,7 @@ class OptimizerPages:
         self._min_numel = max(min_numel, 1)
         self._pools: dict[torch.device, Pool | None] = {}
         self._in_update = False
-        self._deferred: list[tuple[Tensor, str, Tensor]] = []
+        self._deferred: list[tuple[Pool, Tensor, str, Tensor]] = []
         if optimizer.state:
             self._observe(optimizer)
         self._hooks = [
@@ -47,14 +45,11 @@ class OptimizerPages:
 
     @property
     def pools(self) -> list[Pool]:
-        """The pools in use, one per device."""
+        """The pools in use."""
         return [pool for pool in self._pools.values() if pool is not None]
 
     def page(self, param: Any, value: Any) -> None:
-        """Page the tensors in `value`, in place: dense CUDA tensors of `min_numel` elements and more.
-
-        A view of the parameter, of its gradient or of a larger tensor is not paged.
-        """
+        """Page the tensors in `value`, in place; no view of the parameter, its gradient or a larger tensor."""
         for tensor in tensors_in(value):
             if not self._can_page(param, tensor):
                 continue
@@ -65,24 +60,24 @@ class OptimizerPages:
                     pool.evict([tensor])
 
     def paged(self) -> Iterator[tuple[Pool, list[Tensor]]]:
-        """Yield each pool with the state tensors in it."""
+        """The pools with the state tensors in them."""
         tensors = self._tensors()
         for pool in self.pools:
             yield pool, [tensor for tensor in tensors if pool.owns(tensor)]
 
     def prefetch(self, params: list[Tensor] | None = None) -> None:
-        """Start to move paged state, of these parameters or of all, to the device."""
+        """Start to move state, of these parameters or of all, to the device."""
         tensors = self._tensors(params)
         for pool in self.pools:
             pool.prefetch(tensors)
 
     def wait_prefetch(self) -> None:
-        """Make kernels that are launched from now on wait for the prefetched state."""
+        """See `Pool.wait_prefetch`."""
         for pool in self.pools:
             pool.wait_prefetch()
 
     def evict(self, params: list[Tensor] | None = None) -> None:
-        """Start to move paged state, of these parameters or of all, to the host."""
+        """Start to move it to the host."""
         tensors = self._tensors(params)
         for pool in self.pools:
             pool.evict(tensors)
@@ -98,7 +93,7 @@ class OptimizerPages:
         return [tensor for tensor in tensors_in(states) if tensor.numel() >= self._min_numel]
 
     def close(self) -> None:
-        """Stop paging: move the state to plain host memory, free the pools, remove the hooks."""
+        """Move the state to plain host memory, free the pools, remove the hooks."""
         optimizer = self._optimizer()
         if optimizer is not None:
             if isinstance(optimizer.state, PagedState):
@@ -134,8 +129,11 @@ class OptimizerPages:
             self._pools[device] = open_pool(device)
         return self._pools[device]
 
+    def _is_large(self, tensor: Tensor) -> bool:
+        return tensor.layout == torch.strided and tensor.numel() >= self._min_numel
+
     def _can_page(self, param: Any, tensor: Tensor) -> bool:
-        if tensor.layout != torch.strided or tensor.numel() < self._min_numel:
+        if not self._is_large(tensor):
             return False
         storage = tensor.untyped_storage()
         others = [t.data for t in (param, getattr(param, "grad", None)) if isinstance(t, Tensor)]
@@ -175,29 +173,24 @@ class OptimizerPages:
         self._deferred = []
         for index, param, betas in saved_parameters(optimizer, state_dict):
             state = states.get(index)
+            pool = self._pool(param.device)
             if not isinstance(state, dict):
                 continue
             states[index] = {}
             for key, value in to_32bit(state, betas).items():
-                if self._defers(param, key, value):
-                    self._deferred.append((param, key, value))
+                if pool is not None and key != "step" and type(value) is Tensor and self._is_large(value):
+                    self._deferred.append((pool, param, key, value))
                 else:
                     states[index][key] = value
         return {**state_dict, "state": states}
 
-    def _defers(self, param: Tensor, key: Any, value: Any) -> bool:
-        is_large = type(value) is Tensor and value.layout == torch.strided and value.numel() >= self._min_numel
-        return key != "step" and is_large and self._pool(param.device) is not None
-
     def _after_load(self, optimizer: Optimizer) -> None:
         self._observe(optimizer)
-        for param, key, value in self._deferred:
+        for pool, param, key, value in self._deferred:
             dtype = value.dtype
             if param.is_floating_point():
                 dtype = param.dtype  # torch's rule (Optimizer.load_state_dict)
-            pool = self._pool(param.device)
-            if pool is not None:
-                optimizer.state[param][key] = pool.new_tensor(value, dtype)
+            optimizer.state[param][key] = pool.new_tensor(value, dtype)
         self._deferred = []
 
 
@@ -224,8 +217,7 @@ def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[
     """Yield the parameters in windows of about `numel` elements, each while its state is on the device.
 
     The copy of the next window's state starts before the present one is updated, so at most two windows are on the
-    device. Pinned memory is copied on another stream, so that copy and update overlap; unified memory is prefetched
-    on the current stream.
+    device. Copies of pinned memory overlap the update; unified memory is prefetched on the stream of the update.
     """
     result: list[list[Tensor]] = []
     size = numel
@@ -249,7 +241,7 @@ def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[
 
 
 def open_pool(device: torch.device) -> Pool | None:
-    """A pool for the optimizer state of a device: unified memory where it pages, else pinned memory."""
+    """A pool for the state on a device: unified memory where it pages, else pinned memory; None if it needs none."""
     if device.type != "cuda":  # on a CPU it is in host memory already
         return None
     reason = why_not_managed(device)

@@ -1,13 +1,4 @@
-"""Pager: pages the state of torch optimizers to host memory; PagedOptimizer, its callback for any Lightning run.
-
-    pager = Pager()
-    pager.attach(optimizer)     # before training, before loading a checkpoint; a second call does nothing
-    ...                         # step(), step(closure), state_dict, load_state_dict: as without paging
-    print(pager.report())
-    pager.close()               # the state moves to plain host memory, all pages are freed
-
-On a CPU it moves nothing.
-"""
+"""Pager: pages the state of torch optimizers to host memory; PagedOptimizer, its callback for any Lightning run."""
 
 import weakref
 from dataclasses import dataclass
@@ -48,7 +39,10 @@ class PagingReport:
 
 
 class Pager:
-    """Pages the state of the optimizers attached to it: tensors of `min_numel` elements and more."""
+    """Pages the state of the optimizers attached to it: tensors of `min_numel` elements and more.
+
+    An optimizer is attached before it trains or loads a checkpoint. On a CPU nothing moves.
+    """
 
     def __init__(self, min_numel: int = MIN_NUMEL) -> None:
         self.min_numel = min_numel
@@ -60,9 +54,8 @@ class Pager:
     def attach(self, optimizer: Optimizer) -> None:
         """Page the state of a torch optimizer from now on, also the state that exists already.
 
-        An optimizer that is paged already, by another pager or by itself (PagedAdamW), keeps its pages; this pager's
-        `close` also frees them. Raises TypeError if it is no `torch.optim.Optimizer`, and MemoryError if memory for the
-        existing state is refused.
+        One that is paged already, by another pager or by itself (PagedAdamW), keeps its pages; `close` also frees them.
+        Raises TypeError if it is no `torch.optim.Optimizer`, and MemoryError if memory is refused.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -147,7 +140,7 @@ class PagedOptimizer(Callback):
         self._pager.close()
 
     def _on_setup_optimizer(self, optimizer: Optimizer) -> None:
-        """Page an optimizer of Fabric; see `patches.call_on_setup_optimizer`. Its pages are freed with it."""
+        # `patches.call_on_setup_optimizer` calls it. The pages are freed with the optimizer.
         self._pager.attach(optimizer)
 
     def __reduce__(self) -> Any:

@@ -122,7 +122,7 @@ class Pool(ABC):
         return segment
 
     def _empty_like(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """New memory of the pool with the shape of `values`, and with its strides if it is dense."""
+        """New memory with the shape of `values`, and with its strides if it is dense."""
         nbytes = values.numel() * dtype.itemsize
         memory = self._segment_for(nbytes).tensor(nbytes, self._memory_device).view(dtype)
         strides = torch.empty_like(values, device="meta").stride()

@@ -68,7 +68,7 @@ def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Ite
 
 
 def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Whole state, with scales and tensors of the parameter's shape split as the parameter is."""
+    """Whole state, split as its parameter is: scales, and tensors of its shape."""
     state = dict(state)
     for key, value in state.items():
         if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax")):

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_qlora.adapters.base_model import find_base_model
 from lightning_qlora.checks import one_line
 from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.layers.names import is_transformers_model
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.tools.fake_model import RealIndices
 
 SEED = 12  # position of the dropout seed in the arguments of the op `lora_linear`
@@ -32,7 +32,7 @@ def forward_function(fake_model: nn.Module, batch_size: int, length: int, exampl
         return lambda: fake_model(*example)
     if example is not None:
         return lambda: fake_model(example)
-    base: Any = find_base_model(fake_model)[1]
+    base: Any = Parts.of(fake_model).base.root
     if not is_transformers_model(base) or base.main_input_name != "input_ids":
         return None
     positions = positions_of(fake_model)
@@ -52,7 +52,7 @@ def forward_function(fake_model: nn.Module, batch_size: int, length: int, exampl
 
 def positions_of(fake_model: nn.Module) -> int | None:
     """Positions of a transformers model; None if they are not limited or not known."""
-    config: Any = getattr(find_base_model(fake_model)[1], "config", None)
+    config: Any = getattr(Parts.of(fake_model).base.root, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     for name in POSITIONS:
@@ -87,7 +87,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int,
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
     except Exception as error:  # any error of the model's own code
-        base = type(find_base_model(fake_model)[1]).__name__
+        base = type(Parts.of(fake_model).base.root).__name__
         raise ValueError(
             f"{base}: a training step fails on tensors without data ({one_line(error)}). "
             "Call estimate_memory with an example= of the input that the model trains with."

@@ -28,13 +28,14 @@ CARDS = {
 }
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str, device: str) -> Card:
     """The card of a name such as "T4" or "NVIDIA GeForce RTX 2080 Ti"; ValueError for one that is not in the list."""
+    if device == "cpu":
+        raise ValueError(f"gpu={shown(name)}: is for device='gpu', not for device='cpu'. Leave out one of the two.")
     key = re.sub(r"nvidia|amd|geforce|tesla|instinct|[\s_-]", "", str(name).lower())
     if key not in CARDS:
-        known = ", ".join(CARDS)
         raise ValueError(
-            f"gpu={shown(name)}: must be one of {known}. For another card pass its memory, such as gpu_memory=24GiB, "
-            "and compute_dtype=fp16 if it has no bf16."
+            f"gpu={shown(name)}: must be one of {', '.join(CARDS)}. For another card pass its memory, such as "
+            "gpu_memory=24GiB, and compute_dtype=fp16 if it has no bf16."
         )
     return CARDS[key]

@@ -14,11 +14,11 @@ from torch import nn
 from lightning_qlora.checks import install
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels.cpu import build, library
-from lightning_qlora.kernels.cpu.products import products
-from lightning_qlora.kernels.verify import OPS, fault
+from lightning_qlora.kernels.cpu.matmul_16bit import products
+from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.optim.host_memory import why_not_managed
+from lightning_qlora.texts import size_text
 from lightning_qlora.training.convert import convert
-from lightning_qlora.training.report import size_text
 
 PACKAGES = {  # package -> the extra that installs it; "": it is always installed; None: this package does not need it
     "torch": "",
@@ -99,8 +99,7 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
     start = time.perf_counter()
     name = f"self-test on {device}"
     if not backends.has_kernels(device):
-        faults = {op: fault(eager, device, op) for op in OPS}
-        wrong = [f"{op}: {reason}" for op, reason in faults.items() if reason]
+        wrong = [f"{op}: {reason}" for op, reason in faults(eager, device).items() if reason]
         if wrong and device.type in backends.UNTRIED:
             wrong.append(CPU_INSTEAD)
         yield f"{name}: ops", "; ".join(wrong) or f"all {len(OPS)} compute what the reference does", not wrong

@@ -2,7 +2,8 @@
 
 import copy
 import os
-from typing import Any, cast
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def meta_model(model: Any) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(model)
         stored = stored_format(config.to_dict())
         with torch.device("meta"):
-            built = _model_of_config(config)
+            built: nn.Module = _model_of_config(config)
     except OSError as error:
         raise FileNotFoundError(
             f"{model}: neither a folder with a config.json nor a model on the hub ({one_line(error)})."
@@ -70,17 +71,15 @@ def meta_model(model: Any) -> nn.Module:
     return built
 
 
-def _model_of_config(config: Any) -> nn.Module:
-    import transformers
-
+def _model_of_config(config: Any) -> Any:
+    transformers: Any = import_module("transformers")
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     name = next(iter(getattr(config, "architectures", None) or []), "")
-    causal_models: Any = transformers.AutoModelForCausalLM._model_mapping
-    model_class: Any = getattr(transformers, name, None) or causal_models.get(type(config), None)
+    causal_models = transformers.AutoModelForCausalLM._model_mapping
+    model_class = getattr(transformers, name, None) or causal_models.get(type(config), None)
     if model_class is None:
-        any_model: Any = transformers.AutoModel
-        return cast(nn.Module, any_model.from_config(config, dtype=dtype))
-    return cast(nn.Module, model_class._from_config(config, dtype=dtype))
+        return transformers.AutoModel.from_config(config, dtype=dtype)
+    return model_class._from_config(config, dtype=dtype)
 
 
 class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]

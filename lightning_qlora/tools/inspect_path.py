@@ -2,15 +2,16 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_qlora.adapters.adapter import Adapter, outermost
-from lightning_qlora.adapters.base_compatibility import trained_on
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_compatibility import quantization_of, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_config import BASE_MODEL, CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
@@ -18,7 +19,7 @@ from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
 from lightning_qlora.huggingface.base_folder import stored_format
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.names import last_part, owner_name
-from lightning_qlora.training.report import size_text
+from lightning_qlora.texts import size_text
 
 
 def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
@@ -42,7 +43,7 @@ def inspect_path(path: str, weights_only: bool = True) -> list[tuple[str, str]]:
 
 def fingerprint_of_base(adapter: Adapter) -> str | None:
     """One number for all fingerprints in the checkpoint of an adapter, in hexadecimal; None if it had none."""
-    numbers = [number for _, number in sorted(adapter.fingerprints.items())]
+    numbers = [number for name, number in sorted(adapter.fingerprints.items()) if name not in adapter.bases]
     if not numbers:
         return None
     return checksum(torch.tensor(numbers, device="cpu"))
@@ -50,26 +51,20 @@ def fingerprint_of_base(adapter: Adapter) -> str | None:
 
 def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     names = _names_of_layers(adapter)
-    ranks = Counter(map(adapter.rank, names))
-    alphas = Counter(map(adapter.alpha, names))
     endings = Counter(last_part(name.removesuffix(".weight")) for name in names)
     tensors = [*adapter.saved.values(), *(t for state in adapter.layers.values() for t in state.values())]
-    kinds = []
-    if adapter.use_rslora:
-        kinds.append("rsLoRA")
-    if adapter.config.get("use_dora"):
-        kinds.append("DoRA")
+    kinds = {"rsLoRA": adapter.config["use_rslora"], "DoRA": adapter.config["use_dora"]}
     quantization = "unknown"
     if adapter.quantization is not None:
-        quantization = ", ".join(f"{name}={value}" for name, value in adapter.quantization.items())
+        quantization = ", ".join(f"{name}={value}" for name, value in quantization_of(adapter.quantization).items())
     return [
-        ("base", adapter.base_model or "unknown"),
+        ("base", adapter.config[BASE_MODEL] or "unknown"),
         ("quantization", quantization),
         ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(names)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),
-        ("rank", _counts(ranks)),
-        ("alpha", _counts(alphas)),
-        ("kind of LoRA", ", ".join(kinds) or "plain"),
+        ("rank", _counts(map(adapter.rank, names))),
+        ("alpha", _counts(map(adapter.alpha, names))),
+        ("kind of LoRA", ", ".join(kind for kind, is_used in kinds.items() if is_used) or "plain"),
         ("modules_to_save", ", ".join(sorted({owner_name(key) for key in adapter.saved})) or "nothing"),
         ("weights", f"{sum(t.numel() for t in tensors):,}"),
         ("size of the weights", size_text(sum(t.nbytes for t in tensors))),
@@ -78,14 +73,15 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
 
 def _names_of_layers(adapter: Adapter) -> list[str]:
     """The names of parameters with experts where the config has them in full, else PEFT's names of their wrappers."""
-    parameters = adapter.config.get("target_parameters") or []
+    parameters = sorted(adapter.target_parameters)
     counts = Counter(map(owner_name, parameters))
-    in_full = {owner for owner, count in Counter(map(outermost, adapter.layers)).items() if count == counts[owner]}
-    others = [key for key in adapter.layers if outermost(key) not in in_full]
+    in_full = {owner for owner, keys in adapter.modules.items() if len(keys) == counts[owner]}
+    others = [key for owner, keys in adapter.modules.items() for key in keys if owner not in in_full]
     return others + [name for name in parameters if owner_name(name) in in_full]
 
 
-def _counts(counter: Counter[int] | Counter[float]) -> str:
+def _counts(values: Iterable[float]) -> str:
+    counter = Counter(values)
     if len(counter) == 1:
         return f"{next(iter(counter)):g}"
     return ", ".join(f"{value:g} (x{count})" for value, count in counter.most_common())
@@ -96,19 +92,14 @@ def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
     packed = {key for key in folder.entries if folder.is_packed(key)}
     sizes = Counter[str]()
     for key, entry in folder.entries.items():
-        weight, is_state, _ = key.partition(".weight.")  # the scales of a 4-bit weight
-        if is_state:
-            weight += ".weight"
+        weight = f"{key}.".partition(".weight.")[0] + ".weight"  # also of the scales of a 4-bit weight
         sizes["4-bit" if weight in packed else entry.dtype] += entry.nbytes
-    kind = "model folder"
-    if packed:
-        kind = "model folder, 4-bit (bitsandbytes)"
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         architectures = ["unknown"]
     names = [file.name for file in folder.files()]
     return [
-        ("kind", kind),
+        ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
         ("architecture", ", ".join(map(str, architectures))),
         ("quantization", _quantization(folder, config, packed)),
         ("4-bit layers", str(len(packed))),

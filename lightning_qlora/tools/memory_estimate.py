@@ -21,6 +21,7 @@ from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.layers.held_types import IN_16_BITS
+from lightning_qlora.texts import size_text
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
@@ -29,7 +30,7 @@ from lightning_qlora.training.activation_budget import memory_of
 from lightning_qlora.training.convert import Run, convert_module
 from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
-from lightning_qlora.training.report import packed_bytes, packed_layers, parameter_bytes, size_text
+from lightning_qlora.training.parameter_counts import packed_bytes, packed_layers, parameter_bytes
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
@@ -185,7 +186,7 @@ def estimate_memory(
     config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
     card = memory = None
     if gpu is not None:
-        card = find_card(gpu)
+        card = find_card(gpu, device)
         memory = card.memory
     run = PlannedRun(model, optimizer, config, example, device, card)
     return run.estimate(batch_size, sequence_length, memory)

@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.base_compatibility import BITS
-from lightning_qlora.adapters.from_peft import from_peft
 from lightning_qlora.adapters.merge import merge_onto
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
+from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
-from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, is_in_4_bits, load_base_model
+from lightning_qlora.files.safetensors_folder import read_config
+from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, load_base_model, stored_format
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
-from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.fingerprint import fingerprint_of_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.qlora_linear import base_layers
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.training.convert import convert_module
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -43,79 +41,53 @@ def merge_folder(
 ) -> None:
     """Write the base model with the adapter merged, as `save_pretrained` does; after an error there is no output.
 
-    The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
+    `base_model` is the folder of a transformers model (safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
+    format that transformers dequantizes), or a GGUF file, or a folder with one. `dtype` is that of the written weights.
+    For `base="quantized"` the adapter is added to the weights decoded from 4 bits, as in training, else to those of the
+    folder. The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
 
-    Args:
-        base_model: Folder of a transformers model: safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
-            format that transformers dequantizes (FP8, MXFP4, compressed-tensors); or a GGUF file, or a folder with one.
-        adapter: The adapter.
-        output: A folder that does not exist yet, or is empty.
-        dtype: Type of the written weights; "auto": that of the base.
-        base: Weights that the adapter is added to: decoded from 4 bits ("quantized"), as in training, or as they are
-            ("float").
-        trust_remote_code: Whether code in the folder may run, as in `from_pretrained`.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError: If the base is broken, or the output exists.
-        CheckpointMismatchError: If the adapter does not fit the base.
+    FileNotFoundError, FileExistsError or ValueError if the base is broken, or the output exists;
+    CheckpointMismatchError if the adapter does not fit the base.
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
-    quantization = adapter.quantization or {}
-    bits = {name: quantization[name] for name in BITS if name in quantization}
-    config = QLoRAConfig(**bits, deferred_logits=False)
+    trained = adapter.quantization or QLoRAConfig()
+    config = replace(trained.with_initialization("default"), deferred_logits=False)
     weights: dict[str, Tensor] = {}
-    if is_in_4_bits(base_model):
-        with quantize_while_loading(config, adapter=adapter):
-            model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
-    else:
-        for loading_dtype in ("auto", torch.bfloat16, torch.float16):  # training may have loaded another type
+    in_4_bits = stored_format(read_config(Path(base_model))).get("load_in_4bit")
+    # Training may have loaded another type than that of the files.
+    for loading_dtype in ("auto",) if in_4_bits else ("auto", torch.bfloat16, torch.float16):
+        if in_4_bits:
+            with quantize_while_loading(config, adapter=adapter):
+                model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
+        else:
             model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
-            weights = float_weights(model, from_peft(adapter, model))
-            if base == "float" or _quantizes_as_in_training(base_model, weights, adapter, config):
-                break
-        if base == "quantized":
-            weights = {}
-        forget_quantizer(model.modules())
-    config = config_of_adapter(model, adapter, config)
-    with warnings.catch_warnings(), named(base_model):
-        warnings.simplefilter("ignore")  # these warnings are about training
-        convert_module(model, config)
-    layers = base_layers(model)
-    fingerprints = dict(adapter.fingerprints)
-    for name, bases in adapter.bases.items():
-        layers[name].set_packed_weights(bases)
-        fingerprints[name] = layers[name].base_fingerprint()
-    adapter = replace(adapter, fingerprints=fingerprints)
-    if base == "quantized" and (adapter.bases or not quantization.get("base_changed")):
-        for name, layer in layers.items():
-            if fingerprints.get(name) not in (None, layer.base_fingerprint()):
-                raise CheckpointMismatchError(
-                    f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the "
-                    "base model of the training, or base='float' (--base float)."
-                )
+            if base == "float":
+                weights = float_weights(model, from_peft(adapter, Parts.of(model).base))
+            forget_quantizer(model.modules())
+        with warnings.catch_warnings(), named(base_model):
+            warnings.simplefilter("ignore")  # these warnings are about training
+            convert_module(model, config_of_adapter(model, adapter, config))
+        layers = Parts.of(model).base.layers
+        for name, packed in adapter.bases.items():
+            layers[name].set_packed_weights(packed)
+        others = [
+            name for name in layers if adapter.fingerprints.get(name) not in (None, layers[name].base_fingerprint())
+        ]
+        if not others or trained.changes_base or base == "float":  # a changed base is checked with the adapter
+            break
+    else:
+        raise CheckpointMismatchError(
+            f"{base_model}: {others[0]} has other 4-bit weights than in the training of {adapter.source}. Pass the "
+            "base model of the training, or base='float' (--base float)."
+        )
     set_adapter_of_module(model, adapter)
     merge_onto(model, weights, dtype)
     with atomic_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size=LARGEST_FILE)
         _copy_other_files(base_model, partial)
-
-
-def _quantizes_as_in_training(
-    base_model: str | os.PathLike[str], weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig
-) -> bool:
-    """Whether quantizing the first weight gives the bytes of the training; True if these are not known."""
-    name, weight = next(iter(weights.items()))
-    expected = adapter.fingerprints.get(name)
-    if expected is None or adapter.bases:
-        return True
-    form = config.quant_type, config.block_size, config.double_quant
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    with named(f"{base_model}: {name}"):
-        packed = [quantize(matrix, *form) for matrix in matrices]
-    return expected == fingerprint_of_weights(packed)
 
 
 def _copy_other_files(base_model: str | os.PathLike[str], folder: Path) -> None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.training.report import size_text
+from lightning_qlora.texts import size_text
 
 C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
 MARGIN = 0.05  # of the limit: fragmentation, and what differs from step to step

@@ -4,49 +4,49 @@ An adapter without a gradient never trains, and nothing else would say so: its l
 not differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from weakref import WeakSet
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
 from lightning_qlora.layers.dtensor import local, world_size
 from lightning_qlora.layers.held_types import IN_16_BITS
-from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import frozen_parameters
 from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.texts import groups, size_text
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.training.optimizers import parameters_of
-from lightning_qlora.training.report import groups, size_text
+from lightning_qlora.training.report import ConversionReport, say
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
 UNUSED = "not used in the loss"
-READ = "its weight was read, but no gradient came back"
-THAWED = (
-    "that were frozen by conversion",
-    "If this is meant, name their modules in modules_to_save, so that they train from the start.",
+READ = f"the weight was read, but no gradient came back: call the layer, or {KEEP_DENSE}"
+NOT_RECOMPUTED = (
+    "gradient_checkpointing saves no memory here, because the forward method was not called in the first step, so "
+    "nothing was recomputed"
 )
-THAWED_LAYERS = (
-    "of layers that the module froze before conversion",
-    "To train them in 4 bits with adapters, name them in target_modules, or unfreeze them before conversion.",
+THAWED = (
+    "train from now on, in full, and are in checkpoints. Conversion froze them, or the module before it. If this is "
+    f"meant, {TRAIN_IN_FULL} from the start, or linear layers in target_modules, for 4 bits and adapters; if not, set "
+    "requires_grad only of the parameters that had it after conversion, as those with 'lora_' in their names"
+)
+LOST = (
+    "train in 16 bits, and have elements that do not move, because a step, about the learning rate, is smaller than "
+    "half of their last bit: do not cast the module after conversion, which holds what trains in full in fp32; "
+    f"{TRAIN_IN_FULL}, if you make them trainable; or cast them to fp32 before conversion"
 )
 
 
 class Audit:
-    """The checks of one module, each made once for an optimizer or a parameter.
+    """The checks of one module, each made once for an optimizer or a parameter; its report gets what they find."""
 
-    Attributes:
-        unused: Name -> reason, of the layers whose adapters get no gradient.
-    """
-
-    def __init__(self, unused: dict[str, str]) -> None:
-        self.unused = unused
+    def __init__(self, report: ConversionReport) -> None:
+        self.report = report
         self._optimizers = WeakSet[Optimizer]()  # whose first step was checked
         self._trained = set[int]()  # ids of the parameters that took a step
 
@@ -58,7 +58,7 @@ class Audit:
         parameters = parameters_of(optimizer)
         trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
         if not trained <= self._trained:
-            _warn_of_thawed(module, trained - self._trained)
+            self._tell_what_was_thawed(module, trained - self._trained)
             self._trained |= trained
         if optimizer in self._optimizers:
             return
@@ -71,11 +71,28 @@ class Audit:
         for name, layer in adapted_layers(module).items():
             if any(parameter in held for parameter in layer.adapter_parameters()):
                 layers[name] = layer
-        new = {name: why for name, why in adapters_without_gradient(layers).items() if name not in self.unused}
-        self.unused.update(new)
-        _show_unused(new)
-        _warn_of_blocks(blocks_not_recomputed(module, layers.values()))
-        _warn_of_lost_steps(optimizer, names)
+        self._tell_what_is_unused(adapters_without_gradient(layers))
+        self.report.tell(NOT_RECOMPUTED, blocks_not_recomputed(module, layers.values()))
+        self.report.tell(LOST, _parameters_that_do_not_move(optimizer, names))
+
+    def _tell_what_is_unused(self, reasons: Mapping[str, str]) -> None:
+        unused = self.report.unused
+        new = {name: reason for name, reason in reasons.items() if name not in unused}
+        unused.update(new)
+        for reason in dict.fromkeys(new.values()):
+            names = [name for name, why in new.items() if why == reason]
+            say(f"{len(names)} adapters got no gradient in the first step ({reason}): {groups(names)}.")
+        if new and world_size() > 1:
+            say("DistributedDataParallel needs strategy='ddp_find_unused_parameters_true' for this.")
+
+    def _tell_what_was_thawed(self, module: nn.Module, new: Collection[int]) -> None:
+        """Tell of frozen parameters that train from this step on, as after `unfreeze()`; `new` are their ids."""
+        thawed: dict[nn.Parameter, str] = {}
+        for name, _, _, parameter, _ in frozen_parameters(module.named_modules()):
+            if id(parameter) in new:
+                thawed.setdefault(parameter, name)
+        size = size_text(sum(parameter.nbytes for parameter in thawed))
+        self.report.tell(f"{len(thawed)} parameters ({size}) {THAWED}", thawed.values())
 
 
 def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]:
@@ -88,68 +105,14 @@ def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]
     return reasons
 
 
-def _show_unused(reasons: Mapping[str, str]) -> None:
-    """Warn of weights that were read without a gradient; print what is not used in the loss."""
-    read = [name for name, reason in reasons.items() if reason == READ]
-    unused = [name for name, reason in reasons.items() if reason == UNUSED]
-    if read:
-        rank_zero_warn(
-            f"The adapters of {len(read)} layers got no gradient, so they do not train: {groups(read)}. The code "
-            "that reads their weights returns no gradient for them, or its result is not used in the loss. Name the "
-            "layers in exclude_modules, or call them."
-        )
-    if unused:
-        message = f"QLoRA: {len(unused)} adapters got no gradient in the first step: {groups(unused)}."
-        if world_size() > 1:
-            message += " DistributedDataParallel needs strategy='ddp_find_unused_parameters_true' for this."
-        rank_zero_only(print)(message)
-
-
-def _warn_of_blocks(not_recomputed: Collection[str]) -> None:
-    if not_recomputed:
-        rank_zero_warn(
-            f"gradient_checkpointing=True saves no memory in {groups(not_recomputed)}: in the first step the forward "
-            "method of these modules was not called, so nothing was recomputed."
-        )
-
-
-def _warn_of_thawed(module: nn.Module, new: Collection[int]) -> None:
-    """Warn of frozen parameters that train from this step on, as after `unfreeze()`; `new` are their ids."""
-    thawed = defaultdict[tuple[str, str], dict[nn.Parameter, str]](dict)
-    for name, owner, _, parameter, record in frozen_parameters(module):
-        if id(parameter) in new:
-            is_dense_layer = is_linear(owner) and not isinstance(owner, LoRALayer)
-            kind = THAWED_LAYERS if is_dense_layer and not record.trained else THAWED
-            thawed[kind].setdefault(parameter, name)
-    for (which, advice), names in thawed.items():
-        rank_zero_warn(
-            f"{len(names)} parameters ({size_text(sum(parameter.nbytes for parameter in names))}) {which} train from "
-            f"now on, in full: {groups(names.values())}. Checkpoints hold them too. {advice} If it is not meant, set "
-            "requires_grad only of the parameters that had it after conversion, for example of those with 'lora_' in "
-            "their names."
-        )
-
-
-def _warn_of_lost_steps(optimizer: Optimizer, names: Mapping[int, str]) -> None:
-    """Warn of 16-bit parameters in which a step of Adam, about a learning rate, is lost: p + lr, rounded, is p."""
-    if not isinstance(optimizer, ADAM):
-        return
-    shares = {}  # name -> share of the elements that do not move
-    for group in optimizer.param_groups:
+def _parameters_that_do_not_move(optimizer: Optimizer, names: Mapping[int, str]) -> list[str]:
+    """Names of 16-bit parameters in which a step of Adam, about a learning rate, is lost: p + lr, rounded, is p."""
+    lost = []
+    for group in optimizer.param_groups if isinstance(optimizer, ADAM) else ():
         step = max(float(group["lr"]), float(group.get("initial_lr", 0)))  # at the end of a warmup
         for parameter in group["params"]:
-            if parameter.dtype not in IN_16_BITS or parameter.grad is None or step <= 0 or id(parameter) not in names:
-                continue
-            values = local(parameter.detach())
-            moved = (values.float() + step).to(values.dtype)
-            share = (moved == values).float().mean().item()
-            if share > 0:
-                shares[names[id(parameter)]] = share
-    if shares:
-        name, share = max(shares.items(), key=lambda pair: pair[1])
-        rank_zero_warn(
-            f"{groups(shares)} train in 16 bits, and a step of {type(optimizer).__name__}, about its learning rate, is "
-            f"smaller than half of the last bit of {100 * share:.0f}% of {name}: these elements do not move. "
-            "Conversion holds what trains in full in fp32: do not cast the module afterwards, and name in "
-            "modules_to_save what you make trainable. Or cast these parameters to fp32 before conversion."
-        )
+            if parameter.dtype in IN_16_BITS and parameter.grad is not None and step > 0 and id(parameter) in names:
+                values = local(parameter.detach())
+                if ((values.float() + step).to(values.dtype) == values).any():
+                    lost.append(names[id(parameter)])
+    return lost

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dtensor import gather, world_size
-from lightning_qlora.layers.input_statistics import InputStatistics
+from lightning_qlora.layers.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
 
 
@@ -45,8 +45,10 @@ def adapter_of(
 
 def root_mean_square(name: str, sums: Tensor) -> Tensor:
     """RMS of every input, fp32 [matrices, in]; zeros without an input, ValueError if every row has NaN or Inf."""
-    result = (sums[:, :-2] / sums[:, -2:-1].clamp_min(1)).sqrt().float()
-    no_finite_row = (sums[:, -1] > 0) & (sums[:, -2] == 0)
+    squares = sums[:, :FINITE_ROWS]
+    finite_rows = sums[:, FINITE_ROWS]
+    result = (squares / finite_rows.clamp_min(1).unsqueeze(1)).sqrt().float()
+    no_finite_row = (sums[:, TRAINING_ROWS] > 0) & (finite_rows == 0)
     if no_finite_row.any() or not torch.isfinite(result).all():
         raise ValueError(
             f"{name}: NaN or Inf in all its inputs in the batches that init_lora_weights='calibrated' uses, so "

@@ -11,9 +11,12 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.full_precision import compute_in, hold_in_fp32
+from lightning_qlora.layers.compute_in import compute_in
+from lightning_qlora.layers.full_precision import hold_in_fp32
+from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.training.audit import Audit
+from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.report import ConversionReport
 
 
@@ -22,6 +25,7 @@ class _Converted:
     report: ConversionReport
     device: str  # the kind of device that it is on
     audit: Audit
+    has_waiting: bool = True  # whether adapters may wait for inputs
 
 
 class ConvertedModules:
@@ -49,13 +53,23 @@ class ConvertedModules:
         if again and previous is not None:
             report = previous.report
         device = next((layer.packed.device.type for layer in _layers(module)), "cpu")
-        self._converted[module] = _Converted(report, device, Audit(report.unused))
+        self._converted[module] = _Converted(report, device, Audit(report))
         return report
 
     def audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step of an optimizer, that what it holds trains."""
         for module, converted in self._converted.items():
             converted.audit.before_step(module, optimizer)
+
+    def waiting(self) -> list[InputStatistics]:
+        """Those of the layers whose adapters wait for inputs."""
+        waiting = []
+        for module, converted in self._converted.items():
+            if converted.has_waiting:
+                of_module = waiting_in(module.modules())
+                converted.has_waiting = bool(of_module)
+                waiting += of_module
+        return [*dict.fromkeys(waiting)]
 
     def _hold_what_moved(self) -> None:
         """Hold in fp32 what Fabric moved, after its conversion, to a device that should compute in fp32."""

@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.module_adapter import check_finite
-from lightning_qlora.checks import first_of
+from lightning_qlora.checks import TRAIN_IN_FULL, first_of
 from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
 
@@ -33,8 +34,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
         if isinstance(callback, classes(BaseFinetuning)):
             raise RuntimeError(
                 f"{name} freezes parameters before the module is converted, so their layers would stay dense, and "
-                "train in full when it makes them trainable. Remove the callback: QLoRA trains the adapters, and in "
-                "full the modules named in modules_to_save."
+                "train in full when it makes them trainable. Remove the callback. For what it should train beside the "
+                f"adapters, {TRAIN_IN_FULL}."
             )
         if isinstance(callback, classes(ModelPruning)):
             raise RuntimeError(
@@ -50,14 +51,6 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 "the arguments of the plugin before the Trainer's method, so that the copy has the adapters; or remove "
                 "the callback."
             )
-
-
-def warn_of_merged(module: nn.Module) -> None:
-    """Warn of a module that is converted again although its adapters were merged."""
-    rank_zero_warn(
-        f"The adapters of this {type(module).__name__} were merged, and its weights are quantized again now, to train "
-        "new adapters. To compute with the merged weights alone, leave out plugins=QLoRAPrecision(...)."
-    )
 
 
 def check_fsdp_groups(module: nn.Module) -> None:
@@ -98,21 +91,20 @@ def check_state_dict(module: nn.Module) -> None:
         layers = adapted_layers(module)
         raise RuntimeError(
             f"{type(module).__name__}.state_dict() leaves out the adapters of {len(missing)} of {len(layers)} layers "
-            f"({first_of(missing, 3)}), so no checkpoint would hold what they "
-            "learn. Frozen weights are in no checkpoint of a converted module: remove the override or the hook that "
-            "leaves them out, or let it keep what ends in lora_A and lora_B."
+            f"({first_of(missing, 3)}), so no checkpoint would hold what they learn. Frozen weights are in no "
+            "checkpoint of a converted module: remove the override or the hook that leaves them out, or let it keep "
+            "what ends in lora_A and lora_B."
         )
 
 
 def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
-    check_finite(module)
+    check_finite(Parts.of(module))
     missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
     if missing:
         rank_zero_warn(
             f"The checkpoint lacks the adapters of {len(missing)} layers ({first_of(missing, 3)}), because code of the "
-            "module or a callback removed them (on_save_checkpoint). It can't restore what they learned.",
-            stacklevel=2,
+            "module or a callback removed them (on_save_checkpoint). It can't restore what they learned."
         )
 
 

@@ -4,14 +4,12 @@ import inspect
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
-from torch import nn
 
 from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, entry_of, read_conversion
 from lightning_qlora.checks import shown
@@ -72,19 +70,16 @@ def load_from_checkpoint(
     with named(checkpoint_path):
         check_networks(checkpoint.get("hyper_parameters"), hyperparameters)
 
-    def convert(module: nn.Module, state: Mapping[str, Any]) -> None:
-        with named(checkpoint_path):
-            saved = read_conversion(state)
-        assert saved is not None
-        convert_module(module, saved.config, saved=saved.arguments_of_layers(state))
-
     def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         """After `on_load_checkpoint`, which may edit the state: convert, and load as the class does."""
         module.__class__ = module_class
         if text is not None:
             state = {CONVERSION: entry_of(text), **state}
         if CONVERSION in state and conversion_of(module) is None:
-            convert(module, state)
+            with named(checkpoint_path):
+                saved = read_conversion(state)
+            assert saved is not None
+            convert_module(module, saved.config, saved=saved.arguments_of_layers(state))
         return module.load_state_dict(state, *args, **kwargs)
 
     source: Any = checkpoint_path

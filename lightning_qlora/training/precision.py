@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -16,6 +15,7 @@ from typing_extensions import Never, Unpack, override
 
 from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.arguments import QLoRAArguments, shows_arguments
+from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
@@ -34,14 +34,22 @@ from lightning_qlora.training.convert import Run, convert_module, is_converted
 from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
 from lightning_qlora.training.converted_modules import ConvertedModules
 from lightning_qlora.training.optimizers import (
+    adapters_in_no_optimizer,
     check_loss,
     check_optimizer,
     leave_out_bytes,
     replace_parameters_by_adapters,
-    warn_of_adapters_in_no_optimizer,
 )
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
+
+IN_NO_OPTIMIZER = (
+    f"adapters are in no optimizer, so they do not train: pass self.parameters() to the optimizer, or {KEEP_DENSE}"
+)
+MERGED_BEFORE = (
+    "its adapters were merged, and its weights are quantized again, to train new ones: to compute with the merged "
+    "weights alone, leave out plugins=QLoRAPrecision(...)"
+)
 
 
 @inherit_from_copies
@@ -141,12 +149,13 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
                 self._runs.append(trainer)
             guards.check_trainer(trainer, trainer.lightning_module)
             run = run._replace(device=trainer.strategy.root_device, sharded=_shards_module(trainer))
-        if was_merged(root):
-            if self._evaluating:
-                return module
-            guards.warn_of_merged(root)
+        merged = was_merged(root)
+        if merged and self._evaluating:
+            return module
         again = is_converted(root)
         report = convert_module(root, self.config, run)
+        if merged:
+            report.note(MERGED_BEFORE)
         if run.sharded:
             to_parameters(root)
         else:
@@ -213,13 +222,10 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             self._on_setup_optimizer(optimizer)
         module = self._modules.last  # `model` may be DDP's wrapper
         if module is not None and not self._evaluating:
-            warn_of_adapters_in_no_optimizer(module, optimizers)
+            assert self.report is not None
+            self.report.tell(IN_NO_OPTIMIZER, adapters_in_no_optimizer(module, optimizers))
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
-
-    @override
-    def _audit(self, optimizer: Optimizer) -> None:
-        self._modules.audit(optimizer)
 
     def _on_setup_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before conversion hold the adapters, check it, and page its state.
@@ -281,9 +287,10 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         saved = state_dict.get("kernels")
         here = self._kernels()
         if None not in (saved, here) and saved != here:
-            rank_zero_warn(
-                f"The checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
-                "state, but its results differ from those of an uninterrupted run in their last bits."
+            assert self.report is not None
+            self.report.tell(
+                f"the checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
+                "state, but its results differ from those of an uninterrupted run in their last bits"
             )
         set_torch_rng_state_of_rank(state_dict["random_state"])
 

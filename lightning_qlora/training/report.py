@@ -1,80 +1,28 @@
-"""ConversionReport: the status of every layer after conversion; CalibrationReport: that of calibrated adapters."""
+"""ConversionReport: the status of every layer after conversion, with what a user should look at."""
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import nn
 
-from lightning_qlora.layers.fingerprint import is_strided
-from lightning_qlora.layers.full_precision import compute_types
+from lightning_qlora.layers.compute_in import compute_types
 from lightning_qlora.layers.held_types import full_precision_parameters, held_bytes
-from lightning_qlora.layers.lora_layer import ADAPTER
-from lightning_qlora.layers.packed_linear import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.selection import FROZEN, Selection
 from lightning_qlora.layers.trainable_tokens import token_adapters_of
+from lightning_qlora.texts import ROOT, group, groups, size_text
+from lightning_qlora.training.calibration_report import CalibrationReport
+from lightning_qlora.training.parameter_counts import count_parameters
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
-ROOT = "(the module itself)"
-WORST = 5  # layers that the report of a calibration names
 BY_SIZE = (
     "no weights are known to be loaded: linear layers larger than their adapter get\n"
     "4 bits, smaller ones train in full; name a new head in modules_to_save"
 )
-
-
-@dataclass(repr=False)
-class CalibrationReport:
-    """The status of every adapter that is initialized from data.
-
-    Attributes:
-        waiting: Names of the layers before their first step; they have the default initialization.
-        host_bytes: Dense weights kept in host memory (or mapped from a file) until the first step.
-        calibrated: Names of the layers whose adapter is initialized from their inputs.
-        unseen: Names of the layers without an input in the first step, or with inputs of zeros alone; they keep the
-            default initialization.
-        input_rms: Name -> root mean square of each input, fp32 [in].
-        rows: Most rows (tokens) used for one layer, on all ranks; those that checkpointing computes again count twice.
-        seconds: Time that the initialization took.
-        errors: Name -> share of the layer's output that its 4 bits still change, ||(W - Q - s B A) diag(d)|| / ||W
-            diag(d)||.
-    """
-
-    waiting: list[str]
-    host_bytes: int
-    calibrated: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-    input_rms: dict[str, Tensor] = field(default_factory=dict)
-    rows: int = 0
-    seconds: float = 0.0
-    errors: dict[str, float] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"
-
-    def __str__(self) -> str:
-        if self.waiting and not self.calibrated:
-            return (
-                f"{len(self.waiting)} adapters will be calibrated in the first step; until then {self.host_bytes:,} "
-                "bytes of dense weights stay in host memory"
-            )
-        worst = sorted(self.errors, key=lambda name: -self.errors[name])[:WORST]
-        lists = {
-            "largest errors left": [f"{name} {self.errors[name]:.1%}" for name in worst],
-            "default initialization, because the first step had no input for them": self.unseen,
-            "waiting for the first step of their optimizer": self.waiting,
-        }
-        parts = [
-            f"{len(self.calibrated)} adapters calibrated on {self.rows:,} rows of data in {self.seconds:.1f} s",
-            f"{self.host_bytes:,} bytes of dense weights were kept until then",
-        ]
-        parts += [f"{title}: {', '.join(names)}" for title, names in lists.items() if names]
-        return "; ".join(parts)
+MARK = "! "  # of a row that a user should look at
 
 
 @dataclass(repr=False)
@@ -112,6 +60,8 @@ class ConversionReport:
             of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
         activations: With gradient_checkpointing="auto" or bytes the `ActivationBudget`, whose text says how many blocks
             of the last step kept their activations; None: all blocks are recomputed, or none.
+        notes: What a user should look at -> names of the modules and parameters that it is about. These rows stand
+            first, with a mark.
 
     Example:
         ```python
@@ -149,11 +99,12 @@ class ConversionReport:
     unused: dict[str, str] = field(default_factory=dict)
     computes_in: dict[str, str] = field(default_factory=dict)
     activations: Any = None
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def count(self, module: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
         """Count the layers, parameters and bytes of the module that was converted; `modules`: its modules, if known."""
         modules = modules or dict(module.named_modules())
-        self.trainable_parameters, self.total_parameters, self.bytes_after = _count_parameters(modules.values())
+        self.trainable_parameters, self.total_parameters, self.bytes_after = count_parameters(modules.values())
         layers = adapted_layers_of(modules.items())
         tokens = token_adapters_of(modules.items())
         self.converted = list(layers)
@@ -162,10 +113,29 @@ class ConversionReport:
         adapters: list[Any] = [*layers.values(), *tokens.values()]
         self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
         self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(modules))
-        self.computes_in = {name: _dtype_text(dtype) for name, dtype in compute_types(modules).items()}
+        types_of = compute_types(modules)
+        self.computes_in = {name: str(dtype).removeprefix("torch.") for name, dtype in types_of.items()}
         types = sorted({*self.computes_in.values()} - {"float32"})
         self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(modules)
+
+    def note(self, text: str, names: Iterable[str] = ("",)) -> list[str]:
+        """Add rows with a mark, and return the names that this text did not have; "" is the module itself."""
+        known = dict.fromkeys(self.notes.get(text, ()))
+        new = [name for name in names if name not in known]
+        if new:
+            self.notes[text] = [*known, *new]
+        return new
+
+    def tell(self, text: str, names: Iterable[str] = ("",)) -> None:
+        """Add rows with a mark after the report was printed, and print a line with them."""
+        new = self.note(text, names)
+        if new:
+            say(f"{groups(new)}: {text}.")
+
+    def marked_rows(self) -> str:
+        """The rows with a mark, a line each; "" if there are none."""
+        return _lines(row for row in self.rows() if row[1].startswith(MARK))
 
     def take(self, choice: Selection) -> None:
         """Take the rows of what is not converted, and count what naming the layers that the module froze would save."""
@@ -177,11 +147,16 @@ class ConversionReport:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, status and number of layers or parameters whose names differ only in a number."""
-        groups: dict[tuple[str, str], list[str]] = {}
+        rows_of: dict[tuple[str, str], list[str]] = {}
 
         def add(name: str, status: str) -> None:
-            groups.setdefault((group(name), status), []).append(name or ROOT)
+            rows_of.setdefault((group(name), status), []).append(name or ROOT)
 
+        for text, names in self.notes.items():
+            for name in names:
+                add(name, MARK + text)
+        for name, reason in self.unused.items():
+            add(name, f"{MARK}no gradient in the first step: {reason}")
         for name in sorted(self.converted, key=lambda name: -len(self.shapes[name])):  # experts first
             *experts, rows, columns = self.shapes[name]
             prefix = "".join(f"{number} experts of " for number in experts)
@@ -197,7 +172,7 @@ class ConversionReport:
         for name, dtype in self.computes_in.items():
             add(name, f"computes in {dtype}, {'16-bit inputs are cast' if dtype == 'float32' else 'by autocast'}")
         table = []
-        for (name, status), names in groups.items():
+        for (name, status), names in rows_of.items():
             if len(names) == 1:
                 name = names[0]
             table.append((name, status, str(len(names))))
@@ -257,80 +232,16 @@ class ConversionReport:
         return f"<table>{table}</table><pre>{escape(self.summary())}</pre>"
 
     def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(name) for name, _, _ in rows)
-        lines = [f"{name:{width}}  x{count:3} {status}" for name, status, count in rows]
-        return "\n".join(["QLoRA", *lines, self.summary()])
+        return "\n".join(["QLoRA", _lines(self.rows()), self.summary()])
 
 
-def _count_parameters(modules: Iterable[nn.Module]) -> tuple[int, int, int]:
-    """Parameters that train, all parameters, and their bytes; shared ones count once, a 4-bit weight as its weights."""
-    layers, others = _weights(modules, BASE)
-    trainable = sum(parameter.numel() for parameter in others if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in others) + sum(layer.weight_bytes.numel for layer in layers)
-    return trainable, total, packed_bytes(layers) + sum(map(_nbytes, others))
+def _lines(rows: Iterable[tuple[str, str, str]]) -> str:
+    rows = [*rows]
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return "\n".join(f"{name:{width}}  x{count:3} {status}" for name, status, count in rows)
 
 
-def packed_layers(module: nn.Module) -> list[PackedLayer]:
-    """The layers in 4 bits."""
-    return [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
-
-
-def packed_bytes(layers: Iterable[PackedLayer]) -> int:
-    """Bytes of 4-bit weights."""
-    return sum(tensor.nbytes for layer in layers for tensor in layer.weight_bytes[:3])
-
-
-def parameter_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and 4-bit weights."""
-    layers, others = _weights(module.modules(), BASE)
-    return packed_bytes(layers) + sum(map(_nbytes, others))
-
-
-def dense_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the parameters without adapters and with every 4-bit weight in its original type."""
-    layers, others = _weights(modules, (*BASE, *ADAPTER))
-    dense = sum(layer.weight_bytes.numel * layer.weight_dtype.itemsize for layer in layers)
-    return dense + sum(map(_nbytes, others))
-
-
-def _weights(modules: Iterable[nn.Module], names: tuple[str, ...]) -> tuple[list[PackedLayer], list[nn.Parameter]]:
-    """The layers in 4 bits, and all parameters, each once, without those of these layers that have these names."""
-    modules = list(modules)
-    layers = [layer for layer in modules if isinstance(layer, PackedLayer)]
-    of_layers = {id(getattr(layer, name, None)) for layer in layers for name in names}
-    parameters = {id(parameter): parameter for part in modules for parameter in part._parameters.values()}
-    return layers, [p for key, p in parameters.items() if p is not None and key not in of_layers]
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor; torch does not say them of sparse ones, which count as none."""
-    return tensor.nbytes if is_strided(tensor) else 0
-
-
-def group(name: str) -> str:
-    """A name with * for every number between dots; layers of one group have the same."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT
-
-
-def _dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def groups(names: Iterable[str]) -> str:
-    """Names that differ by numbers alone as one."""
-    texts = []
-    for name, count in Counter(map(group, names)).items():
-        if count > 1:
-            name += f" (x{count})"
-        texts.append(name)
-    return ", ".join(texts)
-
-
-def size_text(count: float, base: int = 1000) -> str:
-    """A number of bytes with a unit: 1.5 MB, or with base=1024 1.5 MiB."""
-    units = ("bytes", "kB", "MB", "GB")
-    if base == 1024:
-        units = ("bytes", "KiB", "MiB", "GiB")
-    power = sum(count >= base**number for number in (1, 2, 3))
-    return f"{count / base**power:.4g} {units[power]}"
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line."""
+    print(f"QLoRA: {text}")

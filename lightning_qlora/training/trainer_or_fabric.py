@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.optim.closure import after_closure
-from lightning_qlora.training.calibration import calibrate_before_closure, calibrate_before_step, step_of_all_ranks
+from lightning_qlora.training.calibration import calibrate_before_closure, calibrate_before_step
+from lightning_qlora.training.converted_modules import ConvertedModules
 
 
 def trainer_of(module: nn.Module | None) -> Trainer | None:
@@ -35,10 +36,9 @@ def precision_class(module: nn.Module | None) -> type[Any]:
 
 
 class TrainerOrFabricPrecision(Precision):
-    """Calls the method of the loop; subclasses have `_audit`, and calibration is done in each step of all ranks."""
+    """Calls the method of the loop, and between a backward pass and the step checks and initializes adapters."""
 
-    def _audit(self, optimizer: Optimizer) -> None:
-        """Called between a backward pass and the step."""
+    _modules: ConvertedModules
 
     @override
     def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:
@@ -53,7 +53,6 @@ class TrainerOrFabricPrecision(Precision):
         return precision_class(module).post_backward(self, tensor, module)
 
     @override
-    @step_of_all_ranks()
     def optimizer_step(  # type: ignore[override]
         self,
         optimizer: Optimizer,
@@ -63,7 +62,7 @@ class TrainerOrFabricPrecision(Precision):
     ) -> Any:
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
         if closure is not None and not _runs_backward(model, closure):
-            calibrate_before_closure(optimizer)
+            calibrate_before_closure(self._modules.waiting(), optimizer)
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
         if closure is None:
@@ -73,15 +72,15 @@ class TrainerOrFabricPrecision(Precision):
         return FabricPrecision.optimizer_step(self, optimizer, **kwargs)
 
     def _before_step_of_fabric(self, optimizer: Optimizer) -> None:
-        self._audit(optimizer)
-        calibrate_before_step(optimizer)
+        self._modules.audit(optimizer)
+        calibrate_before_step(self._modules.waiting(), optimizer)
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
         """The Trainer calls this between its backward pass and its step; it clips gradients here."""
-        self._audit(optimizer)
+        self._modules.audit(optimizer)
         super()._after_closure(model, optimizer)
-        calibrate_before_step(optimizer)
+        calibrate_before_step(self._modules.waiting(), optimizer)
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -5,6 +5,13 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from lightning_qlora.adapters.module_adapter import get_adapter
+from lightning_qlora.layers.parts import Parts
+
+
+def adapter_of(module, **arguments):
+    return get_adapter(Parts.of(module), **arguments)
+
 
 def read_config(folder):
     return json.loads((folder / "adapter_config.json").read_text())

@@ -20,12 +20,11 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.base_compatibility import quantization_of, required_base, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
-from tests.adapters.folders import assert_same_tensors, read_config
+from tests.adapters.folders import adapter_of, assert_same_tensors, read_config
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.toys import ARGUMENTS, Lit, delta, ids, logits, perturb, save_in_4_bits, toy
 
@@ -85,25 +84,19 @@ def test_an_adapter_whose_initialization_changed_the_base_needs_that_base(argume
             load_adapter(module, tmp_path / folder)
 
 
-def test_merging_into_another_quantization_than_that_of_the_initialization_is_refused(trained, tmp_path):
-    trained(init_lora_weights="calibrated")
+@pytest.mark.parametrize("method", ["calibrated", "loftq"])
+def test_another_quantization_than_that_of_the_initialization_is_refused(method, trained, tmp_path):
+    trained(init_lora_weights=method)
+    message = rf"q_proj: the adapter was initialized as '{method}' from the error of .*quant_type=nf4, .* here it is .*"
+    for key, value in (("quant_type", "fp4"), ("block_size", 128), ("double_quant", False)):
+        with pytest.raises(CheckpointMismatchError, match=f"{message}{key}={value}"):
+            convert(load_base(tmp_path / "base"), adapter=str(tmp_path / "adapter"), **{key: value})
     for quant_type in ("nf4", "fp4"):
         save_in_4_bits(KIND, tmp_path / "base", tmp_path / quant_type, bnb_4bit_quant_type=quant_type)
     adapter = read_adapter(tmp_path / "adapter")
     merge_folder(tmp_path / "nf4", adapter, tmp_path / "out")
-    message = r"q_proj: .*initialized as 'calibrated'.*quant_type=nf4.*quant_type=fp4"
-    with pytest.raises(CheckpointMismatchError, match=message):
+    with pytest.raises(CheckpointMismatchError, match=f"{message}quant_type=fp4"):
         merge_folder(tmp_path / "fp4", adapter, tmp_path / "out2")
-
-
-@pytest.mark.parametrize("method", ["calibrated", "loftq"])
-def test_another_quantization_than_that_of_the_initialization_is_refused(method, trained, tmp_path):
-    trained(init_lora_weights=method)
-    for other in ({"quant_type": "fp4"}, {"block_size": 128}, {"double_quant": False}):
-        ((key, value),) = other.items()
-        message = rf"the adapter was initialized as '{method}' from the error of .* and here it is .*{key}={value}"
-        with pytest.raises(CheckpointMismatchError, match=message):
-            convert(load_base(tmp_path / "base"), adapter=str(tmp_path / "adapter"), **other)
 
 
 class OfFolder(Lit):
@@ -167,9 +160,9 @@ METHODS = [
 
 def difference(net):
     """A, and s B, with the scaling of the folder that would be written."""
-    adapter = get_adapter(net, base="float")
+    adapter = adapter_of(net, base="float")
     state = adapter.layers["0"]
-    config = QLoRAConfig(r=adapter.rank("0"), lora_alpha=adapter.alpha("0"), use_rslora=adapter.use_rslora)
+    config = QLoRAConfig(r=adapter.rank("0"), lora_alpha=adapter.alpha("0"), use_rslora=adapter.config["use_rslora"])
     return state["lora_A"], config.scaling * state["lora_B"]
 
 
@@ -275,7 +268,7 @@ def test_the_base_that_an_adapter_needs():
         ("pissa_niter_4", {}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
         ("loftq", {"loftq_iter": 5}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
     ):
-        quantization = quantization_of(QLoRAConfig(init_lora_weights=method, loftq_config=loftq_config))
+        quantization = QLoRAConfig(init_lora_weights=method, loftq_config=loftq_config)
         text = required_base(quantization)
         if needed is None:
             assert text is None
@@ -295,5 +288,5 @@ def test_a_calibrated_adapter_is_exported_as_it_is_before_its_first_step(base, t
     convert(lit, **ARGUMENTS, init_lora_weights="calibrated")
     save_adapter(lit, tmp_path, base="float")
     found = read_adapter(tmp_path)
-    for name, state in get_adapter(lit).layers.items():
+    for name, state in adapter_of(lit).layers.items():
         assert torch.equal(found.layers[name]["lora_A"], state["lora_A"]) and not found.layers[name]["lora_B"].any()

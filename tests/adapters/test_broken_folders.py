@@ -10,6 +10,7 @@ from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save
 from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX
 from lightning_qlora.adapters.peft_folder import BASE
 from lightning_qlora.checks import DAMAGED, DIVERGED
+from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier
 
@@ -41,11 +42,23 @@ CONFIGS = [  # entries, or bytes of the file; words of the error
     ({"target_modules": [3]}, ["target_modules=[3]: must be a list of non-empty names, or a regular expression"]),
     ({"use_rslora": "maybe"}, ["use_rslora='maybe': must be True or False"]),
     ({"base_model_name_or_path": 5}, ["base_model_name_or_path=5: must be a string"]),
+    *(
+        ({"init_lora_weights": method}, [f"init_lora_weights='{method}': PEFT changed the base weights"])
+        for method in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga")
+    ),
 ]
 FILES = [  # entries of the config, tensors (None: without it), words of the error
     ({"r": 8}, {}, [f"key '{KEY}': the file has rank=4 there, and {CONFIG} has 8. They are not of one adapter"]),
     ({"use_dora": True}, {}, [f"key '{KEY}': the file has use_dora=False there, and {CONFIG} has True"]),
     ({"trainable_token_indices": [1]}, {}, ["has no rows for trainable_token_indices, [1] in", DAMAGED]),
+    *(
+        (
+            {"trainable_token_indices": indices},
+            {f"{PREFIX}2.{DELTA}": torch.ones(2, 64)},
+            [f"2.{DELTA}' has", "each index"],
+        )
+        for indices in (None, [3], {"other": [3, 7]})
+    ),
     ({}, {f"{PREFIX}x.base_layer.weight": torch.ones(4, 64)}, ["x.base_layer.weight': only lora_A, lora_B and", MERGE]),
     ({}, {KEY: None}, [f"key '{KEY}': the file has lora_B [64, 4] of torch.float32: a layer has lora_A", DAMAGED]),
     ({}, {KEY: torch.ones(9, 64)}, [f"key '{KEY}'", "lora_A [9, 64]", "lora_B [64, 4]", DAMAGED]),

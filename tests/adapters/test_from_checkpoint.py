@@ -14,11 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
-from tests.adapters.folders import assert_same_folders
+from tests.adapters.folders import adapter_of, assert_same_folders
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.toys import ARGUMENTS, Lit, assert_equal, converted, perturb, toy
 
@@ -54,7 +53,7 @@ def same_folders(lit, checkpoint, folder):
         adapter = read_adapter_from_checkpoint(checkpoint)
     save_adapter(lit, folder / "a")
     exported = adapter
-    if not adapter.quantization["base_changed"]:
+    if not adapter.quantization.changes_base:
         exported = replace(adapter, bases={})  # a module's folder has fingerprints of its base only if that was changed
     write_adapter(exported, folder / "b")
     assert_same_folders(folder / "a", folder / "b")
@@ -87,7 +86,8 @@ def test_a_checkpoint_gives_the_adapter_of_the_module(arguments, trained, tmp_pa
     lit = Lit(toy("llama"))
     checkpoint = trained(lit, **arguments)
     same_folders(lit, checkpoint, tmp_path)
-    of_checkpoint, of_module = read_adapter_from_checkpoint(checkpoint, base="float"), get_adapter(lit, base="float")
+    of_checkpoint = read_adapter_from_checkpoint(checkpoint, base="float")
+    of_module = adapter_of(lit, base="float")
     assert of_checkpoint.config == of_module.config
     assert_equal(of_checkpoint.layers, of_module.layers)
 

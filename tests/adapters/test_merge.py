@@ -55,7 +55,7 @@ def test_attributes_and_hooks_stay_and_the_module_can_be_converted_again():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="has no QLoRALinear: there is nothing to merge"):
+    with pytest.raises(ValueError, match="has no adapter"):
         merge(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="dtype='4bit': must be one of 'auto'"):
         merge(converted("llama"), dtype="4bit")

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_config import CONFIG_FILE, round_alpha
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
-from lightning_qlora.adapters.to_peft import round_alpha
 from tests.adapters.folders import assert_same_folders
 
 CONFIG = {  # entries for which PEFT has other defaults, or none
@@ -39,8 +38,7 @@ def adapter(number: int, r: int = 2, **entries) -> Adapter:
         config={**CONFIG, "r": r, "lora_alpha": number, **names, **entries},
         layers={f"layers.{i}.proj": state for i in range(2)},
         saved={"head.weight": torch.full((3, 5), value, dtype=torch.bfloat16)},
-        quantization=None,
-        fingerprints={},
+        source="",
     )
 
 
@@ -50,7 +48,11 @@ def content(found: Adapter) -> dict:
         name: ({part: value.tolist() for part, value in state.items()}, found.rank(name), found.alpha(name))
         for name, state in found.layers.items()
     }
-    return layers | {name: value.tolist() for name, value in found.saved.items()} | {"base": found.base_model}
+    return (
+        layers
+        | {name: value.tolist() for name, value in found.saved.items()}
+        | {"base": found.config["base_model_name_or_path"]}
+    )
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
@@ -138,7 +140,7 @@ def test_no_flipped_bit_of_the_weights_changes_what_is_read(tmp_path):
 def test_a_base_without_a_name_has_none(name, tmp_path):
     """transformers' names of a model that was not loaded from a folder."""
     write_adapter(adapter(3, base_model_name_or_path=name), tmp_path)
-    assert read_adapter(tmp_path).base_model is None
+    assert read_adapter(tmp_path).config["base_model_name_or_path"] is None
 
 
 def test_an_alpha_that_was_computed_has_nine_digits():

@@ -1,13 +1,17 @@
 """Folders that PEFT would load in part: they are written in another form, or a warning names what is lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_qlora import convert, save_adapter
-from lightning_qlora.adapters.module_adapter import get_adapter
+from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.adapters.save_load import layers_that_are_only_read
-from tests.adapters.folders import read_config
+from lightning_qlora.layers.qlora_linear import adapted_layers
+from tests.adapters.folders import adapter_of, assert_same_folders, read_config
 from tests.adapters.test_peft_experts import decoded_base, logits
 from tests.layers import test_experts as toys
 from tests.toys import perturb
@@ -40,6 +44,9 @@ def test_peft_reads_adapters_of_dense_mlps_and_shared_experts(build, tmp_path):
     assert all(name.endswith("_proj.weight") for name in config["target_parameters"])
     theirs = peft.PeftModel.from_pretrained(decoded_base(build, model), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    write_adapter(replace(read_adapter_from_checkpoint(tmp_path / "x.ckpt"), bases={}), tmp_path / "exported")
+    assert_same_folders(tmp_path / "exported", tmp_path)
 
 
 def test_a_folder_that_peft_loads_is_written_as_always(tmp_path):
@@ -54,7 +61,7 @@ def test_all_names_that_peft_takes_for_those_of_experts():
     base = nn.ModuleDict({name: nn.Linear(64, 64) for name in (*names, "other")})
     base["experts"] = nn.ParameterDict({"gate_up_proj": nn.Parameter(torch.zeros(1))})
     convert(base, r=2)
-    config = get_adapter(base).config
+    config = adapter_of(base).config
     assert (config["target_parameters"], config["target_modules"]) == ([f"{name}.weight" for name in names], ["other"])
 
 
@@ -69,11 +76,11 @@ def test_layers_that_the_model_reads_and_does_not_call_are_named(tmp_path):
     convert(model, r=2)
     save_adapter(model, tmp_path / "before")  # nothing is known of the layers yet
     model(torch.randn(2, 3, 64)).sum().backward()
-    assert layers_that_are_only_read(model) == ["self_attn.out_proj"]
+    assert layers_that_are_only_read(adapted_layers(model)) == ["self_attn.out_proj"]
     with pytest.warns(UserWarning, match=r"the adapters of 1 layers .*\(self_attn.out_proj\), but not use them"):
         save_adapter(model, tmp_path / "after")
     called = nn.Sequential(nn.Linear(64, 64))
     convert(called, r=2)
     called(torch.randn(2, 64)).sum().backward()
     called[0].weight.norm()  # to log it, say
-    assert layers_that_are_only_read(called) == []
+    assert layers_that_are_only_read(adapted_layers(called)) == []

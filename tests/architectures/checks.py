@@ -20,6 +20,7 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.architectures.classes import build_class
@@ -82,7 +83,7 @@ def check_training(kind, folder):
     before = {name: type(part) for name, part in lit.named_modules()}
     run, plugin = fitted(lit, folder)
     changed = [part for name, part in lit.named_modules() if type(part) is not before.get(name, type(part))]
-    stacks = {owner for _, owner, _, _ in expert_stacks(lit)}
+    stacks = {owner for _, owner, _, _ in expert_stacks(lit.named_modules())}
     assert all(isinstance(part, LoRALayer) or part in stacks for part in changed)  # what stays dense keeps its class
     names = {parameter: name for name, parameter in lit.named_parameters()}
     for name, layer in adapted_layers(lit).items():
@@ -102,7 +103,7 @@ def check_gradients(lit):
     """With D the gradient of a dense weight W + s B A, those of the adapter are dA = s B^T D and dB = s D A^T."""
     layers, dense_of = adapted_layers(lit), {}
     twin = merge(copy.deepcopy(lit))
-    for name, _, _, stack in expert_stacks(lit):
+    for name, _, _, stack in expert_stacks(lit.named_modules()):
         weight = twin.get_parameter(name).requires_grad_(True)
         shape = len(stack), *stack.expert_shape
         dense_of[stack] = weight, (lambda grad, stack=stack, shape=shape: stack._as_stored(grad.view(shape)))
@@ -190,7 +191,7 @@ def check_merge(kind, folder):
     model, base = saved(kind, folder / "base")
     module = load(model, base)
     convert(module, **ARGUMENTS)
-    merge_folder(base, get_adapter(perturb(module)), folder / "out")
+    merge_folder(base, get_adapter(Parts.of(perturb(module))), folder / "out")
     assert_equal(load(model, folder / "out").state_dict(), merge(module).state_dict())
     assert keys(folder / "out") == keys(base)
 

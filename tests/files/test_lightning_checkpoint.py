@@ -14,6 +14,7 @@ from lightning_qlora import convert, load_from_checkpoint, save_adapter
 from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, raises_in_one_line
+from tests.toys import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ran = []
@@ -56,8 +57,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_shards_come_back(weights_only, shards):
     content = read_checkpoint(shards(), weights_only)
-    for key, value in STATE["state_dict"].items():
-        assert torch.equal(content["state_dict"][key], value) and content["state_dict"][key].dtype == value.dtype
+    assert_equal(content["state_dict"], STATE["state_dict"])
     assert (content["groups"], content["epoch"]) == (STATE["groups"], 3)
 
 

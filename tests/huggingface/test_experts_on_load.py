@@ -10,9 +10,9 @@ from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.activations import _LivingTensors
-from lightning_qlora.training.report import parameter_bytes
+from lightning_qlora.training.parameter_counts import parameter_bytes
 from tests.layers.test_experts import SMALL, architecture, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
-from tests.toys import needs, perturb
+from tests.toys import assert_equal, needs, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -37,10 +37,8 @@ def folder(tmp_path):
 
 def same_parameters(ours, theirs):
     ours, theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    assert ours.keys() == theirs.keys()
-    for name, parameter in ours.items():
-        assert torch.equal(parameter, theirs[name]), name
-        assert parameter.dtype == theirs[name].dtype and parameter.requires_grad == theirs[name].requires_grad, name
+    assert_equal(ours, theirs)
+    assert [name for name in ours if ours[name].requires_grad != theirs[name].requires_grad] == []
 
 
 OF_LAYER = ["r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "loaded"]
@@ -63,7 +61,7 @@ def classes(module):
 
 
 def assert_same_conversion(ours, theirs, convert_ours=convert, **arguments):
-    differ = {"seconds": 0}
+    differ = {"seconds": 0, "notes": {}}  # copies are known by their float weights
     if "Linear4bit" in repr(theirs):
         differ["bytes_before"] = 0  # bitsandbytes' layers were in 4 bits; ours count as floats
     arguments = {"r": 2, **arguments}
@@ -81,7 +79,7 @@ def test_the_bytes_are_those_of_quantizing_after_loading(build, dtype, folder):
     path = folder(build)
     expected = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model = loaded(path, dtype)
-    stacks = list(expert_stacks(model))
+    stacks = list(expert_stacks(model.named_modules()))
     assert stacks and all(stack.loaded for *_, stack in stacks)
     assert_same_conversion(model, expected)
     assert torch.equal(outputs(model).logits, outputs(expected).logits)
@@ -140,7 +138,7 @@ def test_an_adapter_to_start_from(folder, tmp_path):
     convert(model, r=4, lora_dropout=0.0)
     save_adapter(perturb(model), tmp_path / "adapter")
     again = loaded(path, adapter=str(tmp_path / "adapter"))
-    assert all(stack.loaded for *_, stack in expert_stacks(again))
+    assert all(stack.loaded for *_, stack in expert_stacks(again.named_modules()))
     convert(again, adapter=str(tmp_path / "adapter"))
     torch.testing.assert_close(outputs(again).logits, outputs(model).logits)
 
@@ -163,7 +161,7 @@ def test_a_stack_of_another_shape(build, folder):
 def test_a_stack_of_another_shape_starts_anew_where_that_is_asked_for(build, folder):
     model = loaded_with_another_size(build, folder(build), ignore_mismatched_sizes=True)
     assert not any(parameter.is_meta for parameter in model.parameters())
-    assert adapted_layers(model) and not list(expert_stacks(model))
+    assert adapted_layers(model) and not list(expert_stacks(model.named_modules()))
 
 
 def test_nan_in_an_expert_is_an_error_that_names_the_stack(tmp_path):

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import convert, save_adapter
-from lightning_qlora.adapters.from_peft import from_peft
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.huggingface.model_folder import ModelFolder
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.toys import delta, perturb
+from tests.toys import assert_equal, delta, perturb
 
 pytest.importorskip("transformers", minversion="5")
 
@@ -33,8 +34,7 @@ def test_a_fused_weight_is_read_as_the_parameters_of_the_model(tmp_path):
     names = [f"layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
     assert torch.equal(torch.cat(list(folder.tensors(names).values())), stored.tensors([fused])[fused])
     assert folder.where(names[1]) == f"{tmp_path / 'model.safetensors'}: {fused!r}"
-    tensors = folder.tensors([*expected])
-    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    assert_equal(folder.tensors([*expected]), expected)
 
     # Without a model names are keys, also if transformers can't build it; so are those that the model has.
     (tmp_path / "config.json").rename(tmp_path / "other.json")
@@ -90,7 +90,7 @@ def test_an_adapter_for_the_float_base_is_what_training_added(kind, method, tmp_
     save_adapter(module, tmp_path / "adapter", base="float")
     found = adapted_layers(module)
     adapter = read_adapter(tmp_path / "adapter")
-    layers = from_peft(adapter, module)
+    layers = from_peft(adapter, Parts.of(module).base)
     assert found.keys() == layers.keys()
     for name, state in layers.items():
         ours = adapter.alpha(name) / state["lora_A"].shape[-2] * state["lora_B"] @ state["lora_A"]

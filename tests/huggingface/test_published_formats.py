@@ -23,6 +23,7 @@ from lightning_qlora import (
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
@@ -37,7 +38,7 @@ from tests.huggingface.test_experts_on_load import (
 )
 from tests.huggingface.test_quantize_on_load import InConfigureModel
 from tests.layers.test_experts import SMALL, gpt_oss, jetmoe, made, outputs, qwen3_moe
-from tests.toys import ids, needs, perturb, save_in_4_bits
+from tests.toys import assert_equal, ids, needs, perturb, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")
 of_5_23 = needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")
@@ -95,7 +96,7 @@ def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
     same_parameters(dequantized(published, format), expected)
     model = loaded(published)
     assert all(layer.loaded for layer in adapted_layers(model).values())
-    assert all(stack.loaded for *_, stack in expert_stacks(model))
+    assert all(stack.loaded for *_, stack in expert_stacks(model.named_modules()))
     assert_same_conversion(model, expected)
     assert torch.equal(outputs(model).logits, outputs(expected).logits)
     assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
@@ -133,9 +134,7 @@ def test_a_merge_is_that_into_the_dense_folder(format, build, folders, tmp_path)
         theirs = tmp_path / f"theirs {arguments}"
         merge_folder(published, adapter, ours, **arguments)
         merge_folder(dense, adapter, theirs, **arguments)
-        a = load_file(ours / "model.safetensors")
-        b = load_file(theirs / "model.safetensors")
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert_equal(*(load_file(merged / "model.safetensors") for merged in (ours, theirs)))
         assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
 
 
@@ -191,7 +190,7 @@ def test_peft_reads_the_adapter_on_the_published_base(folders, tmp_path):
     save_adapter(perturb(model, scale=0.1), tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(dequantized(published, "mxfp4"), tmp_path / "adapter")
     weights = {name: layer.decode() for name, layer in adapted_layers(model).items() if "experts" not in name}
-    weights |= {name: stack.decode() for name, _, _, stack in expert_stacks(model)}
+    weights |= {name: stack.decode() for name, _, _, stack in expert_stacks(model.named_modules())}
     parameters = {name.replace(".base_layer", ""): value for name, value in theirs.base_model.model.named_parameters()}
     for name, value in weights.items():
         parameters[name if name in parameters else f"{name}.weight"].data.copy_(value)
@@ -221,7 +220,9 @@ def test_dense_experts_of_a_4_bit_folder_are_quantized_while_they_load(build, tm
     save_in_4_bits(build()[0], tmp_path / "base", tmp_path / "folder")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     model = loaded(tmp_path / "folder")
-    assert list(expert_stacks(model)) and all(stack.loaded for *_, stack in expert_stacks(model))
+    assert list(expert_stacks(model.named_modules())) and all(
+        stack.loaded for *_, stack in expert_stacks(model.named_modules())
+    )
     assert_same_conversion(model, expected)
 
 
@@ -232,7 +233,7 @@ def test_a_4_bit_folder_whose_experts_can_only_be_loaded_dense(tmp_path, monkeyp
     save_in_4_bits(qwen3_moe()[0], tmp_path / "base", tmp_path / "folder")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     model = loaded(tmp_path / "folder")
-    assert adapted_layers(model) and not list(expert_stacks(model))
+    assert adapted_layers(model) and not list(expert_stacks(model.named_modules()))
     assert convert(model, r=2).converted == convert(expected, r=2).converted
     same_parameters(model, expected)
 
@@ -247,7 +248,7 @@ def test_a_gguf_file(kind, tmp_path):
     for name, value in dense.items():
         assert torch.equal(ours.get_parameter(name), value.bfloat16()), name
     convert(ours, r=2)
-    adapter = get_adapter(perturb(ours))  # knows the bytes of the training, which was in bf16
+    adapter = get_adapter(Parts.of(perturb(ours)))  # knows the bytes of the training, which was in bf16
     merge_folder(tmp_path / "model.gguf", adapter, tmp_path / "file")
     merge_folder(tmp_path, adapter, tmp_path / "folder", dtype="fp32")
     assert model_class.from_pretrained(tmp_path / "folder").dtype is torch.float32
@@ -276,7 +277,7 @@ def store_quantization(folder, **stored):
 def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
     published, _ = folders("mxfp4", gpt_oss)
     convert(model := made(gpt_oss), r=2)
-    adapter = get_adapter(model)
+    adapter = get_adapter(Parts.of(model))
     store_quantization(published, quant_method="gptq", bits=4)
     with pytest.raises(ImportError, match=r"is in 'gptq', so .* use a folder of the model in 16 bits"):
         loaded(published)

@@ -203,25 +203,30 @@ def test_nothing_is_read_from_a_file_twice(choice, folder):
     same_modules(streamed, loaded)
 
 
-WITH_THE_ATTRIBUTE = (
-    {"target_modules": r"model\.model\..*q_proj"},
-    {"target_modules": ["q_proj", "model.lm_head"]},
-    {"exclude_modules": ["model.model.layers.0"]},
-    {"rank_pattern": {"model.model.layers.0.self_attn.q_proj": 8}},
-    {"alpha_pattern": {r"model\.model\.layers\.0\..*": 32}},
-    {"modules_to_save": ["model.model.norm"]},
+WITH_THE_ATTRIBUTE = (  # patterns, and how a layer differs from what was loaded; None: it does not
+    ({"target_modules": r"model\.model\..*q_proj"}, None),
+    ({"target_modules": ["q_proj", "model.lm_head"]}, None),
+    ({"exclude_modules": ["model.model.layers.0"]}, "is to stay dense now: in exclude_modules"),
+    ({"rank_pattern": {"model.model.layers.0.self_attn.q_proj": 8}}, "r=4 and not 8"),
+    ({"alpha_pattern": {r"model\.model\.layers\.0\..*": 32}}, "lora_alpha=8 and not 32"),
+    ({"modules_to_save": ["model.model.norm"]}, None),
 )
 
 
-@pytest.mark.parametrize("pattern", WITH_THE_ATTRIBUTE, ids=str)
-def test_a_pattern_for_a_name_with_the_attribute_of_the_module_is_refused(pattern, folder, trainer):
+@pytest.mark.parametrize(("pattern", "difference"), WITH_THE_ATTRIBUTE, ids=str)
+def test_a_pattern_with_the_attribute_of_the_module_is_refused_where_it_changes_a_layer(
+    pattern, difference, folder, trainer
+):
     path = folder("llama")
-    (argument,) = pattern
-    names = r"matches 'model\..*', the name in the InConfigureModel, and not '.*', the name in the Llama"
-    with raises_in_one_line(ValueError, rf"^{argument}: .* {names}.*leave out the attribute"):
-        trainer(plugins=QLoRAPrecision(**ARGUMENTS, **pattern)).predict(InConfigureModel(path))
-    loaded, relative = (Lit(toy("llama")) for _ in range(2))
+    streamed, loaded, relative = InConfigureModel(path), Lit(llama(path)), Lit(llama(path))
+    fit = partial(trainer(plugins=QLoRAPrecision(**ARGUMENTS, **pattern)).predict, streamed)
     convert(loaded, **ARGUMENTS, **pattern)
+    if difference is None:
+        fit()
+        same_parameters(streamed, loaded)
+    else:
+        with raises_in_one_line(ValueError, rf"was quantized while its .*{difference}.*patterns must match the names"):
+            fit()
     text = json.dumps(pattern).replace(r"model\\.model", "model").replace("model.model", "model")
     convert(relative, **ARGUMENTS, **json.loads(text.replace("model.lm_head", "lm_head")))
     same_parameters(loaded, relative)
@@ -249,7 +254,7 @@ def test_names_in_one_of_two_models(folder, trainer, as_converted):
     as_converted(streamed, TeacherAndStudent(path, loaded=True), **arguments)
     assert len(packed(streamed.teacher)) == len(packed(streamed.student)) == 13
     arguments["exclude_modules"] = r"teacher\..*"
-    message = r"'teacher\.model\.layers.*', the name in the TeacherAndStudent, and not 'model"
+    message = r"^teacher\.model\.layers.* was quantized .*is to stay dense now: in exclude_modules"
     with pytest.raises(ValueError, match=message):
         trainer(plugins=QLoRAPrecision(**arguments)).predict(TeacherAndStudent(path))
     loaded = TeacherAndStudent(path, loaded=True)
@@ -285,7 +290,7 @@ def test_other_arguments_at_conversion_are_refused(folder):
     ):
         with raises_in_one_line(ValueError, rf"^model.model.layers.0.self_attn.q_proj: was quantized .*{message}"):
             convert(streamed, **{**ARGUMENTS, **other})
-        assert all(torch.equal(value, before[key]) for key, value in streamed.state_dict().items())
+        assert_equal(streamed.state_dict(), before)
     report = convert(streamed, **{**ARGUMENTS, "lora_dropout": 0.5, "compute_dtype": "bf16"})
     layers = adapted_layers(streamed)
     assert sorted(report.converted) == sorted(layers) and len(layers) == 14
@@ -682,7 +687,7 @@ def test_what_no_folder_of_these_tests_has():
         assert _not_splittable(place, SimpleNamespace(stack=None)) == message
     weight = quantize(torch.randn(8, 64))
     model = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 64, dtype=torch.bfloat16)})
-    load_packed = LoadPacked(SimpleNamespace(chosen={})).convert
+    load_packed = LoadPacked(SimpleNamespace(chosen={}, file_of={})).convert
     found = load_packed(weight.bnb_state_dict("weight"), model=model, full_layer_name="e.weight")
     assert_equal(found, {"e.weight": weight.dequantize(torch.bfloat16)})
 

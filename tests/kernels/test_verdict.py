@@ -1,6 +1,6 @@
 """The check at the first use of a device, in forks of this process and with kernels of plain torch."""
 
-import io
+import ctypes
 import json
 import os
 import shutil
@@ -53,7 +53,8 @@ def kernels():
 
 def only(monkeypatch, *some):
     """Check these ops alone, in less time."""
-    monkeypatch.setattr(verdict, "OPS", some)
+    for module in (verdict, verify):
+        monkeypatch.setattr(module, "OPS", some)
 
 
 def found(monkeypatch, reason=None):
@@ -69,7 +70,7 @@ def test_a_wrong_value_an_error_a_hang_and_an_end_are_each_found_and_the_others_
     kernels.quantize = lambda *_: [].undefined
     kernels.dequantize = lambda *arguments: reference.dequantize(*arguments) * 2
     kernels.to_half = lambda x: print("noise") or reference.to_half(x)
-    kernels.adamw_step = lambda *_: time.sleep(3600)
+    kernels.adamw_step = lambda *_: ctypes.PyDLL(None).sleep(3600)  # with the interpreter locked
     kernels.adamw8bit_step = lambda *_: os._exit(3)
     monkeypatch.setattr(verdict, "LIMIT", 4.0)
     quick = ("quantize", "dequantize", "to_half", "adamw_step", "adamw8bit_step")
@@ -372,12 +373,12 @@ def test_without_a_second_process_the_check_runs_in_this_one(monkeypatch):
         assert verdict.examine(CPU) == {"dequantize": None, "adamw_step": None}
 
 
-def test_the_process_that_checks(monkeypatch, tmp_path, kernels, capsys):
+def test_the_process_that_checks(monkeypatch, tmp_path, kernels, capfd):
     """Python, in the folder of the package, with the paths of this process; other lines are not for us."""
     program = tmp_path / "python"
     program.write_text(
         f'#!/bin/sh\ncd {tmp_path}\nprintf \'%s\\n\' "$OLDPWD" "$PYTHONPATH" "$@" > call; cat > input; echo no >&2\n'
-        'printf \'caf\\351\\n@verdict "ready"\\nnoise @verdict 1\\n@verdict "of the child"\\n\''
+        "printf 'caf\\351\\n@verdict null\\nnoise @verdict 1\\n@verdict \"of the child\"\\n'"
     )
     program.chmod(0o755)
     only(monkeypatch, "dequantize")
@@ -385,21 +386,20 @@ def test_the_process_that_checks(monkeypatch, tmp_path, kernels, capsys):
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(sys, "path", ["", "relative", "/absolute"])
     assert verdict.examine(CPU) == {"dequantize": "of the child"}
-    folder, paths, option, code, *arguments = (tmp_path / "call").read_text().splitlines()
+    folder, paths, option, *code, device, op = (tmp_path / "call").read_text().splitlines()
     here = os.getcwd()
     assert (folder, paths) == (str(verdict.PACKAGE.parent), f"{here}:{here}/relative:/absolute")
-    assert (option, arguments) == ("-c", ["cpu", "dequantize"])
+    assert (option, device, op) == ("-c", "cpu", "dequantize")
     assert not (tmp_path / "input").read_text()
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [option, *arguments])
-    exec(code, {})
-    assert capsys.readouterr() == ('@verdict "ready"\n@verdict null\n', "")
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", [option, device, op])
+    exec("\n".join(code), {})
+    assert capfd.readouterr() == ("@verdict null\n@verdict null\n", "")
     kernels.adamw_step = lambda *_: 1 / 0
-    output = io.StringIO()
-    verdict.check("cpu", ["dequantize", "adamw_step", "to_half"], output)
+    verdict.check("cpu", ["dequantize", "adamw_step", "to_half"], sys.stdout)
     text = "ZeroDivisionError: division by zero, with float32 [300]"
-    expected = f'@verdict "ready"\n@verdict null\n@verdict "{text}"\n'
-    assert output.getvalue() == expected, "after a fault another child goes on"
+    expected = f'@verdict null\n@verdict null\n@verdict "{text}"\n'
+    assert capfd.readouterr().out == expected, "after a fault another child goes on"
 
 
 @pytest.mark.slow

@@ -8,10 +8,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora import convert
+from lightning_qlora.training.notes import COPY
 from tests.conftest import every_pair
 from tests.layers.test_experts import made, qwen3_moe
-
-WARNING = "The module holds copies of layers that are converted"
 
 
 class Buffers(nn.Module):
@@ -27,17 +26,22 @@ def body(width=64):
     return nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, width))
 
 
-def warnings_of(module, recwarn, **arguments):
-    recwarn.clear()
-    convert(module, r=4, lora_dropout=0.0, **arguments)
-    return [str(each.message) for each in recwarn if WARNING in str(each.message)]
+def copies_of(module):
+    """Name of each copy -> that of its original."""
+    notes = convert(module, r=4, lora_dropout=0.0).notes
+    return {
+        name: text.removeprefix("copy of ").partition(": ")[0]
+        for text, names in notes.items()
+        for name in names
+        if COPY in text
+    }
 
 
-AVERAGES = {  # how a copy is made, its name and that of the original, and these where the copy comes first
-    copy.deepcopy: ("average of net", "net of average"),
-    AveragedModel: ("average.module of net", "net of average.module"),
-    Buffers: ("average of net.0, average of net.2",) * 2,
-    lambda net: copy.deepcopy(net).float(): ("average of net", "net of average"),  # held in fp32
+AVERAGES = {  # how a copy is made -> its name and that of the original, and these where the copy comes first
+    copy.deepcopy: ({"average": "net"}, {"net": "average"}),
+    AveragedModel: ({"average.module": "net"}, {"net": "average.module"}),
+    Buffers: ({"average": "net.* (x2)"},) * 2,
+    lambda net: copy.deepcopy(net).float(): ({"average": "net"}, {"net": "average"}),  # held in fp32
 }
 
 
@@ -45,34 +49,32 @@ AVERAGES = {  # how a copy is made, its name and that of the original, and these
     ("average", "trains", "dtype", "is_first"),
     every_pair([*AVERAGES], (False, True), (torch.float32, torch.bfloat16), (False, True)),
 )
-def test_one_warning_names_a_copy_and_says_when_to_make_it(average, trains, dtype, is_first, recwarn):
+def test_a_row_names_a_copy_and_says_when_to_make_it(average, trains, dtype, is_first):
     net = body().to(dtype)
     parts = {"net": net, "average": average(net).requires_grad_(trains)}
     module = nn.ModuleDict(dict(reversed(parts.items())) if is_first else parts)
-    (text,) = warnings_of(module, recwarn)
-    assert f"converted: {AVERAGES[average][is_first]}. An average" in text and "Make it in on_fit_start" in text
+    assert copies_of(module) == AVERAGES[average][is_first]
 
 
-def test_copies_that_train_begin_with_the_same_adapters(recwarn):
+def test_copies_that_train_begin_with_the_same_adapters():
     net = body()
     others = {"copied": copy.deepcopy(net), "other": body()}
     module = nn.ModuleDict({"net": net, **others})
-    assert len(warnings_of(module, recwarn)) == 1
+    assert len(copies_of(module)) == 1
     for index in (0, 2):
         assert torch.equal(module["copied"][index].lora_A, net[index].lora_A)
         assert not torch.equal(module["other"][index].lora_A, net[index].lora_A)
 
 
-def test_stacks_of_experts_too(recwarn):
+def test_stacks_of_experts_too():
     model = made(qwen3_moe).requires_grad_(True)
     module = nn.ModuleDict({"model": model, "average": copy.deepcopy(model)})
-    (text,) = warnings_of(module, recwarn)
-    assert "average of model" in text
+    assert copies_of(module) == {"average": "model"}
     first, second = (module[name].model.layers[0].mlp.experts.gate_up_proj_experts for name in ("model", "average"))
     assert torch.equal(first.lora_A, second.lora_A)
 
 
-def test_what_is_no_copy_gets_no_warning(recwarn):
+def test_what_is_no_copy_has_no_row():
     torch.manual_seed(0)
     zeros = nn.ModuleDict({"one": body(), "two": body()})
     for part in zeros.values():
@@ -88,7 +90,7 @@ def test_what_is_no_copy_gets_no_warning(recwarn):
     ensemble = nn.ModuleList([body()])
     ensemble.append(copy.deepcopy(ensemble[0]))
     net = body()
-    assert not warnings_of(net, recwarn)
+    assert not copies_of(net)
     after = nn.ModuleDict({"net": net, "average": AveragedModel(net)})  # made after conversion
     for module in (after, zeros, tied, similar, encoder, ensemble, nn.ModuleDict({"one": body(), "two": body()})):
-        assert not warnings_of(module, recwarn)
+        assert not copies_of(module)

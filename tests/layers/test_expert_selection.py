@@ -34,7 +34,7 @@ def test_all_linear_converts_experts_of_every_layout(name):
     endings = LAYOUTS[name]
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters() if key.endswith(tuple(endings))}
     convert(model, r=2)
-    stacks = {key: stack for key, _, _, stack in expert_stacks(model)}
+    stacks = {key: stack for key, _, _, stack in expert_stacks(model.named_modules())}
     assert {key: stack.weight_shape for key, stack in stacks.items()} == shapes
     assert {end: stack._transposed for key, stack in stacks.items() for end in endings if key.endswith(end)} == endings
     assert {stack.r for stack in stacks.values()} == {2}
@@ -129,7 +129,7 @@ def test_exclude_rank_and_modules_to_save():
         model, r=2, exclude_modules=["layers.0.mlp.experts.down_proj"], rank_pattern={"experts.gate_up_proj": 4},
         modules_to_save=["layers.1.mlp.experts"],
     )  # fmt: skip
-    assert {name: stack.r for name, _, _, stack in expert_stacks(model)} == {
+    assert {name: stack.r for name, _, _, stack in expert_stacks(model.named_modules())} == {
         "model.layers.0.mlp.experts.gate_up_proj": 4
     }
     assert report.skipped["model.layers.0.mlp.experts.down_proj"] == "in exclude_modules"

@@ -79,7 +79,7 @@ def in_4_bits(build):
 
 
 def stacks_of(model):
-    return [stack for *_, stack in expert_stacks(model)]
+    return [stack for *_, stack in expert_stacks(model.named_modules())]
 
 
 def outputs(model):
@@ -96,7 +96,7 @@ def test_outputs_and_gradients_are_those_of_dense_experts(build):
     assert dense and dense.keys().isdisjoint(dict(model.named_parameters()))
     loss = outputs(model).loss
     loss.backward()
-    stacks = [*expert_stacks(model)]
+    stacks = [*expert_stacks(model.named_modules())]
     assert len([*model.modules()]) == len([*reference.modules()]) + len(dense)  # one for all experts of a parameter
     holders = {name: reference.get_submodule(name.rpartition(".")[0]) for name, *_ in stacks}
     for name, owner, key, stack in stacks:
@@ -181,7 +181,7 @@ def test_experts_that_are_read_by_number_train_as_dense_ones():
     """Steps, two backward passes before a step, a pass without gradients, a copy, and new values in between."""
     model = made(jetmoe)
     dense = convert_stacks(model)
-    (name, owner, key, stack), *_ = expert_stacks(model)
+    (name, owner, key, stack), *_ = expert_stacks(model.named_modules())
     base = stack.decode()
     a, b = (p.detach().clone().requires_grad_() for p in (stack.lora_A, stack.lora_B))
     optimizers = [torch.optim.AdamW(p, lr=0.1) for p in ([stack.lora_A, stack.lora_B], [a, b])]
@@ -266,7 +266,7 @@ def test_a_norm_of_the_outputs_of_experts_as_muse_spark_has_it():
     dense = copy.deepcopy(model)
     dense.set_experts_implementation("batched_mm")
     assert convert_stacks(model)
-    for name, _, key, stack in expert_stacks(model):
+    for name, _, key, stack in expert_stacks(model.named_modules()):
         dense.get_submodule(name.rpartition(".")[0])._parameters[key] = nn.Parameter(stack.effective_weight())
     assert_close(outputs(model).logits, outputs(dense).logits, rtol=1e-4, atol=1e-5)
 

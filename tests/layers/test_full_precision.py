@@ -10,6 +10,8 @@ from torch import nn
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, merge, save_adapter
 from lightning_qlora.layers.held_types import TYPES, full_precision_parameters
 from lightning_qlora.layers.instance_method import METHODS
+from lightning_qlora.training.audit import LOST
+from lightning_qlora.training.notes import IN_16
 from tests.conftest import Classifier, loader
 from tests.toys import ARGUMENTS, assert_equal, ids, toy
 from tests.twin import dense_twin, error
@@ -197,11 +199,11 @@ def test_merging_gives_the_type_and_the_classes_of_before_and_keeps_small_change
     assert 0 < (model.embedding.weight != 1).float().mean() < 0.3
 
 
-def test_what_cant_be_held_in_fp32_stays_and_is_named():
+def test_what_cant_be_held_in_fp32_stays_and_has_a_mark():
     scripted = torch.jit.script(nn.LayerNorm(16))
     module = nn.ModuleDict({"a": scripted, "norm": nn.LayerNorm(16), "linear": nn.Linear(16, 16)}).bfloat16()
-    with pytest.warns(UserWarning, match=r"^a\.weight, a\.bias: 32 elements train in 16"):
-        convert(module, r=1, target_modules=["linear"], modules_to_save=["a", "norm"])
+    report = convert(module, r=1, target_modules=["linear"], modules_to_save=["a", "norm"])
+    assert report.notes[IN_16] == ["a.weight", "a.bias"]
     types = {name: p.dtype for name, p in in_full(module).items()}
     assert types["a.weight"] is torch.bfloat16
     assert types["norm.weight"] is torch.float32
@@ -214,9 +216,9 @@ def test_a_cast_after_conversion_is_named_at_the_first_step(trainer):
     module.bfloat16()
     module.forward = lambda x: module.net(x.bfloat16()).float()
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=2e-4)
-    run = trainer(plugins=QLoRAPrecision(**arguments), enable_checkpointing=False)
-    with pytest.warns(UserWarning, match=r"net\.\*\.weight train in 16 bits.*last bit of 100% of net\.2\.weight"):
-        run.fit(module, loader())
+    plugin = QLoRAPrecision(**arguments)
+    trainer(plugins=plugin, enable_checkpointing=False).fit(module, loader())
+    assert "net.2.weight" in plugin.report.notes[LOST]
 
 
 def test_adapter_folders_hold_fp32_and_peft_reads_them(tmp_path):

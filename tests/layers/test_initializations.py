@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import CheckpointMismatchError, convert, disable_adapter, quantize, save_adapter
+from lightning_qlora import CheckpointMismatchError, calibrate, convert, disable_adapter, quantize, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.initializations import INITIALIZATIONS, InitLoRAWeights
 from lightning_qlora.layers.initialization import STARTS
@@ -37,7 +37,7 @@ def begun(name, loftq_config=None, net=None, **arguments):
     net = started(name, loftq_config, net or body(), **arguments)
     if INITIALIZATIONS[name].needs_data:
         net(X).square().mean().backward()
-        torch.optim.SGD(net.parameters(), lr=0.0).step()
+        calibrate(net)
         net.zero_grad()
     return net
 

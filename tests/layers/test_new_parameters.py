@@ -1,6 +1,7 @@
 """Classification heads, and layers that a load reported as newly initialized, train in full."""
 
 import copy
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge, save_adapter
+from lightning_qlora.training.notes import LARGE
 from tests.conftest import make_trainer
 from tests.toys import BERT, LLAMA, Lit, ids, needs, toy
 
@@ -143,10 +145,8 @@ NEW = {"scale", "proj.0", "proj.2", "proj.3", "conv"}
 @pytest.mark.parametrize("copied", [False, True])
 def test_what_stands_outside_of_a_loaded_model_trains_in_full(bert, copied, tmp_path):
     module = WithNewParts(bert, copied)
-    with pytest.warns(
-        UserWarning, match=r"'proj' trains in full.*adapters have.*name its linear layers in target_modules"
-    ):
-        report = convert(module, r=2)
+    report = convert(module, r=2)
+    assert set(report.notes[LARGE]) == NEW
     assert report.trained_in_full == dict.fromkeys(report.trained_in_full, "new: outside of the loaded BertModel")
     assert set(report.trained_in_full) == NEW
     assert all(name.startswith("model.") for name in report.converted) and len(report.converted) == 13
@@ -159,6 +159,12 @@ def test_what_stands_outside_of_a_loaded_model_trains_in_full(bert, copied, tmp_
         UserWarning, match=r"adapters of 'model', a BertModel, and not .* proj\.0, proj\.2, proj\.3, conv"
     ):
         save_adapter(module, tmp_path / "folder")
+
+
+def test_new_parts_that_are_smaller_than_the_adapters_have_no_mark(bert):
+    report = convert(WithNewParts(bert), r=16, modules_to_save=["word_embeddings", "position_embeddings"])
+    in_full = report.trainable_parameters - report.adapter_parameters
+    assert in_full > report.adapter_parameters and LARGE not in report.notes and set(report.trained_in_full) > NEW
 
 
 def test_new_layers_that_are_named_are_converted_and_a_checkpoint_keeps_all(bert, tmp_path):
@@ -209,8 +215,8 @@ def test_a_frozen_model_that_was_quantized_while_loading_is_refused_with_the_rem
 def test_a_frozen_encoder_and_a_new_head(bert):
     module = WithNewParts(bert)
     module.model.requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"No layer was converted(.|\n)*target_modules converts frozen layers"):
-        report = convert(module, r=2)
+    report = convert(module, r=2)
+    assert any(re.search("no layer is in 4 bits.*target_modules converts frozen layers", text) for text in report.notes)
     assert set(report.trained_in_full) == NEW and report.converted == []
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_qlora import QLoRALinear, convert, merge, save_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import Names
-from lightning_qlora.layers.selection import CONVERT, REFUSE, RULES, SKIP, TRAIN, WARN, decide, select_layers
+from lightning_qlora.layers.selection import CONVERT, IN_VAIN, REFUSE, RULES, SKIP, TRAIN, decide, select_layers
 from lightning_qlora.layers.survey import Kind, Parameter, Part, Survey
 from tests.conftest import ROOT
 from tests.toys import NAMES, delta, toy
@@ -85,7 +85,7 @@ NAMED = {"target_modules": ["all-linear", "layer"]}
 
 def stays(reason):
     """Dense and frozen, with a warning if it is named."""
-    return (SKIP, reason), (WARN, reason)
+    return (SKIP, reason), (IN_VAIN, reason)
 
 
 CASES = [  # what a survey says of a layer beside the usual, arguments, and the outcome by default and if it is named
@@ -384,14 +384,6 @@ def test_all_linear_and_others_in_a_list(tmp_path):
     save_adapter(model, tmp_path)
     theirs = peft.get_peft_model(toy("llama"), peft.LoraConfig.from_pretrained(tmp_path))
     assert adapted_by(theirs) == set(both.converted)
-
-
-def test_a_tied_head_that_is_named_among_others_is_warned_of():
-    model = toy("llama", tie_word_embeddings=True)
-    with pytest.warns(UserWarning, match=r"names layers that stay dense.* lm_head: its weight is tied to model\.embed"):
-        report = convert(model, r=2, target_modules=["all-linear", "lm_head"])
-    assert report.skipped == {"lm_head": "its weight is tied to model.embed_tokens.weight"}
-    assert len(report.converted) == 14 and model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_the_documentation_has_the_rules_in_their_order():

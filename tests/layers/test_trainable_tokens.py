@@ -23,6 +23,7 @@ from lightning_qlora import (
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.deferred_logits import DeferredLogits
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.survey import survey
 from lightning_qlora.layers.token_selection import check_tokens
@@ -122,7 +123,7 @@ def test_a_list_of_peft_is_for_the_input_embedding(tmp_path):
     model = tied()
     convert(model, adapter=str(tmp_path))
     expected = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{KEY}"]
-    assert torch.equal(delta(model), expected) and get_adapter(model).tokens == {"model.embed_tokens": TOKENS}
+    assert torch.equal(delta(model), expected) and get_adapter(Parts.of(model)).tokens == {"model.embed_tokens": TOKENS}
 
 
 class Reads(nn.Module):

@@ -17,6 +17,7 @@ from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
 from lightning_qlora.optim.state_8bit import MOMENTS, to_32bit
 from tests.optim.stand_in import assert_all_paged
 from tests.optim.test_optimizer_pages import assert_equal_parameters, attached, model, train
+from tests.toys import assert_equal
 
 
 def regression_loss(make_optimizer):
@@ -143,11 +144,7 @@ def test_state_round_trips_exactly_between_paged_and_unpaged(stand_in, source, t
     other.load_state_dict(saved)
     again = other.state_dict()
     assert again["param_groups"] == saved["param_groups"]
-    for index, state in saved["state"].items():
-        assert again["state"][index].keys() == state.keys()
-        for key, value in state.items():
-            assert again["state"][index][key].dtype == value.dtype
-            assert torch.equal(again["state"][index][key], value)
+    assert_equal(again["state"], saved["state"])
     if target:
         assert_all_paged(stand_in, other, least=4)
 
@@ -199,11 +196,7 @@ def test_8bit_state_loads_decoded_into_a_paged_adamw_and_the_run_goes_on(stand_i
     for param, copied, state in zip(net.parameters(), by_hand.parameters(), saved["state"].values(), strict=True):
         m, v = (moment.clone() for moment in decoded(state))
         expected = {"step": torch.tensor(5.0), "exp_avg": m, "exp_avg_sq": v}
-        loaded = optimizer.state[param]
-        assert loaded.keys() == expected.keys()
-        for key, value in expected.items():
-            assert loaded[key].dtype == torch.float32
-            assert torch.equal(loaded[key], value)
+        assert_equal(dict(optimizer.state[param]), expected)
         reference.state[copied] = expected
     assert_all_paged(stand_in, optimizer, least=4)
     train(net, optimizer, 3)
@@ -302,8 +295,7 @@ def test_loading_does_not_share_memory_with_the_state_dict():
     other = PagedAdamW8bit(net.parameters())
     other.load_state_dict(saved)
     train(net, other, 1)
-    for index, state in before["state"].items():
-        assert all(torch.equal(saved["state"][index][key], value) for key, value in state.items())
+    assert_equal(saved["state"], before["state"])
 
 
 def test_a_deep_copy_trains_on_by_itself(stand_in):

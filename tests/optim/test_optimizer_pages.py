@@ -240,7 +240,7 @@ def test_no_tensor_is_on_the_device_twice_while_loading(pinned):
     fresh.load_state_dict(saved)
     assert pinned.pools[-1].most_on_device == 0
     for state, old in zip(fresh.state.values(), saved["state"].values(), strict=True):
-        assert all(torch.equal(state[key], old[key]) for key in old)
+        assert_equal(dict(state), old)
 
 
 def test_loading_the_wrong_state_fails_as_in_torch(stand_in):

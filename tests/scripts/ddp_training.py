@@ -135,14 +135,16 @@ def calibrate_in_own_loop():
         net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         report = convert(net, r=4, lora_dropout=0.0, init_lora_weights="calibrated")
         net(x[RANK::2]).square().sum().backward()
-        return net, report, torch.optim.SGD(net.parameters(), lr=0.0)
+        return net, report, torch.optim.SGD(net.parameters(), lr=1e-3)
 
-    net, report, optimizer = converted()
+    net, _, optimizer = converted()
+    optimizer.step()
     message = ""
     try:
-        optimizer.step()
+        net(x)
     except RuntimeError as error:
         message = str(error)
+    net, report, optimizer = converted()
     calibrate(net, replicas=torch.distributed.group.WORLD)
     optimizer.step()
     adapters = {name: value.detach() for name, value in net.named_parameters() if "lora_" in name}

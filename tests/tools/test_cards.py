@@ -1,5 +1,7 @@
 """`plan --gpu T4`: the memory of a card, and what a card without bf16 needs more."""
 
+import re
+
 import pytest
 from transformers import LlamaConfig
 
@@ -37,6 +39,17 @@ def test_memory_that_is_passed_counts(tmp_path, capsys):
     assert "(32 GiB)" in capsys.readouterr().out
 
 
-def test_an_unknown_card_is_an_error_that_says_what_to_pass():
-    with pytest.raises(ValueError, match=r"gpu='GTX 980': must be one of t4, .*gpu_memory=24GiB"):
-        parts(gpu="GTX 980")
+@pytest.mark.parametrize(
+    ("gpu", "device", "message"),
+    [
+        ("GTX 980", "gpu", "gpu='GTX 980': must be one of t4, .*gpu_memory=24GiB"),
+        ("T4", "cpu", "gpu='T4': is for device='gpu', not for device='cpu'. Leave out one of the two"),
+    ],
+)
+def test_a_card_that_is_not_known_or_that_a_cpu_does_not_have(gpu, device, message, tmp_path, capsys):
+    with pytest.raises(ValueError, match=message):
+        parts(gpu=gpu, device=device)
+    CONFIG.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(tmp_path), "--device", device, "--gpu", gpu])
+    assert re.search(message, capsys.readouterr().err)

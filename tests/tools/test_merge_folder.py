@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, convert, merge, save_adapter
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.adapters.merge import round_stochastically
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
+from tests.adapters.folders import adapter_of
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.layers import test_experts as experts
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, assert_equal, converted, delta, logits, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,6 +47,21 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def adapter():
+    return adapter_of(converted("llama"))
+
+
+@pytest.fixture
+def refused(out):
+    def assert_refused(kind, message, *arguments):
+        with raises_in_one_line(kind, message):
+            merge_folder(*arguments, out)
+        assert not out.exists()
+
+    return assert_refused
+
+
 def load(name, folder, **arguments):
     return type(toy(name)).from_pretrained(folder, **arguments).eval()
 
@@ -59,15 +74,26 @@ def assert_same_weights(merged, expected):
     """Those of a model that was loaded from the folder, or those of one of its files, are those merged in memory."""
     state = merged if isinstance(merged, dict) else merged.state_dict()
     expected = expected.state_dict()
-    assert all(value.dtype is expected[key].dtype and torch.equal(value, expected[key]) for key, value in state.items())
+    assert_equal(state, {key: expected[key] for key in state})
 
 
-@pytest.mark.parametrize(("name", "dora"), [*zip(NAMES, [False, True, False, True], strict=True), ("llama", True)])
-def test_merged_folder_is_the_merged_module(name, dora, base, out):
-    first = {"llama": "q_proj", "gpt2": "c_attn"}.get(name)
-    patterns = {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}} if dora and first else {}
-    lit, (_, folder) = converted(name, use_dora=dora, **patterns), base(name, max_shard_size="50KB")
-    merge_folder(folder, get_adapter(lit), out)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("llama", {}),
+        ("gpt2", {"use_dora": True, "rank_pattern": {"c_attn": 8}, "alpha_pattern": {"c_attn": 3}}),
+        ("bert", {}),
+        ("t5", {"use_dora": True}),
+        ("llama", {"use_dora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3}}),
+        ("gpt2", {"modules_to_save": ["lm_head"]}),
+        ("t5", {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=str,
+)
+def test_merged_folder_is_the_merged_module(name, arguments, base, tmp_path, out):
+    lit, (_, folder) = converted(name, **arguments), base(name, max_shard_size="50KB")
+    save_adapter(lit, tmp_path / "adapter")
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
     others = {path.name for path in folder.iterdir() if "safetensors" not in path.name}
     assert {path.name for path in out.iterdir()} == others | {"model.safetensors"}
     assert_merged(out, lit, name)
@@ -81,20 +107,12 @@ def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path, out):
     lit = Lit(model)
     convert(lit, **ARGUMENTS, modules_to_save=["norm", "lm_head"] if name == "llama" else ["ln_f"])
     perturb(lit)
-    merge_folder(tmp_path / "base", get_adapter(lit), out, dtype=dtype)
+    merge_folder(tmp_path / "base", adapter_of(lit), out, dtype=dtype)
     assert_same_weights(load(name, out), merge(lit, dtype=dtype).model)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path, out):
-    lit, (_, folder) = converted(name, modules_to_save=["lm_head"]), base(name)
-    save_adapter(lit, tmp_path / "adapter")
-    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
-    assert_merged(out, lit, name)
-
-
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]])
-def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out):
+def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out, refused):
     """In a folder an output embedding can be untied; a changed embedding with an unchanged output can't be stored."""
     peft = pytest.importorskip("peft")
     model = toy("llama", tie_word_embeddings=True)
@@ -104,8 +122,7 @@ def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out):
     trained.save_pretrained(tmp_path / "adapter")
     adapter = read_adapter(tmp_path / "adapter")
     if "lm_head" not in modules:
-        with pytest.raises(CheckpointMismatchError, match=r"was trained separately from lm_head\.weight"):
-            merge_folder(tmp_path / "base", adapter, out)
+        refused(CheckpointMismatchError, r"was trained separately from lm_head\.weight", tmp_path / "base", adapter)
         return
     merge_folder(tmp_path / "base", adapter, out, base="float")
     torch.testing.assert_close(logits(load("llama", out)), logits(trained), atol=1e-5, rtol=0)
@@ -113,7 +130,7 @@ def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out):
 
 def test_on_the_float_base_and_in_another_type(base, out):
     lit, (model, folder) = converted("llama"), base("llama")
-    merge_folder(folder, get_adapter(lit), out, dtype="bf16", base="float")
+    merge_folder(folder, adapter_of(lit), out, dtype="bf16", base="float")
     key = "model.layers.0.self_attn.q_proj"
     expected = (model.get_submodule(key).weight + delta(lit.model.get_submodule(key))).detach()
     merged = load("llama", out)
@@ -135,32 +152,35 @@ def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_o
         model = kind.from_pretrained(folder, **more)
         convert(model, **ARGUMENTS)
         perturb(model)
-        merge_folder(folder, get_adapter(model), tmp_path / name)
+        merge_folder(folder, adapter_of(model), tmp_path / name)
         merged = kind.from_pretrained(tmp_path / name)
         assert_same_weights(merged, merge(model))
         assert merged.state_dict().keys() == model.state_dict().keys()
 
 
-def test_another_base_than_that_of_the_training_is_refused(tmp_path, out):
+def test_another_base_than_that_of_the_training_is_refused(adapter, tmp_path, out, refused):
     toy("llama", seed=1).save_pretrained(tmp_path / "other")
-    lit = converted("llama")
-    with pytest.raises(CheckpointMismatchError, match=r"other: model.layers.0.* has other 4-bit weights than in the"):
-        merge_folder(tmp_path / "other", get_adapter(lit), out)
-    merge_folder(tmp_path / "other", get_adapter(lit), out, base="float")
+    refused(
+        CheckpointMismatchError,
+        r"other: model.layers.0.* has other 4-bit weights than in the",
+        tmp_path / "other",
+        adapter,
+    )
+    merge_folder(tmp_path / "other", adapter, out, base="float")
 
 
 def test_a_base_that_was_trained_in_another_type(folder, out):
     lit = Lit(load("llama", folder, dtype=torch.bfloat16))
     convert(lit, **ARGUMENTS)
     perturb(lit)
-    merge_folder(folder, get_adapter(lit), out)
+    merge_folder(folder, adapter_of(lit), out)
     merged = load("llama", out)
     assert_same_weights(merged, merge(lit).model)
     assert {value.dtype for value in merged.state_dict().values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("in_4_bits", [False, True])
-def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path, out):
+def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path, out, refused):
     model, folder = base("llama")
     if in_4_bits:
         folder = save_in_4_bits(type(model), folder, tmp_path / "packed")
@@ -177,9 +197,10 @@ def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_pat
     )
     lit = converted("llama")
     folder = folder.rename(tmp_path / ("long" * 50))  # transformers' text has it three times, and what to do last
-    with pytest.raises(ValueError, match=r"long: .*, and pass trust_remote_code=True to run them; .*=True` to allow"):
-        merge_folder(folder, get_adapter(lit), out)
-    merge_folder(folder, get_adapter(lit), out, trust_remote_code=True)
+    refused(
+        ValueError, r"long: .*, and pass trust_remote_code=True to run them; .*=True` to allow", folder, adapter_of(lit)
+    )
+    merge_folder(folder, adapter_of(lit), out, trust_remote_code=True)
     assert_same_weights(load_file(out / "model.safetensors"), merge(lit).model)
     assert (out / "ours.py").is_file()
 
@@ -188,12 +209,12 @@ def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_pat
 def test_a_4_bit_base(name, base, tmp_path, out):
     lit, (_, folder) = converted(name), base(name)
     save_in_4_bits(type(toy(name)), folder, tmp_path / "bnb")
-    merge_folder(tmp_path / "bnb", get_adapter(lit), out, dtype="fp32")
+    merge_folder(tmp_path / "bnb", adapter_of(lit), out, dtype="fp32")
     assert_merged(out, lit, name)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     # Layers without an adapter are decoded too.
     few = converted(name, target_modules=["down_proj", "c_fc"][name == "gpt2" :][:1])
-    merge_folder(tmp_path / "bnb", get_adapter(few), tmp_path / "out2", dtype="fp32")
+    merge_folder(tmp_path / "bnb", adapter_of(few), tmp_path / "out2", dtype="fp32")
     assert load(name, tmp_path / "out2").dtype == torch.float32
 
 
@@ -201,17 +222,10 @@ def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
 
 
-def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
+def test_a_broken_base_is_named_in_one_line(base, adapter, monkeypatch, refused):
     model, folder = base("llama", max_shard_size="50KB")
-    adapter = get_adapter(converted("llama"))
-
-    def refused(kind, message):
-        with raises_in_one_line(kind, message):
-            merge_folder(folder, adapter, out)
-        assert not out.exists()
-
     shard(folder, 2).unlink()
-    refused(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;")
+    refused(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;", folder, adapter)
     (folder / "model.safetensors.index.json").unlink()
     state = model.state_dict()
     first, other = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
@@ -229,12 +243,12 @@ def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
     ):
         changed = {key: tensor for key, tensor in {**state, name: value}.items() if tensor is not None}
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        refused(ValueError, message)
+        refused(ValueError, message, folder, adapter)
 
     for kind in (ImportError, RuntimeError):
         error = Mock(side_effect=kind("install\nit"))
         monkeypatch.setattr(type(model), "from_pretrained", error)
-        refused(ValueError, f"base: transformers can't load it: {kind.__name__}: install it$")
+        refused(ValueError, f"base: transformers can't load it: {kind.__name__}: install it$", folder, adapter)
     monkeypatch.undo()
     config = json.loads((folder / "config.json").read_text())
     for values, message in (
@@ -248,26 +262,34 @@ def test_a_broken_base_is_named_in_one_line(base, monkeypatch, out):
         ({"architectures": [5], "hidden_act": "no"}, r"base: transformers makes no 5 \(AutoModel: KeyError"),
     ):
         (folder / "config.json").write_text(json.dumps(config | values))
-        refused(ValueError, message)
+        refused(ValueError, message, folder, adapter)
     folder /= "model.safetensors"
-    refused(FileNotFoundError, "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.")
+    refused(
+        FileNotFoundError,
+        "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.",
+        folder,
+        adapter,
+    )
 
 
-def test_another_architecture_and_a_used_output_are_refused(folder, tmp_path, out):
-    with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):
-        merge_folder(folder, get_adapter(converted("gpt2")), out)
+def test_another_architecture_and_a_used_output_are_refused(folder, adapter, tmp_path, refused):
+    message = r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"
+    refused(CheckpointMismatchError, message, folder, adapter_of(converted("gpt2")))
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)
     message = r"lora_A.weight' does not fit: the LlamaForCausalLM has a layer of 64 inputs and 128"
-    with pytest.raises(CheckpointMismatchError, match=message):
-        merge_folder(folder, get_adapter(wider), out)
+    refused(CheckpointMismatchError, message, folder, adapter_of(wider))
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
-        merge_folder(folder, get_adapter(converted("llama")), folder)
+        merge_folder(folder, adapter, folder)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     experts.made(lambda: experts.qwen3_moe(num_experts=5)).save_pretrained(tmp_path / "five")
     convert(six := experts.made(experts.qwen3_moe), r=2)
-    with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has 5 experts of .* lora_A \[12, "):
-        merge_folder(tmp_path / "five", get_adapter(six), out)
+    refused(
+        CheckpointMismatchError,
+        r"mlp\.experts\..* has 5 experts of .* lora_A \[12, ",
+        tmp_path / "five",
+        adapter_of(six),
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -293,35 +315,31 @@ def test_an_adapter_whose_initialization_changed_the_base(folder, tmp_path, trai
     run.save_checkpoint(tmp_path / "last.ckpt")
     merge_folder(folder, read_adapter_from_checkpoint(tmp_path / "last.ckpt"), out)
     assert_merged(out, lit)
-    write_adapter(get_adapter(lit), tmp_path / "adapter")
+    write_adapter(adapter_of(lit), tmp_path / "adapter")
     with pytest.raises(CheckpointMismatchError, match="or of those in the module, changed the 4-bit weights"):
         merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
 
 
-def test_the_default_device_has_no_effect(folder, tmp_path, out):
-    adapter = get_adapter(converted("llama"))
+def test_the_default_device_has_no_effect(folder, adapter, tmp_path, out):
     merge_folder(folder, adapter, tmp_path / "expected", dtype="bf16")
     with elsewhere():
         merge_folder(folder, adapter, out, dtype="bf16")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
-def test_files_outside_of_the_folder_are_refused(base, tmp_path, out):
+def test_files_outside_of_the_folder_are_refused(base, adapter, tmp_path, out, refused):
     _, folder = base("llama", max_shard_size="50KB")
-    adapter = get_adapter(converted("llama"))
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     for name in ("../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"):
         path.write_text(json.dumps({"weight_map": {**index["weight_map"], "lm_head.weight": name}}))
-        with pytest.raises(ValueError, match=r"index.json: .*'lm_head.weight' is '.*', which is not a file of this"):
-            merge_folder(folder, adapter, out)
+        refused(ValueError, r"index.json: .*'lm_head.weight' is '.*', which is not a file of this", folder, adapter)
     path.write_text(json.dumps(index))
     (folder / "extra.txt").write_text("secret")
     for name in ("tokenizer.json", shard(folder, 1).name, "config.json", "extra.txt"):
         (folder / name).rename(tmp_path / "secret")
         (folder / name).symlink_to(tmp_path / "secret")
-        with pytest.raises(ValueError, match=rf"{name}: is a symbolic link to .*secret, outside of the folder"):
-            merge_folder(folder, adapter, out)
+        refused(ValueError, rf"{name}: is a symbolic link to .*secret, outside of the folder", folder, adapter)
         (tmp_path / "secret").rename(folder / name)
     assert not out.exists()
 
@@ -339,14 +357,14 @@ def test_weights_of_the_base_are_not_copied(tmp_path, out):
     assert {path.name: path.read_text() for path in out.iterdir()} == copied
 
 
-def test_a_snapshot_of_a_hub_cache_consists_of_links(folder, tmp_path, out):
+def test_a_snapshot_of_a_hub_cache_consists_of_links(folder, adapter, tmp_path, out):
     repository = tmp_path / "models--org--name"
     (repository / "blobs").mkdir(parents=True)
     (repository / "snapshots/abc").mkdir(parents=True)
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(repository / f"blobs/{number}")
         (repository / "snapshots/abc" / path.name).symlink_to(f"../../blobs/{number}")
-    merge_folder(repository / "snapshots/abc", get_adapter(converted("llama")), out)
+    merge_folder(repository / "snapshots/abc", adapter, out)
     assert not any(path.is_symlink() for path in out.iterdir())
 
 

@@ -1,5 +1,4 @@
 import copy
-import gc
 import pickle
 from functools import partial
 from types import SimpleNamespace
@@ -11,16 +10,26 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora import QLoRAPrecision, convert, merge, quantize, save_adapter
+from lightning_qlora import (
+    PagedAdamW8bit,
+    QLoRAPrecision,
+    calibrate,
+    convert,
+    load_adapter,
+    merge,
+    quantize,
+    save_adapter,
+)
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dora import dora_scale
+from lightning_qlora.layers.input_statistics import add_input
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.training import calibrated_adapter, calibration
 from tests.conftest import loader
 from tests.toys import assert_equal, delta
@@ -97,6 +106,7 @@ def step(net, x):
     """One training step whose learning rate is 0, so that only the calibration changes the adapters."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     net(x).square().mean().backward()
+    calibrate(net)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -145,10 +155,9 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
     assert_equal(adapters(net), before)
 
 
-def test_forward_passes_outside_training_do_not_count_and_a_step_without_gradients_does_not_calibrate():
+def test_forward_passes_outside_training_do_not_count_and_without_gradients_nothing_is_calibrated():
     net, x, report = waiting(4)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
-    optimizer.step()  # creates the state
+    calibrate(net)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     net.eval()(100 * x)
@@ -157,9 +166,9 @@ def test_forward_passes_outside_training_do_not_count_and_a_step_without_gradien
         with mode():
             net(100 * x)
     with pytest.raises(RuntimeError, match="no forward pass ran in training mode"):
-        optimizer.step()
-    optimizer.zero_grad()
-    optimizer.step()
+        calibrate(net)
+    net.zero_grad()
+    calibrate(net)
     assert report.waiting == LAYERS and not report.calibrated
     step(net, x)
     assert report.rows == 4 and not report.waiting and net.layers[0].lora_B.any()
@@ -178,6 +187,7 @@ def test_the_first_step_changes_the_adapters_by_the_calibration_alone_and_other_
         def closure(module=module):
             loss = (module(x) * module.extra).square().mean()
             loss.backward()
+            calibrate(module)
             return loss
 
         if with_closure:
@@ -190,7 +200,7 @@ def test_the_first_step_changes_the_adapters_by_the_calibration_alone_and_other_
     assert not torch.equal(net.extra, twin.extra)
 
 
-def test_two_optimizers_calibrate_their_own_layers_and_a_merged_part_is_not_calibrated():
+def test_parts_are_calibrated_one_after_another_and_a_merged_one_is_not():
     nets = nn.ModuleList(Net() for _ in range(3))
     report = convert(nets, **{**CALIBRATED, "target_modules": LAYERS}).calibration
     x = torch.randn(4, 64)
@@ -252,7 +262,6 @@ def test_a_copy_gets_the_values_of_the_module(of, first, tmp_path):
     assert copied[0].input_statistics.dense_weight is layers[0].input_statistics.dense_weight
     step((layers if first == "module" else copied), x * net.sizes)
     assert (report.calibration.waiting, report.calibration.calibrated) == ([], LAYERS)
-    assert not _global_optimizer_pre_hooks
     for one, other in ((layers[0], copied[0]), (layers[2], copied[2])):
         assert one.input_statistics is None and other.input_statistics is None
         assert one.lora_B.any()
@@ -287,7 +296,6 @@ def test_a_copy_with_another_weight_waits_for_its_own_step():
     step(alone, x)
     assert (report.waiting, report.calibrated) == ([], LAYERS)
     assert_equal(adapters(alone), adapters(other))
-    assert not _global_optimizer_pre_hooks
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -434,6 +442,107 @@ def test_loading_a_state_saved_before_calibration_restores_the_calibrated_adapte
     assert not net.layers[0].lora_B.any()
 
 
+CALL = r"layers\.0 .*call lightning_qlora\.calibrate\(module\) between .*replicas=torch\.distributed\.group\.WORLD"
+
+
+@pytest.mark.parametrize("how", ["training mode", "eval mode", "compiled", "recomputed", "closure", "F.linear"])
+def test_a_step_without_the_call_is_an_error_of_the_next_forward_pass(how):
+    torch._dynamo.reset()
+    net, x, report = waiting()
+    net.train(how != "eval mode")
+    run = net
+    if how == "compiled":
+        run = torch.compile(net, backend="aot_eager", fullgraph=True)
+    elif how == "recomputed":
+        run = partial(checkpoint, net, use_reentrant=False)
+    elif how == "F.linear":
+        run = lambda x: F.linear(x, net.layers[0].weight)  # noqa: E731
+    optimizer = (PagedAdamW8bit if how == "training mode" else torch.optim.SGD)(net.parameters(), lr=1e-3)
+
+    def closure():
+        loss = run(x).square().mean()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        run(x)
+    if how == "closure":
+        optimizer.step(closure)
+    else:
+        closure()
+        closure()  # accumulates
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=CALL):
+        run(x)
+    with torch.no_grad():
+        run(x)
+    if how != "eval mode":
+        with pytest.warns(UserWarning, match=r"layers\.0 was trained before its calibration"):
+            calibrate(net)
+        assert not report.waiting
+        run(x)
+
+
+def test_a_raw_optimizer_in_the_trainer_is_a_loop_of_ones_own(trainer):
+    class Manual(Lit):
+        automatic_optimization = False
+        calls = True
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if self.calls:
+                calibrate(self)
+            optimizer.step()
+
+    assert fit(trainer, Manual())[1].calibrated == IN_LIT
+    Manual.calls = False
+    with pytest.raises(RuntimeError, match=CALL):
+        fit(trainer, Manual())
+
+
+def test_adapters_that_code_wrote_before_the_first_step_train_on():
+    net, x, report = waiting()
+    for layer in (net.layers[0], net.layers[2]):
+        nn.init.normal_(layer.lora_B)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for _ in range(3):
+        net(x).square().mean().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"layers\.0 was trained before its calibration"):
+        calibrate(net)
+    assert (report.waiting, report.calibrated) == ([], [])
+
+
+def test_a_loaded_state_or_adapter_ends_the_waiting(tmp_path):
+    net, x = Net(), torch.randn(8, 64)
+    dense = copy.deepcopy(net)
+    convert(net, **CALIBRATED)
+    step(net, x)
+    save_adapter(net, tmp_path)
+    trained = {name: value for name, value in net.state_dict().items() if "lora_" in name}
+    loads = [
+        lambda other: other.load_state_dict(net.state_dict()),
+        lambda other: other.load_state_dict(trained, strict=False),
+        lambda other: load_adapter(other, str(tmp_path)),
+    ]
+    for load in loads:
+        other = copy.deepcopy(dense)
+        report = convert(other, **CALIBRATED).calibration
+        load(other)
+        assert not report.waiting
+        optimizer = torch.optim.SGD(other.parameters(), lr=1e-3)
+        for _ in range(2):
+            other(x).square().mean().backward()
+            optimizer.step()
+
+
+def test_the_op_of_inputs_follows_the_rules_of_torch():
+    net, x, _ = waiting()
+    sums = net.layers[0].input_statistics.sums
+    torch.library.opcheck(add_input, (sums.clone(), 0, x, net.layers[0].lora_B.detach(), True, "a"))
+
+
 def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
     net, x, _ = waiting()
     net.layers[0].lora_B.data += 1
@@ -458,31 +567,9 @@ def test_a_checkpoint_keeps_the_initialization_of_its_adapters(saved, resumed):
     one, other = first.state_dict(), second.state_dict()
     del one["_qlora_conversion"], other["_qlora_conversion"]
     assert_equal(one, other)
-    assert get_adapter(second).quantization["init_lora_weights"] == saved
+    assert get_adapter(Parts.of(second)).quantization.init_lora_weights == saved
     x = torch.randn(4, 64)
     assert torch.equal(first(x), second(x))
-
-
-def test_a_model_that_is_dropped_before_its_first_step_leaves_nothing_behind():
-    convert(net := Net(), **CALIBRATED)
-    del net
-    gc.collect()
-    assert not _global_optimizer_pre_hooks
-
-
-@pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
-def test_other_code_is_compiled_meanwhile_and_the_stance_stays_that_of_the_user(stance):
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    torch.compiler.set_stance(stance)
-    try:
-        net, x, _ = waiting()
-        torch.compile(nn.Linear(64, 64), backend=counter)(x)
-        assert counter.frame_count == (stance == "default")
-        step(net, x)
-        assert torch._dynamo.eval_frame._stance.stance == stance
-    finally:
-        torch.compiler.set_stance("default")
 
 
 @pytest.mark.parametrize("how", ["wrapped", "recomputed", "in place"])
@@ -574,6 +661,8 @@ def test_sharpness_aware_minimization_begins_with_the_calibrated_values(where, t
             report = plugin.report.calibration
         else:
             report = convert(net, **CALIBRATED).calibration
+            net(x).square().mean().backward()
+            calibrate(net)
             sam_step(net, x, Sam(net.parameters(), lr=1e-3))
     assert report.calibrated and not report.waiting and report.rows == 16
     assert not [each for each in recwarn if "trained before" in str(each.message)]

@@ -1,5 +1,4 @@
 import copy
-import re
 import threading
 import time
 from contextlib import nullcontext
@@ -10,7 +9,6 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.nn.utils import weight_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora import (
@@ -51,7 +49,7 @@ def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
 
 def test_rank_0_alone_shows_the_progress(monkeypatch):
     bars = []
-    monkeypatch.setattr("lightning_qlora.training.convert.tqdm", lambda x, *name, **how: bars.append((name, how)) or x)
+    monkeypatch.setattr("lightning_qlora.layers.apply.tqdm", lambda x, *name, **how: bars.append((name, how)) or x)
     for rank in (0, 1):
         monkeypatch.setattr(rank_zero_only, "rank", rank)
         convert(mlp(), r=8)
@@ -81,37 +79,6 @@ def test_a_rank_that_is_too_large_for_all_layers_is_refused_unless_they_are_name
         ValueError, match=r"No layer was converted.*r=1024.*2 would train in full: 0, 1\. Set a smaller"
     ):
         convert(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10)), r=1024)
-    for layers, end in (((), "each"), ((nn.Linear(10, 10).requires_grad_(False),), "it names")):
-        model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10), *layers)
-        with pytest.warns(UserWarning, match=rf"No layer was converted.*r=1024\)\. The report has .* {end}\.$"):
-            report = convert(model, r=1024, modules_to_save=["0", "1"])
-        assert set(report.trained_in_full) == {"0", "1"}
-
-
-@pytest.mark.parametrize(
-    ("first", "arguments", "message"),
-    [
-        (
-            lambda: nn.Conv2d(16, 64, 3, bias=False),
-            {},
-            r"^66% of the weights are .*not linear: 0\.weight\. Name a module in ",
-        ),
-        (lambda: nn.Conv2d(16, 64, 3), {"modules_to_save": ["0"]}, None),
-        (
-            lambda: weight_norm(nn.Linear(64, 64)),
-            {},
-            r"^47% of the weights are frozen and .*: 0\.weight_v, 0\.weight_g\.",
-        ),
-        (lambda: nn.Embedding(64, 64), {}, None),
-        (lambda: nn.BatchNorm1d(4096), {}, None),
-        (lambda: nn.Conv1d(1, 20, 20), {}, None),  # 8% of them
-    ],
-    ids=("conv", "trained", "weight norm", "embedding", "vectors", "small"),
-)
-def test_large_weights_that_are_not_linear_are_named(first, arguments, message, recwarn):
-    convert(nn.Sequential(first(), nn.Linear(64, 64)), r=4, **arguments)
-    texts = [str(each.message) for each in recwarn if "not linear" in str(each.message)]
-    assert len(texts) == (message is not None) and all(re.search(message, text) for text in texts)
 
 
 @pytest.mark.parametrize(("init", "bad"), [("default", float("nan")), ("loftq", float("inf")), ("pissa", float("nan"))])
@@ -171,19 +138,6 @@ def test_peak_memory_is_the_module_plus_little():
     watcher.join()
     assert peak[0] - start < 2 * one_layer
     assert process.memory_info().rss - start < -6 * one_layer
-
-
-def test_lost_hooks_of_a_weight_are_named():
-    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    module[0].weight.register_hook(lambda gradient: 0 * gradient)
-    module[2].weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    experts = nn.Module()
-    experts.num_experts = 3
-    experts.stack = nn.Parameter(torch.randn(3, 64, 64))
-    experts.stack.register_hook(lambda gradient: 0 * gradient)
-    module.append(experts)
-    with pytest.warns(UserWarning, match=r"hooks of 3 weights \(0, 2, 3\.stack\) are lost"):
-        convert(module, r=4)
 
 
 def test_calls_with_another_object_than_a_module_say_what_is_wanted(tmp_path):

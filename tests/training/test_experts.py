@@ -53,7 +53,7 @@ def fit(folder, epochs=2, module=None, ckpt=None, **plugin):
 
 def test_the_trainer_trains_experts_in_4_bits_with_an_optimizer_made_before_and_resumes_bit_equal(tmp_path):
     module, run = fit(tmp_path / "a", module=Lit(early=True))
-    stacks = [stack for *_, stack in expert_stacks(module)]
+    stacks = [stack for *_, stack in expert_stacks(module.named_modules())]
     assert len(stacks) == 4 and module.losses[-1] < module.losses[0] and any(stack.lora_B.any() for stack in stacks)
     group = run.optimizers[0].param_groups[0]
     held = {id(p) for p in group["params"]}
@@ -104,7 +104,9 @@ def test_a_dense_state_loads_into_converted_experts():
     convert(converted, r=2)
     converted.load_state_dict(dense.state_dict())
     convert(dense, r=2)
-    assert_equal(*([stack.decode() for *_, stack in expert_stacks(model)] for model in (converted, dense)))
+    assert_equal(
+        *([stack.decode() for *_, stack in expert_stacks(model.named_modules())] for model in (converted, dense))
+    )
     wrong = {"model.layers.0.mlp.experts.down_proj": torch.zeros(6, 64, 31)}
     with pytest.raises(CheckpointMismatchError, match=r"down_proj: its weight has shape \[6, 64, 31\]"):
         converted.load_state_dict(wrong, strict=False)
@@ -114,7 +116,7 @@ def test_a_dense_state_loads_into_converted_experts():
 def test_a_merge_to_16_bits_rounds_every_expert_as_a_layer_of_its_name():
     model = made(qwen3_moe).to(torch.bfloat16)
     convert(model, r=2)
-    name, _, _, stack = next(iter(expert_stacks(model)))
+    name, _, _, stack = next(iter(expert_stacks(model.named_modules())))
     nn.init.normal_(stack.lora_B, std=0.05)
     exact = (stack.decode().bfloat16().float() + delta(stack))[2]  # as files have the base, also where it is in fp32
     merge(model)
@@ -128,7 +130,7 @@ def test_a_calibrated_start_covers_the_experts_that_tokens_reached():
     calibrate(model)
     calibration = report.calibration
     assert not calibration.waiting and {*calibration.calibrated} == {*adapted_layers(model)}
-    for name, _, _, stack in expert_stacks(model):
+    for name, _, _, stack in expert_stacks(model.named_modules()):
         unseen = [number for number in range(32) if f"{name}.{number}" in calibration.unseen]
         assert 0 < len(unseen) < 32 and not stack.lora_B[unseen].any()
         assert stack.lora_B.flatten(1).any(dim=1).sum() == 32 - len(unseen)

@@ -1,13 +1,12 @@
 """Modules that unfreeze: what trains then, and what is said."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.training.audit import THAWED
 from tests.conftest import Classifier, loader
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
@@ -31,29 +30,25 @@ def one_by_one(module):
 
 
 @pytest.mark.parametrize("unfreeze", [Classifier.unfreeze, nn.Module.requires_grad_, one_by_one])
-def test_what_conversion_froze_and_the_module_thaws_is_named_once_with_its_size(unfreeze, trainer, recwarn):
+def test_what_conversion_froze_and_the_module_thaws_is_named_once_with_its_size(unfreeze, trainer, capsys):
     module = Unfreezes(unfreeze)
     plugin = QLoRAPrecision(**ARGUMENTS, target_modules=["0"], modules_to_save=["4"])
     trainer(plugins=plugin, max_epochs=3).fit(module, loader())
-    (text,) = [str(each.message) for each in recwarn if "requires_grad only" in str(each.message)]
-    assert text.startswith(
-        "3 parameters (768 bytes) that were frozen by conversion train from now on, in full: net.*.bias (x2), "
-        "net.*.weight. Checkpoints hold them too. If this is meant, name their modules in modules_to_save"
-    )
+    assert [*plugin.report.notes.values()] == [["net.0.bias", "net.2.weight", "net.2.bias"]]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "requires_grad only" in line]
+    assert line == f"QLoRA: net.*.bias (x2), net.2.weight: 3 parameters (768 bytes) {THAWED}."
     layer = adapted_layers(module)["net.0"]
     assert not {"packed", "absmax", "nested"} & {name for name, _ in layer.named_parameters()}
 
 
-def test_layers_that_the_module_froze_and_trains_later_are_named_with_target_modules(trainer):
+def test_layers_that_the_module_froze_and_trains_later_are_named(trainer):
     module = Unfreezes(nn.Module.requires_grad_)
     module.net[0].requires_grad_(False)
     before = module.net[0].weight.detach().clone()
-    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_epochs=2)
-    message = (
-        r"^2 parameters \(16.64 kB\) of layers that the module froze .*: net\.\*\.weight, net\.\*\.bias\. .*target_mod"
-    )
-    with pytest.warns(UserWarning, match=message):
-        run.fit(module, loader())
+    plugin = QLoRAPrecision(**ARGUMENTS)
+    trainer(plugins=plugin, max_epochs=2).fit(module, loader())
+    ((text, names),) = plugin.report.notes.items()
+    assert text == f"5 parameters (17.18 kB) {THAWED}" and names[:2] == ["net.0.weight", "net.0.bias"]
     assert type(module.net[0]) is nn.Linear and not torch.equal(module.net[0].weight, before)
 
 
@@ -62,7 +57,6 @@ def test_adapters_alone_may_be_frozen_and_thawed_without_a_word(trainer):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
-    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), max_epochs=2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*requires_grad only")
-        run.fit(Unfreezes(only_adapters), loader())
+    plugin = QLoRAPrecision(**ARGUMENTS)
+    trainer(plugins=plugin, max_epochs=2).fit(Unfreezes(only_adapters), loader())
+    assert plugin.report.notes == {}

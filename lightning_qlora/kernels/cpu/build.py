@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,13 +38,12 @@ def flag_lists(system: str = platform.system()) -> tuple[tuple[str, ...], ...]:
     """
     if system == "Windows":
         return (THREADS,), ()
-    processors: tuple[str, ...] = ("-march=native", "-march=x86-64-v3", "-mcpu=native")
+    processors = ["-march=native", "-march=x86-64-v3", "-mcpu=native"]
+    options: list[tuple[str, ...]] = [(THREADS,), ()]
     if system == "Darwin":
-        processors = ("-mcpu=native", "-march=native")
-    threads: list[tuple[str, ...]] = [(processor, THREADS) for processor in processors]
-    if system == "Darwin":
-        threads += [(processor, "-Xclang", THREADS) for processor in processors]
-    return *threads, *((processor,) for processor in processors), ()
+        processors = ["-mcpu=native", "-march=native"]
+        options.insert(1, ("-Xclang", THREADS))
+    return *((processor, *option) for option in options for processor in processors), ()
 
 
 TORCH = Path(torch.__file__).resolve().parent  # as /proc/self/maps has it
@@ -54,11 +53,7 @@ _log = logging.getLogger("lightning_qlora")
 
 
 class BuildError(RuntimeError):
-    """The library could not be built; the message says why."""
-
-
-class _VariantError(Exception):
-    """The compiler rejects a list of flags; another list may work."""
+    """The library could not be built; the message says why. Of one list of flags it is an OSError: others may work."""
 
 
 def compiler() -> str:
@@ -72,14 +67,13 @@ def compiler() -> str:
 
 def load(
     source: Path,
-    symbols: Collection[str] = (),
     variants: tuple[tuple[str, ...], ...] = flag_lists(),
     refuse: Callable[[ctypes.CDLL], str | None] = lambda _: None,
 ) -> ctypes.CDLL:
     """The library compiled from `source` with the first of `variants` that compiles, loads and is not refused.
 
-    A cached file without one of the functions `symbols` is compiled again. `refuse` returns a reason or None. A warning
-    says why, if threads are lost. On a Mac it has the level INFO: torch's products there have threads in any case.
+    `refuse` returns a reason or None. A warning says why, if threads are lost. On a Mac it has the level INFO: torch's
+    products there have threads in any case.
 
     Raises:
         BuildError: If there is no compiler, no private cache folder whose code can be loaded or no space, or if no
@@ -90,11 +84,11 @@ def load(
     failures: list[str] = []
     for flags in variants:
         try:
-            library = _load_variant(source, program, (*FLAGS, *flags), symbols, folder)
+            library = _load_variant(source, program, (*FLAGS, *flags), folder)
             reason = refuse(library)
             if reason is not None:
-                raise _VariantError(reason)
-        except (_VariantError, OSError) as error:
+                raise OSError(reason)
+        except OSError as error:
             failures.append(f"{' '.join(flags) or 'no flags'}: {str(error).strip()}")
             continue
         if failures and THREADS not in flags:
@@ -129,33 +123,27 @@ def _folder_for_code() -> Path:
     return folder
 
 
-def _load_variant(
-    source: Path, program: str, flags: tuple[str, ...], symbols: Collection[str], folder: Path
-) -> ctypes.CDLL:
+def _load_variant(source: Path, program: str, flags: tuple[str, ...], folder: Path) -> ctypes.CDLL:
     binary = Path(program).resolve()
     text = "".join(file.read_text() for file in sorted(source.parent.glob("*.[ch]")))  # what the source may include
     inputs = (text, binary, binary.stat().st_size, binary.stat().st_mtime_ns, flags, _processor())
     name = f"{source.stem}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:20]}"
-    cached = _cached(folder, name, symbols)
-    if cached is not None:
-        return cached
+    file = _cached(folder, name)
     try:
-        with lock_file(folder / f"{name}.lock", TIMEOUT):
-            return _cached(folder, name, symbols) or _open(_build(source, program, flags, folder, name))
+        if file is None:
+            with lock_file(folder / f"{name}.lock", TIMEOUT):
+                file = _cached(folder, name) or _build(source, program, flags, folder, name)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(f"{error}. Free some space, or use a folder on another disk. {OWN_FOLDER}") from error
         raise
+    return _open(file)
 
 
-def _cached(folder: Path, name: str, symbols: Collection[str]) -> ctypes.CDLL | None:
-    """The library of this name in the cache, unless it is damaged, has other functions, or others could change it."""
-    for library in folder.glob(f"{name}-*.so"):
-        if objection(library) is None and library.stem.endswith(_hash(library)):
-            functions = _open(library)
-            if all(hasattr(functions, symbol) for symbol in symbols):
-                return functions
-    return None
+def _cached(folder: Path, name: str) -> Path | None:
+    """The library of this name in the cache, unless it is damaged or others could change it."""
+    files = folder.glob(f"{name}-*.so")
+    return next((file for file in files if objection(file) is None and file.stem.endswith(_hash(file))), None)
 
 
 def _open(library: Path) -> ctypes.CDLL:
@@ -185,9 +173,7 @@ def _build(source: Path, program: str, flags: tuple[str, ...], folder: Path, nam
         _run([program, *flags, "-c", str(source), "-o", str(machine_code)])
         # Linked without -fopenmp: the OpenMP functions are then those of the library that torch has loaded, so the
         # process has one thread pool and not two.
-        lookup = []
-        if platform.system() == "Darwin":
-            lookup = ["-undefined", "dynamic_lookup"]
+        lookup = ["-undefined", "dynamic_lookup"] * (platform.system() == "Darwin")
         _run([program, "-shared", str(machine_code), *lookup, "-o", str(shared)])
         shared.chmod(0o700)  # whatever the umask is
         library = folder / f"{name}-{_hash(shared)}.so"
@@ -217,7 +203,7 @@ def _run(command: list[str]) -> None:
         ) from error
     if result.returncode:
         _check_space(Path(command[-1]).parent, result.stderr)
-        raise _VariantError((result.stderr or result.stdout).strip()[-400:] or f"exit status {result.returncode}")
+        raise OSError((result.stderr or result.stdout).strip()[-400:] or f"exit status {result.returncode}")
 
 
 def _check_space(folder: Path, output: str) -> None:

@@ -20,7 +20,6 @@ from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
 SOURCE = Path(__file__).parent / "c" / "kernels.c"
-SYMBOLS = ("dequantize", "quantize", "quantize_scales", "dropout", "form", "has_threads", "has_fp16")
 OFF = "LIGHTNING_QLORA_NO_BUILD"  # environment variable: compile nothing, compute with torch alone
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to how many rows `lora_linear` is as fast as decoding and torch's product. At 64 rows it takes 0.35 to 0.49 of that
@@ -135,17 +134,22 @@ class Library:
             absmax.data_ptr(),
             _threads(flat.numel()),
         )
+        scales = absmax
+        nested = absmax.new_empty(0)
+        if double_quant:
+            scales = packed.new_empty(absmax.numel())
+            nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
+            nested[-1] = blockwise.mean_in_fixed_order(absmax)
+            self._loaded.quantize_scales(
+                absmax.data_ptr(),
+                absmax.numel(),
+                nested[-1].item(),
+                blockwise.code_of_place().data_ptr(),
+                scales.data_ptr(),
+                nested.data_ptr(),
+            )
         shape = (weight.shape[0], weight.shape[1])
-        if not double_quant:
-            return PackedBytes(packed, absmax.view(torch.uint8), packed.new_empty(0), shape, quant_type, block_size)
-        codes = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
-        nested = absmax.new_empty(-(-absmax.numel() // blockwise.NESTED_BLOCK_SIZE) + 1)
-        nested[-1] = blockwise.mean_in_fixed_order(absmax)
-        places = blockwise.code_of_place()
-        self._loaded.quantize_scales(
-            absmax.data_ptr(), absmax.numel(), nested[-1].item(), places.data_ptr(), codes.data_ptr(), nested.data_ptr()
-        )
-        return PackedBytes(packed, codes, nested.view(torch.uint8), shape, quant_type, block_size)
+        return PackedBytes(packed, scales.view(torch.uint8), nested.view(torch.uint8), shape, quant_type, block_size)
 
     def dropout_into(self, out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         """See `reference.dropout`; `out` may be `x`, both contiguous."""
@@ -167,7 +171,7 @@ def compiled_library() -> Library | None:
     if is_off():
         return None
     try:
-        return Library(build.load(SOURCE, SYMBOLS, refuse=_too_new))
+        return Library(build.load(SOURCE, refuse=_too_new))
     except (build.BuildError, OSError) as error:
         _log.warning("C kernels not compiled, so 4-bit layers run in plain torch, which is slower: %s", error)
         return None

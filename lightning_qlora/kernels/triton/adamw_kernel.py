@@ -34,76 +34,12 @@ def _find(table, STEPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _size(row, ALIGNED: tl.constexpr):
-    """The number of elements."""
-    size = tl.load(row + 1)
-    if ALIGNED:
-        size = tl.multiple_of(size, 16)
-    return size
-
-
-@triton.jit
 def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in a column, as a pointer."""
     pointer = tl.load(row + column).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
-
-
-@triton.jit
-def _parameter_and_gradient(row, p_like, g_like, i, inside, ALIGNED: tl.constexpr):
-    """Pointers to elements of the parameter, these elements, and their gradients, in fp32."""
-    param = _pointer(row, 2, p_like.dtype.element_ty, ALIGNED) + i
-    grad = _pointer(row, 3, g_like.dtype.element_ty, ALIGNED) + i
-    p = tl.load(param, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
-    return param, p, g
-
-
-@triton.jit
-def _moments(m, v, g, beta1, rest1, beta2, rest2):
-    return m * beta1 + g * rest1, v * beta2 + g * g * rest2
-
-
-@triton.jit
-def _new_value(p, m, denominator, decay, rate):
-    return p * decay - rate * tl.div_rn(m, denominator)
-
-
-@triton.jit
-def _adamw_kernel(
-    table,
-    p_like,
-    g_like,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    decay,
-    rate,
-    correction2,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """State in fp32; a program updates BLOCKS x BLOCK elements."""
-    row = _find(table, STEPS, WIDTH)
-    i = (tl.program_id(0) - tl.load(row)) * (BLOCK * BLOCKS) + tl.arange(0, BLOCK * BLOCKS)
-    inside = i < _size(row, ALIGNED)
-    param, p, g = _parameter_and_gradient(row, p_like, g_like, i, inside, ALIGNED)
-    exp_avg = _pointer(row, 4, tl.float32, ALIGNED)
-    exp_avg_sq = _pointer(row, 5, tl.float32, ALIGNED)
-    m = tl.load(exp_avg + i, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq + i, mask=inside, other=0.0)
-    m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
-    tl.store(exp_avg + i, m, mask=inside)
-    tl.store(exp_avg_sq + i, v, mask=inside)
-    p = _new_value(p, m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps, decay, rate)
-    tl.store(param, p.to(p_like.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -118,6 +54,7 @@ def _nearest(values, bounds):
 @triton.jit
 def _quantize_state(values, codes, scales, bounds, i, block, inside, begins):
     """Store the codes and scales of fp32 values [blocks, 256]."""
+    values = tl.where(inside, values, 0.0)  # past the end of a tensor, the first level was read, which is not zero
     largest = tl.max(tl.abs(values), axis=1)
     inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, largest))
     tl.store(scales + block, largest, mask=begins)
@@ -125,7 +62,7 @@ def _quantize_state(values, codes, scales, bounds, i, block, inside, begins):
 
 
 @triton.jit
-def _adamw8bit_kernel(
+def _adamw_kernel(
     table,
     p_like,
     g_like,
@@ -139,36 +76,54 @@ def _adamw8bit_kernel(
     rate,
     correction2,
     correction1,
+    IN_8_BITS: tl.constexpr,
     STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """State in 8 bits; `levels`, fp32 [4, 256]: the levels of m, of v, the bounds between those of m, and of v."""
+    """A program updates BLOCKS x BLOCK elements.
+
+    `levels` of state in 8 bits, fp32 [4, 256]: the levels of m, of v, the bounds between those of m, and of v.
+    """
     row = _find(table, STEPS, WIDTH)
-    n = _size(row, ALIGNED)
+    n = tl.load(row + 1)
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)
     block = (tl.program_id(0) - tl.load(row)) * BLOCKS + tl.arange(0, BLOCKS)
     begins = block * BLOCK < n
     i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = i < n
-    param, p, g = _parameter_and_gradient(row, p_like, g_like, i, inside, ALIGNED)
-    m_codes = _pointer(row, 4, tl.uint8, ALIGNED)
-    v_codes = _pointer(row, 5, tl.uint8, ALIGNED)
-    m_scales = _pointer(row, 6, tl.float32, ALIGNED)
-    v_scales = _pointer(row, 7, tl.float32, ALIGNED)
-    m = tl.load(levels + tl.load(m_codes + i, mask=inside, other=0).to(tl.int32))
-    v = tl.load(levels + 256 + tl.load(v_codes + i, mask=inside, other=0).to(tl.int32))
-    m *= tl.load(m_scales + block, mask=begins, other=0.0)[:, None]
-    v *= tl.load(v_scales + block, mask=begins, other=0.0)[:, None]
-    m, v = _moments(m, v, g, beta1, rest1, beta2, rest2)
-    v = tl.minimum(v, _LARGEST)  # an infinite scale would make NaN of all elements of the block
-    root = tl.div_rn(tl.sqrt_rn(v), correction2)
-    p = _new_value(p, m, tl.maximum(root, tl.div_rn(tl.abs(m), correction1)) + eps, decay, rate)
+    param = _pointer(row, 2, p_like.dtype.element_ty, ALIGNED) + i
+    grad = _pointer(row, 3, g_like.dtype.element_ty, ALIGNED) + i
+    p = tl.load(param, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+    STATE: tl.constexpr = tl.uint8 if IN_8_BITS else tl.float32
+    exp_avg = _pointer(row, 4, STATE, ALIGNED)
+    exp_avg_sq = _pointer(row, 5, STATE, ALIGNED)
+    m = tl.load(exp_avg + i, mask=inside, other=0)
+    v = tl.load(exp_avg_sq + i, mask=inside, other=0)
+    if IN_8_BITS:
+        m_scales = _pointer(row, 6, tl.float32, ALIGNED)
+        v_scales = _pointer(row, 7, tl.float32, ALIGNED)
+        m = tl.load(levels + m.to(tl.int32)) * tl.load(m_scales + block, mask=begins, other=0.0)[:, None]
+        v = tl.load(levels + 256 + v.to(tl.int32)) * tl.load(v_scales + block, mask=begins, other=0.0)[:, None]
+    m = m * beta1 + g * rest1
+    v = v * beta2 + g * g * rest2
+    if IN_8_BITS:
+        v = tl.minimum(v, _LARGEST)  # an infinite scale would make NaN of all elements of the block
+    denominator = tl.div_rn(tl.sqrt_rn(v), correction2)
+    if IN_8_BITS:
+        denominator = tl.maximum(denominator, tl.div_rn(tl.abs(m), correction1))
+    p = p * decay - rate * tl.div_rn(m, denominator + eps)
     tl.store(param, p.to(p_like.dtype.element_ty), mask=inside)
-    # Past the end of a tensor, m and v were read as the first level, which is not zero.
-    _quantize_state(tl.where(inside, m, 0.0), m_codes, m_scales, levels + 512, i, block, inside, begins)
-    _quantize_state(tl.where(inside, v, 0.0), v_codes, v_scales, levels + 768, i, block, inside, begins)
+    if IN_8_BITS:
+        _quantize_state(m, exp_avg, m_scales, levels + 512, i, block, inside, begins)
+        _quantize_state(v, exp_avg_sq, v_scales, levels + 768, i, block, inside, begins)
+    else:
+        tl.store(exp_avg + i, m, mask=inside)
+        tl.store(exp_avg_sq + i, v, mask=inside)
 
 
 @cache
@@ -194,20 +149,19 @@ def adamw_step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
 ) -> None:
     """See `kernels.reference.adamw_step`."""
-    _step(_adamw_kernel, [params, grads, exp_avgs, exp_avg_sqs], scalars)
+    _step([params, grads, exp_avgs, exp_avg_sqs], scalars)
 
 
 def adamw8bit_step(
     params: list[Tensor], grads: list[Tensor], exp_avg: Moment, exp_avg_sq: Moment, scalars: AdamWStep
 ) -> None:
     """See `kernels.reference.adamw8bit_step`."""
-    tensors = [params, grads, exp_avg[0], exp_avg_sq[0], exp_avg[1], exp_avg_sq[1]]
-    _step(_adamw8bit_kernel, tensors, scalars, _levels(str(params[0].device)))
+    _step([params, grads, exp_avg[0], exp_avg_sq[0], exp_avg[1], exp_avg_sq[1]], scalars)
 
 
 @torch.no_grad()
-def _step(kernel: triton.JITFunction, lists: list[list[Tensor]], scalars: AdamWStep, *levels: Tensor) -> None:
-    """One launch, before which nothing is written."""
+def _step(lists: list[list[Tensor]], scalars: AdamWStep) -> None:
+    """One launch, before which nothing is written; state of two lists is in fp32, of four in 8 bits."""
     kinds = {(param.dtype, grad.dtype) for param, grad in zip(*lists[:2], strict=True)}
     assert len(kinds) == 1, f"the kernels read all parameters as one type, and all gradients; got {kinds}"
     tensors = [[tensor.contiguous() for tensor in column] for column in lists]  # usually no copies
@@ -216,8 +170,9 @@ def _step(kernel: triton.JITFunction, lists: list[list[Tensor]], scalars: AdamWS
     per_program = STATE_BLOCK_SIZE * tile["BLOCKS"]
     columns = tuple(tuple(tensor.data_ptr() for tensor in column) for column in tensors)
     sizes = tuple(param.numel() for param in tensors[0])
+    in_8_bits = len(lists) == 6
     correction1 = 1 - scalars.beta1**scalars.step
-    floats: tuple[float, ...] = (
+    floats = (
         scalars.beta1,
         1 - scalars.beta1,
         scalars.beta2,
@@ -226,24 +181,24 @@ def _step(kernel: triton.JITFunction, lists: list[list[Tensor]], scalars: AdamWS
         1 - scalars.lr * scalars.weight_decay,
         scalars.lr / correction1,
         math.sqrt(1 - scalars.beta2**scalars.step),
+        correction1,
     )
-    if levels:  # the 8-bit kernel has one more
-        floats += (correction1,)
-    programs = sum(-(-size // per_program) for size in sizes)
     launch = Launch(
-        kernel,
+        _adamw_kernel,
         device,
-        (programs, 1, 1),
+        (sum(-(-size // per_program) for size in sizes), 1, 1),
         (),
         tile,
+        IN_8_BITS=in_8_bits,
         STEPS=(len(sizes) - 1).bit_length(),
         WIDTH=COLUMNS,
         BLOCK=STATE_BLOCK_SIZE,
         ALIGNED=all(number % 16 == 0 for column in (sizes, *columns) for number in column),
     )
-    likes = tensors[0][0], tensors[1][0]
+    table = _table(sizes, columns, per_program, str(device))
+    levels = _levels(str(device)) if in_8_bits else table
     # Torch does not see that the kernels write; autograd must know it.
-    launch((_table(sizes, columns, per_program, str(device)), *likes, *levels), floats, lists[0])
+    launch((table, tensors[0][0], tensors[1][0], levels), floats, lists[0])
     for column, copies in zip(lists, tensors, strict=True):
         for tensor, copy in zip(column, copies, strict=True):
             if copy is not tensor and column is not lists[1]:  # gradients do not change

@@ -8,7 +8,6 @@ tile, so an expert with many rows is decoded several times, and nothing of W's s
 `reference.grouped_linear`.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 from lightning_qlora.kernels.half import Half, scaled_weight
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
-from lightning_qlora.kernels.triton.dropout import dropout_arguments, is_kept
+from lightning_qlora.kernels.triton.dropout import MASK, NO_DROPOUT, dropout_arguments, is_kept
 from lightning_qlora.kernels.triton.half import scaled, take_out, to_half
-from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
-from lightning_qlora.kernels.triton.lora_products import MASK, rank_tile
+from lightning_qlora.kernels.triton.launch import find_tile, launch_of
+from lightning_qlora.kernels.triton.lora_products import rank_tile
 from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -161,7 +160,11 @@ class Group:
         self.lora_a = self.factor(lora.a)
         self.lora_b = self.factor(lora.b)
         self.dtype = lora.a.dtype
+        self.scaling = lora.scaling
+        self.dropout = dropout_arguments(lora.p, lora.seed, self.device)
+        self.has_dropout = lora.seed is not None
         self.experts, self.r, _ = lora.a.shape
+        self.rank = rank_tile(self.r)
         self.tile = find_tile("grouped", self.device, rows // self.experts)
         self.tiles = rows // self.tile["M"] + min(rows, self.experts)  # of M rows: no more, whatever the ends are
 
@@ -176,8 +179,8 @@ class Group:
         dtype = torch.float32 if self.half else x.values.dtype
         return x.values.new_zeros(x.shape[0], columns, dtype=dtype)
 
-    def product(self, x: Half, h: Half, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
-        """The product with W and the adapter's second one; see the kernel."""
+    def product(self, x: Half, h: Half, backward: bool) -> Tensor:
+        """x W^T + s h B^T, or backward x W + drop(h A): [rows, out], or [rows, in]."""
         weight = self.weight
         w_factor = x.factor
         if self.half:
@@ -185,8 +188,6 @@ class Group:
         _, n, k = weight.shape
         run = min(weight.block_size, 64)
         n_nested = weight.nested.shape[1] // 4 - 1
-        mask, scale = dropout_arguments(p, seed, self.device)
-        tables = tables_of_levels(weight.quant_type, self.device)
         if backward:
             columns = k // run
             lora = self.lora_a
@@ -195,62 +196,50 @@ class Group:
             columns = -(-n // self.tile["N"])
             lora = self.lora_b
             out = self.new_zeros(x, n)
-        run_product = _launch(
-            _product_kernel, self.device, (self.tiles, columns, 1), (n_nested, self.experts, n, k, self.r), self.tile,
-            BACKWARD=backward, BLOCK_SIZE=weight.block_size, DOUBLE_QUANT=n_nested >= 0, DROPOUT=seed is not None,
-            EXPERTS=triton.next_power_of_2(self.experts), HALF=self.half, RUN=run, R=rank_tile(self.r),
-        )  # fmt: skip
+        tables = tables_of_levels(weight.quant_type, self.device)
         factors = w_factor, lora.factor, x.factor, h.factor
         tensors = *weight[:3], *tables, lora.values, self.ends, x.values, h.values, out, *factors
-        run_product(tensors, (*mask, s * scale))
+        self._run(
+            _product_kernel, (self.tiles, columns, 1), (n_nested, self.experts, n, k, self.r), tensors, backward,
+            1.0 if backward else self.scaling, BACKWARD=backward, BLOCK_SIZE=weight.block_size,
+            DOUBLE_QUANT=n_nested >= 0, EXPERTS=triton.next_power_of_2(self.experts), RUN=run,
+        )  # fmt: skip
         return out
 
-    def project(self, x: Half, s: float, p: float, seed: Tensor | None, backward: bool) -> Tensor:
-        """s drop(x) A^T, or backward s x B: [rows, r]."""
+    def project(self, x: Half, backward: bool) -> Tensor:
+        """drop(x) A^T, or backward s x B: [rows, r]."""
         k = x.shape[1]
         out = self.new_zeros(x, self.r)
-        rank = rank_tile(self.r)
-        if backward:
-            lora = self.lora_b
-            strides = (1, self.r)
-        else:
-            lora = self.lora_a
-            strides = (k, 1)
-        mask, scale = dropout_arguments(p, seed, self.device)
-        run = _launch(
-            _project_kernel, self.device, (self.tiles, -(-self.r // rank), 1),
-            (self.experts, k, self.r, *strides), self.tile, BACKWARD=backward,
-            DROPOUT=seed is not None, EXPERTS=triton.next_power_of_2(self.experts), HALF=self.half, R=rank,
+        lora = self.lora_b if backward else self.lora_a
+        strides = (1, self.r) if backward else (k, 1)
+        self._run(
+            _project_kernel, (self.tiles, -(-self.r // self.rank), 1), (self.experts, k, self.r, *strides),
+            (lora.values, self.ends, x.values, out, lora.factor, x.factor), not backward,
+            self.scaling if backward else 1.0, BACKWARD=backward, EXPERTS=triton.next_power_of_2(self.experts),
         )  # fmt: skip
-        run((lora.values, self.ends, x.values, out, lora.factor, x.factor), (*mask, s * scale))
         return out
 
-    def gradients(self, h: Half, x: Half, s: float, p: float, seed: Tensor | None, transposed: bool) -> Tensor:
-        """s h^T drop(x) of every expert: [experts, r, columns of x], or [experts, columns of x, r] if transposed."""
+    def gradients(self, h: Half, x: Half, of_b: bool) -> Tensor:
+        """h^T drop(x) of every expert: [experts, r, in]; of B its transpose, s x^T h: [experts, out, r]."""
         n = x.shape[1]
-        rank = rank_tile(self.r)
-        mask, scale = dropout_arguments(p, seed, self.device)
-        if transposed:
-            shape = (self.experts, n, self.r)
-            strides = (1, self.r)
-        else:
-            shape = (self.experts, self.r, n)
-            strides = (n, 1)
+        shape = (self.experts, n, self.r) if of_b else (self.experts, self.r, n)
+        strides = (1, self.r) if of_b else (n, 1)
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        run = _launch(
-            _gradients_kernel, self.device, (-(-n // self.tile["N"]), -(-self.r // rank), self.experts),
-            (n, self.r, *strides), self.tile, DROPOUT=seed is not None, HALF=self.half, R=rank,
+        self._run(
+            _gradients_kernel, (-(-n // self.tile["N"]), -(-self.r // self.rank), self.experts), (n, self.r, *strides),
+            (self.ends, h.values, x.values, out, h.factor, x.factor), not of_b, self.scaling if of_b else 1.0,
         )  # fmt: skip
-        run((self.ends, h.values, x.values, out, h.factor, x.factor), (*mask, s * scale))
         return out
 
-
-@lru_cache(3 * MAX_LAUNCHES)
-def _launch(
-    kernel: Any, device: torch.device, grid: tuple[int, int, int], numbers: tuple[int, ...], tile: Tile,
-    **constants: Any,
-) -> Launch:  # fmt: skip
-    return Launch(kernel, device, grid, numbers, tile, **constants)
+    def _run(
+        self, kernel: Any, grid: tuple[int, int, int], numbers: tuple[int, ...], tensors: tuple[Tensor, ...],
+        drops: bool, s: float, **constants: Any,
+    ) -> None:  # fmt: skip
+        """Launch a kernel; s is the factor of its result."""
+        dropout = drops and self.has_dropout
+        mask, scale = self.dropout if dropout else NO_DROPOUT
+        constants |= {"DROPOUT": dropout, "HALF": self.half, "R": self.rank}
+        launch_of(kernel, self.device, grid, numbers, self.tile, **constants)(tensors, (*mask, s * scale))
 
 
 def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
@@ -259,8 +248,8 @@ def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: Lo
     of_x = group.factor(x)
     if not x.shape[0]:
         return group.new_zeros(of_x, weight.shape[1]), group.new_zeros(of_x, group.r)
-    xa = group.project(of_x, 1.0, lora.p, lora.seed, backward=False)
-    return group.product(of_x, group.factor(xa), lora.scaling, 0.0, None, backward=False), xa
+    xa = group.project(of_x, backward=False)
+    return group.product(of_x, group.factor(xa), backward=False), xa
 
 
 def grouped_linear_backward(
@@ -272,8 +261,7 @@ def grouped_linear_backward(
     of_grad = group.factor(grad)
     if not x.shape[0]:
         return group.new_zeros(of_x, x.shape[1]), torch.zeros_like(lora.a), torch.zeros_like(lora.b)
-    grad_xa = group.factor(group.project(of_grad, lora.scaling, 0.0, None, backward=True))
-    grad_a = group.gradients(grad_xa, of_x, 1.0, lora.p, lora.seed, transposed=False)
-    grad_b = group.gradients(group.factor(xa), of_grad, lora.scaling, 0.0, None, transposed=True)
-    grad_x = group.product(of_grad, grad_xa, 1.0, lora.p, lora.seed, backward=True)
-    return grad_x, grad_a, grad_b
+    grad_xa = group.factor(group.project(of_grad, backward=True))
+    grad_a = group.gradients(grad_xa, of_x, of_b=False)
+    grad_b = group.gradients(group.factor(xa), of_grad, of_b=True)
+    return group.product(of_grad, grad_xa, backward=True), grad_a, grad_b

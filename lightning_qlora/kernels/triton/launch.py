@@ -12,7 +12,7 @@ no tile, and for a target without an entry "default" is used.
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class Launch:
         **constants: Any,
     ) -> None:
         names = kernel.arg_names
+        self.sums = 0  # fp32 numbers of `memory`
         constants |= {name: value for name, value in tile.items() if name in names}
         options = {name: tile[name] for name in OPTIONS & tile.keys()}
         self._kernel = kernel
@@ -143,12 +144,22 @@ class Launch:
             self._compiled[types] = variant.run, variant.function, variant.packed_metadata
         return None
 
+    def memory(self, out: Tensor) -> Tensor:
+        """For `add_shares`: the counters, which are zero before and after a launch, and the sums; `out` if it has none.
+
+        It is `scratch`, so each stream has its own.
+        """
+        return scratch(self.sums, torch.float32, out.device, "shares", zero=True) if self.sums else out
+
     def _load(self, arguments: tuple[Any, ...]) -> None:
         """Compile and load the kernel for these arguments, so that errors of both come before it writes."""
         if isinstance(self._kernel, triton.JITFunction):  # the interpreter has nothing to compile
             variant = self._kernel.warmup(*arguments, grid=self._grid, **self._keywords)
             if isinstance(variant, CompiledKernel):
                 _ = variant.run  # the property loads it
+
+
+launch_of = lru_cache(4 * MAX_LAUNCHES)(Launch)  # of kernels whose grid takes no time to compute
 
 
 @triton.jit
@@ -214,8 +225,8 @@ def shared_launch(
     steps: int,
     numel: int,
     **constants: Any,
-) -> tuple[Launch, int]:
-    """A launch of a kernel that adds shares, and the number of fp32 numbers for `share_memory`.
+) -> Launch:
+    """A launch of a kernel that adds shares, in its `memory`.
 
     Several programs share the `steps` of a loop, for each tile of `numel` elements of a result. Their number is the
     third dimension of the grid and the last of the numbers.
@@ -224,14 +235,6 @@ def shared_launch(
     shares = number_of_shares(tiles, tile["PROGRAMS"], steps)
     constants |= {"SPLIT": shares > 1}
     launch = Launch(kernel, device, (*grid, shares), (*numbers, shares), tile, fuse=True, **constants)
-    sums = 0
-    if shares != 1:
-        sums = COUNTERS.value + shares * tiles * numel
-    return launch, sums
-
-
-def share_memory(sums: int, out: Tensor) -> Tensor:
-    """The counters, which are zero before and after a launch, and the sums; `out` if there are none."""
-    if not sums:
-        return out
-    return scratch(sums, torch.float32, out.device, "shares", zero=True)
+    if shares > 1:
+        launch.sums = COUNTERS.value + shares * tiles * numel
+    return launch

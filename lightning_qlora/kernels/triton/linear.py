@@ -25,15 +25,7 @@ from lightning_qlora.kernels.half import Half, multiply, scaled_weight
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.half import scaled, to_half
-from lightning_qlora.kernels.triton.launch import (
-    MAX_LAUNCHES,
-    Launch,
-    Tile,
-    add_shares,
-    find_tile,
-    share_memory,
-    shared_launch,
-)
+from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, add_shares, find_tile, shared_launch
 from lightning_qlora.kernels.triton.lora_products import in_16_bits, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize_into, levels_of_codes, load_scales, weight_arguments
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -169,18 +161,16 @@ def add_matmul_(y: Tensor, x: Tensor | Half, weight: PackedBytes, bias: Tensor |
     else:
         rows = x.contiguous()
     choices: Any = {"BIAS": bias is not None, "HALF": factor is not y}
-    run, sums = _matmul(x.device, tile, (n_nested, m, *weight.shape), weight.block_size, **choices)
+    run = _matmul(x.device, tile, (n_nested, m, *weight.shape), weight.block_size, **choices)
     addend = y
     if bias is not None:
         addend = bias.contiguous()
-    run((*tensors, rows, addend, y, share_memory(sums, y), factor))
+    run((*tensors, rows, addend, y, run.memory(y), factor))
     return y
 
 
 @lru_cache(MAX_LAUNCHES)
-def _matmul(
-    device: torch.device, tile: Tile, numbers: tuple[int, ...], block_size: int, **choices: Any
-) -> tuple[Launch, int]:
+def _matmul(device: torch.device, tile: Tile, numbers: tuple[int, ...], block_size: int, **choices: Any) -> Launch:
     n_nested, m, n, k = numbers
     run = min(block_size, 64)
     grid = -(-n // tile["N"]), -(-m // tile["M"])

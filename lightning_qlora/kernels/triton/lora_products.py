@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_qlora.kernels.half import Half, multiply, product
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
-from lightning_qlora.kernels.triton.dropout import dropout, dropout_arguments, is_kept
+from lightning_qlora.kernels.triton.dropout import MASK, dropout, dropout_arguments, is_kept
 from lightning_qlora.kernels.triton.half import take_out
 from lightning_qlora.kernels.triton.launch import (
     MAX_LAUNCHES,
@@ -29,14 +29,11 @@ from lightning_qlora.kernels.triton.launch import (
     Tile,
     add_shares,
     find_tile,
-    share_memory,
+    launch_of,
     shared_launch,
 )
 
 MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
-
-
-MASK = ["low", "high", "least_kept"]  # of dropout, which differ in every call
 
 
 @triton.jit(do_not_specialize=MASK)
@@ -143,15 +140,15 @@ def lora_down(x: Tensor | Half, w: Tensor | Half, s: float = 1.0, p: float = 0.0
         return product(_dropped(x, p, seed), w.T, s)
     mask, scale = dropout_arguments(p, seed, x.device)
     of_x, of_w = _parts(x), _parts(w)
-    run, sums = _down(x.device, tile, (m, k, r, *of_w.values.stride()), seed is not None, isinstance(x, Half))
+    run = _down(x.device, tile, (m, k, r, *of_w.values.stride()), seed is not None, isinstance(x, Half))
     out = of_x.values.new_empty(m, r, dtype=torch.float32 if isinstance(x, Half) else x.dtype)
-    tensors = of_x.values.contiguous(), of_w.values, out, share_memory(sums, out), of_x.factor, of_w.factor
+    tensors = of_x.values.contiguous(), of_w.values, out, run.memory(out), of_x.factor, of_w.factor
     run(tensors, (*mask, s * scale))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
-def _down(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool) -> tuple[Launch, int]:
+def _down(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool) -> Launch:
     m, k, r, *_ = numbers
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
@@ -191,7 +188,10 @@ def _up_by_torch(
     if isinstance(h, Half) and isinstance(w, Half) and out.numel():
         added = multiply(h.values, w.values.T)
         mask, scale = dropout_arguments(p, seed, h.device)
-        run = _combine(h.device, find_tile("dropout", h.device), out.numel(), seed is not None, factors is not None)
+        tile = find_tile("dropout", h.device)
+        choices = {"DROPOUT": seed is not None, "ADD": factors is not None}
+        n = out.numel()
+        run = launch_of(_combine_kernel, h.device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile, **choices)
         run((added, out, h.factor, w.factor, *(factors or (out, out))), (*mask, s * scale))
         return out
     product(h, w.T, s, out)
@@ -211,12 +211,6 @@ def _combine_kernel(
     if ADD:
         total += take_out(tl.load(out + i, mask=i < n, other=0.0), first, second)
     tl.store(out + i, total, mask=i < n)
-
-
-@lru_cache(MAX_LAUNCHES)
-def _combine(device: torch.device, tile: Tile, n: int, dropout: bool, adds: bool) -> Launch:
-    grid = -(-n // tile["SIZE"]), 1, 1
-    return Launch(_combine_kernel, device, grid, (n,), tile, DROPOUT=dropout, ADD=adds)
 
 
 @lru_cache(MAX_LAUNCHES)
@@ -244,18 +238,15 @@ def lora_gradients(
         return
     mask, scale = dropout_arguments(p, seed, x.device)
     numbers = (m, k, n, r, *grad_a.stride(), *grad_b.stride()[::-1])
-    run, sums = _gradients(x.device, tile, numbers, seed is not None, isinstance(x, Half))
+    run = _gradients(x.device, tile, numbers, seed is not None, isinstance(x, Half))
     factors = [_parts(each) for each in (grad_xa, x, xa, grad)]
-    of_grad_xa, of_x, of_xa, of_grad = (factor.values.contiguous() for factor in factors)
-    memory = share_memory(sums, of_xa)
-    tensors = of_grad_xa, of_x, grad_a, of_xa, of_grad, grad_b, memory, *(factor.factor for factor in factors)
+    of_grad_xa, of_x, of_xa, of_grad = (each.values.contiguous() for each in factors)
+    tensors = of_grad_xa, of_x, grad_a, of_xa, of_grad, grad_b, run.memory(of_xa), *(each.factor for each in factors)
     run(tensors, (*mask, scale, float(s)))  # `Launch` keeps the kernel, and Triton compiles another one for an int
 
 
 @lru_cache(MAX_LAUNCHES)
-def _gradients(
-    device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool
-) -> tuple[Launch, int]:
+def _gradients(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool) -> Launch:
     m, k, n, r, *_ = numbers
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)

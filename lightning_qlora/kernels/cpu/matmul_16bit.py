@@ -5,8 +5,8 @@ matrix that is not transposed, such as dX = dY W, takes 30 to 170 times as long 
 instructions torch 2.10 rounds the sums of a product several times.
 """
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -39,12 +39,6 @@ class Products(NamedTuple):
         return f"matmuls are fast and rounded once (error {self.error:.1f} eps)"
 
 
-def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU should compute in fp32 in place of `dtype`: products are slow, or rounded several times."""
-    measured: Products = products(dtype)
-    return measured.is_slow
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def products(dtype: torch.dtype) -> Products:
     """What was measured for `dtype`, as text a part of a sentence; the first call measures, in some milliseconds."""
@@ -55,38 +49,28 @@ def products(dtype: torch.dtype) -> Products:
 
 @cache
 def _measured(dtype: torch.dtype, onednn: bool) -> Products:
-    """Measured in a thread of its own, which has no autocast, inference mode, default device or mode of torch.
-
-    It computes with one thread: several, on a busy machine, take as long as the last of them waits for a core.
-    """
-    results: list[Products] = []
-
-    def measure() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # only of this Python thread, and of those that begin meanwhile
-        try:
-            results.append(_measure(dtype))
-        finally:
-            torch.set_num_threads(threads)
-
-    thread = threading.Thread(target=measure)
-    thread.start()
-    thread.join()
-    return results[0]
+    """In a new thread, which has no autocast, inference mode, default device or mode of torch."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_measure, dtype).result()
 
 
 def _measure(dtype: torch.dtype) -> Products:
-    operands = [
-        (torch.ones(ROWS, WIDTH, dtype=each, device="cpu"), torch.ones(WIDTH, WIDTH, dtype=each, device="cpu"))
-        for each in (torch.float32, dtype)
-    ]
-    best = torch.full((2, 2), torch.inf, dtype=torch.float64, device="cpu")  # type, product
-    for _ in range(ROUNDS):  # alternated: what else runs on the machine slows both types
-        for times, (x, weight) in zip(best, operands, strict=True):
-            times[0].clamp_(max=_seconds(x, weight.T))
-            times[1].clamp_(max=_seconds(x, weight))
-    ratio = (best[1] / best[0]).max().item()
-    return Products(max(1.0, ratio), _error(dtype))
+    """With one thread: several, on a busy machine, take as long as the last of them waits for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # only of this Python thread, and of those that begin meanwhile
+    try:
+        return Products(_slowdown(dtype), _error(dtype))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _slowdown(dtype: torch.dtype) -> float:
+    x, weight = (torch.ones(rows, WIDTH, dtype=torch.float32, device="cpu") for rows in (ROWS, WIDTH))
+    operands = [(x.to(each), matrix.to(each)) for matrix in (weight.T, weight) for each in (torch.float32, dtype)]
+    # Types in turns: what else runs on the machine slows both.
+    rounds = [[_seconds(*factors) for factors in operands] for _ in range(ROUNDS)]
+    best: list[float] = [min(times) for times in zip(*rounds, strict=True)]
+    return max(1.0, best[1] / best[0], best[3] / best[2])
 
 
 def _seconds(x: Tensor, weight: Tensor) -> float:

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from lightning_qlora.kernels.cpu import products as module
-from lightning_qlora.kernels.cpu.products import Products, is_slow, products
+from lightning_qlora.kernels.cpu import matmul_16bit as module
+from lightning_qlora.kernels.cpu.matmul_16bit import Products, products
 from tests.machines.products import measured
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -33,7 +33,7 @@ def without_onednn():
 def test_without_onednn_sixteen_bits_are_slow(dtype, without_onednn):
     measured = products(dtype)
     assert measured.slowdown > module.SLOW
-    assert is_slow(dtype)
+    assert measured.is_slow
     assert f"{measured.slowdown:.0f} times as long as in fp32" in str(measured)
 
 
@@ -60,14 +60,14 @@ def test_the_limits_and_the_text():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.float8_e4m3fn])
 def test_only_floats_of_16_bits_are_measured(dtype, monkeypatch):
     monkeypatch.setattr(module, "_measure", lambda _: pytest.fail("measured"))
-    assert (products(dtype), is_slow(dtype)) == (Products(1.0, 0.5), False)
+    assert products(dtype) == Products(1.0, 0.5)
 
 
 def test_it_is_measured_once_for_each_type_and_with_and_without_onednn(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "_measure", lambda dtype: calls.append(dtype) or Products(1.0, 0.5))
     for _ in range(2):
-        assert not is_slow(torch.bfloat16)
+        assert not products(torch.bfloat16).is_slow
     assert calls == [torch.bfloat16]
     before = torch.backends.mkldnn.enabled
     try:
@@ -113,7 +113,7 @@ def test_sums_that_are_rounded_between_blocks_count_as_slow(monkeypatch):
 )
 def test_it_measures_the_same_in_every_context_of_torch(context, without_onednn):
     with context():
-        assert is_slow(torch.bfloat16)
+        assert products(torch.bfloat16).is_slow
 
 
 def test_other_settings_of_torch_do_not_matter_and_do_not_change(without_onednn):
@@ -122,7 +122,7 @@ def test_other_settings_of_torch_do_not_matter_and_do_not_change(without_onednn)
     random = torch.get_rng_state()
     threads = torch.get_num_threads()
     try:
-        assert is_slow(torch.bfloat16)
+        assert products(torch.bfloat16).is_slow
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_default_dtype(torch.float32)
@@ -138,6 +138,6 @@ def test_other_settings_of_torch_do_not_matter_and_do_not_change(without_onednn)
 def test_a_compiled_function_takes_the_measured_value_as_a_constant(without_onednn):
     @torch.compile(fullgraph=True, backend="eager")
     def double_if_slow(x):
-        return x * 2 if is_slow(torch.bfloat16) else x
+        return x * 2 if products(torch.bfloat16).is_slow else x
 
     assert double_if_slow(torch.ones(3)).tolist() == [2.0] * 3

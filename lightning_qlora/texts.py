@@ -1,0 +1,28 @@
+"""How reports and messages write names and numbers of bytes."""
+
+import re
+from collections.abc import Iterable
+
+ROOT = "(the module itself)"
+
+
+def group(name: str) -> str:
+    """A name with * for every number between dots; layers of one group have the same."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT
+
+
+def groups(names: Iterable[str]) -> str:
+    """Names that differ by numbers alone as one."""
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault(group(name), []).append(name or ROOT)
+    return ", ".join(f"{key} (x{len(each)})" if len(each) > 1 else each[0] for key, each in members.items())
+
+
+def size_text(count: float, base: int = 1000) -> str:
+    """A number of bytes with a unit: 1.5 MB, or with base=1024 1.5 MiB."""
+    units = ("bytes", "kB", "MB", "GB")
+    if base == 1024:
+        units = ("bytes", "KiB", "MiB", "GiB")
+    power = sum(count >= base**number for number in (1, 2, 3))
+    return f"{count / base**power:.4g} {units[power]}"

@@ -1,0 +1,147 @@
+"""What a user should look at after a conversion: rows of the report with a mark."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.adapters.base_compatibility import check_one_folder
+from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
+from lightning_qlora.config import QLoRAConfig, arguments_that
+from lightning_qlora.layers.copies import Copy
+from lightning_qlora.layers.held_types import IN_16_BITS, reason_for_fp32
+from lightning_qlora.layers.kinds import is_linear
+from lightning_qlora.layers.names import join, outer_names, tensors_of
+from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.provenance import OUTSIDE
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
+from lightning_qlora.layers.selection import FROZEN, IN_VAIN, Selection
+from lightning_qlora.layers.selection_checks import hand_written_adapters
+from lightning_qlora.layers.survey import Survey
+from lightning_qlora.texts import groups
+from lightning_qlora.training.convert_checks import differing_arguments, no_layer
+from lightning_qlora.training.report import ConversionReport
+
+LARGEST = 5  # weights that stayed in 16 bits
+UNEXPECTED_SHARE = 0.10  # of the weights that stayed in 16 bits before they are named
+
+HOOKS = (
+    "hooks of its weight are lost: register them on lora_A and lora_B after conversion (on_fit_start), or "
+    f"{TRAIN_IN_FULL}"
+)
+BY_HAND = (
+    "frozen, with an adapter that was written by hand, and conversion adds its own: remove that one and name the layer "
+    f"in target_modules, or {KEEP_DENSE}, and the module with its matrices in modules_to_save"
+)
+COPY = (
+    "an average of weights that is made before conversion gets wrong values: make it in on_fit_start, or after "
+    "convert; a copy that does not follow the module may stay"
+)
+IN_16 = (
+    "trains in 16 bits, in which most steps of an optimizer are lost, because it is of a sharded module or a "
+    "ScriptModule: build it in fp32"
+)
+CONVERTED_BEFORE = (
+    "was converted before, with {}, and stays so: to convert with other arguments, build the module again, or merge "
+    "the adapters first"
+)
+LARGE = (
+    "trains in full, and new parts have more parameters than all adapters: if it was loaded from weights, name its "
+    "linear layers in target_modules, or freeze it before conversion"
+)
+
+
+def note_before_conversion(report: ConversionReport, choice: Selection, copies: Iterable[Copy]) -> None:
+    """Note what the dense layers show: hooks, copies, and names in vain."""
+    for name, why in choice.reasons(IN_VAIN).items():
+        report.note(f"target_modules names it, and it stays dense and frozen: {why}", [name])
+    weights = {name: row.owner._parameters.get(row.key) for name, row in choice.convert.items()}
+    report.note(HOOKS, [name for name, weight in weights.items() if _has_hooks(weight)])
+    originals = defaultdict[str, dict[str, None]](dict)
+    for copy in copies:
+        name, original = copy.modules
+        originals[name][original] = None
+    for name, of_copy in originals.items():
+        report.note(f"copy of {groups(of_copy)}: {COPY}", [name])
+
+
+def note_before_first_conversion(
+    report: ConversionReport, seen: Survey, choice: Selection, config: QLoRAConfig
+) -> None:
+    """Note that no layer is converted, and frozen layers that have adapters."""
+    report.note(BY_HAND, hand_written_adapters(seen))
+    if not choice.convert:
+        advice = ""
+        if FROZEN in choice.skip.values():
+            advice = "; target_modules converts frozen layers that it names"
+        report.note(f"no layer is in 4 bits ({no_layer(config)}){advice}")
+
+
+def note_after_conversion(
+    report: ConversionReport,
+    modules: Mapping[str, nn.Module],
+    choice: Selection,
+    device: torch.device | None,
+) -> None:
+    """Note what a user may not expect of the converted module that has these modules."""
+    parameters = dict(tensors_of(list(modules.items()), ["_parameters"]))
+    _note_what_stayed(report, modules, choice)
+    report.note(IN_16, [name for name, p in parameters.items() if p.requires_grad and p.dtype in IN_16_BITS])
+    new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
+    if new:
+        in_new = (p.numel() for name, p in parameters.items() if not new.keys().isdisjoint(outer_names(name)))
+        if sum(in_new) > report.adapter_parameters:
+            report.note(LARGE, new)
+    layers = adapted_layers_of(modules.items())
+    if not layers:
+        return
+    try:
+        check_one_folder({name: layer.config for name, layer in layers.items()})
+    except ValueError as error:
+        report.note(f"save_adapter will refuse it: {error}")
+    layer = next(iter(layers.values()))
+    if layer.config.compute_dtype == "bf16":
+        reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
+        if reason is not None:
+            report.note(
+                f"compute_dtype='bf16': {reason}. With compute_dtype='auto' the module is kept in fp32 here, and "
+                "computes in it; files and merged weights have the same types"
+            )
+
+
+def note_other_arguments(report: ConversionReport, modules: Mapping[str, nn.Module], config: QLoRAConfig) -> None:
+    """Note layers of an earlier conversion that have other arguments than those passed now."""
+    if config.rank_pattern or config.alpha_pattern:
+        return
+    for name, layer in adapted_layers_of(modules.items()).items():
+        other = differing_arguments(layer.config, config, arguments_that("of_layer"))
+        if other:
+            report.note(CONVERTED_BEFORE.format(", ".join(other)), [name])
+
+
+def _has_hooks(weight: Tensor | None) -> bool:
+    return any(getattr(weight, key, None) for key in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+
+
+def _note_what_stayed(report: ConversionReport, modules: Mapping[str, nn.Module], choice: Selection) -> None:
+    """Note the largest matrices that are frozen in 16 or 32 bits, if they are a large part of all weights."""
+    sizes = {}
+    skipped = choice.skip
+    for name, layer in modules.items():
+        if isinstance(layer, (nn.Embedding, PackedLayer)):
+            continue
+        if is_linear(layer) and "weight" in layer._parameters:  # weight_norm stores others
+            continue
+        for key, parameter in layer._parameters.items():
+            key = join(name, key)
+            if parameter is None or parameter.ndim < 2 or parameter.requires_grad:
+                continue
+            if key not in skipped:
+                sizes[key] = parameter.numel()
+    share = sum(sizes.values()) / report.total_parameters
+    if share > UNEXPECTED_SHARE:
+        report.note(
+            f"not linear, so it is frozen and not in 4 bits, as {100 * share:.0f}% of the weights: {TRAIN_IN_FULL}",
+            sorted(sizes, key=lambda name: -sizes[name])[:LARGEST],
+        )

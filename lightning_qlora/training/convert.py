@@ -194,8 +194,8 @@ def _apply(
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module.named_modules())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
-    if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
-        enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
 

@@ -72,14 +72,13 @@ class ModelFolder(WeightFolder):
 
     Attributes:
         model: The model, on the meta device; None: every name is a key.
-        stored: The folder with its own keys.
         key_of: Name -> key in the folder, of tensors that are only renamed.
         groups: Name -> the tensors that this parameter is made from.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
         self.model = model
-        self.stored = WeightFolder(folder)
+        self.stored = WeightFolder(folder)  # with its own keys
         self.folder = self.stored.folder
         self.key_of: dict[str, str] = {}
         self.groups: dict[str, TensorGroup] = {}

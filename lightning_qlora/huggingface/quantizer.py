@@ -238,8 +238,9 @@ class QLoRAQuantizer(HfQuantizer):
         for name, tensor in named_tensors(model):  # transformers before 5.23 compares none if it has a quantizer
             expected = self._shapes.get(name, tensor.shape)
             if tensor.shape != expected:
-                error = self.error(name, wrong_shape(name, tensor.shape, expected))
-                raise [*self.loading.mismatches, error][0]  # the first ones name the files of converted weights too
+                for error in self.loading.mismatches:  # these name the files of converted weights too
+                    raise error
+                raise self.error(name, wrong_shape(name, tensor.shape, expected))
         forget_quantizer([model])
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
         if self.loading.sharding or self.folder is not None:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
+from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import name_endings
 from lightning_qlora.layers.patterns import Patterns
-from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 State = dict[str, Tensor]  # the adapter of a layer by its own names: lora_A, lora_B, with DoRA lora_magnitude_vector
@@ -28,7 +27,7 @@ class Adapter:
     """A PEFT folder, or what a module or checkpoint would write as one.
 
     Attributes:
-        config: Content of adapter_config.json.
+        config: Content of adapter_config.json, with what `read_peft_config` fills in.
         layers: PEFT's name of a layer -> its tensors; those of experts have PEFT's form (`peft_layers.py`).
         saved: Name of a parameter or buffer -> value, of the modules that trained in full, and of rows of tokens.
         quantization: How the base of the training was quantized and the adapters initialized, if known; no other
@@ -48,22 +47,6 @@ class Adapter:
     bases: dict[str, list[PackedWeight]] = field(default_factory=dict)
     no_place: str = ""
     source: str
-
-    @property
-    def base_model(self) -> str | None:
-        """Folder or hub name of the base model, if known."""
-        name: str | None = self.config.get("base_model_name_or_path")
-        return name
-
-    @property
-    def use_rslora(self) -> bool:
-        """Whether the scaling is alpha / sqrt(r) instead of alpha / r."""
-        return bool(self.config.get("use_rslora"))
-
-    @property
-    def use_dora(self) -> bool:
-        """Whether the magnitude of every output row is trained too."""
-        return bool(self.config.get("use_dora"))
 
     @cached_property
     def target_parameters(self) -> frozenset[str]:
@@ -95,7 +78,7 @@ class Adapter:
     @cached_property
     def ranks(self) -> set[int]:
         """The ranks of layers; PEFT writes the patterns in another order, so which layer has which is not known."""
-        return {self.config["r"], *(self.config.get("rank_pattern") or {}).values()}
+        return {self.config["r"], *self.config["rank_pattern"].values()}
 
     def _by_pattern(self, pattern: str, name: str, default: str) -> Any:
         if self.is_target(f"{name}.weight"):
@@ -104,30 +87,12 @@ class Adapter:
 
     @cached_property
     def _patterns(self) -> dict[str, Patterns]:
-        return {pattern: Patterns(self.config.get(pattern)) for pattern in ("rank_pattern", "alpha_pattern")}
+        return {pattern: Patterns(self.config[pattern]) for pattern in ("rank_pattern", "alpha_pattern")}
 
     @property
     def tokens(self) -> dict[str, list[int]]:
-        """Name of each embedding of which `saved` has rows -> their indices; ValueError if the two do not agree."""
-        entry: Any = self.config.get("trainable_token_indices")
-        rule = f"trainable_token_indices, {shown(entry)} in adapter_config.json"
-        if not isinstance(entry, dict):
-            entry = {"": entry}  # for any embedding
-        tokens = {}
-        for key, rows in self.saved.items():
-            name = key.removesuffix(f".{DELTA}")
-            if name == key:
-                continue
-            matches = [entry[name]] if name in entry else [entry[end] for end in entry if name.endswith(end)]
-            if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
-                raise ValueError(
-                    f"key '{PREFIX}{key}' has shape {list(rows.shape)}: it must have one row for each index in {rule}. "
-                    + DAMAGED
-                )
-            tokens[name] = matches[0]
-        if any(entry.values()) and not tokens:  # PEFT writes those of tied weights once
-            raise ValueError(f"has no rows for {rule}. {DAMAGED}")
-        return tokens
+        """Name of each embedding of which `saved` has rows -> their indices."""
+        return self.config.get("trainable_token_indices") or {}
 
     def has_one_value(self, tied: list[str]) -> bool:
         """Whether `saved` has no value for the names of a tied weight, or the same value for all of them."""

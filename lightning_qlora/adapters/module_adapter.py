@@ -100,7 +100,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
         stop_waiting(layer)
         layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
-        layer.set_config(replace(layer.config, use_rslora=adapter.use_rslora))
+        layer.set_config(replace(layer.config, use_rslora=adapter.config["use_rslora"]))
         state = loaded.get(name)
         if state is None:
             layer.reset_adapter()
@@ -117,7 +117,7 @@ def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
         conversion = conversion_of(part)
         if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
             arguments = _ranks_and_alphas(adapter, loaded) | {"rank_pattern": {}, "alpha_pattern": {}}
-            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.use_rslora)
+            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.config["use_rslora"])
 
 
 def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = "") -> dict[str, Any]:
@@ -136,8 +136,8 @@ def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) 
     return replace(
         config.with_initialization("default"),
         **_ranks_and_alphas(adapter, layers, prefix),
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
+        use_rslora=adapter.config["use_rslora"],
+        use_dora=adapter.config["use_dora"],
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),

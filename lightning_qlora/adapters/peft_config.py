@@ -22,7 +22,14 @@ from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
 CONFIG_FILE = "adapter_config.json"
 BASE_MODEL = "base_model_name_or_path"
 UNNAMED = ("", "None")  # transformers' names of a model that was not loaded from a folder
-DEFAULTS = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
+DEFAULTS: dict[str, Any] = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
+UNSET: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    BASE_MODEL: None,
+}
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
     "bias",
@@ -42,7 +49,7 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
-    """The content of the file, with the defaults of r and lora_alpha.
+    """The content of the file, with values for the entries of DEFAULTS and UNSET.
 
     FileNotFoundError or ValueError if it is missing or broken, or QLoRALinear does not compute this kind of adapter.
     """
@@ -58,7 +65,7 @@ def read_peft_config(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{path}: {error}") from None
     if config.get(BASE_MODEL) in UNNAMED:
         config[BASE_MODEL] = None
-    return config
+    return config | {name: value for name, value in UNSET.items() if config.get(name) is None}
 
 
 def config_for_peft(

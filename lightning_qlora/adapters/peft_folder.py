@@ -29,7 +29,7 @@ from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import open_safetensors, parse_json, write_safetensors
 from lightning_qlora.layers.fingerprint import checksum
 from lightning_qlora.layers.names import last_part, named
-from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
+from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 # JSON in the metadata: how the base was quantized and the adapters were initialized (`quantization_of`), and
@@ -85,6 +85,9 @@ def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Ad
         for name, value in trained.items():
             if not isinstance(value, dict | None):
                 raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. {DAMAGED}")
+        tokens = _tokens(config.get("trainable_token_indices"), saved)
+        if tokens:
+            config["trainable_token_indices"] = tokens
         adapter = Adapter(
             config=config,
             layers=layers,
@@ -93,7 +96,7 @@ def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Ad
             fingerprints=trained.get("fingerprints") or {},
             source=str(weights_file),
         )
-        _check_files(adapter)
+        _check_layers(adapter)
     if base == "float" and required_base(adapter.quantization) is not None:
         layers = subtract_initial(adapter.layers, adapter.source)
         return replace(adapter, layers=layers, quantization=None, fingerprints={})
@@ -166,12 +169,13 @@ def _check_saved(key: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"key {key!r} holds NaN. {DIVERGED}")
 
 
-def _check_files(adapter: Adapter) -> None:
-    """Refuse layers of another rank or kind than in the config, and rows of other tokens."""
+def _check_layers(adapter: Adapter) -> None:
+    """Refuse layers of another rank or kind than in the config: the two files are not of one adapter."""
+    config = adapter.config
     for name, state in adapter.layers.items():
         key = f"key '{PREFIX}{name}.lora_A.weight':"
         check_state(key, state)
-        pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (MAGNITUDE in state, {adapter.use_dora})}
+        pairs: dict[str, tuple[int, set[Any]]] = {"use_dora": (MAGNITUDE in state, {config["use_dora"]})}
         if not adapter.target_parameters:  # for these PEFT has the ranks of all experts in one matrix
             pairs["rank"] = len(state["lora_A"]), adapter.ranks
         for argument, (value, allowed) in pairs.items():
@@ -181,4 +185,25 @@ def _check_files(adapter: Adapter) -> None:
                     f"{key} the file has {argument}={value} there, and {CONFIG_FILE} has {words}. They are not of one "
                     "adapter: copy or save both again."
                 )
-    adapter.tokens  # noqa: B018, checks them
+
+
+def _tokens(entry: Any, saved: State) -> dict[str, list[int]]:
+    """Name of each embedding with rows -> their indices; `entry`: trainable_token_indices, by endings of names."""
+    rule = f"trainable_token_indices, {shown(entry)} in {CONFIG_FILE}"
+    if not isinstance(entry, dict):
+        entry = {"": entry}  # for any embedding
+    tokens = {}
+    for key, rows in saved.items():
+        name = key.removesuffix(f".{DELTA}")
+        if name == key:
+            continue
+        matches = [entry[name]] if name in entry else [entry[end] for end in entry if name.endswith(end)]
+        if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
+            shape = list(rows.shape)
+            raise ValueError(
+                f"key '{PREFIX}{key}' has shape {shape}: it must have one row for each index in {rule}. {DAMAGED}"
+            )
+        tokens[name] = matches[0]
+    if any(entry.values()) and not tokens:  # PEFT writes those of tied weights once
+        raise ValueError(f"has no rows for {rule}. {DAMAGED}")
+    return tokens

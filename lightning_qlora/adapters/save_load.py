@@ -73,7 +73,7 @@ def save_adapter(
             stacklevel=2,
         )
     dense = taken_for_experts(parts.base)
-    if dense and adapter.use_dora:
+    if dense and adapter.config["use_dora"]:
         warnings.warn(
             f"PEFT can't load the adapters of {len(dense)} layers ({first_of(dense, 1)}): it takes their names for "
             "those of the experts, and has no DoRA for these. Merge the adapter, or load the folder with "

@@ -46,13 +46,6 @@ def _library(x: Tensor) -> Library | None:
     return library
 
 
-def _library_for_few_rows(x: Tensor) -> Library | None:
-    library = _library(x)
-    if library is None or not library.multiplies(x.shape[0], x.dtype):
-        return None
-    return library
-
-
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`."""
     library = _library(weight)
@@ -83,23 +76,26 @@ def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
     """See `reference.linear_into`."""
-    if isinstance(x, Tensor):
-        library = _library_for_few_rows(x)
-        if library is not None:
-            library.lora_linear(out, x, weight, bias, lora, xa)
-            return
+    if isinstance(x, Tensor) and linear_of_few_rows(out, x, weight, bias, lora, xa):
+        return
     product(factor(xa, x), lora.b.T, lora.scaling, out)
     add_product_(out, x, decoded(weight, x, _decoded).T)
     if bias is not None:
         out.add_(bias)
 
 
-def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor | None:
-    """`lora_project` without dropout and `linear_into` in one call of C for few rows; None if there is no such call."""
-    library = _library_for_few_rows(x)
-    if library is None:
-        return None
-    return library.lora_linear(x.new_empty(x.shape[0], weight.shape[0]), x, weight, bias, lora)
+def linear_of_few_rows(
+    out: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
+) -> bool:
+    """`linear_into` in one call of C, which decodes W inside the product; False if there is none for so many rows.
+
+    Without xa it also computes x A^T, without dropout.
+    """
+    library = _library(x)
+    if library is None or not library.multiplies(x.shape[0], x.dtype):
+        return False
+    library.lora_linear(out, x, weight, bias, lora, xa)
+    return True
 
 
 def linear_backward(

@@ -1,9 +1,4 @@
-"""The layer y = x W^T + bias + s (drop(x) A^T) B^T with its gradient, from the ops of `ops`.
-
-The backward pass needs x, drop(x) A^T, A and B. They are saved before the large product: when activation checkpointing
-recomputes a block and the saved tensors are complete, torch stops the recomputation, which then skips the decoding and
-the product of the last layer.
-"""
+"""The layer y = x W^T + bias + s (drop(x) A^T) B^T with its gradient, from the ops of `ops`."""
 
 from typing import Any
 
@@ -13,7 +8,7 @@ from torch.autograd import forward_ad
 
 from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.kernels import ops
-from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
@@ -39,40 +34,44 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
             )
         y: Tensor = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, *lora)[0]
         return y
-    if lora.seed is None and not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        whole = ops.lora_linear_in_one_call(x, weight, bias, lora)
-        if whole is not None:
-            return whole
-    projected: list[Any] = []
-    # One argument for all that has no gradient: `apply` and autograd do something for each.
-    y = _LoraLinear.apply(x, bias, lora.a, lora.b, (weight, lora, projected))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        rows, xa = projected
-        ops.linear_into(y, rows, xa, weight, bias, lora)
+    check_operands(x, weight, bias, lora)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    needs_no_gradient = not torch.is_grad_enabled() and forward_ad._current_level < 0
+    if needs_no_gradient and ops.linear_of_few_rows(y, x, weight, bias, lora):
+        return y
+    with ops.no_autocast(x):
+        with torch.no_grad():
+            rows, xa = ops.lora_project(x, lora)  # drop(x) A^T
+        # Before the large product: when activation checkpointing recomputes a block, torch stops as soon as all tensors
+        # are saved, and skips the decoding and the product of the last layer.
+        # One argument for all that has no gradient: `apply` and autograd do something for each.
+        y = _Gradient.apply(y, x, bias, lora.a, lora.b, (xa, weight, lora[2:]))  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            ops.linear_into(y, rows, xa, weight, bias, lora)  # s xa B^T + x W^T + bias
     return y
 
 
-class _LoraLinear(torch.autograd.Function):
-    """The op outside of torch.compile: `torch.library` has more overhead than a small layer takes to compute.
+class _Gradient(torch.autograd.Function):
+    """The gradient of y, which `lora_linear` writes after this: `forward` saves what the backward pass needs.
 
-    Without grad mode too, since a Function without `jvp` refuses forward-mode differentiation.
+    Used outside of torch.compile: `torch.library` has more overhead than a small layer takes to compute. Without grad
+    mode too, since a Function without `jvp` refuses forward-mode differentiation.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        y: Tensor,
         x: Tensor,
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
-        rest: tuple[PackedBytes, LoRA, list[Any]],
+        rest: tuple[Tensor, PackedBytes, tuple[Any, ...]],
     ) -> Tensor:
-        """Save what the backward pass needs; `lora_linear` writes the result after that."""
-        weight, lora, projected = rest
-        y, xa, rows = ops.lora_project(x, weight, bias, lora)
+        xa, *others = rest
+        ctx.mark_dirty(y)
         ctx.save_for_backward(x, xa, lora_a, lora_b)
-        ctx.rest = weight, lora[2:]
-        projected += (rows, xa)
+        ctx.rest = others
         return y
 
     @staticmethod
@@ -80,12 +79,12 @@ class _LoraLinear(torch.autograd.Function):
         refuse_second_derivative()
         x, xa, lora_a, lora_b = ctx.saved_tensors
         weight, choices = ctx.rest
-        needs_x, needs_bias, *_ = ctx.needs_input_grad
+        _, needs_x, needs_bias, *_ = ctx.needs_input_grad
         grads = ops.lora_linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, *choices), needs_x)
         of_bias = None
         if needs_bias:
             of_bias = grad_bias(grad)
-        return grads[0], of_bias, grads[1], grads[2], None
+        return None, grads[0], of_bias, grads[1], grads[2], None
 
 
 def refuse_second_derivative() -> None:

@@ -181,8 +181,11 @@ def lora_linear_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     weight = _weight_of(rest)
     bias, *fields = rest[WEIGHT_FIELDS:]
     lora = LoRA(*fields)
-    y, xa, rows = lora_project(x, weight, bias, lora)
-    linear_into(y, rows, xa, weight, bias, lora)
+    check_operands(x, weight, bias, lora)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    with no_autocast(x):
+        rows, xa = lora_project(x, lora)
+        linear_into(y, rows, xa, weight, bias, lora)
     return y, xa
 
 
@@ -216,23 +219,17 @@ def _(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return x.new_empty(x.shape if needs_x else 0), lora.a.new_empty(lora.a.shape), lora.b.new_empty(lora.b.shape)
 
 
-def lora_project(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
-) -> tuple[Tensor, Tensor, Tensor | Half]:
-    """First part of the layer: an uninitialized y [..., out], drop(x) A^T [m, r], and the rows for `linear_into`."""
-    check_operands(x, weight, bias, lora)
-    with no_autocast(x):
-        rows = as_factor(_rows(x), lora)
-        xa = backend(x.device).lora_project(rows, lora)
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), xa, rows
+def lora_project(x: Tensor, lora: LoRA) -> tuple[Tensor | Half, Tensor]:
+    """First part of the layer: x as the products take it, [m, in], and drop(x) A^T, [m, r]."""
+    rows = as_factor(_rows(x), lora)
+    return rows, backend(x.device).lora_project(rows, lora)
 
 
 def linear_into(
     y: Tensor, rows: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
-    """Second part, with the large product: writes x W^T + bias + s xa B^T to y."""
-    with no_autocast(y):
-        backend(y.device).linear_into(_rows(y), rows, xa, weight, bias, lora)
+    """Second part, with the large product: writes s xa B^T + x W^T + bias to y."""
+    backend(y.device).linear_into(_rows(y), rows, xa, weight, bias, lora)
 
 
 def as_factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
@@ -240,15 +237,11 @@ def as_factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
     return backend(rows.device).to_half(rows) if lora.in_fp16 else rows
 
 
-def lora_linear_in_one_call(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor | None:
-    """Both parts without dropout, for code that needs no gradient; None where no backend has them in one call."""
-    if has_kernels(x.device) or lora.in_fp16:
-        return None
-    check_operands(x, weight, bias, lora)
-    y = eager.lora_linear(_rows(x), weight, bias, lora)
-    if y is None or x.dim() == 2:
-        return y
-    return y.view(*x.shape[:-1], -1)
+def linear_of_few_rows(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> bool:
+    """Both parts in one call, if there is one, which a CPU has for few rows and no dropout; returns whether."""
+    if lora.seed is not None or lora.in_fp16 or has_kernels(x.device):
+        return False
+    return eager.linear_of_few_rows(_rows(y), _rows(x), weight, bias, lora)
 
 
 def lora_linear_backward(

@@ -1,19 +1,69 @@
 """What the rows of a selection do to a module: 4-bit layers, which parameters train, and single rows that train."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from tqdm import tqdm
 
+from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.experts import QLoRAExperts
-from lightning_qlora.layers.kinds import is_packed, pop_packed_weight
+from lightning_qlora.layers.kinds import decode_packed_layer, is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join
+from lightning_qlora.layers.names import join, named
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.records import Unrecorded, own_parameters
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, TRAIN, Row, Selection
 from lightning_qlora.layers.survey import Survey
 from lightning_qlora.layers.trainable_tokens import train_tokens
+
+IN_INIT = (
+    "Folders in 8 or 4 bits are dequantized while they load in configure_model or plugin.init(): load the model there, "
+    "and call load_from_checkpoint within plugin.init() of a plugin with the arguments of the training."
+)
+
+
+def convert_layers(seen: Survey, choice: Selection, device: torch.device | None) -> list[LoRALayer]:
+    """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense."""
+    silent = bool(getattr(rank_zero_only, "rank", 0)) or None  # None: also where stderr is no terminal
+    rows = choice.convert.values()
+    layers = []
+    for row in tqdm(rows, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
+        with named(row.name or type(row.owner).__name__):
+            layers.append(_convert_row(row, device))
+    for _, layer in seen.modules:
+        if is_packed(layer):
+            decode_packed_layer(layer)
+    return layers
+
+
+def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
+    """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
+    loaded = row.owner if row.stack is None else row.stack.loaded
+    if isinstance(loaded, LoRALayer):
+        if not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
+            _check_not_sharded(loaded.lora_A)
+        assert row.config is not None
+        loaded.set_arguments(row.config, row.name, loaded.seed_name)
+        loaded.loaded = False
+        return loaded
+    weight = row.owner._parameters.get(row.key)
+    if weight is None:  # the parameters of another quantized format
+        raise ValueError(f"has no float weight to quantize, but {', '.join(row.owner._parameters)}. {IN_INIT}")
+    _check_not_sharded(weight)
+    return convert_layer(row, device)
+
+
+def _check_not_sharded(weight: Any) -> None:
+    if is_sharded(weight):
+        raise ValueError(
+            "its weight is sharded already (a DTensor), and a shard can't be quantized. In configure_model, call "
+            "self.trainer.precision_plugin.convert_module(self.model) before fully_shard or parallelize_module; in a "
+            "loop of your own, lightning_qlora.convert(model). A model that configure_model loads with from_pretrained "
+            "of transformers is in 4 bits already; pass no plan to it (tp_plan, distributed_config) elsewhere."
+        )
 
 
 def convert_layer(row: Row, device: torch.device | None = None, weights: Iterable[Tensor] | None = None) -> LoRALayer:

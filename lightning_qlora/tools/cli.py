@@ -166,7 +166,7 @@ def merge_adapter(
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     check_free(Path(output))
     values = _adapter(adapter, weights_only, base)
-    source = base_model or values.base_model
+    source = base_model or values.config["base_model_name_or_path"]
     if not source:
         raise ValueError(f"{adapter}: names no base model. Pass it: --base_model FOLDER.")
     folder = resolve_model(source, download=base_model is not None)
@@ -203,7 +203,8 @@ def export(
     if requirement:
         print(f"lightning-qlora: warning: {requirement}", file=sys.stderr)
     write_adapter(adapter, output)
-    print(f"{output}: {len(adapter.layers)} layers for {adapter.base_model or 'a base that is not named'}")
+    base_model = adapter.config["base_model_name_or_path"] or "a base that is not named"
+    print(f"{output}: {len(adapter.layers)} layers for {base_model}")
     print(f"trained on: {trained_on(adapter.quantization)}")
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.base_compatibility import quantization_of, trained_on
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_config import BASE_MODEL, CONFIG_FILE
 from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
@@ -53,12 +53,12 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     names = _names_of_layers(adapter)
     endings = Counter(last_part(name.removesuffix(".weight")) for name in names)
     tensors = [*adapter.saved.values(), *(t for state in adapter.layers.values() for t in state.values())]
-    kinds = {"rsLoRA": adapter.use_rslora, "DoRA": adapter.use_dora}
+    kinds = {"rsLoRA": adapter.config["use_rslora"], "DoRA": adapter.config["use_dora"]}
     quantization = "unknown"
     if adapter.quantization is not None:
         quantization = ", ".join(f"{name}={value}" for name, value in quantization_of(adapter.quantization).items())
     return [
-        ("base", adapter.base_model or "unknown"),
+        ("base", adapter.config[BASE_MODEL] or "unknown"),
         ("quantization", quantization),
         ("trained on", trained_on(adapter.quantization)),
         ("layers", f"{len(names)}: " + ", ".join(f"{name} x{count}" for name, count in endings.items())),

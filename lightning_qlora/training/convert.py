@@ -1,14 +1,12 @@
 """Convert a module in place: choose linear layers, quantize them one after another, freeze the rest, report."""
 
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
-from tqdm import tqdm
 from typing_extensions import Unpack
 
 from lightning_qlora.adapters.adapter import Adapter
@@ -20,20 +18,16 @@ from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.apply import add_tokens, convert_layer, freeze
+from lightning_qlora.layers.apply import add_tokens, convert_layers, freeze
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.full_precision import Decide, hold_in_fp32, train_in_full_precision
 from lightning_qlora.layers.held_types import reason_for_fp32
-from lightning_qlora.layers.kinds import decode_packed_layer, is_packed
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import named
 from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers, adapted_layers_of
 from lightning_qlora.layers.records import record, unrecorded
-from lightning_qlora.layers.selection import Row, SavedLayers, Selection, decide
+from lightning_qlora.layers.selection import SavedLayers, Selection, decide
 from lightning_qlora.layers.selection_checks import check_selection
 from lightning_qlora.layers.survey import Kind, Survey, survey
 from lightning_qlora.training.calibration import waiting_in
@@ -55,11 +49,6 @@ from lightning_qlora.training.notes import (
 from lightning_qlora.training.parameter_counts import dense_bytes
 from lightning_qlora.training.patches import shard_bytes
 from lightning_qlora.training.report import ConversionReport
-
-IN_INIT = (
-    "Folders in 8 or 4 bits are dequantized while they load in configure_model or plugin.init(): load the model there, "
-    "and call load_from_checkpoint within plugin.init() of a plugin with the arguments of the training."
-)
 
 
 def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> ConversionReport:
@@ -138,6 +127,29 @@ def _convert_new(
     module: nn.Module, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
 ) -> dict[str, nn.Module]:
     """Convert what no conversion has seen, and fill the report; returns the modules by name, those that it made too."""
+    seen = _survey(module, run)
+    first = not any(part.kind is Kind.CONVERTED for part in seen.parts)
+    given = config
+    adapter = None
+    if config.adapter:
+        adapter = read_adapter(config.adapter)
+        config = config_of_adapter(module, adapter, config)
+    choice = _decide(seen, config, saved, first, report)
+    _apply(module, seen, choice, config, run, report)
+    _load_adapter_once(module, given.adapter, adapter)
+    use_adapter_state_dict(module, config, given)
+    modules = dict(module.named_modules())
+    report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
+    report.take(choice)
+    report.count(module, modules)
+    note_after_conversion(report, modules, choice, run.device)
+    if not first and not choice.convert:
+        warn_of_other_layers(adapted_layers_of(modules.items()), config)
+    return modules
+
+
+def _survey(module: nn.Module, run: Run) -> Survey:
+    """Survey a module, and refuse one that can't be converted whatever the arguments are."""
     seen = survey(module)
     for _, part in seen.modules:
         forget_merge(part)
@@ -145,13 +157,13 @@ def _convert_new(
         if earlier is not None:
             check_no_layer_resized(earlier, Parts.of(part))
     check_has_data(seen.modules, later=run.sharded or dist.is_initialized())
-    new = unrecorded(module)
-    first = not any(part.kind is Kind.CONVERTED for part in seen.parts)
-    given = config
-    adapter = None
-    if config.adapter:
-        adapter = read_adapter(config.adapter)
-        config = config_of_adapter(module, adapter, config)
+    return seen
+
+
+def _decide(
+    seen: Survey, config: QLoRAConfig, saved: SavedLayers | None, first: bool, report: ConversionReport
+) -> Selection:
+    """Decide what happens with each part, refuse what can't be meant, and note what a user should look at."""
     if first:
         check_output_embeddings(dict(seen.modules), config.deferred_logits)
     choice = decide(seen, config, saved)
@@ -164,29 +176,27 @@ def _convert_new(
     copies = find_copies(seen, choice)
     share_seeds(choice, copies)
     note_before_conversion(report, choice, copies)
-    converted = _quantize(seen, choice, run.device)
+    return choice
+
+
+def _apply(
+    module: nn.Module, seen: Survey, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport
+) -> None:
+    """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
+    new = unrecorded(module)
+    converted = convert_layers(seen, choice, run.device)
     forget_quantizer(part for _, part in seen.modules)
     report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)
-    modules = dict(module.named_modules())
     train_in_full_precision(module)
     report.held_in_fp32 = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
-        copy_from_files(modules.items())
+        copy_from_files(module.named_modules())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
-    _load_adapter_once(module, given.adapter, adapter)
     if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
         enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
-    report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
-    use_adapter_state_dict(module, config, given)
-    report.take(choice)
-    report.count(module, modules)
-    note_after_conversion(report, modules, choice, run.device)
-    if not first and not choice.convert:
-        warn_of_other_layers(adapted_layers_of(modules.items()), config)
-    return modules
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -218,44 +228,3 @@ def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfi
         warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion
-
-
-def _quantize(seen: Survey, choice: Selection, device: torch.device | None) -> list[LoRALayer]:
-    """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense."""
-    silent = bool(getattr(rank_zero_only, "rank", 0)) or None  # None: also where stderr is no terminal
-    rows = choice.convert.values()
-    layers = []
-    for row in tqdm(rows, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
-        with named(row.name or type(row.owner).__name__):
-            layers.append(_convert(row, device))
-    for _, layer in seen.modules:
-        if is_packed(layer):
-            decode_packed_layer(layer)
-    return layers
-
-
-def _convert(row: Row, device: torch.device | None) -> LoRALayer:
-    """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
-    loaded = row.owner if row.stack is None else row.stack.loaded
-    if isinstance(loaded, LoRALayer):
-        if not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
-            _check_not_sharded(loaded.lora_A)
-        assert row.config is not None
-        loaded.set_arguments(row.config, row.name, loaded.seed_name)
-        loaded.loaded = False
-        return loaded
-    weight = row.owner._parameters.get(row.key)
-    if weight is None:  # the parameters of another quantized format
-        raise ValueError(f"has no float weight to quantize, but {', '.join(row.owner._parameters)}. {IN_INIT}")
-    _check_not_sharded(weight)
-    return convert_layer(row, device)
-
-
-def _check_not_sharded(weight: Any) -> None:
-    if is_sharded(weight):
-        raise ValueError(
-            "its weight is sharded already (a DTensor), and a shard can't be quantized. In configure_model, call "
-            "self.trainer.precision_plugin.convert_module(self.model) before fully_shard or parallelize_module; in a "
-            "loop of your own, lightning_qlora.convert(model). A model that configure_model loads with from_pretrained "
-            "of transformers is in 4 bits already; pass no plan to it (tp_plan, distributed_config) elsewhere."
-        )

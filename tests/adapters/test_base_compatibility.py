@@ -162,7 +162,7 @@ def difference(net):
     """A, and s B, with the scaling of the folder that would be written."""
     adapter = adapter_of(net, base="float")
     state = adapter.layers["0"]
-    config = QLoRAConfig(r=adapter.rank("0"), lora_alpha=adapter.alpha("0"), use_rslora=adapter.use_rslora)
+    config = QLoRAConfig(r=adapter.rank("0"), lora_alpha=adapter.alpha("0"), use_rslora=adapter.config["use_rslora"])
     return state["lora_A"], config.scaling * state["lora_B"]
 
 

@@ -48,7 +48,11 @@ def content(found: Adapter) -> dict:
         name: ({part: value.tolist() for part, value in state.items()}, found.rank(name), found.alpha(name))
         for name, state in found.layers.items()
     }
-    return layers | {name: value.tolist() for name, value in found.saved.items()} | {"base": found.base_model}
+    return (
+        layers
+        | {name: value.tolist() for name, value in found.saved.items()}
+        | {"base": found.config["base_model_name_or_path"]}
+    )
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
@@ -136,7 +140,7 @@ def test_no_flipped_bit_of_the_weights_changes_what_is_read(tmp_path):
 def test_a_base_without_a_name_has_none(name, tmp_path):
     """transformers' names of a model that was not loaded from a folder."""
     write_adapter(adapter(3, base_model_name_or_path=name), tmp_path)
-    assert read_adapter(tmp_path).base_model is None
+    assert read_adapter(tmp_path).config["base_model_name_or_path"] is None
 
 
 def test_an_alpha_that_was_computed_has_nine_digits():

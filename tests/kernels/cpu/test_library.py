@@ -89,7 +89,7 @@ def test_each_op_of_a_cpu_runs_in_c(monkeypatch):
     x, xa = torch.randn(1, 64), torch.randn(1, 4)
     lora = LoRA(torch.randn(4, 64), torch.randn(32, 4), p=0.5, seed=torch.tensor([3]))
     eager.lora_project(x, lora)
-    eager.lora_linear(x, weight, None, lora._replace(p=0.0, seed=None))
+    eager.linear_of_few_rows(torch.empty(1, 32), x, weight, None, lora._replace(p=0.0, seed=None))
     eager.linear_into(torch.empty(1, 32), x, xa, weight, None, lora)
     of_few_rows = ["types", "multiplies", "lora_linear"]
     ops = ["types", "quantize"], ["types", "dequantize_into"], ["types", "dropout_into"], of_few_rows, of_few_rows

@@ -91,7 +91,8 @@ class ModelFolder(WeightFolder):
         self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
         for group in groups:
             first = group.keys[0]
-            shapes = {key: torch.empty(self.stored.entries[key].shape, device="meta") for key in group.keys}
+            entries = {key: self.stored.entries[key] for key in group.keys}
+            shapes = {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}
             for name, value in group.convert(shapes).items():
                 self.groups[name] = group
                 self.file_of[name] = self.stored.file_of[first]

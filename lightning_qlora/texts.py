@@ -1,7 +1,6 @@
 """How reports and messages write names and numbers of bytes."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 
 ROOT = "(the module itself)"
@@ -14,12 +13,10 @@ def group(name: str) -> str:
 
 def groups(names: Iterable[str]) -> str:
     """Names that differ by numbers alone as one."""
-    texts = []
-    for name, count in Counter(map(group, names)).items():
-        if count > 1:
-            name += f" (x{count})"
-        texts.append(name)
-    return ", ".join(texts)
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault(group(name), []).append(name or ROOT)
+    return ", ".join(f"{key} (x{len(each)})" if len(each) > 1 else each[0] for key, each in members.items())
 
 
 def size_text(count: float, base: int = 1000) -> str:

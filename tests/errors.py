@@ -32,11 +32,11 @@ def text_of(node, constants=None):
         return text_of(node.left, constants) + text_of(node.right, constants)
     if isinstance(node, ast.IfExp):
         return f"{text_of(node.body, constants)} / {text_of(node.orelse, constants)}"
-    if isinstance(node, ast.FormattedValue):
-        node = node.value
-    if isinstance(node, ast.Name) and isinstance(value := getattr(constants, node.id, None), str | int):
-        return str(value)
-    return "{" + _short(node) + "}"
+    text = _short(node.value if isinstance(node, ast.FormattedValue) else node)
+    value = getattr(constants, text, None) if text.strip("_").isupper() else None
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return "{" + text + "}" if value is None else str(value)
 
 
 def _short(node):

@@ -19,7 +19,7 @@ from lightning_qlora import (
 )
 from lightning_qlora.adapters.conversion import CONVERSION
 from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.checks import DAMAGED, DIVERGED
+from lightning_qlora.checks import DAMAGED, DIVERGED, NOT_FINITE
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.tools.cli import main
@@ -147,34 +147,40 @@ def test_a_module_whose_layers_were_built_anew_refuses_adapters(files):
     refused(lambda: module.load_state_dict(state), "Classifier has none", "its layers were built anew")
 
 
-def test_a_damaged_quant_state(changed):
-    key = "net.0.weight.quant_state.bitsandbytes__nf4"
-
-    def damage(state):
-        state[key] = state[key].clone()
-        state[key][3] ^= 128
-
-    refused(lambda: load_from_checkpoint(Classifier, changed(damage, "full")), key, DAMAGED)
+STATE, A = "net.0.weight.quant_state.bitsandbytes__nf4", "net.0.lora_A"
 
 
-def test_a_4_bit_weight_of_another_shape(changed):
-    def change(state):
-        state.update(quantize(torch.randn(64, 128)).bnb_state_dict("net.0.weight"))
-
-    message = ["net.0: its weight", "[64, 128] in the checkpoint, [64, 64] here"]
-    refused(lambda: load_from_checkpoint(Classifier, changed(change, "full")), *message, kind=CheckpointMismatchError)
+def flip_a_bit(state):
+    state[STATE] = state[STATE].clone()
+    state[STATE][3] ^= 128
 
 
 @pytest.mark.parametrize(
-    ("value", "words", "kind"),
+    ("kind", "change", "words", "error"),
     [
-        (torch.ones(0, 64), ["has rank 0 for 64 inputs"], CheckpointMismatchError),
-        (torch.full((4, 64), float("nan")), ["holds NaN or Inf", DIVERGED], ValueError),
+        ("full", flip_a_bit, [STATE, DAMAGED], ValueError),
+        (
+            "full",
+            lambda state: state.update(quantize(torch.randn(64, 128)).bnb_state_dict("net.0.weight")),
+            ["net.0: its weight", "[64, 128] in the checkpoint, [64, 64] here"],
+            CheckpointMismatchError,
+        ),
+        (
+            "adapter",
+            lambda state: state.update({A: torch.ones(0, 64)}),
+            ["net.0: ", "has rank 0 for 64 inputs"],
+            CheckpointMismatchError,
+        ),
+        (
+            "adapter",
+            lambda state: state.update({A: torch.full((4, 64), torch.nan)}),
+            [A, NOT_FINITE, DIVERGED],
+            ValueError,
+        ),
     ],
 )
-def test_an_adapter_in_a_checkpoint(value, words, kind, changed):
-    path = changed(lambda state: state.update({"net.0.lora_A": value}))
-    refused(lambda: load_from_checkpoint(Classifier, path), "net.0", *words, kind=kind)
+def test_a_wrong_entry_of_a_checkpoint(kind, change, words, error, changed):
+    refused(lambda: load_from_checkpoint(Classifier, changed(change, kind)), *words, kind=error)
 
 
 @pytest.mark.parametrize("harm", ["length", "json", "shape", "offset"])

@@ -45,7 +45,8 @@ ALLOWED = {
     "huggingface/load_weights.py": {"new.is_stack"},
     "huggingface/quantizer.py": {"copied.quantization_operation"},
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
-    "layers/held_types.py": {"tensor.grad", "object.__setattr__(value, name, new)"},  # and of a copy of a dataclass
+    "layers/held_types.py": {"tensor.grad"},
+    "layers/compute_in.py": {"object.__setattr__(value, name, new)"},  # of a copy of a dataclass
     "training/calibration.py": {"parameter.grad"},
     "layers/lora_layer.py": {"parameter.grad"},
     # Marks that transformers sets while it loads.

@@ -19,13 +19,14 @@ from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.full_precision import release, undo_full_precision
 from lightning_qlora.layers.held_types import full_precision_parameters
 from lightning_qlora.layers.input_statistics import stop_waiting
-from lightning_qlora.layers.lora_layer import DTYPES, LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.provenance import mark_as_loaded
 from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
 from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
+from lightning_qlora.layers.typed_layer import DTYPES
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -23,7 +23,7 @@ CONFIG_FILE = "adapter_config.json"
 BASE_MODEL = "base_model_name_or_path"
 UNNAMED = ("", "None")  # transformers' names of a model that was not loaded from a folder
 DEFAULTS: dict[str, Any] = {"peft_type": "", "r": 8, "lora_alpha": 8}  # PEFT's
-UNSET: dict[str, Any] = {
+UNSET: dict[str, Any] = {  # what null stands for there, and an entry that is missing
     "use_rslora": False,
     "use_dora": False,
     "rank_pattern": {},

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_qlora.layers.compute_in import output_dtype
 from lightning_qlora.layers.deferred_logits import DeferredLogits, Source
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.disable_adapter import DISABLED
-from lightning_qlora.layers.full_precision import output_dtype
 from lightning_qlora.layers.instance_method import InstanceMethod, add, has_other_forward, instance_method, remove
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import last_part, without_numbers

@@ -8,7 +8,7 @@ W^T: equal on average, with a second product with W. The norm counts as a consta
 """
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,24 +17,10 @@ from lightning_qlora.config import BLOCK_SIZES
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import grad_bias, lora_linear, refuse_second_derivative
+from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 TINY = torch.finfo(torch.float32).tiny
-
-
-class Matrix(NamedTuple):
-    """A 4-bit weight [out, in] with its adapter."""
-
-    weight: PackedBytes
-    lora_a: Tensor
-    lora_b: Tensor
-    magnitude: Tensor | None = None
-    number: int = 0  # in a stack
-
-    def product(self, scaling: float) -> Tensor:
-        """s B A, [out, in], fp32, under autocast too."""
-        with torch.autocast(self.lora_b.device.type, enabled=False):
-            return scaling * (self.lora_b.float() @ self.lora_a.float())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Values that are held in fp32 in a module of 16 bits: their types before, and the devices that compute fp32 better.
+"""Values that are held in fp32 in a module of 16 bits, and their types before.
 
     vars(part)["_qlora_types"]      key of a parameter or buffer -> the 16-bit type that it had
     state dicts                     have the values as they are, in fp32
@@ -8,62 +8,18 @@ What trains in full is held in fp32 on every device, and a whole module on devic
 (`full_precision.py`).
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.kernels.cpu.matmul_16bit import products
+from lightning_qlora.layers.device_types import IN_16_BITS
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import has_values, is_strided
 
-IN_16_BITS = (torch.bfloat16, torch.float16)
 Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
 TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each tensor of its own that is held in fp32
-
-
-def reason_for_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a device should hold a module of this type in fp32, and compute in it; None: the module keeps its type.
-
-    The reason is a sentence without its end. The first question for a type of a CPU measures, in some milliseconds.
-    """
-    if dtype not in IN_16_BITS:
-        return None
-    if device.type == "cpu":
-        measured = products(dtype)
-        if measured.is_slow:
-            return f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})"
-    if device.type == "cuda" and not has_bf16("cuda"):
-        return f"{torch.cuda.get_device_name(device)} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32"
-    if device.type in ("cuda", "xpu") and dtype is torch.float16:
-        return "fp16 has no number for large activations and small gradients"
-    return None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
-def has_bf16(device: str) -> bool:
-    """Whether GPUs of a type compute in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
-    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
-
-
-@cache
-def _cuda_has_bf16() -> bool:
-    if torch.version.hip:  # torch says yes for all; GCN before MI100 and RDNA before its third generation have none
-        card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
-        return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def is_our_autocast() -> bool:
-    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
-
-    Recomputation, which restores what torch knows of autocast, gets the same answer.
-    """
-    return not torch.is_autocast_cache_enabled()
 
 
 def own_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -71,13 +27,19 @@ def own_tensors(part: nn.Module) -> dict[str, Tensor]:
     return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
 
 
-def types_before(part: nn.Module) -> dict[str, torch.dtype]:
-    """Key -> type before of what a module holds itself in fp32; what a cast gave another type since is not held."""
+def held_in(part: nn.Module) -> list[tuple[str, Tensor, torch.dtype]]:
+    """Key, value and type before of what a module holds itself in fp32; what a cast gave another type is not held."""
     types: dict[str, torch.dtype] | None = vars(part).get(TYPES)
     if types is None:
-        return {}
+        return []
     tensors = own_tensors(part)
-    return {key: dtype for key, dtype in types.items() if key in tensors and tensors[key].dtype is torch.float32}
+    held = [(key, tensors[key], dtype) for key, dtype in types.items() if key in tensors]
+    return [entry for entry in held if entry[1].dtype is torch.float32]
+
+
+def types_before(part: nn.Module) -> dict[str, torch.dtype]:
+    """Key -> type before, of the same."""
+    return {key: dtype for key, _, dtype in held_in(part)}
 
 
 def set_types_before(part: nn.Module, types: Mapping[str, torch.dtype]) -> None:
@@ -97,10 +59,8 @@ def held_tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor
     """Name, value and type before of each parameter and buffer that is held in fp32; tied ones with the first name."""
     seen = set[int]()
     for name, part in modules.items():
-        tensors = own_tensors(part) if TYPES in vars(part) else {}
-        for key, dtype in types_before(part).items():
-            tensor = tensors.get(key)
-            if tensor is not None and id(tensor) not in seen:
+        for key, tensor, dtype in held_in(part):
+            if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield _join(name, key), tensor, dtype
 
@@ -153,9 +113,9 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
     """A state dict for a file: what is held in fp32 and does not train in its type before, if that holds it exactly."""
     narrow = {}
     for name, part in module.named_modules(remove_duplicate=False):
-        for key, dtype in types_before(part).items():
+        for key, tensor, dtype in held_in(part):
             value = state_dict.get(_join(name, key))
-            if value is not None and not is_sharded(value) and not own_tensors(part)[key].requires_grad:
+            if value is not None and not is_sharded(value) and not tensor.requires_grad:
                 narrow[_join(name, key)] = value.to(dtype)
     exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key])}
     return {**state_dict, **exact}
@@ -166,42 +126,6 @@ def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtyp
     return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
-def in_fp32(value: Any) -> Any:
-    """16-bit tensors in fp32, wherever they stand in a value."""
-    return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
-
-
-def cast_values(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
-    """A value with the tensors in it cast: in tuples, lists, dicts and dataclasses.
-
-    What has nothing to cast stays the same object, so a forward pass may append to a list of its caller.
-    """
-    if isinstance(value, Tensor):
-        return cast(value)
-    if isinstance(value, Mapping):
-        changed = _changed(value.items(), cast)
-        if changed:
-            value = copy.copy(value)
-            for key, new in changed.items():
-                value[key] = new
-    elif isinstance(value, (tuple, list)):
-        changed = _changed(enumerate(value), cast)
-        if changed:
-            values = [changed.get(index, old) for index, old in enumerate(value)]
-            value = type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
-    elif is_dataclass(value) and not isinstance(value, type):
-        changed = _changed(((field.name, getattr(value, field.name, None)) for field in fields(value)), cast)
-        if changed:
-            value = copy.copy(value)
-            for name, new in changed.items():
-                object.__setattr__(value, name, new)  # also of a frozen one
-    return value
-
-
-def _changed(items: Iterable[tuple[Any, Any]], cast: Callable[[Tensor], Tensor]) -> dict[Any, Any]:
-    changed = {}
-    for key, old in items:
-        new = cast_values(old, cast)
-        if new is not old:
-            changed[key] = new
-    return changed
+def follow_cast(part: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Cast the types before of what a module holds itself, as `nn.Module._apply` casts with this function."""
+    set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})

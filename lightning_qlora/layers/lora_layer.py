@@ -16,22 +16,20 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.ops import has_autocast
 from lightning_qlora.kernels.rounding import round_by_index
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
-from lightning_qlora.layers.dora import Matrix, dora_linear, dora_scale, row_norm
+from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
 from lightning_qlora.layers.dtensor import gather, shard_like
-from lightning_qlora.layers.held_types import has_bf16, is_our_autocast
 from lightning_qlora.layers.input_statistics import InputStatistics, wait_for_inputs
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.matrix import Matrix
+from lightning_qlora.layers.typed_layer import TypedLayer
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class LoRALayer(WithAdapter, PackedLayer):
+class LoRALayer(WithAdapter, TypedLayer):
     """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
 
     The tensors of a stack have a first dimension for the experts.
@@ -44,7 +42,6 @@ class LoRALayer(WithAdapter, PackedLayer):
     lora_magnitude_vector: nn.Parameter | None  # [out], fp32, with DoRA
     lora_dropout: float  # probability of dropping an input of the adapter in training
     scaling: float  # the factor s
-    config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
     full_name: str  # in the converted module; not `name`, which a class of the user may have
     seed_name: str  # for both see `names.py`
     adapter_folder: str | None = None  # the last one that an argument named and that was loaded
@@ -210,52 +207,6 @@ class LoRALayer(WithAdapter, PackedLayer):
             total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)
 
-    def compute_dtype(self, device: str) -> torch.dtype:
-        """The type that a call on this type of device multiplies in: the configured one, autocast's, or the weight's.
-
-        A GPU multiplies fp32 weights in bf16, and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32.
-        """
-        if self.config.compute_dtype != "auto":
-            return DTYPES[self.config.compute_dtype]
-        autocast = self.autocast_dtype(device)
-        if autocast is not None:
-            return autocast
-        if self.weight_dtype is torch.float64:
-            return torch.float32
-        if device in ("cuda", "xpu") and self.weight_dtype is not torch.float16:
-            return torch.bfloat16 if has_bf16(device) else torch.float16
-        return self.weight_dtype
-
-    def autocast_dtype(self, device: str) -> torch.dtype | None:
-        """The type of autocast on a type of device; None: without.
-
-        In a module of 16 bits that this package runs under autocast (`full_precision.py`), a layer in fp32 computes
-        without it.
-        """
-        if not has_autocast(device) or (self.weight_dtype is torch.float32 and is_our_autocast()):
-            return None
-        return torch.get_autocast_dtype(device)
-
-    def cast_input(self, x: Tensor) -> tuple[Tensor, bool]:
-        """x in the type of the call, and whether its products are those of `kernels/half.py`, which take fp32.
-
-        Under autocast in fp16 they are plain products in fp16, as those of other layers are: the loop that uses it
-        scales its loss.
-        """
-        device = x.device.type
-        dtype = self.compute_dtype(device)
-        in_fp16 = dtype is torch.float16 and self.autocast_dtype(device) is not torch.float16
-        if in_fp16:
-            dtype = torch.float32
-        if x.dtype is dtype:
-            return x, in_fp16
-        if not x.is_floating_point():  # the result would be rounded to integers
-            raise TypeError(
-                "x: must be float32, bfloat16 or float16 (or float64, computed in float32), not "
-                f"{x.dtype}. Cast it first."
-            )
-        return x.to(dtype), in_fp16
-
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
         if self.input_statistics is not None:
@@ -276,13 +227,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         else:
             y = dora_linear(x, weight, bias, lora, magnitude, row_norm(self, matrix))
         return self.cast_output(y, input_dtype)
-
-    def cast_output(self, y: Tensor, input_dtype: torch.dtype) -> Tensor:
-        """y in the type of the input; under autocast in that of other layers, and of a module held in fp32 as it is."""
-        autocast = self.autocast_dtype(y.device.type)
-        if autocast is not None:
-            return y.to(autocast)
-        return y if self.is_held else y.to(input_dtype)
 
     def dropout_seed(self, rank: int = 0) -> Tensor | None:
         """A seed for the dropout of one call; None: no dropout.

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
@@ -133,41 +132,6 @@ class Names(NamedTuple):
     def in_state_dicts(self) -> str:
         """Without what torch.compile and checkpoint_wrapper put into it."""
         return without_wrappers(self.full)
-
-
-@dataclass(eq=False, repr=False)
-class Place:
-    """A module in one of its places, and those inside of it, itself first."""
-
-    name: str
-    module: nn.Module
-    inside: list["Place"] = field(default_factory=list)
-
-    @property
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the module and of its parts; shared ones several times."""
-        for place in self.inside:
-            yield from (parameter for parameter in place.module._parameters.values() if parameter is not None)
-
-
-def places_of(root: nn.Module) -> list[Place]:
-    """The places of all modules, each before those inside of it."""
-    outer: list[Place] = []
-    for name, module in root.named_modules(remove_duplicate=False):
-        while outer and not inside(name, outer[-1].name):
-            outer.pop()
-        outer.append(Place(name, module))
-        for place in outer:
-            place.inside.append(outer[-1])
-    return outer[0].inside
-
-
-def once(places: Iterable[Place]) -> list[Place]:
-    """The first place of each module."""
-    first: dict[int, Place] = {}
-    for place in places:
-        first.setdefault(id(place.module), place)
-    return list(first.values())
 
 
 def only_child_of(module: nn.Module) -> str | None:

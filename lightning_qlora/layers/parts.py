@@ -37,19 +37,19 @@ class Parts:
     """The modules in a module.
 
     Attributes:
-        places: Name and module, a shared module under each of its names, in the order of `named_modules`. The names are
-            those in state dicts, which have torch.compile's and not checkpoint_wrapper's.
+        places: Name and module, a shared module under each of its names, in the order of `named_modules`, without these
+            names of wrappers. State dicts have torch.compile's, and not checkpoint_wrapper's.
     """
 
-    def __init__(self, places: Iterable[tuple[str, nn.Module]], wrappers: Collection[str] = (CHECKPOINTED,)) -> None:
+    def __init__(self, places: Iterable[tuple[str, nn.Module]], wrappers: Collection[str]) -> None:
         self.places = [(without_wrappers(name, wrappers), module) for name, module in places]
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Parts":
+    def of(cls, module: nn.Module, wrappers: Collection[str] = (CHECKPOINTED,)) -> "Parts":
         """Those of a module; of a module that Fabric set up, those of the user's module."""
         if isinstance(module, classes(_FabricModule)):
             module = module.module
-        return cls(module.named_modules(remove_duplicate=False))
+        return cls(module.named_modules(remove_duplicate=False), wrappers)
 
     @property
     def root(self) -> nn.Module:
@@ -114,8 +114,8 @@ class Parts:
         Else the only child with parameters of a LightningModule, else "", for the module itself.
         """
         adapted = set(self.layers.values())
-        for name, part in self.named:
-            if is_transformers_model(part) and adapted.issubset(each for _, each in self.inside(name)):
+        for name, modules in self.models.items():
+            if adapted.issubset(modules):
                 return name
         return only_child_of(self.root) or ""
 
@@ -128,3 +128,9 @@ class Parts:
         """The places in the module of a name, with the names there."""
         start = len(outer) + bool(outer)
         return [(name[start:], module) for name, module in self.places if inside(name, outer)]
+
+    @cached_property
+    def models(self) -> dict[str, list[nn.Module]]:
+        """Name of each transformers model -> the modules in it, itself first."""
+        names = [name for name, module in self.named if is_transformers_model(module)]
+        return {name: [module for _, module in self.inside(name)] for name in names}

@@ -1,11 +1,11 @@
 """Where the values of a module come from. New is what is outside of a loaded model, or was not in its files."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.names import Place, is_transformers_model, once, places_of
+from lightning_qlora.layers.parts import Parts
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
@@ -28,49 +28,49 @@ def get_output_embeddings(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
                 yield embedding
 
 
-def transformers_models(places: Iterable[Place]) -> list[Place]:
-    """The transformers models, each once."""
-    return [place for place in once(places) if is_transformers_model(place.module)]
-
-
-def loaded_models(places: Iterable[Place]) -> list[Place]:
-    """The transformers models that were loaded from weights, without those inside another one."""
-    models = transformers_models(places)
-    inner = {id(part.module) for model in models for part in model.inside[1:]}
-    outermost = [model for model in models if id(model.module) not in inner]
+def loaded_models(parts: Parts) -> list[list[nn.Module]]:
+    """The modules of each transformers model that was loaded from weights, without those inside another one."""
+    inner = {id(module) for modules in parts.models.values() for module in modules[1:]}
+    outermost = [modules for modules in parts.models.values() if id(modules[0]) not in inner]
     # A copy of a loaded model has lost the marks of its tensors, but not its name.
-    return [model for model in outermost if _is_marked(model) or getattr(model.module, "name_or_path", None)]
+    return [modules for modules in outermost if _is_marked(modules) or getattr(modules[0], "name_or_path", None)]
 
 
-def new_parameters(places: Sequence[Place]) -> dict[int, str]:
+def new_parameters(parts: Parts) -> dict[int, str]:
     """Id -> reason, of each trainable parameter that has to train in full because its value is random.
 
     If a transformers model was loaded, that is everything outside of such models. In each model it is the head of a
     model for classification, and what `from_pretrained` of transformers 5 reported as newly initialized.
     """
-    for place in places:
-        _mark(place.module._parameters.get(key) for key in vars(place.module).get(MARKED, ()))
+    for module in parts.modules:
+        _mark(module._parameters.get(key) for key in vars(module).get(MARKED, ()))
     new: dict[int, str] = {}
-    every = list(places[0].parameters)
-    loaded = loaded_models(places)
+    every = list(parameters_of(parts.modules))
+    loaded = loaded_models(parts)
     if loaded:
-        kinds = " and ".join(dict.fromkeys(type(model.module).__name__ for model in loaded))
-        inside = {id(parameter) for model in loaded for parameter in model.parameters}
+        kinds = " and ".join(dict.fromkeys(type(modules[0]).__name__ for modules in loaded))
+        inside = {id(parameter) for modules in loaded for parameter in parameters_of(modules)}
         new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in every if id(p) not in inside}
-    for model in transformers_models(places):
-        for parameter in _head(model.module):
-            new.setdefault(id(parameter), f"new: classification head of the {type(model.module).__name__}")
-        if _is_marked(model):
-            for place in model.inside:
-                for parameter in _without_mark(place.module):
+    for modules in parts.models.values():
+        for parameter in _head(modules[0]):
+            new.setdefault(id(parameter), f"new: classification head of the {type(modules[0]).__name__}")
+        if _is_marked(modules):
+            for module in modules:
+                for parameter in _without_mark(module):
                     new[id(parameter)] = "new: initialized when the model was loaded"
     return {key: new[key] for key in (id(p) for p in every if p.requires_grad) if key in new}
 
 
+def parameters_of(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters that modules hold themselves; shared ones several times."""
+    for module in modules:
+        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+
+
 def mark_as_loaded(root: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Give parameters that replace others the mark of those, so that they are not taken for new ones."""
-    models = filter(_is_marked, transformers_models(places_of(root)))
-    ids = {id(parameter) for model in models for parameter in model.parameters}
+    models = filter(_is_marked, Parts.of(root).models.values())
+    ids = {id(parameter) for modules in models for parameter in parameters_of(modules)}
     _mark(parameter for parameter in parameters if id(parameter) in ids)
 
 
@@ -100,7 +100,7 @@ def _head(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _without_mark(part: nn.Module) -> list[nn.Parameter]:
     """The parameters that were in no file; a layer that the files have in part, such as all but its bias, has none."""
-    parameters = [parameter for parameter in part._parameters.values() if parameter is not None]
+    parameters = list(parameters_of([part]))
     if not part._modules and any(map(_has_mark, parameters)):
         return []
     return [parameter for parameter in parameters if not _has_mark(parameter)]
@@ -110,5 +110,5 @@ def _has_mark(parameter: Tensor) -> bool:
     return bool(getattr(parameter, LOADED_TENSOR, False))
 
 
-def _is_marked(model: Place) -> bool:
-    return any(map(_has_mark, model.parameters))
+def _is_marked(modules: Iterable[nn.Module]) -> bool:
+    return any(map(_has_mark, parameters_of(modules)))

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
-from lightning_qlora.layers.dora import Matrix
 from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
+from lightning_qlora.layers.typed_layer import TypedLayer
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
@@ -210,7 +211,7 @@ def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
 
 
 MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks
-for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
+for kind in (PackedLayer, TypedLayer, LoRALayer, SavedLayer, QLoRALinear):
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()
 

@@ -26,19 +26,9 @@ READ_ONLY = (
     f"{KEEP_DENSE}."
 )
 # What tells the properties of a tensor without its values.
-PROPERTIES = [
-    "dtype",
-    "device",
-    "shape",
-    "ndim",
-    "layout",
-    "requires_grad",
-    "is_leaf",
-    "grad_fn",
-    "grad",
-    "retains_grad",
-]
-PROPERTIES += ["retains_grad", "is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized"]
+PROPERTIES = ["dtype", "device", "shape", "ndim", "layout"]
+PROPERTIES += ["requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad"]
+PROPERTIES += ["is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized"]
 METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES}
 METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
 METADATA |= {Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel}

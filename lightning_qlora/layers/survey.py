@@ -22,24 +22,22 @@ from lightning_qlora.layers.kinds import is_linear, is_packed
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     Names,
-    Place,
     inside,
     is_transformers_model,
     join,
     last_part,
-    once,
     only_child_of,
-    places_of,
     without_wrappers,
 )
 from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.provenance import (
     LOADED,
     OUTPUT_EMBEDDINGS,
     get_output_embeddings,
     loaded_models,
     new_parameters,
-    transformers_models,
+    parameters_of,
 )
 from lightning_qlora.layers.qlora_linear import MEMBERS
 from lightning_qlora.layers.records import is_recorded
@@ -152,37 +150,37 @@ class Survey:
 
 def survey(root: nn.Module) -> Survey:
     """Survey a module. Lazy layers must have run."""
-    places = places_of(root)
+    modules = Parts.of(root, wrappers=())
     return Survey(
-        parts=list(_Facts(root, places).parts()),
-        trains=any(parameter.requires_grad for parameter in places[0].parameters),
-        is_loaded=bool(loaded_models(places)),
+        parts=list(_Facts(modules).parts()),
+        trains=any(parameter.requires_grad for parameter in parameters_of(modules.modules)),
+        is_loaded=bool(loaded_models(modules)),
     )
 
 
 class _Facts:
     """What is known of single modules and parameters, by their ids."""
 
-    def __init__(self, root: nn.Module, places: list[Place]) -> None:
-        self.modules = {place.name: place.module for place in once(places)}
-        self.names = _names(root, places)
-        self.new = new_parameters(places)
+    def __init__(self, modules: Parts) -> None:
+        self.modules = dict(modules.named)
+        self.names = _names(modules)
+        self.new = new_parameters(modules)
         self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
-        for place in places:
-            for key, parameter in place.module._parameters.items():
+        for name, module in modules.places:
+            for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    self.holders[id(parameter)][join(place.name, key)] = id(place.module)
+                    self.holders[id(parameter)][join(name, key)] = id(module)
         self.routers = Routers(self.modules)
         self.members_of: Callable[[Any], frozenset[str]] = cache(_members_of_class)
         self.output_embeddings = set(map(id, get_output_embeddings(self.modules.values())))
         self.in_frozen_models: set[int] = set()
-        for model in transformers_models(places):
-            if not any(parameter.requires_grad for parameter in model.parameters):
-                self.in_frozen_models.update(id(place.module) for place in model.inside)
+        for inside_model in modules.models.values():
+            if not any(parameter.requires_grad for parameter in parameters_of(inside_model)):
+                self.in_frozen_models.update(map(id, inside_model))
         self.left_dense: set[int] = set()
-        for model in places:
-            if getattr(model.module, "is_loaded_in_4bit", False) or vars(model.module).get(LOADED):
-                self.left_dense.update(id(place.module) for place in model.inside)
+        for name, module in modules.named:
+            if getattr(module, "is_loaded_in_4bit", False) or vars(module).get(LOADED):
+                self.left_dense.update(id(part) for _, part in modules.inside(name))
 
     def parts(self) -> Iterator[Part]:
         for name, module in self.modules.items():
@@ -275,15 +273,15 @@ def _shape(module: Any, kind: Kind) -> tuple[int, int]:
     return rows, columns
 
 
-def _names(root: nn.Module, places: list[Place]) -> dict[int, Names]:
+def _names(modules: Parts) -> dict[int, Names]:
     """Id of each module -> its names."""
-    is_lightning = isinstance(root, classes(LightningModule))
-    only_child = only_child_of(root)
+    is_lightning = isinstance(modules.root, classes(LightningModule))
+    only_child = only_child_of(modules.root)
     model: str | None = None
     seeds: dict[int, str] = {}
     full: dict[int, list[str]] = defaultdict(list)
     for_patterns: dict[int, list[str]] = defaultdict(list)
-    for name, module in ((place.name, place.module) for place in places):
+    for name, module in modules.places:
         if model is None or not inside(name, model):
             model = name if is_transformers_model(module) else None
         in_child = name.partition(".")[2] if is_lightning else ""

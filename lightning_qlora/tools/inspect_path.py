@@ -73,15 +73,11 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
 
 def _names_of_layers(adapter: Adapter) -> list[str]:
     """The names of parameters with experts where the config has them in full, else PEFT's names of their wrappers."""
-    names = []
-    in_full = []
-    for owner, keys in adapter.modules.items():
-        parameters = sorted(name for name in adapter.target_parameters if owner_name(name) == owner)
-        if len(parameters) == len(keys):
-            in_full += parameters
-        else:
-            names += keys
-    return names + in_full
+    parameters = sorted(adapter.target_parameters)
+    counts = Counter(map(owner_name, parameters))
+    in_full = {owner for owner, keys in adapter.modules.items() if len(keys) == counts[owner]}
+    others = [key for owner, keys in adapter.modules.items() for key in keys if owner not in in_full]
+    return others + [name for name in parameters if owner_name(name) in in_full]
 
 
 def _counts(values: Iterable[float]) -> str:

@@ -22,8 +22,6 @@ from lightning_qlora.files.safetensors_folder import read_config
 from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, load_base_model, stored_format
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
-from lightning_qlora.kernels.ops import quantize
-from lightning_qlora.layers.fingerprint import fingerprint_of_weights
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named
 from lightning_qlora.layers.parts import Parts
@@ -56,52 +54,38 @@ def merge_folder(
     trained = adapter.quantization or QLoRAConfig()
     config = replace(trained.with_initialization("default"), deferred_logits=False)
     weights: dict[str, Tensor] = {}
-    if stored_format(read_config(Path(base_model))).get("load_in_4bit"):
-        with quantize_while_loading(config, adapter=adapter):
-            model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
-    else:
-        for loading_dtype in ("auto", torch.bfloat16, torch.float16):  # training may have loaded another type
+    in_4_bits = stored_format(read_config(Path(base_model))).get("load_in_4bit")
+    # Training may have loaded another type than that of the files.
+    for loading_dtype in ("auto",) if in_4_bits else ("auto", torch.bfloat16, torch.float16):
+        if in_4_bits:
+            with quantize_while_loading(config, adapter=adapter):
+                model = load_base_model(base_model, adapter, trust_remote_code=trust_remote_code)
+        else:
             model = load_base_model(base_model, adapter, loading_dtype, trust_remote_code)
-            weights = float_weights(model, from_peft(adapter, Parts.of(model).base))
-            if base == "float" or _quantizes_as_in_training(base_model, weights, adapter, config):
-                break
-        if base == "quantized":
-            weights = {}
-        forget_quantizer(model.modules())
-    config = config_of_adapter(model, adapter, config)
-    with warnings.catch_warnings(), named(base_model):
-        warnings.simplefilter("ignore")  # these warnings are about training
-        convert_module(model, config)
-    layers = Parts.of(model).base.layers
-    for name, packed in adapter.bases.items():
-        layers[name].set_packed_weights(packed)
-    if base == "quantized" and not trained.changes_base:
-        for name, layer in layers.items():
-            if adapter.fingerprints.get(name) not in (None, layer.base_fingerprint()):
-                raise CheckpointMismatchError(
-                    f"{base_model}: {name} has other 4-bit weights than in the training of {adapter.source}. Pass the "
-                    "base model of the training, or base='float' (--base float)."
-                )
+            if base == "float":
+                weights = float_weights(model, from_peft(adapter, Parts.of(model).base))
+            forget_quantizer(model.modules())
+        with warnings.catch_warnings(), named(base_model):
+            warnings.simplefilter("ignore")  # these warnings are about training
+            convert_module(model, config_of_adapter(model, adapter, config))
+        layers = Parts.of(model).base.layers
+        for name, packed in adapter.bases.items():
+            layers[name].set_packed_weights(packed)
+        others = [
+            name for name in layers if adapter.fingerprints.get(name) not in (None, layers[name].base_fingerprint())
+        ]
+        if not others or trained.changes_base or base == "float":  # a changed base is checked with the adapter
+            break
+    else:
+        raise CheckpointMismatchError(
+            f"{base_model}: {others[0]} has other 4-bit weights than in the training of {adapter.source}. Pass the "
+            "base model of the training, or base='float' (--base float)."
+        )
     set_adapter_of_module(model, adapter)
     merge_onto(model, weights, dtype)
     with atomic_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size=LARGEST_FILE)
         _copy_other_files(base_model, partial)
-
-
-def _quantizes_as_in_training(
-    base_model: str | os.PathLike[str], weights: dict[str, Tensor], adapter: Adapter, config: QLoRAConfig
-) -> bool:
-    """Whether quantizing the first weight gives the bytes of the training; True if these are not known."""
-    name, weight = next(iter(weights.items()))
-    expected = adapter.fingerprints.get(name)
-    if expected is None or adapter.bases:
-        return True
-    form = config.quant_type, config.block_size, config.double_quant
-    matrices = weight.reshape(-1, *weight.shape[-2:])
-    with named(f"{base_model}: {name}"):
-        packed = [quantize(matrix, *form) for matrix in matrices]
-    return expected == fingerprint_of_weights(packed)
 
 
 def _copy_other_files(base_model: str | os.PathLike[str], folder: Path) -> None:

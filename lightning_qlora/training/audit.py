@@ -4,19 +4,16 @@ An adapter without a gradient never trains, and nothing else would say so: its l
 not differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from weakref import WeakSet
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
+from lightning_qlora.layers.device_types import IN_16_BITS
 from lightning_qlora.layers.dtensor import local, world_size
-from lightning_qlora.layers.held_types import IN_16_BITS
-from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import frozen_parameters
@@ -33,14 +30,15 @@ NOT_RECOMPUTED = (
     "gradient_checkpointing saves no memory here, because the forward method was not called in the first step, so "
     "nothing was recomputed"
 )
-THAWED = f"Conversion froze them; if this is meant, {TRAIN_IN_FULL} from the start"
-THAWED_LAYERS = (
-    "The module froze their layers before conversion; to train them in 4 bits with adapters, name them in "
-    "target_modules, or unfreeze them before conversion"
+THAWED = (
+    "train from now on, in full, and are in checkpoints. Conversion froze them, or the module before it. If this is "
+    f"meant, {TRAIN_IN_FULL} from the start, or linear layers in target_modules, for 4 bits and adapters; if not, set "
+    "requires_grad only of the parameters that had it after conversion, as those with 'lora_' in their names"
 )
-NOT_MEANT = (
-    "If it is not meant, set requires_grad only of the parameters that had it after conversion, for example of those "
-    "with 'lora_' in their names"
+LOST = (
+    "train in 16 bits, and have elements that do not move, because a step, about the learning rate, is smaller than "
+    "half of their last bit: do not cast the module after conversion, which holds what trains in full in fp32; "
+    f"{TRAIN_IN_FULL}, if you make them trainable; or cast them to fp32 before conversion"
 )
 
 
@@ -75,7 +73,7 @@ class Audit:
                 layers[name] = layer
         self._tell_what_is_unused(adapters_without_gradient(layers))
         self.report.tell(NOT_RECOMPUTED, blocks_not_recomputed(module, layers.values()))
-        _warn_of_lost_steps(optimizer, names)
+        self.report.tell(LOST, _parameters_that_do_not_move(optimizer, names))
 
     def _tell_what_is_unused(self, reasons: Mapping[str, str]) -> None:
         unused = self.report.unused
@@ -89,16 +87,12 @@ class Audit:
 
     def _tell_what_was_thawed(self, module: nn.Module, new: Collection[int]) -> None:
         """Tell of frozen parameters that train from this step on, as after `unfreeze()`; `new` are their ids."""
-        thawed = defaultdict[str, dict[nn.Parameter, str]](dict)
-        for name, owner, _, parameter, record in frozen_parameters(module.named_modules()):
+        thawed: dict[nn.Parameter, str] = {}
+        for name, _, _, parameter, _ in frozen_parameters(module.named_modules()):
             if id(parameter) in new:
-                is_dense_layer = is_linear(owner) and not isinstance(owner, LoRALayer)
-                kind = THAWED_LAYERS if is_dense_layer and not record.trained else THAWED
-                thawed[kind].setdefault(parameter, name)
-        for kind, names in thawed.items():
-            size = size_text(sum(parameter.nbytes for parameter in names))
-            text = f"{len(names)} parameters ({size}) train from now on, in full, and are in checkpoints. {kind}."
-            self.report.tell(f"{text} {NOT_MEANT}", names.values())
+                thawed.setdefault(parameter, name)
+        size = size_text(sum(parameter.nbytes for parameter in thawed))
+        self.report.tell(f"{len(thawed)} parameters ({size}) {THAWED}", thawed.values())
 
 
 def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]:
@@ -111,26 +105,14 @@ def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]
     return reasons
 
 
-def _warn_of_lost_steps(optimizer: Optimizer, names: Mapping[int, str]) -> None:
-    """Warn of 16-bit parameters in which a step of Adam, about a learning rate, is lost: p + lr, rounded, is p."""
-    if not isinstance(optimizer, ADAM):
-        return
-    shares = {}  # name -> share of the elements that do not move
-    for group in optimizer.param_groups:
+def _parameters_that_do_not_move(optimizer: Optimizer, names: Mapping[int, str]) -> list[str]:
+    """Names of 16-bit parameters in which a step of Adam, about a learning rate, is lost: p + lr, rounded, is p."""
+    lost = []
+    for group in optimizer.param_groups if isinstance(optimizer, ADAM) else ():
         step = max(float(group["lr"]), float(group.get("initial_lr", 0)))  # at the end of a warmup
         for parameter in group["params"]:
-            if parameter.dtype not in IN_16_BITS or parameter.grad is None or step <= 0 or id(parameter) not in names:
-                continue
-            values = local(parameter.detach())
-            moved = (values.float() + step).to(values.dtype)
-            share = (moved == values).float().mean().item()
-            if share > 0:
-                shares[names[id(parameter)]] = share
-    if shares:
-        name, share = max(shares.items(), key=lambda pair: pair[1])
-        rank_zero_warn(
-            f"{groups(shares)} train in 16 bits, and a step of {type(optimizer).__name__}, about its learning rate, is "
-            f"smaller than half of the last bit of {100 * share:.0f}% of {name}: these elements do not move. "
-            "Conversion holds what trains in full in fp32: do not cast the module afterwards, and "
-            f"{TRAIN_IN_FULL}, if you make them trainable. Or cast these parameters to fp32 before conversion."
-        )
+            if parameter.dtype in IN_16_BITS and parameter.grad is not None and step > 0 and id(parameter) in names:
+                values = local(parameter.detach())
+                if ((values.float() + step).to(values.dtype) == values).any():
+                    lost.append(names[id(parameter)])
+    return lost

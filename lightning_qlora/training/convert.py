@@ -22,10 +22,10 @@ from lightning_qlora.layers.apply import add_tokens, convert_layers, freeze
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.layers.device_types import reason_for_fp32
 from lightning_qlora.layers.full_precision import Decide, hold_in_fp32, train_in_full_precision
-from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.parts import Parts
-from lightning_qlora.layers.qlora_linear import adapted_layers, adapted_layers_of
+from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import record, unrecorded
 from lightning_qlora.layers.selection import SavedLayers, Selection, decide
 from lightning_qlora.layers.selection_checks import check_selection
@@ -36,15 +36,16 @@ from lightning_qlora.training.convert_checks import (
     check_has_data,
     check_initialized,
     check_loaded,
-    warn_of_other_arguments,
-    warn_of_other_layers,
+    differing_arguments,
 )
 from lightning_qlora.training.gradient_checkpointing import budget_of, enable_gradient_checkpointing
 from lightning_qlora.training.mapped_files import copy_from_files
 from lightning_qlora.training.notes import (
+    CONVERTED_BEFORE,
     note_after_conversion,
     note_before_conversion,
     note_before_first_conversion,
+    note_other_arguments,
 )
 from lightning_qlora.training.parameter_counts import dense_bytes
 from lightning_qlora.training.patches import shard_bytes
@@ -79,7 +80,7 @@ def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> Conversio
     check_module("module", module)
     report = convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
     if report.notes:  # the caller may not print the report
-        rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=2)
+        rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=5)
     return report
 
 
@@ -144,7 +145,7 @@ def _convert_new(
     report.count(module, modules)
     note_after_conversion(report, modules, choice, run.device)
     if not first and not choice.convert:
-        warn_of_other_layers(adapted_layers_of(modules.items()), config)
+        note_other_arguments(report, modules, config)
     return modules
 
 
@@ -193,8 +194,8 @@ def _apply(
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module.named_modules())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
-    if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
-        enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
 
@@ -223,8 +224,9 @@ def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter |
 
 def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
     _load_adapter_once(module, config.adapter, None)
-    if config not in (conversion.config, *conversion.given):
-        names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
-        warn_of_other_arguments(type(module).__name__, conversion.given[-1], config, names)
+    names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
+    other = differing_arguments(conversion.given[-1], config, names)
+    if other and config not in (conversion.config, *conversion.given):
+        rank_zero_warn(f"{type(module).__name__} {CONVERTED_BEFORE.format(', '.join(other))}.")
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion

@@ -1,10 +1,6 @@
-"""What a conversion refuses: parts without data, layers that were quantized in another way, and no layer at all.
+"""What a conversion refuses: parts without data, layers that were quantized in another way, and no layer at all."""
 
-Of arguments that an earlier conversion has decided it warns.
-"""
-
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -12,7 +8,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
 from lightning_qlora.config import QLoRAConfig, arguments_that
-from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name, tensors_of
 from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, LARGE_RANK, Selection
 from lightning_qlora.layers.survey import QUANTIZED_KINDS, Survey
@@ -93,7 +88,7 @@ def check_loaded(seen: Survey, choice: Selection) -> None:
             differing = [f"is to stay dense now: {dense.get(name, IN_MODULES_TO_SAVE)}"]
         else:
             layer: Any = part.owner if part.stack is None else part.stack.loaded
-            differing = _differing(layer.config, row.config, arguments_that("at_loading"))
+            differing = differing_arguments(layer.config, row.config, arguments_that("at_loading"))
         if differing:
             raise ValueError(
                 f"{name}: was quantized while its model loaded ({', '.join(differing)}). Load and convert with the "
@@ -102,27 +97,7 @@ def check_loaded(seen: Survey, choice: Selection) -> None:
             )
 
 
-def warn_of_other_arguments(name: str, previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> bool:
-    """Warn of arguments that differ from those of an earlier conversion, which is not done again; whether some do."""
-    other = _differing(previous, config, names)
-    if other:
-        warnings.warn(
-            f"{name}: was converted before, with {', '.join(other)}, and stays so. To convert with other arguments, "
-            "build the module again, or merge the adapters first (lightning_qlora.merge).",
-            stacklevel=2,
-        )
-    return bool(other)
-
-
-def warn_of_other_layers(layers: Mapping[str, LoRALayer], config: QLoRAConfig) -> None:
-    """Warn of the first layer of an earlier conversion that has other arguments than those passed now."""
-    if config.rank_pattern or config.alpha_pattern:
-        return
-    for name, layer in layers.items():
-        if warn_of_other_arguments(name, layer.config, config, arguments_that("of_layer")):
-            return
-
-
-def _differing(previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:
+def differing_arguments(previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:
+    """A text for each of these arguments that differs."""
     pairs = ((name, getattr(previous, name), getattr(config, name)) for name in names)
     return [f"{name}={was!r} and not {new!r}" for name, was, new in pairs if was != new]

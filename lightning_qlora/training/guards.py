@@ -104,8 +104,7 @@ def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if missing:
         rank_zero_warn(
             f"The checkpoint lacks the adapters of {len(missing)} layers ({first_of(missing, 3)}), because code of the "
-            "module or a callback removed them (on_save_checkpoint). It can't restore what they learned.",
-            stacklevel=2,
+            "module or a callback removed them (on_save_checkpoint). It can't restore what they learned."
         )
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.copies import Copy
-from lightning_qlora.layers.held_types import IN_16_BITS, reason_for_fp32
+from lightning_qlora.layers.device_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.names import join, tensors_of
+from lightning_qlora.layers.names import join, outer_names, tensors_of
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.layers.provenance import OUTSIDE
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
@@ -20,7 +20,7 @@ from lightning_qlora.layers.selection import FROZEN, IN_VAIN, Selection
 from lightning_qlora.layers.selection_checks import hand_written_adapters
 from lightning_qlora.layers.survey import Survey
 from lightning_qlora.texts import groups
-from lightning_qlora.training.convert_checks import no_layer
+from lightning_qlora.training.convert_checks import differing_arguments, no_layer
 from lightning_qlora.training.report import ConversionReport
 
 LARGEST = 5  # weights that stayed in 16 bits
@@ -42,8 +42,12 @@ IN_16 = (
     "trains in 16 bits, in which most steps of an optimizer are lost, because it is of a sharded module or a "
     "ScriptModule: build it in fp32"
 )
+CONVERTED_BEFORE = (
+    "was converted before, with {}, and stays so: to convert with other arguments, build the module again, or merge "
+    "the adapters first"
+)
 LARGE = (
-    "trains in full, and what does has more parameters than all adapters: if it was loaded from weights, name its "
+    "trains in full, and new parts have more parameters than all adapters: if it was loaded from weights, name its "
     "linear layers in target_modules, or freeze it before conversion"
 )
 
@@ -71,7 +75,7 @@ def note_before_first_conversion(
         advice = ""
         if FROZEN in choice.skip.values():
             advice = "; target_modules converts frozen layers that it names"
-        report.note(f"no layer is in 4 bits ({no_layer(config)}){advice}", [""])
+        report.note(f"no layer is in 4 bits ({no_layer(config)}){advice}")
 
 
 def note_after_conversion(
@@ -84,24 +88,36 @@ def note_after_conversion(
     parameters = dict(tensors_of(list(modules.items()), ["_parameters"]))
     _note_what_stayed(report, modules, choice)
     report.note(IN_16, [name for name, p in parameters.items() if p.requires_grad and p.dtype in IN_16_BITS])
-    if report.trainable_parameters > 2 * report.adapter_parameters:
-        report.note(LARGE, [name for name, reason in choice.train.items() if reason.startswith(OUTSIDE)])
+    new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
+    if new:
+        in_new = (p.numel() for name, p in parameters.items() if not new.keys().isdisjoint(outer_names(name)))
+        if sum(in_new) > report.adapter_parameters:
+            report.note(LARGE, new)
     layers = adapted_layers_of(modules.items())
     if not layers:
         return
     try:
         check_one_folder({name: layer.config for name, layer in layers.items()})
     except ValueError as error:
-        report.note(f"save_adapter will refuse it: {error}", [""])
+        report.note(f"save_adapter will refuse it: {error}")
     layer = next(iter(layers.values()))
     if layer.config.compute_dtype == "bf16":
         reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
         if reason is not None:
             report.note(
                 f"compute_dtype='bf16': {reason}. With compute_dtype='auto' the module is kept in fp32 here, and "
-                "computes in it; files and merged weights have the same types",
-                [""],
+                "computes in it; files and merged weights have the same types"
             )
+
+
+def note_other_arguments(report: ConversionReport, modules: Mapping[str, nn.Module], config: QLoRAConfig) -> None:
+    """Note layers of an earlier conversion that have other arguments than those passed now."""
+    if config.rank_pattern or config.alpha_pattern:
+        return
+    for name, layer in adapted_layers_of(modules.items()).items():
+        other = differing_arguments(layer.config, config, arguments_that("of_layer"))
+        if other:
+            report.note(CONVERTED_BEFORE.format(", ".join(other)), [name])
 
 
 def _has_hooks(weight: Tensor | None) -> bool:

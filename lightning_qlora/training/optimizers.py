@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
+from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.layers.experts import QLoRAExperts
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
@@ -92,19 +91,15 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def warn_of_adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Warn of layers whose adapters no optimizer holds: they get gradients, and do not train."""
-    in_optimizers = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
-    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module)
-    rest = []
-    for name, layer in layers.items():
-        if any(p.requires_grad and id(p) not in in_optimizers for p in layer.adapter_parameters()):
-            rest.append(name)
-    if optimizers and rest:
-        rank_zero_warn(
-            f"The adapters of {len(rest)} of {len(layers)} layers are in no optimizer, so they do not train: "
-            f"{first_of(rest, 5)}. Pass self.parameters() to the optimizer, or {KEEP_DENSE}."
-        )
+def adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> list[str]:
+    """Names of layers whose adapters get gradients, and do not train; [] if there is no optimizer."""
+    held = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
+    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module) if optimizers else {}
+    return [
+        name
+        for name, layer in layers.items()
+        if any(p.requires_grad and id(p) not in held for p in layer.adapter_parameters())
+    ]
 
 
 def check_loss(loss: Any) -> None:

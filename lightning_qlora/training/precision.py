@@ -15,13 +15,14 @@ from typing_extensions import Never, Unpack, override
 
 from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.arguments import QLoRAArguments, shows_arguments
+from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.changes import make_changes
+from lightning_qlora.layers.device_types import reason_for_fp32
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
-from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.names import last_part, without_wrappers
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
@@ -33,15 +34,18 @@ from lightning_qlora.training.convert import Run, convert_module, is_converted
 from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
 from lightning_qlora.training.converted_modules import ConvertedModules
 from lightning_qlora.training.optimizers import (
+    adapters_in_no_optimizer,
     check_loss,
     check_optimizer,
     leave_out_bytes,
     replace_parameters_by_adapters,
-    warn_of_adapters_in_no_optimizer,
 )
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
 
+IN_NO_OPTIMIZER = (
+    f"adapters are in no optimizer, so they do not train: pass self.parameters() to the optimizer, or {KEEP_DENSE}"
+)
 MERGED_BEFORE = (
     "its adapters were merged, and its weights are quantized again, to train new ones: to compute with the merged "
     "weights alone, leave out plugins=QLoRAPrecision(...)"
@@ -151,7 +155,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         again = is_converted(root)
         report = convert_module(root, self.config, run)
         if merged:
-            report.note(MERGED_BEFORE, [""])
+            report.note(MERGED_BEFORE)
         if run.sharded:
             to_parameters(root)
         else:
@@ -218,7 +222,8 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             self._on_setup_optimizer(optimizer)
         module = self._modules.last  # `model` may be DDP's wrapper
         if module is not None and not self._evaluating:
-            warn_of_adapters_in_no_optimizer(module, optimizers)
+            assert self.report is not None
+            self.report.tell(IN_NO_OPTIMIZER, adapters_in_no_optimizer(module, optimizers))
             guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
@@ -285,8 +290,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             assert self.report is not None
             self.report.tell(
                 f"the checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
-                "state, but its results differ from those of an uninterrupted run in their last bits",
-                [""],
+                "state, but its results differ from those of an uninterrupted run in their last bits"
             )
         set_torch_rng_state_of_rank(state_dict["random_state"])
 

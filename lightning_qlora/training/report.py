@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_qlora.layers.full_precision import compute_types
+from lightning_qlora.layers.compute_in import compute_types
 from lightning_qlora.layers.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.selection import FROZEN, Selection
@@ -119,18 +119,19 @@ class ConversionReport:
         self.full_precision_computes_in = types if self.full_precision_bytes else []
         self.held_bytes = held_bytes(modules)
 
-    def note(self, text: str, names: Iterable[str]) -> None:
-        """Add rows with a mark, if there are names; "" is the module itself."""
-        names = [*names]
-        if names:
-            self.notes.setdefault(text, []).extend(names)
+    def note(self, text: str, names: Iterable[str] = ("",)) -> list[str]:
+        """Add rows with a mark, and return the names that this text did not have; "" is the module itself."""
+        known = dict.fromkeys(self.notes.get(text, ()))
+        new = [name for name in names if name not in known]
+        if new:
+            self.notes[text] = [*known, *new]
+        return new
 
-    def tell(self, text: str, names: Iterable[str]) -> None:
+    def tell(self, text: str, names: Iterable[str] = ("",)) -> None:
         """Add rows with a mark after the report was printed, and print a line with them."""
-        names = [*names]
-        if names:
-            self.note(text, names)
-            say(f"{groups(names)}: {text}.")
+        new = self.note(text, names)
+        if new:
+            say(f"{groups(new)}: {text}.")
 
     def marked_rows(self) -> str:
         """The rows with a mark, a line each; "" if there are none."""

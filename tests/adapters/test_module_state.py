@@ -160,7 +160,6 @@ def test_parameters_that_were_replaced_are_kept(same_object, rows):
     assert same_output(source, target)
 
 
-@pytest.mark.filterwarnings("ignore:No layer was converted")
 @pytest.mark.parametrize("between", [merge, lambda module: None], ids=["merged", "no layer is large enough"])
 def test_a_module_that_is_converted_again_saves_what_one_conversion_saves(between):
     """As the Trainer does for fit, validate and test; found by test_restart_parity of Lightning's test_loops.py."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import convert, quantize
 from lightning_qlora.config import QUANT_TYPES
-from lightning_qlora.kernels import eager, ops, reference
+from lightning_qlora.kernels import eager, ops, reference, scratch
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_eager, lora_linear
@@ -24,34 +24,41 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make(rows=48, columns=36, r=4, lead=(2, 5), dtype=torch.float32, kind=()):
+    """A 4-bit weight, x, a bias and an adapter."""
     weight = quantize(torch.randn(rows, columns), *kind).to_bytes()
     x = torch.randn(*lead, columns, dtype=dtype, requires_grad=True)
     lora_a = torch.randn(r, columns, requires_grad=True)
     lora_b = torch.randn(rows, r, requires_grad=True)
-    return weight, x, torch.randn(rows, requires_grad=True), lora_a, lora_b
+    return weight, x, torch.randn(rows, requires_grad=True), LoRA(lora_a, lora_b, 0.5)
 
 
 def experts(count):
-    """The weights, As and Bs of several."""
-    parts = (make(24, 64) for _ in range(count))
-    return zip(*((weight, a, b) for weight, _, _, a, b in parts), strict=True)
+    """The weights of several, and their adapters."""
+    weights, _, _, loras = zip(*(make(24, 64) for _ in range(count)), strict=True)
+    a, b = (torch.stack(matrices).detach().requires_grad_() for matrices in list(zip(*loras, strict=True))[:2])
+    return weights, LoRA(a, b, 0.5)
 
 
-def dense(x, weight, bias, lora_a, lora_b, scaling):
+def dropped_by(lora, p, seed=7):
+    """The adapter with dropout, if p is not 0."""
+    return lora._replace(p=p, seed=torch.tensor([seed]) if p else None)
+
+
+def dense(x, weight, bias, lora):
     """The formula, for autograd to differentiate."""
     base = reference.dequantize(weight, x.dtype)
-    y = x @ base.T + scaling * ((x @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype))
+    y = x @ base.T + lora.scaling * ((x @ lora.a.T.to(x.dtype)) @ lora.b.T.to(x.dtype))
     return y if bias is None else y + bias.to(x.dtype)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 5), (2, 1, 3)])
 def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
-    weight, x, bias, lora_a, lora_b = make(lead=lead)
-    inputs = [x, lora_a, lora_b] + ([bias] if with_bias else [])
+    weight, x, bias, lora = make(lead=lead)
+    inputs = [x, *lora[:2]] + ([bias] if with_bias else [])
     bias = bias if with_bias else None
-    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
-    expected = dense(x, weight, bias, lora_a, lora_b, 0.5)
+    y = lora_linear(x, weight, bias, lora)
+    expected = dense(x, weight, bias, lora)
     assert_close(y, expected)
     grad = torch.randn_like(y)
     ours, theirs = (torch.autograd.grad(output, inputs, grad) for output in (y, expected))
@@ -62,24 +69,23 @@ def test_output_and_gradients_are_those_of_the_dense_formula(with_bias, lead):
 @pytest.mark.parametrize(("lead", "p"), [((0,), 0.0), ((2, 0), 0.1)])
 def test_an_input_without_rows_has_an_output_without_rows(dtype, lead, p):
     """As an expert that no token chose gets it; columns of whole runs, for the loops that once read four rows."""
-    weight, x, bias, lora_a, lora_b = make(columns=128, lead=lead, dtype=dtype)
-    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, p, torch.tensor([3]) if p else None))
+    weight, x, bias, lora = make(columns=128, lead=lead, dtype=dtype)
+    y = lora_linear(x, weight, bias, dropped_by(lora, p))
     assert y.shape == (*lead, 48)
-    grads = torch.autograd.grad(y.sum(), [x, bias, lora_a, lora_b])
+    grads = torch.autograd.grad(y.sum(), [x, bias, *lora[:2]])
     assert grads[0].shape == x.shape
     assert all((grad == 0).all() for grad in grads[1:])
 
 
 def test_operands_that_do_not_fit_are_refused():
     """The fused products read by address, so they would read past the input or the weight."""
-    weight, x, bias, lora_a, lora_b = make(columns=128, dtype=torch.bfloat16)
-    lora = LoRA(lora_a, lora_b, 0.5)
+    weight, x, bias, lora = make(columns=128, dtype=torch.bfloat16)
     expected = "lora_linear: with a weight [48, 128] x must be [..., 128], A [r, 128], B [48, r] and bias [48]; got x "
     for operands, text in (
         ((x[..., :64], None, lora), "[2, 5, 64] and [(4, 128), (48, 4), None]."),
-        ((x, None, lora._replace(a=lora_a[:, 1:])), "[2, 5, 128] and [(4, 127), (48, 4), None]."),
-        ((x, None, lora._replace(b=lora_b[:, 1:])), "[2, 5, 128] and [(4, 128), (48, 3), None]."),
-        ((x, None, lora._replace(b=lora_b[1:])), "[2, 5, 128] and [(4, 128), (47, 4), None]."),
+        ((x, None, lora._replace(a=lora.a[:, 1:])), "[2, 5, 128] and [(4, 127), (48, 4), None]."),
+        ((x, None, lora._replace(b=lora.b[:, 1:])), "[2, 5, 128] and [(4, 128), (48, 3), None]."),
+        ((x, None, lora._replace(b=lora.b[1:])), "[2, 5, 128] and [(4, 128), (47, 4), None]."),
         ((x, bias[1:], lora), "[2, 5, 128] and [(4, 128), (48, 4), (47,)]."),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(expected + text)}$"):
@@ -89,10 +95,10 @@ def test_operands_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match=r"^x: must be float32 for products in fp16 whose .* not torch\.bfloat16\.$"):
         lora_linear(x, weight, None, lora._replace(in_fp16=True))
     wide = torch.cat([x, x], -1)
-    lora_a = torch.cat([lora_a, lora_a], -1)
+    lora = lora._replace(a=torch.cat([lora.a, lora.a], -1))
     wrong = weight._replace(shape=(48, 256))
     with pytest.raises(ValueError, match=r"has 6144 bytes of codes, 192 of scales and 8 of .*; got 3072"):
-        torch.ops.lightning_qlora.lora_linear(wide, *wrong, None, *LoRA(lora_a, lora_b, 0.5))
+        torch.ops.lightning_qlora.lora_linear(wide, *wrong, None, *lora)
     with pytest.raises(ValueError, match="has 6144 bytes"):
         torch.ops.lightning_qlora.dequantize(*wrong, torch.float32)
 
@@ -105,8 +111,8 @@ TENSORS = ("packed", "absmax", "lora_a", "lora_b", "bias")
 @pytest.mark.parametrize("places", [("packed", "absmax", "nested"), *TENSORS, TENSORS], ids=str)
 def test_another_device_than_that_of_the_input_is_an_error(places, grad, m):
     """Each of these ended the process: kernels read from an address of another device."""
-    weight, x, bias, lora_a, lora_b = make(rows=64, columns=64, lead=(m,))
-    layer = {"lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    weight, x, bias, lora = make(rows=64, columns=64, lead=(m,))
+    layer = {"lora_a": lora.a, "lora_b": lora.b, "bias": bias}
     places = places if isinstance(places, tuple) else (places,)
     for key in places:
         if key in layer:
@@ -126,11 +132,12 @@ def test_another_device_than_that_of_the_input_is_an_error(places, grad, m):
             f"x is on cpu, {', '.join(texts)}. All must be on one device: move the input with x.to(device), "
         )
 
+    lora = LoRA(layer["lora_a"], layer["lora_b"], 0.5)
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=pattern(True)):
-        lora_linear(x, weight, layer["bias"], LoRA(layer["lora_a"], layer["lora_b"], 0.5))
+        lora_linear(x, weight, layer["bias"], lora)
     if places != ("bias",):  # the experts of one function have none
         with pytest.raises(ValueError, match=pattern(False)):
-            can_group(x, weight, LoRA(layer["lora_a"], layer["lora_b"]))
+            can_group(x, weight, lora)
 
 
 def test_a_layer_without_values_names_itself():
@@ -144,9 +151,9 @@ def test_a_layer_without_values_names_itself():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_second_derivative_is_an_error(compiled):
     torch.compiler.reset()  # after other shapes torch compiles for any, and has a message of its own
-    weight, x, bias, lora_a, lora_b = make()
+    weight, x, bias, lora = make()
     function = torch.compile(lora_linear, backend="aot_eager", fullgraph=True) if compiled else lora_linear
-    y = function(x, weight, bias, LoRA(lora_a, lora_b, 0.5)).sum()
+    y = function(x, weight, bias, lora).sum()
     with pytest.raises(RuntimeError, match=r"have no second derivative|double backward"):
         torch.autograd.grad(y, x, create_graph=True)[0].sum().backward()
 
@@ -161,15 +168,15 @@ def test_a_second_derivative_is_an_error(compiled):
     st.tuples(st.sampled_from(QUANT_TYPES), st.sampled_from([32, 64, 4096]), st.booleans()),
 )
 def test_any_shape_and_type_agrees_with_the_reference(rows, columns, m, r, dtype, kind):
-    weight, x, bias, lora_a, lora_b = make(rows, columns, r, (m,), dtype, kind)
-    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.25))
-    expected, xa = forward(reference, x, weight, bias, lora_a, lora_b, 0.25, 0.0, None)
+    weight, x, bias, lora = make(rows, columns, r, (m,), dtype, kind)
+    y = lora_linear(x, weight, bias, lora)
+    expected, xa = forward(reference, x, weight, bias, *lora)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 2e-1}
     assert_close(y, expected, **tolerance)
     grad = torch.randn_like(y)
-    ours = torch.autograd.grad(y, [x, lora_a, lora_b], grad)
+    ours = torch.autograd.grad(y, [x, *lora[:2]], grad)
     with torch.no_grad():
-        theirs = reference.linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, 0.25), True)
+        theirs = reference.linear_backward(grad, x, xa, weight, lora, True)
     assert_close(ours, theirs, **tolerance)
 
 
@@ -195,14 +202,11 @@ def test_gradcheck_of_the_adapter_in_double_precision_through_the_reference():
 
 @pytest.mark.parametrize(("p", "needs_x"), [(0.0, False), (0.3, True)])
 def test_opcheck_passes_forward_and_backward(p, needs_x):
-    weight, x, bias, lora_a, lora_b = make()
-    seed = torch.tensor([7]) if p else None
-    forward = (x, *weight, bias, *LoRA(lora_a, lora_b, 0.5, p, seed))
-    torch.library.opcheck(torch.ops.lightning_qlora.lora_linear, forward)
-    grad = torch.randn(2, 5, 48)
-    xa = torch.randn(10, 4)
-    lora = LoRA(lora_a.detach(), lora_b.detach(), 0.5, p, seed)
-    backward = (grad, x.detach(), xa, *weight, *lora, needs_x)
+    weight, x, bias, lora = make()
+    lora = dropped_by(lora, p)
+    torch.library.opcheck(torch.ops.lightning_qlora.lora_linear, (x, *weight, bias, *lora))
+    lora = lora._replace(a=lora.a.detach(), b=lora.b.detach())
+    backward = (torch.randn(2, 5, 48), x.detach(), torch.randn(10, 4), *weight, *lora, needs_x)
     torch.library.opcheck(torch.ops.lightning_qlora.lora_linear_backward, backward)
 
 
@@ -216,28 +220,28 @@ def test_opcheck_passes_for_quantize_dequantize_and_scales(double_quant):
 
 
 def test_the_backward_pass_keeps_x_and_xa_and_parameters_alone():
-    weight, x, bias, lora_a, lora_b = make(rows=256, columns=128, lead=(64,))
+    weight, x, bias, lora = make(rows=256, columns=128, lead=(64,))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, 0.2, torch.tensor([3])))
-    held = {t.data_ptr() for t in (x, *weight[:3], lora_a, lora_b) if t.numel()}
+        lora_linear(x, weight, bias, dropped_by(lora, 0.2))
+    held = {t.data_ptr() for t in (x, *weight[:3], *lora[:2]) if t.numel()}
     fresh = [tuple(t.shape) for t in kept if t.data_ptr() not in held and t.numel() > 1]
     assert fresh == [(64, 4)]
 
 
 def test_the_same_seed_makes_the_same_mask_and_the_gradient_uses_it():
-    weight, x, _, lora_a, lora_b = make(lead=(16,))
+    weight, x, _, lora = make(lead=(16,))
 
     def run(seed):
-        return lora_linear(x, weight, None, LoRA(lora_a, lora_b, 1.0, 0.5, torch.tensor([seed])))
+        return lora_linear(x, weight, None, dropped_by(lora, 0.5, seed))
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
     dropped = reference.dropout(x, 0.5, torch.tensor([1]))
-    expected = x @ reference.dequantize(weight, x.dtype).T + (dropped @ lora_a.T) @ lora_b.T
+    expected = x @ reference.dequantize(weight, x.dtype).T + 0.5 * (dropped @ lora.a.T) @ lora.b.T
     assert_close(run(1), expected)
     grad = torch.randn(16, 48)
-    ours, theirs = (torch.autograd.grad(y, [x, lora_a, lora_b], grad) for y in (run(1), expected))
+    ours, theirs = (torch.autograd.grad(y, [x, *lora[:2]], grad) for y in (run(1), expected))
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -251,15 +255,15 @@ def test_dropout_keeps_the_expectation():
 @pytest.mark.parametrize(("p", "dtype"), [(0.0, torch.bfloat16), (0.3, torch.float32)])
 def test_torch_compile_sees_one_graph(p, dtype):
     """A bias of another type than x, and an input that needs no gradient, too."""
-    weight, x, bias, lora_a, lora_b = make(dtype=dtype)
-    seed = torch.tensor([7]) if p else None
+    weight, x, bias, lora = make(dtype=dtype)
+    lora = dropped_by(lora, p)
 
     def function(x):
-        return torch.relu(lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5, p, seed)))
+        return torch.relu(lora_linear(x, weight, bias, lora))
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     grad = torch.randn(2, 5, 48, dtype=dtype)
-    for each, inputs in ((x, [x, bias, lora_a, lora_b]), (x.detach(), [bias, lora_a, lora_b])):
+    for each, inputs in ((x, [x, bias, *lora[:2]]), (x.detach(), [bias, *lora[:2]])):
         y = compiled(each)
         assert y.dtype is dtype
         gradients = torch.autograd.grad(y, inputs, grad)
@@ -268,13 +272,11 @@ def test_torch_compile_sees_one_graph(p, dtype):
 
 def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
     """The reused buffer must not become an inference tensor."""
-    from lightning_qlora.kernels import scratch
-
-    weight, x, bias, lora_a, lora_b = make(rows=96, columns=80)
+    weight, x, bias, lora = make(rows=96, columns=80)
     scratch.release()
     with torch.inference_mode():
-        first = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
-    second = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
+        first = lora_linear(x, weight, bias, lora)
+    second = lora_linear(x, weight, bias, lora)
     second.sum().backward()
     assert_close(first, second.detach())  # the order of the sums differs
 
@@ -282,12 +284,12 @@ def test_a_pass_in_inference_mode_does_not_break_the_next_training_step():
 @pytest.mark.parametrize("m", [4, 100])
 def test_autocast_around_the_op_or_its_backward_changes_nothing(m):
     """It made torch's products bf16, into which the loops then wrote fp32, past their end."""
-    weight, x, bias, lora_a, lora_b = make(lead=(m,))
-    y = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
-    expected = torch.autograd.grad(y.sum(), [x, lora_a, lora_b], retain_graph=True)
+    weight, x, bias, lora = make(lead=(m,))
+    y = lora_linear(x, weight, bias, lora)
+    expected = torch.autograd.grad(y.sum(), [x, *lora[:2]], retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = lora_linear(x, weight, bias, LoRA(lora_a, lora_b, 0.5))
-        gradients = torch.autograd.grad(y.sum(), [x, lora_a, lora_b])
+        inside = lora_linear(x, weight, bias, lora)
+        gradients = torch.autograd.grad(y.sum(), [x, *lora[:2]])
     assert torch.equal(inside, y)
     assert_equal(gradients, expected)
 
@@ -307,18 +309,19 @@ def test_recomputation_of_a_checkpointed_block_skips_the_large_product_of_its_la
     products = []
     linear_into = ops.linear_into
     monkeypatch.setattr(ops, "linear_into", lambda y, *others: products.append(y.shape[-1]) or linear_into(y, *others))
-    first, x, _, *adapter = make(48, 36, lead=(3,))
-    last, _, _, *last_adapter = make(40, 48)
+    first, x, _, lora = make(48, 36, lead=(3,))
+    last, _, _, last_lora = make(40, 48)
+    inputs = [x, *lora[:2], *last_lora[:2]]
 
     def block(x):
-        hidden = lora_linear(x, first, None, LoRA(*adapter, 0.5, p, torch.tensor([1]) if p else None)).relu()
-        return lora_linear(hidden, last, None, LoRA(*last_adapter, 0.5, p, torch.tensor([2]) if p else None))
+        hidden = lora_linear(x, first, None, dropped_by(lora, p)).relu()
+        return lora_linear(hidden, last, None, dropped_by(last_lora, p))
 
-    expected = torch.autograd.grad(block(x).sum(), [x, *adapter, *last_adapter])
+    expected = torch.autograd.grad(block(x).sum(), inputs)
     products.clear()
     y = checkpoint(block, x, use_reentrant=False)
     assert products == [48, 40]
-    gradients = torch.autograd.grad(y.sum(), [x, *adapter, *last_adapter])
+    gradients = torch.autograd.grad(y.sum(), inputs)
     assert products == [48, 40, 48]
     assert_equal(gradients, expected)
 
@@ -344,14 +347,13 @@ def test_plain_tensors_alone_take_the_short_way(monkeypatch):
 def test_a_pass_without_gradient_and_dropout_is_one_call_of_c(monkeypatch, lead):
     if eager.compiled_library() is None:
         pytest.skip("no C compiler")
-    weight, x, bias, *adapter = make(columns=64, lead=lead)
+    weight, x, bias, lora = make(columns=64, lead=lead)
     calls = []
-    lora = LoRA(*adapter, 0.5)
     expected = lora_linear(x, weight, bias, lora)
     linear = eager.linear_of_few_rows
     monkeypatch.setattr(eager, "linear_of_few_rows", lambda *given: calls.append(len(given)) or linear(*given))
     with torch.no_grad():
-        lora_linear(x, weight, bias, lora._replace(p=0.5, seed=torch.tensor([1])))
+        lora_linear(x, weight, bias, dropped_by(lora, 0.5))
         lora_linear(x, weight, bias, lora._replace(in_fp16=True))
         with forward_ad.dual_level(), suppress(NotImplementedError):
             lora_linear(forward_ad.make_dual(x, x), weight, bias, lora)
@@ -366,22 +368,21 @@ def test_a_pass_without_gradient_and_dropout_is_one_call_of_c(monkeypatch, lead)
 
 
 def test_experts_in_one_function_are_one_layer_after_another():
-    weights, a, b = experts(3)
+    weights, lora = experts(3)
     stack = stack_bytes(weights)
     ends = torch.tensor([4, 4, 9], dtype=torch.int32)
-    x, a, b = (tensor.detach().requires_grad_() for tensor in (torch.randn(11, 64), torch.stack(a), torch.stack(b)))
-    seed = torch.tensor([5])
-    lora = LoRA(a, b, 0.7, 0.3, seed)
+    x = torch.randn(11, 64, requires_grad=True)
+    lora = dropped_by(lora, 0.3)
     y = grouped_linear(x, ends, stack, lora)
-    dropped = reference.dropout(x, 0.3, seed)
+    dropped = reference.dropout(x, 0.3, lora.seed)
     parts = [
-        x[rows] @ reference.dequantize(weights[e], x.dtype).T + 0.7 * dropped[rows] @ a[e].T @ b[e].T
+        x[rows] @ reference.dequantize(weights[e], x.dtype).T + 0.5 * dropped[rows] @ lora.a[e].T @ lora.b[e].T
         for e, rows in ((0, slice(4)), (2, slice(4, 9)))
     ]
     expected = torch.cat([*parts, x.new_zeros(2, 24)])
     grad = torch.randn(11, 24)
     assert_close(y, expected)
-    ours, theirs = (torch.autograd.grad(of, [x, a, b], grad, retain_graph=True) for of in (y, expected))
+    ours, theirs = (torch.autograd.grad(of, [x, *lora[:2]], grad, retain_graph=True) for of in (y, expected))
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="have no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -395,10 +396,9 @@ def test_experts_in_one_function_are_one_layer_after_another():
 
 def test_which_experts_one_function_computes(monkeypatch):
     """On a CPU none; else those whose adapters are of one type and have a rank, outside of torch.compile."""
-    weights, a, b = experts(2)
+    weights, lora = experts(2)
     stack = stack_bytes(weights)
     x = torch.randn(3, 64)
-    lora = LoRA(torch.stack(a), torch.stack(b))
     assert can_group(x, stack, lora) is False
     monkeypatch.setattr(eager, "can_group", lambda *given: given == (x, stack, lora) or given[0] is x)
     assert can_group(x, stack, lora)

@@ -12,7 +12,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, estimate_memory, load_adapter, merge, save_adapter
+from lightning_qlora import (
+    QLoRALinear,
+    QLoRAPrecision,
+    calibrate,
+    convert,
+    estimate_memory,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from lightning_qlora.layers.full_precision import hold_in_fp32
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training import converted_modules
@@ -103,6 +112,7 @@ def test_two_steps_are_those_of_an_fp32_run(slow, name, dtype, changes, extra):
             loss, types = step(module, input_ids=ids(), labels=torch.tensor([0, 1]) if name == "bert" else ids())
             assert types == {torch.float32}
             values += [loss.detach(), *(p.grad.clone() for p in trained(module).values() if p.grad is not None)]
+            calibrate(module)
             optimizer.step()
         runs.append(values + [p.detach().clone() for p in trained(module).values()])
         weights = {layer.weight.dtype for layer in adapted_layers(module).values()}

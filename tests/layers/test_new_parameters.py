@@ -161,6 +161,12 @@ def test_what_stands_outside_of_a_loaded_model_trains_in_full(bert, copied, tmp_
         save_adapter(module, tmp_path / "folder")
 
 
+def test_new_parts_that_are_smaller_than_the_adapters_have_no_mark(bert):
+    report = convert(WithNewParts(bert), r=16, modules_to_save=["word_embeddings", "position_embeddings"])
+    in_full = report.trainable_parameters - report.adapter_parameters
+    assert in_full > report.adapter_parameters and LARGE not in report.notes and set(report.trained_in_full) > NEW
+
+
 def test_new_layers_that_are_named_are_converted_and_a_checkpoint_keeps_all(bert, tmp_path):
     module = WithNewParts(bert)
     trainer = make_trainer(tmp_path, plugins=QLoRAPrecision(r=2, target_modules=["query", "proj.0"]))

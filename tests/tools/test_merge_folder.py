@@ -21,7 +21,7 @@ from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
 from tests.adapters.folders import adapter_of
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.layers import test_experts as experts
-from tests.toys import ARGUMENTS, NAMES, Lit, assert_equal, converted, delta, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, assert_equal, converted, delta, logits, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
 
@@ -52,6 +52,16 @@ def adapter():
     return adapter_of(converted("llama"))
 
 
+@pytest.fixture
+def refused(out):
+    def assert_refused(kind, message, *arguments):
+        with raises_in_one_line(kind, message):
+            merge_folder(*arguments, out)
+        assert not out.exists()
+
+    return assert_refused
+
+
 def load(name, folder, **arguments):
     return type(toy(name)).from_pretrained(folder, **arguments).eval()
 
@@ -67,12 +77,23 @@ def assert_same_weights(merged, expected):
     assert_equal(state, {key: expected[key] for key in state})
 
 
-@pytest.mark.parametrize(("name", "dora"), [*zip(NAMES, [False, True, False, True], strict=True), ("llama", True)])
-def test_merged_folder_is_the_merged_module(name, dora, base, out):
-    first = {"llama": "q_proj", "gpt2": "c_attn"}.get(name)
-    patterns = {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}} if dora and first else {}
-    lit, (_, folder) = converted(name, use_dora=dora, **patterns), base(name, max_shard_size="50KB")
-    merge_folder(folder, adapter_of(lit), out)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("llama", {}),
+        ("gpt2", {"use_dora": True, "rank_pattern": {"c_attn": 8}, "alpha_pattern": {"c_attn": 3}}),
+        ("bert", {}),
+        ("t5", {"use_dora": True}),
+        ("llama", {"use_dora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3}}),
+        ("gpt2", {"modules_to_save": ["lm_head"]}),
+        ("t5", {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=str,
+)
+def test_merged_folder_is_the_merged_module(name, arguments, base, tmp_path, out):
+    lit, (_, folder) = converted(name, **arguments), base(name, max_shard_size="50KB")
+    save_adapter(lit, tmp_path / "adapter")
+    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
     others = {path.name for path in folder.iterdir() if "safetensors" not in path.name}
     assert {path.name for path in out.iterdir()} == others | {"model.safetensors"}
     assert_merged(out, lit, name)
@@ -90,16 +111,8 @@ def test_16_bit_weights_are_rounded_as_in_memory(name, dtype, tmp_path, out):
     assert_same_weights(load(name, out), merge(lit, dtype=dtype).model)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_a_trained_output_embedding_is_in_the_folder(name, base, tmp_path, out):
-    lit, (_, folder) = converted(name, modules_to_save=["lm_head"]), base(name)
-    save_adapter(lit, tmp_path / "adapter")
-    merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
-    assert_merged(out, lit, name)
-
-
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"], ["embed_tokens"]])
-def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out):
+def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out, refused):
     """In a folder an output embedding can be untied; a changed embedding with an unchanged output can't be stored."""
     peft = pytest.importorskip("peft")
     model = toy("llama", tie_word_embeddings=True)
@@ -109,8 +122,7 @@ def test_a_tied_weight_that_peft_trained_separately(modules, tmp_path, out):
     trained.save_pretrained(tmp_path / "adapter")
     adapter = read_adapter(tmp_path / "adapter")
     if "lm_head" not in modules:
-        with pytest.raises(CheckpointMismatchError, match=r"was trained separately from lm_head\.weight"):
-            merge_folder(tmp_path / "base", adapter, out)
+        refused(CheckpointMismatchError, r"was trained separately from lm_head\.weight", tmp_path / "base", adapter)
         return
     merge_folder(tmp_path / "base", adapter, out, base="float")
     torch.testing.assert_close(logits(load("llama", out)), logits(trained), atol=1e-5, rtol=0)
@@ -146,10 +158,14 @@ def test_models_that_were_trained_without_the_head_of_the_folder_or_with_a_new_o
         assert merged.state_dict().keys() == model.state_dict().keys()
 
 
-def test_another_base_than_that_of_the_training_is_refused(adapter, tmp_path, out):
+def test_another_base_than_that_of_the_training_is_refused(adapter, tmp_path, out, refused):
     toy("llama", seed=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointMismatchError, match=r"other: model.layers.0.* has other 4-bit weights than in the"):
-        merge_folder(tmp_path / "other", adapter, out)
+    refused(
+        CheckpointMismatchError,
+        r"other: model.layers.0.* has other 4-bit weights than in the",
+        tmp_path / "other",
+        adapter,
+    )
     merge_folder(tmp_path / "other", adapter, out, base="float")
 
 
@@ -164,7 +180,7 @@ def test_a_base_that_was_trained_in_another_type(folder, out):
 
 
 @pytest.mark.parametrize("in_4_bits", [False, True])
-def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path, out):
+def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_path, out, refused):
     model, folder = base("llama")
     if in_4_bits:
         folder = save_in_4_bits(type(model), folder, tmp_path / "packed")
@@ -181,8 +197,9 @@ def test_code_of_a_folder_runs_only_if_the_user_says_so(in_4_bits, base, tmp_pat
     )
     lit = converted("llama")
     folder = folder.rename(tmp_path / ("long" * 50))  # transformers' text has it three times, and what to do last
-    with pytest.raises(ValueError, match=r"long: .*, and pass trust_remote_code=True to run them; .*=True` to allow"):
-        merge_folder(folder, adapter_of(lit), out)
+    refused(
+        ValueError, r"long: .*, and pass trust_remote_code=True to run them; .*=True` to allow", folder, adapter_of(lit)
+    )
     merge_folder(folder, adapter_of(lit), out, trust_remote_code=True)
     assert_same_weights(load_file(out / "model.safetensors"), merge(lit).model)
     assert (out / "ours.py").is_file()
@@ -205,16 +222,10 @@ def shard(folder: Path, number: int) -> Path:
     return next(folder.glob(f"model-{number:05}-of-*.safetensors"))
 
 
-def test_a_broken_base_is_named_in_one_line(base, adapter, monkeypatch, out):
+def test_a_broken_base_is_named_in_one_line(base, adapter, monkeypatch, refused):
     model, folder = base("llama", max_shard_size="50KB")
-
-    def refused(kind, message):
-        with raises_in_one_line(kind, message):
-            merge_folder(folder, adapter, out)
-        assert not out.exists()
-
     shard(folder, 2).unlink()
-    refused(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;")
+    refused(FileNotFoundError, r"model-00002-of-\d+.safetensors: this shard is missing;", folder, adapter)
     (folder / "model.safetensors.index.json").unlink()
     state = model.state_dict()
     first, other = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
@@ -232,12 +243,12 @@ def test_a_broken_base_is_named_in_one_line(base, adapter, monkeypatch, out):
     ):
         changed = {key: tensor for key, tensor in {**state, name: value}.items() if tensor is not None}
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        refused(ValueError, message)
+        refused(ValueError, message, folder, adapter)
 
     for kind in (ImportError, RuntimeError):
         error = Mock(side_effect=kind("install\nit"))
         monkeypatch.setattr(type(model), "from_pretrained", error)
-        refused(ValueError, f"base: transformers can't load it: {kind.__name__}: install it$")
+        refused(ValueError, f"base: transformers can't load it: {kind.__name__}: install it$", folder, adapter)
     monkeypatch.undo()
     config = json.loads((folder / "config.json").read_text())
     for values, message in (
@@ -251,26 +262,34 @@ def test_a_broken_base_is_named_in_one_line(base, adapter, monkeypatch, out):
         ({"architectures": [5], "hidden_act": "no"}, r"base: transformers makes no 5 \(AutoModel: KeyError"),
     ):
         (folder / "config.json").write_text(json.dumps(config | values))
-        refused(ValueError, message)
+        refused(ValueError, message, folder, adapter)
     folder /= "model.safetensors"
-    refused(FileNotFoundError, "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.")
+    refused(
+        FileNotFoundError,
+        "model.safetensors: is no folder. Pass the folder of the model, or a GGUF file.",
+        folder,
+        adapter,
+    )
 
 
-def test_another_architecture_and_a_used_output_are_refused(folder, adapter, tmp_path, out):
-    with pytest.raises(CheckpointMismatchError, match=r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"):
-        merge_folder(folder, adapter_of(converted("gpt2")), out)
+def test_another_architecture_and_a_used_output_are_refused(folder, adapter, tmp_path, refused):
+    message = r"key 'base_model.model.transformer.h.0.*lora_A.weight' do"
+    refused(CheckpointMismatchError, message, folder, adapter_of(converted("gpt2")))
     wider = toy("llama", intermediate_size=256)
     convert(wider, **ARGUMENTS)
     message = r"lora_A.weight' does not fit: the LlamaForCausalLM has a layer of 64 inputs and 128"
-    with pytest.raises(CheckpointMismatchError, match=message):
-        merge_folder(folder, adapter_of(wider), out)
+    refused(CheckpointMismatchError, message, folder, adapter_of(wider))
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         merge_folder(folder, adapter, folder)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     experts.made(lambda: experts.qwen3_moe(num_experts=5)).save_pretrained(tmp_path / "five")
     convert(six := experts.made(experts.qwen3_moe), r=2)
-    with pytest.raises(CheckpointMismatchError, match=r"mlp\.experts\..* has 5 experts of .* lora_A \[12, "):
-        merge_folder(tmp_path / "five", adapter_of(six), out)
+    refused(
+        CheckpointMismatchError,
+        r"mlp\.experts\..* has 5 experts of .* lora_A \[12, ",
+        tmp_path / "five",
+        adapter_of(six),
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
@@ -308,21 +327,19 @@ def test_the_default_device_has_no_effect(folder, adapter, tmp_path, out):
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
-def test_files_outside_of_the_folder_are_refused(base, adapter, tmp_path, out):
+def test_files_outside_of_the_folder_are_refused(base, adapter, tmp_path, out, refused):
     _, folder = base("llama", max_shard_size="50KB")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     for name in ("../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b.safetensors"):
         path.write_text(json.dumps({"weight_map": {**index["weight_map"], "lm_head.weight": name}}))
-        with pytest.raises(ValueError, match=r"index.json: .*'lm_head.weight' is '.*', which is not a file of this"):
-            merge_folder(folder, adapter, out)
+        refused(ValueError, r"index.json: .*'lm_head.weight' is '.*', which is not a file of this", folder, adapter)
     path.write_text(json.dumps(index))
     (folder / "extra.txt").write_text("secret")
     for name in ("tokenizer.json", shard(folder, 1).name, "config.json", "extra.txt"):
         (folder / name).rename(tmp_path / "secret")
         (folder / name).symlink_to(tmp_path / "secret")
-        with pytest.raises(ValueError, match=rf"{name}: is a symbolic link to .*secret, outside of the folder"):
-            merge_folder(folder, adapter, out)
+        refused(ValueError, rf"{name}: is a symbolic link to .*secret, outside of the folder", folder, adapter)
         (tmp_path / "secret").rename(folder / name)
     assert not out.exists()
 

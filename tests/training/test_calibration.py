@@ -567,7 +567,7 @@ def test_a_checkpoint_keeps_the_initialization_of_its_adapters(saved, resumed):
     one, other = first.state_dict(), second.state_dict()
     del one["_qlora_conversion"], other["_qlora_conversion"]
     assert_equal(one, other)
-    assert get_adapter(Parts.of(second)).quantization["init_lora_weights"] == saved
+    assert get_adapter(Parts.of(second)).quantization.init_lora_weights == saved
     x = torch.randn(4, 64)
     assert torch.equal(first(x), second(x))
 

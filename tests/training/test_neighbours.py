@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.training.notes import CONVERTED_BEFORE
 from tests.conftest import Classifier, loader
 from tests.toys import Lit, assert_equal, ids, logits, perturb, toy
 
@@ -183,7 +184,6 @@ def test_a_peft_model_that_was_made_while_the_plugin_quantized_is_refused(tmp_pa
         fit(Late(None))
 
 
-@pytest.mark.filterwarnings("ignore:No layer was converted")
 def test_a_run_without_a_layer_that_is_large_enough_resumes(fit, trainer, tmp_path):
     path = tmp_path / "x.ckpt"
     fit(module := BoringModel(), plugins=QLoRAPrecision(r=1), max_steps=2).save_checkpoint(path)
@@ -201,7 +201,7 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(fit, train
     module = Classifier()
     fit(module, loader(), plugins=QLoRAPrecision(r=4, paged_optimizer=False))
     for r in (2, 8):
-        with pytest.warns(UserWarning, match=rf"Classifier: was converted before, with r=4 and not {r}, and stays so"):
+        with pytest.warns(UserWarning, match=rf"Classifier was converted before, with r=4 and not {r}, and stays so"):
             convert(module, r=r)
     with pytest.warns(UserWarning, match=r"with quant_type='nf4' and not 'fp4', r=4 and not 64, and stays so"):
         trainer(plugins=QLoRAPrecision(quant_type="fp4")).test(module, loader())
@@ -210,10 +210,9 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(fit, train
         outer.net = Classifier().net
         convert(outer.net, r=4)
         recwarn.clear()
-        convert(outer, r=8, **patterns)
-        texts = [str(each.message) for each in recwarn if "converted before" in str(each.message)]
-        assert len(texts) == (not patterns)
-        assert all(text.startswith("net.0: was converted before, with r=4 and not 8, and") for text in texts)
+        notes = convert(outer, r=8, **patterns).notes
+        text = CONVERTED_BEFORE.format("r=4 and not 8")
+        assert notes == ({} if patterns else {text: ["net.0", "net.4"]})
         recwarn.clear()
         convert(outer, r=4)  # as its part was
         assert not recwarn.list

@@ -6,8 +6,6 @@ The mask is that of `reference.dropout`, bit for bit, so a run drops the same el
 of the seed: the backward pass computes it again, and nothing stores it.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from lightning_qlora.kernels.reference import as_int32, dropout_threshold
 from lightning_qlora.kernels.scratch import is_capturing
-from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
+from lightning_qlora.kernels.triton.launch import find_tile, launch_of
 
 MASK = ["low", "high", "least_kept"]  # arguments that differ in every call
 NO_DROPOUT = (0, 0, 0), 1.0
@@ -66,10 +64,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor, scales: bool = True)
     mask, scale = dropout_arguments(p, seed, x.device)
     if not scales:
         scale = 1.0
-    _launch_of_dropout(x.device, find_tile("dropout", x.device), x.numel())((x, out), (*mask, scale))
+    n = x.numel()
+    tile = find_tile("dropout", x.device)
+    launch_of(_dropout_kernel, x.device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)((x, out), (*mask, scale))
     return out
-
-
-@lru_cache(MAX_LAUNCHES)
-def _launch_of_dropout(device: torch.device, tile: Tile, n: int) -> Launch:
-    return Launch(_dropout_kernel, device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)

@@ -8,7 +8,6 @@ tile, so an expert with many rows is decoded several times, and nothing of W's s
 `reference.grouped_linear`.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
 from lightning_qlora.kernels.triton.dropout import MASK, NO_DROPOUT, dropout_arguments, is_kept
 from lightning_qlora.kernels.triton.half import scaled, take_out, to_half
-from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, find_tile
+from lightning_qlora.kernels.triton.launch import find_tile, launch_of
 from lightning_qlora.kernels.triton.lora_products import rank_tile
 from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -240,15 +239,7 @@ class Group:
         dropout = drops and self.has_dropout
         mask, scale = self.dropout if dropout else NO_DROPOUT
         constants |= {"DROPOUT": dropout, "HALF": self.half, "R": self.rank}
-        _launch(kernel, self.device, grid, numbers, self.tile, **constants)(tensors, (*mask, s * scale))
-
-
-@lru_cache(3 * MAX_LAUNCHES)
-def _launch(
-    kernel: Any, device: torch.device, grid: tuple[int, int, int], numbers: tuple[int, ...], tile: Tile,
-    **constants: Any,
-) -> Launch:  # fmt: skip
-    return Launch(kernel, device, grid, numbers, tile, **constants)
+        launch_of(kernel, self.device, grid, numbers, self.tile, **constants)(tensors, (*mask, s * scale))
 
 
 def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ no tile, and for a target without an entry "default" is used.
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,9 @@ class Launch:
             variant = self._kernel.warmup(*arguments, grid=self._grid, **self._keywords)
             if isinstance(variant, CompiledKernel):
                 _ = variant.run  # the property loads it
+
+
+launch_of = lru_cache(4 * MAX_LAUNCHES)(Launch)  # of kernels whose grid takes no time to compute
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from lightning_qlora.kernels.triton.launch import (
     Tile,
     add_shares,
     find_tile,
+    launch_of,
     shared_launch,
 )
 
@@ -187,7 +188,10 @@ def _up_by_torch(
     if isinstance(h, Half) and isinstance(w, Half) and out.numel():
         added = multiply(h.values, w.values.T)
         mask, scale = dropout_arguments(p, seed, h.device)
-        run = _combine(h.device, find_tile("dropout", h.device), out.numel(), seed is not None, factors is not None)
+        tile = find_tile("dropout", h.device)
+        choices = {"DROPOUT": seed is not None, "ADD": factors is not None}
+        n = out.numel()
+        run = launch_of(_combine_kernel, h.device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile, **choices)
         run((added, out, h.factor, w.factor, *(factors or (out, out))), (*mask, s * scale))
         return out
     product(h, w.T, s, out)
@@ -207,12 +211,6 @@ def _combine_kernel(
     if ADD:
         total += take_out(tl.load(out + i, mask=i < n, other=0.0), first, second)
     tl.store(out + i, total, mask=i < n)
-
-
-@lru_cache(MAX_LAUNCHES)
-def _combine(device: torch.device, tile: Tile, n: int, dropout: bool, adds: bool) -> Launch:
-    grid = -(-n // tile["SIZE"]), 1, 1
-    return Launch(_combine_kernel, device, grid, (n,), tile, DROPOUT=dropout, ADD=adds)
 
 
 @lru_cache(MAX_LAUNCHES)

@@ -16,10 +16,9 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu import build, library
 from lightning_qlora.kernels.ops import LoRA
 from lightning_qlora.quantization import blockwise
+from tests.kernels.cpu.test_library import DTYPES, TOLERANCES
 
 pytestmark = pytest.mark.slow
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (70, 2112)]
 # name -> compiler, its flags, qemu with the processor
 MACHINES = {

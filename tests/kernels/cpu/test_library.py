@@ -29,7 +29,8 @@ from tests.conftest import raises_in_one_line
 from tests.kernels.forks import in_forks
 from tests.mounts import mounted
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}  # of the largest value
+DTYPES = [*TOLERANCES]
 SHAPES = [(1, 1), (3, 5), (37, 101), (16, 720), (8, 1376), (5, 4096), (70, 2112)]
 FLAGS = {
     "this machine": ("-march=native", "-fopenmp"),
@@ -56,6 +57,17 @@ def library(request):
     return module.Library(build.load(module.SOURCE, variants=(FLAGS[request.param],)))
 
 
+def assert_bits(library, weight, quant_type, block_size, double_quant):
+    """Quantized and decoded, the bits of the reference."""
+    expected = reference.quantize(weight, quant_type, block_size, double_quant)
+    ours = library.quantize(weight, quant_type, block_size, double_quant)
+    case = weight.shape, block_size, double_quant
+    assert all(torch.equal(one, other) for one, other in zip(ours[:3], expected[:3], strict=True)), case
+    for dtype in DTYPES:
+        out = library.dequantize_into(torch.empty(weight.numel(), dtype=dtype), ours)
+        assert torch.equal(out, reference.dequantize(ours, dtype).view(-1)), (*case, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_quantizing_and_decoding_give_the_bits_of_the_reference(library, dtype, quant_type):
@@ -63,13 +75,7 @@ def test_quantizing_and_decoding_give_the_bits_of_the_reference(library, dtype, 
         weight = torch.randn(shape).to(dtype)
         weight.view(-1)[: min(70, weight.numel() // 2)] = 0
         for block_size, double_quant in [(32, True), (64, True), (128, False), (4096, True)]:
-            expected = reference.quantize(weight, quant_type, block_size, double_quant)
-            ours = library.quantize(weight, quant_type, block_size, double_quant)
-            for one, other in zip(ours[:3], expected[:3], strict=True):
-                assert torch.equal(one, other), (shape, block_size, double_quant)
-            for out_dtype in DTYPES:
-                out = library.dequantize_into(torch.empty(weight.numel(), dtype=out_dtype), ours)
-                assert torch.equal(out, reference.dequantize(ours, out_dtype).view(-1)), (shape, block_size, out_dtype)
+            assert_bits(library, weight, quant_type, block_size, double_quant)
 
 
 def test_each_op_of_a_cpu_runs_in_c(monkeypatch):
@@ -106,70 +112,72 @@ def test_awkward_numbers_keep_their_bits(library, dtype):
     rows = [torch.randn(128) * tiny, torch.randn(128).clamp(-4, 4) * huge, ties, torch.full((128,), -0.3)]
     weight = torch.stack([row.to(dtype) for row in rows])
     for double_quant in (True, False):
-        expected = reference.quantize(weight, "nf4", 64, double_quant)
-        ours = library.quantize(weight, "nf4", 64, double_quant)
-        assert all(torch.equal(one, other) for one, other in zip(ours[:3], expected[:3], strict=True))
-        for out_dtype in DTYPES:
-            out = library.dequantize_into(torch.empty(weight.numel(), dtype=out_dtype), ours)
-            assert torch.equal(out, reference.dequantize(ours, out_dtype).view(-1))
+        assert_bits(library, weight, "nf4", 64, double_quant)
 
 
 FEW_ROWS = [(1, 16), (2, 3), (3, 64), (4, 0), (5, 8), (16, 17), (33, 4), (module.MOST_ROWS, 16)]  # and ranks
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(DTYPES[0], 2e-6), (DTYPES[1], 5e-3), (DTYPES[2], 7e-4)])
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_few_rows_are_the_references(library, dtype, tolerance, quant_type):
+def layer_of(library, x, weight, bias, lora, xa=None):
+    """The layer in C, in memory that has other numbers before and after its rows."""
+    rows, outputs = len(x), weight.shape[0]
+    scratch(1 << 17, torch.float32, x.device, "rows").fill_(torch.nan)
+    memory = torch.full((rows + 8, outputs), 7.0, dtype=x.dtype)
+    y = library.lora_linear(memory[4 : rows + 4], x, weight, bias, lora, xa)
+    assert (memory[:4] == 7).all() and (memory[rows + 4 :] == 7).all()
+    return y
+
+
+def assert_layer(library, x, weight, bias, lora, xa=None):
+    """It is the reference's, also from x A^T that is given."""
+    expected = x.new_empty(len(x), weight.shape[0])
+    given = reference.lora_project(x, lora) if xa is None else xa
+    reference.linear_into(expected, x, given, weight, bias, lora)
+    for projected in (xa, given):
+        error = (layer_of(library, x, weight, bias, lora, projected) - expected).abs().max()
+        assert error <= TOLERANCES[x.dtype] * expected.abs().max(), (weight.shape, weight.block_size, x.shape, lora)
+
+
+@pytest.fixture
+def multiplying(library, dtype):
+    """The library, if it has products in this type."""
     if not library.multiplies(1, dtype):
         pytest.skip("this form leaves the products to torch")
-    for shape in [*SHAPES, (64, 128), (7, 96)]:
-        for block_size, double_quant in [(32, True), (64, False), (256, True)]:
-            weight = reference.quantize(torch.randn(shape) * shape[1] ** -0.5, quant_type, block_size, double_quant)
-            for m, r in FEW_ROWS:
-                x = torch.randn(m, shape[1]).to(dtype)
-                a = torch.randn(r, shape[1]) * shape[1] ** -0.5
-                b = torch.randn(shape[0], r)
-                bias = torch.randn(shape[0])
-                y = torch.empty(m, shape[0], dtype=dtype)
-                lora = LoRA(a, b, 0.5)
-                xa = reference.lora_project(x, lora)
-                expected = torch.empty_like(y)
-                reference.linear_into(expected, x, xa, weight, bias, lora)
-                for projected in (None, xa):
-                    error = (library.lora_linear(y, x, weight, bias, lora, projected) - expected).abs().max()
-                    assert error <= tolerance * expected.abs().max(), (shape, block_size, m, r)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(DTYPES[0], 2e-6), (DTYPES[1], 5e-3), (DTYPES[2], 7e-4)])
-def test_any_number_of_rows_reads_and_writes_these_rows_alone(library, dtype, tolerance):
-    """Several rows are multiplied together: what is in memory beside the given ones must not matter."""
-    for rows in filter(lambda rows: library.multiplies(rows, dtype), [*range(1, 34), 63]):
-        width = 101 if rows % 2 else 96
-        weight = library.quantize(torch.randn(37, width), "nf4", 64, True)
-        given = torch.full((rows + 8, width), torch.inf, dtype=dtype)
-        x = given[4 : rows + 4].copy_(torch.randn(rows, width))
-        scratch(1 << 17, torch.float32, x.device, "rows").fill_(torch.nan)
-        lora = LoRA(torch.randn(5, width) / 8, torch.randn(37, 5), 0.5)
-        expected = torch.empty(rows, 37, dtype=dtype)
-        reference.linear_into(expected, x, reference.lora_project(x, lora), weight, None, lora)
-        written = torch.full((rows + 8, 37), 7.0, dtype=dtype)
-        y = library.lora_linear(written[4 : rows + 4], x, weight, None, lora)
-        assert (y - expected).abs().max() <= tolerance * expected.abs().max(), rows
-        assert (written[:4] == 7).all()
-        assert (written[rows + 4 :] == 7).all()
+    return library
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_with_inf_or_nan_leave_the_other_rows_as_they_are(library, dtype):
-    if not library.multiplies(9, dtype):
-        pytest.skip("this form leaves the products to torch")
-    weight = library.quantize(torch.randn(40, 96), "nf4", 64, True)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_few_rows_are_the_references(multiplying, dtype, quant_type):
+    for n, k in [*SHAPES, (64, 128), (7, 96)]:
+        for block_size, double_quant in [(32, True), (64, False), (256, True)]:
+            weight = reference.quantize(torch.randn(n, k) * k**-0.5, quant_type, block_size, double_quant)
+            for m, r in FEW_ROWS:
+                x = torch.randn(m, k).to(dtype)
+                lora = LoRA(torch.randn(r, k) * k**-0.5, torch.randn(n, r), 0.5)
+                assert_layer(multiplying, x, weight, torch.randn(n), lora)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_rows_reads_these_rows_alone(multiplying, dtype):
+    """Several rows are multiplied together: what is in memory beside the given ones must not matter."""
+    for rows in filter(lambda rows: multiplying.multiplies(rows, dtype), [*range(1, 34), 63]):
+        width = 101 if rows % 2 else 96
+        weight = multiplying.quantize(torch.randn(37, width), "nf4", 64, True)
+        given = torch.full((rows + 8, width), torch.inf, dtype=dtype)
+        x = given[4 : rows + 4].copy_(torch.randn(rows, width))
+        assert_layer(multiplying, x, weight, None, LoRA(torch.randn(5, width) / 8, torch.randn(37, 5), 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_inf_or_nan_leave_the_other_rows_as_they_are(multiplying, dtype):
+    weight = multiplying.quantize(torch.randn(40, 96), "nf4", 64, True)
     lora = LoRA(torch.randn(4, 96), torch.randn(40, 4), 0.5)
     x = torch.randn(9, 96).to(dtype)
-    plain = library.lora_linear(torch.empty(9, 40, dtype=dtype), x, weight, None, lora)
+    plain = layer_of(multiplying, x, weight, None, lora)
     x[3, 5] = torch.inf
     x[8, 7] = torch.nan
-    y = library.lora_linear(torch.empty(9, 40, dtype=dtype), x, weight, None, lora)
+    y = layer_of(multiplying, x, weight, None, lora)
     others = [0, 1, 2, 4, 5, 6, 7]
     assert torch.equal(y[others], plain[others])
     assert not y[[3, 8]].isfinite().any()
@@ -230,27 +238,19 @@ def test_views_are_read_right(library):
     )
     if library.multiplies(4, torch.float32):
         lora = LoRA(torch.randn(64, 8).T, torch.randn(8, 64).T.bfloat16(), 0.5)
-        x = torch.randn(64, 4).T
         bias = torch.randn(128)[::2].double()
-        for xa in (reference.lora_project(x, lora), torch.randn(8, 4).T):
-            expected = torch.empty(4, 64)
-            reference.linear_into(expected, x, xa, made, bias, lora)
-            torch.testing.assert_close(library.lora_linear(torch.empty(4, 64), x, strided, bias, lora, xa), expected)
+        for xa in (None, torch.randn(8, 4).T):
+            assert_layer(library, torch.randn(64, 4).T, strided, bias, lora, xa)
 
 
 def test_for_how_many_rows_the_loops_multiply(library, request):
-    form = request.node.callspec.params["library"]
-    assert library.form.endswith(", one thread") == (form == "plain, one thread")
+    assert library.form.endswith(", one thread") == (request.node.callspec.params["library"] == "plain, one thread")
+    limits = dict.fromkeys(DTYPES, 0 if "plain C" in library.form else 64)
     if "NEON" in library.form:
         limits = {torch.float32: 16, torch.bfloat16: 0, torch.float16: 0}
-    elif "plain C" in library.form:
-        limits = dict.fromkeys(DTYPES, 0)
-    else:
-        limits = dict.fromkeys(DTYPES, 64)
     for dtype, most in limits.items():
-        assert [library.multiplies(m, dtype) for m in (0, 1, 16, 17, 64, 65)] == [
-            0 < m <= most for m in (0, 1, 16, 17, 64, 65)
-        ]
+        for m in (0, 1, 16, 17, 64, 65):
+            assert library.multiplies(m, dtype) == (0 < m <= most)
 
 
 def test_small_weights_have_one_thread(library, monkeypatch):

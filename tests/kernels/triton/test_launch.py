@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +39,14 @@ X = torch.zeros(3, 64).bfloat16()
 W = torch.zeros(64, 16)
 OUT = torch.zeros(3, 64).bfloat16()
 H = torch.zeros(3, 16).bfloat16()
-CONSTANTS = {"DROPOUT": False, "HALF": False, "ADD": False, "R": 16}
+ARGUMENTS = (H, W, OUT, *[OUT] * 4), (0, 0, 0, 0.5)
+
+
+def up(device=X.device, num_warps=4):
+    """A launch of `_up_kernel`, which takes ARGUMENTS."""
+    tile = Tile(up_to=16, M=16, N=64, num_warps=num_warps, num_stages=2)
+    constants = {"DROPOUT": False, "HALF": False, "ADD": False, "R": 16}
+    return Launch(_up_kernel, device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, **constants)
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 200])
@@ -52,11 +60,15 @@ def test_no_share_of_a_sum_is_empty(tiles):
 
 
 def test_programs_are_shared_only_where_the_loop_is_long_enough(monkeypatch):
-    assert number_of_shares(tiles=2, programs=512, steps=100) == 25
-    assert number_of_shares(tiles=100, programs=512, steps=100) == 5
-    assert number_of_shares(tiles=600, programs=512, steps=100) == 1
-    assert number_of_shares(tiles=1, programs=512, steps=3) == 1
-    assert [number_of_shares(tiles, 1 << 20, steps=100) for tiles in (1024, 1025)] == [25, 1]  # counters
+    for tiles, programs, steps, shares in (
+        (2, 512, 100, 25),
+        (100, 512, 100, 5),
+        (600, 512, 100, 1),
+        (1, 512, 3, 1),
+        (1024, 1 << 20, 100, 25),
+        (1025, 1 << 20, 100, 1),  # counters
+    ):
+        assert number_of_shares(tiles, programs, steps) == shares
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert number_of_shares(tiles=2, programs=512, steps=100) == 1
 
@@ -184,10 +196,9 @@ def addresses(arguments):
 
 
 def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
-    tile = Tile(up_to=16, M=16, N=64, num_warps=4, num_stages=2)
-    launch = Launch(_up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, **CONSTANTS)
+    launch = up()
     for _ in range(2):
-        launch((H, W, OUT, *[OUT] * 4), (0, 0, 0, 0.5))
+        launch(*ARGUMENTS)
     by_triton, short = driven
     assert len(launch._compiled) == 1
     # Between the kernel's metadata and its arguments are three entries for the hooks of Triton's profiler.
@@ -197,9 +208,8 @@ def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
 
 
 def test_what_a_launch_writes_has_a_new_version_once_it_is_compiled_and_before_it_runs(driven, monkeypatch):
-    tile = Tile(M=16, N=64, num_warps=8, num_stages=2)
-    launch = Launch(_up_kernel, X.device, (1, 1, 1), (3, 64, 16, 1, 16), tile, **CONSTANTS)
-    arguments = (H, W, OUT, *[OUT] * 4), (0, 0, 0, 0.5), [OUT]
+    launch = up(num_warps=8)
+    arguments = *ARGUMENTS, [OUT]
     before = OUT._version
 
     def fail(*_, **__):
@@ -246,27 +256,21 @@ def test_a_tensor_on_another_device_makes_that_device_current_for_its_launch(dri
     current = [0]
     entered = []
 
-    class Guard:
-        def __init__(self, index):
-            self.index = index
+    @contextmanager
+    def guard(index):
+        entered.append(index)
+        current.append(index)
+        yield
+        current.pop()
 
-        def __enter__(self):
-            entered.append(self.index)
-            current.append(self.index)
-
-        def __exit__(self, *_):
-            current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(driver.active, "get_current_device", lambda: 2000 + current[-1], raising=False)
     monkeypatch.setattr(driver.active, "get_current_stream", lambda index: 70 + index % 2000, raising=False)
-    tile = Tile(M=16, N=64, num_warps=4, num_stages=2)
     for index in (1, 0):
-        device = torch.device("cuda", index)
-        launch = Launch(_up_kernel, device, (1, 1, 1), (3, 64, 16, 1, 16), tile, fuse=True, **CONSTANTS)
+        launch = up(torch.device("cuda", index))
         for _ in range(2):  # by Triton, and by the short path
-            launch((H, W, OUT, *[OUT] * 4), (0, 0, 0, 0.5))
+            launch(*ARGUMENTS)
     assert [call[3] for call in driven] == [71, 71, 70, 70]
     assert (entered, current) == ([1, 1], [0])
 

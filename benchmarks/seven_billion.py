@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,21 @@ from benchmarks.processes import steps_in_turns
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "7b, 4 layers": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+    },
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
+SHAPES["7b, 4 layers"] = {**SHAPES["7b"], "num_hidden_layers": 4}
 VOCABULARY = 32000
 LENGTH = 512
 RANK = 16
 RATE = 2e-4
-VARIANTS = (peers.OURS, peers.BNB)
+LIMITED = f"{peers.OURS}, gradient_checkpointing=12GB"
+VARIANTS = (peers.OURS, peers.BNB)  # LIMITED if it is named
 
 Step = Callable[[Tensor], float]
 
@@ -73,14 +82,14 @@ def _random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def load_ours(folder: str) -> Step:
+def load_ours(folder: str, gradient_checkpointing: bool | str = True) -> Step:
     """As in docs/fabric.md: the model is quantized while transformers reads it."""
     from lightning.fabric import Fabric
     from transformers import AutoModelForCausalLM
 
     from lightning_qlora import QLoRAPrecision
 
-    plugin = QLoRAPrecision(r=RANK, lora_alpha=RANK, lora_dropout=0.0, gradient_checkpointing=True)
+    plugin = QLoRAPrecision(r=RANK, lora_alpha=RANK, lora_dropout=0.0, gradient_checkpointing=gradient_checkpointing)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
     with fabric.init_module():
         model: Any = AutoModelForCausalLM.from_pretrained(folder).train()
@@ -125,7 +134,11 @@ def load_peft(folder: str) -> Step:
     return step
 
 
-LOADERS = {peers.OURS: load_ours, peers.BNB: load_peft}
+LOADERS: dict[str, Callable[[str], Step]] = {
+    peers.OURS: load_ours,
+    LIMITED: partial(load_ours, gradient_checkpointing="12GB"),
+    peers.BNB: load_peft,
+}
 
 
 def memory(key: str) -> float:
@@ -204,9 +217,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(SHAPES), default="7b")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=LOADERS, default=list(VARIANTS))
     parser.add_argument("--write", action="store_true", help="keep the JSON and refresh docs/benchmarks.md")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=LOADERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.variant:
         return work(options.variant, options.folder, options.threads)

@@ -63,6 +63,7 @@ CELLS = (
         "the same step against PEFT + bitsandbytes and an Unsloth-style layer",
     ),
     Cell("largest", "largest:measure", 90, 180, "training step of a 65B-shaped Llama, 1 x 512 tokens, under 48 GB"),
+    Cell("growing", "growing:measure", 90, 200, "growing batches of an 8B-shaped Llama in 24 GiB, by recomputation"),
     Cell("paging", "paging:measure", 45, 120, "paged optimizer state: first step, prefetch, pinned copies"),
     Cell("launches", "launches:measure", 45, 120, "kernel launches and host time of a layer, by the profiler"),
     Cell("sanitizer", "sanitizer:measure", 120, 240, "compute-sanitizer's memcheck over every kernel, small shapes"),

@@ -195,6 +195,21 @@ def _largest(rows: list[Row]) -> str:
     return table(heads, lines)
 
 
+def _growing(rows: list[Row]) -> str:
+    lines = [
+        [
+            str(row["gradient_checkpointing"]),
+            str(row["tokens"]),
+            row.get("failure") or f"{row['seconds']:.2f}",
+            _both_units(row["allocated_bytes"]),
+            "-" if row["kept_blocks"] is None else str(row["kept_blocks"]),
+        ]
+        for row in rows
+    ]
+    heads = ["gradient_checkpointing", "tokens", "seconds", "allocated, GB (GiB)", "blocks that keep activations"]
+    return table(heads, lines)
+
+
 def _paging(rows: list[Row]) -> str:
     lines = []
     for row in rows:
@@ -234,6 +249,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "step": _step,
     "step_4bit": _step,
     "largest": _largest,
+    "growing": _growing,
     "paging": _paging,
     "launches": _launches,
     "sanitizer": _sanitizer,

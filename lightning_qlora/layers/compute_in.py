@@ -16,14 +16,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_qlora.layers.held_types import (
-    IN_16_BITS,
-    is_our_autocast,
-    own_tensors,
-    set_types_before,
-    type_after,
-    types_before,
-)
+from lightning_qlora.layers.device_types import IN_16_BITS
+from lightning_qlora.layers.held_types import follow_cast, own_tensors, type_after
 from lightning_qlora.layers.instance_method import InstanceMethod, add, instance_method
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.lightning_copies import classes
@@ -74,7 +68,7 @@ class FollowCasts(InstanceMethod):
         """As in nn.Module."""
         result = original(fn, *args, **kwargs)
         part = self.module
-        set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})
+        follow_cast(part, fn)
         for method in compute_methods(part):
             method.in_fp32 = method.in_fp32 and type_after(fn, torch.float32) is torch.float32
             if method.autocast is not None:
@@ -153,6 +147,14 @@ def compute_types(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
 def _has_16_bits(module: nn.Module) -> bool:
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return any(tensor is not None and tensor.dtype in IN_16_BITS for tensor in tensors)
+
+
+def is_our_autocast() -> bool:
+    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
+
+    Recomputation, which restores what torch knows of autocast, gets the same answer.
+    """
+    return not torch.is_autocast_cache_enabled()
 
 
 def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:

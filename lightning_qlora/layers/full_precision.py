@@ -32,16 +32,15 @@ from lightning_qlora.layers.compute_in import (
     let_follow_casts,
     make_compute_methods,
 )
+from lightning_qlora.layers.device_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.held_types import (
-    IN_16_BITS,
     TYPES,
     Casts,
     cast_in_place,
     held_in,
     hold_tensors,
     own_tensors,
-    reason_for_fp32,
     set_types_before,
     types_before,
 )

@@ -1,4 +1,4 @@
-"""Values that are held in fp32 in a module of 16 bits: their types before, and the devices that compute fp32 better.
+"""Values that are held in fp32 in a module of 16 bits, and their types before.
 
     vars(part)["_qlora_types"]      key of a parameter or buffer -> the 16-bit type that it had
     state dicts                     have the values as they are, in fp32
@@ -9,59 +9,17 @@ What trains in full is held in fp32 on every device, and a whole module on devic
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.kernels.cpu.matmul_16bit import products
+from lightning_qlora.layers.device_types import IN_16_BITS
 from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.fingerprint import has_values, is_strided
 
-IN_16_BITS = (torch.bfloat16, torch.float16)
 Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
 TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each tensor of its own that is held in fp32
-
-
-def reason_for_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a device should hold a module of this type in fp32, and compute in it; None: the module keeps its type.
-
-    The reason is a sentence without its end. The first question for a type of a CPU measures, in some milliseconds.
-    """
-    if dtype not in IN_16_BITS:
-        return None
-    if device.type == "cpu":
-        measured = products(dtype)
-        if measured.is_slow:
-            return f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})"
-    if device.type == "cuda" and not has_bf16("cuda"):
-        return f"{torch.cuda.get_device_name(device)} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32"
-    if device.type in ("cuda", "xpu") and dtype is torch.float16:
-        return "fp16 has no number for large activations and small gradients"
-    return None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
-def has_bf16(device: str) -> bool:
-    """Whether GPUs of a type compute in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
-    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
-
-
-@cache
-def _cuda_has_bf16() -> bool:
-    if torch.version.hip:  # torch says yes for all; GCN before MI100 and RDNA before its third generation have none
-        card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
-        return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def is_our_autocast() -> bool:
-    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
-
-    Recomputation, which restores what torch knows of autocast, gets the same answer.
-    """
-    return not torch.is_autocast_cache_enabled()
 
 
 def own_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -166,3 +124,8 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
 def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
     """The type of a tensor after the function of `nn.Module._apply`, which may cast."""
     return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
+
+
+def follow_cast(part: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Cast the types before of what a module holds itself, as `nn.Module._apply` casts with this function."""
+    set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})

@@ -16,7 +16,7 @@ from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.held_types import set_types_before, type_after, types_before
+from lightning_qlora.layers.held_types import follow_cast, type_after
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
@@ -160,7 +160,7 @@ class PackedLayer(nn.Module):
         self._fingerprint = None  # `to_empty` leaves no values
         self.weight_dtype = type_after(fn, self.weight_dtype)
         self.dtype_before = type_after(fn, self.dtype_before)
-        set_types_before(self, {key: type_after(fn, dtype) for key, dtype in types_before(self).items()})
+        follow_cast(self, fn)
         return self
 
     def reset_parameters(self) -> None:

@@ -67,7 +67,7 @@ def plan(
         sequence_length: Tokens per sequence.
         optimizer: Optimizer whose state is counted.
         gpu_memory: Memory of a GPU, 24GiB for a card of 24 GB (24GB is 7% less): also say whether the run fits, and
-            else what to change.
+            else what to change; with gradient_checkpointing=auto also how many blocks keep their activations.
         devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
@@ -93,11 +93,12 @@ def plan(
         memory = parse_memory("gpu_memory", gpu_memory)
     config = QLoRAConfig(**arguments)
     if devices > 1 and strategy == "fsdp":
-        config = replace(config, deferred_logits=False)  # the output embedding is in shards
+        # The output embedding is in shards, and ranks that share blocks recompute all of them.
+        config = replace(config, deferred_logits=False, gradient_checkpointing=bool(config.gradient_checkpointing))
     if sys.stderr.isatty():
         print(f"Running a step of {model} without weights ...", file=sys.stderr, flush=True)
     run = PlannedRun(model, optimizer, config, device=device, card=card)
-    estimate = run.estimate(batch_size, sequence_length)
+    estimate = run.estimate(batch_size, sequence_length, memory)
     needed = bytes_on_each(run, estimate, devices, strategy)
     answer = None
     if memory is not None:

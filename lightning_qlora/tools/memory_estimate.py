@@ -20,12 +20,13 @@ from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
-from lightning_qlora.layers.held_types import IN_16_BITS
+from lightning_qlora.layers.device_types import IN_16_BITS
 from lightning_qlora.texts import size_text
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
+from lightning_qlora.training.activation_budget import memory_of
 from lightning_qlora.training.convert import Run, convert_module
 from lightning_qlora.training.convert_checks import check_initialized
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
@@ -36,6 +37,9 @@ from lightning_qlora.training.parameter_counts import packed_bytes, packed_layer
 STATE = {"adamw": 2.0, "sgd": 0.0, "momentum": 1.0}
 STATE_8BIT = 2 * (1 + 4 / 256)
 DRIVER = 0.8e9  # bytes that a run can't use
+LIBRARIES = (
+    0.65e9  # bytes of a process that imported torch, with torch._dynamo for optimizers, transformers and this package
+)
 FRAGMENTATION = 0.04  # share of the memory that a run can't use
 # Arguments that save memory; the last one costs time.
 SAVING: dict[str, Any] = {
@@ -61,6 +65,10 @@ class MemoryEstimate:
         counted_activations: Whether the activations could be counted; if not, they are 0 in `parts`. They can't be
             where the forward pass needs an example, or depends on values of activations.
         layers: Name, status and number of layers, as in the report of a conversion.
+        blocks: With gradient_checkpointing="auto" or bytes: number of blocks; activations are those of a step in which
+            `kept_blocks` of them keep theirs. 0: no memory is known that they could fit in, so all are recomputed.
+        kept_blocks: How many keep their activations.
+        kept_bytes: Bytes that they keep.
 
     Example:
         ```python
@@ -82,6 +90,9 @@ class MemoryEstimate:
     dense_bytes: int
     counted_activations: bool
     layers: list[tuple[str, str, str]] = field(default_factory=list, repr=False)
+    blocks: int = 0
+    kept_blocks: int = 0
+    kept_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -100,6 +111,9 @@ class MemoryEstimate:
         if not self.counted_activations:
             hint = "(pass example=; loops over experts can't be counted)"
             texts["activations"] = f"{'activations':22}{'unknown':>12}  {hint}"
+        elif self.blocks:
+            kept = size_text(self.kept_bytes, 1024)
+            texts["activations"] += f"  (of {self.blocks} blocks {self.kept_blocks} keep theirs: {kept})"
         if self.gradients_at_peak < self.parts["gradients"]:
             at_peak = "none"
             if self.gradients_at_peak:
@@ -144,7 +158,8 @@ def estimate_memory(
         example: Input of the module's forward, for a module that is not a transformers model: a tensor, a tuple, or a
             dict of keyword arguments. batch_size and sequence_length are not used then.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
-        gpu: A card such as "T4", which holds a 16-bit model in fp32 if it has no bf16. None: a card with bf16.
+        gpu: A card such as "T4", which holds a 16-bit model in fp32 if it has no bf16. None: a card with bf16. With
+            gradient_checkpointing="auto" its memory decides how many blocks keep their activations.
         **arguments: The arguments of `QLoRAPrecision`. The initialization does not change the estimate, which is of
             device memory; "calibrated" also needs host memory of the size of the dense weights until the first step.
 
@@ -169,11 +184,12 @@ def estimate_memory(
     names = ["batch_size", "sequence_length", "optimizer", "example", "device", "gpu"]
     refuse_unknown_arguments(arguments, [*names, *QLoRAConfig.__dataclass_fields__])
     config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
-    card = None
+    card = memory = None
     if gpu is not None:
         card = find_card(gpu, device)
+        memory = card.memory
     run = PlannedRun(model, optimizer, config, example, device, card)
-    return run.estimate(batch_size, sequence_length)
+    return run.estimate(batch_size, sequence_length, memory)
 
 
 class PlannedRun:
@@ -199,6 +215,7 @@ class PlannedRun:
         if without_bf16 and config.compute_dtype == "auto":
             config = replace(config, compute_dtype="fp16")
         self.config = config
+        self._device = device
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         if config.adapter is not None:  # no file can be read under that mode
             config = config_of_adapter(model, read_adapter(config.adapter), config)
@@ -227,10 +244,29 @@ class PlannedRun:
             "decode buffer": _decode_buffers(layers),
         }
 
-    def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
-        """The memory of a run with batches of this size."""
+    def estimate(self, batch_size: int, sequence_length: int, gpu_memory: int | None = None) -> MemoryEstimate:
+        """The memory of a run with batches of this size, on a GPU that has `gpu_memory` bytes."""
         check_integer("batch_size", batch_size, at_least=1)
         check_integer("sequence_length", sequence_length, at_least=1)
+        budget = self._report.activations
+        if budget is None:
+            return self._step(batch_size, sequence_length)
+        # As in a run: first all blocks are recomputed, then a step decides by what that needed.
+        budget.memory_of = None
+        budget.capacity = None
+        estimate = self._step(batch_size, sequence_length)
+        available = self._available(gpu_memory)
+        if not estimate.counted_activations or (budget.limit is None and available == math.inf):
+            return estimate
+        needed = estimate.total + LIBRARIES
+        if self._device == "gpu":
+            needed = bytes_on_each(self, estimate)
+        budget.set_capacity(available, needed)
+        estimate = self._step(batch_size, sequence_length)
+        kept = {"blocks": budget.blocks, "kept_blocks": budget.kept_blocks, "kept_bytes": budget.kept_bytes}
+        return replace(estimate, **kept)
+
+    def _step(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
         with self._mode:
             forward = forward_function(self.model, batch_size, sequence_length, self._example)
             step = None
@@ -247,6 +283,13 @@ class PlannedRun:
             counted_activations=step is not None,
             layers=self._report.rows(),
         )
+
+    def _available(self, gpu_memory: int | None) -> float:
+        """Bytes that a run may use on the device; infinite if that is not known."""
+        if self._device == "gpu":
+            return math.inf if gpu_memory is None else gpu_memory - DRIVER
+        memory = memory_of(torch.device("cpu"))
+        return math.inf if memory is None else memory.available
 
 
 def _in_fp32(_device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,25 +1,33 @@
-"""ActivationBudget: how many blocks of a step may keep their activations, decided at each call by what still fits.
+"""ActivationBudget: which blocks of a step keep their activations, decided at each call by what still fits.
 
-    kept + size <= limit - base - rest        the block keeps its activations; else they are recomputed
+    kept + size <= capacity = limit * (1 - MARGIN) - base - rest        the block keeps them; else it is recomputed
 
 `limit` is what the device has, or what the user allows; `base` is what is allocated when a step begins; `rest` is what
-a step allocates at its peak beside the activations of blocks, measured in the first step, in which all blocks are
-recomputed. `size` is measured at the first call of a class of blocks that keeps them, and again for longer inputs.
+a step allocates at its peak beside kept activations, measured in the first step, in which all blocks are recomputed,
+and in each that needs more than all before. `size` is measured when a block keeps its activations, and again for larger
+inputs.
 """
 
+import ctypes
+import gc
+import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.layers.packed_linear import PackedLayer
 from lightning_qlora.texts import size_text
 
+C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
 MARGIN = 0.05  # of the limit: fragmentation, and what differs from step to step
 
 
@@ -37,25 +45,34 @@ def memory_of(device: torch.device) -> Memory | None:
         free, _ = torch.cuda.mem_get_info(device)
         available = free + torch.cuda.memory_reserved(device)
         return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), available)
-    status, system = _kilobytes("/proc/self/status"), _kilobytes("/proc/meminfo")
-    if device.type != "cpu" or not {"VmRSS", "VmHWM"} <= status.keys() or "MemAvailable" not in system:
+    if device.type != "cpu":
         return None
-    free = system["MemAvailable"]
-    try:  # the limit of a container
-        limit, current = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - current)
-    except (OSError, ValueError):
-        pass
-    return Memory(status["VmRSS"], status["VmHWM"], status["VmRSS"] + free)
-
-
-def _kilobytes(path: str) -> dict[str, int]:
-    """The rows `NAME: NUMBER kB` of a file of Linux, in bytes."""
     try:
-        text = Path(path).read_text()
+        text = Path("/proc/self/status").read_text() + Path("/proc/meminfo").read_text()
     except OSError:
-        return {}
-    return {name: 1024 * int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+        return None
+    row = {name: 1024 * int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+    free = row["MemAvailable"]
+    with suppress(OSError, ValueError):  # the limit of a container; of what it counts the system can drop files
+        limit, current = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        files = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - current + int(files[1] if files else 0))
+    return Memory(row["VmRSS"], row["VmHWM"], row["VmRSS"] + free)
+
+
+def trim(device: torch.device) -> None:
+    """Let `Memory.used` not count what was freed: glibc holds it back."""
+    if device.type == "cpu" and hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `Memory.peak` begin again: loading may have taken more than a step does."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with suppress(OSError):  # then the peak so far counts, and fewer blocks keep their activations
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 class ActivationBudget:
@@ -63,138 +80,145 @@ class ActivationBudget:
 
     Attributes:
         limit: Bytes that the process may use on the device; None: what the device has.
+        is_shared: Whether ranks hold parts of the blocks: they must do the same, so all blocks are recomputed.
+        memory_of: Reads a device; None: `set_capacity` alone decides, as in `plan`.
         rest: Bytes of a step at its peak without kept activations, beyond those when it begins; None: not measured yet.
-        blocks, kept_blocks, kept_bytes, capacity: Of the last step: its calls of blocks, those that keep their
-            activations, their bytes, and how many bytes there were for them.
+        capacity: Bytes for the activations of a step; None: not known yet.
+        blocks, kept_blocks, kept_bytes: Of the last step: calls of blocks, those that keep their activations, bytes.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, is_shared: bool = False) -> None:
         self.limit = limit
+        self.is_shared = is_shared
+        self.memory_of: Callable[[torch.device], Memory | None] | None = memory_of
         self.rest: int | None = None
-        self.blocks = self.kept_blocks = self.kept_bytes = self.capacity = 0
-        self._sizes: dict[type[nn.Module], dict[int, int]] = {}  # class of a block -> elements of its input: bytes
-        self._live: dict[int, int] = {}  # calls whose backward pass has not begun: bytes that they keep
-        self._base = 0
-        self._first: tuple[Memory, int] | None = None  # when the first step began, and the elements of its input
-        self._ran_backward = self._was_told = False
+        self.capacity: int | None = None
+        self.blocks = self.kept_blocks = self.kept_bytes = 0
+        self._calls: WeakSet[_Call] = WeakSet()  # those whose backward pass has not begun
+        self._sizes: WeakKeyDictionary[Any, tuple[list[torch.Size], int]] = WeakKeyDictionary()  # of blocks and classes
+        self._begin: tuple[torch.device, Memory, int] | None = None  # of the last step, with the elements of its input
+        self._elements = 0  # of the input of the step that `rest` is from
+        self._was_told = False
 
     def __reduce__(self) -> Any:
-        return type(self), (self.limit,)
+        return type(self), (self.limit, self.is_shared)
 
     def __str__(self) -> str:
-        if self.rest is None:
-            return "all blocks are recomputed in the first step, which measures what fits"
+        if self.is_shared:
+            return "all blocks are recomputed, because ranks that hold parts of them must do the same"
+        if self.capacity is None:
+            return "all blocks are recomputed until a step has measured what fits"
         return (
             f"of {self.blocks} blocks {self.kept_blocks} keep their activations "
-            f"({size_text(self.kept_bytes, 1024)} of {size_text(self.capacity, 1024)})"
+            f"({size_text(self.kept_bytes, 1024)} of {size_text(max(self.capacity, 0), 1024)})"
         )
 
-    def keeps(self, block: nn.Module, inputs: Any) -> bool:
-        """Whether a call of a block keeps its activations."""
-        tensors = _floats(inputs)
-        elements = _elements(tensors)
-        if not self._live and tensors:
-            self._begin_step(tensors[0].device, elements)
+    def call(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The output of a block, which keeps its activations if they fit."""
+        inputs = _floats((args, kwargs))
+        if not self._calls and inputs:
+            self._begin_step(inputs[0])
         self.blocks += 1
-        size = self._size(block, elements)
-        return self.rest is not None and sum(self._live.values()) + (size or 0) <= self.capacity
-
-    def _begin_step(self, device: torch.device, elements: int) -> None:
-        memory = memory_of(device)
-        self.blocks = self.kept_blocks = self.kept_bytes = 0
-        if memory is None:
-            return
-        if self._first is None:
-            self._first = memory, elements
-        first, first_elements = self._first
-        if self.rest is None:
-            if not self._ran_backward:
-                return
-            self.rest = memory.peak - first.used
-            self._base = memory.used
-        if device.type == "cuda":
-            self._base = memory.used
-        else:  # a CPU's allocator holds back memory that was freed, which the next step uses again
-            held_back = self.rest + max(self.capacity, 0)
-            self._base = max(min(self._base, memory.used), memory.used - held_back)
-        limit = memory.available
-        if self.limit is not None:
-            limit = min(limit, self.limit)
-        rest = self.rest * max(1.0, elements / max(first_elements, 1))  # logits grow with the input
-        self.capacity = int(limit * (1 - MARGIN) - self._base - rest)
-
-    def _size(self, block: nn.Module, elements: int) -> int | None:
-        """Bytes that a call keeps: measured, or of a shorter input in proportion; None: nothing is known."""
-        sizes = self._sizes.get(type(block), {})
-        if elements in sizes or not sizes:
-            return sizes.get(elements)
-        return int(elements * max(size / max(known, 1) for known, size in sizes.items()))
-
-    def run(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A call that keeps its activations."""
-        elements = _elements(_floats((args, kwargs)))
-        sizes = self._sizes.setdefault(type(block), {})
-        if elements in sizes:
-            output = forward(*args, **kwargs)
+        shapes = [tensor.shape for tensor in inputs]
+        measured = self._sizes.get(block)
+        known, size = measured or self._sizes.get(type(block), (shapes, 0))
+        size = int(size * _growth(shapes, known))
+        if self.capacity is None or sum(call.size for call in self._calls) + size > self.capacity:
+            output = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            size = 0
         else:
-            output, sizes[elements] = _measured(block, forward, args, kwargs)
-        self.kept_blocks += 1
-        self.kept_bytes += sizes[elements]
-        self.watch(output, sizes[elements])
+            if measured and _is_within(shapes, known):
+                output = forward(*args, **kwargs)
+            else:
+                output, size = _measured(block, forward, args, kwargs)
+                self._sizes[block] = self._sizes[type(block)] = shapes, size
+            self.kept_blocks += 1
+            self.kept_bytes += size
+        node = next((tensor.grad_fn for tensor in _floats(output) if tensor.grad_fn is not None), None)
+        if node is not None:
+            node.register_prehook(_Call(self, size))
         return output
 
-    def watch(self, output: Any, size: int = 0) -> None:
-        """Count the bytes of a call until its backward pass begins, or its graph is freed."""
-        nodes = [tensor.grad_fn for tensor in _floats(output) if tensor.grad_fn is not None]
-        if nodes:
-            nodes[0].register_prehook(_Call(self, size))
+    def _begin_step(self, x: Tensor) -> None:
+        self.blocks = self.kept_blocks = self.kept_bytes = 0
+        if self.memory_of is None:
+            return
+        if self._begin is None:
+            gc.collect()  # else garbage counts as used when the step begins, and is free at its peak
+            reset_peak(x.device)
+        trim(x.device)
+        memory = self.memory_of(x.device)
+        if memory is None:
+            return
+        self._begin = x.device, memory, x.numel()
+        if self.rest is not None:
+            growth = max(1.0, x.numel() / max(self._elements, 1))  # logits grow with the input
+            self.set_capacity(memory.available, memory.used + self.rest * growth)
 
-    def end(self, call: int, in_backward: bool) -> None:
-        """The activations of a call are no longer counted."""
-        self._live.pop(call, None)
-        self._ran_backward = self._ran_backward or in_backward
-        if in_backward and self.rest is not None and not self._was_told:
+    def set_capacity(self, available: float, needed: float) -> None:
+        """Keep what fits beside the bytes that a step needs without kept activations."""
+        if self.limit is not None:
+            available = min(available, self.limit)
+        self.capacity = int(available * (1 - MARGIN) - needed)
+
+    def begin_backward(self, call: "_Call") -> None:
+        """Stop counting the activations of a call; at the last one learn what the step needed beside them."""
+        self._calls.discard(call)
+        if self._calls or self._begin is None or self.memory_of is None:
+            return
+        if self.capacity is not None and not self._was_told:
             self._was_told = True
             rank_zero_info(f"QLoRA: {self}.")
-
-    def begin(self, call: int, size: int) -> None:
-        """The activations of a call are counted."""
-        self._live[call] = size
+        device, begin, elements = self._begin
+        memory = self.memory_of(device)
+        if memory is None:
+            return
+        rest = memory.peak - begin.used - self.kept_bytes
+        if self.rest is None or (memory.peak > begin.peak and rest > self.rest):
+            self.rest = rest
+            self._elements = elements
 
 
 class _Call:
     """A hook of the graph of one call: it lives as long as the graph, and is called when its backward pass begins."""
 
     def __init__(self, budget: ActivationBudget, size: int) -> None:
+        self.size = size  # bytes
         self._budget = budget
-        budget.begin(id(self), size)
+        budget._calls.add(self)
 
     def __call__(self, *_: Any) -> None:
-        self._budget.end(id(self), in_backward=True)
-
-    def __del__(self) -> None:
-        self._budget.end(id(self), in_backward=False)
+        self._budget.begin_backward(self)
 
 
 def _floats(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _elements(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
+def _growth(shapes: list[torch.Size], known: list[torch.Size]) -> float:
+    """How many times more bytes a call needs than a known one: at most, if its inputs are smaller."""
+    pairs = zip(shapes, known, strict=False)
+    return max((shape.numel() / max(other.numel(), 1) for shape, other in pairs), default=1.0)
+
+
+def _is_within(shapes: list[torch.Size], known: list[torch.Size]) -> bool:
+    """Whether no dimension is larger: attention may keep more for longer rows, although there are fewer of them."""
+    if [len(shape) for shape in shapes] != [len(shape) for shape in known]:
+        return False
+    return all(size <= other for pair in zip(shapes, known, strict=True) for size, other in zip(*pair, strict=True))
 
 
 def _measured(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, int]:
     """The output of a call, and the bytes that autograd saves for it beside its inputs and what the block holds."""
     own = [*block.parameters(), *block.buffers(), *_floats((args, kwargs))]
     own += [tensor for part in block.modules() if isinstance(part, PackedLayer) for tensor in part.weight_bytes[:3]]
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    known = {tensor.untyped_storage()._cdata for tensor in own}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
+from lightning_qlora.layers.device_types import IN_16_BITS
 from lightning_qlora.layers.dtensor import local, world_size
-from lightning_qlora.layers.held_types import IN_16_BITS
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import frozen_parameters

@@ -22,8 +22,8 @@ from lightning_qlora.layers.apply import add_tokens, convert_layers, freeze
 from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.copies import find_copies, share_seeds
 from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.layers.device_types import reason_for_fp32
 from lightning_qlora.layers.full_precision import Decide, hold_in_fp32, train_in_full_precision
-from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.records import record, unrecorded
@@ -194,8 +194,8 @@ def _apply(
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module.named_modules())
     record([*unrecorded(module), *new])  # what conversion made, and what was there
-    if config.gradient_checkpointing:  # ranks that share blocks recompute all of them, as each other
-        enable_gradient_checkpointing(module, run.sharded or config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
 

@@ -45,14 +45,11 @@ class RecomputedForward(InstanceMethod):
         if not self.ran:
             self.ran = True
         budget = self.budget
-        # Ranks that share a block must do the same, and a graph is compiled for one way.
-        if budget is None or torch.compiler.is_compiling() or is_shared(self.module):
-            return checkpoint(original, *args, use_reentrant=False, **kwargs)
-        if budget.keeps(self.module, (args, kwargs)):
-            return budget.run(self.module, original, *args, **kwargs)
-        output = checkpoint(original, *args, use_reentrant=False, **kwargs)
-        budget.watch(output)
-        return output
+        if budget is not None and not torch.compiler.is_compiling():  # a graph is compiled for one way
+            budget.is_shared = budget.is_shared or is_shared(self.module)
+            if not budget.is_shared:
+                return budget.call(self.module, original, args, kwargs)
+        return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
 
 def is_shared(block: nn.Module) -> bool:
@@ -62,27 +59,30 @@ def is_shared(block: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in vars(block) or any(map(is_sharded, block.parameters()))
 
 
-def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str = True) -> None:
+def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str = True, is_shared: bool = False) -> None:
     """Recompute the repeated blocks of a converted module in its backward pass.
 
     `setting`: True, or "auto" or the bytes that the process may use: then blocks keep their activations while they fit.
+    `is_shared`: whether a strategy will split them over ranks.
 
-    Blocks are the layers that a transformers model checkpoints itself, and elsewhere the outermost ModuleList or
-    Sequential with two or more children of one class that hold converted layers.
+    Blocks are the layers that a transformers model checkpoints itself (of nested ones the innermost), and elsewhere the
+    outermost ModuleList or Sequential with two or more children of one class that hold converted layers.
     """
-    blocks = list(transformers_checkpointing_layers(module))
-    inside = {id(part) for layer in blocks for part in layer.modules()}
+    layers = list(transformers_checkpointing_layers(module))
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    blocks = [layer for layer in layers if not any(transformers_checkpointing_layers(*layer.children()))]
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
     budget = None
     if setting is not True:
-        budget = ActivationBudget(None if setting == "auto" else memory_limit(setting))
+        budget = ActivationBudget(None if setting == "auto" else memory_limit(setting), is_shared)
+    for layer in layers:
+        patches.leave_recomputation_to_us(layer)
     for block in blocks:
         method = instance_method(block, RecomputedForward)
         if method is None:
             method = RecomputedForward(block)
             add(method)
-            patches.leave_recomputation_to_us(block)
         method.budget = budget
     if not blocks:
         warnings.warn(
@@ -98,11 +98,12 @@ def budget_of(parts: Iterable[nn.Module]) -> ActivationBudget | None:
     return next((method.budget for method in methods if method is not None), None)
 
 
-def transformers_checkpointing_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers inside a module that transformers can checkpoint."""
+def transformers_checkpointing_layers(*modules: nn.Module) -> Iterator[nn.Module]:
+    """The layers in modules that transformers can checkpoint."""
     layers: Any = sys.modules.get("transformers.modeling_layers")
     if layers is not None:
-        yield from (layer for layer in module.modules() if isinstance(layer, layers.GradientCheckpointingLayer))
+        parts = (part for module in modules for part in module.modules())
+        yield from (part for part in parts if isinstance(part, layers.GradientCheckpointingLayer))
 
 
 def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:

@@ -21,8 +21,8 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.changes import make_changes
+from lightning_qlora.layers.device_types import reason_for_fp32
 from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
-from lightning_qlora.layers.held_types import reason_for_fp32
 from lightning_qlora.layers.names import last_part, without_wrappers
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0

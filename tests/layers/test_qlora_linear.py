@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers import held_types
+from lightning_qlora.layers import device_types
 from lightning_qlora.layers.dora import row_norm, scale_rows
 from tests.toys import assert_equal, delta
 
@@ -250,14 +250,14 @@ def test_a_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypa
     monkeypatch.setattr(torch.version, "hip", card and "6.4")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=card))
-    held_types._cuda_has_bf16.cache_clear()
+    device_types._cuda_has_bf16.cache_clear()
     try:
         dtype = layer.compute_dtype("cuda")
     finally:
-        held_types._cuda_has_bf16.cache_clear()
+        device_types._cuda_has_bf16.cache_clear()
     assert dtype is (torch.bfloat16 if native else torch.float16)
 
 
 def test_torch_compile_does_not_trace_the_question_whether_a_card_has_bf16():
-    compiled = torch.compile(lambda x: x + held_types.has_bf16("cuda"), backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)).item() == held_types.has_bf16("cuda")
+    compiled = torch.compile(lambda x: x + device_types.has_bf16("cuda"), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == device_types.has_bf16("cuda")

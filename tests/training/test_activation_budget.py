@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import convert
+from lightning_qlora import convert, estimate_memory
+from lightning_qlora.tools.memory_estimate import LIBRARIES
 from lightning_qlora.training import activation_budget
 from lightning_qlora.training.activation_budget import MARGIN, Memory, memory_of
 from lightning_qlora.training.gradient_checkpointing import budget_of
-from tests.conftest import run_python
+from tests.conftest import launch, run_python
+from tests.scripts import blocks_that_fit
 from tests.toys import ARGUMENTS, assert_equal, ids, toy
 
 pytest.importorskip("transformers")
@@ -74,9 +76,9 @@ def test_gradients_are_those_of_true_and_false_whatever_fits(name, device):
 def test_as_many_blocks_keep_their_activations_as_fit(device):
     module, report = converted(num_hidden_layers=6)
     budget = report.activations
-    assert "all blocks are recomputed in the first step" in report.summary()
+    assert "all blocks are recomputed until a step" in report.summary()
     step(module)
-    assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 0, None)
+    assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 0, REST)
     step(module)
     assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 6, REST)
     for blocks in (2, 5, 0, 6):
@@ -118,9 +120,9 @@ def test_several_forward_passes_before_a_backward_pass_share_the_budget(device):
         step(module)
     device.available = limit_for(budget, 6)
     losses = [module(input_ids=ids(), labels=ids()).loss for _ in range(2)]
-    assert len(budget._live) == 8 and budget.kept_blocks == 6  # four of the first, two of the second
+    assert len(budget._calls) == 8 and budget.kept_blocks == 6  # four of the first, two of the second
     sum(losses).backward()
-    assert not budget._live
+    assert not budget._calls
     step(module)
     assert budget.kept_blocks == 4
 
@@ -131,21 +133,21 @@ def test_nothing_stays_counted_after_an_error_or_without_a_backward_pass(device)
     for _ in range(2):
         step(module)
     output = module(input_ids=ids(), labels=ids())
-    assert len(budget._live) == 4
+    assert len(budget._calls) == 4
     del output
     gc.collect()
-    assert not budget._live
+    assert not budget._calls
     handle = module.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         module(input_ids=ids(), labels=ids())
     handle.remove()
     gc.collect()
-    assert not budget._live
+    assert not budget._calls
     with torch.no_grad():
         module(input_ids=ids(), labels=ids())
     module.eval()
     expected = step(module)
-    assert budget.kept_blocks == 4 and not budget._live
+    assert budget.kept_blocks == 4 and not budget._calls
     assert_equal(step(module), expected)
 
 
@@ -155,7 +157,7 @@ def test_a_copy_has_a_budget_of_its_own(copied, device):
     for _ in range(2):
         step(module)
     again = copied(module)
-    assert budget_of(again.modules()) is not budget_of(module.modules()) and budget_of(again.modules()).rest is None
+    assert budget_of(again.modules()) is not budget_of(module.modules()) and budget_of(again.modules()).capacity is None
     assert_equal(step(again), step(module))
 
 
@@ -198,7 +200,7 @@ def test_blocks_of_two_classes_are_measured_apart(device):
         results.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
     assert_equal(*results)
     sizes = budget_of(module.modules())._sizes
-    assert len(sizes) == 2 and budget_of(module.modules()).kept_blocks == 6
+    assert len({size for _, size in sizes.values()}) == 2 and budget_of(module.modules()).kept_blocks == 6
 
 
 def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):
@@ -208,8 +210,8 @@ def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):
     x = torch.randn(10, 64, requires_grad=True)
     for _ in range(2):
         module(x).sum().backward()
-    ((size,),) = [each.values() for each in budget_of(module.modules())._sizes.values()]
-    assert size == 4 * (10 * 4 + 10 * 64)
+    budget = budget_of(module.modules())
+    assert budget.kept_blocks == 2 and budget.kept_bytes == 2 * 4 * (10 * 4 + 10 * 64)
 
 
 def test_this_machine_says_what_it_has():
@@ -224,3 +226,38 @@ def test_this_machine_says_what_it_has():
 def test_the_memory_of_a_process_stays_below_its_limit():
     done = run_python("-m", "tests.scripts.activation_limit")
     assert "below the limit" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert", "swin"])
+def test_plan_says_how_many_blocks_keep_their_activations(name):
+    """Of a process of its own, whose libraries take what `plan` expects."""
+    module = blocks_that_fit.model(name)
+    arguments = blocks_that_fit.ARGUMENTS | {"device": "cpu", "example": blocks_that_fit.inputs(name)}
+    least, most = (estimate_memory(module, **arguments, gradient_checkpointing=how) for how in (True, 2**45))
+    assert most.blocks == most.kept_blocks >= 10
+    planned = []
+    for share in (0.3, 0.7):
+        limit = int((least.total + LIBRARIES + share * most.kept_bytes) / (1 - MARGIN))
+        estimate = estimate_memory(module, **arguments, gradient_checkpointing=limit)
+        assert least.total < estimate.total < most.total and f"{estimate.kept_blocks} keep theirs" in str(estimate)
+        kept, blocks = run_python("-m", "tests.scripts.blocks_that_fit", name, limit).stdout.split("kept ")[1].split()
+        assert int(blocks) == estimate.blocks and abs(int(kept) - estimate.kept_blocks) <= 2
+        planned.append(estimate.kept_blocks)
+    assert 0 < planned[0] < planned[1] < most.blocks
+
+
+def test_ranks_decide_alone_unless_they_share_the_blocks(tmp_path):
+    """Under DDP rank 0 keeps all, and rank 1 one block; FSDP2 and tensor parallelism recompute all."""
+    ranks = launch("tests.scripts.blocks_on_ranks", tmp_path)[1]
+    for rank in ranks:
+        for strategy in ("ddp", "fsdp2", "tensor_parallel"):
+            expected, none = rank[strategy, True]
+            gradients, text = rank[strategy, "auto"]
+            assert none == "None" and len(gradients) == 28
+            assert_equal(gradients, expected)
+            assert ("all blocks are recomputed, because ranks" in text) == (strategy != "ddp")
+        assert "gradient checkpointing: all blocks are recomputed, because ranks" in rank["fabric"]
+    texts = [rank["ddp", "auto"][1] for rank in ranks]
+    assert "of 2 blocks 2 keep" in texts[0] and "of 2 blocks 0 keep" in texts[1]
+    assert_equal(ranks[0]["ddp", "auto"][0], ranks[1]["ddp", "auto"][0])

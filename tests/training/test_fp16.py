@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_qlora import PagedAdamW8bit, QLoRALinear, QLoRAPrecision, convert, disable_adapter, merge
-from lightning_qlora.layers import full_precision, held_types
+from lightning_qlora.layers import device_types, full_precision
 from tests.conftest import Classifier, loader
 from tests.toys import toy
 
@@ -180,17 +180,17 @@ def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monke
     """The rule with a T4's answers; the card itself is asked by `has_bf16`."""
     card = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    monkeypatch.setattr(held_types, "_cuda_has_bf16", lambda: False)
+    monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda: False)
     for dtype in (torch.bfloat16, torch.float16):
-        assert "Tesla T4 has no bf16" in held_types.reason_for_fp32(card, dtype)
-    assert held_types.reason_for_fp32(card, torch.float32) is None
+        assert "Tesla T4 has no bf16" in device_types.reason_for_fp32(card, dtype)
+    assert device_types.reason_for_fp32(card, torch.float32) is None
     model = toy("llama").bfloat16()
     report = convert(model, r=4)
     full_precision.hold_in_fp32(model, "auto", card)
     layer = next(part for part in model.modules() if isinstance(part, QLoRALinear))
     assert layer.weight_dtype is torch.float32 and layer.dtype_before is torch.bfloat16
     assert layer.compute_dtype("cuda") is torch.float16
-    monkeypatch.setattr(held_types, "_cuda_has_bf16", lambda: True)
-    assert held_types.reason_for_fp32(card, torch.bfloat16) is None
-    assert "fp16" in held_types.reason_for_fp32(card, torch.float16)
+    monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda: True)
+    assert device_types.reason_for_fp32(card, torch.bfloat16) is None
+    assert "fp16" in device_types.reason_for_fp32(card, torch.float16)
     assert report.converted

@@ -1,0 +1,41 @@
+"""In which types a device computes well: bf16 or not, and whether fp32 is better than 16 bits."""
+
+from functools import cache
+
+import torch
+
+from lightning_qlora.kernels.cpu.matmul_16bit import products
+
+IN_16_BITS = (torch.bfloat16, torch.float16)
+
+
+def reason_for_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a device should hold a module of this type in fp32, and compute in it; None: the module keeps its type.
+
+    The reason is a sentence without its end. The first question for a type of a CPU measures, in some milliseconds.
+    """
+    if dtype not in IN_16_BITS:
+        return None
+    if device.type == "cpu":
+        measured = products(dtype)
+        if measured.is_slow:
+            return f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})"
+    if device.type == "cuda" and not has_bf16("cuda"):
+        return f"{torch.cuda.get_device_name(device)} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32"
+    if device.type in ("cuda", "xpu") and dtype is torch.float16:
+        return "fp16 has no number for large activations and small gradients"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
+def has_bf16(device: str) -> bool:
+    """Whether GPUs of a type compute in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
+    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
+
+
+@cache
+def _cuda_has_bf16() -> bool:
+    if torch.version.hip:  # torch says yes for all; GCN before MI100 and RDNA before its third generation have none
+        card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
+        return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_qlora.layers.device_types import IN_16_BITS
+from lightning_qlora.layers.device_types import IN_16_BITS, is_our_autocast
 from lightning_qlora.layers.held_types import follow_cast, own_tensors, type_after
 from lightning_qlora.layers.instance_method import InstanceMethod, add, instance_method
 from lightning_qlora.layers.packed_linear import PackedLayer
@@ -147,14 +147,6 @@ def compute_types(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
 def _has_16_bits(module: nn.Module) -> bool:
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return any(tensor is not None and tensor.dtype in IN_16_BITS for tensor in tensors)
-
-
-def is_our_autocast() -> bool:
-    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
-
-    Recomputation, which restores what torch knows of autocast, gets the same answer.
-    """
-    return not torch.is_autocast_cache_enabled()
 
 
 def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:

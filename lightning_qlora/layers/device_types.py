@@ -1,4 +1,4 @@
-"""In which types a device computes well: bf16 or not, and whether fp32 is better than 16 bits."""
+"""In which types a device computes well, bf16 or not, fp32 better than 16 bits; and whose autocast is on."""
 
 from functools import cache
 
@@ -39,3 +39,11 @@ def _cuda_has_bf16() -> bool:
         card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
         return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def is_our_autocast() -> bool:
+    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
+
+    Recomputation, which restores what torch knows of autocast, gets the same answer.
+    """
+    return not torch.is_autocast_cache_enabled()

@@ -115,7 +115,7 @@ TRAIN = "trains in full"
 SKIP = "dense and frozen"
 IN_VAIN = "dense and frozen, with a mark in the report"
 REFUSE = "an error"
-ROWS = "some rows train"  # of embeddings, decided before the rules
+SOME_ROWS = "some rows train"  # of embeddings, decided before the rules
 RULES = (
     Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda case: case.saved is not None),
     Rule("in exclude_modules", SKIP, SKIP, lambda case: case.is_excluded),
@@ -214,7 +214,7 @@ def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) 
             rows.append(_whole(part, SKIP, "a torch.jit.ScriptModule, which can't be changed"))
             whole.add(name)
         elif name in tokens:
-            rows.append(_whole(part, ROWS, f"{len(tokens[name])} rows train"))
+            rows.append(_whole(part, SOME_ROWS, f"{len(tokens[name])} rows train"))
         elif part.is_recorded and part.is_linear:
             rows.append(_whole(part, TRAIN if part.trains else SKIP, "as an earlier conversion left it"))
         elif part.kind not in DECIDED and not part.is_recorded and not part.has_stacks:

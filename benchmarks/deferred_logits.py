@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks import measure, peers
 from benchmarks.processes import steps_in_turns
 from lightning_qlora import convert, estimate_memory
-from lightning_qlora.layers.deferred_head import defer_logits
+from lightning_qlora.logits.deferred_head import defer_logits
 
 VOCABULARY = 49_152
 WIDTH = 576

@@ -23,11 +23,11 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.experts import block as moe_block
 from benchmarks.measure import table
 from lightning_qlora import convert
+from lightning_qlora.experts import experts as stacks
 from lightning_qlora.kernels import eager, grouped_linear, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.backends import Backend
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.layers import experts as stacks
 
 SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 150, 5
 HEADS = "launches forward", "us forward", "launches backward", "us backward"

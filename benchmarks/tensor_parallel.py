@@ -21,9 +21,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora import convert
-from lightning_qlora.layers.dtensor import gather
 from lightning_qlora.layers.packed_linear import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tensors.dtensor import gather
 
 SIZES = {
     "hidden_size": 512,

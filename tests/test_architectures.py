@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_qlora import QLoRAConfig, merge
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.selection import select_layers
+from lightning_qlora.selection.selection import select_layers
 from tests.architectures.checks import CHECKS, Lit, fitted
 from tests.architectures.models import ALL, FOLDERS, MODELS, configuration
 from tests.toys import ids

@@ -32,11 +32,11 @@ from lightning_qlora import (
     quantize,
 )
 from lightning_qlora.config import QUANT_TYPES
-from lightning_qlora.layers.deferred_head import defer_logits
-from lightning_qlora.layers.experts import ExpertParameter, QLoRAExperts
-from lightning_qlora.layers.fingerprint import fingerprint
+from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.logits.deferred_head import defer_logits
 from lightning_qlora.quantization import codebooks
+from lightning_qlora.tensors.fingerprint import fingerprint
 from lightning_qlora.tools import doctor
 from tests.conftest import PackageElsewhere, elsewhere
 from tests.toys import Loaded, delta, needs, toy

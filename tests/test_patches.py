@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "layers/packed_linear.py": {"layer.__dict__.pop(name, None)"},
     "layers/kinds.py": {"vars(layer).pop(name, None)", "layer.__class__", "setattr(layer, name, size)"},
-    "layers/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]"},
+    "experts/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]"},
     # A class of ours inherits from the same class in another package too.
     "lightning_copies.py": {"kind.__bases__"},
     # A class that is derived from that of the user's module, and back; an object of such a class.
@@ -45,12 +45,12 @@ ALLOWED = {
     "huggingface/load_weights.py": {"new.is_stack"},
     "huggingface/quantizer.py": {"copied.quantization_operation"},
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
-    "layers/held_types.py": {"tensor.grad"},
-    "layers/compute_in.py": {"object.__setattr__(value, name, new)"},  # of a copy of a dataclass
+    "tensors/held_types.py": {"tensor.grad"},
+    "dtypes/compute_in.py": {"object.__setattr__(value, name, new)"},  # of a copy of a dataclass
     "training/calibration.py": {"parameter.grad"},
     "layers/lora_layer.py": {"parameter.grad"},
     # Marks that transformers sets while it loads.
-    "layers/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
+    "survey/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/operations.py": {"layer._is_hf_initialized", "owner._parameters[inner]"},  # as it was, after an error
     "huggingface/without_data.py": {
         "part._is_hf_initialized", "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.experts import OURS, build
 from benchmarks.gpu_cells import Row
 from benchmarks.timing import Function, call_seconds, seconds
-from lightning_qlora.layers import experts
+from lightning_qlora.experts import experts
 from lightning_qlora.layers.lora_layer import ADAPTER
 
 QWEN3_30B = {"hidden": 2048, "width": 768, "experts": 128, "active": 8}

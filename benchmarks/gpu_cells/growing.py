@@ -12,7 +12,7 @@ import torch
 from benchmarks import llama, peers
 from benchmarks.gpu_cells import Row, memory
 from benchmarks.timing import synchronize
-from lightning_qlora.layers.instance_method import remove
+from lightning_qlora.dtypes.instance_method import remove
 from lightning_qlora.training.gradient_checkpointing import (
     RecomputedForward,
     budget_of,

@@ -1,1 +1,1 @@
-"""Adapters of a module: saved, loaded, merged."""
+"""The adapters of a module: saved, loaded, merged."""

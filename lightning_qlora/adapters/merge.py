@@ -6,27 +6,27 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.conversion import forget_conversion, mark_as_merged
 from lightning_qlora.adapters.module_adapter import check_finite
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
+from lightning_qlora.dtypes.full_precision import release, undo_full_precision
+from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
-from lightning_qlora.layers.deferred_head import compute_logits
 from lightning_qlora.layers.dora import TINY
-from lightning_qlora.layers.dtensor import is_sharded, reshard
-from lightning_qlora.layers.experts import expert_stacks
-from lightning_qlora.layers.full_precision import release, undo_full_precision
-from lightning_qlora.layers.held_types import full_precision_parameters
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import without_wrappers
-from lightning_qlora.layers.parts import Parts
-from lightning_qlora.layers.provenance import mark_as_loaded
 from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
-from lightning_qlora.layers.records import undo
 from lightning_qlora.layers.trainable_tokens import merge_tokens
 from lightning_qlora.layers.typed_layer import DTYPES
+from lightning_qlora.logits.deferred_head import compute_logits
+from lightning_qlora.state.conversion import forget_conversion, mark_as_merged
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import mark_as_loaded
+from lightning_qlora.survey.records import undo
+from lightning_qlora.tensors.dtensor import is_sharded, reshard
+from lightning_qlora.tensors.held_types import full_precision_parameters
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX, Adapter, State
-from lightning_qlora.adapters.base_compatibility import check_required_base, record_initialization
-from lightning_qlora.adapters.base_model import describe_base, tied_names, trained_modules
-from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.adapters.peft_config import ranks_and_alphas
-from lightning_qlora.adapters.peft_layers import from_peft, refuse, to_peft
 from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
-from lightning_qlora.layers.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
-from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.trainable_tokens import DELTA
+from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State
+from lightning_qlora.peft.base_compatibility import check_required_base, record_initialization
+from lightning_qlora.peft.peft_config import ranks_and_alphas
+from lightning_qlora.peft.peft_layers import from_peft, refuse, to_peft
+from lightning_qlora.state.base_model import describe_base, tied_names, trained_modules
+from lightning_qlora.state.conversion import conversion_of
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 
 
 def check_finite(parts: Parts) -> None:

@@ -8,20 +8,20 @@ from typing import get_args
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_qlora.adapters.base_compatibility import required_base
-from lightning_qlora.adapters.base_model import trained_modules
-from lightning_qlora.adapters.conversion import conversion_of, float_buffers
 from lightning_qlora.adapters.module_adapter import get_adapter, set_adapter_of_module
-from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
-from lightning_qlora.adapters.peft_layers import taken_for_experts
 from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
-from lightning_qlora.layers.dtensor import reshard
-from lightning_qlora.layers.fingerprint import fingerprint
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, owner_name
-from lightning_qlora.layers.parts import Parts
+from lightning_qlora.peft.base_compatibility import required_base
+from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
+from lightning_qlora.peft.peft_layers import taken_for_experts
+from lightning_qlora.state.base_model import trained_modules
+from lightning_qlora.state.conversion import conversion_of, float_buffers
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.tensors.dtensor import reshard
+from lightning_qlora.tensors.fingerprint import fingerprint
 
 
 def save_adapter(

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qlora.adapters.adapter import Adapter, State
-from lightning_qlora.adapters.base_model import tied_names
-from lightning_qlora.adapters.peft_layers import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import last_part, owner_name
-from lightning_qlora.layers.parts import Parts
-from lightning_qlora.layers.provenance import get_output_embeddings
 from lightning_qlora.layers.trainable_tokens import DELTA
+from lightning_qlora.peft.adapter import Adapter, State
+from lightning_qlora.peft.peft_layers import expert_parameter
+from lightning_qlora.state.base_model import tied_names
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import get_output_embeddings
 
 # Classes for a model that was trained without the head of its folder, or with a new one.
 OTHER_CLASSES = (

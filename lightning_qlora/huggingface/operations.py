@@ -19,16 +19,16 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 from lightning_qlora.huggingface.model_folder import single_tensor
-from lightning_qlora.layers.apply import convert_layer
 from lightning_qlora.layers.derived import restore
-from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.kinds import decode_as_stored, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.selection import Row
 from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
 from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.selection.apply import convert_layer
+from lightning_qlora.selection.selection import Row
+from lightning_qlora.tensors.dtensor import local
 
 LOAD_WHOLE = (
     "a DistributedConfig with tp_size can split a model in 4 bits from files in 16 or 32 bit, without fsdp_size and "

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 
-from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR
 from lightning_qlora.huggingface.without_data import NO_VALUES, check_unwritten
 from lightning_qlora.layers.changes import make_changes
+from lightning_qlora.peft.adapter import Adapter
 
 
 @contextmanager

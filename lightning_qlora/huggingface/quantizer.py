@@ -24,9 +24,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.module_adapter import config_of_adapter
-from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
@@ -35,13 +33,15 @@ from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import LOAD_WHOLE, Compose, LoadPacked, Nothing, Quantize, wrong_shape
 from lightning_qlora.huggingface.patches import Choice, forget_quantizer
 from lightning_qlora.huggingface.without_data import Version, convert_without_data, mark_as_found, versions
-from lightning_qlora.layers.dtensor import is_sharded
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_linear import to_parameters
-from lightning_qlora.layers.provenance import LOADED, keep_marks
 from lightning_qlora.layers.qlora_linear import check_packed_initialization
-from lightning_qlora.layers.selection import Row, select_layers
+from lightning_qlora.peft.adapter import Adapter
+from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
+from lightning_qlora.selection.selection import Row, select_layers
+from lightning_qlora.survey.provenance import LOADED, keep_marks
+from lightning_qlora.tensors.dtensor import is_sharded
 
 COMPOSES = can_compose()
 SHARD = re.compile(r"model-\d+-of-\d+")  # name of one of several files of weights

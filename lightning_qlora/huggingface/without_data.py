@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.layers.apply import convert_layer
 from lightning_qlora.layers.names import join, named_tensors, parameter_name
 from lightning_qlora.layers.packed_linear import PackedLayer, to_parameters
-from lightning_qlora.layers.provenance import LOADED_TENSOR
-from lightning_qlora.layers.selection import Row
+from lightning_qlora.selection.apply import convert_layer
+from lightning_qlora.selection.selection import Row
+from lightning_qlora.survey.provenance import LOADED_TENSOR
 
 NO_VALUES = (
     "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "

@@ -1,1 +1,1 @@
-"""QLoRALinear and what it is made of."""
+"""What a linear layer becomes."""

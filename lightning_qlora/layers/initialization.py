@@ -23,8 +23,8 @@ from torch import Tensor
 from lightning_qlora.checks import check_finite
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.fingerprint import has_values
 from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.tensors.fingerprint import has_values
 
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
 Start = tuple[PackedWeight, Tensor, Tensor]  # of a layer: the base [out, in], A [r, in] and B [out, r] in fp32

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.files.safetensors_folder import parse_json
-from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.packed_linear import ARGUMENTS, BASE
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
+from lightning_qlora.tensors.dtensor import gather, is_sharded
 
 SAME_FUNCTION = ("use_rslora", "use_dora", "lora_alpha")  # arguments that change what an adapter computes
 

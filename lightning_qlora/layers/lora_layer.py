@@ -20,10 +20,10 @@ from lightning_qlora.kernels.rounding import round_by_index
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
-from lightning_qlora.layers.dtensor import gather, shard_like
 from lightning_qlora.layers.input_statistics import InputStatistics, wait_for_inputs
 from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.layers.typed_layer import TypedLayer
+from lightning_qlora.tensors.dtensor import gather, shard_like
 
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.dtensor import gather, is_sharded, shard_like
-from lightning_qlora.layers.fingerprint import fingerprint
-from lightning_qlora.layers.held_types import follow_cast, type_after
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
+from lightning_qlora.tensors.dtensor import gather, is_sharded, shard_like
+from lightning_qlora.tensors.fingerprint import fingerprint
+from lightning_qlora.tensors.held_types import follow_cast, type_after
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
 ARGUMENTS = "adapter_arguments"  # key of those of the adapter in a state dict with a base

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
-from lightning_qlora.layers.dtensor import is_sharded, of_all_ranks, world_size
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -27,6 +26,7 @@ from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
 from lightning_qlora.layers.typed_layer import TypedLayer
 from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.tensors.dtensor import is_sharded, of_all_ranks, world_size
 
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
 

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.dtensor import local
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.layers.packed_linear import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
+from lightning_qlora.tensors.dtensor import local
 
 SPLIT_EXPERTS = (
     "experts in 4 bits can't be split over ranks by tensor or expert parallelism. Leave them out of the plan, use "

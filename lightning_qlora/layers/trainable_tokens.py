@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.derived import Derived, derive, original_class, restore
 from lightning_qlora.layers.disable_adapter import WithAdapter
-from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.readable_weight import readable_parameter
+from lightning_qlora.tensors.dtensor import gather, is_sharded
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"

@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_qlora.checks import check_bool, check_number
 from lightning_qlora.kernels.ops import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.reference import AdamWStep, Moment
-from lightning_qlora.layers.dtensor import is_sharded, local
 from lightning_qlora.optim.optimizer_pages import windows
 from lightning_qlora.optim.pager import MIN_NUMEL, Pager
 from lightning_qlora.optim.state_8bit import (
@@ -26,6 +25,7 @@ from lightning_qlora.optim.state_8bit import (
     to_32bit,
     zero_absmax,
 )
+from lightning_qlora.tensors.dtensor import is_sharded, local
 
 WINDOW_NUMEL = 16 * 2**20  # elements whose state is prefetched together: 32 MiB in 8 bits
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_qlora.kernels.reference import LARGEST, STATE_BLOCK_SIZE, dequantize_state, quantize_state
-from lightning_qlora.layers.dtensor import local, shard_like
+from lightning_qlora.tensors.dtensor import local, shard_like
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.checks import one_line
-from lightning_qlora.layers.deferred_logits import DeferredLogits
 from lightning_qlora.layers.names import is_transformers_model
-from lightning_qlora.layers.parts import Parts
+from lightning_qlora.logits.deferred_logits import DeferredLogits
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tools.fake_model import RealIndices
 
 SEED = 12  # position of the dropout seed in the arguments of the op `lora_linear`

@@ -22,7 +22,7 @@ from lightning_qlora.checks import ARGUMENTS, check_integer, install, parse_memo
 from lightning_qlora.config import Base, DeviceName, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
 
 if TYPE_CHECKING:
-    from lightning_qlora.adapters.adapter import Adapter
+    from lightning_qlora.peft.adapter import Adapter
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
@@ -196,8 +196,8 @@ def export(
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
-    from lightning_qlora.adapters.base_compatibility import required_base, trained_on
-    from lightning_qlora.adapters.peft_folder import write_adapter
+    from lightning_qlora.peft.base_compatibility import required_base, trained_on
+    from lightning_qlora.peft.peft_folder import write_adapter
 
     adapter = _adapter(checkpoint, weights_only, base)
     requirement = required_base(adapter.quantization)
@@ -291,9 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _adapter(path: str, weights_only: bool, base: Base) -> "Adapter":
-    from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
-    from lightning_qlora.adapters.peft_folder import read_adapter
     from lightning_qlora.files.lightning_checkpoint import is_shards
+    from lightning_qlora.peft.peft_folder import read_adapter
+    from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 
     if os.path.isdir(path) and not is_shards(path):
         return read_adapter(path, base)

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typing_extensions import Unpack
 
 from lightning_qlora.adapters.module_adapter import config_of_adapter
-from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
-from lightning_qlora.layers.device_types import IN_16_BITS
+from lightning_qlora.peft.peft_folder import read_adapter
+from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.texts import size_text
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.cards import Card, find_card

@@ -11,10 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.merge import merge_onto
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
-from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
@@ -24,7 +22,9 @@ from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named
-from lightning_qlora.layers.parts import Parts
+from lightning_qlora.peft.adapter import Adapter
+from lightning_qlora.peft.peft_layers import from_peft
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.training.convert import convert_module
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.routed_experts import is_routed, routed_forward
+from lightning_qlora.experts.routed_experts import is_routed, routed_forward
 
 
 def run_without_data(fake_model: nn.Module) -> None:

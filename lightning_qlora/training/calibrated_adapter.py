@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_qlora.layers import initialization
-from lightning_qlora.layers.dtensor import gather, world_size
 from lightning_qlora.layers.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.tensors.dtensor import gather, world_size
 
 
 def adapter_of(

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qlora.checks import check_module
-from lightning_qlora.layers.dtensor import gather, world_size
 from lightning_qlora.layers.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics, stop_waiting
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.tensors.dtensor import gather, world_size
 from lightning_qlora.training.calibrated_adapter import (
     adapter_of,
     keep_weights_of_this_rank,

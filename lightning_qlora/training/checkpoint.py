@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.layers.dtensor import of_all_ranks, world_size
+from lightning_qlora.state.conversion import conversion_of
+from lightning_qlora.tensors.dtensor import of_all_ranks, world_size
 
 
 def torch_rng_states(gathered: bool) -> list[dict[str, Any]]:

@@ -9,27 +9,27 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import Unpack
 
-from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
-from lightning_qlora.adapters.module_state import use_adapter_state_dict
-from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.dtypes.full_precision import Decide, hold_in_fp32, train_in_full_precision
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.apply import add_tokens, convert_layers, freeze
 from lightning_qlora.layers.changes import make_changes
-from lightning_qlora.layers.copies import find_copies, share_seeds
-from lightning_qlora.layers.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.layers.device_types import reason_for_fp32
-from lightning_qlora.layers.full_precision import Decide, hold_in_fp32, train_in_full_precision
-from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.records import record, unrecorded
-from lightning_qlora.layers.selection import SavedLayers, Selection, decide
-from lightning_qlora.layers.selection_checks import check_selection
-from lightning_qlora.layers.survey import Kind, Survey, survey
+from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.peft.adapter import Adapter
+from lightning_qlora.peft.peft_folder import read_adapter
+from lightning_qlora.selection.apply import add_tokens, convert_layers, freeze
+from lightning_qlora.selection.copies import find_copies, share_seeds
+from lightning_qlora.selection.selection import SavedLayers, Selection, decide
+from lightning_qlora.selection.selection_checks import check_selection
+from lightning_qlora.state.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
+from lightning_qlora.state.module_state import use_adapter_state_dict
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.records import record, unrecorded
+from lightning_qlora.survey.survey import Kind, Survey, survey
+from lightning_qlora.tensors.device_types import reason_for_fp32
 from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.convert_checks import (
     check_any,

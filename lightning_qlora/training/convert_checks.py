@@ -9,8 +9,8 @@ from torch.nn.parameter import is_lazy
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.names import last_part, owner_name, tensors_of
-from lightning_qlora.layers.selection import IN_MODULES_TO_SAVE, LARGE_RANK, Selection
-from lightning_qlora.layers.survey import QUANTIZED_KINDS, Survey
+from lightning_qlora.selection.selection import IN_MODULES_TO_SAVE, LARGE_RANK, Selection
+from lightning_qlora.survey.survey import QUANTIZED_KINDS, Survey
 from lightning_qlora.texts import ROOT
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."

@@ -11,8 +11,8 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.layers.compute_in import compute_in
-from lightning_qlora.layers.full_precision import hold_in_fp32
+from lightning_qlora.dtypes.compute_in import compute_in
+from lightning_qlora.dtypes.full_precision import hold_in_fp32
 from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.training.audit import Audit

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.checks import memory_limit
-from lightning_qlora.layers.dtensor import is_sharded
-from lightning_qlora.layers.instance_method import InstanceMethod, add, instance_method
+from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.texts import group
 from lightning_qlora.training import patches
 from lightning_qlora.training.activation_budget import ActivationBudget

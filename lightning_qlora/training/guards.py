@@ -12,12 +12,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.module_adapter import check_finite
 from lightning_qlora.checks import TRAIN_IN_FULL, first_of
-from lightning_qlora.layers.dtensor import of_all_ranks
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers
-from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.tensors.dtensor import of_all_ranks
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:

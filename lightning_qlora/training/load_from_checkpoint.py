@@ -11,10 +11,10 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, entry_of, read_conversion
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.names import last_part, named
+from lightning_qlora.state.conversion import CONVERSION, conversion_of, entry_of, read_conversion
 from lightning_qlora.training.checkpoint import check_networks
 from lightning_qlora.training.convert import convert_module
 

@@ -6,19 +6,19 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig, arguments_that
-from lightning_qlora.layers.copies import Copy
-from lightning_qlora.layers.device_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, tensors_of
 from lightning_qlora.layers.packed_linear import PackedLayer
-from lightning_qlora.layers.provenance import OUTSIDE
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
-from lightning_qlora.layers.selection import FROZEN, IN_VAIN, Selection
-from lightning_qlora.layers.selection_checks import hand_written_adapters
-from lightning_qlora.layers.survey import Survey
+from lightning_qlora.peft.base_compatibility import check_one_folder
+from lightning_qlora.selection.copies import Copy
+from lightning_qlora.selection.selection import FROZEN, IN_VAIN, Selection
+from lightning_qlora.selection.selection_checks import hand_written_adapters
+from lightning_qlora.survey.provenance import OUTSIDE
+from lightning_qlora.survey.survey import Survey
+from lightning_qlora.tensors.device_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.texts import groups
 from lightning_qlora.training.convert_checks import differing_arguments, no_layer
 from lightning_qlora.training.report import ConversionReport

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.fingerprint import is_strided
 from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_linear import BASE, PackedLayer
+from lightning_qlora.tensors.fingerprint import is_strided
 
 
 def count_parameters(modules: Iterable[nn.Module]) -> tuple[int, int, int]:

@@ -20,17 +20,17 @@ from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
-from lightning_qlora.adapters.conversion import conversion_of
-from lightning_qlora.adapters.module_state import ask_for
 from lightning_qlora.files.lightning_checkpoint import is_shards, keys_of_shards, read_checkpoint
 from lightning_qlora.layers.changes import replaces, wrap_once
-from lightning_qlora.layers.held_types import in_types_before
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear, use_base_of_rank_0
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.adamw import load_whole_state
+from lightning_qlora.state.conversion import conversion_of
+from lightning_qlora.state.module_state import ask_for
+from lightning_qlora.tensors.held_types import in_types_before
 from lightning_qlora.training.checkpoint import leave_out_networks
 from lightning_qlora.training.guards import check_checkpoint
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Never, Unpack, override
 
-from lightning_qlora.adapters.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.arguments import QLoRAArguments, shows_arguments
 from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.config import QLoRAConfig
@@ -21,13 +20,14 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.changes import make_changes
-from lightning_qlora.layers.device_types import reason_for_fp32
-from lightning_qlora.layers.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.layers.names import last_part, without_wrappers
 from lightning_qlora.layers.packed_linear import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
+from lightning_qlora.state.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
+from lightning_qlora.tensors.device_types import reason_for_fp32
+from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import Run, convert_module, is_converted

@@ -8,11 +8,11 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_qlora.layers.compute_in import compute_types
-from lightning_qlora.layers.held_types import full_precision_parameters, held_bytes
+from lightning_qlora.dtypes.compute_in import compute_types
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
-from lightning_qlora.layers.selection import FROZEN, Selection
 from lightning_qlora.layers.trainable_tokens import token_adapters_of
+from lightning_qlora.selection.selection import FROZEN, Selection
+from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.texts import ROOT, group, groups, size_text
 from lightning_qlora.training.calibration_report import CalibrationReport
 from lightning_qlora.training.parameter_counts import count_parameters

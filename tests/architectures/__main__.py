@@ -28,7 +28,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig
-from lightning_qlora.layers.selection import select_layers
+from lightning_qlora.selection.selection import select_layers
 from tests.architectures.checks import CHECKS, not_loaded_again
 from tests.architectures.classes import all_types, class_of, find_configuration
 from tests.architectures.models import ALL

@@ -16,12 +16,12 @@ from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter
 from lightning_qlora.adapters.module_adapter import get_adapter
+from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
-from lightning_qlora.layers.experts import expert_stacks
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part
-from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.architectures.classes import build_class
 from tests.architectures.models import ALL, build, inputs_of

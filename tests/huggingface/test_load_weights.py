@@ -19,15 +19,15 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
 from lightning_qlora.huggingface.without_data import mark_as_found
-from lightning_qlora.layers.dtensor import gather, reshard
-from lightning_qlora.layers.provenance import LOADED_TENSOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.survey.provenance import LOADED_TENSOR
+from lightning_qlora.tensors.dtensor import gather, reshard
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
-from tests.layers.test_experts import gpt_oss, made
+from tests.experts.test_experts import gpt_oss, made
 from tests.toys import ARGUMENTS, Lit, converted, needs, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
-from tests.layers.test_experts import qwen3_moe  # noqa: E402
+from tests.experts.test_experts import qwen3_moe  # noqa: E402
 
 pytestmark = needs("transformers", "5.3", "reads all weights before")
 

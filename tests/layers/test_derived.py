@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_qlora import convert, merge
+from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.layers.derived import Derived, derive, original_class, restore
-from lightning_qlora.layers.instance_method import METHODS
 
 
 class Doubled(Derived):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lightning_qlora import convert, disable_adapter
-from lightning_qlora.layers.deferred_head import defer_logits
+from lightning_qlora.logits.deferred_head import defer_logits
 from tests.conftest import every_pair
 from tests.toys import ids, perturb, toy
 

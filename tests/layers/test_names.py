@@ -7,8 +7,8 @@ from torch import nn
 
 from lightning_qlora import QLoRAConfig, QLoRALinear, convert
 from lightning_qlora.layers.names import Names
-from lightning_qlora.layers.selection import select_layers
-from lightning_qlora.layers.survey import survey
+from lightning_qlora.selection.selection import select_layers
+from lightning_qlora.survey.survey import survey
 from tests.toys import Lit, toy
 
 pytest.importorskip("transformers")

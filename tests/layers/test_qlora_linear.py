@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora import QLoRALinear, convert, quantize
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers import device_types
 from lightning_qlora.layers.dora import row_norm, scale_rows
+from lightning_qlora.tensors import device_types
 from tests.toys import assert_equal, delta
 
 

@@ -12,9 +12,9 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import ROOT, launch
-from tests.layers.test_experts import qwen3_moe
+from tests.experts.test_experts import qwen3_moe
 from tests.toys import needs, toy
 
 transformers = pytest.importorskip("transformers")

@@ -21,12 +21,12 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.module_adapter import get_adapter
-from lightning_qlora.adapters.peft_folder import read_adapter
-from lightning_qlora.layers.deferred_logits import DeferredLogits
-from lightning_qlora.layers.parts import Parts
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.survey import survey
-from lightning_qlora.layers.token_selection import check_tokens
+from lightning_qlora.logits.deferred_logits import DeferredLogits
+from lightning_qlora.peft.peft_folder import read_adapter
+from lightning_qlora.selection.token_selection import check_tokens
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.survey import survey
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import parameters_of, replace_parameters_by_adapters
 from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, toy

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lightning_qlora import QLoRAPrecision, convert, to_parameters
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.tensors.dtensor import gather
 from lightning_qlora.training import activation_budget
 from lightning_qlora.training.activation_budget import Memory
 from tests.conftest import run_rank

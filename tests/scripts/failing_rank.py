@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import Classifier, ResumableLoader, make_trainer, run_rank
 
 TIMEOUT = timedelta(seconds=20)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
 
 from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, save_adapter
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import Classifier, loader, make_trainer, run_rank
 from tests.toys import Lit
 

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
 
 from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.layers.dtensor import gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import fingerprints, make_trainer, run_rank, tensors
-from tests.layers.test_experts import qwen3_moe
+from tests.experts.test_experts import qwen3_moe
 from tests.toys import ids, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}

@@ -26,8 +26,8 @@ from lightning_qlora import (
     save_adapter,
     to_parameters,
 )
-from lightning_qlora.layers.dtensor import clip_grad_norm, gather
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tensors.dtensor import clip_grad_norm, gather
 from tests.conftest import every_pair, make_trainer, run_rank
 from tests.kernels.shares import share
 from tests.toys import Lit, delta, ids, save_in_4_bits, toy

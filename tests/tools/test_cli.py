@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
-from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checks import install
 from lightning_qlora.kernels.cpu.matmul_16bit import products
+from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.texts import size_text
 from lightning_qlora.tools import doctor
 from lightning_qlora.tools.cli import main
@@ -399,7 +399,7 @@ def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeyp
 
 
 def test_merge_refuses_an_output_before_it_reads_anything(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr("lightning_qlora.adapters.peft_folder.read_adapter", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("lightning_qlora.peft.peft_folder.read_adapter", lambda *_: pytest.fail("work was done"))
     (tmp_path / "link").symlink_to("nothing")
     assert "symbolic link" in fails("merge", tmp_path, tmp_path / "link")
 

@@ -30,7 +30,7 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dora import dora_scale
 from lightning_qlora.layers.input_statistics import add_input
-from lightning_qlora.layers.parts import Parts
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.training import calibrated_adapter, calibration
 from tests.conftest import loader
 from tests.toys import assert_equal, delta

@@ -49,7 +49,7 @@ def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
 
 def test_rank_0_alone_shows_the_progress(monkeypatch):
     bars = []
-    monkeypatch.setattr("lightning_qlora.layers.apply.tqdm", lambda x, *name, **how: bars.append((name, how)) or x)
+    monkeypatch.setattr("lightning_qlora.selection.apply.tqdm", lambda x, *name, **how: bars.append((name, how)) or x)
     for rank in (0, 1):
         monkeypatch.setattr(rank_zero_only, "rank", rank)
         convert(mlp(), r=8)

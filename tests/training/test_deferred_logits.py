@@ -20,10 +20,10 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.layers import piecewise_cross_entropy
-from lightning_qlora.layers.deferred_head import DeferredForward
-from lightning_qlora.layers.deferred_logits import DeferredLogits
-from lightning_qlora.layers.instance_method import METHODS, instance_method
+from lightning_qlora.dtypes.instance_method import METHODS, instance_method
+from lightning_qlora.logits import piecewise_cross_entropy
+from lightning_qlora.logits.deferred_head import DeferredForward
+from lightning_qlora.logits.deferred_logits import DeferredLogits
 from tests.toys import perturb
 
 V = 320
@@ -169,7 +169,7 @@ def with_a_backward_hook(module):
 
 @pytest.mark.parametrize("step", [with_the_number_of_tokens, with_a_backward_hook])
 def test_steps_as_users_write_them(step):
-    """tests/layers/test_deferred_logits.py has what is done to logits."""
+    """tests/logits/test_deferred_logits.py has what is done to logits."""
     both("llama", step)
 
 

@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRAPrecision, calibrate, convert, estimate_memory, merge
 from lightning_qlora.adapters.merge import round_stochastically
-from lightning_qlora.layers.experts import expert_stacks
+from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer
-from tests.layers.test_experts import gpt_oss, made, outputs, qwen3_moe
+from tests.experts.test_experts import gpt_oss, made, outputs, qwen3_moe
 from tests.toys import assert_equal, delta, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")

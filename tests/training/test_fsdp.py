@@ -31,9 +31,9 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.dtensor import gather, is_sharded
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tensors.dtensor import gather, is_sharded
 from lightning_qlora.tools.cli import main
 from lightning_qlora.training.guards import check_fsdp_groups
 from lightning_qlora.training.patches import keep_frozen_while_distributed, load_whole_tensors, shard_bytes

@@ -4,7 +4,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_qlora import CheckpointMismatchError, QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint
-from lightning_qlora.adapters.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from tests.conftest import Classifier, fingerprints, loader
 from tests.toys import assert_equal
 from tests.training.test_gpu import Late

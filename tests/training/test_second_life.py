@@ -20,9 +20,9 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.adapters.conversion import conversion_of
 from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.state.conversion import conversion_of
 from lightning_qlora.training.precision import MERGED_BEFORE
 from tests.conftest import Classifier, loader
 from tests.toys import perturb

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, to_parameters
-from lightning_qlora.layers.dtensor import gather
+from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import Classifier, fingerprints, loader, tensors
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}

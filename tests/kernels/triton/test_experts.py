@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lightning_qlora import convert, disable_adapter
+from lightning_qlora.experts import experts
 from lightning_qlora.kernels import eager, ops
-from lightning_qlora.layers import experts
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.layers.test_experts import gpt_oss, made, qwen3_moe
+from tests.experts.test_experts import gpt_oss, made, qwen3_moe
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

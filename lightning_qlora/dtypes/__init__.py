@@ -1,0 +1,1 @@
+"""In which type a dense module computes."""

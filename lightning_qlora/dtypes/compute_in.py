@@ -1,0 +1,224 @@
+"""ComputeIn: stands in place of the `forward` of a dense module that computes in another type than it is stored in.
+
+    autocast    parameters in fp32 that train: under autocast in the module's 16-bit type, the output cast back
+    in_fp32     all in fp32: 16-bit inputs are cast, without the autocast of a module around it
+
+`full_precision.py` says which modules compute so. A module keeps its class (`instance_method.py`).
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
+from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.lightning_copies import classes
+from lightning_qlora.tensors.device_types import IN_16_BITS, is_our_autocast
+from lightning_qlora.tensors.held_types import follow_cast, own_tensors, type_after
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+# torch has no product of two types for the first two, also under autocast, and a slow one for the third.
+TAKES_FP32 = (nn.Bilinear, nn.EmbeddingBag, nn.RMSNorm)
+
+
+class ComputeIn(InstanceMethod):
+    """The forward pass of a dense module, or a step of a LightningModule, in another type than its parameters have.
+
+    Attributes:
+        autocast: The 16-bit type of autocast; None, or one that has not 16 bits: without.
+        casts_output: Whether the output is cast to that type.
+        in_fp32: Whether it computes in fp32 in place of that, with 16-bit inputs cast.
+    """
+
+    autocast: torch.dtype | None = None
+    casts_output: bool = False
+    in_fp32: bool = False
+
+    def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The method, in its type."""
+        dtype = self.autocast
+        if self.in_fp32:
+            if _has_16_bits(self.module):  # FSDP cast them
+                return original(*args, **kwargs)
+            with _without_our_autocast(self.module):
+                return original(*in_fp32(args), **in_fp32(kwargs))
+        if dtype not in IN_16_BITS:
+            return original(*args, **kwargs)
+        if isinstance(self.module, TAKES_FP32):
+            args = _cast(args, dtype, torch.float32)
+            kwargs = _cast(kwargs, dtype, torch.float32)
+        unfused = nullcontext() if torch.compiler.is_compiling() else _without_fused_layers()
+        with _autocast(self.module, dtype), unfused:
+            output = original(*args, **kwargs)
+        if self.casts_output:
+            return _cast(output, torch.float32, dtype)
+        return output
+
+
+class FollowCasts(InstanceMethod):
+    """`_apply` of a dense module that holds values in fp32: a cast of the module casts what it computes in, too."""
+
+    def call(self, original: Callable[..., Any], fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """As in nn.Module."""
+        result = original(fn, *args, **kwargs)
+        part = self.module
+        follow_cast(part, fn)
+        for method in compute_methods(part):
+            method.in_fp32 = method.in_fp32 and type_after(fn, torch.float32) is torch.float32
+            if method.autocast is not None:
+                method.autocast = type_after(fn, method.autocast)
+        return result
+
+
+def compute_methods(part: nn.Module) -> list[ComputeIn]:
+    """The methods of a module that compute in another type."""
+    methods = [instance_method(part, ComputeIn, name) for name in ("forward", *STEPS)]
+    return [method for method in methods if method is not None]
+
+
+def make_compute_methods(part: nn.Module) -> list[ComputeIn]:
+    """The same for its forward pass, and the steps of a LightningModule, made where there is none."""
+    names = ["forward"]
+    if isinstance(part, classes(LightningModule)):
+        names += STEPS
+    for name in names:
+        if has_method(part, name) and instance_method(part, ComputeIn, name) is None:
+            add(ComputeIn(part, name))
+    let_follow_casts(part)
+    return compute_methods(part)
+
+
+def compute_in(part: nn.Module, dtype: torch.dtype, casts_output: bool = False) -> None:
+    """Let a module compute under autocast; the first type stays, where parameters had several."""
+    for method in make_compute_methods(part):
+        if method.autocast not in IN_16_BITS:
+            method.autocast = dtype
+        method.casts_output = method.casts_output or casts_output
+
+
+def let_follow_casts(part: nn.Module) -> None:
+    """A 4-bit layer does so by itself."""
+    can_follow = not isinstance(part, PackedLayer) and not is_script(part)
+    if can_follow and instance_method(part, FollowCasts, "_apply") is None:
+        add(FollowCasts(part, "_apply"))
+
+
+def has_method(part: nn.Module, name: str) -> bool:
+    """Whether a module has a method of this name that its class, or other code, wrote; nn.ParameterList has none."""
+    inherited = [getattr(kind, name, None) for kind in (nn.Module, *classes(LightningModule))]
+    return name in vars(part) or getattr(type(part), name, None) not in inherited
+
+
+def is_script(part: nn.Module) -> bool:
+    """Whether nothing can stand in place of a method: TorchScript compiled them."""
+    return isinstance(part, torch.jit.ScriptModule)
+
+
+def output_dtype(part: nn.Module, input_dtype: torch.dtype) -> torch.dtype:
+    """The type of a layer's output without autocast of the caller, for an input of a type."""
+    if isinstance(part, PackedLayer):
+        return torch.float32 if part.is_held else input_dtype
+    for method in compute_methods(part):
+        if method.in_fp32:
+            return torch.float32
+        if method.autocast in IN_16_BITS:
+            return method.autocast
+    return input_dtype
+
+
+def compute_types(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
+    """Name of each dense module whose `forward` has another in its place -> the type that it computes in."""
+    types = {}
+    for name, part in modules.items():
+        method = instance_method(part, ComputeIn)
+        if method is not None and method.in_fp32:
+            types[name] = torch.float32
+        elif method is not None and method.autocast in IN_16_BITS:
+            types[name] = method.autocast
+    return types
+
+
+def _has_16_bits(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None and tensor.dtype in IN_16_BITS for tensor in tensors)
+
+
+def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast on the device of a module; without the cache of casts, so that each use sees the present value."""
+    device = next(module.parameters()).device.type
+    if device == "meta":
+        return nullcontext()
+    return torch.autocast(device, dtype, cache_enabled=False)
+
+
+def _without_our_autocast(module: nn.Module) -> AbstractContextManager[Any]:
+    """Without the autocast of a module around this one; the user's stays."""
+    if not is_our_autocast():
+        return nullcontext()
+    device = next((tensor.device.type for tensor in own_tensors(module).values()), "meta")
+    if device == "meta":
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """torch's fused encoder layers take weights of one type; they refuse autocast, but ask for that of CUDA alone."""
+    is_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_enabled)
+
+
+def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+    """The tensors of one type in another, wherever they stand in a value; losses as they are."""
+    return cast_values(value, lambda tensor: tensor.to(after) if tensor.dtype is before and tensor.ndim else tensor)
+
+
+def in_fp32(value: Any) -> Any:
+    """16-bit tensors in fp32, wherever they stand in a value."""
+    return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
+
+
+def cast_values(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:
+    """A value with the tensors in it cast: in tuples, lists, dicts and dataclasses.
+
+    What has nothing to cast stays the same object, so a forward pass may append to a list of its caller.
+    """
+    if isinstance(value, Tensor):
+        return cast(value)
+    if isinstance(value, Mapping):
+        changed = _changed(value.items(), cast)
+        if changed:
+            value = copy.copy(value)
+            for key, new in changed.items():
+                value[key] = new
+    elif isinstance(value, (tuple, list)):
+        changed = _changed(enumerate(value), cast)
+        if changed:
+            values = [changed.get(index, old) for index, old in enumerate(value)]
+            value = type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+    elif is_dataclass(value) and not isinstance(value, type):
+        changed = _changed(((field.name, getattr(value, field.name, None)) for field in fields(value)), cast)
+        if changed:
+            value = copy.copy(value)
+            for name, new in changed.items():
+                object.__setattr__(value, name, new)  # also of a frozen one
+    return value
+
+
+def _changed(items: Iterable[tuple[Any, Any]], cast: Callable[[Tensor], Tensor]) -> dict[Any, Any]:
+    changed = {}
+    for key, old in items:
+        new = cast_values(old, cast)
+        if new is not old:
+            changed[key] = new
+    return changed

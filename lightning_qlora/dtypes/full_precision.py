@@ -1,0 +1,230 @@
+"""In which type dense modules compute, where it is not the one that they are stored in.
+
+    parameters that train in full           fp32, and the buffers of their module, such as the statistics of BatchNorm
+    forward pass of the module that uses them   under autocast(16-bit type), its output cast back
+    forward pass and steps of the module that was converted     under the same autocast, its output as it is
+    all of a module on a device that is slow in 16 bits         fp32: 16-bit inputs are cast, without autocast
+    a module that the user holds in fp32, and that trains       fp32: 16-bit inputs are cast, without that autocast
+
+In 16 bits most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that of 2e-4 is smaller
+than half of the last bit of every bf16 value above 0.1. A parameter is what it says everywhere, so code may write to it
+in a forward pass. Around the converted module, autocast lets code of other modules use such a parameter too:
+`F.linear(h, self.head.weight)` in a training step. A module keeps its class: an object stands in place of its `forward`
+(`instance_method.py`).
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_qlora.config import ComputeDtype
+from lightning_qlora.dtypes.compute_in import (
+    ComputeIn,
+    FollowCasts,
+    compute_in,
+    compute_methods,
+    has_method,
+    is_script,
+    let_follow_casts,
+    make_compute_methods,
+)
+from lightning_qlora.dtypes.instance_method import remove
+from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.lightning_copies import classes
+from lightning_qlora.tensors.device_types import IN_16_BITS, reason_for_fp32
+from lightning_qlora.tensors.dtensor import is_sharded
+from lightning_qlora.tensors.held_types import (
+    TYPES,
+    Casts,
+    cast_in_place,
+    held_in,
+    hold_tensors,
+    own_tensors,
+    set_types_before,
+    types_before,
+)
+
+Decide = Callable[[torch.device, torch.dtype], str | None]  # `reason_for_fp32`, or what all ranks agree on
+REASON_OF_FP16 = "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32"
+
+
+def train_in_full_precision(module: nn.Module) -> None:
+    """Hold the 16-bit parameters that train in full in fp32, in place.
+
+    Two kinds of parameters still train in 16 bits: sharded ones, and those of a ScriptModule.
+    """
+    trained = [
+        (owner, key, parameter)
+        for owner in module.modules()
+        for key, parameter in owner.named_parameters(recurse=False)
+        if parameter.requires_grad and parameter.dtype in IN_16_BITS
+    ]
+    parents = _parents(module)
+    in_16_bits = set[int]()  # tied ones are held in fp32 if all of their modules can
+    for owner, _, parameter in trained:
+        if is_sharded(parameter) or any(map(is_script, [owner, *_users(owner, parents)])):
+            in_16_bits.add(id(parameter))
+    held = [(owner, key, parameter) for owner, key, parameter in trained if id(parameter) not in in_16_bits]
+    for owner, _, parameter in held:
+        for user in _users(owner, parents):
+            compute_in(user, parameter.dtype, casts_output=not isinstance(user, classes(LightningModule)))
+    dtypes = [parameter.dtype for _, _, parameter in held]
+    buffers = [entry for owner, _, _ in held for entry in _buffers_beside(owner) if entry[2].dtype in IN_16_BITS]
+    _hold([*held, *buffers])
+    for part in module.modules():  # also those that were converted before
+        dtypes += [dtype for _, tensor, dtype in held_in(part) if tensor.requires_grad]
+    if dtypes and not is_script(module):
+        compute_in(module, dtypes[0])
+
+
+def _hold(tensors: list[tuple[nn.Module, str, Tensor]]) -> None:
+    hold_tensors(tensors)
+    for part, _, _ in tensors:
+        let_follow_casts(part)
+
+
+def _buffers_beside(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The float buffers of a module that trains in fp32, and those of its parametrizations (spectral_norm)."""
+    for part in owner.modules() if isinstance(owner, ParametrizationList) else [owner]:
+        for key, buffer in part.named_buffers(recurse=False):
+            if buffer.is_floating_point() and not is_script(part):
+                yield part, key, buffer
+
+
+def _parents(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for parent in module.modules():
+        for child in parent.children():
+            parents.setdefault(child, []).append(parent)
+    return parents
+
+
+def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Iterator[nn.Module]:
+    """The modules whose forward passes use the parameters of a module: itself, or the next ones around it."""
+    if has_method(owner, "forward"):
+        yield owner
+    for parent in parents.get(owner, []):
+        # nn.MultiheadAttention uses the weight of its `out_proj`.
+        if not has_method(owner, "forward") or isinstance(parent, nn.MultiheadAttention):
+            yield from _users(parent, parents)
+
+
+def hold_assigned(modules: Iterable[nn.Module]) -> None:
+    """Hold in fp32 again what `load_state_dict(assign=True)` replaced by values in 16 bits."""
+    parts = [(part, vars(part)[TYPES]) for part in modules if TYPES in vars(part)]
+    held = [(part, key, own_tensors(part).get(key)) for part, types in parts for key in types]
+    hold_tensors([(part, key, value) for part, key, value in held if value is not None and value.dtype in IN_16_BITS])
+
+
+def undo_full_precision(modules: Iterable[nn.Module]) -> None:
+    """Let dense modules compute as their class does, and give buffers their types; parameters do not change."""
+    for part in modules:
+        for key, tensor, dtype in held_in(part):
+            if key not in part._parameters:
+                cast_in_place(tensor, dtype)
+        set_types_before(part, {})
+        remove(part, ComputeIn)
+        remove(part, FollowCasts)
+
+
+def hold_in_fp32(
+    module: nn.Module, compute_dtype: ComputeDtype, device: torch.device | None = None, decide: Decide = reason_for_fp32
+) -> list[str]:
+    """Hold a module in fp32 where its device should compute in fp32, in place; else give it its 16-bit types.
+
+    Args:
+        module: A converted module; what trains in full is in fp32 already.
+        compute_dtype: As in `QLoRAConfig`. With "fp16" a module is held on every device, with "bf16" on none.
+        device: The device that it will be on; None: where it is.
+        decide: Why a device holds a type in fp32; None: it does not.
+
+    Returns:
+        The reason for each type that is held in fp32.
+    """
+    parts = list(module.modules())
+    types: list[torch.dtype] = []
+    if compute_dtype != "bf16":
+        types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in parts)]
+    device = device or _device_of(module)
+    if compute_dtype == "fp16":
+        reasons: dict[torch.dtype, Any] = dict.fromkeys(types, REASON_OF_FP16)
+    else:
+        reasons = {dtype: decide(device, dtype) for dtype in types}
+    if not all(reasons.values()):
+        release(parts)
+    slow = [dtype for dtype in types if reasons[dtype]]
+    _hold_types(parts, slow)
+    _take_16_bit_inputs(parts)
+    return [reasons[dtype] for dtype in slow]
+
+
+def _types(part: nn.Module) -> set[torch.dtype]:
+    """The types of what a module holds itself and computes in, before they were held in fp32."""
+    before = types_before(part)
+    types = {before.get(key, tensor.dtype) for key, tensor in own_tensors(part).items()}
+    if isinstance(part, PackedLayer):
+        types.add(part.dtype_before)
+    return types | {method.autocast for method in compute_methods(part) if method.autocast is not None}
+
+
+def _hold_types(parts: list[nn.Module], slow: Collection[torch.dtype]) -> None:
+    """Hold the values of these types in fp32, and let the modules compute in it."""
+    if not slow:
+        return
+    tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
+    _hold([entry for entry in tensors if entry[2].dtype in slow and not is_sharded(entry[2])])
+    for part in parts:
+        if isinstance(part, PackedLayer):
+            if part.dtype_before in slow:
+                part.weight_dtype = torch.float32
+        elif not is_script(part) and not _types(part).isdisjoint(slow):
+            for method in make_compute_methods(part):
+                method.in_fp32 = True
+
+
+def _take_16_bit_inputs(parts: list[nn.Module]) -> None:
+    """Let layers that the user holds in fp32, and that train, compute in fp32 beside 4-bit layers of 16 bits."""
+    if not any(isinstance(part, PackedLayer) and part.weight_dtype in IN_16_BITS for part in parts):
+        return
+    for part in parts:
+        own = own_tensors(part)
+        trains = any(tensor.requires_grad for tensor in own.values())
+        in_fp32 = TYPES not in vars(part) and all(
+            t.dtype is torch.float32 for t in own.values() if t.is_floating_point()
+        )
+        if trains and in_fp32 and not part._modules and not isinstance(part, PackedLayer) and not is_script(part):
+            for method in make_compute_methods(part):
+                method.in_fp32 = True
+
+
+def release(modules: list[nn.Module]) -> None:
+    """Give what a device holds in fp32 the type of before, in place: all but what trains, and the buffers beside it."""
+    trained = [part for part in modules if any(tensor.requires_grad for _, tensor, _ in held_in(part))]
+    beside = {id(buffer) for part in trained for _, _, buffer in _buffers_beside(part)}
+    casts: Casts = {}
+    for part in modules:
+        if isinstance(part, PackedLayer):
+            part.weight_dtype = part.dtype_before
+        for _, tensor, dtype in held_in(part):
+            if not tensor.requires_grad and id(tensor) not in beside:
+                cast_in_place(tensor, dtype, casts)
+        set_types_before(part, types_before(part))
+        methods = compute_methods(part)
+        for method in methods:
+            method.in_fp32 = False
+        if not any(method.autocast in IN_16_BITS for method in methods):
+            remove(part, ComputeIn)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """The device of a module; of one that is on the meta device, the one that it will be loaded to."""
+    for part in module.modules():
+        tensors = [part.packed] if isinstance(part, PackedLayer) else own_tensors(part).values()
+        device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
+        if device is not None:
+            return device
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The experts of one parameter as one layer."""

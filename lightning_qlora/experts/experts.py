@@ -1,0 +1,247 @@
+"""Experts in 4 bits: a stack of expert weights, one 3-D parameter, becomes one layer.
+
+    mlp.gate_up_proj                nn.Parameter [experts, out, in] -> QLoRAExperts `mlp.gate_up_proj_experts`
+    mlp.gate_up_proj[3]             the readable weight of one expert: `F.linear` on it runs the fused op
+    torch.bmm(x, mlp.gate_up_proj)  the fused op of each expert, for [experts, in, out]
+    mlp.forward(...)                of transformers' experts: all experts, on rows sorted by expert
+
+Each expert is quantized separately and has its own adapter. Only the experts that tokens reached are decoded, one at a
+time, into the buffer that all layers share; on a GPU one launch decodes inside the product. The whole stack is decoded
+only if code reads it in a way that is not in this list. The module that held the parameter becomes an instance of a
+subclass of its class.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.experts.routed_experts import is_routed, join_rows, routed_forward, rows_of_experts
+from lightning_qlora.kernels.backends import INTERPRETED
+from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
+from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.lora_linear import is_eager
+from lightning_qlora.layers.derived import Derived, derive, restore
+from lightning_qlora.layers.layer_state import SavedLayer
+from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
+from lightning_qlora.layers.qlora_linear import REPLACED
+from lightning_qlora.layers.readable_weight import ReadableStack
+
+PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
+VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
+
+
+class ExpertParameter(NamedTuple):
+    """A parameter with the weights of all experts, or the experts in 4 bits that it became while its model loaded.
+
+    It is [experts, out, in], [experts, in, out] or [experts * width, in].
+    """
+
+    owner: nn.Module
+    key: str  # its name in the owner
+    experts: int  # number of experts
+    transposed: bool  # whether one expert is [in, out]
+
+    @property
+    def loaded(self) -> "QLoRAExperts | None":
+        """The experts, if they are in 4 bits."""
+        return stack_of(self.owner, self.key)  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of one expert, [out, in]."""
+        if self.loaded is not None:
+            return self.loaded.out_features, self.loaded.in_features
+        stack: Any = self.owner._parameters[self.key]
+        columns = stack.shape[-1]
+        rows = stack.numel() // self.experts // columns
+        if self.transposed:
+            return columns, rows
+        return rows, columns
+
+
+class QLoRAExperts(SavedLayer):
+    """The experts of one parameter, in 4 bits, each with an adapter.
+
+    `packed`, `absmax` and `nested` have a row for each expert; lora_A is [experts, r, in], lora_B [experts, out, r].
+    """
+
+    is_stack = True
+
+    def __init__(self, transposed: bool, flat: bool) -> None:
+        super().__init__()
+        self._transposed = transposed  # one expert of the parameter was [in, out]
+        self.flat = flat  # the parameter was [experts * width, in] (DBRX)
+
+    @staticmethod
+    def from_parameter(
+        part: ExpertParameter, config: QLoRAConfig, name: str, device: torch.device | None, seed_name: str,
+        weights: Iterable[Tensor] | None = None,
+    ) -> "QLoRAExperts":  # fmt: skip
+        """Replace a parameter of a module by a 4-bit layer with adapters, in place.
+
+        The experts are quantized on `device`, None: where the parameter is. The seed of expert i is made from
+        `seed_name.i`. If the parameter has no data, `weights` yields the weight of each expert in its layout.
+        """
+        owner: nn.Module = part.owner
+        key = part.key
+        vars(owner).setdefault(PARAMETERS, list(owner._parameters))
+        parameter: Any = owner._parameters[key]
+        stack = QLoRAExperts(part.transposed, flat=parameter.ndim == 2)
+        setattr(parameter, REPLACED, stack)  # for an optimizer that was created before conversion
+        stack.set_arguments(config, name, seed_name)
+        if weights is None:
+            weights = parameter.detach().view(part.experts, -1, parameter.shape[-1]).unbind()
+        stack.initialize(weights, device)
+        stack.train(owner.training)
+        del owner._parameters[key]  # last: while `weights` yields, transformers reads its type
+        owner.register_module(stack_name(key), stack)
+        _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
+        derive(_WithExperts, owner)
+        return stack
+
+    def __len__(self) -> int:
+        return self.matrix_count
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """Outputs of one expert."""
+        return self._shape[1]
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """Inputs of one expert."""
+        return self._shape[2]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The stack for code that reads it; see the top of this file."""
+        return ReadableStack(self)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        rows, columns = self.expert_shape
+        if self.flat:
+            return len(self) * rows, columns
+        return super().weight_shape
+
+    @property
+    def expert_shape(self) -> tuple[int, ...]:
+        """Shape of one expert in the parameter."""
+        return super().weight_shape[1:]
+
+    def effective_weight(self) -> Tensor:
+        """W + s B A of all experts, in the parameter's shape; differentiable in the adapters."""
+        return self._as_stored(super().effective_weight()).reshape(self.weight_shape)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows ends[e - 1] to ends[e] of x [rows, in] through expert e, [rows, out]; rows from the last end give zeros.
+
+        `ends` is int32 [experts]. On a GPU the host does not wait for it.
+        """
+        has_kernel = (INTERPRETED or x.is_cuda) and self.lora_magnitude_vector is None
+        if has_kernel and not torch.compiler.is_compiling():
+            y = self._compute_together(x, ends)
+            if y is not None:
+                return y
+        numbers, parts = rows_of_experts(x, ends)
+        experts = zip(parts, self.matrices(numbers), strict=True)
+        return join_rows([self.compute(rows, matrix, None) for rows, matrix in experts], x, self.out_features)
+
+    def _compute_together(self, x: Tensor, ends: Tensor) -> Tensor | None:
+        """All experts in one launch each; None if there are no kernels for them."""
+        rows, in_fp16 = self.cast_input(x)
+        lora = LoRA(self.lora_A, self.lora_B, self.scaling, self.lora_dropout, in_fp16=in_fp16)
+        if not can_group(rows, self.weight_bytes, lora):
+            return None
+        if self._qlora_disabled:
+            lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), 0.0, in_fp16=in_fp16)
+        else:
+            self.__dict__["was_called"] = True
+            lora = lora._replace(seed=self.dropout_seed())
+        if self.input_statistics is not None:
+            for number, part in zip(*rows_of_experts(x, ends), strict=True):
+                self.input_statistics.add(self, number, part, self.lora_B[number])
+        y = grouped_linear(rows, ends, self.weight_bytes, lora)
+        return self.cast_output(y, x.dtype)
+
+    def _split_adapter(self) -> list[Sequence[Tensor]]:
+        """As in LoRALayer, with the same views until a parameter changes.
+
+        Autograd stacks the gradients of the views of one `unbind` once. With views of its own, each expert that code
+        reads would get a gradient of the size of the whole stack.
+        """
+        parameters = self.adapter_parameters()
+        if not is_eager(self.packed, parameters[0]) or not torch.is_grad_enabled():
+            return super()._split_adapter()
+        if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
+            return super()._split_adapter()
+        key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        cached: tuple[Any, list[Sequence[Tensor]], Any] | None = self.__dict__.get(VIEWS)
+        if cached is None or cached[0] != key:
+            # With the parameters: as long as they exist, no other has the same id and memory.
+            cached = key, [parameter.unbind() for parameter in parameters], parameters
+            self.__dict__[VIEWS] = cached
+        return cached[1]
+
+    def __getstate__(self) -> Any:
+        """Without the views, which torch does not copy."""
+        return {key: value for key, value in super().__getstate__().items() if key != VIEWS}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLoRAExperts":
+        self.__dict__.pop(VIEWS, None)  # they would keep the memory of another device
+        super()._apply(fn, recurse)
+        return self
+
+    def restore(self, owner: nn.Module, key: str, parameter: Tensor) -> None:
+        """Replace this layer by a dense, frozen parameter, in place. After the last, the owner has its old class."""
+        del owner._modules[stack_name(key)]
+        owner.register_parameter(key, nn.Parameter(parameter, requires_grad=False))
+        _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))
+        if not any(isinstance(part, QLoRAExperts) for part in owner._modules.values()):
+            restore(owner, _WithExperts)
+
+    def extra_repr(self) -> str:
+        """The line `print(model)` shows."""
+        return f"experts={len(self)}, {super().extra_repr()}"
+
+
+def _restore_order(entries: dict[str, Any], names: list[str]) -> None:
+    """Put entries into this order, at the end: optimizers number parameters and PEFT names adapters by their order."""
+    for name in names:
+        if name in entries:
+            entries[name] = entries.pop(name)
+
+
+class _WithExperts(Derived):
+    """A class in which a parameter that became a QLoRAExperts reads as `QLoRAExperts.weight`."""
+
+    @classmethod
+    def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
+        return {"forward": routed_forward} if is_routed(before) else {}
+
+    def __getattr__(self, name: str) -> Any:
+        stack = stack_of(self, name)  # type: ignore[arg-type]
+        if stack is not None:
+            return stack.weight
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As in nn.Module; a dense parameter in the state becomes the weight of the stack."""
+        for name, stack in self.__dict__["_modules"].items():
+            key = prefix + parameter_name(name)
+            if isinstance(stack, QLoRAExperts) and key in state_dict:
+                state_dict[f"{prefix}{name}.weight"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+
+def expert_stacks(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:
+    """Full name, owner, key and experts of every stack in modules."""
+    for name, owner in modules:
+        for key, part in owner._modules.items():
+            if isinstance(part, QLoRAExperts):
+                key = parameter_name(key)
+                yield join(name, key), owner, key, part

@@ -1,0 +1,158 @@
+"""Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lightning_qlora.dtypes.compute_in import output_dtype
+from lightning_qlora.dtypes.instance_method import InstanceMethod, add, has_other_forward, instance_method, remove
+from lightning_qlora.layers.derived import original_class
+from lightning_qlora.layers.disable_adapter import DISABLED
+from lightning_qlora.layers.kinds import is_packed
+from lightning_qlora.layers.names import last_part, without_numbers
+from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
+from lightning_qlora.survey.provenance import OUTPUT_EMBEDDINGS, get_output_embeddings
+
+# For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
+# transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
+# times in_features, that is more than a tenth of a step for up to 12 layers, or for any number with checkpointing.
+LARGE = 4
+
+
+class DeferredForward(InstanceMethod):
+    """The forward pass of an output embedding: deferred logits where autograd records, else the real ones."""
+
+    def call(self, original: Callable[..., Any], input: Tensor) -> Tensor:
+        """Input [..., in] -> logits [..., out]."""
+        head: Any = self.module
+        if torch.compiler.is_compiling() or not _can_defer(head, input):
+            if type(input) is Tensor:
+                # With the strides of a slice, as `x[:, -1:]` has them, torch takes a product that is 15 times slower.
+                input = input.reshape(-1, input.shape[-1]).view(input.shape)
+            logits: Tensor = original(input)
+            return logits
+        device = input.device.type
+        dtype = output_dtype(head, input.dtype)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return DeferredLogits(input, Source(input, head, self), dtype).attached()
+
+
+def _can_defer(head: Any, input: Tensor) -> bool:
+    """Whether autograd alone records the call, something trains in it, and the head keeps its parameters after it."""
+    return (
+        DISABLED not in vars(head)
+        and torch.is_grad_enabled()
+        and not (head.training and _has_dropout(head))
+        and type(input) in (Tensor, FakeTensor)
+        and input.dim() >= 2
+        # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the call.
+        and "_is_fsdp_managed_module" not in vars(head)
+        and not has_other_forward(head)
+        # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
+        and all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values())
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and (input.requires_grad or any(p.requires_grad for p in head.parameters()))
+    )
+
+
+def _has_dropout(head: Any) -> bool:
+    """Whether the adapter of a head drops inputs: pieces, and each reader of the logits, would draw other masks."""
+    return getattr(head, "lora_dropout", 0.0) > 0
+
+
+def defer_logits(head: nn.Module) -> None:
+    """Make an output embedding (an nn.Linear, in 4 bits or not) return deferred logits in training, in place."""
+    if instance_method(head, DeferredForward) is None:
+        add(DeferredForward(head))
+
+
+def compute_logits(modules: Iterable[nn.Module]) -> None:
+    """Undo `defer_logits` for all output embeddings among modules, in place."""
+    for head in modules:
+        remove(head, DeferredForward)
+
+
+def output_embeddings(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Name -> plain linear layer, in 4 bits or not, that computes the logits of a vocabulary; of modules by name.
+
+    These are what `get_output_embeddings` of a model in the module returns, layers with a name in OUTPUT_EMBEDDINGS,
+    and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
+    that of another one differ only in a number.
+    """
+    heads = {id(layer) for layer in get_output_embeddings(modules.values())}
+    in_models: set[int] = set()
+    for part in modules.values():
+        if heads and callable(getattr(part, "get_output_embeddings", None)):
+            in_models |= {id(layer) for layer in part.modules()}
+    outside = {name: layer for name, layer in modules.items() if id(layer) not in in_models}
+    sizes = {layer.num_embeddings for layer in outside.values() if isinstance(layer, nn.Embedding)}
+    fitting = {name: layer for name, layer in outside.items() if _is_plain(layer) and layer.out_features in sizes}
+    repeated = Counter(map(without_numbers, fitting))
+    heads |= {id(layer) for name, layer in fitting.items() if repeated[without_numbers(name)] == 1}
+    return {
+        name: layer
+        for name, layer in modules.items()
+        if _is_plain(layer) and (id(layer) in heads or last_part(name) in OUTPUT_EMBEDDINGS)
+    }
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what nn.Linear computes, and is of no class of the user's."""
+    return original_class(type(layer)) is nn.Linear or is_packed(layer)
+
+
+def check_output_embeddings(modules: Mapping[str, nn.Module], setting: bool | Literal["auto"]) -> None:
+    """Raise ValueError for deferred_logits=True and a module without an output embedding."""
+    if setting is True and not output_embeddings(modules):
+        raise ValueError(
+            f"deferred_logits=True: {type(modules['']).__name__} has no output embedding: no get_output_embeddings() "
+            f"that returns an nn.Linear, no nn.Linear named {', '.join(OUTPUT_EMBEDDINGS)}, and none with as many "
+            "outputs as an nn.Embedding has rows. Give the layer one of these names, or pass deferred_logits='auto' or "
+            "False."
+        )
+
+
+def defer_output_embeddings(
+    modules: Mapping[str, nn.Module], setting: bool | Literal["auto"], sharded: bool = False
+) -> dict[str, int]:
+    """Make the output embeddings among the modules of a converted one return deferred logits in training, in place.
+
+    With "auto" those with `LARGE` * inputs outputs or more. Nothing is deferred if a strategy shards the parameters.
+
+    Returns:
+        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`, or if its adapter has
+        dropout.
+    """
+    heads = output_embeddings(modules) if setting else {}
+    chosen = {
+        name: head for name, head in heads.items() if setting is True or head.out_features >= LARGE * head.in_features
+    }
+    if sharded:
+        return dict.fromkeys(chosen, 0)
+    for head in chosen.values():
+        defer_logits(head)
+    return deferred_heads(modules)
+
+
+def deferred_heads(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Name of each output embedding whose logits are deferred -> bytes saved for each 1,000 tokens."""
+    heads = {name: part for name, part in modules.items() if instance_method(part, DeferredForward)}
+    return {name: saved_bytes(head) for name, head in heads.items()}
+
+
+def saved_bytes(head: Any) -> int:
+    """Bytes of 1,000 rows of logits, of their log-softmax in fp32, and of its gradient in fp32; 0 with dropout.
+
+    Formula: 1000 * out_features * (bytes of the weight's type + 4 + 4).
+    """
+    if _has_dropout(head):
+        return 0
+    dtype = output_dtype(head, head.weight.dtype)
+    elements: int = 1000 * head.out_features
+    return elements * (dtype.itemsize + 8)

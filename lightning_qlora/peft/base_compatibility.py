@@ -1,0 +1,161 @@
+"""Which base model an adapter fits, and the same adapter for the base in 16 or 32 bits.
+
+    default, gaussian     B = 0 at first: also fits the base in 16 or 32 bits, where the outputs differ from training
+    loftq, calibrated     initialized from the quantization error: fits the base quantized in the same way
+    pissa, iterated loftq the initialization changed the 4-bit weights: fits only these
+
+Checkpoints and adapter folders store the arguments that decide it (`quantization_of`). Loading an adapter records its
+initialization in the layers (`record_initialization`), so that the module can be saved again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_qlora.checks import DAMAGED, check_bool
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.peft.adapter import MAGNITUDE, Adapter, State
+
+BITS = ("quant_type", "block_size", "double_quant")  # the arguments `of_base`, in the order of files
+
+
+def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
+    """How the base is quantized and how its adapters are initialized; plain values, stored in files."""
+    quantization = {name: getattr(config, name) for name in (*BITS, "init_lora_weights")}
+    quantization["base_changed"] = config.changes_base
+    if config.loftq_config:
+        quantization["loftq_config"] = dict(config.loftq_config)
+    return quantization
+
+
+def read_quantization(quantization: Any, source: str) -> QLoRAConfig | None:
+    """The reverse; None for None, and ValueError, with the source, for another value."""
+    if quantization is None:
+        return None
+    try:
+        check_bool("base_changed", quantization["base_changed"])
+        arguments = {name: quantization[name] for name in (*BITS, "init_lora_weights")}
+        return QLoRAConfig(**arguments, loftq_config=quantization.get("loftq_config"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}. {DAMAGED}") from error
+
+
+def quantization_of_layer(layer: LoRALayer) -> dict[str, Any]:
+    """`quantization_of` a layer, with the type of its weight, which may have been loaded in 4 bits."""
+    return quantization_of(layer.config) | _bits_of(layer)
+
+
+def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
+    """Raise ValueError if layers, by name, differ in an argument that an adapter folder has once."""
+    first, first_config = next(iter(configs.items()))
+    for name, config in configs.items():
+        for key in (*BITS, "init_lora_weights", "loftq_config", "use_dora"):
+            expected = getattr(first_config, key)
+            value = getattr(config, key)
+            if value != expected:
+                raise ValueError(
+                    f"{first} has {key}={expected!r} and {name} has {key}={value!r}: an adapter folder has one value "
+                    "for all layers. Use a Lightning checkpoint, merge the adapters, or convert both with the same "
+                    "value."
+                )
+
+
+def required_base(quantization: QLoRAConfig | None) -> str | None:
+    """A sentence on the base that adapters initialized this way need; None if the float base also fits."""
+    if quantization is None or not quantization.init_kind.keeps_initial:
+        return None
+    begin = f"These adapters were initialized as {quantization.init_lora_weights!r}, "
+    bits = _in_words(vars(quantization))
+    if quantization.changes_base:
+        return (
+            f"{begin}which changed the base: they fit only the 4-bit weights ({bits}) of this run, which are not those "
+            "of the quantized model. Merge them, or export their difference from the initial values (base='float')."
+        )
+    return (
+        f"{begin}from the quantization error: they fit the model in 4 bits ({bits}). For a model in 16 bits export "
+        "their difference from the initial values (base='float')."
+    )
+
+
+def trained_on(quantization: QLoRAConfig | None) -> str:
+    """A sentence on the base that adapters were trained on, and what to do for another base."""
+    if quantization is None:
+        return "not recorded"
+    return required_base(quantization) or (
+        f"the model in 4 bits ({_in_words(vars(quantization))}). On the model in 16 bits its outputs differ from those "
+        "in training, because the weights do: merge it (lightning-qlora merge) to keep them."
+    )
+
+
+def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> None:
+    """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
+    trained = adapter.quantization or QLoRAConfig()
+    for name, layer in layers.items():
+        bits = _bits_of(layer)
+        if trained.changes_base or layer.config.changes_base:
+            if adapter.fingerprints.get(name) != layer.base_fingerprint():
+                raise CheckpointMismatchError(
+                    f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the "
+                    "module, changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge "
+                    "it, or export it with base='float' for a base in 16 bits."
+                )
+        elif trained.init_kind.keeps_initial and any(getattr(trained, key) != value for key, value in bits.items()):
+            raise CheckpointMismatchError(
+                f"{adapter.source}: does not fit {name}: the adapter was initialized as {trained.init_lora_weights!r} "
+                f"from the error of quantization to {_in_words(vars(trained))}, and here it is {_in_words(bits)}. Use "
+                "the same quantization, or export the checkpoint that it came from with base='float', for a base in 16 "
+                "bits."
+            )
+
+
+def record_initialization(layer: LoRALayer, trained: QLoRAConfig | None) -> None:
+    """Store in a layer how its loaded adapter was initialized, for when it is saved again."""
+    trained = trained or QLoRAConfig()
+    layer.config = layer.config.with_initialization(trained.init_lora_weights, trained.loftq_config)
+
+
+def subtract_initial(layers: Mapping[str, State], source: str) -> dict[str, State]:
+    """The same adapters for the base in 16 or 32 bits: their differences from the initial values, of rank 2 r.
+
+    With the float weight W in place of the 4-bit base, the trained layer is (up to the part of the quantization error
+    that the initial values A0 and B0 did not correct)
+
+        W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]        an adapter of rank 2 r with the same s (as PEFT's for PiSSA)
+
+    Without initial values B must be 0. ValueError if they are not known.
+    """
+    differences = {}
+    for name, state in layers.items():
+        if MAGNITUDE in state:
+            raise ValueError(
+                f"{source}: with DoRA the difference from the initial values is no adapter of rank 2 r. Merge the "
+                "adapter instead."
+            )
+        values = {part: value.to(state["lora_A"].device).float() for part, value in state.items()}
+        a = values["lora_A"]
+        b = values["lora_B"]
+        if "initial_A" in values:
+            a = torch.cat([a, values["initial_A"]], dim=-2)
+            b = torch.cat([b, -values["initial_B"]], dim=-1)
+        elif b.any():
+            raise ValueError(
+                f"{source}: {name}: its initial values are not known, because an adapter folder does not hold them. "
+                "Export with base='float' from the checkpoint, or the module, in which it was initialized."
+            )
+        differences[name] = {"lora_A": a, "lora_B": b}
+    return differences
+
+
+def _bits_of(layer: LoRALayer) -> dict[str, Any]:
+    return {
+        "quant_type": layer.quant_type,
+        "block_size": layer.block_size,
+        "double_quant": layer.nested.numel() > 0,
+    }
+
+
+def _in_words(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={arguments[name]}" for name in BITS)

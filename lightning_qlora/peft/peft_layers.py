@@ -1,0 +1,222 @@
+"""The layers of an adapter in PEFT's form, and the errors if a model has no such layers.
+
+Linear layers have the same tensors there; all experts of a parameter (`target_parameters`) have one pair of matrices:
+
+    lora_A  [experts * r, in]     the r rows of expert 0, then those of expert 1, ...
+    lora_B  [out, r * experts]    the first column of every expert, then the second column of every expert, ...
+
+PEFT wraps the module once for each of its parameters, in the order of registration. The names of the inner wrappers get
+a `.base_layer`, so only the model says which parameter an adapter belongs to.
+Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tuners/tuners_utils.py (_inject_parameters).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from torch import nn
+
+from lightning_qlora.config import Base, QLoRAConfig
+from lightning_qlora.experts.expert_selection import expert_parameters
+from lightning_qlora.experts.experts import PARAMETERS, ExpertParameter
+from lightning_qlora.layers.kinds import is_linear, kind_of
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
+from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
+from lightning_qlora.peft.adapter import BASE_LAYER, MAGNITUDE, PREFIX, Adapter, State
+from lightning_qlora.peft.base_compatibility import (
+    check_one_folder,
+    read_quantization,
+    required_base,
+    subtract_initial,
+)
+from lightning_qlora.peft.peft_config import config_for_peft
+from lightning_qlora.survey.parts import Parts
+
+# Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
+# names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
+TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+ELSEWHERE = "Use a Lightning checkpoint, or merge the adapters."
+
+
+class ExpertStack(NamedTuple):
+    """The experts of one parameter, and how PEFT writes their adapters; checkpoints hold these values."""
+
+    number: int  # of experts
+    wrappers: int  # how many of PEFT's wrappers are around the one of this parameter
+    transposed: bool  # the parameter is [experts, in, out]
+    swapped_by_peft: bool  # PEFT takes its inputs for outputs, so PEFT's lora_A is lora_B^T, and the reverse
+    flat: bool  # the parameter is [experts * out, in]
+
+    @classmethod
+    def of(cls, part: ExpertParameter, wrappers: int) -> "ExpertStack":
+        """That of a parameter, dense or converted."""
+        # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
+        swapped = part.transposed != bool(getattr(part.owner, "is_transposed", False))
+        if part.loaded is not None:
+            flat = part.loaded.flat
+        else:
+            flat = part.owner.get_parameter(part.key).ndim == 2
+        return cls(part.experts, wrappers, part.transposed, swapped, flat)
+
+    def key(self, name: str) -> str:
+        """PEFT's name of the adapters of a parameter."""
+        return owner_name(name) + BASE_LAYER * self.wrappers
+
+    def to_peft(self, state: State) -> State:
+        """PEFT's matrices for lora_A [experts, r, in] and lora_B [experts, out, r]."""
+        a = state["lora_A"]
+        b = state["lora_B"]
+        if self.swapped_by_peft:
+            a, b = b.mT, a.mT
+        stacked = {"lora_A": a.flatten(0, 1), "lora_B": b.permute(1, 2, 0).flatten(1)}
+        if MAGNITUDE in state:
+            stacked[MAGNITUDE] = state[MAGNITUDE].flatten()
+        return stacked
+
+    def from_peft(self, stacked: State) -> State:
+        """The reverse."""
+        a = stacked["lora_A"]
+        b = stacked["lora_B"]
+        a = a.view(self.number, -1, a.shape[1])
+        b = b.view(len(b), -1, self.number).permute(2, 0, 1)
+        if self.swapped_by_peft:
+            a, b = b.mT, a.mT
+        state = {"lora_A": a, "lora_B": b}
+        if MAGNITUDE in stacked:
+            state[MAGNITUDE] = stacked[MAGNITUDE].view(self.number, -1)
+        return state
+
+
+def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
+    """The experts of a parameter, dense or converted; None if it has none."""
+    experts = stack_of(owner, key)
+    if experts is not None:
+        return ExpertParameter(owner, key, len(experts), experts._transposed)
+    return next((part for part in expert_parameters(owner) if part.key == key), None)
+
+
+def stacks_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertStack]:
+    """Name of every expert parameter that was converted -> how PEFT writes its adapters; of modules by name."""
+    stacks = {}
+    for name, owner in modules.items():
+        parts = [expert_parameter(owner, key) for key in vars(owner).get(PARAMETERS, ()) if stack_of(owner, key)]
+        for wrappers, part in enumerate(filter(None, reversed(parts))):
+            stacks[join(name, part.key)] = ExpertStack.of(part, wrappers)
+    return stacks
+
+
+def without_place(layers: Iterable[str], stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) -> str:
+    """Why PEFT has no adapter with this config for some of these layers and experts; "" if it has."""
+    if "" in layers:
+        return f"PEFT can't adapt a layer that is the model itself. {ELSEWHERE}"
+    for name, stack in stacks.items():
+        for has_no_place, reason in (
+            (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
+            (config["use_dora"], "PEFT has no DoRA for expert parameters, nor beside them"),
+            (config["fan_in_fan_out"], "PEFT has no expert parameters beside transformers' Conv1D"),
+            ("." not in name, "PEFT can't wrap a parameter of the model itself"),
+        ):
+            if has_no_place:
+                return f"{name}: the adapters of these experts have no place in a PEFT folder: {reason}. {ELSEWHERE}"
+    return ""
+
+
+def taken_for_experts(base: Parts) -> list[str]:
+    """Names of converted linear layers that PEFT takes for those of experts, and adapts only as `target_parameters`."""
+    names = [name for name, layer in base.layers.items() if last_part(name) in TAKEN_FOR_EXPERTS and not layer.is_stack]
+    if not names:
+        return []
+    parameters = [*(parameter.name for parameter in base.dense_parameters), *base.layers]
+    return names if any(name.endswith("experts.gate_up_proj") for name in parameters) else []
+
+
+def to_peft(
+    description: Mapping[str, Any],
+    configs: Mapping[str, QLoRAConfig],
+    layers: Mapping[str, State],
+    base: Base = "quantized",
+    **others: Any,
+) -> Adapter:
+    """An adapter for this base, from `describe_base`, and the arguments and tensors of each layer by its name there.
+
+    `layers` may have the initial values, which are subtracted for base="float". `others` are attributes of the adapter.
+    ValueError if a folder has no place for layers with these arguments.
+    """
+    check_one_folder(configs)
+    quantization = read_quantization(description["quantization"], others["source"])
+    if base == "float" and required_base(quantization) is not None:
+        layers = subtract_initial(layers, others["source"])
+        quantization = None
+        others |= {"fingerprints": {}, "bases": {}}
+    stacks = {name: ExpertStack(*stack) for name, stack in description.get("experts", {}).items()}
+    in_peft = {}
+    for name, state in layers.items():
+        if name in stacks:
+            in_peft[stacks[name].key(name)] = stacks[name].to_peft(state)
+        else:
+            in_peft[name] = {key: state[key] for key in ADAPTER if key in state}
+    config = config_for_peft(description, configs, layers)
+    no_place = without_place(layers, stacks, config)
+    return Adapter(config=config, layers=in_peft, quantization=quantization, no_place=no_place, **others)
+
+
+def from_peft(adapter: Adapter, base: Parts) -> dict[str, State]:
+    """Name of a layer, or of a parameter of experts, in a base model -> its tensors in the form of the layer.
+
+    The base is dense or converted. CheckpointMismatchError, with file and key, if it has no such layer, or one of
+    other sizes.
+    """
+    modules = dict(base.named)
+    layers: dict[str, State] = {}
+    for owner, keys in adapter.modules.items():
+        module = modules.get(owner)
+        if module is not None and keys == [owner] and is_linear(module):
+            outputs, inputs = (getattr(module, size) for size in kind_of(type(module)).sizes)
+            _check_sizes(adapter, owner, base, "a layer", 1, (outputs, inputs))
+            layers[owner] = adapter.layers[owner]
+        elif module is not None and adapter.target_parameters:
+            layers |= _experts(adapter, base, owner, module)
+        else:
+            refuse(adapter, f"{keys[0]}.lora_A.weight", base, "has no such layer")
+    return layers
+
+
+def _experts(adapter: Adapter, base: Parts, owner: str, module: nn.Module) -> dict[str, State]:
+    keys = adapter.modules[owner]
+    order = vars(module).get(PARAMETERS, module._parameters)  # of its class; with the parameters in 4 bits
+    names = [key for key in order if adapter.is_target(join(owner, key))]
+    if {owner + BASE_LAYER * number for number in range(len(names))} != set(keys):
+        difference = f"has other parameters there that target_parameters names: {', '.join(names) or 'none'}"
+        refuse(adapter, f"{keys[0]}.lora_A.weight", base, difference)
+    layers = {}
+    for wrappers, key in enumerate(reversed(names)):
+        part = expert_parameter(module, key)
+        if part is None:
+            refuse(adapter, f"{owner}.lora_A.weight", base, f"has no stack of experts in {key!r} there")
+        stack = ExpertStack.of(part, wrappers)
+        name = join(owner, key)
+        sizes = part.shape[::-1] if stack.swapped_by_peft else part.shape
+        what = f"{stack.number} experts"
+        if stack.flat:
+            what += " (all in one matrix, with one adapter for each expert)"
+        _check_sizes(adapter, stack.key(name), base, what, stack.number, sizes)
+        layers[name] = stack.from_peft(adapter.layers[stack.key(name)])
+    return layers
+
+
+def _check_sizes(adapter: Adapter, key: str, base: Parts, what: str, matrices: int, sizes: tuple[int, int]) -> None:
+    """`sizes`: outputs and inputs of `what`, as PEFT counts them; it has the ranks of all matrices in one."""
+    a, b = (list(adapter.layers[key][part].shape) for part in ("lora_A", "lora_B"))
+    outputs, inputs = sizes
+    if (a[1], b[0]) != (inputs, outputs) or a[0] not in {matrices * rank for rank in adapter.ranks}:
+        difference = f"has {what} of {inputs} inputs and {outputs} outputs there, the adapter has lora_A {a} and lora_B"
+        refuse(adapter, f"{key}.lora_A.weight", base, f"{difference} {b}")
+
+
+def refuse(adapter: Adapter, key: str, base: Parts, difference: str) -> NoReturn:
+    """Raise the error for an adapter that does not fit a model; `difference` says what the model has."""
+    kind = type(base.root).__name__
+    raise CheckpointMismatchError(
+        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {kind} {difference}. An adapter fits "
+        "the architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
+    )

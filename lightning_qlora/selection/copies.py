@@ -1,0 +1,93 @@
+"""Copies of layers that a module made before conversion: averages of its weights (EMA, SWA), teachers, references.
+
+After conversion the module trains adapters, and code that pairs the parameters of both averages others than before.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.layers.names import name_endings, owner_name, tensors_of, without_numbers
+from lightning_qlora.selection.selection import Selection
+from lightning_qlora.survey.survey import Survey
+from lightning_qlora.tensors.fingerprint import has_values, is_strided
+
+SAMPLES = 16  # elements of a weight that are compared first
+
+
+class Copy(NamedTuple):
+    """A tensor that has the values of a weight."""
+
+    name: str
+    original: str
+    is_parameter: bool
+
+    @property
+    def modules(self) -> tuple[str, str]:
+        """Names of the modules that are equal: those of the tensors without the end that both have."""
+        if not self.is_parameter:
+            return owner_name(self.name), owner_name(self.original)
+        ending = _common_ending(self.name, self.original)
+        return self.name.removesuffix(ending).rstrip("."), self.original.removesuffix(ending).rstrip(".")
+
+
+def find_copies(seen: Survey, choice: Selection) -> list[Copy]:
+    """The tensors of a module that are equal, where one of them is the weight of a layer to convert.
+
+    Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone
+    (`nn.TransformerEncoder` makes its layers as copies of one).
+    """
+    targets = {row.weight_name for row in choice.convert.values()}
+    groups: dict[object, list[tuple[str, Tensor]]] = {}
+    for name, tensor in _matrices(seen):
+        key = _sample(tensor)
+        if key is not None:
+            groups.setdefault((tensor.shape, *key), []).append((name, tensor))
+    copies = []
+    for tensors in groups.values():
+        if len({without_numbers(name) for name, _ in tensors}) == 1:
+            continue
+        for place, (name, tensor) in enumerate(tensors):
+            earlier = [each for each in tensors[:place] if without_numbers(each[0]) != without_numbers(name)]
+            if not earlier:
+                continue
+            original, values = max(earlier, key=lambda each: len(_common_ending(name, each[0])))
+            if not {name, original} & targets or tensor.data_ptr() == values.data_ptr():
+                continue
+            if bool((tensor == values.to(tensor.device)).all()):
+                copies.append(Copy(name, original, isinstance(tensor, nn.Parameter)))
+    return copies
+
+
+def share_seeds(choice: Selection, copies: list[Copy]) -> None:
+    """Let a layer that is a copy of another one begin with the same adapter."""
+    names = {row.weight_name: name for name, row in choice.convert.items()}
+    for copy in copies:
+        if copy.name in names and copy.original in names:
+            name = names[copy.name]
+            choice.rows[name] = choice.rows[name]._replace(seed_name=choice.rows[names[copy.original]].seed_name)
+
+
+def _matrices(seen: Survey) -> Iterator[tuple[str, Tensor]]:
+    """The dense matrices and stacks of matrices of a module, on this rank as a whole; each tensor once."""
+    for name, tensor in tensors_of(list(seen.modules)):
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor) and has_values(tensor)
+        if is_plain and tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel():
+            yield name, tensor
+
+
+def _sample(tensor: Tensor) -> tuple[float, ...] | None:
+    """Some elements; None if they are all the same."""
+    places = [
+        torch.linspace(0, size - 1, SAMPLES, dtype=torch.float32, device=tensor.device).long() for size in tensor.shape
+    ]
+    values: list[float] = tensor.detach()[tuple(places)].float().tolist()
+    return None if len({*values}) == 1 else tuple(values)
+
+
+def _common_ending(name: str, other: str) -> str:
+    """The longest end of two names, in whole parts."""
+    endings = {*name_endings(other)}
+    return next((ending for ending in name_endings(name) if ending in endings), "")

@@ -1,0 +1,286 @@
+"""Which layers of a module become 4-bit layers, which stay dense, and why: the first of `RULES` that applies decides.
+
+Before the rules, a module in modules_to_save trains in full with all that is in it, and a ScriptModule, a layer with
+rows that train and what an earlier conversion has seen stay as they are. A layer that was quantized while its model
+loaded counts as the dense layer that it was.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.experts.experts import ExpertParameter
+from lightning_qlora.layers.names import join, outer_names
+from lightning_qlora.quantization.blockwise import FLOATS
+from lightning_qlora.selection.patterns import Patterns
+from lightning_qlora.selection.token_selection import select_tokens
+from lightning_qlora.survey.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
+
+IN_MODULES_TO_SAVE = "in modules_to_save"
+FROZEN = "frozen by the module"
+LARGE_RANK = "an adapter of rank"  # beginning of a reason
+FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
+SavedLayers = Mapping[str, Mapping[str, Any]]  # name of a layer in a checkpoint -> its own arguments
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part that the rules decide about. Methods that give a reason give None where it does not apply."""
+
+    part: Part
+    config: QLoRAConfig  # with its own rank and lora_alpha
+    is_named: bool  # whether target_modules names it; a pattern for any name does not mean the whole module
+    is_excluded: bool
+    trains: bool  # whether anything of the module trains
+    new: str | None  # why its values are new
+    saved: Mapping[str, Any] | None  # its own arguments in the checkpoint
+    of_checkpoint: bool  # whether the layers of a checkpoint are converted
+
+    @property
+    def can_train(self) -> bool:
+        """Whether it may train in full: conversion makes nothing train in a module that the user froze."""
+        return self.trains and self.part.kind not in STACKS
+
+    def is_not_linear(self) -> str | None:
+        """Why a module that target_modules names has nothing to convert."""
+        return None if self.part.is_linear else "only linear layers can be converted"
+
+    def has_member(self) -> str | None:
+        """Why a subclass of nn.Linear can't become a QLoRALinear."""
+        name = self.part.class_name
+        if self.part.member == "__call__":
+            return f"{name} has a __call__ of its own, which may compute something else"
+        return self.part.member and f"{name} has a {self.part.member} of its own, which a 4-bit layer would replace"
+
+    def cannot_convert(self) -> str | None:
+        """Why it can't be converted, even if target_modules names it."""
+        part = self.part
+        if part.kind in QUANTIZED_KINDS:
+            return None
+        if part.computed:
+            return f"its {part.computed[0]} is computed (parametrized), not stored"
+        weight = part.weight
+        if weight.dtype not in FLOATS and part.kind is not Kind.PACKED:
+            reason = f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+            if "float8" in reason:
+                reason += "; load the model in configure_model or plugin.init(), where it is dequantized"
+            return reason
+        return f"its weight is tied to {weight.ties[0]}" if weight.ties else None
+
+    def not_by_default(self) -> str | None:
+        """Why it is converted only if target_modules names it."""
+        part = self.part
+        if part.is_output_embedding:
+            return "output embedding; name it in target_modules to convert it"
+        if part.is_router:
+            return "router of experts; name it in target_modules to convert it"
+        is_frozen = not part.weight.trains
+        if part.kind is Kind.PACKED:  # bitsandbytes freezes what it quantizes: the rest of a model decides
+            is_frozen = part.is_in_frozen_model
+        if is_frozen and self.trains:
+            return FROZEN
+        if part.is_left_dense and not self.too_small():
+            return "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
+        return None
+
+    def too_small(self) -> str | None:
+        """Why 4 bits and an adapter would not be smaller."""
+        rows, columns = self.part.shape
+        if rows * columns <= FEWEST:
+            return f"its {rows}x{columns} weights are too few for 4 bits"
+        if self.config.r * (rows + columns) < rows * columns:
+            return None
+        return f"{LARGE_RANK} {self.config.r} would not be smaller than its {rows}x{columns} weights"
+
+    def is_empty(self) -> str | None:
+        """Why there is nothing to quantize."""
+        rows, columns = self.part.shape
+        return None if rows and columns else f"its {rows}x{columns} weight is empty"
+
+
+class Rule(NamedTuple):
+    """What happens with a layer, or with a stack of experts."""
+
+    when: str  # as in docs/layers.md
+    by_default: str | None  # what happens if target_modules does not name it; None: the rule does not apply
+    if_named: str | None  # the same if target_modules names it; in ["all-linear", "lm_head"] it names "lm_head"
+    reason: Callable[[Case], str | bool | None]  # whether it applies: its reason, or True, for `when`
+
+
+CONVERT = "4 bits and an adapter"
+TRAIN = "trains in full"
+SKIP = "dense and frozen"
+IN_VAIN = "dense and frozen, with a mark in the report"
+REFUSE = "an error"
+SOME_ROWS = "some rows train"  # of embeddings, decided before the rules
+RULES = (
+    Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda case: case.saved is not None),
+    Rule("in exclude_modules", SKIP, SKIP, lambda case: case.is_excluded),
+    Rule("new: without pretrained values", TRAIN, None, lambda case: case.new),
+    Rule("not in target_modules", SKIP, None, lambda case: not case.config.all_linear),
+    Rule("no linear layer", None, REFUSE, Case.is_not_linear),
+    Rule("of a class with members that 4-bit layers have", SKIP, REFUSE, Case.has_member),
+    Rule("tied, parametrized, or not in floats", SKIP, IN_VAIN, Case.cannot_convert),
+    Rule("an output embedding, a router, or frozen by the module", SKIP, None, Case.not_by_default),
+    Rule("not larger than its adapter", TRAIN, None, lambda case: case.can_train and case.too_small()),
+    Rule("not larger than its adapter, in a mixture of experts or where nothing trains", SKIP, None, Case.too_small),
+    Rule("without weights", SKIP, SKIP, Case.is_empty),
+    Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda case: case.of_checkpoint),
+    Rule("any other linear layer", CONVERT, CONVERT, lambda case: True),
+)
+
+
+class Row(NamedTuple):
+    """What happens with a layer, a stack of experts, a parameter, or a module in modules_to_save."""
+
+    name: str
+    action: str  # an outcome of a rule
+    reason: str
+    owner: Any = None  # the module that holds its weight, or the module itself
+    key: str = ""  # of its weight, or of the parameter, in the owner; "": all of the module
+    config: QLoRAConfig | None = None  # the arguments of a layer to convert, with its own rank and lora_alpha
+    seed_name: str = ""
+    stack: ExpertParameter | None = None
+
+    @property
+    def weight_name(self) -> str:
+        """The name of its weight; that of a stack of experts is the parameter."""
+        return self.name if self.stack is not None else join(self.name, self.key)
+
+
+@dataclass
+class Selection:
+    """The rows of a module, by name; what has none, and is in nothing that has one, is frozen."""
+
+    rows: dict[str, Row] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
+
+    def reasons(self, *actions: str) -> dict[str, str]:
+        """Name -> reason, of what has one of these outcomes."""
+        return {name: row.reason for name, row in self.rows.items() if row.action in actions}
+
+    def of_parameter(self, part: Part, key: str) -> Row | None:
+        """The row of a parameter, or of the innermost part around it; with several names, one that lets it train."""
+        names = [join(name, key) for name in (part.names.full, *part.names.others)]
+        if key in part.parameters:
+            names += part.parameters[key].ties
+        rows = [self._innermost(name) for name in names]
+        return next((row for row in rows if row and row.action == TRAIN), next(filter(None, rows), None))
+
+    def _innermost(self, name: str) -> Row | None:
+        return next((self.rows[outer] for outer in outer_names(name) if outer in self.rows), None)
+
+    @property
+    def convert(self) -> dict[str, Row]:
+        """The layers to convert, and the parameters with the weights of experts."""
+        return {name: row for name, row in self.rows.items() if row.action == CONVERT}
+
+    @property
+    def train(self) -> dict[str, str]:
+        """Why a module or parameter trains in full."""
+        return self.reasons(TRAIN)
+
+    @property
+    def skip(self) -> dict[str, str]:
+        """Why a linear layer, or a stack of experts, is dense and frozen."""
+        return self.reasons(SKIP, IN_VAIN)
+
+
+def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
+    """Decide for every linear layer of a module; with `saved`, exactly the layers of a checkpoint are converted.
+
+    The module may be a part of another one, for which a pattern that matches nothing here is meant. `check_selection`
+    refuses such patterns in a whole module.
+    """
+    return decide(survey(module), config, saved)
+
+
+def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
+    """What happens with each part of a module; see `select_layers`."""
+    arguments = _Arguments(config, saved, seen.trains)
+    tokens = select_tokens(seen, config.trainable_token_indices)
+    in_full = Patterns(config.modules_to_save)
+    modules = (part for part in seen.parts if part.kind not in STACKS)
+    rows = [_whole(part, TRAIN, IN_MODULES_TO_SAVE) for part in modules if in_full.match(part.names.for_patterns)]
+    whole = {row.name for row in rows}  # decided with all that is in them
+    for part in seen.parts:
+        name = part.names.full
+        if not whole.isdisjoint(outer_names(name)):
+            continue
+        if part.kind is Kind.SCRIPT:
+            rows.append(_whole(part, SKIP, "a torch.jit.ScriptModule, which can't be changed"))
+            whole.add(name)
+        elif name in tokens:
+            rows.append(_whole(part, SOME_ROWS, f"{len(tokens[name])} rows train"))
+        elif part.is_recorded and part.is_linear:
+            rows.append(_whole(part, TRAIN if part.trains else SKIP, "as an earlier conversion left it"))
+        elif part.kind not in DECIDED and not part.is_recorded and not part.has_stacks:
+            rows += _rows(arguments.case(part))
+    return Selection({row.name: row for row in rows}, tokens)
+
+
+def _whole(part: Part, action: str, reason: str) -> Row:
+    return Row(part.names.full, action, reason, part.owner)
+
+
+def _rows(case: Case) -> Iterator[Row]:
+    """The rows of new parameters beside the parts of a module, then that of the module, or of a stack, by the rules."""
+    part = case.part
+    names = part.names
+    if part.has_parts and not case.is_excluded:
+        for key, parameter in part.parameters.items():
+            if parameter.new:
+                yield Row(join(names.full, key), TRAIN, parameter.new, part.owner, key)
+    if not (part.is_linear or case.is_named or case.new):
+        return
+    for rule in RULES:
+        action = rule.if_named if case.is_named else rule.by_default
+        reason = action is not None and rule.reason(case)
+        if reason:
+            break
+    text = rule.when if reason is True else str(reason)
+    config = case.config if action == CONVERT else None
+    yield Row(names.full, str(action), text, part.owner, part.key, config, names.for_seed, part.stack)
+
+
+class _Arguments:
+    """The arguments of a conversion, and of each part."""
+
+    def __init__(self, config: QLoRAConfig, saved: SavedLayers | None, trains: bool) -> None:
+        self._config = config
+        self._saved = saved
+        self._trains = trains
+        self._named = Patterns(config.named_targets)
+        self._excluded = Patterns(config.exclude_modules)
+        self._ranks = Patterns(config.rank_pattern)
+        self._alphas = Patterns(config.alpha_pattern)
+        self._configs: dict[str, QLoRAConfig] = {}  # by the arguments that differ: each is checked once
+
+    def case(self, part: Part) -> Case:
+        names = part.names.for_patterns
+        saved = None if self._saved is None else self._saved.get(part.names.in_state_dicts)
+        is_new = not part.has_parts and part.kind not in STACKS
+        return Case(
+            part=part,
+            config=self._config_of(names, saved),
+            is_named=part.names.full != "" and self._named.match(names),
+            is_excluded=self._excluded.match_outer(names),
+            trains=self._trains,
+            new=next(filter(None, (each.new for each in part.parameters.values() if is_new)), None),
+            saved=saved,
+            of_checkpoint=self._saved is not None,
+        )
+
+    def _config_of(self, names: tuple[str, ...], saved: Mapping[str, Any] | None) -> QLoRAConfig:
+        own: dict[str, Any] = {}
+        if self._config.rank_pattern or self._config.alpha_pattern:
+            own["r"] = self._ranks.value(names, self._config.r)
+            own["lora_alpha"] = self._alphas.value(names, self._config.lora_alpha)
+        own |= saved or {}
+        key = repr(own)
+        if key not in self._configs:
+            self._configs[key] = self._config.with_own(own)
+        return self._configs[key]

@@ -1,0 +1,160 @@
+"""What a conversion refuses after it chose the layers: patterns that match nothing, and adapters of other libraries."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.kinds import is_linear, kind_of
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import join, last_part, outer_names
+from lightning_qlora.selection.patterns import Patterns
+from lightning_qlora.selection.selection import IN_VAIN, REFUSE, SKIP, TRAIN, Selection
+from lightning_qlora.selection.token_selection import check_tokens
+from lightning_qlora.survey.survey import Kind, Survey
+
+# Parameters or modules of a layer with an adapter, by their names in lower case.
+FOREIGN = (
+    ("lora_a", "lora_b"),  # loralib, LitGPT, PEFT and torchtune
+    ("lora_down", "lora_up"),  # kohya-ss
+    ("adapter_wte", "gating_factor"),  # LLaMA-Adapter in LitGPT
+    ("adapter_bias", "adapter_scale"),  # its second version
+)
+ARGUMENTS = ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+
+
+def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_checkpoint: bool) -> None:
+    """Check the layers of a whole module; those of a checkpoint were chosen without patterns.
+
+    Raises:
+        ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
+            If a part of the module has adapters of another library.
+    """
+    if not of_checkpoint:
+        _check_patterns(seen, config, choice)
+    check_tokens(seen, config.trainable_token_indices, choice.train)
+    excluded = Patterns(config.exclude_modules)
+    for part in seen.parts:
+        name = part.names.full
+        kind = None if part.stack is not None else foreign_adapter(part.owner)
+        if kind is None or excluded.match_outer(part.names.for_patterns):
+            continue
+        if choice.train.keys().isdisjoint(outer_names(name)):
+            raise ValueError(
+                f"{name or 'the module itself'}: is {kind}. Conversion adds adapters of its own, and freezes or "
+                "quantizes these. Convert the model without them: pass it before get_peft_model or merge them into it "
+                "first (PEFT: merge_and_unload()); adapter=FOLDER starts from a saved PEFT adapter. To keep them "
+                f"frozen, {KEEP_DENSE}."
+            )
+
+
+def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
+    for row in choice.rows.values():
+        if row.action == REFUSE:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} names {row.name!r}, a {type(row.owner).__name__}: "
+                f"{row.reason}. To train it, {TRAIN_IN_FULL}."
+            )
+    earlier = [part.names.full for part in seen.parts if part.kind is Kind.CONVERTED]
+    converted = dict.fromkeys([*choice.convert, *earlier])
+    for argument in ARGUMENTS:
+        value = config.named_targets if argument == "target_modules" else getattr(config, argument)
+        for text, names in _matches(seen, argument, Patterns(value or ())).items():
+            if argument in ("rank_pattern", "alpha_pattern"):
+                if converted.keys().isdisjoint(names):
+                    dense = choice.reasons(TRAIN, SKIP, IN_VAIN)
+                    reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in names if n in dense][:3])
+                    first = first_of(map(repr, converted), 3)
+                    raise ValueError(f"{argument}: {text!r} fits none of the layers to convert: [{first}].{reasons}")
+            elif not names:
+                _refuse_pattern(argument, text, getattr(config, argument), seen)
+
+
+def _matches(seen: Survey, argument: str, patterns: Patterns) -> dict[str, list[str]]:
+    """Each pattern -> names of the parts that it matches, of exclude_modules also by the modules around them."""
+    matches: dict[str, list[str]] = {text: [] for text in patterns.texts}
+    for part in seen.parts if matches else ():
+        if part.stack is not None and argument == "modules_to_save":
+            continue
+        names: Iterable[str] = part.names.for_patterns
+        if argument == "exclude_modules":
+            names = [outer for name in names for outer in outer_names(name) if outer or not name]
+        for text in {text for name in names for text in patterns.of_name(name)}:
+            matches[text].append(part.names.full)
+    return matches
+
+
+def _refuse_pattern(argument: str, text: str, value: Any, seen: Survey) -> NoReturn:
+    if argument == "modules_to_save":
+        parts = "modules"
+        rule = "A list has names or such endings."
+        fitting = [name for name, layer in seen.modules if name and next(layer.parameters(), None) is not None]
+    else:
+        parts = "linear layers"
+        rule = "A list has such endings, a string is a regular expression for the full name."
+        fitting = [part.names.full for part in seen.parts if part.stack is not None or is_linear(part.owner)]
+    if argument == "target_modules":
+        rule += " 'all-linear', alone or in a list, means all linear layers."
+    endings = sorted({last_part(name) for name in fitting})
+    raise ValueError(
+        f"{argument}={value!r}: no module of this model fits {text!r}. Its {parts} end in {endings}. {rule}"
+    )
+
+
+def foreign_adapter(module: nn.Module) -> str | None:
+    """What a module is, if it is an adapter of another library; None if it is none."""
+    kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
+    for part, file, base in (("layer", "tuners.tuners_utils", "BaseTunerLayer"), ("model", "peft_model", "PeftModel")):
+        peft = sys.modules.get(f"peft.{file}")
+        if peft is not None and isinstance(module, getattr(peft, base)):
+            return f"{kind}, a {part} with a PEFT adapter"
+    # ScriptModules need keys()
+    names = {name.lower() for name in (*module._parameters.keys(), *module._modules.keys())}
+    if not isinstance(module, LoRALayer) and any(names.issuperset(pair) for pair in FOREIGN):
+        return f"{kind}, a layer that contains another library's adapter"
+    return None
+
+
+def hand_written_adapters(seen: Survey) -> list[str]:
+    """Names of the frozen linear layers with two trainable low-rank matrices beside them, [r, in] and [out, r].
+
+    Their shapes tell, transposed or not. They are in the module that holds the layer, or in the layer itself.
+    """
+    names = []
+    for name, module in seen.modules:
+        if isinstance(module, (LoRALayer, torch.jit.ScriptModule)):
+            continue
+        frozen = {key: layer for key, layer in [("", module), *module.named_children()] if _is_frozen_linear(layer)}
+        if not frozen:
+            continue
+        matrices = [p for p in module.parameters() if p.requires_grad and p.ndim == 2]
+        for key, layer in frozen.items():
+            in_layer = set()
+            if key:
+                in_layer = {id(parameter) for parameter in layer.parameters()}
+            if len(matrices) > 2 + len(in_layer):
+                continue
+            beside = [parameter for parameter in matrices if id(parameter) not in in_layer]
+            if len(beside) == 2 and _is_low_rank(layer, *beside):
+                names.append(join(name, key))
+    return names
+
+
+def _is_frozen_linear(layer: nn.Module) -> bool:
+    if not is_linear(layer):
+        return False
+    weight = layer._parameters.get("weight")
+    return weight is not None and not weight.requires_grad
+
+
+def _is_low_rank(layer: Any, first: Tensor, second: Tensor) -> bool:
+    outputs, inputs = (getattr(layer, size) for size in kind_of(type(layer)).sizes)
+    shapes = {tuple(sorted(first.shape)), tuple(sorted(second.shape))}
+    return any(
+        rank < min(inputs, outputs) and shapes == {tuple(sorted((rank, inputs))), tuple(sorted((rank, outputs)))}
+        for rank in first.shape
+    )

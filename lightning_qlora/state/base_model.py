@@ -1,0 +1,120 @@
+"""The base model inside a LightningModule (`Parts.base`): what checkpoints and adapter folders say of it."""
+
+import re
+from collections.abc import Collection, Container, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_qlora.config import QLoRAConfig, arguments_that
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import join, last_part, name_endings, without_wrappers
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
+from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
+from lightning_qlora.peft.base_compatibility import quantization_of_layer
+from lightning_qlora.peft.peft_layers import stacks_of, taken_for_experts
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.records import own_parameters
+
+
+def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
+    """Entries of a checkpoint, beside `config`, from which a PEFT folder can be written without the module.
+
+    `trained` are the names in `trained_modules` of the base model.
+    """
+    base = parts.base
+    layers = adapted_layers_of(base.places)
+    quantization = None
+    if layers:
+        quantization = quantization_of_layer(next(iter(layers.values())))
+    parameters = []
+    if not any(layer.config.use_dora for layer in layers.values()):  # which PEFT does not have for parameters
+        parameters = taken_for_experts(base)
+    description: dict[str, Any] = {
+        "prefix": without_wrappers(parts.base_name),
+        "task_type": _task_type(base.root),
+        "base_model": getattr(getattr(base.root, "config", None), "_name_or_path", None),
+        "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
+        "quantization": quantization,
+        "target_modules": target_modules_of(base, without=parameters),
+        "trained_in_full": list(trained),
+        "layers": {},
+    }
+    stacks = stacks_of(dict(base.named))
+    if stacks:
+        description["experts"] = {name: list(stack) for name, stack in stacks.items()}
+    if parameters:
+        description["parameters"] = parameters
+    if base.tokens:
+        description["tokens"] = base.token_indices
+    for name, layer in layers.items():
+        arguments = _arguments_of_layer(layer.config, config)
+        if arguments:
+            description["layers"][name] = arguments
+    return description
+
+
+def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
+    """The arguments of a layer that differ from those of the module."""
+    names = [*arguments_that("of_layer")]
+    if layer_config.changes_base or config.changes_base:
+        names += ["init_lora_weights", "loftq_config"]
+    values = {name: getattr(layer_config, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(config, name)}
+
+
+def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
+    """The arguments of a layer, by its name in the base model."""
+    return config.with_own(description.get("layers", {}).get(name, {}))
+
+
+def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Module]:
+    """Modules by name with a parameter that is no adapter and trains or has changed.
+
+    `unchanged` are the frozen parameters that have not (`base_fingerprints`). A parameter that trained and was frozen
+    again, and a resized embedding, have changed. A shared module has several names; the rows of a tied embedding have
+    one, as in PEFT's files.
+    """
+    first_names = {name for name, _ in parts.named}
+    trained = {}
+    for name, part in parts.places:
+        if isinstance(part, LoRALayer) or (isinstance(part, TokenAdapter) and name not in first_names):
+            continue
+        for key, parameter in own_parameters(part).items():
+            if parameter.is_floating_point() and (part, key) not in unchanged:
+                trained[without_wrappers(name)] = part
+    return trained
+
+
+def tied_names(base: Parts) -> list[list[str]]:
+    """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
+    names: dict[int, list[str]] = {}
+    for name, part in base.places:
+        for key, parameter in own_parameters(part).items():
+            if not join(name, key).endswith(DELTA):
+                names.setdefault(id(parameter), []).append(join(name, key))
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _task_type(base: nn.Module) -> str | None:
+    """PEFT's task type of a base model; None if it has none, or one whose class would add modules."""
+    name = type(base).__name__
+    has_encoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if name.endswith("ForConditionalGeneration") and has_encoder:
+        return "SEQ_2_SEQ_LM"
+    # Multimodal models without an encoder are "ForConditionalGeneration" too.
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return "CAUSAL_LM"
+    return None
+
+
+def target_modules_of(base: Parts, without: Collection[str]) -> str | list[str]:
+    """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
+    modules = [name for name, _ in base.named]
+    names = [name for name, layer in base.layers.items() if not layer.is_stack]
+    layers = [name for name in names if name not in without]
+    for endings in ({last_part(name) for name in layers}, set(layers)):
+        matches = {name for name in modules if not endings.isdisjoint(name_endings(name))}
+        if matches == set(layers):
+            return sorted(endings)
+    return "|".join(re.escape(name) for name in layers)

@@ -1,0 +1,199 @@
+"""What a conversion did, and what the base model was: an attribute of a converted module, one entry of its state dict.
+
+Both have the same name, so that torch.distributed.checkpoint, which follows keys as attributes, finds the entry.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.checks import shown
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
+from lightning_qlora.layers.trainable_tokens import TrainableTokens
+from lightning_qlora.peft.base_compatibility import read_quantization
+from lightning_qlora.survey.parts import Parts
+
+CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
+MERGED = "_qlora_merged"  # attribute of a module that was merged
+DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
+    "prefix": str,
+    "trained_in_full": list,
+    "layers": dict,
+    "experts": dict,
+    "parameters": list,
+    "tokens": dict,
+}
+PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
+
+
+@dataclass
+class Conversion:
+    """The conversion of a module.
+
+    Attributes:
+        config: The arguments that checkpoints hold; an adapter that was loaded changes them.
+        given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
+            are those of this conversion.
+        layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
+        buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
+        left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
+    """
+
+    config: QLoRAConfig
+    given: list[QLoRAConfig]
+    layers: dict[str, tuple[int, ...]]
+    buffers: dict[str, int]
+    left_out: set[str] = field(default_factory=set)
+
+
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """The conversion of a module; None if it is not converted, or only as a part of another module."""
+    return vars(module).get(CONVERSION)
+
+
+def forget_conversion(module: nn.Module) -> None:
+    """Remove the record, so that the module can be converted again; converted layers stay."""
+    vars(module).pop(CONVERSION, None)
+
+
+def mark_as_merged(module: nn.Module) -> None:
+    """Let a run that only evaluates the module leave it dense."""
+    vars(module)[MERGED] = True
+
+
+def forget_merge(part: nn.Module) -> None:
+    """The module that it is a part of is converted again."""
+    vars(part).pop(MERGED, None)
+
+
+def was_merged(module: nn.Module) -> bool:
+    """Whether the adapters of a module, or of a part of it, were merged, and it was not converted since."""
+    return any(MERGED in vars(part) for part in module.modules())
+
+
+def check_no_layer_resized(conversion: Conversion, parts: Parts) -> None:
+    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
+
+    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
+    """
+    layers = {without_wrappers(name): part for name, part in parts.named}
+    for name, shape in conversion.layers.items():
+        layer = layers.get(name)
+        if layer is None or isinstance(layer, TrainableTokens):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.shape != shape:
+            raise RuntimeError(
+                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
+                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
+                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
+            )
+
+
+def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:
+    """`Conversion.layers` of a module."""
+    layers: dict[str, Any] = parts.layers
+    layers = layers | {name: part for name, part in parts.named if isinstance(part, TrainableTokens)}
+    return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
+
+
+def float_buffers(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
+    for name, part in parts.named:
+        for key, value in part.named_buffers(recurse=False):
+            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
+                yield join(name, key), value
+
+
+@dataclass(frozen=True)
+class SavedConversion:
+    """What a checkpoint says about the conversion and the base.
+
+    Attributes:
+        config: The arguments.
+        base: What `describe_base` returns.
+        fingerprints: Name of a 4-bit layer, or of another frozen parameter, that is not in the state dict -> its
+            fingerprint.
+    """
+
+    config: QLoRAConfig
+    base: dict[str, Any]
+    fingerprints: dict[str, int]
+
+    def text(self) -> str:
+        """It as JSON. Fingerprints are decimal digits: a mean over several bases is a text with other digits."""
+        config = asdict(self.config)
+        config["adapter"] = None  # a folder that is read once, at conversion
+        fingerprints = {name: f"{number:019}" for name, number in self.fingerprints.items()}
+        return json.dumps({"config": config, "base": self.base, "fingerprints": fingerprints})
+
+    @classmethod
+    def from_text(cls, text: str) -> "SavedConversion":
+        """The reverse; a damaged text may raise any error."""
+        content = json.loads(text)
+        config = QLoRAConfig(**content["config"])
+        base = {**content["base"]}
+        for name, expected in DESCRIPTION_TYPES.items():
+            if not isinstance(base.get(name, expected()), expected):
+                raise TypeError(f"{name}={shown(base[name])}: must be a {expected.__name__}.")
+        read_quantization(base.get("quantization"), "quantization")
+        layers = base.get("layers", {}).values()
+        for arguments in {json.dumps(value): value for value in layers}.values():  # each once
+            QLoRAConfig(**arguments)
+        fingerprints = {name: int(digits) for name, digits in content["fingerprints"].items()}
+        return cls(config, base, fingerprints)
+
+    def arguments_of_layers(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
+        prefix = self.base.get("prefix", "")
+        arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
+        return {name: arguments.get(name, {}) for name in self.names_of_layers(state_dict).values()}
+
+    def names_of_layers(self, state_dict: Mapping[str, Any], root: str = "") -> dict[str, str]:
+        """Beginning of the keys of each layer with an adapter in a state dict -> its name, or that of its parameter.
+
+        `root`: what the keys of the converted module begin with.
+        """
+        outer = join(without_wrappers(root).removesuffix("."), self.base.get("prefix", ""))
+        in_full = {join(outer, name) for name in self.base.get("trained_in_full", [])}
+        names = {}
+        for key in state_dict:
+            name = without_wrappers(owner_name(key))
+            if last_part(key) == "lora_A" and name not in in_full:  # else a parameter of the user, of this name
+                if len(state_dict[key].shape) == 3:
+                    name = parameter_name(name)
+                names[key.removesuffix("lora_A")] = name
+        return names
+
+
+def entry_of(text: str) -> Tensor:
+    """The value of `CONVERSION` in a state dict: bytes of a text, in 32 bits, so that a sum over state dicts fits."""
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % PAGE)
+    return torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(torch.int32)
+
+
+def text_of(entry: Tensor) -> str:
+    """The text in the value of `CONVERSION`."""
+    # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
+    encoded = entry.contiguous().double().round().to(torch.uint8)
+    return bytes(encoded.tolist()).decode().rstrip()
+
+
+def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> SavedConversion | None:
+    """The conversion in a state dict; None for that of a module that is not converted. ValueError if it is damaged."""
+    key = prefix + CONVERSION
+    if key not in state_dict:
+        return None
+    try:
+        return SavedConversion.from_text(text_of(state_dict[key]))
+    except Exception as error:  # a damaged value may raise any error
+        raise ValueError(
+            f"{key}: is damaged, or of a newer version of lightning-qlora ({error}). Use another copy, or that version."
+        ) from error

@@ -1,0 +1,136 @@
+"""The modules in a module by their names, from one walk over it: what a save, a load and a merge ask for."""
+
+from collections.abc import Collection, Iterable
+from functools import cached_property
+from typing import NamedTuple
+
+from lightning.fabric.wrappers import _FabricModule
+from torch import nn
+
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.names import (
+    CHECKPOINTED,
+    COMPILED,
+    inside,
+    is_transformers_model,
+    join,
+    only_child_of,
+    without_wrappers,
+)
+from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.qlora_linear import adapted_layers_of
+from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_adapters_of
+from lightning_qlora.lightning_copies import classes
+from lightning_qlora.survey.records import base_fingerprints
+
+
+class DenseParameter(NamedTuple):
+    """A parameter that no 4-bit layer saves, under one of its names."""
+
+    name: str
+    owner: nn.Module
+    key: str
+    value: nn.Parameter
+
+
+class Parts:
+    """The modules in a module.
+
+    Attributes:
+        places: Name and module, a shared module under each of its names, in the order of `named_modules`, without these
+            names of wrappers. State dicts have torch.compile's, and not checkpoint_wrapper's.
+    """
+
+    def __init__(self, places: Iterable[tuple[str, nn.Module]], wrappers: Collection[str]) -> None:
+        self.places = [(without_wrappers(name, wrappers), module) for name, module in places]
+
+    @classmethod
+    def of(cls, module: nn.Module, wrappers: Collection[str] = (CHECKPOINTED,)) -> "Parts":
+        """Those of a module; of a module that Fabric set up, those of the user's module."""
+        if isinstance(module, classes(_FabricModule)):
+            module = module.module
+        return cls(module.named_modules(remove_duplicate=False), wrappers)
+
+    @property
+    def root(self) -> nn.Module:
+        """The module itself."""
+        return self.places[0][1]
+
+    @cached_property
+    def named(self) -> list[tuple[str, nn.Module]]:
+        """Name and module, each module once."""
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for name, module in self.places:
+            first.setdefault(id(module), (name, module))
+        return list(first.values())
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """Each module once."""
+        return [module for _, module in self.named]
+
+    @cached_property
+    def layers(self) -> dict[str, LoRALayer]:
+        """Name -> converted layer, each once; a stack of experts by the name of its parameter."""
+        return adapted_layers_of(self.named)
+
+    @cached_property
+    def layers_in_places(self) -> dict[str, LoRALayer]:
+        """Name -> converted layer, under each of its names in state dicts."""
+        return {name: part for name, part in self.places if isinstance(part, LoRALayer)}
+
+    @cached_property
+    def tokens(self) -> dict[str, TokenAdapter]:
+        """Name of an embedding with rows that train -> its adapter; for tied weights the first name only."""
+        return token_adapters_of(self.named)
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """Name of an embedding -> the indices of its rows that train."""
+        return {name: adapter.token_indices.tolist() for name, adapter in self.tokens.items()}
+
+    @cached_property
+    def dense_parameters(self) -> list[DenseParameter]:
+        """The parameters that no 4-bit layer saves, under each of their names."""
+        return [
+            DenseParameter(join(name, key), owner, key, parameter)
+            for name, owner in self.places
+            for key, parameter in owner._parameters.items()
+            if parameter is not None and not (isinstance(owner, LoRALayer) and key in (*BASE, *ADAPTER))
+        ]
+
+    @cached_property
+    def unchanged(self) -> dict[tuple[nn.Module, str], int]:
+        """Owner and key of each frozen parameter with the value that conversion froze -> its fingerprint.
+
+        It reads them all. Of a module that is sharded, all ranks must call it.
+        """
+        return base_fingerprints(self.named)
+
+    @cached_property
+    def base_name(self) -> str:
+        """Name of the base model, which PEFT and vLLM load: the transformers model that holds all adapters.
+
+        Else the only child with parameters of a LightningModule, else "", for the module itself.
+        """
+        adapted = set(self.layers.values())
+        for name, modules in self.models.items():
+            if adapted.issubset(modules):
+                return name
+        return only_child_of(self.root) or ""
+
+    @cached_property
+    def base(self) -> "Parts":
+        """The base model. Its names are those in adapter files, without those of wrappers."""
+        return Parts(self.inside(self.base_name), (COMPILED, CHECKPOINTED))
+
+    def inside(self, outer: str) -> list[tuple[str, nn.Module]]:
+        """The places in the module of a name, with the names there."""
+        start = len(outer) + bool(outer)
+        return [(name[start:], module) for name, module in self.places if inside(name, outer)]
+
+    @cached_property
+    def models(self) -> dict[str, list[nn.Module]]:
+        """Name of each transformers model -> the modules in it, itself first."""
+        names = [name for name, module in self.named if is_transformers_model(module)]
+        return {name: [module for _, module in self.inside(name)] for name in names}

@@ -1,0 +1,153 @@
+"""What conversion records of a parameter: whether it trained, its type, and the fingerprint of its frozen value.
+
+The record is an attribute of the module that holds the parameter, so it stays valid when that becomes a part of another
+module. A parameter without a record has not been part of a conversion. A frozen parameter that was written to since, in
+whatever way, has another fingerprint: each save reads them all.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import join
+from lightning_qlora.layers.trainable_tokens import without_tokens
+from lightning_qlora.tensors.fingerprint import fingerprint
+
+RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
+
+
+class Record(NamedTuple):
+    """What conversion records of a parameter."""
+
+    trained: bool  # whether it required a gradient before conversion
+    dtype: torch.dtype  # its type before conversion; a wider one that it is held in has the same fingerprint
+    fingerprint: int | None  # of its value, if it is dense and conversion froze it; 0: it had no value yet
+
+
+class Unrecorded(NamedTuple):
+    """A parameter that no conversion has seen, before conversion."""
+
+    owner: nn.Module
+    key: str
+    trained: bool
+    dtype: torch.dtype
+
+
+def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module holds itself, by key; those of a ScriptModule are in no dict."""
+    return {key: parameter for key, parameter in owner._parameters.items() if parameter is not None}
+
+
+def unrecorded(module: nn.Module) -> list[Unrecorded]:
+    """The parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
+    result = []
+    for part in module.modules():
+        parameters: dict[str, Any] = own_parameters(part)
+        if isinstance(part, LoRALayer):
+            parameters = {}
+            if part.loaded:
+                parameters = {"weight": part.lora_A, "bias": part._parameters.get("bias")}
+        for key, parameter in parameters.items():
+            if parameter is not None and key not in _records(part):
+                result.append(Unrecorded(part, key, parameter.requires_grad, parameter.dtype))
+    return result
+
+
+def record(parameters: Iterable[Unrecorded]) -> None:
+    """Record the parameters after conversion decided which of them are frozen."""
+    numbers: dict[int, int] = {}  # tied parameters are read once
+    for owner, key, trained, dtype in parameters:
+        parameter = own_parameters(owner).get(key)
+        number = None
+        if parameter is not None and not parameter.requires_grad:
+            number = _fingerprint(owner, parameter, numbers)
+        vars(owner).setdefault(RECORDS, {})[key] = Record(trained, dtype, number)
+
+
+def is_recorded(owner: nn.Module) -> bool:
+    """Whether a conversion has seen all parameters that a module holds itself, one at least, or made them."""
+    if isinstance(owner, LoRALayer):
+        return not owner.loaded
+    return RECORDS in vars(owner) and own_parameters(owner).keys() <= _records(owner).keys()
+
+
+def was_frozen(owner: nn.Module, key: str) -> bool:
+    """Whether the module itself had frozen a parameter before conversion."""
+    record = _records(owner).get(key)
+    return record is not None and not record.trained
+
+
+class Frozen(NamedTuple):
+    """A dense parameter that was frozen at the end of conversion."""
+
+    name: str
+    owner: nn.Module
+    key: str
+    parameter: nn.Parameter
+    record: Record
+
+
+def frozen_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Frozen]:
+    """The dense parameters in modules that were frozen at the end of the conversion; tied ones several times."""
+    for name, part in modules:
+        parameters = own_parameters(part)
+        for key, record in _records(part).items():
+            if record.fingerprint is not None and key in parameters:
+                yield Frozen(join(name, key), part, key, parameters[key], record)
+
+
+def base_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tuple[nn.Module, str], int]:
+    """Owner and key of each frozen parameter with the value that conversion froze -> its fingerprint.
+
+    It reads them all. Of a module that is sharded, all ranks must call it.
+    """
+    numbers: dict[int, int] = {}
+    unchanged = {}
+    for _, owner, key, parameter, record in frozen_parameters(modules):
+        if not parameter.requires_grad and record.fingerprint:
+            number = _fingerprint(owner, parameter, numbers)
+            if number == record.fingerprint:
+                unchanged[owner, key] = number
+    return unchanged
+
+
+def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor, numbers: dict[int, int]) -> int:
+    """The fingerprint of a parameter as it is now; after a cast that rounded it: the one that conversion recorded.
+
+    `numbers` has the fingerprints that were computed before, by the id of the parameter, and gets this one.
+    """
+    record = _records(owner).get(key)
+    if record is None or not record.fingerprint:
+        return _fingerprint(owner, parameter, numbers)
+    if torch.promote_types(parameter.dtype, record.dtype) is not parameter.dtype:
+        return record.fingerprint
+    return _fingerprint(owner, parameter, numbers)
+
+
+def renew(module: nn.Module) -> None:
+    """Record the present values of frozen parameters as those of the base."""
+    frozen = frozen_parameters(module.named_modules())
+    record(Unrecorded(owner, key, old.trained, old.dtype) for _, owner, key, _, old in frozen)
+
+
+def undo(modules: Iterable[nn.Module]) -> None:
+    """Let each parameter require a gradient if it did before conversion, and remove all records."""
+    for part in modules:
+        parameters = own_parameters(part)
+        for key, record in vars(part).pop(RECORDS, {}).items():
+            if key in parameters:
+                parameters[key].requires_grad_(record.trained)
+
+
+def _records(owner: nn.Module) -> dict[str, Record]:
+    records: dict[str, Record] = vars(owner).get(RECORDS, {})
+    return records
+
+
+def _fingerprint(owner: nn.Module, parameter: Tensor, numbers: dict[int, int]) -> int:
+    if id(parameter) not in numbers:
+        numbers[id(parameter)] = fingerprint(without_tokens(owner, parameter))
+    return numbers[id(parameter)]

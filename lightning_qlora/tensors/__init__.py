@@ -1,0 +1,1 @@
+"""What is asked of a single tensor: its shard, its fingerprint, its type before."""

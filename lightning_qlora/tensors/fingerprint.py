@@ -1,0 +1,135 @@
+"""A 63-bit fingerprint of tensors: files store it to recognize the base model, and to detect damaged values."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lightning_qlora.quantization.packed_weight import PackedWeight, stack_bytes
+from lightning_qlora.tensors.dtensor import gather, own_rows
+
+_PIECE = 1 << 14  # words with one sum: on a CPU torch computes so few on one thread, and they stay in its cache
+_PIECES_ON_GPU = 1 << 6  # at a time
+_ODD_1 = 0x1E3779B97F4A7C15
+_ODD_2 = 0x3F58476D1CE4E5B9
+
+
+def fingerprint(*tensors: Tensor) -> int:
+    """A number that changes with any bit and with the order of the tensors; the same on every device.
+
+    Floats count by their value, so a copy cast from bf16 to fp32 has the fingerprint of the original.
+    0 for tensors without values (see `has_values`), and for those that are not strided: files hold them as they are.
+    Formula: of each piece the sum over its 64-bit words w of v xor (v >> 32) mod 2^64 with v = w * odd_i, odd_i a
+    pseudorandom odd number for the position i in the piece; the sums, and the sizes, are mixed in their order.
+    """
+    total = 0
+    for tensor in tensors:
+        if not has_values(tensor) or not is_strided(tensor):
+            return 0
+        for piece in _sums_of_pieces(_with_words(tensor.detach())):
+            total = _mix(total + piece)
+        total = _mix(total + tensor.numel())
+    return total
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: those on the meta device and those of FakeTensorMode have none."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor is elements in memory: not sparse, nested, quantized by torch, or in the layout of mkldnn."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def _with_words(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs; fp64 as fp32 where that is exact, else its bits."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype is not torch.float64:
+        return tensor
+    rounded = tensor.float()
+    if torch.equal(rounded.double(), tensor):
+        return rounded
+    return tensor.view(torch.int64)
+
+
+def _sums_of_pieces(tensor: Tensor) -> list[int]:
+    """The sum of each piece. Of a sharded tensor every rank adds up its rows, and the sums are added."""
+    if not tensor.numel():
+        return []
+    per_word = 2  # floats count as fp32
+    if not tensor.is_floating_point():
+        per_word = 8 // tensor.element_size()
+    piece = _PIECE * per_word
+    group = None
+    if (rows := own_rows(tensor)) is not None and tensor.stride(0) % per_word == 0:
+        part, first, group = rows
+    else:
+        part, first = gather(tensor), 0
+    flat = part.reshape(-1).contiguous()  # of one dimension, reshape keeps its stride
+    sums = torch.zeros(-(-tensor.numel() // piece), dtype=torch.int64, device=flat.device)
+    step = piece
+    if flat.device.type != "cpu":
+        step *= _PIECES_ON_GPU
+    step = min(step, piece * len(sums))
+    width = min(_PIECE, -(-tensor.numel() // per_word))
+    odd = _odd_numbers(width, flat.device)
+    # Buffers: new memory would cost more time than the sums.
+    floats = torch.empty(step, dtype=torch.float32, device=flat.device)
+    buffers = torch.empty(2, step // per_word, dtype=torch.int64, device=flat.device)
+    for begin in range(first - first % piece, first + flat.numel(), step):
+        values = flat[max(begin - first, 0) : begin + step - first]
+        if values.is_floating_point() and values.dtype is not torch.float32:
+            values = floats[: len(values)].copy_(values)
+        words = _words(values, max(first - begin, 0) // per_word, width)
+        products, shifted = (buffer[: len(words)].view(-1, width) for buffer in buffers)
+        torch.mul(words.view(-1, width), odd, out=products)
+        torch.bitwise_right_shift(products, 32, out=shifted)
+        products ^= shifted
+        torch.sum(products, 1, out=sums[begin // piece :][: len(products)])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return [*sums.tolist()]
+
+
+def _words(values: Tensor, before: int, width: int) -> Tensor:
+    """Values as 64-bit words, with so many zero words before them, and zeros up to a multiple of `width`."""
+    missing = -values.nbytes % 8 // values.element_size()
+    if missing:
+        values = F.pad(values, (0, missing))
+    elif values.storage_offset() * values.element_size() % 8:
+        values = values.clone()
+    words = values.view(torch.int64)
+    after = -(before + len(words)) % width
+    if before or after:
+        words = F.pad(words, (before, after))
+    return words
+
+
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    """Pseudorandom odd 64-bit numbers, always the same."""
+    numbers = torch.arange(1, count + 1, device=device) * _ODD_1
+    numbers ^= numbers >> 31
+    numbers *= _ODD_2
+    numbers ^= numbers >> 29
+    return numbers | 1
+
+
+def fingerprint_of_weights(weights: Sequence[PackedWeight]) -> int:
+    """The fingerprint of a layer whose matrices are these 4-bit weights."""
+    return fingerprint(*stack_bytes([weight.to_bytes() for weight in weights])[:3])
+
+
+def checksum(tensor: Tensor) -> str:
+    """The fingerprint of a tensor's bytes, in hexadecimal: for values that must come back bit for bit."""
+    return f"{fingerprint(tensor.detach().contiguous().view(-1).view(torch.uint8)):016x}"
+
+
+def _mix(number: int) -> int:
+    number &= (1 << 64) - 1
+    number ^= number >> 31
+    return (number * _ODD_2 + _ODD_1) & ((1 << 63) - 1)

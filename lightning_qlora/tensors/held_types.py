@@ -1,0 +1,131 @@
+"""Values that are held in fp32 in a module of 16 bits, and their types before.
+
+    vars(part)["_qlora_types"]      key of a parameter or buffer -> the 16-bit type that it had
+    state dicts                     have the values as they are, in fp32
+    files, merged modules           have the types before (`in_types_before`, `release`)
+
+What trains in full is held in fp32 on every device, and a whole module on devices that are slow in 16 bits
+(`full_precision.py`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.tensors.device_types import IN_16_BITS
+from lightning_qlora.tensors.dtensor import is_sharded
+from lightning_qlora.tensors.fingerprint import has_values, is_strided
+
+Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
+TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each tensor of its own that is held in fp32
+
+
+def own_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a module holds itself, by key."""
+    return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
+
+
+def held_in(part: nn.Module) -> list[tuple[str, Tensor, torch.dtype]]:
+    """Key, value and type before of what a module holds itself in fp32; what a cast gave another type is not held."""
+    types: dict[str, torch.dtype] | None = vars(part).get(TYPES)
+    if types is None:
+        return []
+    tensors = own_tensors(part)
+    held = [(key, tensors[key], dtype) for key, dtype in types.items() if key in tensors]
+    return [entry for entry in held if entry[1].dtype is torch.float32]
+
+
+def types_before(part: nn.Module) -> dict[str, torch.dtype]:
+    """Key -> type before, of the same."""
+    return {key: dtype for key, _, dtype in held_in(part)}
+
+
+def set_types_before(part: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    """Replace the types before; those that are no 16-bit types are left out."""
+    types = {key: dtype for key, dtype in types.items() if dtype in IN_16_BITS}
+    if types:
+        vars(part)[TYPES] = types
+    else:
+        vars(part).pop(TYPES, None)
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def held_tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Name, value and type before of each parameter and buffer that is held in fp32; tied ones with the first name."""
+    seen = set[int]()
+    for name, part in modules.items():
+        for key, tensor, dtype in held_in(part):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield _join(name, key), tensor, dtype
+
+
+def full_precision_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """The same of what trains."""
+    return ((name, tensor, dtype) for name, tensor, dtype in held_tensors(modules) if tensor.requires_grad)
+
+
+def held_bytes(modules: Mapping[str, nn.Module]) -> int:
+    """How many bytes more a module takes, because what does not train is held in fp32; shared tensors count once."""
+    held = [(tensor, dtype) for _, tensor, dtype in held_tensors(modules) if not tensor.requires_grad]
+    return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held)
+
+
+def hold_tensors(tensors: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
+    """Hold 16-bit parameters and buffers (owner, key, value) in fp32.
+
+    Values that share memory, as weights tied by `.data` do, share it afterwards.
+    """
+    dtypes = [tensor.dtype for _, _, tensor in tensors]  # of a tied one, which is cast once
+    casts: Casts = {}
+    for (part, key, tensor), dtype in zip(tensors, dtypes, strict=True):
+        set_types_before(part, vars(part).get(TYPES, {}) | {key: dtype})
+        if tensor.dtype is dtype:
+            cast_in_place(tensor, torch.float32, casts)
+
+
+def cast_in_place(tensor: Tensor, dtype: torch.dtype, casts: Casts | None = None) -> None:
+    """Cast a parameter or buffer, and its gradient if there is one, in place: it stays the same object.
+
+    `casts`: the values that were cast before, by their memory, which gets this one.
+    """
+    grad = tensor.grad
+    tensor.grad = None
+    tensor.data = _cast(tensor.data, dtype, {} if casts is None else casts)
+    if grad is not None:
+        tensor.grad = grad.to(dtype)
+
+
+def _cast(value: Tensor, dtype: torch.dtype, casts: Casts) -> Tensor:
+    if not has_values(value) or not is_strided(value) or is_sharded(value) or not value.numel():
+        return value.to(dtype)
+    memory = value.device, value.data_ptr(), value.shape, value.stride()
+    _, result = casts.setdefault(memory, (value, value.to(dtype)))  # with `value`, so that its memory is not reused
+    return result.view_as(result)
+
+
+def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict for a file: what is held in fp32 and does not train in its type before, if that holds it exactly."""
+    narrow = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        for key, tensor, dtype in held_in(part):
+            value = state_dict.get(_join(name, key))
+            if value is not None and not is_sharded(value) and not tensor.requires_grad:
+                narrow[_join(name, key)] = value.to(dtype)
+    exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key])}
+    return {**state_dict, **exact}
+
+
+def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor after the function of `nn.Module._apply`, which may cast."""
+    return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
+
+
+def follow_cast(part: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Cast the types before of what a module holds itself, as `nn.Module._apply` casts with this function."""
+    set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})

@@ -1,0 +1,29 @@
+"""Reads and compares adapter folders."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from lightning_qlora.adapters.module_adapter import get_adapter
+from lightning_qlora.survey.parts import Parts
+
+
+def adapter_of(module, **arguments):
+    return get_adapter(Parts.of(module), **arguments)
+
+
+def read_config(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def assert_same_folders(first, second):
+    """To the byte, with our metadata: how the base was quantized, fingerprints and checksums."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def assert_same_tensors(first, second):
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -311,6 +311,14 @@ def one_rank(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def set_threads():
+    """Sets the number of torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

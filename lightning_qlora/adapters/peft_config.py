@@ -32,7 +32,6 @@ UNSET: dict[str, Any] = {  # what null stands for there, and an entry that is mi
 }
 # PEFT's arguments for adapters that QLoRALinear does not compute.
 UNSUPPORTED = (
-    "bias",
     "lora_bias",
     "use_qalora",
     "use_bdlora",
@@ -138,8 +137,8 @@ def round_alpha(alpha: float) -> float | int:
     return int(rounded) if rounded == int(rounded) else rounded
 
 
-def _check_unset(name: str, value: Any) -> None:
-    if value and value != "none":
+def _check_unset(name: str, value: Any, is_set: Callable[[Any], bool] = bool) -> None:
+    if is_set(value):
         raise ValueError(f"{name}={shown(value)}: adapters of this kind can't be read. {MERGE_IN_PEFT}")
 
 
@@ -161,6 +160,7 @@ def _check_targets(name: str, value: Any) -> None:
 CHECKS: dict[str, Callable[[str, Any], None]] = {
     "peft_type": partial(check_choice, allowed=("LORA",)),
     **dict.fromkeys(UNSUPPORTED, _check_unset),
+    "bias": partial(_check_unset, is_set=lambda value: value != "none"),
     "init_lora_weights": _check_initialization,
     **{name: OF_ARGUMENTS[name] for name in arguments_that("in_peft")},
     "fan_in_fan_out": check_bool,

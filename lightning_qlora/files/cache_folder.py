@@ -17,9 +17,8 @@ OWN_FOLDER = "Set LIGHTNING_QLORA_CACHE to a folder that belongs to you and that
 def objection(path: Path) -> str | None:
     """Why another user could have written a file or folder, or could replace it; None if nobody could.
 
-    Its owner, and the owner of all folders above it, must be this user or root. Others must not have the right to
-    write, except in a folder with the sticky bit (as /tmp), where they can't replace files of this user. A group
-    without other members, as Debian and Fedora give each user, may have the right.
+    In a folder with the sticky bit (as /tmp) others can write, but can't replace files of this user. A group without
+    other members, as Debian and Fedora give each user, may write.
     """
     if os.name != "posix":
         return None

@@ -54,10 +54,7 @@ def atomic_files(target: Path) -> Iterator[Path]:
 
 
 def check_free(target: Path) -> None:
-    """Raise FileExistsError unless `target` does not exist or is an empty folder that can be replaced.
-
-    ValueError for a name that is not UTF-8.
-    """
+    """FileExistsError for a target that exists, but for an empty folder; ValueError for a name that is not UTF-8."""
     check_utf8(target)
     if target.is_symlink():
         reason = f"is a symbolic link to {os.path.realpath(target)}"

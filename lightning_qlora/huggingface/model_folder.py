@@ -72,14 +72,13 @@ class ModelFolder(WeightFolder):
 
     Attributes:
         model: The model, on the meta device; None: every name is a key.
-        stored: The folder with its own keys.
         key_of: Name -> key in the folder, of tensors that are only renamed.
         groups: Name -> the tensors that this parameter is made from.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: nn.Module | None) -> None:
         self.model = model
-        self.stored = WeightFolder(folder)
+        self.stored = WeightFolder(folder)  # with its own keys
         self.folder = self.stored.folder
         self.key_of: dict[str, str] = {}
         self.groups: dict[str, TensorGroup] = {}
@@ -92,7 +91,8 @@ class ModelFolder(WeightFolder):
         self.file_of = {name: self.stored.file_of[key] for name, key in self.key_of.items()}
         for group in groups:
             first = group.keys[0]
-            shapes = {key: torch.empty(self.stored.entries[key].shape, device="meta") for key in group.keys}
+            entries = {key: self.stored.entries[key] for key in group.keys}
+            shapes = {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}
             for name, value in group.convert(shapes).items():
                 self.groups[name] = group
                 self.file_of[name] = self.stored.file_of[first]

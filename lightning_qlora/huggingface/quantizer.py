@@ -122,9 +122,8 @@ class QLoRAQuantizer(HfQuantizer):
 
     Attributes:
         chosen: Name of each parameter that becomes 4-bit layers -> what they are.
-        file_of: Key in the files -> file.
         errors: Those of single weights: the first one is raised when all weights were read.
-        folder: The folder of a model whose weights are read after it is sharded; None for other models.
+        folder: That of a model whose weights are read after it is sharded; None for other models.
     """
 
     pre_quantized = False  # whether transformers reads tensors in the type of the files
@@ -133,7 +132,7 @@ class QLoRAQuantizer(HfQuantizer):
         super().__init__(QuantizationConfigMixin("lightning_qlora"), pre_quantized=self.pre_quantized)  # type: ignore[arg-type]
         self.loading = loading
         self.chosen: dict[str, Row] = {}
-        self.file_of: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}  # by key in the files
         self.errors: list[ValueError] = []
         self.folder: ModelFolder | None = None
         self._shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
@@ -147,7 +146,7 @@ class QLoRAQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        """Check the files by their headers, and choose layers, while the model is on the meta device."""
+        """Check the files by their headers, and choose layers. The model is on the meta device."""
         self.loading.mismatches.clear()
         plan = getattr(model.config, "distributed_config", None)  # of transformers
         splits, shards = ((getattr(plan, name, None) or 1) > 1 for name in ("tp_size", "fsdp_size"))
@@ -239,8 +238,9 @@ class QLoRAQuantizer(HfQuantizer):
         for name, tensor in named_tensors(model):  # transformers before 5.23 compares none if it has a quantizer
             expected = self._shapes.get(name, tensor.shape)
             if tensor.shape != expected:
-                error = self.error(name, wrong_shape(name, tensor.shape, expected))
-                raise [*self.loading.mismatches, error][0]  # the first ones name the files of converted weights too
+                for error in self.loading.mismatches:  # these name the files of converted weights too
+                    raise error
+                raise self.error(name, wrong_shape(name, tensor.shape, expected))
         forget_quantizer([model])
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
         if self.loading.sharding or self.folder is not None:

@@ -96,10 +96,10 @@ def scales(weight: PackedBytes, numbers: Tensor | None = None) -> Tensor:
 
 # Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would repeat one dropout mask, because the seed
 # is read on the host. torch 2.8 lacks the tag.
-_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 
-@torch.library.custom_op("lightning_qlora::quantize", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("lightning_qlora::quantize", mutates_args=(), tags=TAGS)
 def _quantize(weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
     packed = backend(weight.device).quantize(weight, cast(QuantType, quant_type), block_size, double_quant)
     return packed.packed, packed.absmax, packed.nested
@@ -136,7 +136,7 @@ def _weight_of(fields: Sequence[Any]) -> PackedBytes:
 
 
 @torch.library.custom_op(
-    "lightning_qlora::dequantize", mutates_args=(), tags=_TAGS, schema=f"({WEIGHT}, ScalarType dtype) -> Tensor"
+    "lightning_qlora::dequantize", mutates_args=(), tags=TAGS, schema=f"({WEIGHT}, ScalarType dtype) -> Tensor"
 )
 def _dequantize(*arguments: Any) -> Tensor:
     _refuse_onnx()
@@ -172,7 +172,7 @@ def _(absmax: Tensor, nested: Tensor, _: Tensor | None) -> Tensor:
 @torch.library.custom_op(
     "lightning_qlora::lora_linear",
     mutates_args=(),
-    tags=_TAGS,
+    tags=TAGS,
     schema=f"(Tensor x, {WEIGHT}, Tensor? bias, {LORA}) -> (Tensor, Tensor)",
 )
 def lora_linear_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "lightning_qlora::lora_linear_backward",
     mutates_args=(),
-    tags=_TAGS,
+    tags=TAGS,
     schema=f"(Tensor grad, Tensor x, Tensor xa, {WEIGHT}, {LORA}, bool needs_x) -> (Tensor, Tensor, Tensor)",
 )
 def lora_linear_backward_op(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.kernels.ops import TAGS
 from lightning_qlora.layers.initialization import solver_device
 from lightning_qlora.layers.packed_linear import PackedLayer
 
@@ -83,8 +84,8 @@ class InputStatistics:
         add_input(self.sums, number, x.detach(), lora_b.detach(), layer.training, layer.full_name)
 
 
-# An op, since torch.compile can't trace a decision by values.
-@torch.library.custom_op("lightning_qlora::add_input", mutates_args=("sums",))
+# An op, since torch.compile can't trace a decision by values, and outside of CUDA graphs, which can't make one.
+@torch.library.custom_op("lightning_qlora::add_input", mutates_args=("sums",), tags=TAGS)
 def add_input(sums: Tensor, number: int, x: Tensor, lora_b: Tensor, in_training: bool, name: str) -> None:
     """Add the rows of an input to the sums of a matrix. A row with NaN or Inf (masked padding) does not count.
 

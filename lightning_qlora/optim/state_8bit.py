@@ -1,7 +1,7 @@
 """8-bit AdamW state: its keys, its blocks (also of sharded parameters), and how it is decoded to 32 bits.
 
-For each moment, the state of a parameter has uint8 codes in the parameter's shape (`exp_avg_codes`) and an fp32 scale
-per block (`exp_avg_absmax`). Under torch's key `exp_avg`, AdamW would load codes as floats and train with them.
+Codes and scales have keys of their own: under torch's key `exp_avg`, AdamW would load codes as floats and train with
+them.
 
 Sharded parameters (FSDP2): each rank quantizes its shard, so no block spans two shards. Codes and scales are DTensors
 like the parameter, and torch's distributed checkpoints save every rank's part. The number of shards is saved as

@@ -41,10 +41,8 @@ def merge_folder(
 ) -> None:
     """Write the base model with the adapter merged, as `save_pretrained` does; after an error there is no output.
 
-    `base_model` is the folder of a transformers model (safetensors in 16 or 32 bits, in bitsandbytes' 4 bits, or in a
-    format that transformers dequantizes), or a GGUF file, or a folder with one. `dtype` is that of the written weights.
-    For `base="quantized"` the adapter is added to the weights decoded from 4 bits, as in training, else to those of the
-    folder. The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied.
+    The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied. For the
+    arguments see the command (`merge_adapter` in cli.py).
 
     FileNotFoundError, FileExistsError or ValueError if the base is broken, or the output exists;
     CheckpointMismatchError if the adapter does not fit the base.

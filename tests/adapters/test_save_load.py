@@ -27,7 +27,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.adapters.folders import assert_same_folders, assert_same_tensors, read_config
 from tests.conftest import Classifier, raises_in_one_line
 from tests.layers.test_experts import made, qwen3_moe
-from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, ids, logits, perturb, save_in_4_bits, toy
 
 peft = pytest.importorskip("peft")
 
@@ -273,6 +273,15 @@ def test_a_tied_weight_that_peft_kept_tied_is_read(tmp_path):
 def folder(tmp_path):
     save_adapter(converted("llama"), tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def test_a_trained_adapter_generates_the_same_tokens_in_peft(tmp_path, trainer):
+    lit = Lit(toy("llama"))
+    trainer(plugins=QLoRAPrecision(**{**ARGUMENTS, "lora_dropout": 0.5}), max_steps=3).fit(lit)
+    save_adapter(lit, tmp_path / "adapter")
+    theirs = assert_peft_computes_the_same(lit, tmp_path / "adapter")
+    arguments = {"input_ids": ids(1, 5), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(theirs.generate(**arguments), lit.model.generate(**arguments))
 
 
 def change_config(folder, **changes):

@@ -89,14 +89,10 @@ def test_bytes_and_values_are_those_of_bitsandbytes_for_any_shape(shape, block_s
     assert_like_bitsandbytes(weight, block_size, *kind)
 
 
-def test_bytes_of_a_large_matrix_are_those_of_bitsandbytes_on_one_thread():
+def test_bytes_of_a_large_matrix_are_those_of_bitsandbytes_on_one_thread(set_threads):
     """More than 32,768 scales: torch's mean, which bitsandbytes takes, depends on the thread count there."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert_like_bitsandbytes(torch.randn(1051, 1003), 32, "nf4", True)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    assert_like_bitsandbytes(torch.randn(1051, 1003), 32, "nf4", True)
 
 
 @example(2**24 + 77, 0)  # longer groups in the sum

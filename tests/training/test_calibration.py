@@ -26,6 +26,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.adapters.module_adapter import get_adapter
+from lightning_qlora.kernels import ops
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dora import dora_scale
 from lightning_qlora.layers.input_statistics import add_input
@@ -541,6 +542,7 @@ def test_the_op_of_inputs_follows_the_rules_of_torch():
     net, x, _ = waiting()
     sums = net.layers[0].input_statistics.sums
     torch.library.opcheck(add_input, (sums.clone(), 0, x, net.layers[0].lora_B.detach(), True, "a"))
+    assert all(tag in torch.ops.lightning_qlora.add_input.default.tags for tag in ops.TAGS)
 
 
 def test_an_adapter_that_trained_before_its_calibration_is_not_changed():

@@ -204,25 +204,16 @@ def test_masks_of_neighbouring_seeds_and_rows_are_unlike():
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 992), (torch.float32, 1024)])
-def test_any_number_of_threads_gives_the_same_bits(dtype, width, library):
+def test_any_number_of_threads_gives_the_same_bits(dtype, width, library, set_threads):
     weight = torch.randn(300, width).to(dtype)
-    before = torch.get_num_threads()
-    few, more = (torch.randn(m, width).to(dtype) for m in (4, 13))
-    a = torch.randn(8, width)
-    b = torch.randn(300, 8)
+    lora = LoRA(torch.randn(8, width), torch.randn(300, 8), 0.5)
+    inputs = [torch.randn(m, width).to(dtype) for m in (4, 13) if library.multiplies(m, dtype)]
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            packed = library.quantize(weight, "nf4", 64, True)
-            out = library.dequantize_into(torch.empty(weight.numel(), dtype=dtype), packed)
-            results.append([*packed[:3], out])
-            for x in (few, more):
-                if library.multiplies(len(x), dtype):
-                    y = torch.empty(len(x), 300, dtype=dtype)
-                    results[-1].append(library.lora_linear(y, x, packed, None, LoRA(a, b, 0.5)))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        packed = library.quantize(weight, "nf4", 64, True)
+        out = library.dequantize_into(torch.empty(weight.numel(), dtype=dtype), packed)
+        results.append([*packed[:3], out, *(layer_of(library, x, packed, None, lora) for x in inputs)])
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 

@@ -23,10 +23,8 @@ def unmeasured(monkeypatch):
 
 @pytest.fixture
 def without_onednn():
-    before = torch.backends.mkldnn.enabled
-    torch._C._set_mkldnn_enabled(False)
-    yield
-    torch._C._set_mkldnn_enabled(before)
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -69,12 +67,8 @@ def test_it_is_measured_once_for_each_type_and_with_and_without_onednn(monkeypat
     for _ in range(2):
         assert not products(torch.bfloat16).is_slow
     assert calls == [torch.bfloat16]
-    before = torch.backends.mkldnn.enabled
-    try:
-        torch._C._set_mkldnn_enabled(not before)
+    with torch.backends.mkldnn.flags(enabled=not torch.backends.mkldnn.enabled):
         products(torch.bfloat16)
-    finally:
-        torch._C._set_mkldnn_enabled(before)
     assert calls == [torch.bfloat16] * 2
 
 

@@ -169,7 +169,7 @@ def driven(monkeypatch):
     forget_launches()
 
 
-def test_launches_of_a_layer(driven, monkeypatch, capsys):
+def test_launches_of_a_layer(driven, monkeypatch, capsys, set_threads):
     """The counts in docs/kernels.md."""
 
     class Counter(host_overhead.Driver):
@@ -180,11 +180,9 @@ def test_launches_of_a_layer(driven, monkeypatch, capsys):
     monkeypatch.setattr(host_overhead, "CALLS", 1)
     monkeypatch.setattr(ops, "backend", ops.backend)
     monkeypatch.setitem(launch.TABLE, "matmul", launch.TABLE["matmul"])
-    threads = torch.get_num_threads()
     try:
         host_overhead.main([])
     finally:
-        torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
     launches = {cell[0].removeprefix("| ours, "): (int(cell[1]), int(cell[3])) for cell in cells}

@@ -1,6 +1,6 @@
 """Time and memory of a training step by how many blocks keep their activations, beside PEFT + bitsandbytes.
 
-    python -m benchmarks.activation_budget [--rounds 5] [--threads 1]
+    python -m benchmarks.activation_budget [--rounds 4] [--threads 1]
 
 A Llama with random weights, rank 16, fp32, one batch of 1,024 tokens. `gradient_checkpointing` is True, a limit that a
 quarter, half and three quarters of what the blocks keep fit in, as `plan` counts it, or False. PEFT + bitsandbytes has
@@ -86,7 +86,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limits", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)

@@ -9,16 +9,17 @@ import pickle
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
-from lightning_qlora import convert, estimate_memory
+from lightning_qlora import QLoRAPrecision, convert, estimate_memory
 from lightning_qlora.tools.memory_estimate import LIBRARIES
 from lightning_qlora.training import activation_budget
 from lightning_qlora.training.activation_budget import MARGIN, Memory, memory_of
 from lightning_qlora.training.gradient_checkpointing import budget_of
 from tests.conftest import launch, run_python
 from tests.scripts import blocks_that_fit
-from tests.toys import ARGUMENTS, assert_equal, ids, toy
+from tests.toys import ARGUMENTS, LLAMA, Lit, assert_equal, ids, toy
 
 pytest.importorskip("transformers")
 
@@ -98,6 +99,21 @@ def test_the_limit_of_the_user_counts_where_the_device_has_more(device):
     for _ in range(3):
         step(module)
     assert budget_of(module.modules()).kept_blocks == 3
+
+
+def test_trainer_and_fabric_say_once_what_happened(trainer, device, monkeypatch):
+    told = []
+    monkeypatch.setattr(activation_budget, "rank_zero_info", told.append)
+    plugins = [QLoRAPrecision(**ARGUMENTS, gradient_checkpointing="auto") for _ in range(2)]
+    trainer(plugins=plugins[0], max_steps=3, num_sanity_val_steps=0).fit(Lit(toy("llama")))
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins[1])
+    module = fabric.setup_module(toy("llama").train())
+    for _ in range(3):
+        fabric.backward(module(input_ids=ids(), labels=ids()).loss)
+    assert len(told) == 2
+    for text, plugin in zip(told, plugins, strict=True):
+        assert text.startswith("QLoRA: of 2 blocks 2 keep their activations (")
+        assert text[len("QLoRA: ") : -1] in plugin.report.summary()
 
 
 def test_a_longer_batch_recomputes_more(device):
@@ -201,6 +217,40 @@ def test_blocks_of_two_classes_are_measured_apart(device):
     assert_equal(*results)
     sizes = budget_of(module.modules())._sizes
     assert len({size for _, size in sizes.values()}) == 2 and budget_of(module.modules()).kept_blocks == 6
+
+
+def several_sizes(name):
+    import transformers
+
+    torch.manual_seed(0)
+    if name == "swin":
+        sizes = {"image_size": 32, "embed_dim": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+        module = transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, num_labels=3))
+        return module, {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    config = transformers.Qwen2MoeConfig(**LLAMA | {"num_hidden_layers": 4}, **sizes, mlp_only_layers=[0, 3])
+    return transformers.Qwen2MoeForCausalLM(config), {"input_ids": ids(), "labels": ids()}
+
+
+@pytest.mark.parametrize("name", ["swin", "experts"])
+def test_blocks_of_one_class_and_several_sizes(name, device):
+    """Layers of Swin's stages, which transformers can recompute, too; and layers with and without experts."""
+    gradients = []
+    for setting in (True, False, "auto"):
+        module, inputs = several_sizes(name)
+        budget = convert(module.train(), **ARGUMENTS, gradient_checkpointing=setting).activations
+        for available in (10**12, 10**12, None):
+            if available is None and budget is not None:
+                assert budget.kept_blocks == budget.blocks == 4
+                sizes = [budget._sizes[block][1] for block in budget._sizes if not isinstance(block, type)]
+                assert budget.kept_bytes == sum(sizes) and len(set(sizes)) > 1
+                available = int((BASE + REST + sizes[0] + sizes[1]) / (1 - MARGIN)) + 1
+            device.available = available
+            module.zero_grad()
+            module(**inputs).loss.backward()
+        gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert_equal(gradients[1:], gradients[:1] * 2)
+    assert 2 <= budget.kept_blocks < 4 and budget.kept_bytes <= budget.capacity
 
 
 def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):

@@ -219,7 +219,7 @@ def _measured(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: 
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             saved[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output, kept by its own graph, would never be freed without a backward pass
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward(*args, **kwargs)

@@ -143,6 +143,17 @@ def test_several_forward_passes_before_a_backward_pass_share_the_budget(device):
     assert budget.kept_blocks == 4
 
 
+def test_a_measured_call_is_freed_without_a_backward_pass(device):
+    """Longer inputs are measured, and sigmoid's output is saved by the graph that made it."""
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()) for _ in range(2)))
+    budget = convert(module, **ARGUMENTS, gradient_checkpointing="auto").activations
+    module(torch.randn(2, 64)).sum().backward()
+    for rows in (2, 3):
+        module(torch.randn(rows, 64))
+        gc.collect()
+        assert budget.kept_blocks == 2 and not budget._calls
+
+
 def test_nothing_stays_counted_after_an_error_or_without_a_backward_pass(device):
     module, _ = converted(num_hidden_layers=4)
     budget = budget_of(module.modules())

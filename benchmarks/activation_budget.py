@@ -75,11 +75,12 @@ def report(results: dict[str, dict[str, Any]]) -> str:
     steps = {name: result["steps"][2:] for name, result in results.items()}
     rows = []
     for name, taken in steps.items():
-        ratios = [own["seconds"] / full["seconds"] for own, full in zip(taken, steps["True"], strict=True)]
+        pairs = zip(taken, steps["True"], strict=True)
+        ratios = [own["processor_seconds"] / full["processor_seconds"] for own, full in pairs]
         kept = taken[-1]["kept"]
         peak = max(step["anonymous"] for step in taken)
         rows.append([name, f"{statistics.median(ratios):.2f}", f"{peak:.2f}", "-" if kept is None else str(kept)])
-    heads = ["gradient_checkpointing", "time of a step by that with True", "memory, GB", f"kept, of {LAYERS}"]
+    heads = ["gradient_checkpointing", "processor time of a step by that with True", "memory, GB", f"kept, of {LAYERS}"]
     return measure.table(heads, rows)
 
 

@@ -31,12 +31,6 @@ from benchmarks.processes import steps_in_turns
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "7b, 4 layers": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 32,
-    },
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
 SHAPES["7b, 4 layers"] = {**SHAPES["7b"], "num_hidden_layers": 4}
@@ -151,7 +145,7 @@ def memory(key: str) -> float:
 
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """Seconds, the peak of anonymous memory within this, and resident memory at its end."""
+    """Seconds, those of processors, the peak of anonymous memory within this, and resident memory at its end."""
     result = {"anonymous": 0.0}
     end = threading.Event()
 
@@ -161,11 +155,13 @@ def measured() -> Iterator[dict[str, float]]:
 
     watcher = threading.Thread(target=watch)
     start = time.perf_counter()
+    start_of_processors = time.process_time()
     watcher.start()
     try:
         yield result
     finally:
         result["seconds"] = time.perf_counter() - start
+        result["processor_seconds"] = time.process_time() - start_of_processors
         end.set()
         watcher.join()
         result["anonymous"] = max(result["anonymous"], memory("RssAnon"))

@@ -26,9 +26,9 @@ from lightning_qlora.tools.activations import fake_example, forward_function, st
 from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
-from lightning_qlora.training.activation_budget import memory_of
 from lightning_qlora.training.convert import Run, convert_module
 from lightning_qlora.training.convert_checks import check_initialized
+from lightning_qlora.training.device_memory import memory_of
 from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.parameter_counts import packed_bytes, packed_layers, parameter_bytes
 

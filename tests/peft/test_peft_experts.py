@@ -13,8 +13,8 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.tools.inspect_path import inspect_path
+from tests.experts import test_experts as toys
 from tests.huggingface.test_experts_on_load import deepseek_v3, mixtral
-from tests.layers import test_experts as toys
 from tests.peft.folders import assert_same_folders, assert_same_tensors, read_config
 from tests.toys import perturb
 

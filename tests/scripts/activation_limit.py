@@ -3,7 +3,8 @@
 import torch
 
 from lightning_qlora import convert
-from lightning_qlora.training.activation_budget import MARGIN, memory_of
+from lightning_qlora.training.activation_budget import MARGIN
+from lightning_qlora.training.device_memory import memory_of
 from lightning_qlora.training.gradient_checkpointing import budget_of
 from tests.toys import toy
 

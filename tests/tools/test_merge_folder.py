@@ -19,7 +19,7 @@ from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
 from tests.conftest import elsewhere, raises_in_one_line
-from tests.layers import test_experts as experts
+from tests.experts import test_experts as experts
 from tests.peft.folders import adapter_of
 from tests.toys import ARGUMENTS, Lit, assert_equal, converted, delta, logits, perturb, save_in_4_bits, toy
 

@@ -15,7 +15,8 @@ from torch import nn
 from lightning_qlora import QLoRAPrecision, convert, estimate_memory
 from lightning_qlora.tools.memory_estimate import LIBRARIES
 from lightning_qlora.training import activation_budget
-from lightning_qlora.training.activation_budget import MARGIN, Memory, memory_of
+from lightning_qlora.training.activation_budget import MARGIN
+from lightning_qlora.training.device_memory import Memory, memory_of
 from lightning_qlora.training.gradient_checkpointing import budget_of
 from tests.conftest import launch, run_python
 from tests.scripts import blocks_that_fit
@@ -141,6 +142,17 @@ def test_several_forward_passes_before_a_backward_pass_share_the_budget(device):
     assert not budget._calls
     step(module)
     assert budget.kept_blocks == 4
+
+
+def test_a_measured_call_is_freed_without_a_backward_pass(device):
+    """Longer inputs are measured, and sigmoid's output is saved by the graph that made it."""
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()) for _ in range(2)))
+    budget = convert(module, **ARGUMENTS, gradient_checkpointing="auto").activations
+    module(torch.randn(2, 64)).sum().backward()
+    for rows in (2, 3):
+        module(torch.randn(rows, 64))
+        gc.collect()
+        assert budget.kept_blocks == 2 and not budget._calls
 
 
 def test_nothing_stays_counted_after_an_error_or_without_a_backward_pass(device):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_qlora import PagedAdamW8bit, QLoRALinear, QLoRAPrecision, convert, disable_adapter, merge
-from lightning_qlora.tensors import device_types, full_precision
+from lightning_qlora.dtypes import full_precision
+from lightning_qlora.tensors import device_types
 from tests.conftest import Classifier, loader
 from tests.toys import toy
 

@@ -1,0 +1,56 @@
+"""What a process has of a device: bytes in use, at the peak, and available."""
+
+import ctypes
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
+
+
+class Memory(NamedTuple):
+    """Bytes of this process on a device."""
+
+    used: int  # now
+    peak: int  # the most so far
+    available: int  # for this process, what it uses included
+
+
+def memory_of(device: torch.device) -> Memory | None:
+    """What a process has of a device; None where it can't be read (CPUs without /proc)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        available = free + torch.cuda.memory_reserved(device)
+        return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), available)
+    if device.type != "cpu":
+        return None
+    try:
+        text = Path("/proc/self/status").read_text() + Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    row = {name: 1024 * int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+    free = row["MemAvailable"]
+    with suppress(OSError, ValueError):  # the limit of a container; of what it counts the system can drop files
+        limit, current = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        files = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - current + int(files[1] if files else 0))
+    return Memory(row["VmRSS"], row["VmHWM"], row["VmRSS"] + free)
+
+
+def trim(device: torch.device) -> None:
+    """Let `Memory.used` not count what was freed: glibc holds it back."""
+    if device.type == "cpu" and hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `Memory.peak` begin again: loading may have taken more than a step does."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with suppress(OSError):  # then the peak so far counts, and fewer blocks keep their activations
+            Path("/proc/self/clear_refs").write_text("5")

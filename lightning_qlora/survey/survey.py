@@ -29,7 +29,7 @@ from lightning_qlora.layers.names import (
     only_child_of,
     without_wrappers,
 )
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.qlora_linear import MEMBERS
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 from lightning_qlora.lightning_copies import classes

@@ -10,7 +10,7 @@ from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, tensors_of
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.peft.base_compatibility import check_one_folder
 from lightning_qlora.selection.copies import Copy

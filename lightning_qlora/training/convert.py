@@ -176,7 +176,7 @@ def _decide(
     check_loaded(seen, choice)
     copies = find_copies(seen, choice)
     share_seeds(choice, copies)
-    note_before_conversion(report, choice, copies)
+    note_before_conversion(report, seen, choice, copies)
     return choice
 
 

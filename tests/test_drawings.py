@@ -2,11 +2,14 @@
 
 import re
 import runpy
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from lightning.pytorch import Callback
 
-from tests.conftest import ROOT
+from lightning_qlora import QLoRAPrecision, merge
+from tests.conftest import ROOT, Classifier, loader, make_trainer
 
 FOLDER = ROOT / "docs" / "drawings"
 SCRIPT = runpy.run_path(str(FOLDER / "draw.py"))
@@ -36,10 +39,59 @@ def test_each_drawing_is_shown():
     assert shown == set(DRAWINGS) == {path.stem for path in FOLDER.glob("*.svg")}
 
 
+class Calls:
+    """File and name of each function of the package that is called, in the order of first calls."""
+
+    def __init__(self):
+        self.names = {}
+
+    def __enter__(self):
+        sys.setprofile(self.add)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def add(self, frame, event, _):
+        file = frame.f_code.co_filename.replace("\\", "/")
+        if event == "call" and "/lightning_qlora/" in file:
+            self.names.setdefault((file.rpartition("/lightning_qlora/")[2], frame.f_code.co_name))
+
+
+class OneBatch(Callback):
+    def __init__(self):
+        self.calls = Calls()
+
+    def on_train_batch_start(self, *_):
+        self.calls.__enter__()
+
+    def on_train_batch_end(self, *_):
+        self.calls.__exit__()
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """Name of a drawing -> the calls of what it shows, on one CPU device."""
+    path = tmp_path_factory.mktemp("run")
+    batch = OneBatch()
+
+    def make(**arguments):
+        return make_trainer(path, plugins=QLoRAPrecision(r=4), limit_train_batches=1, **arguments)
+
+    run = make(callbacks=[batch])
+    module = Classifier()
+    run.fit(module, loader())
+    with Calls() as save:
+        run.save_checkpoint(path / "run.ckpt")
+    with Calls() as load:
+        make().fit(Classifier(), loader(), ckpt_path=path / "run.ckpt")
+    with Calls() as merged:
+        merge(module)
+    return {"stops_batch": batch.calls, "stops_save": save, "stops_load": load, "stops_merge": merged}
+
+
 @pytest.mark.parametrize("name", SCRIPT["STOPS"])
-def test_each_stop_is_in_the_code(name):
-    stops = SCRIPT["STOPS"][name]
+def test_a_run_calls_each_stop_in_this_order(name, calls):
+    stops = [(file, function) for file, function, _ in SCRIPT["STOPS"][name]]
     assert len(stops) <= 8
-    for file, place, _ in stops:
-        source = (ROOT / "lightning_qlora" / file).read_text(encoding="utf-8")
-        assert re.search(rf"^\s*(def|class) {place}\b", source, re.M), (file, place)
+    assert [call for call in calls[name].names if call in stops] == stops

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
+from lightning_qlora.config import arguments_that
 from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
@@ -16,7 +17,7 @@ from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_by
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 
-SAME_FUNCTION = ("use_rslora", "use_dora", "lora_alpha")  # arguments that change what an adapter computes
+SAME_FUNCTION = arguments_that("of_function")
 
 LOAD_THE_BASE = (
     "Load the base model of the training, with its quantization arguments, and do not change it afterwards. If the "

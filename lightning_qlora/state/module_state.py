@@ -160,12 +160,12 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
     if conversion is None:
         return
     parts = Parts.of(root)
+    reshard(parts.modules)  # first: `parts` keeps the parameters that it has read
     adapters = _layers_with_adapter(parts, state_dict, prefix)
     if _is_merged(conversion, parts):
         if adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
-    reshard(parts.modules)
     _check_same_layers(parts, adapters)
     conversion.left_out = set()
     saved = read_conversion(state_dict, prefix)

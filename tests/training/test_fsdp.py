@@ -180,6 +180,18 @@ def test_parameters_gathered_by_an_evaluation_are_sharded_again_before_saving_an
     assert {value.dtype for value in after.values()} == {torch.float32}
 
 
+def test_a_state_dict_is_loaded_after_an_evaluation(setup_module):
+    _, net = setup_module(shard)
+    whole = {key: gather(value).clone() for key, value in net.state_dict().items()}
+    with torch.no_grad():
+        before = net.eval()(torch.ones(2, 64))
+        for layer in adapted_layers(net).values():
+            layer.lora_B.add_(0.1)
+        changed = net(torch.ones(2, 64))
+    net.load_state_dict(whole)
+    assert torch.equal(net(torch.ones(2, 64)), before) and not torch.equal(changed, before)
+
+
 def test_adapters_are_disabled_in_shards_which_are_not_merged(setup_module):
     fabric, net = setup_module(shard)
     untouched = Classifier().net.eval()

@@ -21,7 +21,7 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
 from lightning_qlora.layers.trainable_tokens import merge_tokens
 from lightning_qlora.layers.typed_layer import DTYPES
 from lightning_qlora.logits.deferred_head import compute_logits
-from lightning_qlora.state.conversion import forget_conversion, mark_as_merged
+from lightning_qlora.state.conversion import check_layers_of_conversions, forget_conversion, mark_as_merged
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import mark_as_loaded
 from lightning_qlora.survey.records import undo
@@ -51,6 +51,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     Raises:
         ValueError: If the module has no QLoRALinear, an adapter holds NaN or Inf, layers are sharded, or dtype is not
             one of those above.
+        RuntimeError: If a layer with an adapter was replaced by a dense one, as resize_token_embeddings does.
 
     Example:
         ```python
@@ -74,6 +75,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     parts = Parts.of(module)
     layers = parts.layers
+    check_layers_of_conversions(parts.modules)
     check_converted(module, layers)
     check_adapters_finite(parts)
     reshard(parts.modules)

@@ -20,7 +20,7 @@ from lightning_qlora.peft.base_compatibility import check_required_base, record_
 from lightning_qlora.peft.peft_config import ranks_and_alphas
 from lightning_qlora.peft.peft_layers import from_peft, refuse, to_peft
 from lightning_qlora.state.base_model import describe_base, tied_names, trained_modules
-from lightning_qlora.state.conversion import conversion_of
+from lightning_qlora.state.conversion import check_layers_of_conversions, conversion_of
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 
@@ -55,6 +55,7 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     """
     base_model = parts.base
     layers = base_model.layers
+    check_layers_of_conversions(parts.modules)
     check_converted(parts.root, layers)
     check_adapters_finite(parts)
     trained = trained_modules(base_model, parts.unchanged)

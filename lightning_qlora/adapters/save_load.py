@@ -44,6 +44,7 @@ def save_adapter(
 
     Raises:
         ValueError: If there is no adapter, it holds NaN or Inf, or PEFT's format has no place for what was trained.
+        RuntimeError: If a layer with an adapter was replaced by a dense one, as resize_token_embeddings does.
 
     Example:
         ```python

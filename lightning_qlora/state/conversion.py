@@ -4,7 +4,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,6 +93,14 @@ def check_no_layer_resized(conversion: Conversion, parts: Parts) -> None:
                 f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
                 "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
             )
+
+
+def check_layers_of_conversions(modules: Iterable[nn.Module]) -> None:
+    """The same for the conversions of these modules."""
+    for module in modules:
+        conversion = conversion_of(module)
+        if conversion is not None:
+            check_no_layer_resized(conversion, Parts.of(module))
 
 
 def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:

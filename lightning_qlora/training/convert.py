@@ -23,9 +23,8 @@ from lightning_qlora.selection.apply import add_tokens, convert_layers, freeze
 from lightning_qlora.selection.copies import find_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
-from lightning_qlora.state.conversion import Conversion, check_no_layer_resized, conversion_of, forget_merge
+from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.state.module_state import use_adapter_state_dict
-from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record, unrecorded
 from lightning_qlora.survey.survey import Kind, Survey, survey
 from lightning_qlora.tensors.device_types import reason_for_fp32
@@ -154,9 +153,7 @@ def _survey(module: nn.Module, run: Run) -> Survey:
     seen = survey(module)
     for _, part in seen.modules:
         forget_merge(part)
-        earlier = conversion_of(part)
-        if earlier is not None:
-            check_no_layer_resized(earlier, Parts.of(part))
+    check_layers_of_conversions(part for _, part in seen.modules)
     check_has_data(seen.modules, later=run.sharded or dist.is_initialized())
     return seen
 
@@ -176,7 +173,7 @@ def _decide(
     check_loaded(seen, choice)
     copies = find_copies(seen, choice)
     share_seeds(choice, copies)
-    note_before_conversion(report, choice, copies)
+    note_before_conversion(report, seen, choice, copies)
     return choice
 
 

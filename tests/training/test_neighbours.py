@@ -284,10 +284,11 @@ def test_a_dense_weight_in_a_4_bit_layer_is_refused(write):
 
 
 @pytest.mark.parametrize("arguments", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [1]}}])
-def test_an_adapter_that_resizing_removed_is_an_error_and_not_lost(arguments, fit):
+def test_an_adapter_that_resizing_removed_is_an_error_and_not_lost(arguments, fit, tmp_path):
     convert(model := toy("llama"), r=4, **arguments)
     model.resize_token_embeddings(140)
-    for use in (model.state_dict, lambda: fit(Lit(model))):
+    uses = model.state_dict, lambda: save_adapter(Lit(model), tmp_path), lambda: merge(model), lambda: fit(Lit(model))
+    for use in uses:
         with pytest.raises(RuntimeError, match=r"lm_head: a Linear of shape \[140, 64\] took the place of the layer"):
             use()
 

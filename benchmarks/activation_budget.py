@@ -2,9 +2,9 @@
 
     python -m benchmarks.activation_budget [--rounds 4] [--threads 1]
 
-A Llama with random weights, rank 16, fp32, one batch of 1,024 tokens. `gradient_checkpointing` is True, a limit that a
-quarter, half and three quarters of what the blocks keep fit in, as `plan` counts it, or False. PEFT + bitsandbytes has
-its own checkpointing, on and off. One process for each variant; they take turns, one step each. Memory is anonymous
+A Llama with random weights in bf16, rank 16, one batch of 1,024 tokens. `gradient_checkpointing` is True, a limit that
+a quarter, half and three quarters of what the blocks keep fit in, as `plan` counts it, or False. PEFT + bitsandbytes
+has its own checkpointing, on and off. One process for each variant; they take turns, one step each. Memory is anonymous
 memory (RssAnon) at the peak of a step.
 """
 
@@ -37,7 +37,8 @@ def model() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=LAYERS, use_cache=False)).train()
+    config = LlamaConfig(**SHAPE, num_hidden_layers=LAYERS, use_cache=False)
+    return LlamaForCausalLM(config).bfloat16().train()
 
 
 def limits() -> dict[str, int]:

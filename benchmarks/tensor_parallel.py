@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora import convert
-from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tensors.dtensor import gather
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_qlora.kernels.ops import quantize as quantize
     from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
     from lightning_qlora.layers.layer_state import CheckpointMismatchError as CheckpointMismatchError
-    from lightning_qlora.layers.packed_linear import to_parameters as to_parameters
+    from lightning_qlora.layers.packed_layer import to_parameters as to_parameters
     from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
     from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
     from lightning_qlora.optim.adamw import PagedAdamW8bit as PagedAdamW8bit
@@ -59,7 +59,7 @@ _PLACES = {
     "merge": "adapters.merge",
     "quantize": "kernels.ops",
     "save_adapter": "adapters.save_load",
-    "to_parameters": "layers.packed_linear",
+    "to_parameters": "layers.packed_layer",
 }
 __all__ = list(_PLACES)
 

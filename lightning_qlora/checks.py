@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 # Argument of another library -> what to do here. Names that contain ours (`bnb_4bit_quant_type`) need no entry.
-ARGUMENTS = {
+OTHER_ARGUMENTS = {
     "load_in_4bit": "leave it out: the weights are always in 4 bits",
     "load_in_8bit": "there is no 8-bit base here, only 4 bits",
     "bnb_4bit_quant_storage": "leave it out: 4-bit weights are uint8, FSDP2 included",
@@ -231,8 +231,8 @@ def refuse_unknown_arguments(names: Iterable[str], allowed: Iterable[str]) -> No
 
 def _answer(name: str, allowed: list[str]) -> str:
     """What to do instead, from the table; else the argument with a similar name."""
-    if name in ARGUMENTS:
-        return f"{ARGUMENTS[name]}."
+    if name in OTHER_ARGUMENTS:
+        return f"{OTHER_ARGUMENTS[name]}."
     contained = [argument for argument in allowed if "_" in argument and f"_{argument}_" in f"_{name}_"]
     similar = contained or difflib.get_close_matches(name, allowed, 1, 0.8)
     if similar:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_qlora
 from lightning_qlora import QLoRAPrecision
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from tests.machines import products
 
 products.state(products.FAST)  # also in the scripts of tests/scripts, which import this file

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import lightning_qlora
-from lightning_qlora.checks import ARGUMENTS
+from lightning_qlora.checks import OTHER_ARGUMENTS
 
 PACKAGE = Path(lightning_qlora.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "errors.md"
@@ -84,7 +84,7 @@ def page():
                 f"| {kind} | {message.replace('|', chr(92) + '|').replace('<', '&lt;')} |" for kind, message in errors
             ]
             lines += [f"## {name}\n\n| error | message |\n| --- | --- |", *rows, ""]
-    answers = [f"| `{name}` | {answer} |" for name, answer in ARGUMENTS.items()]
+    answers = [f"| `{name}` | {answer} |" for name, answer in OTHER_ARGUMENTS.items()]
     lines += ["## Arguments of other libraries\n\n| argument | what to do here |\n| --- | --- |", *answers, ""]
     return "\n".join(lines)
 

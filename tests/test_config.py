@@ -154,8 +154,8 @@ def test_a_torch_dtype_is_accepted_and_stored_as_our_word(dtype, word):
 
 def test_answers_name_arguments_that_exist():
     names = {field.name for field in dataclasses.fields(QLoRAConfig)}
-    assert not names & checks.ARGUMENTS.keys()
-    for answer in checks.ARGUMENTS.values():
+    assert not names & checks.OTHER_ARGUMENTS.keys()
+    for answer in checks.OTHER_ARGUMENTS.values():
         for used in re.findall(r"use (\w+)", answer):
             assert used in names | {"a"}, answer
 

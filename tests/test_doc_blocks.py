@@ -10,7 +10,7 @@ import pytest
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig
-from lightning_qlora.checks import ARGUMENTS
+from lightning_qlora.checks import OTHER_ARGUMENTS
 from tests.conftest import ROOT, run_python
 from tests.scripts.doc_blocks import blocks, make_hub
 
@@ -72,7 +72,7 @@ def test_the_tables_name_arguments_that_exist(section):
     rows = re.findall(r"^\| .+ \| (.+) \|$", section, re.M)
     named = {word for row in rows for word in re.findall(r"`(\w+)(?:=[^`]*)?`", row)}
     assert len(named & ours) >= 5
-    assert not named & set(ARGUMENTS)
+    assert not named & set(OTHER_ARGUMENTS)
     assert all(
         hasattr(lightning_qlora, word) for word in named if word.startswith(("Paged", "save_", "merge", "load_"))
     )

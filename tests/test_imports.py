@@ -16,6 +16,7 @@ ORDER = [
     "checks",
     "texts",
     "lightning_copies",
+    "upstream_changes",
     "initializations",
     "config",
     "arguments",

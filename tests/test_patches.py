@@ -11,7 +11,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.trainer import call
 
 import lightning_qlora
-from lightning_qlora.layers.changes import make_changes, wrap_once
+from lightning_qlora.upstream_changes import make_changes, wrap_once
 from tests.foreign_changes import Package, changes_in, changes_of
 
 PACKAGE = Path(lightning_qlora.__file__).parent
@@ -23,7 +23,7 @@ ALLOWED = {
     "arguments.py": {"shown.__signature__", "shown.__doc__"},
     "tools/cli.py": {"command.__signature__", "command.__annotations__", "command.__doc__"},
     # The mechanism: it puts what the files named patches.py register in its place.
-    "layers/changes.py": {
+    "upstream_changes.py": {
         "setattr(wrapper, mark, True)",
         "setattr(owner, name, wrapper if is_function else type(descriptor)(wrapper))",
     },
@@ -31,7 +31,7 @@ ALLOWED = {
     "layers/qlora_linear.py": {
         "layer.__dict__[name]", "layer._parameters.clear()", "layer._parameters.update(others)",
     },
-    "layers/packed_linear.py": {"layer.__dict__.pop(name, None)"},
+    "layers/packed_layer.py": {"layer.__dict__.pop(name, None)"},
     "layers/kinds.py": {"vars(layer).pop(name, None)", "layer.__class__", "setattr(layer, name, size)"},
     "experts/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]"},
     # A class of ours inherits from the same class in another package too.

@@ -6,10 +6,10 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.module_adapter import check_finite
+from lightning_qlora.adapters.module_adapter import check_adapters_finite
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
-from lightning_qlora.dtypes.full_precision import release, undo_full_precision
+from lightning_qlora.dtypes.full_precision import release_from_fp32, undo_full_precision
 from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
@@ -77,7 +77,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
     layers = parts.layers
     check_layers_of_conversions(parts.modules)
     check_converted(module, layers)
-    check_finite(parts)
+    check_adapters_finite(parts)
     reshard(parts.modules)
     stacks = list(expert_stacks(parts.named))
     names = {layer: name for name, layer in parts.base.layers.items()}
@@ -85,7 +85,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
-    release(parts.modules)
+    release_from_fp32(parts.modules)
 
     def merged(layer: LoRALayer) -> Tensor:
         stop_waiting(layer)

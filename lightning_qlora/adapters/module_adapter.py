@@ -25,7 +25,7 @@ from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 
 
-def check_finite(parts: Parts) -> None:
+def check_adapters_finite(parts: Parts) -> None:
     """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
 
     Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
@@ -57,7 +57,7 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     layers = base_model.layers
     check_layers_of_conversions(parts.modules)
     check_converted(parts.root, layers)
-    check_finite(parts)
+    check_adapters_finite(parts)
     trained = trained_modules(base_model, parts.unchanged)
     if "" in trained:
         raise ValueError(

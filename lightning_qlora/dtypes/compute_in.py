@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.tensors.device_types import IN_16_BITS, is_our_autocast
 from lightning_qlora.tensors.held_types import follow_cast, own_tensors, type_after

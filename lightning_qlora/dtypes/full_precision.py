@@ -33,7 +33,7 @@ from lightning_qlora.dtypes.compute_in import (
     make_compute_methods,
 )
 from lightning_qlora.dtypes.instance_method import remove
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.tensors.device_types import IN_16_BITS, reason_for_fp32
 from lightning_qlora.tensors.dtensor import is_sharded
@@ -155,7 +155,7 @@ def hold_in_fp32(
     else:
         reasons = {dtype: decide(device, dtype) for dtype in types}
     if not all(reasons.values()):
-        release(parts)
+        release_from_fp32(parts)
     slow = [dtype for dtype in types if reasons[dtype]]
     _hold_types(parts, slow)
     _take_16_bit_inputs(parts)
@@ -201,7 +201,7 @@ def _take_16_bit_inputs(parts: list[nn.Module]) -> None:
                 method.in_fp32 = True
 
 
-def release(modules: list[nn.Module]) -> None:
+def release_from_fp32(modules: list[nn.Module]) -> None:
     """Give what a device holds in fp32 the type of before, in place: all but what trains, and the buffers beside it."""
     trained = [part for part in modules if any(tensor.requires_grad for _, tensor, _ in held_in(part))]
     beside = {id(buffer) for part in trained for _, _, buffer in _buffers_beside(part)}

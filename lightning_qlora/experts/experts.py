@@ -168,7 +168,7 @@ class QLoRAExperts(SavedLayer):
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return self.cast_output(y, x.dtype)
 
-    def _split_adapter(self) -> list[Sequence[Tensor]]:
+    def _adapter_of_each_matrix(self) -> list[Sequence[Tensor]]:
         """As in LoRALayer, with the same views until a parameter changes.
 
         Autograd stacks the gradients of the views of one `unbind` once. With views of its own, each expert that code
@@ -176,9 +176,9 @@ class QLoRAExperts(SavedLayer):
         """
         parameters = self.adapter_parameters()
         if not is_eager(self.packed, parameters[0]) or not torch.is_grad_enabled():
-            return super()._split_adapter()
+            return super()._adapter_of_each_matrix()
         if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
-            return super()._split_adapter()
+            return super()._adapter_of_each_matrix()
         key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
         cached: tuple[Any, list[Sequence[Tensor]], Any] | None = self.__dict__.get(VIEWS)
         if cached is None or cached[0] != key:

@@ -26,7 +26,7 @@ from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import NO_VALUES
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import is_transformers_model, join, named
-from lightning_qlora.layers.packed_linear import BASE, PackedLayer
+from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.state.conversion import conversion_of

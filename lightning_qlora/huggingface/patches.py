@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from lightning_qlora.adapters.save_load import save_adapter
-from lightning_qlora.layers.changes import replaces
 from lightning_qlora.layers.names import is_transformers_model, last_part
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.survey.provenance import LOADED
 from lightning_qlora.tensors.dtensor import is_sharded
+from lightning_qlora.upstream_changes import replaces
 
 Choice = tuple[Any, Any, Any]  # HfQuantizer or None, model config, device_map
 # `Loading.quantizer_for` in this thread or task.

@@ -10,8 +10,8 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR
 from lightning_qlora.huggingface.without_data import NO_VALUES, check_unwritten
-from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.peft.adapter import Adapter
+from lightning_qlora.upstream_changes import make_changes
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from lightning_qlora.huggingface.operations import LOAD_WHOLE, Compose, LoadPack
 from lightning_qlora.huggingface.patches import Choice, forget_quantizer
 from lightning_qlora.huggingface.without_data import Version, convert_without_data, mark_as_found, versions
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
-from lightning_qlora.layers.packed_linear import to_parameters
+from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.layers.qlora_linear import check_packed_initialization
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter

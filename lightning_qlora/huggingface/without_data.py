@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.names import join, named_tensors, parameter_name
-from lightning_qlora.layers.packed_linear import PackedLayer, to_parameters
+from lightning_qlora.layers.packed_layer import PackedLayer, to_parameters
 from lightning_qlora.selection.apply import convert_layer
 from lightning_qlora.selection.selection import Row
 from lightning_qlora.survey.provenance import LOADED_TENSOR

@@ -94,7 +94,7 @@ def linear_of_few_rows(
     library = _library(x)
     if library is None or not library.multiplies(x.shape[0], x.dtype):
         return False
-    library.lora_linear(out, x, weight, bias, lora, xa)
+    library.linear_of_few_rows(out, x, weight, bias, lora, xa)
     return True
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.kernels.ops import TAGS
 from lightning_qlora.layers.initialization import solver_device
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 
 # Places of numbers of rows in the sums:
 FINITE_ROWS = -3

@@ -12,7 +12,7 @@ from lightning_qlora.config import arguments_that
 from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
-from lightning_qlora.layers.packed_linear import ARGUMENTS, BASE
+from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded
@@ -107,7 +107,7 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     can be computed: the three tensors by their names, and bitsandbytes' description of the weight.
     """
     key = f"{prefix}weight"
-    entries = {prefix + ARGUMENTS: json_bytes({name: getattr(layer.config, name) for name in SAME_FUNCTION})}
+    entries = {prefix + ADAPTER_ARGUMENTS: json_bytes({name: getattr(layer.config, name) for name in SAME_FUNCTION})}
     if not layer.is_stack and not is_sharded(layer.packed):
         return entries | layer.packed_weight.bnb_state_dict(key)
     entries |= {prefix + name: getattr(layer, name).detach() for name in BASE}
@@ -116,7 +116,7 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
 
 def pop_base(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Remove the base of a layer, dense or in 4 bits, from a state dict; returns its entries."""
-    keys = (*(prefix + name for name in (ARGUMENTS, *BASE)), *bnb_keys(f"{prefix}weight"))
+    keys = (*(prefix + name for name in (ADAPTER_ARGUMENTS, *BASE)), *bnb_keys(f"{prefix}weight"))
     return {key: state_dict.pop(key) for key in keys if key in state_dict}
 
 
@@ -204,9 +204,9 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     is_packed = prefix + BASE[0] in entries or f"{key}.absmax" in entries
     if (is_packed or layer.config.init_kind.needs_data) and not assign:  # else quantizing makes new values
         entries = {name: value.clone() for name, value in entries.items()}
-    arguments = entries.pop(prefix + ARGUMENTS, None)
+    arguments = entries.pop(prefix + ADAPTER_ARGUMENTS, None)
     if with_adapter and arguments is not None:
-        check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ARGUMENTS))
+        check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ADAPTER_ARGUMENTS))
     packed: Any = None
     expected = layer._shape
     if prefix + BASE[0] in entries:

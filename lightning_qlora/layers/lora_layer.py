@@ -133,7 +133,7 @@ class LoRALayer(WithAdapter, TypedLayer):
     def matrices(self, numbers: Sequence[int] | None = None) -> list[Matrix]:
         """The matrices of these numbers, None: all; of a sharded layer gathered, so all ranks must ask for them."""
         weight = self.whole_bytes
-        adapter = self._split_adapter()
+        adapter = self._adapter_of_each_matrix()
         matrices = []
         for number in range(self.matrix_count) if numbers is None else numbers:
             lora_a, lora_b, *magnitude = (values[number] for values in adapter)
@@ -141,7 +141,7 @@ class LoRALayer(WithAdapter, TypedLayer):
             matrices.append(Matrix(base, lora_a, lora_b, magnitude[0] if magnitude else None, number))
         return matrices
 
-    def _split_adapter(self) -> list[Sequence[Tensor]]:
+    def _adapter_of_each_matrix(self) -> list[Sequence[Tensor]]:
         """The values of each parameter for each matrix."""
         return [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
 

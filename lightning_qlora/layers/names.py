@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_qlora.layers.kinds import is_linear
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper

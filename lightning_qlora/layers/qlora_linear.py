@@ -21,7 +21,7 @@ from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.layers.names import parameter_name
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
 from lightning_qlora.layers.typed_layer import TypedLayer

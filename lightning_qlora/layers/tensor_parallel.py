@@ -22,7 +22,7 @@ from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.matrix import Matrix
-from lightning_qlora.layers.packed_linear import BASE, to_parameters
+from lightning_qlora.layers.packed_layer import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from lightning_qlora.tensors.dtensor import local
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.ops import has_autocast
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.tensors.device_types import has_bf16, is_our_autocast
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.lightning_copies import inherit_from_copies
 from lightning_qlora.optim import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.optim.optimizer_pages import OptimizerPages, page_optimizer
 from lightning_qlora.optim.pool import MIB
+from lightning_qlora.upstream_changes import make_changes
 
 MIN_NUMEL = 4096  # below it the bookkeeping costs more than the memory; bitsandbytes' limit for 8-bit state
 

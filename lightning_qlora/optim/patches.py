@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_qlora.layers.changes import replaces
+from lightning_qlora.upstream_changes import replaces
 
 
 @replaces("lightning.fabric.wrappers:_FabricOptimizer.__init__")

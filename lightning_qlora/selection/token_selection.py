@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_qlora.checks import TRAIN_IN_FULL, shown
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import join, last_part, outer_names
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.survey.survey import STACKS, Kind, Part, Survey
 

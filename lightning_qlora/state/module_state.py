@@ -26,7 +26,7 @@ from lightning_qlora.layers.layer_state import (
 )
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
-from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens
 from lightning_qlora.peft.base_compatibility import read_quantization, record_initialization, required_base
 from lightning_qlora.state.base_model import config_of_layer, describe_base, trained_modules

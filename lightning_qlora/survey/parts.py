@@ -17,7 +17,7 @@ from lightning_qlora.layers.names import (
     only_child_of,
     without_wrappers,
 )
-from lightning_qlora.layers.packed_linear import BASE
+from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_adapters_of
 from lightning_qlora.lightning_copies import classes

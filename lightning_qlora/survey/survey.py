@@ -29,7 +29,7 @@ from lightning_qlora.layers.names import (
     only_child_of,
     without_wrappers,
 )
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.qlora_linear import MEMBERS
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 from lightning_qlora.lightning_copies import classes
@@ -88,6 +88,7 @@ class Part:
         computed: Which of weight and bias are no parameters of a linear layer.
         member: What of the layer, or of its class, a 4-bit layer would replace.
         is_left_dense: Whether the model around it was loaded in 4 bits, and it was not.
+        is_read_dense: Whether the model around it was quantized while it loaded, and it was not.
         is_in_frozen_model: Whether nothing trains in a transformers model around it.
     """
 
@@ -106,6 +107,7 @@ class Part:
     is_output_embedding: bool = False
     is_router: bool = False
     is_left_dense: bool = False
+    is_read_dense: bool = False
     is_in_frozen_model: bool = False
 
     @property
@@ -178,9 +180,12 @@ class _Facts:
             if not any(parameter.requires_grad for parameter in parameters_of(inside_model)):
                 self.in_frozen_models.update(map(id, inside_model))
         self.left_dense: set[int] = set()
+        self.read_dense: set[int] = set()
         for name, module in modules.named:
             if getattr(module, "is_loaded_in_4bit", False) or vars(module).get(LOADED):
                 self.left_dense.update(id(part) for _, part in modules.inside(name))
+            if LOADED in vars(module):
+                self.read_dense.update(id(part) for _, part in modules.inside(name))
 
     def parts(self) -> Iterator[Part]:
         for name, module in self.modules.items():
@@ -208,6 +213,7 @@ class _Facts:
             "is_output_embedding": id(layer) in self.output_embeddings or last_part(name) in OUTPUT_EMBEDDINGS,
             "is_router": self.routers.has(name, layer),
             "is_left_dense": is_dense and id(layer) in self.left_dense,
+            "is_read_dense": is_dense and id(layer) in self.read_dense,
             "is_in_frozen_model": id(layer) in self.in_frozen_models,
         }
 

@@ -2,7 +2,7 @@
 
     vars(part)["_qlora_types"]      key of a parameter or buffer -> the 16-bit type that it had
     state dicts                     have the values as they are, in fp32
-    files, merged modules           have the types before (`in_types_before`, `release`)
+    files, merged modules           have the types before (`in_types_before`, `release_from_fp32`)
 
 What trains in full is held in fp32 on every device, and a whole module on devices that are slow in 16 bits
 (`full_precision.py`).

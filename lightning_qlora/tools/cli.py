@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.checks import ARGUMENTS, check_integer, install, parse_memory
+from lightning_qlora.checks import OTHER_ARGUMENTS, check_integer, install, parse_memory
 from lightning_qlora.config import Base, DeviceName, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def _print_json(values: Any) -> None:
 def _plain(message: str) -> str:
     """A message of jsonargparse in one line, with our names for arguments of other libraries."""
     message = " ".join(message.split())
-    hints = [f"{name}: {ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in ARGUMENTS]
+    hints = [f"{name}: {OTHER_ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in OTHER_ARGUMENTS]
     if hints:
         message += "."
     return " ".join([message, *hints])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.texts import size_text
 from lightning_qlora.training.device_memory import Memory, memory_of, reset_peak, trim
 

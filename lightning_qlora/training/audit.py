@@ -20,7 +20,7 @@ from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import local, world_size
 from lightning_qlora.texts import groups, size_text
 from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
-from lightning_qlora.training.optimizers import parameters_of
+from lightning_qlora.training.optimizers import optimizer_parameters
 from lightning_qlora.training.report import ConversionReport, say
 
 ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
@@ -55,7 +55,7 @@ class Audit:
 
         A GAN trains those by another loss.
         """
-        parameters = parameters_of(optimizer)
+        parameters = optimizer_parameters(optimizer)
         trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
         if not trained <= self._trained:
             self._tell_what_was_thawed(module, trained - self._trained)

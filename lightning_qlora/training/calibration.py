@@ -29,7 +29,7 @@ from lightning_qlora.training.calibrated_adapter import (
     root_mean_square,
 )
 from lightning_qlora.training.calibration_report import CalibrationReport
-from lightning_qlora.training.optimizers import parameters_of
+from lightning_qlora.training.optimizers import optimizer_parameters
 
 
 def calibrate(module: nn.Module, replicas: Any = None) -> None:
@@ -109,7 +109,7 @@ def _held_by(optimizer: Optimizer, waiting: list[InputStatistics]) -> list[Input
     """Those whose adapters an optimizer holds."""
     if not waiting:
         return []
-    parameters = {id(parameter) for parameter in parameters_of(optimizer)}
+    parameters = {id(parameter) for parameter in optimizer_parameters(optimizer)}
     return [each for each in waiting if any(id(layer.lora_B) in parameters for layer in each.layers)]
 
 

@@ -15,7 +15,6 @@ from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.dtypes.full_precision import Decide, hold_in_fp32, train_in_full_precision
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.peft.adapter import Adapter
@@ -49,6 +48,7 @@ from lightning_qlora.training.notes import (
 from lightning_qlora.training.parameter_counts import dense_bytes
 from lightning_qlora.training.patches import shard_bytes
 from lightning_qlora.training.report import ConversionReport
+from lightning_qlora.upstream_changes import make_changes
 
 
 def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> ConversionReport:
@@ -173,7 +173,7 @@ def _decide(
     check_loaded(seen, choice)
     copies = find_copies(seen, choice)
     share_seeds(choice, copies)
-    note_before_conversion(report, choice, copies)
+    note_before_conversion(report, seen, choice, copies)
     return choice
 
 

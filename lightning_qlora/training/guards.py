@@ -10,7 +10,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora.adapters.module_adapter import check_finite
+from lightning_qlora.adapters.module_adapter import check_adapters_finite
 from lightning_qlora.checks import TRAIN_IN_FULL, first_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers
@@ -99,7 +99,7 @@ def check_state_dict(module: nn.Module) -> None:
 
 def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
-    check_finite(Parts.of(module))
+    check_adapters_finite(Parts.of(module))
     missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
     if missing:
         rank_zero_warn(

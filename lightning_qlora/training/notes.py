@@ -10,7 +10,7 @@ from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, tensors_of
-from lightning_qlora.layers.packed_linear import PackedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.peft.base_compatibility import check_one_folder
 from lightning_qlora.selection.copies import Copy
@@ -46,14 +46,20 @@ CONVERTED_BEFORE = (
     "was converted before, with {}, and stays so: to convert with other arguments, build the module again, or merge "
     "the adapters first"
 )
+READ_DENSE = (
+    "read in 16 bits and quantized afterwards, because target_modules matches its name only with the attribute that "
+    "holds the model: to quantize it while the model loads, name it as in the model"
+)
 LARGE = (
     "trains in full, and new parts have more parameters than all adapters: if it was loaded from weights, name its "
     "linear layers in target_modules, or freeze it before conversion"
 )
 
 
-def note_before_conversion(report: ConversionReport, choice: Selection, copies: Iterable[Copy]) -> None:
-    """Note what the dense layers show: hooks, copies, and names in vain."""
+def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selection, copies: Iterable[Copy]) -> None:
+    """Note what the dense layers show: hooks, copies, names in vain, and names that came too late."""
+    late = [part.names.full for part in seen.parts if part.is_read_dense]
+    report.note(READ_DENSE, [name for name in late if name in choice.convert])
     for name, why in choice.reasons(IN_VAIN).items():
         report.note(f"target_modules names it, and it stays dense and frozen: {why}", [name])
     weights = {name: row.owner._parameters.get(row.key) for name, row in choice.convert.items()}

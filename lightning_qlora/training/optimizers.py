@@ -19,7 +19,7 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
     The optimizer and its groups stay the same objects, because schedulers refer to them. An optimizer that has state is
     not changed; `check_optimizer` refuses it.
     """
-    if optimizer.state or not any(hasattr(parameter, REPLACED) for parameter in parameters_of(optimizer)):
+    if optimizer.state or not any(hasattr(parameter, REPLACED) for parameter in optimizer_parameters(optimizer)):
         return
     for group in optimizer.param_groups:
         names = group.get("param_names")  # of an optimizer that was created from named_parameters()
@@ -49,7 +49,7 @@ def leave_out_bytes(optimizer: Optimizer) -> None:
             group[key][:] = [group[key][index] for index in kept]
 
 
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters in all groups of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -73,7 +73,7 @@ def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """RuntimeError for one of replaced, decoded or frozen weights."""
-    parameters = parameters_of(optimizer)
+    parameters = optimizer_parameters(optimizer)
     replaced = [getattr(parameter, REPLACED) for parameter in parameters if hasattr(parameter, REPLACED)]
     if replaced:
         name = next((layer.full_name for part in replaced for layer in adapted_layers(part).values()), "merged since")
@@ -93,7 +93,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> list[str]:
     """Names of layers whose adapters get gradients, and do not train; [] if there is no optimizer."""
-    held = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
+    held = {id(parameter) for optimizer in optimizers for parameter in optimizer_parameters(optimizer)}
     layers: dict[str, Any] = adapted_layers(module) | token_adapters(module) if optimizers else {}
     return [
         name

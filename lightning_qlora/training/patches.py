@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 
 from lightning_qlora.files.lightning_checkpoint import is_shards, keys_of_shards, read_checkpoint
-from lightning_qlora.layers.changes import replaces, wrap_once
-from lightning_qlora.layers.packed_linear import to_parameters
+from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear, use_base_of_rank_0
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
@@ -33,6 +32,7 @@ from lightning_qlora.state.module_state import ask_for
 from lightning_qlora.tensors.held_types import in_types_before
 from lightning_qlora.training.checkpoint import leave_out_networks
 from lightning_qlora.training.guards import check_checkpoint
+from lightning_qlora.upstream_changes import replaces, wrap_once
 
 STYLES = "torch.distributed.tensor.parallel.style"
 
@@ -70,9 +70,9 @@ def convert_what_was_built_again(original: Any, strategy: Any, checkpoint: Any, 
     Supported ways tried: hooks of the module's load_state_dict, which know no plugin.
     Removed by: a hook of Precision before the restore.
     """
-    convert_again = getattr(strategy.precision_plugin, "_convert_again", None)  # precision.py
-    if convert_again is not None:
-        convert_again(strategy.lightning_module, checkpoint["state_dict"])
+    convert_replaced = getattr(strategy.precision_plugin, "_convert_replaced_layers", None)  # precision.py
+    if convert_replaced is not None:
+        convert_replaced(strategy.lightning_module, checkpoint["state_dict"])
     original(strategy, checkpoint, *args, **kwargs)
 
 

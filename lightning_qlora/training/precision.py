@@ -19,9 +19,8 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
-from lightning_qlora.layers.changes import make_changes
 from lightning_qlora.layers.names import last_part, without_wrappers
-from lightning_qlora.layers.packed_linear import to_parameters
+from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
@@ -42,6 +41,7 @@ from lightning_qlora.training.optimizers import (
 )
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
+from lightning_qlora.upstream_changes import make_changes
 
 IN_NO_OPTIMIZER = (
     f"adapters are in no optimizer, so they do not train: pass self.parameters() to the optimizer, or {KEEP_DENSE}"
@@ -184,7 +184,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
-    def _convert_again(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    def _convert_replaced_layers(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         """Convert layers that replaced converted ones, if a state dict has adapters for them."""
         adapters = {without_wrappers(key) for key in state_dict if last_part(key) == "lora_A"}
         present = {without_wrappers(name) for name, _ in module.named_parameters(remove_duplicate=False)}

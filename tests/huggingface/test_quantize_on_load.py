@@ -24,6 +24,7 @@ from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.tensor_parallel import unknown_style
+from lightning_qlora.training.notes import READ_DENSE
 from tests.conftest import Classifier, loader, raises_before_teardown, raises_in_one_line
 from tests.huggingface.test_experts_on_load import assert_same_conversion, same_modules, same_parameters
 from tests.huggingface.test_experts_on_load import loaded as load
@@ -219,11 +220,14 @@ def test_a_pattern_with_the_attribute_of_the_module_is_refused_where_it_changes_
 ):
     path = folder("llama")
     streamed, loaded, relative = InConfigureModel(path), Lit(llama(path)), Lit(llama(path))
-    fit = partial(trainer(plugins=QLoRAPrecision(**ARGUMENTS, **pattern)).predict, streamed)
+    plugin = QLoRAPrecision(**ARGUMENTS, **pattern)
+    fit = partial(trainer(plugins=plugin).predict, streamed)
     convert(loaded, **ARGUMENTS, **pattern)
     if difference is None:
         fit()
         same_parameters(streamed, loaded)
+        late = plugin.report.notes.get(READ_DENSE, [])
+        assert bool(late) == ("target_modules" in pattern) and set(late) <= {*plugin.report.converted}
     else:
         with raises_in_one_line(ValueError, rf"was quantized while its .*{difference}.*patterns must match the names"):
             fit()

@@ -72,10 +72,10 @@ class Library:
         return out
 
     def multiplies(self, m: int, dtype: torch.dtype) -> bool:
-        """Whether `lora_linear` was measured to be as fast as decoding and torch's product for m rows."""
+        """Whether `linear_of_few_rows` was measured to be as fast as decoding and torch's product for m rows."""
         return 0 < m <= self._most_rows.get(dtype, 0)
 
-    def lora_linear(
+    def linear_of_few_rows(
         self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
     ) -> Tensor:
         """y = x W^T + bias + s xa B^T, rounded once, decoding W in registers or in the L1 cache.

@@ -97,7 +97,7 @@ def test_each_op_of_a_cpu_runs_in_c(monkeypatch):
     eager.lora_project(x, lora)
     eager.linear_of_few_rows(torch.empty(1, 32), x, weight, None, lora._replace(p=0.0, seed=None))
     eager.linear_into(torch.empty(1, 32), x, xa, weight, None, lora)
-    of_few_rows = ["types", "multiplies", "lora_linear"]
+    of_few_rows = ["types", "multiplies", "linear_of_few_rows"]
     ops = ["types", "quantize"], ["types", "dequantize_into"], ["types", "dropout_into"], of_few_rows, of_few_rows
     assert called == [name for names in ops for name in names]
 
@@ -123,7 +123,7 @@ def layer_of(library, x, weight, bias, lora, xa=None):
     rows, outputs = len(x), weight.shape[0]
     scratch(1 << 17, torch.float32, x.device, "rows").fill_(torch.nan)
     memory = torch.full((rows + 8, outputs), 7.0, dtype=x.dtype)
-    y = library.lora_linear(memory[4 : rows + 4], x, weight, bias, lora, xa)
+    y = library.linear_of_few_rows(memory[4 : rows + 4], x, weight, bias, lora, xa)
     assert (memory[:4] == 7).all() and (memory[rows + 4 :] == 7).all()
     return y
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_qlora import convert, merge
-from lightning_qlora.layers.packed_linear import BASE, to_parameters
+from lightning_qlora.layers.packed_layer import BASE, to_parameters
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import tensors
 from tests.toys import assert_equal, perturb

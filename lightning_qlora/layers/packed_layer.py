@@ -20,7 +20,7 @@ from lightning_qlora.tensors.fingerprint import fingerprint
 from lightning_qlora.tensors.held_types import follow_cast, type_after
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
-ARGUMENTS = "adapter_arguments"  # key of those of the adapter in a state dict with a base
+ADAPTER_ARGUMENTS = "adapter_arguments"  # key of those of the adapter in a state dict with a base
 
 
 class PackedLayer(nn.Module):
@@ -172,7 +172,7 @@ class PackedLayer(nn.Module):
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Where torch.distributed.checkpoint, which follows keys as attributes, finds the entries of the weight."""
-        return {"weight": "_keys", ARGUMENTS: "_keys"}
+        return {"weight": "_keys", ADAPTER_ARGUMENTS: "_keys"}
 
     @property
     def _keys(self) -> "_Keys":

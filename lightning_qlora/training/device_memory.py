@@ -54,8 +54,7 @@ def _held_back() -> int:
     """Bytes that were freed and that glibc keeps for the next allocations; `malloc_trim` would cost 11% of a step."""
     if not hasattr(C_LIBRARY, "mallinfo2"):
         return 0
-    C_LIBRARY.mallinfo2.restype = MallocInfo
-    return int(C_LIBRARY.mallinfo2().fordblks)
+    return int(ctypes.CFUNCTYPE(MallocInfo)(("mallinfo2", C_LIBRARY))().fordblks)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.texts import size_text
-from lightning_qlora.training.device_memory import Memory, memory_of, reset_peak, trim
+from lightning_qlora.training.device_memory import Memory, memory_of, reset_peak
 
 MARGIN = 0.05  # of the limit: fragmentation, and what differs from step to step
 
@@ -97,7 +97,6 @@ class ActivationBudget:
         if self._begin is None:
             gc.collect()  # else garbage counts as used when the step begins, and is free at its peak
             reset_peak(x.device)
-        trim(x.device)
         memory = self.memory_of(x.device)
         if memory is None:
             return

@@ -12,6 +12,15 @@ import torch
 C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
 
 
+class MallocInfo(ctypes.Structure):
+    """What glibc says of its memory: `struct mallinfo2` of malloc.h (glibc 2.33)."""
+
+    _fields_ = [(f"_{number}", ctypes.c_size_t) for number in range(8)] + [
+        ("fordblks", ctypes.c_size_t),  # free, in all arenas
+        ("keepcost", ctypes.c_size_t),
+    ]
+
+
 class Memory(NamedTuple):
     """Bytes of this process on a device."""
 
@@ -38,13 +47,14 @@ def memory_of(device: torch.device) -> Memory | None:
         limit, current = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         files = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
         free = min(free, limit - current + int(files[1] if files else 0))
-    return Memory(row["VmRSS"], row["VmHWM"], row["VmRSS"] + free)
+    return Memory(max(row["VmRSS"] - _held_back(), 0), row["VmHWM"], row["VmRSS"] + free)
 
 
-def trim(device: torch.device) -> None:
-    """Let `Memory.used` not count what was freed: glibc holds it back."""
-    if device.type == "cpu" and hasattr(C_LIBRARY, "malloc_trim"):
-        C_LIBRARY.malloc_trim(0)
+def _held_back() -> int:
+    """Bytes that were freed and that glibc keeps for the next allocations; `malloc_trim` would cost 11% of a step."""
+    if not hasattr(C_LIBRARY, "mallinfo2"):
+        return 0
+    return int(ctypes.CFUNCTYPE(MallocInfo)(("mallinfo2", C_LIBRARY))().fordblks)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -28,7 +28,7 @@ from lightning_qlora.selection.token_selection import check_tokens
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import survey
 from lightning_qlora.tools.merge_folder import merge_folder
-from lightning_qlora.training.optimizers import parameters_of, replace_parameters_by_adapters
+from lightning_qlora.training.optimizers import optimizer_parameters, replace_parameters_by_adapters
 from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, toy
 
 TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]
@@ -319,7 +319,7 @@ def test_memory_and_an_early_optimizer_have_the_rows():
     config = copy.deepcopy(model.config)
     converted(model=model)
     replace_parameters_by_adapters(optimizer)
-    held = set(map(id, parameters_of(optimizer)))
+    held = set(map(id, optimizer_parameters(optimizer)))
     assert id(delta(model)) in held and id(model.lm_head.weight) not in held
     with_rows, without = (
         estimate_memory(config, 1, 8, trainable_token_indices=tokens, **ARGUMENTS) for tokens in (TOKENS, None)

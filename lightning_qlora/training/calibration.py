@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_qlora.checks import check_module
 from lightning_qlora.layers.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics, stop_waiting
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.tensors.dtensor import gather, world_size
+from lightning_qlora.tensors.dtensor import gather, is_sharded, world_size
 from lightning_qlora.training.calibrated_adapter import (
     adapter_of,
     keep_weights_of_this_rank,
@@ -30,6 +30,8 @@ from lightning_qlora.training.calibrated_adapter import (
 )
 from lightning_qlora.training.calibration_report import CalibrationReport
 from lightning_qlora.training.optimizers import optimizer_parameters
+
+ALL_RANKS = "Call it on all ranks with replicas=torch.distributed.group.WORLD"
 
 
 def calibrate(module: nn.Module, replicas: Any = None) -> None:
@@ -42,11 +44,11 @@ def calibrate(module: nn.Module, replicas: Any = None) -> None:
         module: A converted module.
         replicas: The ranks that train the same layers, as `torch.distributed.group.WORLD` with DDP and FSDP: all of
             them must call it, and their inputs count together. None: this rank alone has these layers, as the stage of
-            a pipeline.
+            a pipeline; with several ranks a warning says so, and a group of this rank alone gives none.
 
     Raises:
         RuntimeError: If there are gradients, and no forward pass ran in training mode.
-        ValueError: If all inputs of a layer have NaN or Inf.
+        ValueError: If all inputs of a layer have NaN or Inf, or ranks share its parameters and replicas is None.
 
     Example:
         ```python
@@ -63,7 +65,24 @@ def calibrate(module: nn.Module, replicas: Any = None) -> None:
         ```
     """
     check_module("module", module)
-    _calibrate(waiting_in(module.modules()), replicas)
+    waiting = waiting_in(module.modules())
+    if replicas is None and world_size() > 1:
+        _check_alone(waiting)
+    _calibrate(waiting, replicas)
+
+
+def _check_alone(waiting: list[InputStatistics]) -> None:
+    """Refuse layers that several ranks hold, and warn of those that they may train."""
+    for statistics in waiting:
+        if any(is_sharded(layer.lora_B) for layer in statistics.layers):
+            raise ValueError(f"replicas=None: several ranks hold parts of {statistics.name}. {ALL_RANKS}.")
+    if waiting:
+        warnings.warn(
+            f"calibrate: replicas=None on one of {world_size()} ranks. If others train the same layers (DDP), the "
+            f"adapters of each rank begin with other values. {ALL_RANKS}, or the group of the ranks that have these "
+            "layers.",
+            stacklevel=3,
+        )
 
 
 def calibrate_before_step(waiting: list[InputStatistics], optimizer: Optimizer) -> None:

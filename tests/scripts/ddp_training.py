@@ -1,6 +1,7 @@
 """Run by test_ddp: trains under strategy="ddp" in two processes, several times, and writes each rank's results."""
 
 import os
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Subset
 
-from lightning_qlora import QLoRAPrecision, calibrate, convert, save_adapter
+from lightning_qlora import QLoRAPrecision, calibrate, convert, save_adapter, to_parameters
 from tests.conftest import Classifier, dataset, loader, make_trainer, run_rank, tensors
 from tests.toys import Loaded
 
@@ -130,10 +133,13 @@ def calibrate_in_own_loop():
     torch.manual_seed(4)
     x = torch.randn(8, 64)
 
-    def converted():
+    def converted(shards=False):
         torch.manual_seed(5)
         net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         report = convert(net, r=4, lora_dropout=0.0, init_lora_weights="calibrated")
+        if shards:
+            to_parameters(net)
+            fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
         net(x[RANK::2]).square().sum().backward()
         return net, report, torch.optim.SGD(net.parameters(), lr=1e-3)
 
@@ -148,12 +154,25 @@ def calibrate_in_own_loop():
     calibrate(net, replicas=torch.distributed.group.WORLD)
     optimizer.step()
     adapters = {name: value.detach() for name, value in net.named_parameters() if "lora_" in name}
-    result = {"message": message, "adapters": adapters, "rms": report.calibration.input_rms["0"], "inputs": x}
+    net, _, _ = converted(shards=True)
+    sharded = ""
+    try:
+        calibrate(net)
+    except ValueError as error:
+        sharded = str(error)
+    result = {
+        "message": message,
+        "sharded": sharded,
+        "adapters": adapters,
+        "rms": report.calibration.input_rms["0"],
+        "inputs": x,
+    }
     if RANK == 0:  # a stage of a pipeline: the other rank has other layers
         net, report, optimizer = converted()
-        calibrate(net)
+        with warnings.catch_warnings(record=True) as caught:
+            calibrate(net)
         optimizer.step()
-        result |= {"alone": report.calibration.input_rms["0"]}
+        result |= {"alone": report.calibration.input_rms["0"], "warnings": [str(each.message) for each in caught]}
     return result
 
 

@@ -96,5 +96,8 @@ def test_a_loop_on_several_ranks_names_those_that_calibrate_together(ranks):
         assert "call lightning_qlora.calibrate(module) between" in rank["message"]
         assert "replicas=torch.distributed.group.WORLD if several ranks train the same layers" in rank["message"]
         torch.testing.assert_close(rank["rms"], first["inputs"].square().mean(0).sqrt())
+        assert "several ranks hold parts of 0. Call it on all ranks with replicas=torch" in rank["sharded"]
     assert_equal(first["adapters"], second["adapters"])
     torch.testing.assert_close(first["alone"], first["inputs"][0::2].square().mean(0).sqrt())
+    (warning,) = first["warnings"]
+    assert "replicas=None on one of 2 ranks" in warning

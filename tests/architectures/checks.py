@@ -80,9 +80,9 @@ def with_adapters(kind, **how):
 def check_training(kind, folder):
     """It trains, its checkpoint restores it bit for bit, its gradients are those of dense weights W + s B A."""
     lit = lit_of(kind)
-    before = {name: type(part) for name, part in lit.named_modules()}
+    before = {part: type(part) for part in lit.modules()}
     run, plugin = fitted(lit, folder)
-    changed = [part for name, part in lit.named_modules() if type(part) is not before.get(name, type(part))]
+    changed = [part for part, kind_before in before.items() if type(part) is not kind_before]
     stacks = {owner for _, owner, _, _ in expert_stacks(lit.named_modules())}
     assert all(isinstance(part, LoRALayer) or part in stacks for part in changed)  # what stays dense keeps its class
     names = {parameter: name for name, parameter in lit.named_parameters()}

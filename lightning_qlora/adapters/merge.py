@@ -75,7 +75,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     parts = Parts.of(module)
     layers = parts.layers
-    check_layers_of_conversions(parts.modules)
+    check_layers_of_conversions(parts)
     check_converted(module, layers)
     check_adapters_finite(parts)
     reshard(parts.modules)

@@ -55,7 +55,7 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     """
     base_model = parts.base
     layers = base_model.layers
-    check_layers_of_conversions(parts.modules)
+    check_layers_of_conversions(parts)
     check_converted(parts.root, layers)
     check_adapters_finite(parts)
     trained = trained_modules(base_model, parts.unchanged)
@@ -85,15 +85,14 @@ def _state_of_layer(layer: LoRALayer) -> State:
     return {name: gather(value).detach() for name, value in values.items() if value is not None}
 
 
-def set_adapter_of_module(module: nn.Module, adapter: Adapter) -> None:
+def set_adapter(parts: Parts, adapter: Adapter) -> None:
     """Set the adapters of a converted module, in place: the parameters stay the same objects.
 
     Raises CheckpointMismatchError as `load_adapter`.
     """
-    parts = Parts.of(module)
     base = parts.base
     layers = base.layers
-    check_converted(module, layers)
+    check_converted(parts.root, layers)
     loaded = from_peft(adapter, base)
     _check_fits(base, adapter, loaded)
     check_required_base(adapter, layers)

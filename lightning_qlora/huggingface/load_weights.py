@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lightning_qlora.adapters.module_adapter import set_adapter_of_module
+from lightning_qlora.adapters.module_adapter import set_adapter
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import NO_VALUES
@@ -30,6 +30,7 @@ from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.state.conversion import conversion_of
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import renew
 from lightning_qlora.tensors.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.tensors.held_types import types_before
@@ -70,7 +71,7 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         read_weights(module, ModelFolder(folder, None))
     conversion = conversion_of(module)
     if conversion is not None and conversion.given[-1].adapter is not None:
-        set_adapter_of_module(module, read_adapter(conversion.given[-1].adapter))
+        set_adapter(Parts.of(module), read_adapter(conversion.given[-1].adapter))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,12 +95,12 @@ def check_no_layer_resized(conversion: Conversion, parts: Parts) -> None:
             )
 
 
-def check_layers_of_conversions(modules: Iterable[nn.Module]) -> None:
-    """The same for the conversions of these modules."""
-    for module in modules:
+def check_layers_of_conversions(parts: Parts) -> None:
+    """The same for each conversion, of the module or of a part of it."""
+    for name, module in parts.named:
         conversion = conversion_of(module)
         if conversion is not None:
-            check_no_layer_resized(conversion, Parts.of(module))
+            check_no_layer_resized(conversion, Parts(parts.inside(name), ()))
 
 
 def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.adapters.merge import merge_onto
-from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
+from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
@@ -68,7 +68,8 @@ def merge_folder(
         with warnings.catch_warnings(), named(base_model):
             warnings.simplefilter("ignore")  # these warnings are about training
             convert_module(model, config_of_adapter(model, adapter, config))
-        layers = Parts.of(model).base.layers
+        parts = Parts.of(model)
+        layers = parts.base.layers
         for name, packed in adapter.bases.items():
             layers[name].set_packed_weights(packed)
         others = [
@@ -81,7 +82,7 @@ def merge_folder(
             f"{base_model}: {others[0]} has other 4-bit weights than in the training of {adapter.source}. Pass the "
             "base model of the training, or base='float' (--base float)."
         )
-    set_adapter_of_module(model, adapter)
+    set_adapter(parts, adapter)
     merge_onto(model, weights, dtype)
     with atomic_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size=LARGEST_FILE)

@@ -9,7 +9,7 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import Unpack
 
-from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter_of_module
+from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
@@ -25,6 +25,7 @@ from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.state.module_state import use_adapter_state_dict
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record, unrecorded
 from lightning_qlora.survey.survey import Kind, Survey, survey
 from lightning_qlora.tensors.device_types import reason_for_fp32
@@ -153,7 +154,7 @@ def _survey(module: nn.Module, run: Run) -> Survey:
     seen = survey(module)
     for _, part in seen.modules:
         forget_merge(part)
-    check_layers_of_conversions(part for _, part in seen.modules)
+    check_layers_of_conversions(Parts.of(module))
     check_has_data(seen.modules, later=run.sharded or dist.is_initialized())
     return seen
 
@@ -213,7 +214,7 @@ def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter |
     layers = adapted_layers(module).values()
     if all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
         return
-    set_adapter_of_module(module, adapter or read_adapter(folder))
+    set_adapter(Parts.of(module), adapter or read_adapter(folder))
     for layer in layers:
         layer.adapter_folder = folder
     rank_zero_info(f"QLoRA: the adapters of this {type(module).__name__} are now those of {folder}.")

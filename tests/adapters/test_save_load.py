@@ -26,7 +26,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from tests.conftest import Classifier, raises_in_one_line
 from tests.experts.test_experts import made, qwen3_moe
-from tests.peft.folders import assert_same_folders, assert_same_tensors, read_config
+from tests.peft.folders import PLAIN, assert_same_folders, assert_same_tensors, read_config
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, ids, logits, perturb, save_in_4_bits, toy
 
 peft = pytest.importorskip("peft")
@@ -66,22 +66,14 @@ def dora_and_patterns(name):
 
 POOLER = {"modules_to_save": ["pooler"]}
 CONFIG = {  # adapter_config.json of a Llama; its type, ranks and alphas are written by PEFT too
-    "peft_type": "LORA",
+    **PLAIN,
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": None,
     "inference_mode": True,
     "r": 4,
     "lora_alpha": 8,
-    "lora_dropout": 0.0,
     "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
     "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "bias": "none",
 }
 GPT2 = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
 BERT = {"task_type": None, "target_modules": ["dense", "key", "query", "value"], "modules_to_save": ["classifier"]}

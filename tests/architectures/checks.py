@@ -15,16 +15,15 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.architectures.classes import build_class
 from tests.architectures.models import ALL, build, inputs_of
+from tests.peft.folders import adapter_of
 from tests.toys import ids, perturb
 
 # Without two blocks of one class that hold linear layers: gradient checkpointing warns.
@@ -191,7 +190,7 @@ def check_merge(kind, folder):
     model, base = saved(kind, folder / "base")
     module = load(model, base)
     convert(module, **ARGUMENTS)
-    merge_folder(base, get_adapter(Parts.of(perturb(module))), folder / "out")
+    merge_folder(base, adapter_of(perturb(module)), folder / "out")
     assert_equal(load(model, folder / "out").state_dict(), merge(module).state_dict())
     assert keys(folder / "out") == keys(base)
 

@@ -20,11 +20,9 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter
-from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.conftest import run_python
@@ -38,6 +36,7 @@ from tests.huggingface.test_experts_on_load import (
     same_parameters,
 )
 from tests.huggingface.test_quantize_on_load import InConfigureModel
+from tests.peft.folders import adapter_of
 from tests.toys import assert_equal, ids, needs, perturb, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")
@@ -248,7 +247,7 @@ def test_a_gguf_file(kind, tmp_path):
     for name, value in dense.items():
         assert torch.equal(ours.get_parameter(name), value.bfloat16()), name
     convert(ours, r=2)
-    adapter = get_adapter(Parts.of(perturb(ours)))  # knows the bytes of the training, which was in bf16
+    adapter = adapter_of(perturb(ours))  # knows the bytes of the training, which was in bf16
     merge_folder(tmp_path / "model.gguf", adapter, tmp_path / "file")
     merge_folder(tmp_path, adapter, tmp_path / "folder", dtype="fp32")
     assert model_class.from_pretrained(tmp_path / "folder").dtype is torch.float32
@@ -277,7 +276,7 @@ def store_quantization(folder, **stored):
 def test_what_cannot_be_dequantized_is_said(folders, tmp_path, monkeypatch):
     published, _ = folders("mxfp4", gpt_oss)
     convert(model := made(gpt_oss), r=2)
-    adapter = get_adapter(Parts.of(model))
+    adapter = adapter_of(model)
     store_quantization(published, quant_method="gptq", bits=4)
     with pytest.raises(ImportError, match=r"is in 'gptq', so .* use a folder of the model in 16 bits"):
         loaded(published)

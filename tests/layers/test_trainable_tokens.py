@@ -20,15 +20,14 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.logits.deferred_logits import DeferredLogits
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.selection.token_selection import check_tokens
-from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import survey
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import optimizer_parameters, replace_parameters_by_adapters
+from tests.peft.folders import adapter_of
 from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, toy
 
 TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]
@@ -123,7 +122,7 @@ def test_a_list_of_peft_is_for_the_input_embedding(tmp_path):
     model = tied()
     convert(model, adapter=str(tmp_path))
     expected = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{KEY}"]
-    assert torch.equal(delta(model), expected) and get_adapter(Parts.of(model)).tokens == {"model.embed_tokens": TOKENS}
+    assert torch.equal(delta(model), expected) and adapter_of(model).tokens == {"model.embed_tokens": TOKENS}
 
 
 class Reads(nn.Module):

@@ -8,6 +8,18 @@ from safetensors.torch import load_file
 from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.survey.parts import Parts
 
+PLAIN = {  # entries of adapter_config.json without dropout, patterns, rsLoRA and DoRA
+    "peft_type": "LORA",
+    "lora_dropout": 0.0,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "bias": "none",
+}
+
 
 def adapter_of(module, **arguments):
     return get_adapter(Parts.of(module), **arguments)

@@ -13,20 +13,7 @@ import torch
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_config import CONFIG_FILE, round_alpha
 from lightning_qlora.peft.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
-from tests.peft.folders import assert_same_folders
-
-CONFIG = {  # entries for which PEFT has other defaults, or none
-    "peft_type": "LORA",
-    "task_type": None,
-    "lora_dropout": 0.0,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "bias": "none",
-}
+from tests.peft.folders import PLAIN, assert_same_folders
 
 
 def adapter(number: int, r: int = 2, **entries) -> Adapter:
@@ -35,7 +22,7 @@ def adapter(number: int, r: int = 2, **entries) -> Adapter:
     state = {"lora_A": torch.full((r, 6), value), "lora_B": torch.full((4, r), value)}
     names = {"base_model_name_or_path": f"base-{number}", "target_modules": ["proj"], "modules_to_save": ["head"]}
     return Adapter(
-        config={**CONFIG, "r": r, "lora_alpha": number, **names, **entries},
+        config={**PLAIN, "task_type": None, "r": r, "lora_alpha": number, **names, **entries},
         layers={f"layers.{i}.proj": state for i in range(2)},
         saved={"head.weight": torch.full((3, 5), value, dtype=torch.bfloat16)},
         source="",

@@ -25,14 +25,13 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.adapters.module_adapter import get_adapter
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dora import dora_scale
 from lightning_qlora.layers.input_statistics import add_input
-from lightning_qlora.survey.parts import Parts
 from lightning_qlora.training import calibrated_adapter, calibration
 from tests.conftest import loader
+from tests.peft.folders import adapter_of
 from tests.toys import assert_equal, delta
 
 CALIBRATED = {"r": 8, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["0", "2"]}
@@ -569,7 +568,7 @@ def test_a_checkpoint_keeps_the_initialization_of_its_adapters(saved, resumed):
     one, other = first.state_dict(), second.state_dict()
     del one["_qlora_conversion"], other["_qlora_conversion"]
     assert_equal(one, other)
-    assert get_adapter(Parts.of(second)).quantization.init_lora_weights == saved
+    assert adapter_of(second).quantization.init_lora_weights == saved
     x = torch.randn(4, 64)
     assert torch.equal(first(x), second(x))
 

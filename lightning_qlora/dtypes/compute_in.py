@@ -103,7 +103,7 @@ def compute_in(part: nn.Module, dtype: torch.dtype, casts_output: bool = False) 
 
 
 def let_follow_casts(part: nn.Module) -> None:
-    """A 4-bit layer does so by itself."""
+    """Let casts of a dense module reach its types before; 4-bit layers cast theirs in their own `_apply`."""
     can_follow = not isinstance(part, PackedLayer) and not is_script(part)
     if can_follow and instance_method(part, FollowCasts, "_apply") is None:
         add(FollowCasts(part, "_apply"))

@@ -80,7 +80,6 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
 
 
 def _state_of_layer(layer: LoRALayer) -> State:
-    """Its adapter, whole, and the initial values."""
     values = {name: getattr(layer, name) for name in (*ADAPTER, *INITIAL)}
     return {name: gather(value).detach() for name, value in values.items() if value is not None}
 

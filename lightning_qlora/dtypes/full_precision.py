@@ -172,7 +172,6 @@ def _types(part: nn.Module) -> set[torch.dtype]:
 
 
 def _hold_types(parts: list[nn.Module], slow: Collection[torch.dtype]) -> None:
-    """Hold the values of these types in fp32, and let the modules compute in it."""
     if not slow:
         return
     tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]

@@ -108,7 +108,6 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def check_output_embeddings(modules: Mapping[str, nn.Module], setting: bool | Literal["auto"]) -> None:
-    """Raise ValueError for deferred_logits=True and a module without an output embedding."""
     if setting is True and not output_embeddings(modules):
         raise ValueError(
             f"deferred_logits=True: {type(modules['']).__name__} has no output embedding: no get_output_embeddings() "

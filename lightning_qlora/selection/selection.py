@@ -45,7 +45,6 @@ class Case:
         return self.trains and self.part.kind not in STACKS
 
     def is_not_linear(self) -> str | None:
-        """Why a module that target_modules names has nothing to convert."""
         return None if self.part.is_linear else "only linear layers can be converted"
 
     def has_member(self) -> str | None:
@@ -96,7 +95,6 @@ class Case:
         return f"{LARGE_RANK} {self.config.r} would not be smaller than its {rows}x{columns} weights"
 
     def is_empty(self) -> str | None:
-        """Why there is nothing to quantize."""
         rows, columns = self.part.shape
         return None if rows and columns else f"its {rows}x{columns} weight is empty"
 
@@ -247,8 +245,6 @@ def _rows(case: Case) -> Iterator[Row]:
 
 
 class _Arguments:
-    """The arguments of a conversion, and of each part."""
-
     def __init__(self, config: QLoRAConfig, saved: SavedLayers | None, trains: bool) -> None:
         self._config = config
         self._saved = saved

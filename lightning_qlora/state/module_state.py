@@ -88,7 +88,6 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
 
 
 def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
-    """What a checkpoint says about a module."""
     fingerprints: dict[str, int] = {}
     if config.checkpoint == "adapter":
         for name, layer in parts.layers_in_places.items():

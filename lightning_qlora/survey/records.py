@@ -20,8 +20,6 @@ RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Recor
 
 
 class Record(NamedTuple):
-    """What conversion records of a parameter."""
-
     trained: bool  # whether it required a gradient before conversion
     dtype: torch.dtype  # its type before conversion; a wider one that it is held in has the same fingerprint
     fingerprint: int | None  # of its value, if it is dense and conversion froze it; 0: it had no value yet

@@ -334,7 +334,6 @@ def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, s
 
 
 def fits(needed: int, gpu_memory: int, config: QLoRAConfig) -> str:
-    """A sentence: whether the bytes fit on a GPU, and what to change if they do not."""
     usable = int(gpu_memory * (1 - FRAGMENTATION) - DRIVER)
     available = (
         f"{both_units(usable)} of {both_units(gpu_memory)} (the driver takes up to {size_text(DRIVER)}, fragmentation "
@@ -348,5 +347,4 @@ def fits(needed: int, gpu_memory: int, config: QLoRAConfig) -> str:
 
 
 def both_units(count: int) -> str:
-    """Bytes in GB and in GiB."""
     return f"{size_text(count)} ({size_text(count, 1024)})"

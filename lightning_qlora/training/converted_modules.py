@@ -39,7 +39,6 @@ class ConvertedModules:
 
     @property
     def last(self) -> nn.Module | None:
-        """The module that was converted last."""
         return next(reversed([*self._converted]), None)
 
     def layers(self) -> Iterator[LoRALayer]:

@@ -57,7 +57,6 @@ LARGE = (
 
 
 def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selection, copies: Iterable[Copy]) -> None:
-    """Note what the dense layers show: hooks, copies, names in vain, and names that came too late."""
     late = [part.names.full for part in seen.parts if part.is_read_dense]
     report.note(READ_DENSE, [name for name in late if name in choice.convert])
     for name, why in choice.reasons(IN_VAIN).items():
@@ -75,7 +74,6 @@ def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selec
 def note_before_first_conversion(
     report: ConversionReport, seen: Survey, choice: Selection, config: QLoRAConfig
 ) -> None:
-    """Note that no layer is converted, and frozen layers that have adapters."""
     report.note(BY_HAND, hand_written_adapters(seen))
     if not choice.convert:
         advice = ""
@@ -90,7 +88,6 @@ def note_after_conversion(
     choice: Selection,
     device: torch.device | None,
 ) -> None:
-    """Note what a user may not expect of the converted module that has these modules."""
     parameters = dict(tensors_of(list(modules.items()), ["_parameters"]))
     _note_what_stayed(report, modules, choice)
     report.note(IN_16, [name for name, p in parameters.items() if p.requires_grad and p.dtype in IN_16_BITS])
@@ -117,7 +114,6 @@ def note_after_conversion(
 
 
 def note_other_arguments(report: ConversionReport, modules: Mapping[str, nn.Module], config: QLoRAConfig) -> None:
-    """Note layers of an earlier conversion that have other arguments than those passed now."""
     if config.rank_pattern or config.alpha_pattern:
         return
     for name, layer in adapted_layers_of(modules.items()).items():
@@ -131,7 +127,6 @@ def _has_hooks(weight: Tensor | None) -> bool:
 
 
 def _note_what_stayed(report: ConversionReport, modules: Mapping[str, nn.Module], choice: Selection) -> None:
-    """Note the largest matrices that are frozen in 16 or 32 bits, if they are a large part of all weights."""
     sizes = {}
     skipped = choice.skip
     for name, layer in modules.items():

@@ -243,5 +243,4 @@ def _lines(rows: Iterable[tuple[str, str, str]]) -> str:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line."""
     print(f"QLoRA: {text}")

@@ -129,10 +129,10 @@ def output_dtype(part: nn.Module, input_dtype: torch.dtype) -> torch.dtype:
     return input_dtype
 
 
-def compute_types(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
+def compute_types(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.dtype]:
     """Name of each dense module whose `forward` has another in its place -> the type that it computes in."""
     types = {}
-    for name, part in modules.items():
+    for name, part in modules:
         method = instance_method(part, ComputeIn)
         if method is not None and method.in_fp32:
             types[name] = torch.float32

@@ -40,6 +40,7 @@ from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.selection.selection import Row, select_layers
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import LOADED, keep_marks
 from lightning_qlora.tensors.dtensor import is_sharded
 
@@ -81,7 +82,7 @@ class Loading:
         if self._adapter_is_used or not names.issuperset(self._adapter.modules):
             return None
         self._adapter_is_used = True
-        return config_of_adapter(model, self._adapter, self.config)
+        return config_of_adapter(Parts.of(model), self._adapter, self.config)
 
     def quantizer_for(
         self, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], Choice]

@@ -17,6 +17,7 @@ from lightning_qlora.layers.names import join, outer_names
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.selection.token_selection import select_tokens
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
@@ -193,7 +194,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     The module may be a part of another one, for which a pattern that matches nothing here is meant. `check_selection`
     refuses such patterns in a whole module.
     """
-    return decide(survey(module), config, saved)
+    return decide(survey(Parts.of(module, wrappers=())), config, saved)
 
 
 def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:

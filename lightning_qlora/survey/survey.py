@@ -142,13 +142,17 @@ class Survey:
         return self.parts[0].class_name
 
     @property
+    def was_converted(self) -> bool:
+        """Whether it has layers of an earlier conversion."""
+        return any(part.kind is Kind.CONVERTED for part in self.parts)
+
+    @property
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         return ((part.names.full, part.owner) for part in self.parts if part.stack is None)
 
 
-def survey(root: nn.Module) -> Survey:
-    """Survey a module. Lazy layers must have run."""
-    modules = Parts.of(root, wrappers=())
+def survey(modules: Parts) -> Survey:
+    """Survey a module, by its modules with all of their names. Lazy layers must have run."""
     return Survey(
         parts=list(_Facts(modules).parts()),
         trains=any(parameter.requires_grad for parameter in parameters_of(modules.modules)),

@@ -1,4 +1,4 @@
-"""The modules in a module by their names, from one walk over it: what a conversion, a save, a load and a merge ask for."""
+"""The modules in a module by their names, from one walk over it: what a conversion, a save and a load ask for."""
 
 from collections.abc import Collection, Iterable
 from functools import cached_property

@@ -55,7 +55,6 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
 
 
 def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
-    """The arguments of a layer that differ from those of the module."""
     names = [*arguments_that("of_layer")]
     if layer_config.changes_base or config.changes_base:
         names += ["init_lora_weights", "loftq_config"]

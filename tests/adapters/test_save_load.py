@@ -24,6 +24,7 @@ from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
+from lightning_qlora.survey.parts import Parts
 from tests.conftest import Classifier, raises_in_one_line
 from tests.experts.test_experts import made, qwen3_moe
 from tests.peft.folders import PLAIN, assert_same_folders, assert_same_tensors, read_config
@@ -598,4 +599,8 @@ def test_each_argument_is_kept_or_taken_from_the_folder(tmp_path):
     passed = QLoRAConfig(**KEPT | REPLACED | {"adapter": str(tmp_path)})
     assert all(getattr(passed, name) != defaults[name] for name in KEPT)
     of_folder = {"r": 2, "lora_alpha": 3, "target_modules": r"net\.0", "use_rslora": True}
-    assert vars(config_of_adapter(Classifier(), read_adapter(tmp_path), passed)) == {**defaults, **of_folder, **KEPT}
+    assert vars(config_of_adapter(Parts.of(Classifier()), read_adapter(tmp_path), passed)) == {
+        **defaults,
+        **of_folder,
+        **KEPT,
+    }

@@ -56,6 +56,11 @@ class ConvertedModules:
         self._converted[module] = _Converted(report, device, Audit(report))
         return report
 
+    def use(self, module: nn.Module) -> None:
+        """Let a module be the last one again, after a run of another one in a callback of its own."""
+        if module in self._converted:
+            self._converted[module] = self._converted.pop(module)
+
     def audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step of an optimizer, that what it holds trains."""
         for module, converted in self._converted.items():

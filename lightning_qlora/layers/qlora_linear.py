@@ -125,8 +125,6 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     ) -> "QLoRALinear":
         new: QLoRALinear = derive(QLoRALinear, layer, dense_class)
         new.set_arguments(config, name, seed_name)
-        if new.bias is not None:
-            new.bias.requires_grad_(False)
         return new
 
     @property

@@ -67,6 +67,16 @@ def record(parameters: Iterable[Unrecorded]) -> None:
         vars(owner).setdefault(RECORDS, {})[key] = Record(trained, dtype, number)
 
 
+def record_replaced(parameters: Iterable[Unrecorded]) -> None:
+    """Freeze and record the parameters of what a conversion that ended early made 4-bit layers of."""
+    parts = [each for each in parameters if isinstance(each.owner, LoRALayer) or each.key not in each.owner._parameters]
+    for part in parts:
+        parameter = own_parameters(part.owner).get(part.key)
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    record(parts)
+
+
 def is_recorded(owner: nn.Module) -> bool:
     """Whether a conversion has seen all parameters that a module holds itself, one at least, or made them."""
     if isinstance(owner, LoRALayer):

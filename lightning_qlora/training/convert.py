@@ -26,7 +26,7 @@ from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.state.module_state import use_adapter_state_dict
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import record, unrecorded
+from lightning_qlora.survey.records import record, record_replaced, unrecorded
 from lightning_qlora.survey.survey import Kind, Survey, survey
 from lightning_qlora.tensors.device_types import reason_for_fp32
 from lightning_qlora.training.calibration import waiting_in
@@ -144,7 +144,7 @@ def _convert_new(
     report.take(choice)
     report.count(module, modules)
     note_after_conversion(report, modules, choice, run.device)
-    if not first and not choice.convert:
+    if not first:
         note_other_arguments(report, modules, config)
     return modules
 
@@ -183,15 +183,19 @@ def _apply(
 ) -> None:
     """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
     new = unrecorded(module)
-    converted = convert_layers(seen, choice, run.device)
+    try:
+        converted = convert_layers(seen, choice, run.device)
+    except BaseException:  # an interrupt, or a weight with NaN: `convert` can be called again
+        record_replaced(new)
+        raise
     forget_quantizer(part for _, part in seen.modules)
     report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)
+    record([*unrecorded(module), *new])  # what conversion made, and what was there
     train_in_full_precision(module)
     report.held_in_fp32 = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(module.named_modules())
-    record([*unrecorded(module), *new])  # what conversion made, and what was there
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")

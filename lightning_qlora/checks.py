@@ -62,7 +62,6 @@ def one_line(error: Exception) -> str:
 
 
 def first_of(names: Iterable[str], count: int) -> str:
-    """The first names, and dots if there are more."""
     every = list(names)
     text = ", ".join(every[:count])
     if len(every) > count:
@@ -71,14 +70,12 @@ def first_of(names: Iterable[str], count: int) -> str:
 
 
 def check_finite(name: str, values: Any, advice: str) -> None:
-    """Raise ValueError unless all values of a tensor are finite."""
     low, high = values.aminmax()  # needs no tensor of the size of `values`
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f"{name} {NOT_FINITE}. {advice}")
 
 
 def check_converted(module: Any, layers: Sized) -> None:
-    """Raise ValueError unless a module has layers with adapters."""
     if not layers:
         raise ValueError(
             f"{type(module).__name__} has no adapter. Convert it first: Trainer.fit and fabric.setup do so with "
@@ -94,7 +91,6 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def check_token_indices(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless `value` is a list of different indices, or a dict of such lists."""
     lists = [value]
     if isinstance(value, dict):
         check_dict(name, value)
@@ -108,12 +104,10 @@ def check_token_indices(name: str, value: Any) -> None:
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is True or False."""
     _check(isinstance(value, bool), name, value, "True or False")
 
 
 def check_auto(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless `value` is True, False or "auto"."""
     _check(isinstance(value, (bool, str)), name, value, "True, False or 'auto'")
     check_choice(name, value, (True, False, "auto"))
 
@@ -134,12 +128,10 @@ def parse_memory(name: str, text: str) -> int:
 
 
 def memory_limit(value: int | str) -> int:
-    """The bytes of `gradient_checkpointing`."""
     return parse_memory("gradient_checkpointing", str(value))
 
 
 def check_gradient_checkpointing(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless `value` is a bool, "auto", or a number of bytes, also as "8GiB"."""
     allowed = "True, False, 'auto', or bytes such as '8GiB'"
     _check(isinstance(value, (bool, int, str)), name, value, allowed)
     if not isinstance(value, bool) and value != "auto":
@@ -155,12 +147,10 @@ def check_module(name: str, value: Any) -> None:
 
 
 def check_string(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a string."""
     _check(isinstance(value, str), name, value, "a string")
 
 
 def check_integer(name: str, value: Any, at_least: float = -math.inf) -> None:
-    """Raise TypeError or ValueError unless `value` is an integer in the range; a bool is not."""
     _check(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer")
     if value < at_least:
         raise ValueError(f"{name}={shown(value)}: must be an integer >= {at_least}.")
@@ -169,7 +159,6 @@ def check_integer(name: str, value: Any, at_least: float = -math.inf) -> None:
 def check_number(
     name: str, value: Any, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
-    """Raise TypeError or ValueError unless `value` is a finite number in the range; a bool is not."""
     _check(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
     if not (at_least <= value < below and value > above):  # also refuses NaN
         limits = {">=": at_least, ">": above, "<": below}
@@ -178,7 +167,6 @@ def check_number(
 
 
 def check_names(name: str, value: Any, or_regex: bool = False) -> None:
-    """Raise TypeError unless `value` is a list of non-empty strings; with `or_regex` a regular expression as well."""
     allowed = "a list of non-empty names"
     if or_regex:
         allowed += ", or a regular expression"
@@ -190,7 +178,6 @@ def check_names(name: str, value: Any, or_regex: bool = False) -> None:
 
 
 def check_regex(name: str, value: str) -> None:
-    """Raise ValueError unless `value` compiles as a regular expression."""
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
@@ -198,13 +185,11 @@ def check_regex(name: str, value: str) -> None:
 
 
 def check_dict(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a dict whose keys are non-empty strings."""
     is_dict = isinstance(value, dict) and all(isinstance(key, str) and key for key in value)
     _check(is_dict, name, value, "a dict whose keys are non-empty strings")
 
 
 def check_patterns(name: str, value: Any, check: Callable[[str, Any], None]) -> None:
-    """Raise TypeError or ValueError unless `value` is a dict of regular expressions and of values that pass `check`."""
     check_dict(name, value)
     for pattern, item in value.items():
         check_regex(name, pattern)
@@ -222,7 +207,6 @@ def install(extra: str) -> str:
 
 
 def refuse_unknown_arguments(names: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raise TypeError for an argument that does not exist, with our name for it, if that is known."""
     allowed = list(allowed)
     for name in names:
         if name not in allowed:
@@ -230,7 +214,6 @@ def refuse_unknown_arguments(names: Iterable[str], allowed: Iterable[str]) -> No
 
 
 def _answer(name: str, allowed: list[str]) -> str:
-    """What to do instead, from the table; else the argument with a similar name."""
     if name in OTHER_ARGUMENTS:
         return f"{OTHER_ARGUMENTS[name]}."
     contained = [argument for argument in allowed if "_" in argument and f"_{argument}_" in f"_{name}_"]

@@ -9,8 +9,6 @@ InitLoRAWeights = Literal["default", "gaussian", "loftq", "pissa", "calibrated"]
 
 
 class InitKind(NamedTuple):
-    """What an initialization means."""
-
     keeps_initial: bool = False  # A and B are computed from the float weight, and checkpoints hold what they began with
     moves_weight: bool = False  # a large part of the weight is in the adapter: the base is not the pretrained model
     changes_base: int | None = None  # from this number of iterations on, the base is not quantize(W)
@@ -35,7 +33,6 @@ def split_name(init_lora_weights: str) -> tuple[str, int | None]:
 
 
 def check_initialization(init_lora_weights: Any, loftq_config: Any) -> None:
-    """Raise TypeError or ValueError unless both arguments are allowed, also together."""
     if not (isinstance(init_lora_weights, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", init_lora_weights)):
         check_choice("init_lora_weights", init_lora_weights, (*INITIALIZATIONS, "pissa_niter_16"))
     check_dict("loftq_config", loftq_config)

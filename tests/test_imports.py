@@ -1,6 +1,7 @@
 """What importing the package costs, and that its files depend on each other in one direction."""
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -99,4 +100,10 @@ print(json.dumps([first, heavy]))
 
 def test_every_public_name_is_documented_and_importable():
     for name in lightning_qlora.__all__:
-        assert getattr(lightning_qlora, name).__doc__, name
+        value = getattr(lightning_qlora, name)
+        assert value.__doc__, name
+        for member in vars(value) if isinstance(value, type) else ():
+            if not member.startswith("_") and (
+                callable(getattr(value, member)) or isinstance(vars(value)[member], property)
+            ):
+                assert inspect.getdoc(getattr(value, member)), (name, member)

@@ -116,8 +116,7 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
 
 
 def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:
-    """Round parameters that train in full from fp32 to their previous type."""
-    for name, parameter, previous_dtype in full_precision_parameters(dict(parts.named)):
+    for name, parameter, previous_dtype in full_precision_parameters(parts.named):
         name_in_base = without_wrappers(name).removeprefix(f"{without_wrappers(parts.base_name)}.")
         parameter.data = round_stochastically(parameter.data, DTYPES.get(dtype, previous_dtype), name_in_base)
     undo_full_precision(parts.modules)

@@ -80,7 +80,6 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
 
 
 def _state_of_layer(layer: LoRALayer) -> State:
-    """Its adapter, whole, and the initial values."""
     values = {name: getattr(layer, name) for name in (*ADAPTER, *INITIAL)}
     return {name: gather(value).detach() for name, value in values.items() if value is not None}
 
@@ -125,9 +124,8 @@ def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = 
     return ranks_and_alphas(ranks, {name: adapter.alpha(name) for name in layers}, prefix)
 
 
-def config_of_adapter(module: nn.Module, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
+def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
     """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
-    parts = Parts.of(module)
     prefix = parts.base_name
     layers = from_peft(adapter, parts.base)
     names = {without_wrappers(name): join(prefix, name) for name, _ in parts.inside(prefix)}

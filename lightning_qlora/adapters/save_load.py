@@ -100,7 +100,6 @@ def save_adapter(
 
 
 def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
-    """Names of converted layers whose weight other code multiplied with, or read without calling the layer."""
     names = []
     for name, layer in layers.items():
         if original_class(type(layer)).forward is nn.Linear.forward and layer.is_only_read:
@@ -109,7 +108,6 @@ def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
 
 
 def _changed_buffers(parts: Parts, saved: Collection[str]) -> list[str]:
-    """Names of the buffers that changed since conversion, outside of the modules that are saved."""
     conversion = conversion_of(parts.root)
     if conversion is None:
         return []

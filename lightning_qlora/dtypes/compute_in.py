@@ -41,7 +41,6 @@ class ComputeIn(InstanceMethod):
     in_fp32: bool = False
 
     def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The method, in its type."""
         dtype = self.autocast
         if self.in_fp32:
             if _has_16_bits(self.module):  # FSDP cast them
@@ -65,7 +64,6 @@ class FollowCasts(InstanceMethod):
     """`_apply` of a dense module that holds values in fp32: a cast of the module casts what it computes in, too."""
 
     def call(self, original: Callable[..., Any], fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """As in nn.Module."""
         result = original(fn, *args, **kwargs)
         part = self.module
         follow_cast(part, fn)
@@ -77,7 +75,6 @@ class FollowCasts(InstanceMethod):
 
 
 def compute_methods(part: nn.Module) -> list[ComputeIn]:
-    """The methods of a module that compute in another type."""
     methods = [instance_method(part, ComputeIn, name) for name in ("forward", *STEPS)]
     return [method for method in methods if method is not None]
 
@@ -132,10 +129,10 @@ def output_dtype(part: nn.Module, input_dtype: torch.dtype) -> torch.dtype:
     return input_dtype
 
 
-def compute_types(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
+def compute_types(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.dtype]:
     """Name of each dense module whose `forward` has another in its place -> the type that it computes in."""
     types = {}
-    for name, part in modules.items():
+    for name, part in modules:
         method = instance_method(part, ComputeIn)
         if method is not None and method.in_fp32:
             types[name] = torch.float32
@@ -184,7 +181,6 @@ def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 
 def in_fp32(value: Any) -> Any:
-    """16-bit tensors in fp32, wherever they stand in a value."""
     return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
 
 

@@ -52,18 +52,21 @@ Decide = Callable[[torch.device, torch.dtype], str | None]  # `reason_for_fp32`,
 REASON_OF_FP16 = "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32"
 
 
-def train_in_full_precision(module: nn.Module) -> None:
-    """Hold the 16-bit parameters that train in full in fp32, in place.
+def train_in_full_precision(modules: list[nn.Module]) -> None:
+    """Hold the 16-bit parameters that train in full in fp32, in place; of all modules in the first one.
 
     Two kinds of parameters still train in 16 bits: sharded ones, and those of a ScriptModule.
     """
     trained = [
         (owner, key, parameter)
-        for owner in module.modules()
+        for owner in modules
         for key, parameter in owner.named_parameters(recurse=False)
         if parameter.requires_grad and parameter.dtype in IN_16_BITS
     ]
-    parents = _parents(module)
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for parent in modules:
+        for child in parent.children():
+            parents.setdefault(child, []).append(parent)
     in_16_bits = set[int]()  # tied ones are held in fp32 if all of their modules can
     for owner, _, parameter in trained:
         if is_sharded(parameter) or any(map(is_script, [owner, *_users(owner, parents)])):
@@ -75,10 +78,10 @@ def train_in_full_precision(module: nn.Module) -> None:
     dtypes = [parameter.dtype for _, _, parameter in held]
     buffers = [entry for owner, _, _ in held for entry in _buffers_beside(owner) if entry[2].dtype in IN_16_BITS]
     _hold([*held, *buffers])
-    for part in module.modules():  # also those that were converted before
+    for part in modules:  # also those that were converted before
         dtypes += [dtype for _, tensor, dtype in held_in(part) if tensor.requires_grad]
-    if dtypes and not is_script(module):
-        compute_in(module, dtypes[0])
+    if dtypes and not is_script(modules[0]):
+        compute_in(modules[0], dtypes[0])
 
 
 def _hold(tensors: list[tuple[nn.Module, str, Tensor]]) -> None:
@@ -93,14 +96,6 @@ def _buffers_beside(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]
         for key, buffer in part.named_buffers(recurse=False):
             if buffer.is_floating_point() and not is_script(part):
                 yield part, key, buffer
-
-
-def _parents(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    parents: dict[nn.Module, list[nn.Module]] = {}
-    for parent in module.modules():
-        for child in parent.children():
-            parents.setdefault(child, []).append(parent)
-    return parents
 
 
 def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Iterator[nn.Module]:
@@ -132,12 +127,15 @@ def undo_full_precision(modules: Iterable[nn.Module]) -> None:
 
 
 def hold_in_fp32(
-    module: nn.Module, compute_dtype: ComputeDtype, device: torch.device | None = None, decide: Decide = reason_for_fp32
+    modules: list[nn.Module],
+    compute_dtype: ComputeDtype,
+    device: torch.device | None = None,
+    decide: Decide = reason_for_fp32,
 ) -> list[str]:
     """Hold a module in fp32 where its device should compute in fp32, in place; else give it its 16-bit types.
 
     Args:
-        module: A converted module; what trains in full is in fp32 already.
+        modules: All modules in a converted one; what trains in full is in fp32 already.
         compute_dtype: As in `QLoRAConfig`. With "fp16" a module is held on every device, with "bf16" on none.
         device: The device that it will be on; None: where it is.
         decide: Why a device holds a type in fp32; None: it does not.
@@ -145,20 +143,19 @@ def hold_in_fp32(
     Returns:
         The reason for each type that is held in fp32.
     """
-    parts = list(module.modules())
     types: list[torch.dtype] = []
     if compute_dtype != "bf16":
-        types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in parts)]
-    device = device or _device_of(module)
+        types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in modules)]
+    device = device or _device_of(modules)
     if compute_dtype == "fp16":
         reasons: dict[torch.dtype, Any] = dict.fromkeys(types, REASON_OF_FP16)
     else:
         reasons = {dtype: decide(device, dtype) for dtype in types}
     if not all(reasons.values()):
-        release_from_fp32(parts)
+        release_from_fp32(modules)
     slow = [dtype for dtype in types if reasons[dtype]]
-    _hold_types(parts, slow)
-    _take_16_bit_inputs(parts)
+    _hold_types(modules, slow)
+    _take_16_bit_inputs(modules)
     return [reasons[dtype] for dtype in slow]
 
 
@@ -172,7 +169,6 @@ def _types(part: nn.Module) -> set[torch.dtype]:
 
 
 def _hold_types(parts: list[nn.Module], slow: Collection[torch.dtype]) -> None:
-    """Hold the values of these types in fp32, and let the modules compute in it."""
     if not slow:
         return
     tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
@@ -220,9 +216,9 @@ def release_from_fp32(modules: list[nn.Module]) -> None:
             remove(part, ComputeIn)
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    """The device of a module; of one that is on the meta device, the one that it will be loaded to."""
-    for part in module.modules():
+def _device_of(modules: Iterable[nn.Module]) -> torch.device:
+    """The device of modules; of those that are on the meta device, the one that they will be loaded to."""
+    for part in modules:
         tensors = [part.packed] if isinstance(part, PackedLayer) else own_tensors(part).values()
         device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
         if device is not None:

@@ -28,18 +28,15 @@ class InstanceMethod:
 
     @property
     def original(self) -> Callable[..., Any]:
-        """What it replaces."""
         if self.before is not None:
             return self.before
         method: Callable[..., Any] = getattr(type(self.module), self.name).__get__(self.module)
         return method
 
     def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the method does."""
         raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`call`, until it is removed."""
         if self.is_removed:
             return self.original(*args, **kwargs)
         return self.call(self.original, *args, **kwargs)
@@ -62,7 +59,6 @@ Method = TypeVar("Method", bound=InstanceMethod)
 
 
 def instance_method(module: nn.Module, kind: type[Method], name: str = "forward") -> Method | None:
-    """The instance method of a class that a module has in place of its method `name`; None if it has none."""
     for method in vars(module).get(METHODS, ()):
         if type(method) is kind and method.name == name:
             return method
@@ -70,7 +66,6 @@ def instance_method(module: nn.Module, kind: type[Method], name: str = "forward"
 
 
 def add(method: InstanceMethod) -> None:
-    """Put an instance method in place."""
     patches.replace_method(method.module, method.name, method)
     vars(method.module)[METHODS] = [*vars(method.module).get(METHODS, ()), method]
 

@@ -46,7 +46,6 @@ class ExpertParameter(NamedTuple):
 
     @property
     def loaded(self) -> "QLoRAExperts | None":
-        """The experts, if they are in 4 bits."""
         return stack_of(self.owner, self.key)  # type: ignore[no-any-return]
 
     @property
@@ -107,12 +106,10 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
-        """Outputs of one expert."""
         return self._shape[1]
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
-        """Inputs of one expert."""
         return self._shape[2]
 
     @property
@@ -122,7 +119,6 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the parameter."""
         rows, columns = self.expert_shape
         if self.flat:
             return len(self) * rows, columns
@@ -205,7 +201,6 @@ class QLoRAExperts(SavedLayer):
             restore(owner, _WithExperts)
 
     def extra_repr(self) -> str:
-        """The line `print(model)` shows."""
         return f"experts={len(self)}, {super().extra_repr()}"
 
 

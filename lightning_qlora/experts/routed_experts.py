@@ -36,7 +36,6 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
 
 
 def _product(owner: Any, key: str, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
-    """The rows of x times the weights of their experts: a `QLoRAExperts`, or a parameter that stayed dense."""
     stack = stack_of(owner, key)
     if stack is None:
         y = _dense_product(owner, getattr(owner, key), x, ends)

@@ -23,14 +23,11 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in the header of a safetensors file."""
-
     dtype: str  # safetensors' name: "F32", "BF16", "U8", "BOOL", ...
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Size of the data."""
         match = re.search(r"\d+", self.dtype)
         if match is None:  # BOOL: one byte
             return math.prod(self.shape)
@@ -48,7 +45,6 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Entries and metadata of a safetensors file; raises as `open_safetensors` does."""
     with open_safetensors(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, not a dict
         entries = {key: TensorEntry(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
@@ -70,12 +66,10 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; FileNotFoundError or ValueError if there is none."""
     return parse_json(path.read_bytes(), path)
 
 
 def parse_json(text: str | bytes, source: object) -> dict[str, Any]:
-    """The object in a JSON text; ValueError, with the source, if there is none."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -124,7 +118,6 @@ class WeightFolder:
                 raise ValueError(f"{self.folder / name}: has no tensor {key!r}, though {INDEX} says so.")
 
     def files(self) -> list[Path]:
-        """The files, in order."""
         return sorted(set(self.file_of.values()))
 
     def is_packed(self, key: str) -> bool:
@@ -132,7 +125,6 @@ class WeightFolder:
         return f"{key}.absmax" in self.entries
 
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
-        """Read tensors to the CPU."""
         tensors: dict[str, Tensor] = {}
         for path in {self.file_of[key] for key in keys}:
             with open_safetensors(path) as file:
@@ -141,7 +133,6 @@ class WeightFolder:
 
 
 def _file_names(index: Path) -> dict[str, str]:
-    """Keys of the index and their files; empty if there is no index."""
     if not index.is_file():
         return {}
     weight_map = read_json(index).get("weight_map")

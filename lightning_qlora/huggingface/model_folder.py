@@ -41,7 +41,6 @@ class TensorGroup:
 
     @property
     def keys(self) -> list[str]:
-        """All keys in the folder."""
         return [key for keys in self.sources.values() for key in keys]
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +110,6 @@ class ModelFolder(WeightFolder):
         return ModelFolder(folder, model)
 
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:
-        """Read parameters to the CPU, by their names."""
         stored = self.stored.tensors([key for name in keys for key in self._stored_keys(name)])
         tensors = {}
         for name in keys:
@@ -129,7 +127,6 @@ class ModelFolder(WeightFolder):
         return group.keys
 
     def where(self, name: str) -> str:
-        """File and keys of a parameter, for messages."""
         return f"{self.file_of[name]}: {', '.join(map(repr, self._stored_keys(name)))}"
 
     def _match(self, model: Any) -> list[TensorGroup]:

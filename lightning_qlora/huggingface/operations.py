@@ -37,14 +37,11 @@ LOAD_WHOLE = (
 
 
 class Nothing(ConversionOps):
-    """Leaves a tensor as it is in the files."""
-
     hf_quantizer = None  # upstream looks for this name; such conversions are not kept for saving
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str, **_: Any
     ) -> dict[str, Any]:
-        """See ConversionOps."""
         (tensor,) = input_dict.values()
         return {full_layer_name: tensor}
 
@@ -67,7 +64,6 @@ class Compose(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, Any]:  # type: ignore[override]
-        """See ConversionOps."""
         return self._by_expert(input_dict, arguments) or self._run(input_dict, arguments)
 
     def _by_expert(self, tensors: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -248,7 +244,6 @@ class Place:
 
 
 def _not_splittable(place: DTensor, chosen: Row) -> str | None:
-    """Why a parameter that a plan of transformers distributes can't be in 4 bits; None if it can."""
     if chosen.stack is not None:
         return SPLIT_EXPERTS
     if place.device_mesh.ndim > 1:
@@ -259,7 +254,6 @@ def _not_splittable(place: DTensor, chosen: Row) -> str | None:
 
 
 def wrong_shape(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:
-    """The error for a weight of the files whose shape is not that of the model."""
     return (
         f"{key!r} has shape {list(shape)}, and the model has {list(expected)} there. Load it with the config that "
         "belongs to the files, or pass ignore_mismatched_sizes=True to from_pretrained to initialize this layer anew "

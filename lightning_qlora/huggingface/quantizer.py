@@ -40,6 +40,7 @@ from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.selection.selection import Row, select_layers
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import LOADED, keep_marks
 from lightning_qlora.tensors.dtensor import is_sharded
 
@@ -81,7 +82,7 @@ class Loading:
         if self._adapter_is_used or not names.issuperset(self._adapter.modules):
             return None
         self._adapter_is_used = True
-        return config_of_adapter(model, self._adapter, self.config)
+        return config_of_adapter(Parts.of(model), self._adapter, self.config)
 
     def quantizer_for(
         self, model_config: Any, device_map: Any, gguf_file: str | None, ask: Callable[[Any], Choice]
@@ -180,15 +181,12 @@ class QLoRAQuantizer(HfQuantizer):
     # ---------------------------------------------------------------- how a weight is read
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """Whether a parameter of the model is the weight of a chosen layer, or a chosen stack of experts."""
         return param_name in self.chosen
 
     def get_quantize_ops(self) -> Quantize:
-        """The operation that turns a float weight of the files into a 4-bit layer."""
         return Quantize(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
-        """transformers' conversions of the files, each followed by ours."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)  # type: ignore
         if self.folder is None:
             conversions = self.followed_by_ours(conversions)
@@ -255,7 +253,6 @@ class QLoRAQuantizer(HfQuantizer):
         return model
 
     def error(self, key: str, message: str) -> ValueError:
-        """An error that names the file of a key."""
         path = self.file_of.get(key)
         if path is not None:
             message = f"{path}: {message}"
@@ -269,7 +266,6 @@ class QLoRAQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters train."""
         return True
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
@@ -296,7 +292,6 @@ class PackedQuantizer(QLoRAQuantizer):
         return chosen
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """The operation that loads 4-bit weights of the files."""
         return [WeightConverter(source_patterns=STORED, target_patterns="weight", operations=[LoadPacked(self)])]
 
 
@@ -316,7 +311,6 @@ class DequantizingQuantizer(QLoRAQuantizer):
         super()._process_model_before_weight_loading(model, *args, **arguments)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
-        """The conversions of the format, each followed by ours."""
         return self.followed_by_ours(self._original.update_weight_conversions(weight_conversions, *model))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:

@@ -61,7 +61,6 @@ Version = tuple[str, Tensor, int]  # name of a tensor on the meta device, and it
 
 
 def versions(model: nn.Module) -> list[Version]:
-    """The tensors of a model that are on the meta device."""
     return [(name, tensor, tensor._version) for name, tensor in named_tensors(model) if tensor.is_meta]
 
 

@@ -55,12 +55,10 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    """See `reference.dequantize`."""
     return dequantize_into(weight.packed.new_empty(weight.numel, dtype=dtype), weight).view(weight.shape)
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
-    """See `PackedBytes.dequantize_into`."""
     library = _library(out)
     if library is None:
         return weight.dequantize_into(out)
@@ -68,14 +66,12 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
 
 
 def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
-    """See `reference.lora_project`."""
     return product(_dropped(x, lora), lora.a.T)
 
 
 def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
-    """See `reference.linear_into`."""
     if isinstance(x, Tensor) and linear_of_few_rows(out, x, weight, bias, lora, xa):
         return
     product(factor(xa, x), lora.b.T, lora.scaling, out)
@@ -101,7 +97,6 @@ def linear_of_few_rows(
 def linear_backward(
     grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """See `reference.linear_backward`."""
     grad_xa = factor(product(grad, lora.b, lora.scaling), grad)
     grad_b = cast(product(grad.T, xa, lora.scaling), lora.b.dtype)
     grad_a = cast(product(grad_xa.T, _dropped(x, lora)), lora.a.dtype)

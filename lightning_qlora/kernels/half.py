@@ -36,12 +36,10 @@ class Half(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the matrix."""
         return self.values.shape
 
     @property
     def device(self) -> torch.device:
-        """The device of the values."""
         return self.values.device
 
     def to_fp32(self) -> Tensor:

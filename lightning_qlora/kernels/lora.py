@@ -24,7 +24,6 @@ class LoRA(NamedTuple):
 
 
 def check_operands(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
-    """Raise TypeError or ValueError for types, shapes, sizes or devices with which a layer can't be computed."""
     if x.dtype not in FLOATS:
         raise TypeError(f"x: must be float32, bfloat16 or float16, not {x.dtype}.")
     if lora.in_fp16 and x.dtype is not torch.float32:

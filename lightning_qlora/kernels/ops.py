@@ -85,7 +85,6 @@ def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, d
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    """The float weight [out, in] behind 4-bit bytes."""
     return cast(Tensor, torch.ops.lightning_qlora.dequantize(*weight, dtype))
 
 

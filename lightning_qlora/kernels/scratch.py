@@ -53,7 +53,6 @@ def scratch(
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -21,12 +21,10 @@ class Derived:
 
     @classmethod
     def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
-        """The bases of the class that is derived from another."""
         return cls, before
 
     @classmethod
     def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
-        """Members of the derived class."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -79,5 +77,4 @@ def _class_of(kind: Any, mixins: Any) -> Any:
 
 
 def _new(original: Any, mixins: Any) -> Any:
-    """An instance without attributes."""
     return object.__new__(_class_of(original, mixins))

@@ -54,7 +54,6 @@ class InputStatistics:
         return name
 
     def join(self, layer: nn.Module) -> None:
-        """Add a layer, which has the weight."""
         self._layers.append(ref(layer))
 
     def leave(self, layer: Any) -> None:
@@ -120,7 +119,6 @@ def _(sums: Tensor, number: int, x: Tensor, lora_b: Tensor, in_training: bool, n
 
 
 def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
-    """The statistics with which a `LoRALayer`, which has this float weight, waits for inputs."""
     previous: InputStatistics | None = layer.input_statistics
     statistics = InputStatistics(dense_weight, layer.matrix_count, dense_weight.shape[-1], layer.packed.device)
     statistics.join(layer)

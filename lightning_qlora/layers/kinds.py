@@ -13,8 +13,6 @@ from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
 class LayerKind(NamedTuple):
-    """A class of linear layers."""
-
     transposed: bool = False  # whether the weight is stored as [in, out]
     sizes: tuple[str, str] = ("out_features", "in_features")  # attributes with the numbers of its outputs and inputs
     forward: Callable[..., Tensor] | None = None  # of the 4-bit class; None: as QLoRALinear, or its nn.Linear subclass

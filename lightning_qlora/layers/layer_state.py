@@ -126,7 +126,6 @@ def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
 
 
 def read_base(state_dict: Mapping[str, Any], prefix: str) -> list[PackedWeight]:
-    """The 4-bit weights of a layer in a state dict; none if there are none."""
     key = f"{prefix}weight"
     if f"{key}.absmax" in state_dict:
         return [PackedWeight.from_bnb_state_dict(state_dict, key)]
@@ -148,7 +147,6 @@ def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes
 
 
 def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
-    """CheckpointMismatchError if a layer has other arguments than the saved ones, by which its adapter computes."""
     for argument in SAME_FUNCTION:
         value = getattr(layer.config, argument)
         if argument in saved and saved[argument] != value:

@@ -61,7 +61,6 @@ class LoRALayer(WithAdapter, TypedLayer):
         self.lora_dropout = config.lora_dropout
 
     def set_config(self, config: QLoRAConfig) -> None:
-        """Set the arguments, and the factor s that they give."""
         self.config = config
         self.scaling = config.scaling
 
@@ -107,7 +106,6 @@ class LoRALayer(WithAdapter, TypedLayer):
         self.set_adapter(*(self.join_matrices(values) for values in zip(*adapters, strict=True)))
 
     def seed_name_of(self, number: int) -> str:
-        """The name that the seed of a matrix is made from."""
         return f"{self.seed_name}.{number}" if self.is_stack else self.seed_name
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -165,7 +163,6 @@ class LoRALayer(WithAdapter, TypedLayer):
         self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
 
     def check_can_disable(self) -> None:
-        """Raise ValueError if the adapter began with a part of the weight, as PiSSA's."""
         if self.config.init_kind.moves_weight:
             raise ValueError(
                 f"disable_adapter: {self.full_name} was initialized with init_lora_weights="
@@ -179,13 +176,11 @@ class LoRALayer(WithAdapter, TypedLayer):
         return self.weight_was_called or (self.weight_was_read and not self.was_called)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """The parameters that train."""
         parameters = [self._parameters.get(name) for name in ADAPTER]
         return [parameter for parameter in parameters if parameter is not None]
 
     @property
     def r(self) -> int:
-        """Rank of the adapter."""
         return self.lora_A.shape[-2]
 
     def effective_weight(self) -> Tensor:
@@ -196,7 +191,6 @@ class LoRALayer(WithAdapter, TypedLayer):
         return self.join_matrices([self.effective_matrix(matrix) for matrix in self.matrices()])
 
     def effective_matrix(self, matrix: Matrix) -> Tensor:
-        """`effective_weight` of one matrix."""
         base = ops.dequantize(matrix.weight, self.weight_dtype)
         if self._qlora_disabled:
             return base
@@ -241,7 +235,6 @@ class LoRALayer(WithAdapter, TypedLayer):
         return seed
 
     def extra_repr(self) -> str:
-        """The line `print(model)` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.quant_type}, "
             f"block_size={self.block_size}, r={self.r}, scaling={self.scaling:g}"

@@ -41,7 +41,6 @@ def outer_names(name: str) -> Iterator[str]:
 
 
 def last_part(name: str) -> str:
-    """The name of a module or parameter in the module that holds it."""
     return name.rpartition(".")[2]
 
 

@@ -83,7 +83,6 @@ class PackedLayer(nn.Module):
 
     @property
     def weight_bytes(self) -> PackedBytes:
-        """The 4-bit weight in the form that the ops take."""
         return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
 
     def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
@@ -110,7 +109,6 @@ class PackedLayer(nn.Module):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight."""
         *experts, rows, columns = self._shape
         if self._transposed:
             return *experts, columns, rows

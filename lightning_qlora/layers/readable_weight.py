@@ -102,7 +102,6 @@ class Readable(Tensor):
         return plain(self).detach().clone()  # type: ignore[no-any-return]
 
     def numpy(self, **options: bool) -> Any:
-        """The values as an array."""
         return plain(self).detach().numpy(**options)
 
 
@@ -150,14 +149,12 @@ class ReadableWeight(Readable):
 
     @staticmethod
     def __new__(cls, source: Any, transposed: bool = False, detached: bool = False) -> "ReadableWeight":
-        """A tensor without memory."""
         shape = source.weight_metadata()[0]
         weight: ReadableWeight = _without_memory(cls, source, shape[::-1] if transposed else shape, detached)
         weight._transposed = transposed
         return weight
 
     def values(self) -> Tensor:
-        """The effective weight."""
         weight: Tensor = self._source.effective_weight()
         return weight.T if self._transposed else weight
 
@@ -205,7 +202,6 @@ def readable_parameter(source: Any) -> Tensor:
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
-    """The arguments of F.linear, by position or by name."""
     return input, weight, bias
 
 
@@ -216,12 +212,10 @@ class Expert(NamedTuple):
     matrix: Any  # its `Matrix`
 
     def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-        """Shape [out, in], type and device of the weight."""
         shape, dtype, device = self.stack.weight_metadata()
         return shape[1:], dtype, device
 
     def adapter_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that train."""
         return self.stack.adapter_parameters()  # type: ignore[no-any-return]
 
     @property
@@ -229,11 +223,9 @@ class Expert(NamedTuple):
         return self.stack._qlora_disabled  # type: ignore[no-any-return]
 
     def effective_weight(self) -> Tensor:
-        """W + s B A."""
         return self.stack.effective_matrix(self.matrix)  # type: ignore[no-any-return]
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What `F.linear(x, weight, bias)` computes."""
         return self.stack.compute(x, self.matrix, bias)  # type: ignore[no-any-return]
 
 
@@ -246,12 +238,10 @@ class ReadableStack(Readable):
         return _without_memory(cls, source, shape or source.weight_shape, detached)  # type: ignore[no-any-return]
 
     def values(self) -> Tensor:
-        """The effective weights."""
         weight: Tensor = self._source.effective_weight()
         return weight.view(self.shape)
 
     def detach(self) -> "ReadableStack":
-        """The same without a gradient."""
         return ReadableStack(self._source, tuple(self.shape), detached=True)
 
     def _expert(self, matrix: Any) -> Tensor:

@@ -44,7 +44,6 @@ class Split(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The number of this rank in the mesh."""
         return self.mesh.get_local_rank()
 
     def block_numbers(self, block_size: int, device: torch.device) -> Tensor:
@@ -62,7 +61,6 @@ class Split(NamedTuple):
 
 
 def unknown_style(style: str) -> str:
-    """The error for a style of a plan that can't split a 4-bit layer."""
     return (
         f"a 4-bit layer is split by ColwiseParallel or RowwiseParallel (colwise, rowwise), not by {style}. Remove it "
         f"from the plan, or {KEEP_DENSE}."

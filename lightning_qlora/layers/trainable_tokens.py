@@ -49,7 +49,6 @@ class TokenAdapter(WithAdapter):
         self.register_buffer("order", index.argsort(), persistent=False)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """The parameters that train."""
         return [self.trainable_tokens_delta]
 
 
@@ -77,7 +76,6 @@ class TrainableTokens(Derived):
         return readable_parameter(self)
 
     def weight_metadata(self) -> tuple[Any, torch.dtype, torch.device]:
-        """Shape, type and device of the weight."""
         weight = self.base().weight
         return weight.shape, weight.dtype, weight.device
 
@@ -93,7 +91,6 @@ class TrainableTokens(Derived):
         return self.token_adapter._qlora_disabled
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """The rows that train."""
         return self.token_adapter.adapter_parameters()
 
     def base(self) -> Any:
@@ -101,7 +98,6 @@ class TrainableTokens(Derived):
         return self._view(self.classes_before[TrainableTokens])
 
     def _view(self, kind: Any, **changed: Any) -> Any:
-        """This layer with another class, and other values of attributes."""
         view = object.__new__(kind)
         view.__dict__.update(self.__dict__, **changed)
         view.__dict__.pop("forward", None)  # what stands in place of it calls this layer
@@ -136,8 +132,6 @@ class TrainableTokens(Derived):
 
 
 class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[override]
-    """An embedding with rows that train."""
-
     def forward(self, input: Tensor) -> Tensor:
         """Tokens [...] -> [..., dim]."""
         output: Tensor = self.base().forward(input)
@@ -155,8 +149,6 @@ class TrainableTokensEmbedding(TrainableTokens, nn.Embedding):  # type: ignore[o
 
 
 class TrainableTokensLinear(TrainableTokens, nn.Linear):  # type: ignore[override]
-    """An output embedding with rows that train."""
-
     def forward(self, input: Tensor) -> Tensor:
         """Hidden states [..., dim] -> logits [..., vocabulary]."""
         logits: Tensor = self.base().forward(input)

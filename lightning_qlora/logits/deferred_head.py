@@ -1,7 +1,7 @@
 """Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import last_part, without_numbers
 from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import OUTPUT_EMBEDDINGS, get_output_embeddings
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
@@ -78,26 +79,26 @@ def compute_logits(modules: Iterable[nn.Module]) -> None:
         remove(head, DeferredForward)
 
 
-def output_embeddings(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Name -> plain linear layer, in 4 bits or not, that computes the logits of a vocabulary; of modules by name.
+def output_embeddings(parts: Parts) -> dict[str, Any]:
+    """Name -> plain linear layer, in 4 bits or not, that computes the logits of a vocabulary.
 
     These are what `get_output_embeddings` of a model in the module returns, layers with a name in OUTPUT_EMBEDDINGS,
     and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
     that of another one differ only in a number.
     """
-    heads = {id(layer) for layer in get_output_embeddings(modules.values())}
+    heads = {id(layer) for layer in get_output_embeddings(parts.modules)}
     in_models: set[int] = set()
-    for part in modules.values():
+    for part in parts.modules:
         if heads and callable(getattr(part, "get_output_embeddings", None)):
             in_models |= {id(layer) for layer in part.modules()}
-    outside = {name: layer for name, layer in modules.items() if id(layer) not in in_models}
+    outside = {name: layer for name, layer in parts.named if id(layer) not in in_models}
     sizes = {layer.num_embeddings for layer in outside.values() if isinstance(layer, nn.Embedding)}
     fitting = {name: layer for name, layer in outside.items() if _is_plain(layer) and layer.out_features in sizes}
     repeated = Counter(map(without_numbers, fitting))
     heads |= {id(layer) for name, layer in fitting.items() if repeated[without_numbers(name)] == 1}
     return {
         name: layer
-        for name, layer in modules.items()
+        for name, layer in parts.named
         if _is_plain(layer) and (id(layer) in heads or last_part(name) in OUTPUT_EMBEDDINGS)
     }
 
@@ -107,21 +108,18 @@ def _is_plain(layer: nn.Module) -> bool:
     return original_class(type(layer)) is nn.Linear or is_packed(layer)
 
 
-def check_output_embeddings(modules: Mapping[str, nn.Module], setting: bool | Literal["auto"]) -> None:
-    """Raise ValueError for deferred_logits=True and a module without an output embedding."""
-    if setting is True and not output_embeddings(modules):
+def check_output_embeddings(parts: Parts, setting: bool | Literal["auto"]) -> None:
+    if setting is True and not output_embeddings(parts):
         raise ValueError(
-            f"deferred_logits=True: {type(modules['']).__name__} has no output embedding: no get_output_embeddings() "
+            f"deferred_logits=True: {type(parts.root).__name__} has no output embedding: no get_output_embeddings() "
             f"that returns an nn.Linear, no nn.Linear named {', '.join(OUTPUT_EMBEDDINGS)}, and none with as many "
             "outputs as an nn.Embedding has rows. Give the layer one of these names, or pass deferred_logits='auto' or "
             "False."
         )
 
 
-def defer_output_embeddings(
-    modules: Mapping[str, nn.Module], setting: bool | Literal["auto"], sharded: bool = False
-) -> dict[str, int]:
-    """Make the output embeddings among the modules of a converted one return deferred logits in training, in place.
+def defer_output_embeddings(parts: Parts, setting: bool | Literal["auto"], sharded: bool = False) -> dict[str, int]:
+    """Make the output embeddings of a converted module return deferred logits in training, in place.
 
     With "auto" those with `LARGE` * inputs outputs or more. Nothing is deferred if a strategy shards the parameters.
 
@@ -129,7 +127,7 @@ def defer_output_embeddings(
         Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`, or if its adapter has
         dropout.
     """
-    heads = output_embeddings(modules) if setting else {}
+    heads = output_embeddings(parts) if setting else {}
     chosen = {
         name: head for name, head in heads.items() if setting is True or head.out_features >= LARGE * head.in_features
     }
@@ -137,12 +135,12 @@ def defer_output_embeddings(
         return dict.fromkeys(chosen, 0)
     for head in chosen.values():
         defer_logits(head)
-    return deferred_heads(modules)
+    return deferred_heads(parts)
 
 
-def deferred_heads(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+def deferred_heads(parts: Parts) -> dict[str, int]:
     """Name of each output embedding whose logits are deferred -> bytes saved for each 1,000 tokens."""
-    heads = {name: part for name, part in modules.items() if instance_method(part, DeferredForward)}
+    heads = {name: part for name, part in parts.named if instance_method(part, DeferredForward)}
     return {name: saved_bytes(head) for name, head in heads.items()}
 
 

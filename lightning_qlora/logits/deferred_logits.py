@@ -75,7 +75,6 @@ class DeferredLogits(Readable):
         functions: tuple[Function, ...] = (),
         parent: "tuple[DeferredLogits, Function] | None" = None,
     ) -> "DeferredLogits":
-        """A tensor with the shape, type and device of the logits, and no memory."""
         logits: DeferredLogits = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], source.head.out_features), dtype=dtype, device=hidden.device
         )
@@ -91,7 +90,6 @@ class DeferredLogits(Readable):
         return DeferredLogits(hidden, self.source, self.dtype, self.functions, (self, of_parent)).attached()
 
     def compute(self, hidden: Tensor) -> Tensor:
-        """The logits of some rows of hidden states."""
         logits = self.source.compute(hidden)
         for function in self.functions:
             logits = function(logits)
@@ -137,7 +135,6 @@ class DeferredLogits(Readable):
         return self
 
     def detached(self) -> "DeferredLogits":
-        """The same without a gradient."""
         return DeferredLogits(self.hidden, self.source, self.dtype, self.functions, (self, lambda real: real))
 
     def parameters(self) -> list[Any]:
@@ -145,7 +142,6 @@ class DeferredLogits(Readable):
         return [self.hidden, *self.source.trained]
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of `parameters()` from that of the logits."""
         again = torch.is_grad_enabled()  # with `create_graph=True`
         with torch.enable_grad():
             hidden = self.hidden
@@ -156,7 +152,6 @@ class DeferredLogits(Readable):
 
     @property
     def data(self) -> Tensor:
-        """The real logits without a gradient."""
         return self.computed(keep=True).detach()
 
     @data.setter

@@ -10,7 +10,6 @@ def closure_of(args: Any, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
 
 
 def after_closure(closure: Callable[[], Any], action: Callable[[], Any]) -> Callable[[], Any]:
-    """A closure that does something after the backward pass."""
 
     def run() -> Any:
         loss = closure()

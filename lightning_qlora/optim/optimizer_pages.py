@@ -45,7 +45,6 @@ class OptimizerPages:
 
     @property
     def pools(self) -> list[Pool]:
-        """The pools in use."""
         return [pool for pool in self._pools.values() if pool is not None]
 
     def page(self, param: Any, value: Any) -> None:

@@ -24,7 +24,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
 
 
 def is_8bit(state: Mapping[Any, Any]) -> bool:
-    """Whether the state of a parameter is in 8 bits."""
     return f"{MOMENTS[0]}_absmax" in state
 
 
@@ -112,7 +111,6 @@ def shard_count(param: Tensor) -> int:
 
 
 def block_count(numel: int) -> int:
-    """The number of blocks of a tensor of `numel` elements."""
     return -(-numel // STATE_BLOCK_SIZE)
 
 

@@ -54,7 +54,6 @@ class Adapter:
         return frozenset(self.config.get("target_parameters") or ())
 
     def is_target(self, parameter: str) -> bool:
-        """Whether they name a parameter."""
         return not self.target_parameters.isdisjoint(name_endings(parameter))
 
     @cached_property

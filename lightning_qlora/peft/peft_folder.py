@@ -160,7 +160,6 @@ def _layers_and_saved(tensors: State) -> tuple[dict[str, State], State]:
 
 
 def _check_saved(key: str, name: str, tensor: Tensor) -> None:
-    """Refuse a value that `modules_to_save` can't have."""
     if "." not in name:
         raise ValueError(f"key {key!r} is in no module, and modules_to_save names modules. {DAMAGED}")
     if tensor.dtype not in ADAPTER_DTYPES and (tensor.is_floating_point() or tensor.is_complex()):

@@ -49,7 +49,6 @@ class ExpertStack(NamedTuple):
 
     @classmethod
     def of(cls, part: ExpertParameter, wrappers: int) -> "ExpertStack":
-        """That of a parameter, dense or converted."""
         # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
         swapped = part.transposed != bool(getattr(part.owner, "is_transposed", False))
         if part.loaded is not None:

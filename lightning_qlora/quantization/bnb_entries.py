@@ -29,7 +29,6 @@ def bnb_meta(
 
 
 def json_bytes(values: Mapping[str, Any]) -> Tensor:
-    """A JSON object as uint8."""
     return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
 
 
@@ -50,7 +49,6 @@ def read_bnb_meta(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any] | 
 
 
 def read_meta(prefix: str, key: str, entry: Tensor) -> dict[str, Any]:
-    """The JSON object in bitsandbytes' `quant_state` entry, its values checked."""
     try:
         meta = json.loads(bytes(entry.tolist()))
         quant_type, block_size, dtype, shape = (meta[name] for name in ("quant_type", "blocksize", "dtype", "shape"))

@@ -32,7 +32,6 @@ class PackedBytes(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Number of weights."""
         return math.prod(self.shape)
 
     def unbind(self) -> "list[PackedBytes]":
@@ -47,7 +46,6 @@ class PackedBytes(NamedTuple):
         return self._replace(packed=packed, absmax=absmax, nested=nested, shape=self.shape[1:])
 
     def to(self, device: torch.device) -> "PackedBytes":
-        """The same weight on another device."""
         packed, absmax, nested = (tensor.to(device) for tensor in self[:3])
         return self._replace(packed=packed, absmax=absmax, nested=nested)
 

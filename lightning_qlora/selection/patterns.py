@@ -41,7 +41,6 @@ class Patterns:
             self._expressions[key] = re.compile(rf"(.*\.)?({key})$")
 
     def of_name(self, name: str) -> Iterator[str]:
-        """The patterns that a name matches."""
         if name in self._names:
             yield self._names[name]
         if self._endings:
@@ -49,7 +48,6 @@ class Patterns:
         yield from (text for text, expression in self._expressions.items() if expression.fullmatch(name))
 
     def match(self, names: Iterable[str]) -> bool:
-        """Whether one of the names matches."""
         return self.first(names) is not None
 
     def match_outer(self, names: Iterable[str]) -> bool:
@@ -57,7 +55,6 @@ class Patterns:
         return self.match(outer for name in names for outer in outer_names(name) if outer or not name)
 
     def first(self, names: Iterable[str]) -> str | None:
-        """The first pattern that one of the names matches."""
         if not self.texts:
             return None
         matching = {text for name in names for text in self.of_name(name)}

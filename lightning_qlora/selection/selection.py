@@ -17,6 +17,7 @@ from lightning_qlora.layers.names import join, outer_names
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.selection.token_selection import select_tokens
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
@@ -45,7 +46,6 @@ class Case:
         return self.trains and self.part.kind not in STACKS
 
     def is_not_linear(self) -> str | None:
-        """Why a module that target_modules names has nothing to convert."""
         return None if self.part.is_linear else "only linear layers can be converted"
 
     def has_member(self) -> str | None:
@@ -96,7 +96,6 @@ class Case:
         return f"{LARGE_RANK} {self.config.r} would not be smaller than its {rows}x{columns} weights"
 
     def is_empty(self) -> str | None:
-        """Why there is nothing to quantize."""
         rows, columns = self.part.shape
         return None if rows and columns else f"its {rows}x{columns} weight is empty"
 
@@ -195,7 +194,7 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
     The module may be a part of another one, for which a pattern that matches nothing here is meant. `check_selection`
     refuses such patterns in a whole module.
     """
-    return decide(survey(module), config, saved)
+    return decide(survey(Parts.of(module, wrappers=())), config, saved)
 
 
 def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
@@ -247,8 +246,6 @@ def _rows(case: Case) -> Iterator[Row]:
 
 
 class _Arguments:
-    """The arguments of a conversion, and of each part."""
-
     def __init__(self, config: QLoRAConfig, saved: SavedLayers | None, trains: bool) -> None:
         self._config = config
         self._saved = saved

@@ -55,7 +55,6 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
 
 
 def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
-    """The arguments of a layer that differ from those of the module."""
     names = [*arguments_that("of_layer")]
     if layer_config.changes_base or config.changes_base:
         names += ["init_lora_weights", "loftq_config"]
@@ -97,7 +96,9 @@ def tied_names(base: Parts) -> list[list[str]]:
 
 
 def _task_type(base: nn.Module) -> str | None:
-    """PEFT's task type of a base model; None if it has none, or one whose class would add modules."""
+    """PEFT's task type of a base model; None if it has none, or one whose class would add modules or text inputs."""
+    if getattr(base, "main_input_name", "input_ids") != "input_ids":
+        return None
     name = type(base).__name__
     has_encoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     if name.endswith("ForConditionalGeneration") and has_encoder:

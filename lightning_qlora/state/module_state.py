@@ -69,13 +69,14 @@ def ask_for(keys: Collection[str]) -> Iterator[None]:
         _in_file.reset(token)
 
 
-def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRAConfig) -> None:
+def use_adapter_state_dict(parts: Parts, config: QLoRAConfig, given: QLoRAConfig) -> None:
     """Leave the base out of state dicts of a converted module, and add it on loading, which can be strict.
 
     `config`: the arguments of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were
     passed.
     """
-    parts = Parts.of(root)
+    root = parts.root
+    parts = Parts(parts.places, (CHECKPOINTED,))  # names as in state dicts
     earlier = [conversion_of(part) for part in parts.modules]
     requests = [request for conversion in earlier if conversion is not None for request in conversion.given]
     buffers = {name: fingerprint(value) for name, value in float_buffers(parts)}
@@ -88,7 +89,6 @@ def use_adapter_state_dict(root: nn.Module, config: QLoRAConfig, given: QLoRACon
 
 
 def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
-    """What a checkpoint says about a module."""
     fingerprints: dict[str, int] = {}
     if config.checkpoint == "adapter":
         for name, layer in parts.layers_in_places.items():

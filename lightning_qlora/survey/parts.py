@@ -1,4 +1,4 @@
-"""The modules in a module by their names, from one walk over it: what a save, a load and a merge ask for."""
+"""The modules in a module by their names, from one walk over it: what a conversion, a save and a load ask for."""
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
@@ -53,7 +53,6 @@ class Parts:
 
     @property
     def root(self) -> nn.Module:
-        """The module itself."""
         return self.places[0][1]
 
     @cached_property
@@ -66,7 +65,6 @@ class Parts:
 
     @cached_property
     def modules(self) -> list[nn.Module]:
-        """Each module once."""
         return [module for _, module in self.named]
 
     @cached_property

@@ -17,7 +17,6 @@ MARKED = "_qlora_marked"  # attribute of a module: keys of its parameters that h
 
 
 def get_output_embeddings(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """What `get_output_embeddings` of each of these modules returns."""
     for model in modules:
         if callable(getattr(model, "get_output_embeddings", None)):
             try:

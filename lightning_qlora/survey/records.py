@@ -20,8 +20,6 @@ RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Recor
 
 
 class Record(NamedTuple):
-    """What conversion records of a parameter."""
-
     trained: bool  # whether it required a gradient before conversion
     dtype: torch.dtype  # its type before conversion; a wider one that it is held in has the same fingerprint
     fingerprint: int | None  # of its value, if it is dense and conversion froze it; 0: it had no value yet
@@ -41,10 +39,10 @@ def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
     return {key: parameter for key, parameter in owner._parameters.items() if parameter is not None}
 
 
-def unrecorded(module: nn.Module) -> list[Unrecorded]:
-    """The parameters of a module that no conversion has seen; of a layer that was quantized while loading too."""
+def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
+    """The parameters in modules that no conversion has seen; of a layer that was quantized while loading too."""
     result = []
-    for part in module.modules():
+    for part in modules:
         parameters: dict[str, Any] = own_parameters(part)
         if isinstance(part, LoRALayer):
             parameters = {}

@@ -112,7 +112,6 @@ class Part:
 
     @property
     def class_name(self) -> str:
-        """Of the owner."""
         return type(self.owner).__name__
 
     @property
@@ -127,7 +126,6 @@ class Part:
 
     @property
     def trains(self) -> bool:
-        """Whether one of its parameters does."""
         return any(parameter.trains for parameter in self.parameters.values())
 
 
@@ -141,18 +139,20 @@ class Survey:
 
     @property
     def class_name(self) -> str:
-        """Of the module."""
         return self.parts[0].class_name
 
     @property
+    def was_converted(self) -> bool:
+        """Whether it has layers of an earlier conversion."""
+        return any(part.kind is Kind.CONVERTED for part in self.parts)
+
+    @property
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Name and module, as `named_modules`."""
         return ((part.names.full, part.owner) for part in self.parts if part.stack is None)
 
 
-def survey(root: nn.Module) -> Survey:
-    """Survey a module. Lazy layers must have run."""
-    modules = Parts.of(root, wrappers=())
+def survey(modules: Parts) -> Survey:
+    """Survey a module, by its modules with all of their names. Lazy layers must have run."""
     return Survey(
         parts=list(_Facts(modules).parts()),
         trains=any(parameter.requires_grad for parameter in parameters_of(modules.modules)),
@@ -280,7 +280,6 @@ def _shape(module: Any, kind: Kind) -> tuple[int, int]:
 
 
 def _names(modules: Parts) -> dict[int, Names]:
-    """Id of each module -> its names."""
     is_lightning = isinstance(modules.root, classes(LightningModule))
     only_child = only_child_of(modules.root)
     model: str | None = None

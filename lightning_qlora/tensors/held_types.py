@@ -8,7 +8,7 @@ What trains in full is held in fp32 on every device, and a whole module on devic
 (`full_precision.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,22 +55,22 @@ def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def held_tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+def held_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """Name, value and type before of each parameter and buffer that is held in fp32; tied ones with the first name."""
     seen = set[int]()
-    for name, part in modules.items():
+    for name, part in modules:
         for key, tensor, dtype in held_in(part):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield _join(name, key), tensor, dtype
 
 
-def full_precision_parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+def full_precision_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """The same of what trains."""
     return ((name, tensor, dtype) for name, tensor, dtype in held_tensors(modules) if tensor.requires_grad)
 
 
-def held_bytes(modules: Mapping[str, nn.Module]) -> int:
+def held_bytes(modules: Iterable[tuple[str, nn.Module]]) -> int:
     """How many bytes more a module takes, because what does not train is held in fp32; shared tensors count once."""
     held = [(tensor, dtype) for _, tensor, dtype in held_tensors(modules) if not tensor.requires_grad]
     return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held)

@@ -63,7 +63,6 @@ def positions_of(fake_model: nn.Module) -> int | None:
 
 
 def fake_example(example: Any, mode: FakeTensorMode) -> Any:
-    """Copy an example input; the tensors of the copy have no data."""
     if isinstance(example, Mapping):
         example = dict(example)
     return tree_map_only(Tensor, mode.from_tensor, example)

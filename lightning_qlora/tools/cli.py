@@ -252,10 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"lightning-qlora: jsonargparse is missing: {install('cli')}") from None
 
     class Parser(ArgumentParser):
-        """A parser whose errors are two lines."""
-
         def error(self, message: str, *_: Any) -> Any:
-            """Print the error, and how to get the help."""
             program = self.prog.replace(" [options]", "")
             self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{program} --help lists the arguments.\n")
 

@@ -20,6 +20,7 @@ from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.peft.peft_folder import read_adapter
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.texts import size_text
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
@@ -218,7 +219,7 @@ class PlannedRun:
         self._device = device
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         if config.adapter is not None:  # no file can be read under that mode
-            config = config_of_adapter(model, read_adapter(config.adapter), config)
+            config = config_of_adapter(Parts.of(model), read_adapter(config.adapter), config)
         with self._mode:
             self.model = fake_copy(model)
             self._example = fake_example(example, self._mode)
@@ -334,7 +335,6 @@ def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, s
 
 
 def fits(needed: int, gpu_memory: int, config: QLoRAConfig) -> str:
-    """A sentence: whether the bytes fit on a GPU, and what to change if they do not."""
     usable = int(gpu_memory * (1 - FRAGMENTATION) - DRIVER)
     available = (
         f"{both_units(usable)} of {both_units(gpu_memory)} (the driver takes up to {size_text(DRIVER)}, fragmentation "
@@ -348,5 +348,4 @@ def fits(needed: int, gpu_memory: int, config: QLoRAConfig) -> str:
 
 
 def both_units(count: int) -> str:
-    """Bytes in GB and in GiB."""
     return f"{size_text(count)} ({size_text(count, 1024)})"

@@ -67,7 +67,7 @@ def merge_folder(
             forget_quantizer(model.modules())
         with warnings.catch_warnings(), named(base_model):
             warnings.simplefilter("ignore")  # these warnings are about training
-            convert_module(model, config_of_adapter(model, adapter, config))
+            convert_module(model, config_of_adapter(Parts.of(model), adapter, config))
         parts = Parts.of(model)
         layers = parts.base.layers
         for name, packed in adapter.bases.items():

@@ -125,7 +125,6 @@ def waiting_in(modules: Iterable[nn.Module], sharded: bool = False) -> list[Inpu
 
 
 def _held_by(optimizer: Optimizer, waiting: list[InputStatistics]) -> list[InputStatistics]:
-    """Those whose adapters an optimizer holds."""
     if not waiting:
         return []
     parameters = {id(parameter) for parameter in optimizer_parameters(optimizer)}
@@ -172,7 +171,6 @@ def _calibrate_together(waiting: list[InputStatistics], group: Any) -> None:
 def _initialize(
     statistics: InputStatistics, report: CalibrationReport, input_rms: Tensor, rank: int, group: Any
 ) -> None:
-    """Initialize a layer and its copies."""
     name = statistics.name
     layers = []
     for layer in statistics.layers:

@@ -15,7 +15,6 @@ from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.dtypes.full_precision import Decide, hold_in_fp32, train_in_full_precision
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter
@@ -27,7 +26,7 @@ from lightning_qlora.state.conversion import Conversion, check_layers_of_convers
 from lightning_qlora.state.module_state import use_adapter_state_dict
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record, record_replaced, unrecorded
-from lightning_qlora.survey.survey import Kind, Survey, survey
+from lightning_qlora.survey.survey import Survey, survey
 from lightning_qlora.tensors.device_types import reason_for_fp32
 from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.convert_checks import (
@@ -106,69 +105,67 @@ def convert_module(
     since are converted.
     """
     start = time.perf_counter()
-    modules = dict(module.named_modules())
-    check_initialized(modules.items())
-    report = ConversionReport(bytes_before=dense_bytes(modules.values()))
-    conversion = conversion_of(module)
-    if conversion is not None and (run.evaluating or not unrecorded(module)):
-        _convert_again(module, conversion, config)
-        report.held_in_fp32 = hold_in_fp32(module, conversion.config.compute_dtype, run.device, run.decide)
-        report.deferred_logits = deferred_heads(modules)
-        report.count(module, modules)
+    parts = Parts.of(module, wrappers=())
+    check_initialized(parts.named)
+    report = ConversionReport(bytes_before=dense_bytes(parts.modules))
+    conversion = conversion_of(parts.root)
+    if conversion is not None and (run.evaluating or not unrecorded(parts.modules)):
+        _convert_again(parts, conversion, config)
+        report.held_in_fp32 = hold_in_fp32(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
+        report.deferred_logits = deferred_heads(parts)
+        report.count(parts)
     else:
-        modules = _convert_new(module, config, run, saved, report)
-    waiting = waiting_in(modules.values(), run.sharded)
+        parts = _convert_new(parts, config, run, saved, report)
+    waiting = waiting_in(parts.modules, run.sharded)
     report.calibration = waiting[0].report if waiting else None
-    report.activations = budget_of(modules.values())
+    report.activations = budget_of(parts.modules)
     report.seconds = time.perf_counter() - start
     return report
 
 
 def _convert_new(
-    module: nn.Module, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
-) -> dict[str, nn.Module]:
-    """Convert what no conversion has seen, and fill the report; returns the modules by name, those that it made too."""
-    seen = _survey(module, run)
-    first = not any(part.kind is Kind.CONVERTED for part in seen.parts)
+    parts: Parts, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
+) -> Parts:
+    """Convert what no conversion has seen, and fill the report; returns the parts with those that it made."""
+    seen = _survey(parts, run)
     given = config
     adapter = None
     if config.adapter:
         adapter = read_adapter(config.adapter)
-        config = config_of_adapter(module, adapter, config)
-    choice = _decide(seen, config, saved, first, report)
-    _apply(module, seen, choice, config, run, report)
-    _load_adapter_once(module, given.adapter, adapter)
-    use_adapter_state_dict(module, config, given)
-    modules = dict(module.named_modules())
-    report.deferred_logits = defer_output_embeddings(modules, config.deferred_logits, run.sharded)
+        config = config_of_adapter(parts, adapter, config)
+    choice = _decide(seen, parts, config, saved, report)
+    parts = _apply(seen, parts, choice, config, run, report)
+    _load_adapter_once(parts, given.adapter, adapter)
+    use_adapter_state_dict(parts, config, given)
+    report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
     report.take(choice)
-    report.count(module, modules)
-    note_after_conversion(report, modules, choice, run.device)
-    if not first:
-        note_other_arguments(report, modules, config)
-    return modules
+    report.count(parts)
+    note_after_conversion(report, parts, choice, run.device)
+    if seen.was_converted:
+        note_other_arguments(report, parts, config)
+    return parts
 
 
-def _survey(module: nn.Module, run: Run) -> Survey:
+def _survey(parts: Parts, run: Run) -> Survey:
     """Survey a module, and refuse one that can't be converted whatever the arguments are."""
-    seen = survey(module)
-    for _, part in seen.modules:
+    seen = survey(parts)
+    for part in parts.modules:
         forget_merge(part)
-    check_layers_of_conversions(Parts.of(module))
-    check_has_data(seen.modules, later=run.sharded or dist.is_initialized())
+    check_layers_of_conversions(parts)
+    check_has_data(parts.named, later=run.sharded or dist.is_initialized())
     return seen
 
 
 def _decide(
-    seen: Survey, config: QLoRAConfig, saved: SavedLayers | None, first: bool, report: ConversionReport
+    seen: Survey, parts: Parts, config: QLoRAConfig, saved: SavedLayers | None, report: ConversionReport
 ) -> Selection:
     """Decide what happens with each part, refuse what can't be meant, and note what a user should look at."""
-    if first:
-        check_output_embeddings(dict(seen.modules), config.deferred_logits)
+    if not seen.was_converted:
+        check_output_embeddings(parts, config.deferred_logits)
     choice = decide(seen, config, saved)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
-    report.by_size = config.all_linear and saved is None and first and not seen.is_loaded
-    if first:
+    report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.is_loaded
+    if not seen.was_converted:
         check_any(choice, config)
         note_before_first_conversion(report, seen, choice, config)
     check_loaded(seen, choice)
@@ -179,35 +176,38 @@ def _decide(
 
 
 def _apply(
-    module: nn.Module, seen: Survey, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport
-) -> None:
+    seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport
+) -> Parts:
     """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
-    new = unrecorded(module)
+    new = unrecorded(parts.modules)
     try:
         converted = convert_layers(seen, choice, run.device)
     except BaseException:  # an interrupt, or a weight with NaN: `convert` can be called again
         record_replaced(new)
         raise
-    forget_quantizer(part for _, part in seen.modules)
+    forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)
-    record([*unrecorded(module), *new])  # what conversion made, and what was there
-    train_in_full_precision(module)
-    report.held_in_fp32 = hold_in_fp32(module, config.compute_dtype, run.device, run.decide)
+    module = parts.root
+    parts = Parts.of(module, wrappers=())  # with the experts and the rows that train
+    record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there
+    train_in_full_precision(parts.modules)
+    report.held_in_fp32 = hold_in_fp32(parts.modules, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
-        copy_from_files(module.named_modules())
+        copy_from_files(parts.named)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")
     shard_bytes()
+    return parts
 
 
 def is_converted(module: nn.Module) -> bool:
     """Whether all of a module went through `convert_module`."""
-    return conversion_of(module) is not None and not unrecorded(module)
+    return conversion_of(module) is not None and not unrecorded(module.modules())
 
 
-def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter | None) -> None:
+def _load_adapter_once(parts: Parts, folder: str | None, adapter: Adapter | None) -> None:
     """Load an adapter folder that an argument names; layers that had it last were trained since and stay.
 
     `adapter` is its content, if it was read before. On the meta device nothing happens: the folder is loaded when the
@@ -215,20 +215,20 @@ def _load_adapter_once(module: nn.Module, folder: str | None, adapter: Adapter |
     """
     if folder is None:
         return
-    layers = adapted_layers(module).values()
+    layers = parts.layers.values()
     if all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
         return
-    set_adapter(Parts.of(module), adapter or read_adapter(folder))
+    set_adapter(parts, adapter or read_adapter(folder))
     for layer in layers:
         layer.adapter_folder = folder
-    rank_zero_info(f"QLoRA: the adapters of this {type(module).__name__} are now those of {folder}.")
+    rank_zero_info(f"QLoRA: the adapters of this {type(parts.root).__name__} are now those of {folder}.")
 
 
-def _convert_again(module: nn.Module, conversion: Conversion, config: QLoRAConfig) -> None:
-    _load_adapter_once(module, config.adapter, None)
+def _convert_again(parts: Parts, conversion: Conversion, config: QLoRAConfig) -> None:
+    _load_adapter_once(parts, config.adapter, None)
     names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
     other = differing_arguments(conversion.given[-1], config, names)
     if other and config not in (conversion.config, *conversion.given):
-        rank_zero_warn(f"{type(module).__name__} {CONVERTED_BEFORE.format(', '.join(other))}.")
+        rank_zero_warn(f"{type(parts.root).__name__} {CONVERTED_BEFORE.format(', '.join(other))}.")
     if config not in conversion.given:
         conversion.given.insert(0, config)  # the last one is that of the conversion

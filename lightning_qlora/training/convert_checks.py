@@ -27,7 +27,6 @@ SHOWN = 5  # layers with the reason that each was skipped
 
 
 def check_initialized(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse a module with a lazy layer that has not run yet: it has no parameters to quantize, freeze or train."""
     modules = list(modules)
     for name, tensor in tensors_of(modules):
         if is_lazy(tensor):
@@ -54,7 +53,6 @@ def check_has_data(modules: Iterable[tuple[str, nn.Module]], later: bool = False
 
 
 def check_any(choice: Selection, config: QLoRAConfig) -> None:
-    """Refuse a module of which no layer is converted and nothing trains, or all in full because of r."""
     if choice.convert:
         return
     message = f"No layer was converted to 4 bits ({no_layer(config)})."
@@ -72,12 +70,10 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
 
 
 def no_layer(config: QLoRAConfig) -> str:
-    """The arguments that chose no layer."""
     return f"target_modules={config.target_modules!r}, r={config.r}"
 
 
 def check_loaded(seen: Survey, choice: Selection) -> None:
-    """Refuse a layer that was quantized while its model loaded and would get other arguments now, or stay dense."""
     dense = choice.skip | choice.train
     for part in seen.parts:
         if part.kind not in QUANTIZED_KINDS:
@@ -98,6 +94,5 @@ def check_loaded(seen: Survey, choice: Selection) -> None:
 
 
 def differing_arguments(previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:
-    """A text for each of these arguments that differs."""
     pairs = ((name, getattr(previous, name), getattr(config, name)) for name in names)
     return [f"{name}={was!r} and not {new!r}" for name, was, new in pairs if was != new]

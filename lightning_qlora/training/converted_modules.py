@@ -15,6 +15,7 @@ from lightning_qlora.dtypes.compute_in import compute_in
 from lightning_qlora.dtypes.full_precision import hold_in_fp32
 from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.report import ConversionReport
@@ -39,7 +40,6 @@ class ConvertedModules:
 
     @property
     def last(self) -> nn.Module | None:
-        """The module that was converted last."""
         return next(reversed([*self._converted]), None)
 
     def layers(self) -> Iterator[LoRALayer]:
@@ -84,10 +84,11 @@ class ConvertedModules:
             if layer is None or layer.packed.device.type == converted.device:
                 continue
             converted.device = layer.packed.device.type
-            reasons = hold_in_fp32(module, layer.config.compute_dtype, layer.packed.device)
+            parts = Parts.of(module, wrappers=())
+            reasons = hold_in_fp32(parts.modules, layer.config.compute_dtype, layer.packed.device)
             if reasons != converted.report.held_in_fp32:
                 converted.report.held_in_fp32 = reasons
-                converted.report.count(module)
+                converted.report.count(parts)
                 rank_zero_info(f"QLoRA: moved to {layer.packed.device}. {converted.report.summary()}")
 
     def autocast(self, last_alone: bool) -> AbstractContextManager[Any]:

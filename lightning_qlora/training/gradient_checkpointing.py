@@ -39,7 +39,6 @@ class RecomputedForward(InstanceMethod):
     budget: ActivationBudget | None = None
 
     def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The forward pass, recomputed if autograd records."""
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         if not self.ran:

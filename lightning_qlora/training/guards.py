@@ -85,7 +85,6 @@ def check_equal_batches(trainer: Trainer) -> None:
 
 
 def check_state_dict(module: nn.Module) -> None:
-    """RuntimeError for a module whose state dict, and so every checkpoint, would lack adapters."""
     missing = _missing_adapters(module, module.state_dict())
     if missing:
         layers = adapted_layers(module)

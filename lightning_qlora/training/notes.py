@@ -1,7 +1,7 @@
 """What a user should look at after a conversion: rows of the report with a mark."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, tensors_of
 from lightning_qlora.layers.packed_layer import PackedLayer
-from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.peft.base_compatibility import check_one_folder
 from lightning_qlora.selection.copies import Copy
 from lightning_qlora.selection.selection import FROZEN, IN_VAIN, Selection
 from lightning_qlora.selection.selection_checks import hand_written_adapters
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import OUTSIDE
 from lightning_qlora.survey.survey import Survey
 from lightning_qlora.tensors.device_types import IN_16_BITS, reason_for_fp32
@@ -57,7 +57,6 @@ LARGE = (
 
 
 def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selection, copies: Iterable[Copy]) -> None:
-    """Note what the dense layers show: hooks, copies, names in vain, and names that came too late."""
     late = [part.names.full for part in seen.parts if part.is_read_dense]
     report.note(READ_DENSE, [name for name in late if name in choice.convert])
     for name, why in choice.reasons(IN_VAIN).items():
@@ -75,7 +74,6 @@ def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selec
 def note_before_first_conversion(
     report: ConversionReport, seen: Survey, choice: Selection, config: QLoRAConfig
 ) -> None:
-    """Note that no layer is converted, and frozen layers that have adapters."""
     report.note(BY_HAND, hand_written_adapters(seen))
     if not choice.convert:
         advice = ""
@@ -85,28 +83,23 @@ def note_before_first_conversion(
 
 
 def note_after_conversion(
-    report: ConversionReport,
-    modules: Mapping[str, nn.Module],
-    choice: Selection,
-    device: torch.device | None,
+    report: ConversionReport, parts: Parts, choice: Selection, device: torch.device | None
 ) -> None:
-    """Note what a user may not expect of the converted module that has these modules."""
-    parameters = dict(tensors_of(list(modules.items()), ["_parameters"]))
-    _note_what_stayed(report, modules, choice)
+    parameters = dict(tensors_of(parts.named, ["_parameters"]))
+    _note_what_stayed(report, parts, choice)
     report.note(IN_16, [name for name, p in parameters.items() if p.requires_grad and p.dtype in IN_16_BITS])
     new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
     if new:
         in_new = (p.numel() for name, p in parameters.items() if not new.keys().isdisjoint(outer_names(name)))
         if sum(in_new) > report.adapter_parameters:
             report.note(LARGE, new)
-    layers = adapted_layers_of(modules.items())
-    if not layers:
+    if not parts.layers:
         return
     try:
-        check_one_folder({name: layer.config for name, layer in layers.items()})
+        check_one_folder({name: layer.config for name, layer in parts.layers.items()})
     except ValueError as error:
         report.note(f"save_adapter will refuse it: {error}")
-    layer = next(iter(layers.values()))
+    layer = next(iter(parts.layers.values()))
     if layer.config.compute_dtype == "bf16":
         reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
         if reason is not None:
@@ -116,11 +109,10 @@ def note_after_conversion(
             )
 
 
-def note_other_arguments(report: ConversionReport, modules: Mapping[str, nn.Module], config: QLoRAConfig) -> None:
-    """Note layers of an earlier conversion that have other arguments than those passed now."""
+def note_other_arguments(report: ConversionReport, parts: Parts, config: QLoRAConfig) -> None:
     if config.rank_pattern or config.alpha_pattern:
         return
-    for name, layer in adapted_layers_of(modules.items()).items():
+    for name, layer in parts.layers.items():
         other = differing_arguments(layer.config, config, arguments_that("of_layer"))
         if other:
             report.note(CONVERTED_BEFORE.format(", ".join(other)), [name])
@@ -130,11 +122,10 @@ def _has_hooks(weight: Tensor | None) -> bool:
     return any(getattr(weight, key, None) for key in ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
-def _note_what_stayed(report: ConversionReport, modules: Mapping[str, nn.Module], choice: Selection) -> None:
-    """Note the largest matrices that are frozen in 16 or 32 bits, if they are a large part of all weights."""
+def _note_what_stayed(report: ConversionReport, parts: Parts, choice: Selection) -> None:
     sizes = {}
     skipped = choice.skip
-    for name, layer in modules.items():
+    for name, layer in parts.named:
         if isinstance(layer, (nn.Embedding, PackedLayer)):
             continue
         if is_linear(layer) and "weight" in layer._parameters:  # weight_norm stores others

@@ -50,7 +50,6 @@ def leave_out_bytes(optimizer: Optimizer) -> None:
 
 
 def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters in all groups of an optimizer."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -72,7 +71,6 @@ def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """RuntimeError for one of replaced, decoded or frozen weights."""
     parameters = optimizer_parameters(optimizer)
     replaced = [getattr(parameter, REPLACED) for parameter in parameters if hasattr(parameter, REPLACED)]
     if replaced:
@@ -103,7 +101,6 @@ def adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> 
 
 
 def check_loss(loss: Any) -> None:
-    """Raise RuntimeError for a loss that autograd did not record, with the reasons that a frozen model has for it."""
     if isinstance(loss, Tensor) and not loss.requires_grad:
         raise RuntimeError(
             "The loss needs no gradient, so no adapter can train. Either it was computed without a converted layer, "

@@ -18,17 +18,14 @@ def count_parameters(modules: Iterable[nn.Module]) -> tuple[int, int, int]:
 
 
 def packed_layers(module: nn.Module) -> list[PackedLayer]:
-    """The layers in 4 bits."""
     return [layer for layer in module.modules() if isinstance(layer, PackedLayer)]
 
 
 def packed_bytes(layers: Iterable[PackedLayer]) -> int:
-    """Bytes of 4-bit weights."""
     return sum(tensor.nbytes for layer in layers for tensor in layer.weight_bytes[:3])
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and 4-bit weights."""
     return count_parameters(module.modules())[2]
 
 

@@ -1,17 +1,15 @@
 """ConversionReport: the status of every layer after conversion, with what a user should look at."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import nn
 
 from lightning_qlora.dtypes.compute_in import compute_types
-from lightning_qlora.layers.qlora_linear import adapted_layers_of
-from lightning_qlora.layers.trainable_tokens import token_adapters_of
 from lightning_qlora.selection.selection import FROZEN, Selection
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.texts import ROOT, group, groups, size_text
 from lightning_qlora.training.calibration_report import CalibrationReport
@@ -66,9 +64,7 @@ class ConversionReport:
     Example:
         ```python
         from lightning_qlora import convert
-        from torch import nn
-
-        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+                model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         report = convert(model, r=4, target_modules=["0"])
         print(report)  # a table
         print(report.converted, report.skipped, report.trainable_parameters)
@@ -101,23 +97,20 @@ class ConversionReport:
     activations: Any = None
     notes: dict[str, list[str]] = field(default_factory=dict)
 
-    def count(self, module: nn.Module, modules: Mapping[str, nn.Module] | None = None) -> None:
-        """Count the layers, parameters and bytes of the module that was converted; `modules`: its modules, if known."""
-        modules = modules or dict(module.named_modules())
-        self.trainable_parameters, self.total_parameters, self.bytes_after = count_parameters(modules.values())
-        layers = adapted_layers_of(modules.items())
-        tokens = token_adapters_of(modules.items())
-        self.converted = list(layers)
-        self.shapes = {name: layer._shape for name, layer in layers.items()}
-        self.trained_rows = {name: len(adapter.token_indices) for name, adapter in tokens.items()}
-        adapters: list[Any] = [*layers.values(), *tokens.values()]
+    def count(self, parts: Parts) -> None:
+        """Count the layers, parameters and bytes of the module that was converted."""
+        self.trainable_parameters, self.total_parameters, self.bytes_after = count_parameters(parts.modules)
+        self.converted = list(parts.layers)
+        self.shapes = {name: layer._shape for name, layer in parts.layers.items()}
+        self.trained_rows = {name: len(adapter.token_indices) for name, adapter in parts.tokens.items()}
+        adapters: list[Any] = [*parts.layers.values(), *parts.tokens.values()]
         self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
-        self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(modules))
-        types_of = compute_types(modules)
+        self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(parts.named))
+        types_of = compute_types(parts.named)
         self.computes_in = {name: str(dtype).removeprefix("torch.") for name, dtype in types_of.items()}
         types = sorted({*self.computes_in.values()} - {"float32"})
         self.full_precision_computes_in = types if self.full_precision_bytes else []
-        self.held_bytes = held_bytes(modules)
+        self.held_bytes = held_bytes(parts.named)
 
     def note(self, text: str, names: Iterable[str] = ("",)) -> list[str]:
         """Add rows with a mark, and return the names that this text did not have; "" is the module itself."""
@@ -243,5 +236,4 @@ def _lines(rows: Iterable[tuple[str, str, str]]) -> str:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line."""
     print(f"QLoRA: {text}")

@@ -17,6 +17,7 @@ from lightning_qlora import (
     convert,
     load_adapter,
     load_from_checkpoint,
+    merge,
     save_adapter,
 )
 from lightning_qlora.adapters.module_adapter import config_of_adapter
@@ -24,6 +25,7 @@ from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
+from lightning_qlora.survey.parts import Parts
 from tests.conftest import Classifier, raises_in_one_line
 from tests.experts.test_experts import made, qwen3_moe
 from tests.peft.folders import PLAIN, assert_same_folders, assert_same_tensors, read_config
@@ -461,6 +463,22 @@ def test_the_task_type_and_the_name_of_the_base(ending, is_encoder_decoder, task
     assert (config["task_type"], config["base_model_name_or_path"]) == (task_type, "someone/model")
 
 
+def test_peft_computes_a_model_whose_input_is_no_text(tmp_path):
+    """PEFT's classes for language models would pass `input_ids` to it."""
+    transformers = pytest.importorskip("transformers")
+    part = {"d_model": 64, "num_mel_bins": 16, "max_source_positions": 16, "max_target_positions": 32}
+    part |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**part, **tokens)).eval()
+    convert(model, **ARGUMENTS)
+    base = merge(copy.deepcopy(model))
+    save_adapter(perturb(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    inputs = {"input_features": torch.randn(2, 16, 32), "labels": ids()}
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("dora", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_layers_that_a_folder_lacks_compute_as_the_base_and_are_saved_so(dora, dtype, tmp_path):
     arguments = {**ARGUMENTS, "use_dora": dora}
@@ -598,4 +616,8 @@ def test_each_argument_is_kept_or_taken_from_the_folder(tmp_path):
     passed = QLoRAConfig(**KEPT | REPLACED | {"adapter": str(tmp_path)})
     assert all(getattr(passed, name) != defaults[name] for name in KEPT)
     of_folder = {"r": 2, "lora_alpha": 3, "target_modules": r"net\.0", "use_rslora": True}
-    assert vars(config_of_adapter(Classifier(), read_adapter(tmp_path), passed)) == {**defaults, **of_folder, **KEPT}
+    assert vars(config_of_adapter(Parts.of(Classifier()), read_adapter(tmp_path), passed)) == {
+        **defaults,
+        **of_folder,
+        **KEPT,
+    }

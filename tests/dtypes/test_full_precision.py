@@ -298,7 +298,7 @@ def test_a_tied_parameter_that_trains_in_full_counts_once():
     module["head"].weight = module["words"].weight
     report = convert(module, r=4, modules_to_save=["words", "head"])
     assert report.full_precision_bytes == 4 * 50 * 64
-    assert [name for name, *_ in full_precision_parameters(dict(module.named_modules()))] == ["words.weight"]
+    assert [name for name, *_ in full_precision_parameters(module.named_modules())] == ["words.weight"]
 
 
 def test_a_gradient_from_before_the_conversion_stays():

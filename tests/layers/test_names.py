@@ -8,6 +8,7 @@ from torch import nn
 from lightning_qlora import QLoRAConfig, QLoRALinear, convert
 from lightning_qlora.layers.names import Names
 from lightning_qlora.selection.selection import select_layers
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import survey
 from tests.toys import Lit, toy
 
@@ -32,7 +33,7 @@ def stack():
 
 
 def names(root, name):
-    return next(part.names for part in survey(root).parts if part.names.full == name)
+    return next(part.names for part in survey(Parts.of(root, wrappers=())).parts if part.names.full == name)
 
 
 def adapters(module):

@@ -24,6 +24,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.logits.deferred_logits import DeferredLogits
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.selection.token_selection import check_tokens
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import survey
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import optimizer_parameters, replace_parameters_by_adapters
@@ -285,7 +286,7 @@ def test_modules_without_an_embedding_or_with_one_that_other_code_uses_are_refus
         convert(module, trainable_token_indices=[1], r=4)
     without = nn.Sequential(nn.Embedding(8, 64, device="meta"), nn.Linear(64, 64))
     with pytest.raises(ValueError, match=r"'0' has no values yet\. Load the module before it is converted\."):
-        check_tokens(survey(without), [1], {})
+        check_tokens(survey(Parts.of(without)), [1], {})
     net = nn.Sequential(nn.Linear(64, 64))
     convert(net, r=4)
     with pytest.raises(

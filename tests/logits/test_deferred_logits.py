@@ -19,6 +19,7 @@ from lightning_qlora.logits.deferred_head import (
     saved_bytes,
 )
 from lightning_qlora.logits.deferred_logits import DeferredLogits
+from lightning_qlora.survey.parts import Parts
 
 V = 97
 H = 64
@@ -402,7 +403,7 @@ def words(size=99, **layers):
     ],
 )
 def test_which_layers_are_output_embeddings(module, names):
-    assert [*output_embeddings(dict(module.named_modules()))] == names
+    assert [*output_embeddings(Parts.of(module))] == names
 
 
 def test_auto_defers_those_with_four_times_as_many_outputs_as_inputs():
@@ -414,11 +415,11 @@ def test_auto_defers_those_with_four_times_as_many_outputs_as_inputs():
         (32, False, torch.float32, {}),
     ):
         module = words(outputs, out=nn.Linear(8, outputs)).to(dtype)
-        modules = dict(module.named_modules())
-        assert defer_output_embeddings(modules, setting, sharded=True) == dict.fromkeys(saved, 0)
-        assert defer_output_embeddings(modules, setting) == deferred_heads(modules) == saved
+        parts = Parts.of(module)
+        assert defer_output_embeddings(parts, setting, sharded=True) == dict.fromkeys(saved, 0)
+        assert defer_output_embeddings(parts, setting) == deferred_heads(parts) == saved
         compute_logits(module.modules())
-        assert deferred_heads(modules) == {} and type(module["out"]) is nn.Linear
+        assert deferred_heads(parts) == {} and type(module["out"]) is nn.Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import convert
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import Kind, Parameter, survey
 
 WALKS = 16  # of one conversion, over the whole module
@@ -26,12 +27,12 @@ class Walked(nn.Module):
 
 
 def parts_of(module):
-    return {part.names.full: part for part in survey(module).parts}
+    return {part.names.full: part for part in survey(Parts.of(module, wrappers=())).parts}
 
 
 def test_a_survey_walks_over_a_module_once_and_a_conversion_seldom():
     module = Walked()
-    survey(module)
+    survey(Parts.of(module, wrappers=()))
     assert module.walks == 1
     convert(module, r=4)
     assert module.walks <= 1 + WALKS
@@ -49,7 +50,7 @@ def test_each_part_has_its_place_and_kind_and_what_it_holds():
     module["tied"].weight = module["body"][0].weight
     module["fp16"] = nn.Linear(2, 3).half().to("meta")
     module["again"] = module["body"]
-    seen = survey(module)
+    seen = survey(Parts.of(module, wrappers=()))
     parts = parts_of(module)
     assert [name for name, _ in seen.modules] == [name for name, _ in module.named_modules()] == list(parts)
     assert {name: part.kind for name, part in parts.items() if part.kind is not Kind.OTHER} == {
@@ -60,7 +61,7 @@ def test_each_part_has_its_place_and_kind_and_what_it_holds():
     assert parts["body.1"].parameters == {"weight": Parameter(), "bias": Parameter(trains=False)}
     assert parts["fp16"].weight == Parameter(dtype=torch.float16, device=torch.device("meta"))
     assert parts["body"].has_parts and not parts["fp16"].has_parts and seen.trains
-    assert not survey(module.requires_grad_(False)).trains
+    assert not survey(Parts.of(module.requires_grad_(False), wrappers=())).trains
 
 
 def test_experts_follow_the_module_that_holds_them_and_what_was_converted_is_known():

@@ -187,7 +187,7 @@ def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monke
     assert device_types.reason_for_fp32(card, torch.float32) is None
     model = toy("llama").bfloat16()
     report = convert(model, r=4)
-    full_precision.hold_in_fp32(model, "auto", card)
+    full_precision.hold_in_fp32([*model.modules()], "auto", card)
     layer = next(part for part in model.modules() if isinstance(part, QLoRALinear))
     assert layer.weight_dtype is torch.float32 and layer.dtype_before is torch.bfloat16
     assert layer.compute_dtype("cuda") is torch.float16

@@ -103,7 +103,6 @@ def load(
 
 
 def remedy() -> str:
-    """How to get a compiler with OpenMP."""
     if platform.system() == "Darwin":
         return (
             "A compiler with OpenMP gives threads: `brew install gcc`, and set CC=gcc-14 (or the version it installs)"

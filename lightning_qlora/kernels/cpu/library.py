@@ -46,8 +46,6 @@ class _Weight(ctypes.Structure):
 
 
 class Library:
-    """The functions of a compiled library."""
-
     def __init__(self, loaded: ctypes.CDLL) -> None:
         for name, letters in SIGNATURES.items():
             if hasattr(loaded, name):
@@ -66,7 +64,6 @@ class Library:
         self._loaded = loaded
 
     def dequantize_into(self, out: Tensor, weight: PackedBytes) -> Tensor:
-        """See `eager.dequantize_into`."""
         struct, _keep = _describe(weight)
         self._loaded.dequantize(ctypes.byref(struct), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
         return out
@@ -118,7 +115,6 @@ class Library:
         return y
 
     def quantize(self, weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
-        """See `reference.quantize`."""
         book = codebook(quant_type)
         flat = weight.reshape(-1).contiguous()
         packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
@@ -161,7 +157,6 @@ class Library:
 
 
 def is_off() -> bool:
-    """Whether the environment variable turns the C kernels off."""
     return os.environ.get(OFF, "") not in ("", "0")
 
 

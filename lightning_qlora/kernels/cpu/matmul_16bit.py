@@ -21,8 +21,6 @@ INEXACT = 0.75  # eps: one rounding is 0.5; several, on ARM with bf16 in torch 2
 
 
 class Products(NamedTuple):
-    """The products of one type on this CPU."""
-
     slowdown: float  # time of the slower one of x W^T and dY W, divided by that in fp32; 1.0 is the least
     error: float  # the largest error of an element, divided by it, in eps of the type
 

@@ -148,14 +148,12 @@ def _table(sizes: tuple[int, ...], columns: tuple[tuple[int, ...], ...], per_pro
 def adamw_step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scalars: AdamWStep
 ) -> None:
-    """See `kernels.reference.adamw_step`."""
     _step([params, grads, exp_avgs, exp_avg_sqs], scalars)
 
 
 def adamw8bit_step(
     params: list[Tensor], grads: list[Tensor], exp_avg: Moment, exp_avg_sq: Moment, scalars: AdamWStep
 ) -> None:
-    """See `kernels.reference.adamw8bit_step`."""
     _step([params, grads, exp_avg[0], exp_avg_sq[0], exp_avg[1], exp_avg_sq[1]], scalars)
 
 

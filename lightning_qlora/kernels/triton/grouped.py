@@ -243,7 +243,6 @@ class Group:
 
 
 def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """See `reference.grouped_linear`."""
     group = Group(x.shape[0], ends, weight, lora, isinstance(x, Half))
     of_x = group.factor(x)
     if not x.shape[0]:
@@ -255,7 +254,6 @@ def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: Lo
 def grouped_linear_backward(
     grad: Tensor | Half, x: Tensor | Half, xa: Tensor, ends: Tensor, weight: PackedBytes, lora: LoRA
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.grouped_linear_backward`."""
     group = Group(x.shape[0], ends, weight, lora, isinstance(x, Half))
     of_x = group.factor(x)
     of_grad = group.factor(grad)

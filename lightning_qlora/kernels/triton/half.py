@@ -58,12 +58,10 @@ def take_out(total, first, second):
 
 
 def to_half(x: Tensor) -> Half:
-    """See `half.to_half`."""
     return Half(*scaled(x.contiguous(), torch.float16))
 
 
 def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See `half.scaled`."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     factor = torch.empty(1, dtype=torch.float32, device=x.device)
     largest = scratch(PROGRAMS.value, torch.int32, x.device, "largest")

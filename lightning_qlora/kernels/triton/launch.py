@@ -37,7 +37,6 @@ class Tile(dict[str, int]):
 
 
 def read(file: Path) -> dict[str, dict[str, list[Tile]]]:
-    """The table in a file."""
     targets = json.loads(file.read_text()).items()
     return {kernel: {name: [*map(Tile, tiles)] for name, tiles in table.items()} for kernel, table in targets}
 

@@ -32,14 +32,12 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
-    """See `reference.lora_project`."""
     return lora_down(x, _factor(lora.a, x), p=lora.p, seed=lora.seed)
 
 
 def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
-    """See `reference.linear_into`."""
     h = _factor(xa, x)
     b = _factor(lora.b, x)
     if can_add_matmul(x, weight):
@@ -60,7 +58,6 @@ def linear_into(
 def linear_backward(
     grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """See `reference.linear_backward`."""
     a, b, scaling, p, seed, _ = lora
     grad_xa = _factor(lora_down(grad, _factor(b, grad).T, scaling), grad)
     grad_a = a.new_empty(a.shape)  # contiguous, as torch.compile was told

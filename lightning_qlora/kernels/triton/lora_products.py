@@ -261,7 +261,6 @@ def _parts(x: Tensor | Half) -> Half:
 
 
 def in_16_bits(x: Tensor | Half) -> bool:
-    """Whether a matrix is multiplied in 16 bits."""
     return isinstance(x, Half) or x.dtype != torch.float32
 
 

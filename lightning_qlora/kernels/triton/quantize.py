@@ -252,6 +252,5 @@ def _launch_of_dequantize(
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    """See `reference.dequantize`."""
     out = torch.empty(weight.numel, dtype=dtype, device=weight.packed.device)
     return dequantize_into(out, weight).view(weight.shape)

@@ -24,7 +24,8 @@ from lightning_qlora.adapters.module_adapter import set_adapter
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import NO_VALUES
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import is_transformers_model, join, named
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers

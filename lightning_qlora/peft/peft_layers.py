@@ -20,7 +20,7 @@ from lightning_qlora.experts.expert_selection import expert_parameters
 from lightning_qlora.experts.experts import PARAMETERS, ExpertParameter
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
 from lightning_qlora.peft.adapter import BASE_LAYER, MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import (

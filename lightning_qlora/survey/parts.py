@@ -7,7 +7,8 @@ from typing import NamedTuple
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import (
     CHECKPOINTED,
     COMPILED,

@@ -50,7 +50,6 @@ class ExpertParameter(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of one expert, [out, in]."""
         if self.loaded is not None:
             return self.loaded.out_features, self.loaded.in_features
         stack: Any = self.owner._parameters[self.key]
@@ -114,7 +113,6 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The stack for code that reads it; see the top of this file."""
         return ReadableStack(self)
 
     @property
@@ -126,11 +124,9 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def expert_shape(self) -> tuple[int, ...]:
-        """Shape of one expert in the parameter."""
         return super().weight_shape[1:]
 
     def effective_weight(self) -> Tensor:
-        """W + s B A of all experts, in the parameter's shape; differentiable in the adapters."""
         return self._as_stored(super().effective_weight()).reshape(self.weight_shape)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:

@@ -165,7 +165,6 @@ def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.
 
 
 def _read_matrices(name: str, layer: LoRALayer, folder: ModelFolder) -> Iterator[Tensor]:
-    """The weight of a layer, or of each expert, in the layout of the dense parameter."""
     if not isinstance(layer, QLoRAExperts):
         yield _read(folder, join(name, "weight"), layer.weight_shape)
     elif f"{name}.0" in folder.entries:  # of a conversion by transformers
@@ -176,7 +175,6 @@ def _read_matrices(name: str, layer: LoRALayer, folder: ModelFolder) -> Iterator
 
 
 def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of the folder, mapped from its file."""
     if name not in folder.entries or folder.is_packed(name):
         problem = "is in 4 bits already" if name in folder.entries else "is missing"
         raise ValueError(

@@ -122,7 +122,6 @@ def pop_base(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a state dict has the base of a layer, dense or in 4 bits."""
     return prefix + "weight" in state_dict or prefix + BASE[0] in state_dict
 
 

@@ -53,7 +53,6 @@ class LoRALayer(WithAdapter, TypedLayer):
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
     def set_arguments(self, config: QLoRAConfig, name: str, seed_name: str) -> None:
-        """Set the arguments of a layer that has no weight yet."""
         self.set_config(config)
         self.full_name = name
         self.seed_name = seed_name
@@ -138,7 +137,6 @@ class LoRALayer(WithAdapter, TypedLayer):
         return matrices
 
     def _adapter_of_each_matrix(self) -> list[Sequence[Any]]:
-        """The values of each of `ADAPTER` for each matrix."""
         parameters = map(self._parameters.get, ADAPTER)
         return [[None] * self.matrix_count if p is None else self.split_matrices(gather(p)) for p in parameters]
 

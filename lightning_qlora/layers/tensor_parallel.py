@@ -47,7 +47,6 @@ class Split(NamedTuple):
         return self.mesh.get_local_rank()
 
     def block_numbers(self, block_size: int, device: torch.device) -> Tensor:
-        """The numbers, in the whole weight, of the blocks of this rank."""
         out = self.shape[0]
         blocks = self.shape[1] // block_size
         if self.by_inputs:

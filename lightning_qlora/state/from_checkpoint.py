@@ -76,7 +76,6 @@ def read_adapter_from_checkpoint(
 def _read_converted_state_dict(
     path: str | os.PathLike[str], weights_only: bool
 ) -> tuple[dict[str, Tensor], str, SavedConversion]:
-    """The state dict of the converted module in a checkpoint, the prefix of that module's keys, and its conversion."""
     checkpoint = read_checkpoint(path, weights_only)
     if isinstance(checkpoint, dict):
         # Fabric saves the module under a name that the user chooses.

@@ -70,6 +70,7 @@ class Model(pl.LightningModule):
                 mesh = self.device_mesh["data_parallel"]
                 if self.name == "hsdp":
                     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+                self.trainer.precision_plugin.convert_module(self.model)
                 for layer in self.model.model.layers:
                     fully_shard(layer, mesh=mesh)
                 fully_shard(self.model, mesh=mesh)

@@ -93,7 +93,9 @@ def tied_names(base: Parts) -> list[list[str]]:
 
 
 def _task_type(base: nn.Module) -> str | None:
-    """PEFT's task type of a base model; None if it has none, or one whose class would add modules."""
+    """PEFT's task type of a base model; None if it has none, or one whose class would add modules or text inputs."""
+    if getattr(base, "main_input_name", "input_ids") != "input_ids":
+        return None
     name = type(base).__name__
     has_encoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     if name.endswith("ForConditionalGeneration") and has_encoder:

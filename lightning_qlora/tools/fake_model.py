@@ -74,11 +74,13 @@ def _model_of_config(config: Any) -> Any:
     transformers: Any = import_module("transformers")
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     name = next(iter(getattr(config, "architectures", None) or []), "")
-    causal_models = transformers.AutoModelForCausalLM._model_mapping
-    model_class = getattr(transformers, name, None) or causal_models.get(type(config), None)
-    if model_class is None:
-        return transformers.AutoModel.from_config(config, dtype=dtype)
-    return model_class._from_config(config, dtype=dtype)
+    model_class = getattr(transformers, name, None)
+    if model_class is not None:
+        return model_class._from_config(config, dtype=dtype)
+    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config, dtype=dtype)
+    return transformers.AutoModel.from_config(config, dtype=dtype)
 
 
 class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]

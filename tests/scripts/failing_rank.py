@@ -34,6 +34,7 @@ class Failing(Classifier):
 
     def configure_model(self):
         if self._device_mesh is not None:
+            self.trainer.precision_plugin.convert_module(self.net)
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):

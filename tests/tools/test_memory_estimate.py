@@ -220,6 +220,18 @@ def test_a_model_that_reads_values_while_it_is_built():
     assert counted.parts["activations"] > 0
 
 
+def test_a_config_of_text_and_images_stands_for_the_whole_model():
+    transformers = pytest.importorskip("transformers", minversion="5.3")
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "layer_types": ["full_attention"] * 2}
+    vision = {"hidden_size": 64, "intermediate_size": 128, "depth": 2, "num_heads": 4, "out_hidden_size": 64}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    estimate = estimate_memory(config, **ARGUMENTS)
+    assert estimate.dense_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert estimate.parts == estimate_memory(model, **ARGUMENTS).parts
+
+
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_decode_buffer_is_what_a_step_allocates(dora):

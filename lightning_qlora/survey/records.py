@@ -55,7 +55,6 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
 
 
 def record(parameters: Iterable[Unrecorded]) -> None:
-    """Record the parameters after conversion decided which of them are frozen."""
     numbers: dict[int, int] = {}  # tied parameters are read once
     for owner, key, trained, dtype in parameters:
         parameter = own_parameters(owner).get(key)

@@ -203,7 +203,6 @@ def _apply(
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether all of a module went through `convert_module`."""
     return conversion_of(module) is not None and not unrecorded(module.modules())
 
 

@@ -43,7 +43,6 @@ class ConvertedModules:
         return next(reversed([*self._converted]), None)
 
     def layers(self) -> Iterator[LoRALayer]:
-        """The converted layers of the last module."""
         if self.last is not None:
             yield from _layers(self.last)
 

@@ -21,8 +21,8 @@ class Derived:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError(
-            f"{type(self).__name__}(...): is no class to call. lightning_qlora.convert(module) makes such parts of those "
-            "that a module has; for a new one call the class that they had before, such as torch.nn.Linear."
+            f"{type(self).__name__}(...): is no class to call. lightning_qlora.convert(module) makes such parts of "
+            "those that a module has; for a new one call the class that they had before, such as torch.nn.Linear."
         )
 
     @classmethod

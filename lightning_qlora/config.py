@@ -282,5 +282,4 @@ CHECKS = {name: argument.check for name, argument in ARGUMENTS.items() if argume
 
 
 def arguments_that(meaning: str) -> tuple[str, ...]:
-    """Names of the arguments with a meaning, a field of `Argument`, in their order."""
     return tuple(name for name, argument in ARGUMENTS.items() if getattr(argument, meaning))

@@ -173,8 +173,8 @@ def delta(layer):
     """What the adapter adds to W: s B A, with DoRA g (W + s B A) - W; fp32, in the shape of the dense weight."""
     parts = []
     for matrix in layer.matrices():
-        added = layer.scaling * (matrix.lora_b.float() @ matrix.lora_a.float())
-        if matrix.magnitude is not None:
+        added = layer.scaling * (matrix.lora_B.float() @ matrix.lora_A.float())
+        if matrix.lora_magnitude_vector is not None:
             base = ops.dequantize(matrix.weight, torch.float32)
             added = dora_scale(layer, matrix)[:, None] * (base + added) - base
         parts.append(added)

@@ -136,8 +136,8 @@ def merged_weight(layer: LoRALayer, dtype: torch.dtype, name: str, weight: Tenso
         else:
             dense = weight
         total = dense.contiguous().float() + matrix.product(layer.scaling)
-        if matrix.magnitude is not None:
-            scale = matrix.magnitude.float() / total.norm(dim=1).clamp_min(TINY)
+        if matrix.lora_magnitude_vector is not None:
+            scale = matrix.lora_magnitude_vector.float() / total.norm(dim=1).clamp_min(TINY)
             total *= scale[:, None]
         rounded_name = name
         if layer.is_stack:

@@ -12,7 +12,8 @@ from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
+from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State

@@ -80,7 +80,7 @@ def compute_methods(part: nn.Module) -> list[ComputeIn]:
 
 
 def make_compute_methods(part: nn.Module) -> list[ComputeIn]:
-    """The same for its forward pass, and the steps of a LightningModule, made where there is none."""
+    """Those of its forward pass, and of the steps of a LightningModule, made where there is none."""
     names = ["forward"]
     if isinstance(part, classes(LightningModule)):
         names += STEPS

@@ -3,6 +3,7 @@
     parameters that train in full           fp32, and the buffers of their module, such as the statistics of BatchNorm
     forward pass of the module that uses them   under autocast(16-bit type), its output cast back
     forward pass and steps of the module that was converted     under the same autocast, its output as it is
+    forward pass of a model in a LightningModule                the same
     all of a module on a device that is slow in 16 bits         fp32: 16-bit inputs are cast, without autocast
     a module that the user holds in fp32, and that trains       fp32: 16-bit inputs are cast, without that autocast
 
@@ -80,8 +81,9 @@ def train_in_full_precision(modules: list[nn.Module]) -> None:
     _hold([*held, *buffers])
     for part in modules:  # also those that were converted before
         dtypes += [dtype for _, tensor, dtype in held_in(part) if tensor.requires_grad]
-    if dtypes and not is_script(modules[0]):
-        compute_in(modules[0], dtypes[0])
+    if dtypes:
+        for part in _outermost(modules[0]):
+            compute_in(part, dtypes[0])
 
 
 def _hold(tensors: list[tuple[nn.Module, str, Tensor]]) -> None:
@@ -106,6 +108,20 @@ def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Itera
         # nn.MultiheadAttention uses the weight of its `out_proj`.
         if not has_method(owner, "forward") or isinstance(parent, nn.MultiheadAttention):
             yield from _users(parent, parents)
+
+
+def _outermost(root: nn.Module) -> list[nn.Module]:
+    """The converted module; of a LightningModule also the modules in it that have what trains in fp32.
+
+    Code outside of its steps calls these: `lit.model.generate(...)`.
+    """
+    parts = [root]
+    if isinstance(root, classes(LightningModule)):
+        for child in root.children():
+            held = [tensor for part in child.modules() for _, tensor, _ in held_in(part)]
+            if any(tensor.requires_grad for tensor in held):
+                parts.append(child)
+    return [part for part in parts if not is_script(part)]
 
 
 def hold_assigned(modules: Iterable[nn.Module]) -> None:

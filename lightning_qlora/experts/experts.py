@@ -50,7 +50,6 @@ class ExpertParameter(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of one expert, [out, in]."""
         if self.loaded is not None:
             return self.loaded.out_features, self.loaded.in_features
         stack: Any = self.owner._parameters[self.key]
@@ -114,7 +113,6 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The stack for code that reads it; see the top of this file."""
         return ReadableStack(self)
 
     @property
@@ -126,11 +124,9 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def expert_shape(self) -> tuple[int, ...]:
-        """Shape of one expert in the parameter."""
         return super().weight_shape[1:]
 
     def effective_weight(self) -> Tensor:
-        """W + s B A of all experts, in the parameter's shape; differentiable in the adapters."""
         return self._as_stored(super().effective_weight()).reshape(self.weight_shape)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -164,7 +160,7 @@ class QLoRAExperts(SavedLayer):
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return self.cast_output(y, x.dtype)
 
-    def _adapter_of_each_matrix(self) -> list[Sequence[Tensor]]:
+    def _adapter_of_each_matrix(self) -> list[Sequence[Any]]:
         """As in LoRALayer, with the same views until a parameter changes.
 
         Autograd stacks the gradients of the views of one `unbind` once. With views of its own, each expert that code
@@ -176,10 +172,10 @@ class QLoRAExperts(SavedLayer):
         if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
             return super()._adapter_of_each_matrix()
         key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
-        cached: tuple[Any, list[Sequence[Tensor]], Any] | None = self.__dict__.get(VIEWS)
+        cached: tuple[Any, list[Sequence[Any]], Any] | None = self.__dict__.get(VIEWS)
         if cached is None or cached[0] != key:
             # With the parameters: as long as they exist, no other has the same id and memory.
-            cached = key, [parameter.unbind() for parameter in parameters], parameters
+            cached = key, super()._adapter_of_each_matrix(), parameters
             self.__dict__[VIEWS] = cached
         return cached[1]
 

@@ -119,7 +119,6 @@ def read_index(path: Path, weights_only: bool) -> Any:
 
 
 def keys_of_shards(path: str | os.PathLike[str], names: Iterable[str]) -> set[str]:
-    """The keys that shards have in the state dicts of these names."""
     with one_line_errors(path):
         index = read_index(Path(path) / SHARDS_INDEX, weights_only=True)
     keys = index.state_dict_metadata

@@ -124,7 +124,6 @@ def can_compose() -> bool:
 
 
 def takes_dequantize(quantization: dict[str, Any]) -> bool:
-    """Whether transformers can dequantize the format of a `quantization_config` while it loads."""
     classes: Any = import_module("transformers.quantizers.auto").AUTO_QUANTIZATION_CONFIG_MAPPING
     method = quantization.get("quant_method")
     config_class = classes.get(method) if isinstance(method, str) else None

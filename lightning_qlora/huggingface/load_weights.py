@@ -24,7 +24,8 @@ from lightning_qlora.adapters.module_adapter import set_adapter
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import NO_VALUES
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import is_transformers_model, join, named
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -164,7 +165,6 @@ def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.
 
 
 def _read_matrices(name: str, layer: LoRALayer, folder: ModelFolder) -> Iterator[Tensor]:
-    """The weight of a layer, or of each expert, in the layout of the dense parameter."""
     if not isinstance(layer, QLoRAExperts):
         yield _read(folder, join(name, "weight"), layer.weight_shape)
     elif f"{name}.0" in folder.entries:  # of a conversion by transformers
@@ -175,7 +175,6 @@ def _read_matrices(name: str, layer: LoRALayer, folder: ModelFolder) -> Iterator
 
 
 def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of the folder, mapped from its file."""
     if name not in folder.entries or folder.is_packed(name):
         problem = "is in 4 bits already" if name in folder.entries else "is missing"
         raise ValueError(

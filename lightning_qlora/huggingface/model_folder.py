@@ -130,7 +130,6 @@ class ModelFolder(WeightFolder):
         return f"{self.file_of[name]}: {', '.join(map(repr, self._stored_keys(name)))}"
 
     def _match(self, model: Any) -> list[TensorGroup]:
-        """Fill `key_of`, and return the groups."""
         if model is None or find_spec("transformers.conversion_mapping") is None:
             self.key_of = {key: key for key in self.stored.entries}
             return []

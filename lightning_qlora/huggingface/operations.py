@@ -223,7 +223,6 @@ class Place:
         return {name: local(p) for name, p in parameters if p is not bias}
 
     def dense(self, weight: Tensor) -> dict[str, Tensor]:
-        """Let transformers load the weight as usual."""
         self.quantizer.chosen.pop(self.key, None)
         return {self.key: weight}
 

@@ -171,7 +171,6 @@ class QLoRAQuantizer(HfQuantizer):
             convert_without_data(model, self.folder, self.chosen, self._shapes)
 
     def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, Row]:
-        """The layers and stacks of experts to convert, by the names of their parameters."""
         chosen = {each.weight_name: each for each in select_layers(model, config).convert.values()}
         keys: Any = getattr(model, "all_tied_weights_keys", {})
         for key in (*keys, *keys.values()):  # will be tied when they are loaded

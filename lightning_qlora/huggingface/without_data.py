@@ -26,7 +26,6 @@ NO_VALUES = (
 def convert_without_data(
     model: nn.Module, folder: ModelFolder, chosen: dict[str, Row], shapes: dict[str, torch.Size]
 ) -> None:
-    """Convert the chosen layers that the files have, on the meta device."""
     for key, each in chosen.items():
         entry = folder.entries.get(key)
         if f"{key}.0" in folder.entries or (entry is not None and entry.shape == shapes[key]):

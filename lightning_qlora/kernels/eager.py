@@ -37,7 +37,6 @@ def path() -> str:
 
 
 def _library(x: Tensor) -> Library | None:
-    """The C kernels, if they exist and support the device and dtype of x."""
     if x.device.type != "cpu":
         return None
     library = compiled_library()

@@ -43,7 +43,6 @@ class Half(NamedTuple):
         return self.values.device
 
     def to_fp32(self) -> Tensor:
-        """The matrix in fp32, exact."""
         return self.values.float() * self.factor
 
 

@@ -129,7 +129,6 @@ WEIGHT_FIELDS = len(PackedBytes._fields)
 
 
 def _weight_of(fields: Sequence[Any]) -> PackedBytes:
-    """The weight whose fields the arguments of an op begin with."""
     packed, absmax, nested, shape, *form = fields[:WEIGHT_FIELDS]
     return PackedBytes(packed, absmax, nested, tuple(shape), *form)
 
@@ -232,7 +231,6 @@ def linear_into(
 
 
 def as_factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
-    """A matrix as the backends multiply it."""
     return backend(rows.device).to_half(rows) if lora.in_fp16 else rows
 
 

@@ -73,7 +73,6 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
 
 
 def _parts(module: nn.Module) -> list[WithAdapter]:
-    """The parts that have an adapter; warns of what trains without one."""
     parts = [part for part in module.modules() if isinstance(part, WithAdapter)]
     check_converted(module, parts)
     for part in parts:

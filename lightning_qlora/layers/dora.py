@@ -31,8 +31,8 @@ def row_norm(layer: Any, matrix: Matrix) -> Tensor:
     the bracket. W may be some of the rows.
     """
     weight = matrix.weight
-    a = matrix.lora_a.float()
-    b = matrix.lora_b.float()
+    a = matrix.lora_A.float()
+    b = matrix.lora_B.float()
     s = layer.scaling
     squares = layer._base_squares.get(matrix.number)
     if squares is None or squares.device != weight.packed.device or squares.shape[0] != weight.shape[0]:
@@ -45,8 +45,8 @@ def row_norm(layer: Any, matrix: Matrix) -> Tensor:
 
 def dora_scale(layer: Any, matrix: Matrix) -> Tensor:
     """g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
-    assert matrix.magnitude is not None
-    scale: Tensor = matrix.magnitude / row_norm(layer, matrix).clamp_min(TINY)
+    assert matrix.lora_magnitude_vector is not None
+    scale: Tensor = matrix.lora_magnitude_vector / row_norm(layer, matrix).clamp_min(TINY)
     return scale
 
 

@@ -43,13 +43,11 @@ class InputStatistics:
 
     @property
     def layers(self) -> list[Any]:
-        """The layer and its copies."""
         layers = [each() for each in self._layers]
         return [layer for layer in layers if layer is not None]
 
     @property
     def name(self) -> str:
-        """Name of the layer in the converted module."""
         name: str = self.layers[0].full_name
         return name
 

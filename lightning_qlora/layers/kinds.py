@@ -21,7 +21,6 @@ class LayerKind(NamedTuple):
 
 
 def _forward_of_conv1d(self: Any, x: Tensor) -> Tensor:
-    """As `QLoRALinear.forward`, with the name that Conv1D gives its argument."""
     y: Tensor = self.linear(x, self._parameters["bias"])
     return y
 
@@ -81,7 +80,6 @@ def pop_packed_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
 
 
 def decode_packed_layer(layer: nn.Module) -> None:
-    """Turn a layer for which `is_packed` into the dense layer that it was, in place."""
     weight, dense_class = pop_packed_weight(layer)
     layer.__class__ = dense_class
     layer.weight = nn.Parameter(decode_as_stored(layer, weight))

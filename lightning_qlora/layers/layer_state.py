@@ -11,7 +11,8 @@ from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.config import arguments_that
 from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.input_statistics import stop_waiting
-from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
+from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
@@ -121,7 +122,6 @@ def pop_base(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a state dict has the base of a layer, dense or in 4 bits."""
     return prefix + "weight" in state_dict or prefix + BASE[0] in state_dict
 
 

@@ -21,11 +21,10 @@ from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
 from lightning_qlora.layers.input_statistics import InputStatistics, wait_for_inputs
-from lightning_qlora.layers.matrix import Matrix
+from lightning_qlora.layers.matrix import ADAPTER, Matrix
 from lightning_qlora.layers.typed_layer import TypedLayer
 from lightning_qlora.tensors.dtensor import gather, shard_like
 
-ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")  # the parameters that train
 INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight
 
 
@@ -54,7 +53,6 @@ class LoRALayer(WithAdapter, TypedLayer):
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
     def set_arguments(self, config: QLoRAConfig, name: str, seed_name: str) -> None:
-        """Set the arguments of a layer that has no weight yet."""
         self.set_config(config)
         self.full_name = name
         self.seed_name = seed_name
@@ -134,14 +132,13 @@ class LoRALayer(WithAdapter, TypedLayer):
         adapter = self._adapter_of_each_matrix()
         matrices = []
         for number in range(self.matrix_count) if numbers is None else numbers:
-            lora_a, lora_b, *magnitude = (values[number] for values in adapter)
             base = weight.expert(number) if self.is_stack else weight
-            matrices.append(Matrix(base, lora_a, lora_b, magnitude[0] if magnitude else None, number))
+            matrices.append(Matrix._make((base, *(values[number] for values in adapter), number)))
         return matrices
 
-    def _adapter_of_each_matrix(self) -> list[Sequence[Tensor]]:
-        """The values of each parameter for each matrix."""
-        return [self.split_matrices(gather(parameter)) for parameter in self.adapter_parameters()]
+    def _adapter_of_each_matrix(self) -> list[Sequence[Any]]:
+        parameters = map(self._parameters.get, ADAPTER)
+        return [[None] * self.matrix_count if p is None else self.split_matrices(gather(p)) for p in parameters]
 
     def write(self, name: str, value: Tensor) -> None:
         """Set a parameter of the adapter, and create it if it does not exist."""
@@ -197,14 +194,14 @@ class LoRALayer(WithAdapter, TypedLayer):
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
         total = base.float() + matrix.product(self.scaling)
-        if matrix.magnitude is not None:
+        if matrix.lora_magnitude_vector is not None:
             total = dora_scale(self, matrix).unsqueeze(1) * total
         return round_by_index(total, self.weight_dtype)
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
         if self.input_statistics is not None:
-            self.input_statistics.add(self, matrix.number, x, matrix.lora_b)
+            self.input_statistics.add(self, matrix.number, x, matrix.lora_B)
         input_dtype = x.dtype
         x, in_fp16 = self.cast_input(x)
         weight, a, b, magnitude, _ = matrix

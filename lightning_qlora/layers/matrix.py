@@ -9,15 +9,18 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
 class Matrix(NamedTuple):
-    """A 4-bit weight [out, in] with its adapter."""
+    """A 4-bit weight [out, in], the parameters of its adapter by their names in a layer, and its number in a stack."""
 
     weight: PackedBytes
-    lora_a: Tensor
-    lora_b: Tensor
-    magnitude: Tensor | None = None
-    number: int = 0  # in a stack
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_magnitude_vector: Tensor | None = None
+    number: int = 0
 
     def product(self, scaling: float) -> Tensor:
         """s B A, [out, in], fp32, under autocast too."""
-        with torch.autocast(self.lora_b.device.type, enabled=False):
-            return scaling * (self.lora_b.float() @ self.lora_a.float())
+        with torch.autocast(self.lora_B.device.type, enabled=False):
+            return scaling * (self.lora_B.float() @ self.lora_A.float())
+
+
+ADAPTER = Matrix._fields[1:-1]  # the parameters of a layer that train

@@ -57,7 +57,6 @@ def without_wrappers(name: str, wrappers: Collection[str] = (COMPILED, CHECKPOIN
 
 
 def without_numbers(name: str) -> str:
-    """A name with * for every number."""
     return re.sub(r"\d+", "*", name)
 
 
@@ -129,7 +128,6 @@ class Names(NamedTuple):
 
     @property
     def in_state_dicts(self) -> str:
-        """Without what torch.compile and checkpoint_wrapper put into it."""
         return without_wrappers(self.full)
 
 

@@ -44,11 +44,9 @@ class PackedLayer(nn.Module):
 
     @property
     def is_held(self) -> bool:
-        """Whether the layer is held in fp32, and computes in it."""
         return self.weight_dtype is not self.dtype_before
 
     def set_packed_weights(self, weights: Sequence[PackedWeight]) -> None:
-        """Replace the 4-bit weight of each matrix; the bytes are stored as they are."""
         matrices = [weight.to_bytes() for weight in weights]
         if self.is_stack:
             stored = stack_bytes(matrices)
@@ -78,7 +76,6 @@ class PackedLayer(nn.Module):
 
     @property
     def matrix_count(self) -> int:
-        """How many matrices the layer has: 1, or one for each expert."""
         return self._shape[0] if self.is_stack else 1
 
     @property
@@ -86,12 +83,11 @@ class PackedLayer(nn.Module):
         return PackedBytes(self.packed, self.absmax, self.nested, self._shape, self.quant_type, self.block_size)
 
     def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-        """Shape [out, in], type and device of the weight that it decodes to."""
         return self._shape, self.weight_dtype, self.packed.device
 
     @property
     def whole_bytes(self) -> PackedBytes:
-        """The same; of a sharded layer it is gathered, so all ranks must read it together."""
+        """The 4-bit weight; of a sharded layer it is gathered, so all ranks must read it together."""
         packed, absmax, nested = (gather(getattr(self, name).detach()) for name in BASE)
         # Not `_replace`, which torch.compile of torch 2.8 does not trace.
         return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
@@ -120,7 +116,6 @@ class PackedLayer(nn.Module):
         return self.as_dense(matrices)
 
     def as_dense(self, matrices: Sequence[Tensor]) -> Tensor:
-        """Matrices [out, in] in the shape of the dense weight."""
         return self._as_stored(self.join_matrices(matrices)).reshape(self.weight_shape)
 
     def join_matrices(self, matrices: Sequence[Tensor]) -> Tensor:
@@ -141,7 +136,6 @@ class PackedLayer(nn.Module):
         return values.unbind() if isinstance(values, Tensor) else values
 
     def _as_stored(self, weight: Tensor) -> Tensor:
-        """A weight [out, in] in the shape that the dense layer has, or the reverse."""
         return weight.mT if self._transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":

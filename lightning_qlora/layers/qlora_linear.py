@@ -19,7 +19,7 @@ from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.matrix import Matrix
+from lightning_qlora.layers.matrix import ADAPTER, Matrix
 from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
@@ -125,8 +125,6 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     ) -> "QLoRALinear":
         new: QLoRALinear = derive(QLoRALinear, layer, dense_class)
         new.set_arguments(config, name, seed_name)
-        if new.bias is not None:
-            new.bias.requires_grad_(False)
         return new
 
     @property
@@ -146,14 +144,11 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `forward` with a bias of the caller's."""
-        parameters: dict[str, Any] = self._parameters  # each `self.lora_A` would cost a search through the module
-        a = parameters["lora_A"]
-        b = parameters["lora_B"]
-        magnitude = parameters["lora_magnitude_vector"]
+        parameters: Any = self._parameters  # each `self.lora_A` would cost a search through the module
         try:
             if self._split is not None:
                 return split_linear(self, x, bias)
-            return self.compute(x, Matrix(self.weight_bytes, a, b, magnitude), bias)  # lora_layer.py
+            return self.compute(x, Matrix(self.weight_bytes, *map(parameters.get, ADAPTER)), bias)  # lora_layer.py
         except (TypeError, ValueError) as error:
             raise self._named(error, x) from error
 
@@ -210,7 +205,8 @@ def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
     layer._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added
 
 
-MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks
+# Names that a layer has in 4 bits and nn.Linear lacks; and methods that make a copy from a call of the class.
+MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
 for kind in (PackedLayer, TypedLayer, LoRALayer, SavedLayer, QLoRALinear):
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()

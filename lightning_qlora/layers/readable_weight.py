@@ -98,7 +98,6 @@ class Readable(Tensor):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """A dense copy."""
         return plain(self).detach().clone()  # type: ignore[no-any-return]
 
     def numpy(self, **options: bool) -> Any:
@@ -180,7 +179,6 @@ class ReadableWeight(Readable):
 
 
 def _is_product(x: Any, weight: Any, transposed: bool) -> bool:
-    """Whether a product of x and a weight is the op of the weight's layer."""
     is_weight = isinstance(weight, ReadableWeight) and not weight._is_detached
     return is_weight and weight._transposed is transposed and not isinstance(x, Readable)
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.matrix import Matrix
+from lightning_qlora.layers.matrix import ADAPTER, Matrix
 from lightning_qlora.layers.packed_layer import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from lightning_qlora.tensors.dtensor import local
@@ -47,7 +47,6 @@ class Split(NamedTuple):
         return self.mesh.get_local_rank()
 
     def block_numbers(self, block_size: int, device: torch.device) -> Tensor:
-        """The numbers, in the whole weight, of the blocks of this rank."""
         out = self.shape[0]
         blocks = self.shape[1] // block_size
         if self.by_inputs:
@@ -129,22 +128,22 @@ def split_linear(layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor:
             f"{layer.full_name}: is split over ranks, and its weight was multiplied by a plain tensor. Call the layer "
             "itself, whose plan distributes the input, or leave the layer out of the plan."
         )
+    bias = local(bias)
     if split.by_inputs:
-        a = local(parameters["lora_A"])
-        b = _summed_gradient(parameters["lora_B"])
-        bias = local(bias) if split.rank == 0 else None  # one rank adds it
+        if split.rank:
+            bias = None  # one rank adds it
         rank = split.rank
-        placements = None
+        parts = BY_INPUTS
+        of_gradient = None
     else:
-        a = _summed_gradient(parameters["lora_A"])
-        b = local(parameters["lora_B"])
-        bias = local(bias)
         rank = 0
-        placements = [Partial()]
-    matrix = Matrix(_weight_of_rank(layer), a, b, local(parameters["lora_magnitude_vector"]))
+        parts = BY_OUTPUTS
+        of_gradient = [Partial()]
+    adapter = [local(parameters[name]) if name in parts else _summed_gradient(parameters[name]) for name in ADAPTER]
+    matrix = Matrix(_weight_of_rank(layer), *adapter)
     if not isinstance(x, DTensor):
         return layer.compute(x, matrix, bias, rank)
-    y: Tensor = layer.compute(x.to_local(grad_placements=placements), matrix, bias, rank)
+    y: Tensor = layer.compute(x.to_local(grad_placements=of_gradient), matrix, bias, rank)
     placement: Placement = Shard(y.dim() - 1)
     if split.by_inputs:
         placement = Partial()

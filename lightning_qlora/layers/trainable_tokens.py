@@ -114,14 +114,12 @@ class TrainableTokens(Derived):
         return dense.forward(view, input)  # type: ignore[no-any-return]
 
     def effective_weight(self) -> Tensor:
-        """E."""
         weight: Tensor = self.base().weight
         if self._qlora_disabled:
             return weight
         return weight.index_copy(0, self.token_adapter.token_indices, self.rows())
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What `F.linear(x, layer.weight, bias)` computes."""
         y = F.linear(x, self.base().weight, bias)
         if self._qlora_disabled:
             return y
@@ -178,17 +176,15 @@ def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
 
 
 def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
-    """Name of an embedding -> its `TokenAdapter`; for tied weights the first name only."""
     return token_adapters_of(module.named_modules())
 
 
 def token_adapters_of(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, TokenAdapter]:
-    """The same for all modules in a module, by their names."""
+    """Name of an embedding -> its `TokenAdapter`; for tied weights the first name only."""
     return {name.removesuffix(TOKEN_ADAPTER)[:-1]: part for name, part in parts if isinstance(part, TokenAdapter)}
 
 
 def merge_tokens(modules: Iterable[nn.Module]) -> None:
-    """Write the trained rows into the weights, and restore the class of each layer."""
     layers: list[Any] = [part for part in modules if isinstance(part, TrainableTokens)]
     rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
     for layer in layers:

@@ -139,7 +139,6 @@ def defer_output_embeddings(parts: Parts, setting: bool | Literal["auto"], shard
 
 
 def deferred_heads(parts: Parts) -> dict[str, int]:
-    """Name of each output embedding whose logits are deferred -> bytes saved for each 1,000 tokens."""
     heads = {name: part for name, part in parts.named if instance_method(part, DeferredForward)}
     return {name: saved_bytes(head) for name, head in heads.items()}
 

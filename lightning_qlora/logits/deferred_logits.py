@@ -86,7 +86,6 @@ class DeferredLogits(Readable):
         return logits
 
     def rows(self, of_parent: Function, hidden: Tensor) -> Tensor:
-        """Deferred logits of other rows, or of the same in another shape."""
         return DeferredLogits(hidden, self.source, self.dtype, self.functions, (self, of_parent)).attached()
 
     def compute(self, hidden: Tensor) -> Tensor:
@@ -138,7 +137,6 @@ class DeferredLogits(Readable):
         return DeferredLogits(self.hidden, self.source, self.dtype, self.functions, (self, lambda real: real))
 
     def parameters(self) -> list[Any]:
-        """The tensors that the logits depend on: the hidden states and what trains in the head."""
         return [self.hidden, *self.source.trained]
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:

@@ -57,7 +57,6 @@ class ManagedPool(Pool):
         return bool(self._ranges([tensor]))
 
     def _ranges(self, tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-        """The (start, end) addresses of those tensors that are in the pool."""
         segments = [(segment.address, segment.address + segment.nbytes) for segment in self._segments]
         ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
         return [(a, b) for a, b in ranges if any(start <= a < end for start, end in segments)]

@@ -59,24 +59,20 @@ class OptimizerPages:
                     pool.evict([tensor])
 
     def paged(self) -> Iterator[tuple[Pool, list[Tensor]]]:
-        """The pools with the state tensors in them."""
         tensors = self._tensors()
         for pool in self.pools:
             yield pool, [tensor for tensor in tensors if pool.owns(tensor)]
 
     def prefetch(self, params: list[Tensor] | None = None) -> None:
-        """Start to move state, of these parameters or of all, to the device."""
         tensors = self._tensors(params)
         for pool in self.pools:
             pool.prefetch(tensors)
 
     def wait_prefetch(self) -> None:
-        """See `Pool.wait_prefetch`."""
         for pool in self.pools:
             pool.wait_prefetch()
 
     def evict(self, params: list[Tensor] | None = None) -> None:
-        """Start to move it to the host."""
         tensors = self._tensors(params)
         for pool in self.pools:
             pool.evict(tensors)
@@ -92,7 +88,6 @@ class OptimizerPages:
         return [tensor for tensor in tensors_in(states) if tensor.numel() >= self._min_numel]
 
     def close(self) -> None:
-        """Move the state to plain host memory, free the pools, remove the hooks."""
         optimizer = self._optimizer()
         if optimizer is not None:
             if isinstance(optimizer.state, PagedState):

@@ -56,7 +56,6 @@ class Pool(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated now."""
         return sum(segment.nbytes for segment in self._segments)
 
     @abstractmethod

@@ -45,7 +45,6 @@ def to_32bit(state: dict[Any, Any], betas: Any) -> dict[Any, Any]:
 
 
 def decode(state: dict[Any, Any]) -> dict[Any, Any]:
-    """8-bit state with its moments decoded to fp32."""
     state = dict(state)
     shards = int(state.pop("shards", 1))
     for moment in MOMENTS:

@@ -50,7 +50,6 @@ class Adapter:
 
     @cached_property
     def target_parameters(self) -> frozenset[str]:
-        """PEFT's target_parameters: names of parameters, or endings of names."""
         return frozenset(self.config.get("target_parameters") or ())
 
     def is_target(self, parameter: str) -> bool:
@@ -90,7 +89,6 @@ class Adapter:
 
     @property
     def tokens(self) -> dict[str, list[int]]:
-        """Name of each embedding of which `saved` has rows -> their indices."""
         return self.config.get("trainable_token_indices") or {}
 
     def has_one_value(self, tied: list[str]) -> bool:

@@ -20,7 +20,7 @@ from lightning_qlora.experts.expert_selection import expert_parameters
 from lightning_qlora.experts.experts import PARAMETERS, ExpertParameter
 from lightning_qlora.layers.kinds import is_linear, kind_of
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
 from lightning_qlora.peft.adapter import BASE_LAYER, MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import (
@@ -58,7 +58,6 @@ class ExpertStack(NamedTuple):
         return cls(part.experts, wrappers, part.transposed, swapped, flat)
 
     def key(self, name: str) -> str:
-        """PEFT's name of the adapters of a parameter."""
         return owner_name(name) + BASE_LAYER * self.wrappers
 
     def to_peft(self, state: State) -> State:
@@ -87,7 +86,6 @@ class ExpertStack(NamedTuple):
 
 
 def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
-    """The experts of a parameter, dense or converted; None if it has none."""
     experts = stack_of(owner, key)
     if experts is not None:
         return ExpertParameter(owner, key, len(experts), experts._transposed)
@@ -213,7 +211,6 @@ def _check_sizes(adapter: Adapter, key: str, base: Parts, what: str, matrices: i
 
 
 def refuse(adapter: Adapter, key: str, base: Parts, difference: str) -> NoReturn:
-    """Raise the error for an adapter that does not fit a model; `difference` says what the model has."""
     kind = type(base.root).__name__
     raise CheckpointMismatchError(
         f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {kind} {difference}. An adapter fits "

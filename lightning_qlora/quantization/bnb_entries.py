@@ -17,7 +17,6 @@ META = "quant_state.bitsandbytes__"
 def bnb_meta(
     prefix: str, shape: Sequence[int], quant_type: str, block_size: int, dtype: torch.dtype, more: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """bitsandbytes' `quant_state` entry: a JSON object."""
     meta = {
         "quant_type": quant_type,
         "blocksize": block_size,
@@ -33,7 +32,6 @@ def json_bytes(values: Mapping[str, Any]) -> Tensor:
 
 
 def bnb_keys(prefix: str) -> list[str]:
-    """The keys that `bnb_state_dict` may have."""
     metas = (META + quant_type for quant_type in get_args(QuantType))
     names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *metas)
     return [prefix, *(f"{prefix}.{name}" for name in names)]
@@ -85,7 +83,6 @@ def check_values(key: str, values: Tensor | None, count: int, dtype: torch.dtype
 
 
 def check_levels(key: str, state: Mapping[str, Tensor], levels: Tensor) -> None:
-    """Refuse a table of levels that is not the one that this package decodes with."""
     saved = state.get(key)
     if saved is None:
         return

@@ -96,7 +96,6 @@ def check_bytes(weight: PackedBytes) -> None:
 
 @cache
 def _sizes(shape: tuple[int, ...], block_size: int, double_quant: bool) -> tuple[int, int, int]:
-    """Bytes of the three tensors of a weight."""
     check_choice("block_size", block_size, BLOCK_SIZES)
     *experts, rows, columns = shape
     count = math.prod(experts)

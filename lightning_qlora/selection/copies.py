@@ -88,6 +88,5 @@ def _sample(tensor: Tensor) -> tuple[float, ...] | None:
 
 
 def _common_ending(name: str, other: str) -> str:
-    """The longest end of two names, in whole parts."""
     endings = {*name_endings(other)}
     return next((ending for ending in name_endings(name) if ending in endings), "")

@@ -61,6 +61,5 @@ class Patterns:
         return min(matching, key=self._order.__getitem__, default=None)
 
     def value(self, names: Iterable[str], default: Any) -> Any:
-        """The value of the first key that one of the names matches."""
         key = self.first(names)
         return default if key is None else self._patterns[key]

@@ -49,14 +49,12 @@ class Case:
         return None if self.part.is_linear else "only linear layers can be converted"
 
     def has_member(self) -> str | None:
-        """Why a subclass of nn.Linear can't become a QLoRALinear."""
         name = self.part.class_name
         if self.part.member == "__call__":
             return f"{name} has a __call__ of its own, which may compute something else"
         return self.part.member and f"{name} has a {self.part.member} of its own, which a 4-bit layer would replace"
 
     def cannot_convert(self) -> str | None:
-        """Why it can't be converted, even if target_modules names it."""
         part = self.part
         if part.kind in QUANTIZED_KINDS:
             return None
@@ -71,7 +69,6 @@ class Case:
         return f"its weight is tied to {weight.ties[0]}" if weight.ties else None
 
     def not_by_default(self) -> str | None:
-        """Why it is converted only if target_modules names it."""
         part = self.part
         if part.is_output_embedding:
             return "output embedding; name it in target_modules to convert it"
@@ -87,7 +84,6 @@ class Case:
         return None
 
     def too_small(self) -> str | None:
-        """Why 4 bits and an adapter would not be smaller."""
         rows, columns = self.part.shape
         if rows * columns <= FEWEST:
             return f"its {rows}x{columns} weights are too few for 4 bits"
@@ -146,7 +142,6 @@ class Row(NamedTuple):
 
     @property
     def weight_name(self) -> str:
-        """The name of its weight; that of a stack of experts is the parameter."""
         return self.name if self.stack is not None else join(self.name, self.key)
 
 
@@ -158,7 +153,6 @@ class Selection:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
 
     def reasons(self, *actions: str) -> dict[str, str]:
-        """Name -> reason, of what has one of these outcomes."""
         return {name: row.reason for name, row in self.rows.items() if row.action in actions}
 
     def of_parameter(self, part: Part, key: str) -> Row | None:
@@ -179,12 +173,10 @@ class Selection:
 
     @property
     def train(self) -> dict[str, str]:
-        """Why a module or parameter trains in full."""
         return self.reasons(TRAIN)
 
     @property
     def skip(self) -> dict[str, str]:
-        """Why a linear layer, or a stack of experts, is dense and frozen."""
         return self.reasons(SKIP, IN_VAIN)
 
 
@@ -198,7 +190,6 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
 
 
 def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
-    """What happens with each part of a module; see `select_layers`."""
     arguments = _Arguments(config, saved, seen.trains)
     tokens = select_tokens(seen, config.trainable_token_indices)
     in_full = Patterns(config.modules_to_save)

@@ -103,7 +103,6 @@ def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
 
 
 def _named_layers(seen: Survey, tokens: TokenIndices | None) -> list[tuple[Part, list[int]]]:
-    """The layers that the argument means, and the indices."""
     if tokens is None:
         return []
     parts = [part for part in seen.parts if part.kind not in STACKS]

@@ -8,13 +8,12 @@ from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, last_part, name_endings, without_wrappers
+from lightning_qlora.layers.names import last_part, name_endings, owner_name, without_wrappers
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
 from lightning_qlora.peft.base_compatibility import quantization_of_layer
 from lightning_qlora.peft.peft_layers import stacks_of, taken_for_experts
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import own_parameters
 
 
 def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
@@ -63,7 +62,6 @@ def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[
 
 
 def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
-    """The arguments of a layer, by its name in the base model."""
     return config.with_own(description.get("layers", {}).get(name, {}))
 
 
@@ -76,27 +74,28 @@ def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Mod
     """
     first_names = {name for name, _ in parts.named}
     trained = {}
-    for name, part in parts.places:
+    for name, part, key, parameter in parts.parameters:
+        name = owner_name(name)
         if isinstance(part, LoRALayer) or (isinstance(part, TokenAdapter) and name not in first_names):
             continue
-        for key, parameter in own_parameters(part).items():
-            if parameter.is_floating_point() and (part, key) not in unchanged:
-                trained[without_wrappers(name)] = part
+        if parameter.is_floating_point() and (part, key) not in unchanged:
+            trained[without_wrappers(name)] = part
     return trained
 
 
 def tied_names(base: Parts) -> list[list[str]]:
     """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
     names: dict[int, list[str]] = {}
-    for name, part in base.places:
-        for key, parameter in own_parameters(part).items():
-            if not join(name, key).endswith(DELTA):
-                names.setdefault(id(parameter), []).append(join(name, key))
+    for name, _, _, parameter in base.parameters:
+        if not name.endswith(DELTA):
+            names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 
 
 def _task_type(base: nn.Module) -> str | None:
-    """PEFT's task type of a base model; None if it has none, or one whose class would add modules."""
+    """PEFT's task type of a base model; None if it has none, or one whose class would add modules or text inputs."""
+    if getattr(base, "main_input_name", "input_ids") != "input_ids":
+        return None
     name = type(base).__name__
     has_encoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     if name.endswith("ForConditionalGeneration") and has_encoder:

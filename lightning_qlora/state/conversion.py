@@ -104,7 +104,6 @@ def check_layers_of_conversions(parts: Parts) -> None:
 
 
 def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:
-    """`Conversion.layers` of a module."""
     layers: dict[str, Any] = parts.layers
     layers = layers | {name: part for name, part in parts.named if isinstance(part, TrainableTokens)}
     return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
@@ -188,7 +187,6 @@ def entry_of(text: str) -> Tensor:
 
 
 def text_of(entry: Tensor) -> str:
-    """The text in the value of `CONVERSION`."""
     # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
     encoded = entry.contiguous().double().round().to(torch.uint8)
     return bytes(encoded.tolist()).decode().rstrip()

@@ -8,7 +8,8 @@ from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.layer_state import read_base
-from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL
+from lightning_qlora.layers.lora_layer import INITIAL
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import last_part, named, owner_name, without_wrappers
 from lightning_qlora.peft.adapter import Adapter, check_state
 from lightning_qlora.peft.peft_layers import to_peft
@@ -75,7 +76,6 @@ def read_adapter_from_checkpoint(
 def _read_converted_state_dict(
     path: str | os.PathLike[str], weights_only: bool
 ) -> tuple[dict[str, Tensor], str, SavedConversion]:
-    """The state dict of the converted module in a checkpoint, the prefix of that module's keys, and its conversion."""
     checkpoint = read_checkpoint(path, weights_only)
     if isinstance(checkpoint, dict):
         # Fabric saves the module under a name that the user chooses.

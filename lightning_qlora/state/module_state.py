@@ -181,11 +181,10 @@ def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *argu
             missing_keys.append(prefix + CONVERSION)
     else:
         _begin_with_rows_of_dense_module(parts, state_dict, prefix)
-    for name, part in parts.places:
-        for key, parameter in part._parameters.items():
-            key = prefix + join(name, key)
-            if key in state_dict:  # the whole parameter, also if the module has a shard
-                state_dict[key] = shard_like(state_dict[key], parameter)
+    for name, _, _, parameter in parts.parameters:
+        key = prefix + name
+        if key in state_dict:  # the whole parameter, also if the module has a shard
+            state_dict[key] = shard_like(state_dict[key], parameter)
 
 
 def _begin_with_rows_of_dense_module(parts: Parts, state_dict: dict[str, Any], prefix: str) -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import (
     CHECKPOINTED,
     COMPILED,
@@ -24,8 +25,8 @@ from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import base_fingerprints
 
 
-class DenseParameter(NamedTuple):
-    """A parameter that no 4-bit layer saves, under one of its names."""
+class NamedParameter(NamedTuple):
+    """A parameter under one of its names."""
 
     name: str
     owner: nn.Module
@@ -84,18 +85,23 @@ class Parts:
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Name of an embedding -> the indices of its rows that train."""
         return {name: adapter.token_indices.tolist() for name, adapter in self.tokens.items()}
 
     @cached_property
-    def dense_parameters(self) -> list[DenseParameter]:
-        """The parameters that no 4-bit layer saves, under each of their names."""
+    def parameters(self) -> list[NamedParameter]:
+        """The parameters under each of their names."""
         return [
-            DenseParameter(join(name, key), owner, key, parameter)
+            NamedParameter(join(name, key), owner, key, parameter)
             for name, owner in self.places
             for key, parameter in owner._parameters.items()
-            if parameter is not None and not (isinstance(owner, LoRALayer) and key in (*BASE, *ADAPTER))
+            if parameter is not None
         ]
+
+    @cached_property
+    def dense_parameters(self) -> list[NamedParameter]:
+        """Those that no 4-bit layer saves."""
+        of_layers = (*BASE, *ADAPTER)
+        return [each for each in self.parameters if not (isinstance(each.owner, LoRALayer) and each.key in of_layers)]
 
     @cached_property
     def unchanged(self) -> dict[tuple[nn.Module, str], int]:

@@ -61,7 +61,6 @@ def new_parameters(parts: Parts) -> dict[int, str]:
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    """The parameters that modules hold themselves; shared ones several times."""
     for module in modules:
         yield from (parameter for parameter in module._parameters.values() if parameter is not None)
 

@@ -55,7 +55,6 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
 
 
 def record(parameters: Iterable[Unrecorded]) -> None:
-    """Record the parameters after conversion decided which of them are frozen."""
     numbers: dict[int, int] = {}  # tied parameters are read once
     for owner, key, trained, dtype in parameters:
         parameter = own_parameters(owner).get(key)
@@ -63,6 +62,16 @@ def record(parameters: Iterable[Unrecorded]) -> None:
         if parameter is not None and not parameter.requires_grad:
             number = _fingerprint(owner, parameter, numbers)
         vars(owner).setdefault(RECORDS, {})[key] = Record(trained, dtype, number)
+
+
+def record_replaced(parameters: Iterable[Unrecorded]) -> None:
+    """Freeze and record the parameters of what a conversion that ended early made 4-bit layers of."""
+    parts = [each for each in parameters if isinstance(each.owner, LoRALayer) or each.key not in each.owner._parameters]
+    for part in parts:
+        parameter = own_parameters(part.owner).get(part.key)
+        if parameter is not None:
+            parameter.requires_grad_(False)
+    record(parts)
 
 
 def is_recorded(owner: nn.Module) -> bool:

@@ -168,10 +168,8 @@ class _Facts:
         self.names = _names(modules)
         self.new = new_parameters(modules)
         self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
-        for name, module in modules.places:
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.holders[id(parameter)][join(name, key)] = id(module)
+        for name, owner, _, parameter in modules.parameters:
+            self.holders[id(parameter)][name] = id(owner)
         self.routers = Routers(self.modules)
         self.members_of: Callable[[Any], frozenset[str]] = cache(_members_of_class)
         self.output_embeddings = set(map(id, get_output_embeddings(self.modules.values())))
@@ -306,5 +304,5 @@ def _names(modules: Parts) -> dict[int, Names]:
 
 def _members_of_class(kind: type[nn.Module]) -> frozenset[str]:
     # torch's own classes are nn.Linear's, and parametrized or sharded layers, which other rules refuse
-    kinds = [each for each in kind.__mro__ if not each.__module__.startswith("torch.")]
+    kinds = [each for each in kind.__mro__ if each is not object and not each.__module__.startswith("torch.")]
     return frozenset(name for each in kinds for name in vars(each))

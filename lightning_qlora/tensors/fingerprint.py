@@ -120,7 +120,6 @@ def _odd_numbers(count: int, device: torch.device) -> Tensor:
 
 
 def fingerprint_of_weights(weights: Sequence[PackedWeight]) -> int:
-    """The fingerprint of a layer whose matrices are these 4-bit weights."""
     return fingerprint(*stack_bytes([weight.to_bytes() for weight in weights])[:3])
 
 

@@ -38,7 +38,6 @@ def held_in(part: nn.Module) -> list[tuple[str, Tensor, torch.dtype]]:
 
 
 def types_before(part: nn.Module) -> dict[str, torch.dtype]:
-    """Key -> type before, of the same."""
     return {key: dtype for key, _, dtype in held_in(part)}
 
 

@@ -133,7 +133,6 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def add_gradient(self, parameter: Tensor) -> None:
-        """Hook of a parameter, called after its gradient was stored."""
         if parameter.grad is not None:
             self._gradients += parameter.grad.nbytes
 

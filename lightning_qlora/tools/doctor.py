@@ -123,7 +123,6 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
 
 
 def environment() -> dict[str, str]:
-    """The environment variables that change what runs."""
     names = [
         "TRITON_INTERPRET",
         "LIGHTNING_QLORA_CACHE",

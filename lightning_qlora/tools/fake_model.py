@@ -39,7 +39,6 @@ def fake_copy(module: nn.Module) -> nn.Module:
 
 
 def meta_model(model: Any) -> nn.Module:
-    """Build a transformers model on the meta device, from its config, folder or hub name."""
     try:
         import transformers
     except ImportError as error:

@@ -302,7 +302,6 @@ def _as_it_is(_device: torch.device, _dtype: torch.dtype) -> None:
 
 
 def _decode_buffers(layers: Iterable[Any]) -> int:
-    """Bytes of the decode buffers: one for each dtype, of the size of the largest weight."""
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
         dtypes = {layer.compute_dtype("cpu")}

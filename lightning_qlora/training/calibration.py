@@ -72,7 +72,6 @@ def calibrate(module: nn.Module, replicas: Any = None) -> None:
 
 
 def _check_alone(waiting: list[InputStatistics]) -> None:
-    """Refuse layers that several ranks hold, and warn of those that they may train."""
     for statistics in waiting:
         if any(is_sharded(layer.lora_B) for layer in statistics.layers):
             raise ValueError(f"replicas=None: several ranks hold parts of {statistics.name}. {ALL_RANKS}.")
@@ -203,7 +202,6 @@ def _initialize(
 
 
 def _sums_of(waiting: list[InputStatistics], group: Any) -> list[Tensor]:
-    """The sums of each, over the ranks of the group, on the device of the layer."""
     for statistics in waiting:
         statistics.to(statistics.layers[0].packed.device)
     sums = [statistics.sums for statistics in waiting]

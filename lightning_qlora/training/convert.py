@@ -25,7 +25,7 @@ from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.state.module_state import use_adapter_state_dict
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import record, unrecorded
+from lightning_qlora.survey.records import record, record_replaced, unrecorded
 from lightning_qlora.survey.survey import Survey, survey
 from lightning_qlora.tensors.device_types import reason_for_fp32
 from lightning_qlora.training.calibration import waiting_in
@@ -141,7 +141,7 @@ def _convert_new(
     report.take(choice)
     report.count(parts)
     note_after_conversion(report, parts, choice, run.device)
-    if seen.was_converted and not choice.convert:
+    if seen.was_converted:
         note_other_arguments(report, parts, config)
     return parts
 
@@ -180,17 +180,21 @@ def _apply(
 ) -> Parts:
     """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
     new = unrecorded(parts.modules)
-    converted = convert_layers(seen, choice, run.device)
+    try:
+        converted = convert_layers(seen, choice, run.device)
+    except BaseException:  # an interrupt, or a weight with NaN: `convert` can be called again
+        record_replaced(new)
+        raise
     forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)
     module = parts.root
     parts = Parts.of(module, wrappers=())  # with the experts and the rows that train
+    record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there
     train_in_full_precision(parts.modules)
     report.held_in_fp32 = hold_in_fp32(parts.modules, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(parts.named)
-    record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")
@@ -199,7 +203,6 @@ def _apply(
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether all of a module went through `convert_module`."""
     return conversion_of(module) is not None and not unrecorded(module.modules())
 
 

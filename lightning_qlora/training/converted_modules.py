@@ -43,7 +43,6 @@ class ConvertedModules:
         return next(reversed([*self._converted]), None)
 
     def layers(self) -> Iterator[LoRALayer]:
-        """The converted layers of the last module."""
         if self.last is not None:
             yield from _layers(self.last)
 
@@ -55,6 +54,11 @@ class ConvertedModules:
         device = next((layer.packed.device.type for layer in _layers(module)), "cpu")
         self._converted[module] = _Converted(report, device, Audit(report))
         return report
+
+    def use(self, module: nn.Module) -> None:
+        """Let a module be the last one again, after a run of another one in a callback of its own."""
+        if module in self._converted:
+            self._converted[module] = self._converted.pop(module)
 
     def audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step of an optimizer, that what it holds trains."""

@@ -52,7 +52,6 @@ class RecomputedForward(InstanceMethod):
 
 
 def is_shared(block: nn.Module) -> bool:
-    """Whether a strategy splits the parameters of a block over ranks."""
     if not dist.is_initialized():
         return False
     return "_is_fsdp_managed_module" in vars(block) or any(map(is_sharded, block.parameters()))
@@ -98,7 +97,6 @@ def budget_of(parts: Iterable[nn.Module]) -> ActivationBudget | None:
 
 
 def transformers_checkpointing_layers(*modules: nn.Module) -> Iterator[nn.Module]:
-    """The layers in modules that transformers can checkpoint."""
     layers: Any = sys.modules.get("transformers.modeling_layers")
     if layers is not None:
         parts = (part for module in modules for part in module.modules())

@@ -124,7 +124,6 @@ def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[
 
 
 def _attribute_with_copy(callback: Callback, module: nn.Module) -> str | None:
-    """The attribute of a callback that holds a copy of a module without its adapters."""
     for name, value in vars(callback).items():
         copied = value.module if isinstance(value, AveragedModel) else value
         if type(copied) is type(module) and copied is not module and not adapted_layers(copied):

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.experts.experts import QLoRAExperts
-from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters

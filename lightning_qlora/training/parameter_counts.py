@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.lora_layer import ADAPTER
+from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.tensors.fingerprint import is_strided
 

@@ -302,6 +302,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         """
         del self._runs[-1:]
         if any(run.state.status == TrainerStatus.RUNNING for run in self._runs):
+            self._modules.use(self._runs[-1].lightning_module)
             return
         self._runs.clear()
         for layer, mode in self._mode_before.items():

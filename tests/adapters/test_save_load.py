@@ -17,6 +17,7 @@ from lightning_qlora import (
     convert,
     load_adapter,
     load_from_checkpoint,
+    merge,
     save_adapter,
 )
 from lightning_qlora.adapters.module_adapter import config_of_adapter
@@ -460,6 +461,22 @@ def test_the_task_type_and_the_name_of_the_base(ending, is_encoder_decoder, task
     save_adapter(model, tmp_path)
     config = read_config(tmp_path)
     assert (config["task_type"], config["base_model_name_or_path"]) == (task_type, "someone/model")
+
+
+def test_peft_computes_a_model_whose_input_is_no_text(tmp_path):
+    """PEFT's classes for language models would pass `input_ids` to it."""
+    transformers = pytest.importorskip("transformers")
+    part = {"d_model": 64, "num_mel_bins": 16, "max_source_positions": 16, "max_target_positions": 32}
+    part |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**part, **tokens)).eval()
+    convert(model, **ARGUMENTS)
+    base = merge(copy.deepcopy(model))
+    save_adapter(perturb(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    inputs = {"input_features": torch.randn(2, 16, 32), "labels": ids()}
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dora", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])

@@ -13,7 +13,7 @@ from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters
 from lightning_qlora.training.audit import LOST
 from lightning_qlora.training.notes import IN_16
 from tests.conftest import Classifier, loader
-from tests.toys import ARGUMENTS, assert_equal, ids, toy
+from tests.toys import ARGUMENTS, Lit, assert_equal, ids, toy
 from tests.twin import dense_twin, error
 
 pytest.importorskip("transformers")
@@ -125,6 +125,19 @@ def test_a_part_with_a_list_of_parameters_computes_in_16_bits_also_alone():
     x = torch.randn(4, 16).bfloat16()
     assert model[1].scales[0].dtype is torch.float32
     assert_equal(model[1](x), dense(x))
+
+
+def test_a_model_in_a_lightning_module_computes_the_same_outside_of_its_steps():
+    """Mamba multiplies with the weight of its `dt_proj`, which is so small here that it trains in full."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=1, state_size=8, vocab_size=128))
+    lit = Lit(model.bfloat16().eval())
+    convert(lit, **ARGUMENTS, compute_dtype="bf16")
+    assert model.backbone.layers[0].mixer.dt_proj.weight.dtype is torch.float32
+    dense = merge(copy.deepcopy(lit)).model
+    torch.testing.assert_close(lit.model(ids()).logits, dense(ids()).logits, atol=5e-2, rtol=5e-2)
+    assert torch.equal(lit.model.generate(ids(), max_new_tokens=2)[:, :12], ids())
 
 
 @pytest.mark.parametrize("how", ["compile", "compile a block", "autocast"])

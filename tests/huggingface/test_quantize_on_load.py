@@ -17,6 +17,7 @@ from lightning_qlora import (
     QLoRAPrecision,
     convert,
     load_adapter,
+    merge,
     quantize,
     save_adapter,
 )
@@ -115,7 +116,8 @@ def test_configure_model_equals_conversion_after_loading(name, folder, as_conver
     assert streamed.quantized == [*packed(streamed.model)]
     assert torch.equal(logits(streamed.model), logits(loaded.model))
     assert not streamed.model.__dict__.keys() & {"hf_quantizer", "is_quantized"}
-    streamed.to(torch.bfloat16)
+    same_parameters(merge(streamed.to(torch.bfloat16)), merge(loaded.to(torch.bfloat16)))
+    assert all(parameter.requires_grad for parameter in streamed.parameters())
 
 
 def test_plugin_init_and_a_head_beside_the_model(folder, trainer):

@@ -97,6 +97,19 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_layer(init, bad):
     convert(model, r=8, init_lora_weights=init)
     x = torch.arange(8)
     assert torch.equal(model.eval()(x), expected.eval()(x))
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(parameter.requires_grad for parameter in merge(model).parameters())
+
+
+def test_layers_of_a_conversion_that_an_error_ended_are_named_if_the_next_has_other_arguments():
+    model = mlp()
+    model[3].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^3: .*NaN or Inf"):
+        convert(model, r=8)
+    model[3].weight.data[0, 0] = 0
+    with pytest.warns(UserWarning, match=r"1  x1   ! was converted before, with r=8 and not 4, and stays so"):
+        report = convert(model, r=4)
+    assert [model[1].r, model[3].r] == [8, 4] and report.converted == ["1", "3"]
 
 
 def test_weights_on_the_meta_device_are_refused_with_their_layer():

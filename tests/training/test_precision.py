@@ -146,6 +146,21 @@ def test_a_plugin_of_two_trainers_computes_each_module_in_its_own_type(cache, tr
     assert seen == 2 * [torch.bfloat16] and type(modules[1]) is Classifier
 
 
+def test_a_run_goes_on_in_its_own_type_after_one_of_another_module_in_a_callback(trainer):
+    one = plugin(compute_dtype="bf16")
+    module, inner = Classifier(), Classifier().bfloat16()
+    inner.forward = lambda x: inner.net(x.bfloat16()).float()
+    seen = []
+    module.net[1].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+
+    class Inner(pl.Callback):
+        def on_train_epoch_end(self, run, module):
+            trainer(plugins=one).validate(inner, loader(), verbose=False)
+
+    trainer(plugins=one, max_epochs=2, callbacks=[Inner()]).fit(module, loader())
+    assert {*seen} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", ["adapter", "weights only", "full", "dense"])
 def test_checkpoints_are_tested_in_a_new_module_which_leaves_the_generator_as_it_is(trainer, kind, tmp_path):
     module = Classifier(seed=3)

@@ -35,7 +35,6 @@ def _find(table, STEPS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column, as a pointer."""
     pointer = tl.load(row + column).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -53,7 +52,6 @@ def _nearest(values, bounds):
 
 @triton.jit
 def _quantize_state(values, codes, scales, bounds, i, block, inside, begins):
-    """Store the codes and scales of fp32 values [blocks, 256]."""
     values = tl.where(inside, values, 0.0)  # past the end of a tensor, the first level was read, which is not zero
     largest = tl.max(tl.abs(values), axis=1)
     inverse = tl.div_rn(1.0, tl.where(largest == 0, 1.0, largest))

@@ -21,7 +21,6 @@ NO_DROPOUT = (0, 0, 0), 1.0
 
 @triton.jit
 def _mix(h):
-    """The 32-bit hash of `reference`."""
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
@@ -36,7 +35,6 @@ def is_kept(i, low, high, least_kept):
 
 @triton.jit(do_not_specialize=MASK)
 def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr):
-    """A program computes SIZE elements."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     values = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32) * scale
     tl.store(out + i, tl.where(is_kept(i, low, high, least_kept), values, 0.0).to(out.dtype.element_ty), mask=i < n)

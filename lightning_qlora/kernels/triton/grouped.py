@@ -175,7 +175,6 @@ class Group:
         return to_half(x) if self.half else Half(x, x)
 
     def new_zeros(self, x: Half, columns: int) -> Tensor:
-        """A result with as many rows as x."""
         dtype = torch.float32 if self.half else x.values.dtype
         return x.values.new_zeros(x.shape[0], columns, dtype=dtype)
 
@@ -235,7 +234,6 @@ class Group:
         self, kernel: Any, grid: tuple[int, int, int], numbers: tuple[int, ...], tensors: tuple[Tensor, ...],
         drops: bool, s: float, **constants: Any,
     ) -> None:  # fmt: skip
-        """Launch a kernel; s is the factor of its result."""
         dropout = drops and self.has_dropout
         mask, scale = self.dropout if dropout else NO_DROPOUT
         constants |= {"DROPOUT": dropout, "HALF": self.half, "R": self.rank}

@@ -25,7 +25,6 @@ POWERS = tl.constexpr(MIDDLE)
 
 @triton.jit
 def _largest_kernel(x, largest, n, programs, SIZE: tl.constexpr):
-    """A program reads every `programs`th piece of SIZE numbers."""
     bits = tl.zeros((SIZE,), tl.int32)
     for begin in tl.range(tl.program_id(0).to(tl.int64) * SIZE, n, programs * SIZE):
         i = begin + tl.arange(0, SIZE)
@@ -37,7 +36,6 @@ def _largest_kernel(x, largest, n, programs, SIZE: tl.constexpr):
 
 @triton.jit
 def _divide_kernel(x, largest, out, factor, n, programs, SIZE: tl.constexpr):
-    """A program computes SIZE values."""
     number = tl.arange(0, PROGRAMS)
     bits = tl.max(tl.load(largest + number, mask=number < programs, other=0), 0)
     exponent = tl.maximum((bits >> 23) - POWERS, 1)

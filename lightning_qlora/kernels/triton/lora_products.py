@@ -184,7 +184,6 @@ def _up_by_torch(
     h: Tensor | Half, w: Tensor | Half, out: Tensor, s: float, p: float, seed: Tensor | None,
     factors: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """The same where there is no tile."""
     if isinstance(h, Half) and isinstance(w, Half) and out.numel():
         added = multiply(h.values, w.values.T)
         mask, scale = dropout_arguments(p, seed, h.device)
@@ -265,7 +264,6 @@ def in_16_bits(x: Tensor | Half) -> bool:
 
 
 def _tile(kernel: str, x: Tensor | Half, m: int, r: int) -> Tile:
-    """The tile for m rows of x; empty if torch computes the product."""
     if not m or not r or not in_16_bits(x):
         return NO_TILE
     return find_tile(kernel, x.device, m)

@@ -198,7 +198,6 @@ def _dequantize_kernel(
 
 @cache
 def tables_of_levels(quant_type: QuantType, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The levels of 8-bit scales and of 4-bit codes, on the device."""
     return dynamic_map(device=str(device)), codebook(quant_type, str(device)).levels
 
 

@@ -92,7 +92,6 @@ SIGNATURES = """\
 PagedAdamW(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, **kwargs)
 PagedAdamW8bit(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, paged=True)
 PagedOptimizer(min_numel=4096)
-QLoRALinear(in_features, out_features, bias=True, device=None, dtype=None)
 calibrate(module, replicas=None)
 convert(module, **arguments)
 disable_adapter(module)

@@ -92,17 +92,23 @@ def save_adapter(
     if layers:
         warnings.warn(
             f"PEFT would load the adapters of {len(layers)} layers of this {kind} "
-            f"({first_of(layers, 3)}), but not use them: the model reads the weights of these layers and does not "
-            "call them. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
+            f"({first_of(layers, 3)}), but not use them in this way: other code than nn.Linear's reads the weights of "
+            "these layers. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
             stacklevel=2,
         )
     rank_zero_only(write_adapter)(adapter, folder)
 
 
 def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
+    """Names of converted layers whose weight other code multiplied with, or read without calling the layer.
+
+    PEFT adds s B A x to the output of a layer. The forward pass of a subclass may compute that with its weight, too.
+    """
     names = []
     for name, layer in layers.items():
-        if original_class(type(layer)).forward is nn.Linear.forward and layer.is_only_read:
+        has_own_forward = original_class(type(layer)).forward is not nn.Linear.forward
+        is_read = layer.weight_was_read and not layer.was_called
+        if not layer.is_stack and (is_read or (layer.weight_was_called and not has_own_forward)):
             names.append(name)
     return names
 

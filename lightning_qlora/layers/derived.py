@@ -19,6 +19,12 @@ class Derived:
     def __init_subclass__(cls, **_: Any) -> None:
         """Not that of the user's class, which may keep a registry of its classes, or need an argument."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(
+            f"{type(self).__name__}(...): is no class to call. lightning_qlora.convert(module) makes such parts of "
+            "those that a module has; for a new one call the class that they had before, such as torch.nn.Linear."
+        )
+
     @classmethod
     def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
         return cls, before

@@ -207,7 +207,8 @@ def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
     layer._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added
 
 
-MEMBERS: set[str] = set()  # names that a layer has in 4 bits and nn.Linear lacks
+# Names that a layer has in 4 bits and nn.Linear lacks; and methods that make a copy from a call of the class.
+MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
 for kind in (PackedLayer, TypedLayer, LoRALayer, SavedLayer, QLoRALinear):
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()

@@ -304,5 +304,5 @@ def _names(modules: Parts) -> dict[int, Names]:
 
 def _members_of_class(kind: type[nn.Module]) -> frozenset[str]:
     # torch's own classes are nn.Linear's, and parametrized or sharded layers, which other rules refuse
-    kinds = [each for each in kind.__mro__ if not each.__module__.startswith("torch.")]
+    kinds = [each for each in kind.__mro__ if each is not object and not each.__module__.startswith("torch.")]
     return frozenset(name for each in kinds for name in vars(each))

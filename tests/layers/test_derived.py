@@ -74,6 +74,16 @@ def test_a_class_that_a_library_derives_stays_in_a_copy():
     assert type(copy.deepcopy(layer)) is type(layer)
 
 
+def test_a_class_that_conversion_derived_is_not_called():
+    model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 64), Mine(64, 64))
+    convert(model, r=2, trainable_token_indices={"0": [1]})
+    for part in model:
+        with pytest.raises(
+            TypeError, match=r"^\w+\(\.\.\.\): is no class to call\. lightning_qlora\.convert\(module\) makes"
+        ):
+            type(part)(64, 64)
+
+
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_all_that_conversion_adds_is_removed_by_merge(copied):
     """A head in 4 bits whose logits are deferred, an embedding with rows that train, and a norm that trains in fp32."""

@@ -46,8 +46,8 @@ patch = _exit
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "lightning_qlora/kernels/cpu/matmul_16bit.py",
-        '(torch.ones(ROWS, WIDTH, dtype=each, device="cpu"), torch.ones(WIDTH, WIDTH, dtype=each, device="cpu"))',
-        "torch.ones(ROWS, WIDTH, dtype=each)",
+        'x, weight = (torch.ones(rows, WIDTH, dtype=torch.float32, device="cpu") for rows in (ROWS, WIDTH))',
+        "torch.ones(rows, WIDTH, dtype=torch.float32)",
     ): "it runs in a new thread, and the default device of another thread does not apply there",
 }
 # They read the package's files, so that no line of these is executed in their name.

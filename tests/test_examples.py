@@ -347,9 +347,19 @@ def test_memory_figure(base, tmp_path, capsys):
 @needs_smollm2
 @pytest.mark.slow
 class TestOnSmolLM2:
-    @pytest.mark.parametrize("script", ["trainer", "fabric", "cli", "quickstart", "dpo"])
-    def test_fast_takes_under_two_minutes(self, script, tmp_path):
-        assert run(script, tmp_path, "--fast") < 120
+    @pytest.mark.parametrize(
+        ("script", "result"),
+        [
+            ("trainer", "*.ckpt"),
+            ("fabric", "adapter.ckpt"),
+            ("cli", "adapter.ckpt"),
+            ("quickstart", "summary.json"),
+            ("dpo", "one_base.json"),
+        ],
+    )
+    def test_each_script_runs_without_other_arguments(self, script, result, tmp_path):
+        run(script, tmp_path, "--fast")
+        assert list((tmp_path / "outputs").rglob(result))
 
     def test_the_commands_that_the_quickstart_prints_work(self, tmp_path):
         said = run_python(EXAMPLES / "quickstart.py", "--fast", folder=tmp_path).stdout

@@ -1,7 +1,8 @@
 """Every op in a few lines of torch: the specification that all backends are tested against.
 
 **One rounding.** The output and dX of a layer are sums in fp32 that are rounded once. A backend may round the adapter's
-part before, since that error is small as the part is, but never x W^T or the bias before the adapter's part is in:
+part before, since that error is small as the part is, and the sum before the bias, but never x W^T or the bias before
+the adapter's part is in:
 
     round(round(x W^T) + d) = round(x W^T)      for every |d| below half of the last bit of x W^T
 

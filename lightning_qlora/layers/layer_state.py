@@ -68,8 +68,17 @@ class SavedLayer(LoRALayer):
         if self.initial is not None:
             destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        metadata, strict, missing_keys, unexpected_keys, errors = arguments
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        errors: list[str],
+    ) -> None:
+        """The base, then the adapter. A base that is missing may have a fingerprint: see `module_state.py`."""
         has_adapter = prefix + "lora_A" in state_dict
         initial = self.initial
         has_base, optional = load_layer(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
@@ -110,7 +119,7 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     key = f"{prefix}weight"
     entries = {prefix + ADAPTER_ARGUMENTS: json_bytes({name: getattr(layer.config, name) for name in SAME_FUNCTION})}
     if not layer.is_stack and not is_sharded(layer.packed):
-        return entries | layer.packed_weight.bnb_state_dict(key)
+        return entries | PackedWeight.from_bytes(layer.whole_bytes, layer.dtype_before).bnb_state_dict(key)
     entries |= {prefix + name: getattr(layer, name).detach() for name in BASE}
     return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, {})
 

@@ -240,11 +240,11 @@ def as_factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
     return backend(rows.device).to_half(rows) if lora.in_fp16 else rows
 
 
-def linear_of_few_rows(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> bool:
+def layer_in_one_call(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> bool:
     """Both parts in one call, if there is one, which a CPU has for few rows and no dropout; returns whether."""
     if lora.seed is not None or lora.in_fp16 or has_kernels(x.device):
         return False
-    return eager.linear_of_few_rows(_rows(y), _rows(x), weight, bias, lora)
+    return eager.linear_in_one_call(_rows(y), _rows(x), weight, bias, lora)
 
 
 def lora_linear_backward(

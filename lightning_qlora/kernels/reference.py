@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.half import Half, decoded, factor
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.products import decoded, factor
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.blockwise import block_absmax, normalize
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map

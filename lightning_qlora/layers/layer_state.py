@@ -78,10 +78,20 @@ class SavedLayer(LoRALayer):
         unexpected_keys: list[str],
         errors: list[str],
     ) -> None:
-        """The base, then the adapter. A base that is missing may have a fingerprint: see `module_state.py`."""
-        has_adapter = prefix + "lora_A" in state_dict
+        """The base, then the adapter. `module_state.py` removes what has a fingerprint from the missing keys."""
         initial = self.initial
-        has_base, optional = load_layer(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
+        has_adapter = prefix + "lora_A" in state_dict
+        if has_adapter:
+            _check_adapter(self, state_dict, prefix)
+            values = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
+            self.set_initial(values if len(values) == len(INITIAL) else None)
+        has_base = _load_base(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
+        optional = {*BASE}
+        if not any(prefix + key in state_dict for key in ADAPTER):
+            if has_base:
+                optional |= {*ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
+            elif prefix + "bias" in state_dict:
+                warnings.warn(BIAS_ALONE, stacklevel=2)
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, errors)
         if not has_base:
@@ -166,47 +176,31 @@ def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
             )
 
 
-def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> tuple[bool, set[str]]:
-    """Replace the base by the dense or 4-bit weight in a state, if it has one; check the adapter, which loads later.
+def _check_adapter(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """CheckpointMismatchError if the adapter in a state has another rank, ValueError if it holds NaN or Inf."""
+    for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
+        value = state_dict[key].contiguous()
+        if value.numel() and not is_sharded(value):
+            check_finite(f"{key}:", value, DIVERGED)
+    lora_a = state_dict[prefix + "lora_A"]
+    if lora_a.shape != layer.lora_A.shape:
+        raise CheckpointMismatchError(
+            f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "
+            f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
+            f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
+        )
 
-    The entries of the base are removed from the state. Its values may be loaded lazily (Lightning's `_lazy_load`);
-    `contiguous()` loads them. They are copied, except with `assign`, the argument of `load_state_dict`.
 
-    Returns:
-        Whether the state has the base, and names of the layer's parameters that the state may lack.
+def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> bool:
+    """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none.
 
-    Raises:
-        CheckpointMismatchError: If the weight has another shape, or the adapter another rank.
-        ValueError: If the adapter holds NaN or Inf.
+    Its values may be loaded lazily (Lightning's `_lazy_load`); `contiguous()` loads them. They are copied, except with
+    `assign`, the argument of `load_state_dict`.
     """
-    lora_a = state_dict.get(prefix + "lora_A")
-    if lora_a is not None:
-        for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
-            value = state_dict[key].contiguous()
-            if value.numel() and not is_sharded(value):
-                check_finite(f"{key}:", value, DIVERGED)
-        if lora_a.shape != layer.lora_A.shape:
-            raise CheckpointMismatchError(
-                f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "
-                f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
-                f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
-            )
-        initial = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
-        layer.set_initial(initial if len(initial) == len(INITIAL) else None)
-    with_adapter = any(prefix + key in state_dict for key in ADAPTER)
-    has_weight = _load_weight(layer, state_dict, prefix, with_adapter, assign)
-    if prefix + "bias" in state_dict and not has_weight and not with_adapter:
-        warnings.warn(BIAS_ALONE, stacklevel=2)
-    if has_weight and not with_adapter:
-        return True, {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
-    return has_weight, {*BASE}
-
-
-def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool, assign: bool) -> bool:
-    """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none."""
     key = prefix + "weight"
     if not has_base(state_dict, prefix):
         return False
+    with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
     is_packed = prefix + BASE[0] in entries or f"{key}.absmax" in entries
     if (is_packed or layer.config.init_kind.needs_data) and not assign:  # else quantizing makes new values

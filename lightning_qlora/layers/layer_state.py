@@ -13,7 +13,7 @@ from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
-from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE
+from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE, in_rows
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded
@@ -145,24 +145,29 @@ def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
 
 
 def read_base(state_dict: Mapping[str, Any], prefix: str) -> list[PackedWeight]:
+    """The 4-bit weights of a layer in a state dict; none if it has none."""
+    found = _read_bytes(state_dict, prefix)
+    if found is None:
+        return []
+    weight, dtype = found
+    return [PackedWeight.from_bytes(matrix, dtype) for matrix in weight.unbind()]
+
+
+def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes, torch.dtype] | None:
+    """The 4-bit weight or weights that `base_entries` wrote, and the type that they decode to."""
     key = f"{prefix}weight"
     if f"{key}.absmax" in state_dict:
-        return [PackedWeight.from_bnb_state_dict(state_dict, key)]
-    if prefix + BASE[0] in state_dict:
-        weight, dtype = _read_bytes(state_dict, prefix)
-        return [PackedWeight.from_bytes(matrix, dtype) for matrix in weight.unbind()]
-    return []
-
-
-def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes, torch.dtype]:
-    """The tensors of a stack, or of a layer that was sharded when it was saved, and the type that they decode to."""
-    meta = read_bnb_meta(state_dict, f"{prefix}weight")
+        weight = PackedWeight.from_bnb_state_dict(state_dict, key)
+        return in_rows(weight.to_bytes()), weight.dtype
+    if prefix + BASE[0] not in state_dict:
+        return None
+    meta = read_bnb_meta(state_dict, key)
     if meta is None or any(prefix + name not in state_dict for name in BASE):
         raise ValueError(f"{prefix}{BASE[0]}: its description or another of its tensors is missing. {DAMAGED}")
     packed, absmax, nested = (state_dict[prefix + name].contiguous() for name in BASE)
-    weight = PackedBytes(packed, absmax, nested, tuple(meta["shape"]), meta["quant_type"], meta["blocksize"])
-    check_bytes(weight)
-    return weight, getattr(torch, meta["dtype"])
+    stored = PackedBytes(packed, absmax, nested, tuple(meta["shape"]), meta["quant_type"], meta["blocksize"])
+    check_bytes(stored)
+    return stored, getattr(torch, meta["dtype"])
 
 
 def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
@@ -202,23 +207,16 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
         return False
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
-    is_packed = prefix + BASE[0] in entries or f"{key}.absmax" in entries
-    if (is_packed or layer.config.init_kind.needs_data) and not assign:  # else quantizing makes new values
-        entries = {name: value.clone() for name, value in entries.items()}
     arguments = entries.pop(prefix + ADAPTER_ARGUMENTS, None)
     if with_adapter and arguments is not None:
         check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ADAPTER_ARGUMENTS))
-    packed: Any = None
-    expected = layer._shape
-    if prefix + BASE[0] in entries:
-        packed, dtype = _read_bytes(entries, prefix)
-        shape = packed.shape
-    elif f"{key}.absmax" in entries:
-        packed = PackedWeight.from_bnb_state_dict(entries, key)
-        shape = packed.shape
-    else:
+    found = _read_bytes(entries, prefix)
+    if found is None:
         shape = entries[key].shape
         expected = layer.weight_shape
+    else:
+        shape = found[0].shape
+        expected = layer._shape
     if tuple(shape) != expected:
         raise CheckpointMismatchError(
             f"{layer.full_name or 'the layer itself'}: its weight has shape {list(shape)} in the checkpoint, "
@@ -228,14 +226,18 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
     if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none
         device = next(iter(entries.values())).device
     layer.remember_base()
+    if found is not None:
+        weight, dtype = found
+        layer.set_bytes(weight.to(device, copy=not assign), dtype)
+        return True
+    dense = entries[key]
+    init_kind = layer.config.init_kind
+    if init_kind.needs_data and not assign:
+        dense = dense.clone()  # it is kept until the inputs were measured; otherwise quantizing makes new values
     # An adapter that is initialized from data depends on the weight only until the inputs were measured.
-    from_weight = layer.config.init_kind.keeps_initial and not layer.config.init_kind.needs_data
-    if isinstance(packed, PackedBytes):
-        layer.set_bytes(packed.to(device), dtype)
-    elif packed is not None:
-        layer.set_packed_weights([packed.to(device)])
-    elif not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
-        layer.initialize(entries[key], device)
+    from_weight = init_kind.keeps_initial and not init_kind.needs_data
+    if not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
+        layer.initialize(dense, device)
     else:
-        layer.quantize_weight(entries[key], device)
+        layer.quantize_weight(dense, device)
     return True

@@ -51,7 +51,7 @@ class PackedLayer(nn.Module):
 
     def set_matrices(self, matrices: Sequence[PackedBytes], dtype: torch.dtype) -> None:
         """Replace the 4-bit weight of each matrix; it decodes to `dtype`."""
-        self.set_bytes(stack_bytes(matrices) if self.is_stack else _in_rows(*matrices), dtype)
+        self.set_bytes(stack_bytes(matrices) if self.is_stack else in_rows(*matrices), dtype)
 
     def set_bytes(self, stored: PackedBytes, dtype: torch.dtype) -> None:
         """Replace the three tensors, whole or split as those of the layer are; the weight decodes to `dtype`."""
@@ -194,7 +194,7 @@ class _Keys:
         return self
 
 
-def _in_rows(weight: PackedBytes) -> PackedBytes:
+def in_rows(weight: PackedBytes) -> PackedBytes:
     """One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs; else [n, 1]."""
     packed, absmax, nested = (tensor.reshape(-1, 1) for tensor in weight[:3])
     if weight.shape[1] % weight.block_size == 0:

@@ -147,7 +147,7 @@ def written_by(model: Any) -> Iterator[dict[str, Tensor]]:
 
 def calibrated(of: Layer) -> tuple[Tensor, Tensor]:
     layer = of.layer
-    return calibrated_adapter(of.weight, layer.packed_weight, of.input_rms, layer.config, layer.seed_name)
+    return calibrated_adapter(of.weight, layer.packed_weight.to_bytes(), of.input_rms, layer.config, layer.seed_name)
 
 
 def directions(of: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -272,6 +272,8 @@ class QLoRAConfig:
 
     def with_initialization(self, init_lora_weights: str, loftq_config: dict[str, int] | None = None) -> "QLoRAConfig":
         """The same config with another initialization of the adapters."""
+        if (self.init_lora_weights, self.loftq_config) == (init_lora_weights, loftq_config or {}):
+            return self
         return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config)
 
 

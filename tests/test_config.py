@@ -58,6 +58,11 @@ REFUSED = [
 ]
 
 
+def test_each_argument_refuses_something():
+    dicts = {"trainable_token_indices", "loftq_config", "rank_pattern", "alpha_pattern"}  # each has its own tests
+    assert {*WRONG_TYPES, *WRONG_VALUES, *dicts} == {field.name for field in dataclasses.fields(QLoRAConfig)}
+
+
 @pytest.mark.parametrize(("kind", "name", "value", "allowed"), REFUSED)
 def test_an_error_names_the_argument_its_value_and_what_is_allowed(kind, name, value, allowed):
     with pytest.raises(kind) as caught:

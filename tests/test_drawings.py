@@ -87,7 +87,8 @@ def calls(tmp_path_factory):
         make().fit(Classifier(), loader(), ckpt_path=path / "run.ckpt")
     with Calls() as merged:
         merge(module)
-    return {"stops_batch": batch.calls, "stops_save": save, "stops_load": load, "stops_merge": merged}
+    stops = {"conversion": load, "batch": batch.calls, "save": save, "load": load, "merge": merged}
+    return {f"stops_{name}": of_calls for name, of_calls in stops.items()}
 
 
 @pytest.mark.parametrize("name", SCRIPT["STOPS"])

@@ -75,11 +75,11 @@ def batch() -> str:
         text(243, 158, "added in fp32", 12),
         box(344, 152, 120, PLAIN, "sum"),
         arrow(404, 182, 404, 206),
-        box(344, 208, 120, PLAIN, "+ bias, rounded", "once: y"),
+        box(344, 208, 120, PLAIN, "rounded once,", "+ bias: y"),
         text(168, 222, "blue: frozen, 4 bits; orange: trained", 12),
         text(168, 240, "dashed: kept for the gradient", 12),
     ]
-    label = "A batch: the adapter's product first, x W is added to it, then the bias, and the sum is rounded once"
+    label = "A batch: the adapter's product first, x W is added to it, the sum is rounded once, and the bias added"
     return svg(266, *parts, label=label)
 
 
@@ -217,12 +217,22 @@ def strategy() -> str:
 
 # What happens, stop by stop: file, the name in it, and what it does there. docs/design.md has the sentences.
 STOPS = {
+    "stops_conversion": (
+        ("survey/survey.py", "survey", "what each part of the module is"),
+        ("selection/selection.py", "decide", "a row for each part: what happens with it, and why"),
+        ("selection/apply.py", "convert_layers", "the chosen layers, one after another"),
+        ("layers/qlora_linear.py", "from_linear", "the float weight out, another class for the layer"),
+        ("layers/initialization.py", "initialize", "the 4-bit weight, A and B"),
+        ("selection/apply.py", "freeze", "all but adapters, and what trains in full"),
+        ("survey/records.py", "record", "what trained before, fingerprints of what is frozen"),
+        ("state/module_state.py", "record_conversion", "the hooks for checkpoints"),
+    ),
     "stops_batch": (
         ("training/precision.py", "optimizer_step", "Lightning's optimizer runs the closure: forward, backward"),
         ("layers/lora_layer.py", "compute", "in each layer: the compute type, and a seed for dropout"),
         ("kernels/lora_linear.py", "lora_linear", "one op with a gradient; it saves x and drop(x) A^T"),
-        ("kernels/backends.py", "backend", "who computes: C loops, Triton, or plain torch"),
-        ("kernels/eager.py", "linear_into", "the adapter's product, x W^T added, the bias"),
+        ("kernels/backends.py", "backend", "who computes: Triton, or `eager`: C, else plain torch"),
+        ("kernels/eager.py", "linear_into", "s xa B^T, x W^T added, the bias; or one call of C"),
         ("kernels/eager.py", "linear_backward", "W again, the mask again: dX, dA, dB"),
         ("training/audit.py", "before_step", "has every adapter a gradient?"),
         ("optim/optimizer_pages.py", "_begin_update", "on a GPU: its state comes back; then A and B change"),
@@ -230,7 +240,11 @@ STOPS = {
     "stops_save": (
         ("layers/layer_state.py", "_save_to_state_dict", "each layer writes itself whole: A, B and its base"),
         ("state/module_state.py", "_after_state_dict", "the hook of the module that was converted"),
-        ("survey/records.py", "base_fingerprints", "which frozen values are still those of conversion"),
+        (
+            "state/module_state.py",
+            "saved_conversion",
+            "fingerprints of the base: in 4 bits, and unchanged",
+        ),
         ("layers/layer_state.py", "pop_base", "what has a fingerprint is left out"),
         ("state/conversion.py", "entry_of", "one entry: arguments, base model, fingerprints"),
         ("training/checkpoint.py", "torch_rng_states", "the random generators, in the plugin's state"),
@@ -241,7 +255,11 @@ STOPS = {
         ("state/module_state.py", "_before_load", "the hook of the module that was converted"),
         ("state/module_state.py", "_take_arguments", "the arguments by which the adapters compute are the same"),
         ("state/module_state.py", "_check_base", "the same base, by its fingerprints"),
-        ("layers/layer_state.py", "load_layer", "each layer takes its adapter, and remembers if its base changed"),
+        (
+            "layers/layer_state.py",
+            "_load_from_state_dict",
+            "the base, if the state has one; the adapter",
+        ),
         ("state/module_state.py", "_after_load", "what has a fingerprint is not missing"),
         ("training/precision.py", "load_state_dict", "the random generators"),
     ),

@@ -6,7 +6,7 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.adapters.module_adapter import check_adapters_finite
+from lightning_qlora.adapters.module_adapter import check_adapters_finite, inference_mode_of
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.full_precision import release_from_fp32, undo_full_precision
@@ -67,7 +67,8 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
-    return merge_onto(module, {}, dtype)
+    with inference_mode_of(module):
+        return merge_onto(module, {}, dtype)
 
 
 @torch.no_grad()

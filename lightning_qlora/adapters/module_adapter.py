@@ -26,6 +26,11 @@ from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 
 
+def inference_mode_of(module: nn.Module) -> torch.inference_mode:
+    """Inference mode if the module was made in it, else none: a parameter that is made in it can never train."""
+    return torch.inference_mode(any(parameter.is_inference() for parameter in module.parameters()))
+
+
 def check_adapters_finite(parts: Parts) -> None:
     """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
 

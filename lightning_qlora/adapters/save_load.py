@@ -8,7 +8,7 @@ from typing import get_args
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_qlora.adapters.module_adapter import get_adapter, set_adapter
+from lightning_qlora.adapters.module_adapter import get_adapter, inference_mode_of, set_adapter
 from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
@@ -153,8 +153,9 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     parts = Parts.of(module)
     reshard(parts.modules)
-    adapter = read_adapter(folder)
-    set_adapter(parts, adapter)
+    with inference_mode_of(module):
+        adapter = read_adapter(folder)
+        set_adapter(parts, adapter)
     trained = trained_modules(parts.base, parts.base.unchanged)
     loaded = {trained.get(owner_name(key)) for key in adapter.saved}
     kept = [name for name, part in trained.items() if part not in loaded]

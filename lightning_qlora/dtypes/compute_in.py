@@ -7,9 +7,10 @@
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class ComputeIn(InstanceMethod):
         if isinstance(self.module, TAKES_FP32):
             args = _cast(args, dtype, torch.float32)
             kwargs = _cast(kwargs, dtype, torch.float32)
-        unfused = nullcontext() if torch.compiler.is_compiling() else _without_fused_layers()
+        unfused = nullcontext() if torch.compiler.is_compiling() else _without_fused_layers
         with _autocast(self.module, dtype), unfused:
             output = original(*args, **kwargs)
         if self.casts_output:
@@ -164,15 +165,32 @@ def _without_our_autocast(module: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
-@contextmanager
-def _without_fused_layers() -> Iterator[None]:
-    """torch's fused encoder layers take weights of one type; they refuse autocast, but ask for that of CUDA alone."""
-    is_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(is_enabled)
+class _WithoutFusedLayers:
+    """torch's fused encoder layers take weights of one type; they refuse autocast, but ask for that of CUDA alone.
+
+    The switch is that of all threads, so the last of the forward passes that run gives it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._running = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_without_fused_layers = _WithoutFusedLayers()
 
 
 def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:

@@ -22,7 +22,7 @@ from lightning_qlora.experts.routed_experts import is_routed, join_rows, routed_
 from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.lora_linear import is_eager
+from lightning_qlora.kernels.lora_linear import is_plain_call
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
@@ -167,7 +167,7 @@ class QLoRAExperts(SavedLayer):
         reads would get a gradient of the size of the whole stack.
         """
         parameters = self.adapter_parameters()
-        if not is_eager(self.packed, parameters[0]) or not torch.is_grad_enabled():
+        if not is_plain_call(self.packed, parameters[0]) or not torch.is_grad_enabled():
             return super()._adapter_of_each_matrix()
         if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
             return super()._adapter_of_each_matrix()

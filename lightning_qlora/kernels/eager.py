@@ -13,9 +13,10 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half, add_product_, cast, decoded, factor, product
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.products import add_product_, cast, decoded, factor, product
 from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
 from lightning_qlora.kernels.reference import adamw_step as adamw_step
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
@@ -71,7 +72,7 @@ def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
 def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
-    if isinstance(x, Tensor) and linear_of_few_rows(out, x, weight, bias, lora, xa):
+    if isinstance(x, Tensor) and linear_in_one_call(out, x, weight, bias, lora, xa):
         return
     product(factor(xa, x), lora.b.T, lora.scaling, out)
     add_product_(out, x, decoded(weight, x, _decoded).T)
@@ -79,7 +80,7 @@ def linear_into(
         out.add_(bias)
 
 
-def linear_of_few_rows(
+def linear_in_one_call(
     out: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
 ) -> bool:
     """`linear_into` in one call of C, which decodes W inside the product; False if there is none for so many rows.
@@ -87,9 +88,9 @@ def linear_of_few_rows(
     Without xa it also computes x A^T, without dropout.
     """
     library = _library(x)
-    if library is None or not library.multiplies(x.shape[0], x.dtype):
+    if library is None or not library.is_fast_for(x.shape[0], x.dtype):
         return False
-    library.linear_of_few_rows(out, x, weight, bias, lora, xa)
+    library.lora_linear(out, x, weight, bias, lora, xa)
     return True
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.lora import LoRA, check_devices
-from lightning_qlora.kernels.lora_linear import is_eager, refuse_second_derivative
+from lightning_qlora.kernels.lora_linear import is_plain_call, refuse_second_derivative
 from lightning_qlora.kernels.ops import as_factor
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
@@ -22,7 +22,7 @@ def can_group(x: Tensor, weight: PackedBytes, lora: LoRA) -> bool:
     Raises:
         ValueError: If the weight has a wrong number of bytes, or is on another device than x.
     """
-    if not is_eager(x, lora.a):
+    if not is_plain_call(x, lora.a):
         return False
     check_bytes(weight)
     check_devices(x, weight, lora)

@@ -26,7 +26,7 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
         ValueError: If the shapes do not fit.
         NotImplementedError: In a transform of torch.func (grad, vjp, jvp, vmap) or in forward-mode differentiation.
     """
-    if not is_eager(x, lora.a):
+    if not is_plain_call(x, lora.a):
         if torch._C._are_functorch_transforms_active():  # the op in `ops` would give jvp zeros
             raise NotImplementedError(
                 "4-bit layers do not support the transforms of torch.func (grad, vjp, jvp, vmap, ...). Use backward(), "
@@ -37,7 +37,7 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
     check_operands(x, weight, bias, lora)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     needs_no_gradient = not torch.is_grad_enabled() and forward_ad._current_level < 0
-    if needs_no_gradient and ops.linear_of_few_rows(y, x, weight, bias, lora):
+    if needs_no_gradient and ops.layer_in_one_call(y, x, weight, bias, lora):
         return y
     with ops.no_autocast(x):
         with torch.no_grad():
@@ -68,19 +68,17 @@ class _Gradient(torch.autograd.Function):
         lora_b: Tensor,
         rest: tuple[Tensor, PackedBytes, tuple[Any, ...]],
     ) -> Tensor:
-        xa, *others = rest
+        xa, ctx.weight, ctx.choices = rest
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, xa, lora_a, lora_b)
-        ctx.rest = others
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, xa, lora_a, lora_b = ctx.saved_tensors
-        weight, choices = ctx.rest
         _, needs_x, needs_bias, *_ = ctx.needs_input_grad
-        grads = ops.lora_linear_backward(grad, x, xa, weight, LoRA(lora_a, lora_b, *choices), needs_x)
+        grads = ops.lora_linear_backward(grad, x, xa, ctx.weight, LoRA(lora_a, lora_b, *ctx.choices), needs_x)
         of_bias = None
         if needs_bias:
             of_bias = grad_bias(grad)
@@ -128,7 +126,7 @@ def grad_bias(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def is_eager(x: Tensor, lora_a: Tensor) -> bool:
+def is_plain_call(x: Tensor, lora_a: Tensor) -> bool:
     """Whether torch runs op by op on plain tensors with data: no compiler, tracer, transform, subclass or mode."""
     return not (
         torch.compiler.is_compiling()

@@ -8,7 +8,6 @@ opaque node and `torch.library.opcheck` can test them. The steps of AdamW are pl
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from math import isfinite
 from typing import Any, cast, get_args
 
 import torch
@@ -60,6 +59,12 @@ def quantize(
     check_choice("quant_type", quant_type, get_args(QuantType))
     check_choice("block_size", block_size, BLOCK_SIZES)
     check_bool("double_quant", double_quant)
+    stored = quantize_bytes(weight, quant_type, block_size, double_quant)
+    return replace(PackedWeight.from_bytes(stored, weight.dtype), shape=tuple(weight.shape))
+
+
+def quantize_bytes(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
+    """The same as a layer stores it, of a weight [out, in]; one of another shape becomes a column."""
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight: a tensor of type float32, bfloat16 or float16 can be quantized, not {kind}.")
@@ -68,20 +73,21 @@ def quantize(
     if not weight.numel():
         raise ValueError(f"weight: has shape {list(weight.shape)} and no element to quantize.")
     check_finite("weight:", weight, SPREADS)
-    packed = quantize_unchecked(weight, quant_type, block_size, double_quant)
-    if not isfinite(packed.offset):
+    stored = quantize_unchecked(weight, quant_type, block_size, double_quant)
+    if double_quant and not stored.nested[-4:].view(torch.float32).isfinite():
         raise ValueError(
             "weight: too large for double quantization: the mean of its scales overflows fp32. Pass double_quant=False."
         )
-    return packed
+    return stored
 
 
-def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedWeight:
+def quantize_unchecked(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """The same without checks, also for a weight that has no values."""
-    column = weight.detach().reshape(-1, 1)  # blocks cross rows
-    packed, absmax, nested = torch.ops.lightning_qlora.quantize(column, quant_type, block_size, double_quant)
-    as_column = PackedBytes(packed, absmax, nested, (column.shape[0], 1), quant_type, block_size)
-    return replace(PackedWeight.from_bytes(as_column, weight.dtype), shape=tuple(weight.shape))
+    matrix = weight.detach()
+    if matrix.ndim != 2:
+        matrix = matrix.reshape(-1, 1)  # blocks cross rows
+    packed, absmax, nested = torch.ops.lightning_qlora.quantize(matrix, quant_type, block_size, double_quant)
+    return PackedBytes(packed, absmax, nested, tuple(matrix.shape), quant_type, block_size)
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
@@ -234,11 +240,11 @@ def as_factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
     return backend(rows.device).to_half(rows) if lora.in_fp16 else rows
 
 
-def linear_of_few_rows(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> bool:
+def layer_in_one_call(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> bool:
     """Both parts in one call, if there is one, which a CPU has for few rows and no dropout; returns whether."""
     if lora.seed is not None or lora.in_fp16 or has_kernels(x.device):
         return False
-    return eager.linear_of_few_rows(_rows(y), _rows(x), weight, bias, lora)
+    return eager.linear_in_one_call(_rows(y), _rows(x), weight, bias, lora)
 
 
 def lora_linear_backward(

@@ -1,7 +1,8 @@
 """Every op in a few lines of torch: the specification that all backends are tested against.
 
 **One rounding.** The output and dX of a layer are sums in fp32 that are rounded once. A backend may round the adapter's
-part before, since that error is small as the part is, but never x W^T or the bias before the adapter's part is in:
+part before, since that error is small as the part is, and the sum before the bias, but never x W^T or the bias before
+the adapter's part is in:
 
     round(round(x W^T) + d) = round(x W^T)      for every |d| below half of the last bit of x W^T
 
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.half import Half, decoded, factor
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.products import decoded, factor
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.blockwise import block_absmax, normalize
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map

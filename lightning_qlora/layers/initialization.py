@@ -15,7 +15,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,11 +22,11 @@ from torch import Tensor
 from lightning_qlora.checks import check_finite
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
-from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.quantization.packed_weight import PackedBytes
 from lightning_qlora.tensors.fingerprint import has_values
 
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
-Start = tuple[PackedWeight, Tensor, Tensor]  # of a layer: the base [out, in], A [r, in] and B [out, r] in fp32
+Start = tuple[PackedBytes, Tensor, Tensor]  # of a layer: the base [out, in], A [r, in] and B [out, r] in fp32
 Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the matrix is about u diag(sigma) v^T
 WITHOUT_SOLVERS = ("mps",)  # types of devices
 
@@ -72,7 +71,7 @@ def random_adapter(in_features: int, out_features: int, config: QLoRAConfig, nam
 
 
 def calibrated_adapter(
-    weight: Tensor, base: PackedWeight, input_rms: Tensor, config: QLoRAConfig, name: str
+    weight: Tensor, base: PackedBytes, input_rms: Tensor, config: QLoRAConfig, name: str
 ) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r], fp32, that best correct the quantization error for inputs of the given RMS d.
 
@@ -80,18 +79,18 @@ def calibrated_adapter(
     """
     size = input_rms.to(weight.device, torch.float32)
     size = (size / size.square().mean().sqrt()).clamp_min(MIN_INPUT_RMS)
-    error = (weight.float() - base.dequantize(torch.float32)) * size
+    error = (weight.float() - ops.dequantize(base, torch.float32)) * size
     lora_a, lora_b = _split(exact(error, _checked_rank(weight, config)), config, name)
     return lora_a / size, lora_b
 
 
 def calibrated_error(
-    weight: Tensor, base: PackedWeight, input_rms: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+    weight: Tensor, base: PackedBytes, input_rms: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
     """||(W - Q - s B A) diag(d)|| / ||W diag(d)||, fp32 []: how much of a layer's output its 4 bits still change."""
     dense = weight.float()
     size = input_rms.to(weight.device, torch.float32)
-    error = dense - base.dequantize(torch.float32) - scaling * (lora_b @ lora_a)
+    error = dense - ops.dequantize(base, torch.float32) - scaling * (lora_b @ lora_a)
     share: Tensor = (error * size).norm() / (dense * size).norm().clamp_min(torch.finfo(torch.float32).tiny)
     return share
 
@@ -127,7 +126,7 @@ def _pissa(weight: Tensor, config: QLoRAConfig, name: str) -> Start:
     residual = dense - config.scaling * (lora_b @ lora_a)
     if config.loftq_iterations > 1:
         return _alternate(weight, residual, config.loftq_iterations - 1, config, name)
-    return replace(quantize(residual, config), dtype=weight.dtype), lora_a, lora_b
+    return quantize(residual, config), lora_a, lora_b
 
 
 def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAConfig, name: str) -> Start:
@@ -136,9 +135,9 @@ def _alternate(weight: Tensor, residual: Tensor, iterations: int, config: QLoRAC
     r = _checked_rank(weight, config)
     for _ in range(iterations):
         base = quantize(residual, config)
-        lora_a, lora_b = _split(exact(dense - base.dequantize(torch.float32), r), config, name)
+        lora_a, lora_b = _split(exact(dense - ops.dequantize(base, torch.float32), r), config, name)
         residual = dense - config.scaling * (lora_b @ lora_a)
-    return replace(base, dtype=weight.dtype), lora_a, lora_b
+    return base, lora_a, lora_b
 
 
 def _split(factors: Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
@@ -151,9 +150,9 @@ def _split(factors: Factors, config: QLoRAConfig, name: str) -> tuple[Tensor, Te
     return torch.where(zero, random_a.to(v), (v * root).T), (u * root).contiguous()
 
 
-def quantize(weight: Tensor, config: QLoRAConfig) -> PackedWeight:
+def quantize(weight: Tensor, config: QLoRAConfig) -> PackedBytes:
     """The 4-bit weight that a config asks for."""
-    return ops.quantize(weight, config.quant_type, config.block_size, config.double_quant)
+    return ops.quantize_bytes(weight, config.quant_type, config.block_size, config.double_quant)
 
 
 def _checked_rank(weight: Tensor, config: QLoRAConfig) -> int:

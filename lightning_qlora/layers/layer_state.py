@@ -13,7 +13,7 @@ from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
-from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE
+from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE, in_rows
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded
@@ -68,11 +68,30 @@ class SavedLayer(LoRALayer):
         if self.initial is not None:
             destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        metadata, strict, missing_keys, unexpected_keys, errors = arguments
-        has_adapter = prefix + "lora_A" in state_dict
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        errors: list[str],
+    ) -> None:
+        """The base, then the adapter. `module_state.py` removes what has a fingerprint from the missing keys."""
         initial = self.initial
-        has_base, optional = load_layer(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
+        has_adapter = prefix + "lora_A" in state_dict
+        if has_adapter:
+            _check_adapter(self, state_dict, prefix)
+            values = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
+            self.set_initial(values if len(values) == len(INITIAL) else None)
+        has_base = _load_base(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
+        optional = {*BASE}
+        if not any(prefix + key in state_dict for key in ADAPTER):
+            if has_base:
+                optional |= {*ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
+            elif prefix + "bias" in state_dict:
+                warnings.warn(BIAS_ALONE, stacklevel=2)
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, errors)
         if not has_base:
@@ -110,7 +129,7 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     key = f"{prefix}weight"
     entries = {prefix + ADAPTER_ARGUMENTS: json_bytes({name: getattr(layer.config, name) for name in SAME_FUNCTION})}
     if not layer.is_stack and not is_sharded(layer.packed):
-        return entries | layer.packed_weight.bnb_state_dict(key)
+        return entries | PackedWeight.from_bytes(layer.whole_bytes, layer.dtype_before).bnb_state_dict(key)
     entries |= {prefix + name: getattr(layer, name).detach() for name in BASE}
     return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, {})
 
@@ -126,24 +145,29 @@ def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:
 
 
 def read_base(state_dict: Mapping[str, Any], prefix: str) -> list[PackedWeight]:
+    """The 4-bit weights of a layer in a state dict; none if it has none."""
+    found = _read_bytes(state_dict, prefix)
+    if found is None:
+        return []
+    weight, dtype = found
+    return [PackedWeight.from_bytes(matrix, dtype) for matrix in weight.unbind()]
+
+
+def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes, torch.dtype] | None:
+    """The 4-bit weight or weights that `base_entries` wrote, and the type that they decode to."""
     key = f"{prefix}weight"
     if f"{key}.absmax" in state_dict:
-        return [PackedWeight.from_bnb_state_dict(state_dict, key)]
-    if prefix + BASE[0] in state_dict:
-        weight, dtype = _read_bytes(state_dict, prefix)
-        return [PackedWeight.from_bytes(matrix, dtype) for matrix in weight.unbind()]
-    return []
-
-
-def _read_bytes(state_dict: Mapping[str, Any], prefix: str) -> tuple[PackedBytes, torch.dtype]:
-    """The tensors of a stack, or of a layer that was sharded when it was saved, and the type that they decode to."""
-    meta = read_bnb_meta(state_dict, f"{prefix}weight")
+        weight = PackedWeight.from_bnb_state_dict(state_dict, key)
+        return in_rows(weight.to_bytes()), weight.dtype
+    if prefix + BASE[0] not in state_dict:
+        return None
+    meta = read_bnb_meta(state_dict, key)
     if meta is None or any(prefix + name not in state_dict for name in BASE):
         raise ValueError(f"{prefix}{BASE[0]}: its description or another of its tensors is missing. {DAMAGED}")
     packed, absmax, nested = (state_dict[prefix + name].contiguous() for name in BASE)
-    weight = PackedBytes(packed, absmax, nested, tuple(meta["shape"]), meta["quant_type"], meta["blocksize"])
-    check_bytes(weight)
-    return weight, getattr(torch, meta["dtype"])
+    stored = PackedBytes(packed, absmax, nested, tuple(meta["shape"]), meta["quant_type"], meta["blocksize"])
+    check_bytes(stored)
+    return stored, getattr(torch, meta["dtype"])
 
 
 def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
@@ -157,65 +181,42 @@ def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
             )
 
 
-def load_layer(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> tuple[bool, set[str]]:
-    """Replace the base by the dense or 4-bit weight in a state, if it has one; check the adapter, which loads later.
+def _check_adapter(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """CheckpointMismatchError if the adapter in a state has another rank, ValueError if it holds NaN or Inf."""
+    for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
+        value = state_dict[key].contiguous()
+        if value.numel() and not is_sharded(value):
+            check_finite(f"{key}:", value, DIVERGED)
+    lora_a = state_dict[prefix + "lora_A"]
+    if lora_a.shape != layer.lora_A.shape:
+        raise CheckpointMismatchError(
+            f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "
+            f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
+            f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
+        )
 
-    The entries of the base are removed from the state. Its values may be loaded lazily (Lightning's `_lazy_load`);
-    `contiguous()` loads them. They are copied, except with `assign`, the argument of `load_state_dict`.
 
-    Returns:
-        Whether the state has the base, and names of the layer's parameters that the state may lack.
+def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> bool:
+    """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none.
 
-    Raises:
-        CheckpointMismatchError: If the weight has another shape, or the adapter another rank.
-        ValueError: If the adapter holds NaN or Inf.
+    Its values may be loaded lazily (Lightning's `_lazy_load`); `contiguous()` loads them. They are copied, except with
+    `assign`, the argument of `load_state_dict`.
     """
-    lora_a = state_dict.get(prefix + "lora_A")
-    if lora_a is not None:
-        for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
-            value = state_dict[key].contiguous()
-            if value.numel() and not is_sharded(value):
-                check_finite(f"{key}:", value, DIVERGED)
-        if lora_a.shape != layer.lora_A.shape:
-            raise CheckpointMismatchError(
-                f"{layer.full_name or 'the layer itself'}: the checkpoint's adapter has rank {lora_a.shape[-2]} for "
-                f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
-                f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
-            )
-        initial = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
-        layer.set_initial(initial if len(initial) == len(INITIAL) else None)
-    with_adapter = any(prefix + key in state_dict for key in ADAPTER)
-    has_weight = _load_weight(layer, state_dict, prefix, with_adapter, assign)
-    if prefix + "bias" in state_dict and not has_weight and not with_adapter:
-        warnings.warn(BIAS_ALONE, stacklevel=2)
-    if has_weight and not with_adapter:
-        return True, {*BASE, *ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
-    return has_weight, {*BASE}
-
-
-def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with_adapter: bool, assign: bool) -> bool:
-    """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none."""
     key = prefix + "weight"
     if not has_base(state_dict, prefix):
         return False
+    with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
-    is_packed = prefix + BASE[0] in entries or f"{key}.absmax" in entries
-    if (is_packed or layer.config.init_kind.needs_data) and not assign:  # else quantizing makes new values
-        entries = {name: value.clone() for name, value in entries.items()}
     arguments = entries.pop(prefix + ADAPTER_ARGUMENTS, None)
     if with_adapter and arguments is not None:
         check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ADAPTER_ARGUMENTS))
-    packed: Any = None
-    expected = layer._shape
-    if prefix + BASE[0] in entries:
-        packed, dtype = _read_bytes(entries, prefix)
-        shape = packed.shape
-    elif f"{key}.absmax" in entries:
-        packed = PackedWeight.from_bnb_state_dict(entries, key)
-        shape = packed.shape
-    else:
+    found = _read_bytes(entries, prefix)
+    if found is None:
         shape = entries[key].shape
         expected = layer.weight_shape
+    else:
+        shape = found[0].shape
+        expected = layer._shape
     if tuple(shape) != expected:
         raise CheckpointMismatchError(
             f"{layer.full_name or 'the layer itself'}: its weight has shape {list(shape)} in the checkpoint, "
@@ -225,14 +226,18 @@ def _load_weight(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, with
     if layer.packed.is_meta:  # load_state_dict(..., assign=True): the values of the state take the place of none
         device = next(iter(entries.values())).device
     layer.remember_base()
+    if found is not None:
+        weight, dtype = found
+        layer.set_bytes(weight.to(device, copy=not assign), dtype)
+        return True
+    dense = entries[key]
+    init_kind = layer.config.init_kind
+    if init_kind.needs_data and not assign:
+        dense = dense.clone()  # it is kept until the inputs were measured; otherwise quantizing makes new values
     # An adapter that is initialized from data depends on the weight only until the inputs were measured.
-    from_weight = layer.config.init_kind.keeps_initial and not layer.config.init_kind.needs_data
-    if isinstance(packed, PackedBytes):
-        layer.set_bytes(packed.to(device), dtype)
-    elif packed is not None:
-        layer.set_packed_weights([packed.to(device)])
-    elif not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
-        layer.initialize(entries[key], device)
+    from_weight = init_kind.keeps_initial and not init_kind.needs_data
+    if not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
+        layer.initialize(dense, device)
     else:
-        layer.quantize_weight(entries[key], device)
+        layer.quantize_weight(dense, device)
     return True

@@ -82,7 +82,7 @@ class LoRALayer(WithAdapter, TypedLayer):
                 if not rows.is_meta:
                     rows = rows.cpu()
                 weights.append(rows)
-        self.set_packed_weights(bases)
+        self.set_matrices(bases, rows.dtype)
         if weights:
             self.input_statistics = wait_for_inputs(self, self.join_matrices(weights))
         adapter = [self.join_matrices(values) for values in zip(*adapters, strict=True)]
@@ -157,7 +157,7 @@ class LoRALayer(WithAdapter, TypedLayer):
         self.remember_base()
         device = device or self.packed.device
         rows = [self._as_stored(dense.detach()).to(device) for dense in self.split_matrices(weight)]
-        self.set_packed_weights([initialization.quantize(matrix, self.config) for matrix in rows])
+        self.set_matrices([initialization.quantize(matrix, self.config) for matrix in rows], weight.dtype)
 
     def check_can_disable(self) -> None:
         if self.config.init_kind.moves_weight:

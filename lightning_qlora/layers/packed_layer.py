@@ -47,12 +47,11 @@ class PackedLayer(nn.Module):
         return self.weight_dtype is not self.dtype_before
 
     def set_packed_weights(self, weights: Sequence[PackedWeight]) -> None:
-        matrices = [weight.to_bytes() for weight in weights]
-        if self.is_stack:
-            stored = stack_bytes(matrices)
-        else:
-            stored = _in_rows(*matrices)
-        self.set_bytes(stored, weights[0].dtype)
+        self.set_matrices([weight.to_bytes() for weight in weights], weights[0].dtype)
+
+    def set_matrices(self, matrices: Sequence[PackedBytes], dtype: torch.dtype) -> None:
+        """Replace the 4-bit weight of each matrix; it decodes to `dtype`."""
+        self.set_bytes(stack_bytes(matrices) if self.is_stack else in_rows(*matrices), dtype)
 
     def set_bytes(self, stored: PackedBytes, dtype: torch.dtype) -> None:
         """Replace the three tensors, whole or split as those of the layer are; the weight decodes to `dtype`."""
@@ -183,7 +182,7 @@ class PackedLayer(nn.Module):
 
     def has_base_of_conversion(self) -> bool:
         """Whether converting a new build of the module gives the base that this layer has."""
-        return self.base_of_conversion in (None, self.base_fingerprint())
+        return self.base_of_conversion is None or self.base_of_conversion == self.base_fingerprint()
 
 
 class _Keys:
@@ -195,7 +194,7 @@ class _Keys:
         return self
 
 
-def _in_rows(weight: PackedBytes) -> PackedBytes:
+def in_rows(weight: PackedBytes) -> PackedBytes:
     """One row per output where rows are whole bytes, so that a sharded dimension 0 splits outputs; else [n, 1]."""
     packed, absmax, nested = (tensor.reshape(-1, 1) for tensor in weight[:3])
     if weight.shape[1] % weight.block_size == 0:

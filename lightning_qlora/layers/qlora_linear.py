@@ -72,28 +72,29 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         members: dict[str, Any] = {"_transposed": kind.transposed}
         if kind.forward is not None:
             members["forward"] = kind.forward
-        elif before is not nn.Linear:
+        else:
             members["forward"] = _forward_of(before)
         return members
 
     @staticmethod
     def from_linear(
         layer: nn.Module, config: QLoRAConfig, name: str, device: torch.device | None, seed_name: str
-    ) -> None:
+    ) -> "QLoRALinear":
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` has the rank and lora_alpha of this layer.
         The seed of the adapter is made from `seed_name`, the same on every rank.
         """
         weight: Any = layer._parameters.pop("weight")
-        setattr(weight, REPLACED, layer)
+        setattr(weight, REPLACED, layer)  # for an optimizer that was created before conversion
         new = QLoRALinear._become(layer, type(layer), config, name, seed_name)
         try:
             new.initialize(weight, device)
         except BaseException:
             to_dense(new, weight)  # the layer computes, and can be converted later
             raise
-        layer.out_features, layer.in_features = layer._shape  # type: ignore[misc]
+        new.out_features, new.in_features = new._shape
+        return new
 
     @staticmethod
     def from_packed(
@@ -103,8 +104,8 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         config: QLoRAConfig,
         name: str,
         seed_name: str,
-    ) -> None:
-        """The same with a weight [out, in] that is in 4 bits already; its bytes do not change.
+    ) -> "QLoRALinear":
+        """As `from_linear`, with a weight [out, in] that is in 4 bits already; its bytes do not change.
 
         A weight that the layer has is removed. `dense_class` is the class after `merge`. The quantization that `config`
         names is ignored.
@@ -118,6 +119,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         new.set_packed_weights([weight])
         new.out_features, new.in_features = new._shape
         new.reset_adapter()
+        return new
 
     @staticmethod
     def _become(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels.ops import has_autocast
+from lightning_qlora.kernels.products import cast
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.tensors.device_types import has_bf16, is_our_autocast
 
@@ -67,4 +68,4 @@ class TypedLayer(PackedLayer):
         autocast = self.autocast_dtype(y.device.type)
         if autocast is not None:
             return y.to(autocast)
-        return y if self.is_held else y.to(input_dtype)
+        return y if self.is_held else cast(y, input_dtype)

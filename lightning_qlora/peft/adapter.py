@@ -60,7 +60,10 @@ class Adapter:
         """Name of a module with an adapter, or with parameters that have one -> the names in `layers`."""
         modules: dict[str, list[str]] = {}
         for key in self.layers:
-            modules.setdefault(re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key), []).append(key)
+            name = key
+            if self.target_parameters:  # else a layer may be called so
+                name = re.sub(rf"({re.escape(BASE_LAYER)})+$", "", key)
+            modules.setdefault(name, []).append(key)
         return modules
 
     def alpha(self, name: str) -> float:

@@ -147,7 +147,7 @@ def _layers_and_saved(tensors: State) -> tuple[dict[str, State], State]:
             if match[2] in state:
                 raise ValueError(f"key {key!r}: the file has a second {match[2]} of {match[1]}. {DAMAGED}")
             state[match[2]] = tensor
-        elif ".lora_" in name or base_layer:
+        elif ".lora_" in name:
             raise ValueError(
                 f"key {key!r}: only lora_A, lora_B and {MAGNITUDE} of linear layers can be read. {MERGE_IN_PEFT}"
             )

@@ -45,8 +45,8 @@ class PackedBytes(NamedTuple):
         packed, absmax, nested = (tensor[number] for tensor in self[:3])
         return self._replace(packed=packed, absmax=absmax, nested=nested, shape=self.shape[1:])
 
-    def to(self, device: torch.device) -> "PackedBytes":
-        packed, absmax, nested = (tensor.to(device) for tensor in self[:3])
+    def to(self, device: torch.device, copy: bool = False) -> "PackedBytes":
+        packed, absmax, nested = (tensor.to(device, copy=copy) for tensor in self[:3])
         return self._replace(packed=packed, absmax=absmax, nested=nested)
 
     def scales(self) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.selection.selection import IN_MODULES_TO_SAVE, TRAIN, Row, Selection
 from lightning_qlora.survey.records import Unrecorded, own_parameters
-from lightning_qlora.survey.survey import Survey
+from lightning_qlora.survey.survey import Kind, Survey
 from lightning_qlora.tensors.dtensor import is_sharded
 
 IN_INIT = (
@@ -33,9 +33,9 @@ def convert_layers(seen: Survey, choice: Selection, device: torch.device | None)
     for row in tqdm(rows, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(row.name or type(row.owner).__name__):
             layers.append(_convert_row(row, device))
-    for _, layer in seen.modules:
-        if is_packed(layer):
-            decode_packed_layer(layer)
+    for part in seen.parts:
+        if part.kind is Kind.PACKED and not isinstance(part.owner, LoRALayer):
+            decode_packed_layer(part.owner)
     return layers
 
 
@@ -74,11 +74,8 @@ def convert_layer(row: Row, device: torch.device | None = None, weights: Iterabl
     layer = row.owner
     if is_packed(layer):
         setattr(layer.weight, REPLACED, layer)  # for an optimizer that was created before conversion
-        QLoRALinear.from_packed(layer, *pop_packed_weight(layer), row.config, row.name, row.seed_name)
-    else:
-        QLoRALinear.from_linear(layer, row.config, row.name, device, row.seed_name)
-    assert isinstance(layer, QLoRALinear)
-    return layer
+        return QLoRALinear.from_packed(layer, *pop_packed_weight(layer), row.config, row.name, row.seed_name)
+    return QLoRALinear.from_linear(layer, row.config, row.name, device, row.seed_name)
 
 
 def freeze(seen: Survey, choice: Selection, new: Iterable[Unrecorded], converted: Iterable[LoRALayer]) -> list[str]:

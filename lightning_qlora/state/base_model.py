@@ -68,9 +68,9 @@ def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConf
 def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Module]:
     """Modules by name with a parameter that is no adapter and trains or has changed.
 
-    `unchanged` are the frozen parameters that have not (`base_fingerprints`). A parameter that trained and was frozen
-    again, and a resized embedding, have changed. A shared module has several names; the rows of a tied embedding have
-    one, as in PEFT's files.
+    `unchanged` are the frozen parameters that have not. A parameter that trained and was frozen again, and a resized
+    embedding, have changed. A shared module has several names; the rows of a tied embedding have one, as in PEFT's
+    files.
     """
     first_names = {name for name, _ in parts.named}
     trained = {}

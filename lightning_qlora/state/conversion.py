@@ -6,6 +6,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -149,12 +150,18 @@ class SavedConversion:
         for name, expected in DESCRIPTION_TYPES.items():
             if not isinstance(base.get(name, expected()), expected):
                 raise TypeError(f"{name}={shown(base[name])}: must be a {expected.__name__}.")
-        read_quantization(base.get("quantization"), "quantization")
         layers = base.get("layers", {}).values()
         for arguments in {json.dumps(value): value for value in layers}.values():  # each once
             QLoRAConfig(**arguments)
         fingerprints = {name: int(digits) for name, digits in content["fingerprints"].items()}
-        return cls(config, base, fingerprints)
+        saved = cls(config, base, fingerprints)
+        _ = saved.quantization  # it raises for a damaged one
+        return saved
+
+    @cached_property
+    def quantization(self) -> QLoRAConfig | None:
+        """How the base was quantized and the adapters initialized."""
+        return read_quantization(self.base.get("quantization"), "quantization")
 
     def arguments_of_layers(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""

@@ -28,7 +28,7 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens
-from lightning_qlora.peft.base_compatibility import read_quantization, record_initialization, required_base
+from lightning_qlora.peft.base_compatibility import record_initialization, required_base
 from lightning_qlora.state.base_model import config_of_layer, describe_base, trained_modules
 from lightning_qlora.state.conversion import (
     CONVERSION,
@@ -69,7 +69,7 @@ def ask_for(keys: Collection[str]) -> Iterator[None]:
         _in_file.reset(token)
 
 
-def use_adapter_state_dict(parts: Parts, config: QLoRAConfig, given: QLoRAConfig) -> None:
+def record_conversion(parts: Parts, config: QLoRAConfig, given: QLoRAConfig) -> None:
     """Leave the base out of state dicts of a converted module, and add it on loading, which can be strict.
 
     `config`: the arguments of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were
@@ -91,7 +91,7 @@ def use_adapter_state_dict(parts: Parts, config: QLoRAConfig, given: QLoRAConfig
 def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
     fingerprints: dict[str, int] = {}
     if config.checkpoint == "adapter":
-        for name, layer in parts.layers_in_places.items():
+        for name, layer in parts.layers_by_key.items():
             # A base that depends on the last bits of an SVD can't be computed again on another machine.
             if layer.config.can_repeat_base and layer.has_base_of_conversion():
                 fingerprints[name] = layer.base_fingerprint()
@@ -115,17 +115,17 @@ def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> boo
 
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave out what has a fingerprint, and add the conversion."""
-    parts = Parts.of(root)
     conversion = conversion_of(root)
     if conversion is None:
         return
+    parts = Parts.of(root)
     check_no_layer_resized(conversion, parts)
     if _is_merged(conversion, parts):
         return
     saved = saved_conversion(parts, conversion.config)
     _restore_converted_parts(parts, state_dict, prefix)
     asked = _in_file.get() or ()
-    layers = parts.layers_in_places
+    layers = parts.layers_by_key
     for name in saved.fingerprints:  # of a parameter or a layer
         if name not in layers:
             if prefix + name not in asked:
@@ -144,7 +144,7 @@ def _restore_converted_parts(parts: Parts, state_dict: dict[str, Any], prefix: s
         return
     for name in outer:
         state_dict.pop(prefix + name + CONVERSION, None)
-    for name, layer in parts.layers_in_places.items():
+    for name, layer in parts.layers_by_key.items():
         if _prefix(name).startswith(outer):
             for key, value in base_entries(layer, prefix + _prefix(name)).items():
                 state_dict.setdefault(key, value)
@@ -153,9 +153,17 @@ def _restore_converted_parts(parts: Parts, state_dict: dict[str, Any], prefix: s
             state_dict.setdefault(prefix + name, parameter.detach())
 
 
-def _before_load(root: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+def _before_load(
+    root: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    errors: list[str],
+) -> None:
     """Check that a state fits the module, and that the module has the base that the state names."""
-    _, _, missing_keys, unexpected_keys, _ = arguments
     conversion = conversion_of(root)
     if conversion is None:
         return
@@ -201,7 +209,7 @@ def _check_base(parts: Parts, saved: SavedConversion) -> tuple[list[str], list[s
 
     Returns the keys of what has a fingerprint, and the names that the module does not have.
     """
-    layers = parts.layers_in_places
+    layers = parts.layers_by_key
     parameters = {parameter.name: parameter for parameter in parts.dense_parameters}
     numbers: dict[int, int] = {}  # tied parameters are read once
     keys = []
@@ -241,7 +249,7 @@ def _layers_with_adapter(parts: Parts, state_dict: Mapping[str, Any], prefix: st
 
 
 def _check_same_layers(parts: Parts, saved: set[str]) -> None:
-    layers = parts.layers_in_places.keys()
+    layers = parts.layers_by_key.keys()
     if saved and saved != layers:
         name = min(saved ^ layers)
         difference = "has adapter in the checkpoint, has none here"
@@ -267,10 +275,9 @@ def _take_arguments(base: Parts, conversion: Conversion, saved: SavedConversion)
     arguments = {layer: config_of_layer(saved.base, name, saved.config) for name, layer in base.layers.items()}
     for layer, of_layer in arguments.items():
         check_same_arguments(layer, vars(of_layer))
-    quantization = read_quantization(saved.base.get("quantization"), "quantization")
+    in_folder = required_base(saved.quantization)  # whose initialization the arguments do not name
     for layer, of_layer in arguments.items():
-        # The arguments do not name the initialization of adapters that came from a folder.
-        record_initialization(layer, quantization if required_base(quantization) else of_layer)
+        record_initialization(layer, saved.quantization if in_folder else of_layer)
     method = saved.config.init_lora_weights
     config = conversion.config.with_initialization(method, saved.config.loftq_config)
     if config != conversion.config:

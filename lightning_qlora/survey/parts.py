@@ -22,7 +22,7 @@ from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_adapters_of
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.survey.records import base_fingerprints
+from lightning_qlora.survey.records import unchanged_fingerprints
 
 
 class NamedParameter(NamedTuple):
@@ -74,7 +74,7 @@ class Parts:
         return adapted_layers_of(self.named)
 
     @cached_property
-    def layers_in_places(self) -> dict[str, LoRALayer]:
+    def layers_by_key(self) -> dict[str, LoRALayer]:
         """Name -> converted layer, under each of its names in state dicts."""
         return {name: part for name, part in self.places if isinstance(part, LoRALayer)}
 
@@ -105,11 +105,8 @@ class Parts:
 
     @cached_property
     def unchanged(self) -> dict[tuple[nn.Module, str], int]:
-        """Owner and key of each frozen parameter with the value that conversion froze -> its fingerprint.
-
-        It reads them all. Of a module that is sharded, all ranks must call it.
-        """
-        return base_fingerprints(self.named)
+        """See `records.py`: it reads them all, and of a module that is sharded, all ranks must ask for it."""
+        return unchanged_fingerprints(self.named)
 
     @cached_property
     def base_name(self) -> str:

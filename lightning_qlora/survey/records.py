@@ -106,7 +106,7 @@ def frozen_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Froz
                 yield Frozen(join(name, key), part, key, parameters[key], record)
 
 
-def base_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tuple[nn.Module, str], int]:
+def unchanged_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tuple[nn.Module, str], int]:
     """Owner and key of each frozen parameter with the value that conversion froze -> its fingerprint.
 
     It reads them all. Of a module that is sharded, all ranks must call it.

@@ -22,7 +22,7 @@ def adapter_of(
     """
     errors: list[float | None] = [None] * len(input_rms)
     lora_a, lora_b = (list(layer.split_matrices(gather(p))) for p in (layer.lora_A, layer.lora_B))
-    bases = layer.packed_weights  # of a sharded layer all ranks gather the base
+    bases = layer.whole_bytes.unbind()  # of a sharded layer all ranks gather the base
     device = layer.packed.device
     for number, weight in enumerate(layer.split_matrices(dense_weight)):
         if not input_rms[number].any():

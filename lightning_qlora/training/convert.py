@@ -23,7 +23,7 @@ from lightning_qlora.selection.copies import find_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
-from lightning_qlora.state.module_state import use_adapter_state_dict
+from lightning_qlora.state.module_state import record_conversion
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record, record_replaced, unrecorded
 from lightning_qlora.survey.survey import Survey, survey
@@ -136,7 +136,7 @@ def _convert_new(
     choice = _decide(seen, parts, config, saved, report)
     parts = _apply(seen, parts, choice, config, run, report)
     _load_adapter_once(parts, given.adapter, adapter)
-    use_adapter_state_dict(parts, config, given)
+    record_conversion(parts, config, given)
     report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
     report.take(choice)
     report.count(parts)
@@ -149,8 +149,6 @@ def _convert_new(
 def _survey(parts: Parts, run: Run) -> Survey:
     """Survey a module, and refuse one that can't be converted whatever the arguments are."""
     seen = survey(parts)
-    for part in parts.modules:
-        forget_merge(part)
     check_layers_of_conversions(parts)
     check_has_data(parts.named, later=run.sharded or dist.is_initialized())
     return seen
@@ -185,6 +183,8 @@ def _apply(
     except BaseException:  # an interrupt, or a weight with NaN: `convert` can be called again
         record_replaced(new)
         raise
+    for part in parts.modules:
+        forget_merge(part)
     forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)

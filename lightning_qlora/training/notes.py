@@ -58,10 +58,11 @@ LARGE = (
 
 def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selection, copies: Iterable[Copy]) -> None:
     late = [part.names.full for part in seen.parts if part.is_read_dense]
-    report.note(READ_DENSE, [name for name in late if name in choice.convert])
+    convert = choice.convert
+    report.note(READ_DENSE, [name for name in late if name in convert])
     for name, why in choice.reasons(IN_VAIN).items():
         report.note(f"target_modules names it, and it stays dense and frozen: {why}", [name])
-    weights = {name: row.owner._parameters.get(row.key) for name, row in choice.convert.items()}
+    weights = {name: row.owner._parameters.get(row.key) for name, row in convert.items()}
     report.note(HOOKS, [name for name, weight in weights.items() if _has_hooks(weight)])
     originals = defaultdict[str, dict[str, None]](dict)
     for copy in copies:

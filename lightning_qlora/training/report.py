@@ -64,7 +64,9 @@ class ConversionReport:
     Example:
         ```python
         from lightning_qlora import convert
-                model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         report = convert(model, r=4, target_modules=["0"])
         print(report)  # a table
         print(report.converted, report.skipped, report.trainable_parameters)

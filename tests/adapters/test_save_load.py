@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections import OrderedDict
 from types import SimpleNamespace
 from unittest.mock import ANY
 
@@ -546,6 +547,20 @@ def test_a_layer_whose_name_ends_another_name_is_alone_in_the_folder_too(tmp_pat
     theirs = peft.PeftModel.from_pretrained(dense, tmp_path)
     names = [name for name, part in theirs.named_modules() if isinstance(part, peft.tuners.lora.LoraLayer)]
     assert names == ["base_model.model.a"]
+
+
+@pytest.mark.parametrize("in_full", [[], ["x.base_layer"]])
+def test_a_layer_with_the_name_of_pefts_wrapped_layer_comes_back(in_full, tmp_path):
+    torch.manual_seed(0)
+    dense = nn.Sequential(OrderedDict(x=nn.Sequential(OrderedDict(base_layer=nn.Linear(64, 64))), y=nn.Linear(64, 64)))
+    arguments = {"r": 4, "lora_dropout": 0.0, "modules_to_save": in_full}
+    trained, loaded = (copy.deepcopy(dense) for _ in range(2))
+    convert(trained, **arguments)
+    save_adapter(perturb(trained), tmp_path)
+    convert(loaded, **arguments)
+    load_adapter(loaded, tmp_path)
+    x = torch.randn(3, 64)
+    assert torch.equal(loaded(x), trained(x)) and not torch.allclose(trained(x), dense(x), atol=0.1)
 
 
 def test_modules_that_have_no_place_in_a_folder_are_refused(tmp_path):

@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 from lightning_qlora import quantize
 from lightning_qlora.kernels import eager, reference
-from lightning_qlora.kernels.half import product, scaled_weight, to_half
+from lightning_qlora.kernels.half import scaled_weight, to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.products import product
 from lightning_qlora.quantization.packed_weight import stack_bytes
 from tests.toys import assert_equal
 

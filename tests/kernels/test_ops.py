@@ -15,7 +15,7 @@ from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import eager, ops, reference, scratch
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.lora_linear import is_eager, lora_linear
+from lightning_qlora.kernels.lora_linear import is_plain_call, lora_linear
 from lightning_qlora.quantization.packed_weight import stack_bytes
 from tests.kernels.forward import forward
 from tests.toys import assert_equal
@@ -329,18 +329,18 @@ def test_recomputation_of_a_checkpointed_block_skips_the_large_product_of_its_la
 def test_plain_tensors_alone_take_the_short_way(monkeypatch):
     x = torch.randn(2, 4)
     a = torch.nn.Parameter(torch.randn(3, 4))
-    assert is_eager(x, a) and is_eager(torch.nn.Parameter(x), a.detach())
+    assert is_plain_call(x, a) and is_plain_call(torch.nn.Parameter(x), a.detach())
     other = type("Other", (torch.Tensor,), {})
-    assert not is_eager(x.as_subclass(other), a) and not is_eager(x, a.detach().as_subclass(other))
-    assert not is_eager(x.to("meta"), a)
+    assert not is_plain_call(x.as_subclass(other), a) and not is_plain_call(x, a.detach().as_subclass(other))
+    assert not is_plain_call(x.to("meta"), a)
     with TorchDispatchMode():
-        assert not is_eager(x, a)
+        assert not is_plain_call(x, a)
     seen = []
-    torch.jit.trace(lambda x: seen.append(is_eager(x, a)) or x + 1, x, check_trace=False)
-    torch.func.vmap(lambda row: seen.append(is_eager(torch.zeros(4), a)) or row)(x)
+    torch.jit.trace(lambda x: seen.append(is_plain_call(x, a)) or x + 1, x, check_trace=False)
+    torch.func.vmap(lambda row: seen.append(is_plain_call(torch.zeros(4), a)) or row)(x)
     assert seen == [False, False]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not is_eager(x, a)
+    assert not is_plain_call(x, a)
 
 
 @pytest.mark.parametrize("lead", [(3,), (1, 3), ()])
@@ -350,8 +350,8 @@ def test_a_pass_without_gradient_and_dropout_is_one_call_of_c(monkeypatch, lead)
     weight, x, bias, lora = make(columns=64, lead=lead)
     calls = []
     expected = lora_linear(x, weight, bias, lora)
-    linear = eager.linear_of_few_rows
-    monkeypatch.setattr(eager, "linear_of_few_rows", lambda *given: calls.append(len(given)) or linear(*given))
+    linear = eager.linear_in_one_call
+    monkeypatch.setattr(eager, "linear_in_one_call", lambda *given: calls.append(len(given)) or linear(*given))
     with torch.no_grad():
         lora_linear(x, weight, bias, dropped_by(lora, 0.5))
         lora_linear(x, weight, bias, lora._replace(in_fp16=True))

@@ -209,9 +209,7 @@ def test_a_weight_without_data_gets_the_shapes_and_types_of_a_base_and_an_adapte
     expected = initialization.initialize(dense, config, "")
     with torch.device("meta"):
         fake = initialization.initialize(dense.to("meta"), config, "")
-    for ours, other in zip(
-        (*fake[0].to_bytes()[:3], *fake[1:]), (*expected[0].to_bytes()[:3], *expected[1:]), strict=True
-    ):
+    for ours, other in zip((*fake[0][:3], *fake[1:]), (*expected[0][:3], *expected[1:]), strict=True):
         assert ours.is_meta and (ours.shape, ours.dtype) == (other.shape, other.dtype)
 
 

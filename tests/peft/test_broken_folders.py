@@ -61,7 +61,6 @@ FILES = [  # entries of the config, tensors (None: without it), words of the err
         )
         for indices in (None, [3], {"other": [3, 7]})
     ),
-    ({}, {f"{PREFIX}x.base_layer.weight": torch.ones(4, 64)}, ["x.base_layer.weight': only lora_A, lora_B and", MERGE]),
     ({}, {KEY: None}, [f"key '{KEY}': the file has lora_B [64, 4] of torch.float32: a layer has lora_A", DAMAGED]),
     ({}, {KEY: torch.ones(9, 64)}, [f"key '{KEY}'", "lora_A [9, 64]", "lora_B [64, 4]", DAMAGED]),
     ({}, {KEY: torch.ones(0, 64)}, [f"key '{KEY}'", "lora_A [0, 64]", "of rank 1 or more"]),

@@ -287,7 +287,7 @@ def test_a_copy_with_another_weight_waits_for_its_own_step():
     assert report.waiting == []
     weight = dense.layers[0].weight
     expected = initialization.calibrated_adapter(
-        weight, quantize(weight), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
+        weight, quantize(weight).to_bytes(), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
     )
     assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
     alone, _, report = waiting()

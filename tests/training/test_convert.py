@@ -238,6 +238,28 @@ def test_what_is_converted_inside_inference_mode_trains(arguments):
             torch.testing.assert_close(ours.grad, expected.grad)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_is_loaded_and_merged_inside_inference_mode_trains_unless_it_was_copied_there(copied, tmp_path):
+    convert(source := mlp(), r=2)
+    save_adapter(source, tmp_path)
+    convert(model := mlp(), r=4, lora_dropout=0.0)
+    x = torch.arange(8)
+    with torch.inference_mode():
+        used = copy.deepcopy(model) if copied else model
+        load_adapter(used, tmp_path)
+        assert used[1].r == 2
+    if not copied:
+        used(x).sum().backward()
+    with torch.inference_mode():
+        expected = used(x).clone()
+        merge(used)
+    assert not torch.equal(used[1].weight, mlp()[1].weight)
+    with torch.no_grad():
+        torch.testing.assert_close(used(x), expected)
+    assert copied == used[1].weight.is_inference()
+    model(x).sum().backward()
+
+
 EYE = torch.eye(8)
 LAYOUTS = {
     "coo": EYE.to_sparse,

@@ -250,6 +250,8 @@ def test_a_merged_module_that_is_only_evaluated_stays_dense(stage, part, trainer
     module, run = Classifier(), {"plugins": QLoRAPrecision(r=4), "enable_checkpointing": False}
     trainer(**run).fit(module, loader())
     merge(module.get_submodule(part))
+    with pytest.raises(ValueError, match="no module of this model fits"):
+        convert(module, target_modules=["missing"])  # a conversion that fails changes nothing
     expected = module(torch.ones(3, 64))
     state = {name: value.clone() for name, value in module.state_dict().items()}
     dense = Classifier()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
-from lightning_qlora.kernels.half import cast
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.products import cast
 from lightning_qlora.kernels.reference import dropout_threshold
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
@@ -68,11 +68,11 @@ class Library:
         self._loaded.dequantize(ctypes.byref(struct), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
         return out
 
-    def multiplies(self, m: int, dtype: torch.dtype) -> bool:
-        """Whether `linear_of_few_rows` was measured to be as fast as decoding and torch's product for m rows."""
+    def is_fast_for(self, m: int, dtype: torch.dtype) -> bool:
+        """Whether `lora_linear` was measured to be as fast as decoding and torch's product for m rows."""
         return 0 < m <= self._most_rows.get(dtype, 0)
 
-    def linear_of_few_rows(
+    def lora_linear(
         self, y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
     ) -> Tensor:
         """y = x W^T + bias + s xa B^T, rounded once, decoding W in registers or in the L1 cache.

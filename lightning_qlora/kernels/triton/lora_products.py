@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.half import Half, multiply, product
+from lightning_qlora.kernels.half import Half, multiply
+from lightning_qlora.kernels.products import product
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
 from lightning_qlora.kernels.triton.dropout import MASK, dropout, dropout_arguments, is_kept

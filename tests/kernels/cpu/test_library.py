@@ -95,9 +95,9 @@ def test_each_op_of_a_cpu_runs_in_c(monkeypatch):
     x, xa = torch.randn(1, 64), torch.randn(1, 4)
     lora = LoRA(torch.randn(4, 64), torch.randn(32, 4), p=0.5, seed=torch.tensor([3]))
     eager.lora_project(x, lora)
-    eager.linear_of_few_rows(torch.empty(1, 32), x, weight, None, lora._replace(p=0.0, seed=None))
+    eager.linear_in_one_call(torch.empty(1, 32), x, weight, None, lora._replace(p=0.0, seed=None))
     eager.linear_into(torch.empty(1, 32), x, xa, weight, None, lora)
-    of_few_rows = ["types", "multiplies", "linear_of_few_rows"]
+    of_few_rows = ["types", "is_fast_for", "lora_linear"]
     ops = ["types", "quantize"], ["types", "dequantize_into"], ["types", "dropout_into"], of_few_rows, of_few_rows
     assert called == [name for names in ops for name in names]
 
@@ -123,7 +123,7 @@ def layer_of(library, x, weight, bias, lora, xa=None):
     rows, outputs = len(x), weight.shape[0]
     scratch(1 << 17, torch.float32, x.device, "rows").fill_(torch.nan)
     memory = torch.full((rows + 8, outputs), 7.0, dtype=x.dtype)
-    y = library.linear_of_few_rows(memory[4 : rows + 4], x, weight, bias, lora, xa)
+    y = library.lora_linear(memory[4 : rows + 4], x, weight, bias, lora, xa)
     assert (memory[:4] == 7).all() and (memory[rows + 4 :] == 7).all()
     return y
 
@@ -141,7 +141,7 @@ def assert_layer(library, x, weight, bias, lora, xa=None):
 @pytest.fixture
 def multiplying(library, dtype):
     """The library, if it has products in this type."""
-    if not library.multiplies(1, dtype):
+    if not library.is_fast_for(1, dtype):
         pytest.skip("this form leaves the products to torch")
     return library
 
@@ -161,7 +161,7 @@ def test_few_rows_are_the_references(multiplying, dtype, quant_type):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_rows_reads_these_rows_alone(multiplying, dtype):
     """Several rows are multiplied together: what is in memory beside the given ones must not matter."""
-    for rows in filter(lambda rows: multiplying.multiplies(rows, dtype), [*range(1, 34), 63]):
+    for rows in filter(lambda rows: multiplying.is_fast_for(rows, dtype), [*range(1, 34), 63]):
         width = 101 if rows % 2 else 96
         weight = multiplying.quantize(torch.randn(37, width), "nf4", 64, True)
         given = torch.full((rows + 8, width), torch.inf, dtype=dtype)
@@ -207,7 +207,7 @@ def test_masks_of_neighbouring_seeds_and_rows_are_unlike():
 def test_any_number_of_threads_gives_the_same_bits(dtype, width, library, set_threads):
     weight = torch.randn(300, width).to(dtype)
     lora = LoRA(torch.randn(8, width), torch.randn(300, 8), 0.5)
-    inputs = [torch.randn(m, width).to(dtype) for m in (4, 13) if library.multiplies(m, dtype)]
+    inputs = [torch.randn(m, width).to(dtype) for m in (4, 13) if library.is_fast_for(m, dtype)]
     results = []
     for threads in (1, 2, 3):
         set_threads(threads)
@@ -227,7 +227,7 @@ def test_views_are_read_right(library):
     assert torch.equal(
         library.quantize(transposed, "nf4", 64, True).packed, reference.quantize(transposed, "nf4", 64, True).packed
     )
-    if library.multiplies(4, torch.float32):
+    if library.is_fast_for(4, torch.float32):
         lora = LoRA(torch.randn(64, 8).T, torch.randn(8, 64).T.bfloat16(), 0.5)
         bias = torch.randn(128)[::2].double()
         for xa in (None, torch.randn(8, 4).T):
@@ -241,7 +241,7 @@ def test_for_how_many_rows_the_loops_multiply(library, request):
         limits = {torch.float32: 16, torch.bfloat16: 0, torch.float16: 0}
     for dtype, most in limits.items():
         for m in (0, 1, 16, 17, 64, 65):
-            assert library.multiplies(m, dtype) == (0 < m <= most)
+            assert library.is_fast_for(m, dtype) == (0 < m <= most)
 
 
 def test_small_weights_have_one_thread(library, monkeypatch):

@@ -72,9 +72,8 @@ def merge_folder(
         layers = parts.base.layers
         for name, packed in adapter.bases.items():
             layers[name].set_packed_weights(packed)
-        others = [
-            name for name in layers if adapter.fingerprints.get(name) not in (None, layers[name].base_fingerprint())
-        ]
+        numbers = adapter.fingerprints
+        others = [name for name in layers if name in numbers and not layers[name].has_fingerprint(numbers[name])]
         if not others or trained.changes_base or base == "float":  # a changed base is checked with the adapter
             break
     else:

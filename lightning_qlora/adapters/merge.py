@@ -67,14 +67,18 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
-    with inference_mode_of(module):
-        return merge_onto(module, {}, dtype)
+    return merge_onto(module, {}, dtype)
 
 
-@torch.no_grad()
 def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) -> Module:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     parts = Parts.of(module)
+    with inference_mode_of(parts), torch.no_grad():
+        _merge(module, parts, weights, dtype)
+    return module
+
+
+def _merge(module: nn.Module, parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> None:
     layers = parts.layers
     check_layers_of_conversions(parts)
     check_converted(module, layers)
@@ -113,7 +117,6 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[dtype])
-    return module
 
 
 def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:

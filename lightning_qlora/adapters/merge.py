@@ -67,18 +67,16 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
-    return merge_onto(module, {}, dtype)
-
-
-def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) -> Module:
-    """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
     parts = Parts.of(module)
-    with inference_mode_of(parts), torch.no_grad():
-        _merge(module, parts, weights, dtype)
+    with inference_mode_of(parts):
+        merge_onto(parts, {}, dtype)
     return module
 
 
-def _merge(module: nn.Module, parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> None:
+@torch.no_grad()
+def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> None:
+    """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
+    module = parts.root
     layers = parts.layers
     check_layers_of_conversions(parts)
     check_converted(module, layers)

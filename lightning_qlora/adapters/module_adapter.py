@@ -28,8 +28,7 @@ from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ra
 
 def inference_mode_of(parts: Parts) -> torch.inference_mode:
     """Inference mode if a module was made in it, else none: a parameter that is made in it can never train."""
-    values = chain.from_iterable(part._parameters.values() for part in parts.modules)
-    return torch.inference_mode(any(value is not None and value.is_inference() for value in values))
+    return torch.inference_mode(any(parameter.value.is_inference() for parameter in parts.parameters))
 
 
 def check_adapters_finite(parts: Parts) -> None:

@@ -82,7 +82,7 @@ def merge_folder(
             "base model of the training, or base='float' (--base float)."
         )
     set_adapter(parts, adapter)
-    merge_onto(model, weights, dtype)
+    merge_onto(parts, weights, dtype)
     with atomic_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size=LARGEST_FILE)
         _copy_other_files(base_model, partial)

@@ -67,14 +67,16 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     """
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
-    with inference_mode_of(module):
-        return merge_onto(module, {}, dtype)
+    parts = Parts.of(module)
+    with inference_mode_of(parts):
+        merge_onto(parts, {}, dtype)
+    return module
 
 
 @torch.no_grad()
-def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) -> Module:
+def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> None:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict."""
-    parts = Parts.of(module)
+    module = parts.root
     layers = parts.layers
     check_layers_of_conversions(parts)
     check_converted(module, layers)
@@ -113,7 +115,6 @@ def merge_onto(module: Module, weights: dict[str, Tensor], dtype: MergeDtype) ->
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[dtype])
-    return module
 
 
 def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:

@@ -14,7 +14,7 @@ from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
-from lightning_qlora.layers.names import join, owner_name, without_wrappers
+from lightning_qlora.layers.names import join, only_child_of, owner_name, without_wrappers
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import check_required_base, record_initialization
@@ -26,9 +26,9 @@ from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 
 
-def inference_mode_of(module: nn.Module) -> torch.inference_mode:
-    """Inference mode if the module was made in it, else none: a parameter that is made in it can never train."""
-    return torch.inference_mode(any(parameter.is_inference() for parameter in module.parameters()))
+def inference_mode_of(parts: Parts) -> torch.inference_mode:
+    """Inference mode if a module was made in it, else none: a parameter that is made in it can never train."""
+    return torch.inference_mode(any(parameter.value.is_inference() for parameter in parts.parameters))
 
 
 def check_adapters_finite(parts: Parts) -> None:
@@ -132,8 +132,8 @@ def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = 
 
 def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
     """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
-    prefix = parts.base_name
-    layers = from_peft(adapter, parts.base)
+    prefix = _base_of(adapter, parts)
+    layers = from_peft(adapter, parts.part(prefix))
     names = {without_wrappers(name): join(prefix, name) for name, _ in parts.inside(prefix)}
     names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
     owners = {owner_name(key) for key in adapter.saved}
@@ -148,6 +148,14 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
         trainable_token_indices={names.get(name, name): indices for name, indices in adapter.tokens.items()} or None,
         adapter=None,
     )
+
+
+def _base_of(adapter: Adapter, parts: Parts) -> str:
+    """Name of the base model, which has the layers of the adapter; they may be beside a transformers model too."""
+    for name in (parts.base_name, only_child_of(parts.root) or ""):
+        if adapter.modules.keys() <= dict(parts.part(name).named).keys():
+            return name
+    return parts.base_name
 
 
 def _named_tensors(base: Parts) -> State:

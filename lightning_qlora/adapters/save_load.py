@@ -153,7 +153,7 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     parts = Parts.of(module)
     reshard(parts.modules)
-    with inference_mode_of(module):
+    with inference_mode_of(parts):
         adapter = read_adapter(folder)
         set_adapter(parts, adapter)
     trained = trained_modules(parts.base, parts.base.unchanged)

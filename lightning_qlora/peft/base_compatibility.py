@@ -96,7 +96,7 @@ def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> No
     for name, layer in layers.items():
         bits = _bits_of(layer)
         if trained.changes_base or layer.config.changes_base:
-            if adapter.fingerprints.get(name) != layer.base_fingerprint():
+            if not layer.has_fingerprint(adapter.fingerprints.get(name)):
                 raise CheckpointMismatchError(
                     f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the "
                     "module, changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge "

@@ -42,7 +42,7 @@ from lightning_qlora.state.conversion import (
     shapes_of_layers,
 )
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import current_fingerprint, was_frozen
+from lightning_qlora.survey.records import has_fingerprint, was_frozen
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.tensors.fingerprint import fingerprint
 
@@ -217,17 +217,17 @@ def _check_base(parts: Parts, saved: SavedConversion) -> tuple[list[str], list[s
     for name, expected in saved.fingerprints.items():
         if name in layers:
             keys.append(join(name, "weight"))
-            current = layers[name].base_fingerprint()
+            fits = layers[name].has_fingerprint(expected)
         elif name in parameters:
             keys.append(name)
-            current = current_fingerprint(*parameters[name][1:], numbers)
+            fits = has_fingerprint(expected, *parameters[name][1:], numbers)
         else:
             unknown.append(name)
             continue
-        if current != expected:
+        if not fits:
             raise CheckpointMismatchError(
-                f"{name or 'the module itself'}: the checkpoint was trained on another base weight (fingerprint "
-                f"{expected:x} there, {current:x} here). {LOAD_THE_BASE}"
+                f"{name or 'the module itself'}: the checkpoint was trained on another base weight (its fingerprint "
+                f"is {expected:x}). {LOAD_THE_BASE}"
             )
     return keys, unknown
 

@@ -123,7 +123,11 @@ class Parts:
     @cached_property
     def base(self) -> "Parts":
         """The base model. Its names are those in adapter files, without those of wrappers."""
-        return Parts(self.inside(self.base_name), (COMPILED, CHECKPOINTED))
+        return self.part(self.base_name)
+
+    def part(self, outer: str) -> "Parts":
+        """The module of a name, with the names there, without those of wrappers."""
+        return Parts(self.inside(outer), (COMPILED, CHECKPOINTED))
 
     def inside(self, outer: str) -> list[tuple[str, nn.Module]]:
         """The places in the module of a name, with the names there."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.trainable_tokens import without_tokens
-from lightning_qlora.tensors.fingerprint import fingerprint
+from lightning_qlora.tensors.fingerprint import fingerprint, first_fingerprint
 
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 
@@ -121,17 +121,17 @@ def unchanged_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tup
     return unchanged
 
 
-def current_fingerprint(owner: nn.Module, key: str, parameter: Tensor, numbers: dict[int, int]) -> int:
-    """The fingerprint of a parameter as it is now; after a cast that rounded it: the one that conversion recorded.
+def has_fingerprint(number: int, owner: nn.Module, key: str, parameter: Tensor, numbers: dict[int, int]) -> bool:
+    """Whether a file that has this number was written with this parameter; after a cast that rounded it: with that one.
 
     `numbers` has the fingerprints that were computed before, by the id of the parameter, and gets this one.
     """
     record = _records(owner).get(key)
-    if record is None or not record.fingerprint:
-        return _fingerprint(owner, parameter, numbers)
-    if torch.promote_types(parameter.dtype, record.dtype) is not parameter.dtype:
-        return record.fingerprint
-    return _fingerprint(owner, parameter, numbers)
+    was_rounded = record is not None and torch.promote_types(parameter.dtype, record.dtype) is not parameter.dtype
+    if record is not None and record.fingerprint and was_rounded:
+        return number == record.fingerprint
+    current = _fingerprint(owner, parameter, numbers)
+    return number == current or number == first_fingerprint(without_tokens(owner, parameter))
 
 
 def renew(module: nn.Module) -> None:

@@ -180,7 +180,7 @@ class _Facts:
         self.left_dense: set[int] = set()
         self.read_dense: set[int] = set()
         for name, module in modules.named:
-            if getattr(module, "is_loaded_in_4bit", False) or vars(module).get(LOADED):
+            if getattr(module, "is_loaded_in_4bit", False) is True or vars(module).get(LOADED):
                 self.left_dense.update(id(part) for _, part in modules.inside(name))
             if LOADED in vars(module):
                 self.read_dense.update(id(part) for _, part in modules.inside(name))

@@ -72,9 +72,8 @@ def merge_folder(
         layers = parts.base.layers
         for name, packed in adapter.bases.items():
             layers[name].set_packed_weights(packed)
-        others = [
-            name for name in layers if adapter.fingerprints.get(name) not in (None, layers[name].base_fingerprint())
-        ]
+        numbers = adapter.fingerprints
+        others = [name for name in layers if name in numbers and not layers[name].has_fingerprint(numbers[name])]
         if not others or trained.changes_base or base == "float":  # a changed base is checked with the adapter
             break
     else:
@@ -83,7 +82,7 @@ def merge_folder(
             "base model of the training, or base='float' (--base float)."
         )
     set_adapter(parts, adapter)
-    merge_onto(model, weights, dtype)
+    merge_onto(parts, weights, dtype)
     with atomic_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size=LARGEST_FILE)
         _copy_other_files(base_model, partial)

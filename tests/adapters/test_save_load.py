@@ -406,6 +406,24 @@ def test_a_rank_or_alpha_of_one_layer_reaches_no_other_in_peft(tmp_path):
     assert again.decoder["layers"][0].scaling == net.decoder["layers"][0].scaling
 
 
+def test_layers_beside_a_transformers_model_come_back(tmp_path):
+    class WithHead(Lit):
+        def __init__(self):
+            super().__init__(toy("llama"))
+            torch.manual_seed(1)
+            self.head = nn.Linear(64, 64)
+
+    module = WithHead()
+    convert(module, **ARGUMENTS)
+    perturb(module)
+    save_adapter(module, tmp_path)
+    again = WithHead()
+    convert(again, adapter=str(tmp_path))
+    x = torch.randn(3, 64)
+    assert torch.equal(again.head.eval()(x), module.head.eval()(x))
+    assert_same_logits(again.model, module.model)
+
+
 def test_a_module_with_one_layer_comes_back(tmp_path):
     class One(Classifier):
         def __init__(self):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
+from lightning_qlora.layers import packed_layer
+from lightning_qlora.peft import peft_folder
+from lightning_qlora.survey import records
+from lightning_qlora.tensors.fingerprint import first_fingerprint
 from tests.conftest import Classifier, fingerprints, loader
 
 
@@ -93,7 +98,7 @@ def test_a_dense_checkpoint_of_the_module_is_quantized_on_load():
 
 
 ONE_LAYER = {"target_modules": ["1"], "modules_to_save": ["4"]}
-OTHER_WEIGHT = r"^1: .*fingerprint [0-9a-f]+ there, [0-9a-f]+ here"
+OTHER_WEIGHT = r"^1: .*its fingerprint is [0-9a-f]+"
 REFUSED = [  # a change of the base, the arguments of the conversion, those of the module that was saved, and the error
     (lambda m: m[1].weight.mul_(1.5), {}, {}, OTHER_WEIGHT),
     (lambda m: m[1].weight[0].neg_(), {}, {}, OTHER_WEIGHT),
@@ -117,6 +122,38 @@ def test_another_base_and_other_arguments_are_refused_with_a_name(change, argume
     convert(module, **{"r": 8, **arguments})
     with pytest.raises(CheckpointMismatchError, match=message):
         module.load_state_dict(trained(**of_saved).state_dict())
+
+
+def test_checkpoints_and_folders_with_the_first_fingerprints_load(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # as commit 7d6015c wrote them
+        for module in (packed_layer, records):
+            patch.setattr(module, "fingerprint", first_fingerprint)
+        patch.setattr(peft_folder, "_checksums", partial(peft_folder._checksums, formula=first_fingerprint))
+        source = trained(init_lora_weights="pissa")
+        state = source.state_dict()
+        save_adapter(source, tmp_path)
+        plain = trained().state_dict()
+    assert fingerprints(plain)["1"] != fingerprints(trained().state_dict())["1"]
+    for arguments, saved in (({"init_lora_weights": "pissa"}, state), ({}, plain)):
+        module = fresh(**arguments)
+        module.load_state_dict(saved)
+        assert torch.equal(module[3].lora_B, saved["3.lora_B"])
+    by_folder = fresh(init_lora_weights="pissa")
+    load_adapter(by_folder, tmp_path)  # it needs the same 4-bit weights
+    assert torch.equal(by_folder[3].lora_B, source[3].lora_B)
+    for name in ("0.weight", "3.weight"):
+        other = mlp()
+        with torch.no_grad():
+            other.get_parameter(name)[0].mul_(2)
+        convert(other, r=8)
+        with pytest.raises(CheckpointMismatchError, match=f"{name[0]}.*another base weight"):
+            other.load_state_dict(plain)
+    weights = tmp_path / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="is not what was saved"):
+        load_adapter(by_folder, tmp_path)
 
 
 def test_a_missing_adapter_is_still_missing():

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from lightning_qlora import convert
+from lightning_qlora import QLoRALinear, convert
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import Kind, Parameter, survey
 
-WALKS = 16  # of one conversion, over the whole module
+WALKS = 3  # of one conversion, over the whole module
 
 
 class Walked(nn.Module):
@@ -38,7 +38,17 @@ def test_a_survey_walks_over_a_module_once_and_a_conversion_seldom():
     assert module.walks <= 1 + WALKS
     before = module.walks
     convert(module, r=4)
-    assert module.walks <= before + 9
+    assert module.walks <= before + WALKS
+
+
+def test_a_module_with_a_value_for_each_name_is_not_one_that_transformers_loaded_in_4_bits():
+    class AnyName(nn.Linear):
+        def __getattr__(self, name):
+            return "any" if name.startswith("is_") else super().__getattr__(name)
+
+    module = nn.Sequential(AnyName(64, 64))
+    convert(module, r=4)
+    assert isinstance(module[0], QLoRALinear)
 
 
 def test_each_part_has_its_place_and_kind_and_what_it_holds():

@@ -52,16 +52,18 @@ def _check(given):
 
 @instruction(*FUNCTIONS)
 def _calculate(blocks, given, active):
-    """d = f(a, b); max and min take three."""
+    """d = f(a, b); max and min take three. In add.f32.bf16 a is bf16, and the others fp32."""
     _check(given)
     to, first, *others = given.operands
-    function, value = FUNCTIONS[given.words[0]], blocks.read(first, given.type)
+    kind, *of_first = (word for word in given.words if word in TYPES)
+    function = FUNCTIONS[given.words[0]]
+    value = blocks.read(first, *(of_first or [kind])).astype(_working(kind), copy=False)
     dtype = value.dtype
     if not others:
         value = function(value)
     for operand in others:
-        value = function(value, blocks.read(operand, given.type))
-    blocks.write(to, given.type, value.astype(dtype, copy=False), active)
+        value = function(value, blocks.read(operand, kind))
+    blocks.write(to, kind, value.astype(dtype, copy=False), active)
 
 
 def _working(type_name):

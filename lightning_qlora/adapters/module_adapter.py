@@ -132,8 +132,8 @@ def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = 
 
 def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:
     """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
-    prefix = _base_of(adapter, parts)
-    layers = from_peft(adapter, parts.part(prefix))
+    prefix, base = _base_of(adapter, parts)
+    layers = from_peft(adapter, base)
     names = {without_wrappers(name): join(prefix, name) for name, _ in parts.inside(prefix)}
     names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
     owners = {owner_name(key) for key in adapter.saved}
@@ -150,12 +150,13 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
     )
 
 
-def _base_of(adapter: Adapter, parts: Parts) -> str:
-    """Name of the base model, which has the layers of the adapter; they may be beside a transformers model too."""
+def _base_of(adapter: Adapter, parts: Parts) -> tuple[str, Parts]:
+    """The base model, which has the layers of the adapter, and its name; some may be beside a transformers model."""
     for name in (parts.base_name, only_child_of(parts.root) or ""):
-        if adapter.modules.keys() <= dict(parts.part(name).named).keys():
-            return name
-    return parts.base_name
+        base = parts.part(name)
+        if adapter.modules.keys() <= dict(base.named).keys():
+            return name, base
+    return parts.base_name, parts.base
 
 
 def _named_tensors(base: Parts) -> State:

@@ -107,8 +107,7 @@ def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
     names = []
     for name, layer in layers.items():
         has_own_forward = original_class(type(layer)).forward is not nn.Linear.forward
-        is_read = layer.weight_was_read and not layer.was_called
-        if not layer.is_stack and (is_read or (layer.weight_was_called and not has_own_forward)):
+        if not layer.is_stack and (layer.was_read_alone or (layer.weight_was_called and not has_own_forward)):
             names.append(name)
     return names
 

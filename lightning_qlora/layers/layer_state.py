@@ -232,11 +232,11 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
         return True
     dense = entries[key]
     init_kind = layer.config.init_kind
-    if init_kind.needs_data and not assign:
-        dense = dense.clone()  # it is kept until the inputs were measured; otherwise quantizing makes new values
     # An adapter that is initialized from data depends on the weight only until the inputs were measured.
     from_weight = init_kind.keeps_initial and not init_kind.needs_data
     if not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
+        if init_kind.needs_data and not assign:
+            dense = dense.clone()  # it is kept until then
         layer.initialize(dense, device)
     else:
         layer.quantize_weight(dense, device)

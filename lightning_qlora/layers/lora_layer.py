@@ -168,9 +168,14 @@ class LoRALayer(WithAdapter, TypedLayer):
             )
 
     @property
+    def was_read_alone(self) -> bool:
+        """Whether other code read the weight, and nothing called the layer."""
+        return self.weight_was_read and not self.was_called
+
+    @property
     def is_only_read(self) -> bool:
         """Whether other code multiplied with the weight, or read it, in place of a call of the layer."""
-        return self.weight_was_called or (self.weight_was_read and not self.was_called)
+        return self.weight_was_called or self.was_read_alone
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         parameters = [self._parameters.get(name) for name in ADAPTER]

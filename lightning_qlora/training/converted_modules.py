@@ -56,7 +56,7 @@ class ConvertedModules:
         return report
 
     def use(self, module: nn.Module) -> None:
-        """Let a module be the last one again, after a run of another one in a callback of its own."""
+        """Make a converted module the last one again: a callback of its run ran another module."""
         if module in self._converted:
             self._converted[module] = self._converted.pop(module)
 

@@ -21,8 +21,8 @@ from benchmarks import measure, peers
 from benchmarks.processes import steps_in_turns
 from benchmarks.seven_billion import measured
 from lightning_qlora import convert, estimate_memory
+from lightning_qlora.activations.activation_budget import MARGIN
 from lightning_qlora.tools.memory_estimate import LIBRARIES
-from lightning_qlora.training.activation_budget import MARGIN
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 8000}
 LAYERS, TOKENS, RANK = 12, 1024, 16

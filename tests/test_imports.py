@@ -27,6 +27,7 @@ ORDER = [
     "tensors",
     "layers",
     "dtypes",
+    "activations",
     "experts",
     "survey",
     "selection",

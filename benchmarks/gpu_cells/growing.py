@@ -12,12 +12,12 @@ import torch
 from benchmarks import llama, peers
 from benchmarks.gpu_cells import Row, memory
 from benchmarks.timing import synchronize
-from lightning_qlora.dtypes.instance_method import remove
-from lightning_qlora.training.gradient_checkpointing import (
+from lightning_qlora.activations.gradient_checkpointing import (
     RecomputedForward,
     budget_of,
     enable_gradient_checkpointing,
 )
+from lightning_qlora.dtypes.instance_method import remove
 
 LIMIT = 24 << 30  # bytes of the process
 LENGTHS = (512, 512, 1024, 2048, 4096, 8192, 512)  # the first step of each setting measures what the next ones need

@@ -6,6 +6,7 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.activations.gradient_checkpointing import disable_gradient_checkpointing
 from lightning_qlora.adapters.module_adapter import check_adapters_finite, inference_mode_of
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
@@ -104,6 +105,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         stack.restore(owner, key, merged(stack))
         parameters.append(owner.get_parameter(key))
     compute_logits(parts.modules)
+    disable_gradient_checkpointing(parts.modules)
     _round_full_precision(parts, dtype)
     mark_as_loaded(module, parameters)
     merge_tokens(parts.modules)

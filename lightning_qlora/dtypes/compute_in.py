@@ -41,21 +41,21 @@ class ComputeIn(InstanceMethod):
     casts_output: bool = False
     in_fp32: bool = False
 
-    def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         dtype = self.autocast
         if self.in_fp32:
             if _has_16_bits(self.module):  # FSDP cast them
-                return original(*args, **kwargs)
+                return self.original(*args, **kwargs)
             with _without_our_autocast(self.module):
-                return original(*in_fp32(args), **in_fp32(kwargs))
+                return self.original(*in_fp32(args), **in_fp32(kwargs))
         if dtype not in IN_16_BITS:
-            return original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         if isinstance(self.module, TAKES_FP32):
             args = _cast(args, dtype, torch.float32)
             kwargs = _cast(kwargs, dtype, torch.float32)
         unfused = nullcontext() if torch.compiler.is_compiling() else _without_fused_layers
         with _autocast(self.module, dtype), unfused:
-            output = original(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         if self.casts_output:
             return _cast(output, torch.float32, dtype)
         return output
@@ -64,8 +64,8 @@ class ComputeIn(InstanceMethod):
 class FollowCasts(InstanceMethod):
     """`_apply` of a dense module that holds values in fp32: a cast of the module casts what it computes in, too."""
 
-    def call(self, original: Callable[..., Any], fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        result = original(fn, *args, **kwargs)
+    def call(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        result = self.original(fn, *args, **kwargs)
         part = self.module
         follow_cast(part, fn)
         for method in compute_methods(part):

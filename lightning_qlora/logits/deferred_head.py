@@ -1,7 +1,7 @@
 """Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -27,14 +27,14 @@ LARGE = 4
 class DeferredForward(InstanceMethod):
     """The forward pass of an output embedding: deferred logits where autograd records, else the real ones."""
 
-    def call(self, original: Callable[..., Any], input: Tensor) -> Tensor:
+    def call(self, input: Tensor) -> Tensor:
         """Input [..., in] -> logits [..., out]."""
         head: Any = self.module
         if torch.compiler.is_compiling() or not _can_defer(head, input):
             if type(input) is Tensor:
                 # With the strides of a slice, as `x[:, -1:]` has them, torch takes a product that is 15 times slower.
                 input = input.reshape(-1, input.shape[-1]).view(input.shape)
-            logits: Tensor = original(input)
+            logits: Tensor = self.original(input)
             return logits
         device = input.device.type
         dtype = output_dtype(head, input.dtype)

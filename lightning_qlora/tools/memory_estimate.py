@@ -15,6 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typing_extensions import Unpack
 
+from lightning_qlora.activations.device_memory import memory_of
+from lightning_qlora.activations.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
@@ -29,8 +31,6 @@ from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.training.convert import Run, convert_module
 from lightning_qlora.training.convert_checks import check_initialized
-from lightning_qlora.training.device_memory import memory_of
-from lightning_qlora.training.gradient_checkpointing import transformers_checkpointing_layers
 from lightning_qlora.training.parameter_counts import packed_bytes, packed_layers, parameter_bytes
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each

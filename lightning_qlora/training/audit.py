@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -19,7 +20,6 @@ from lightning_qlora.survey.records import frozen_parameters
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import local, world_size
 from lightning_qlora.texts import groups, size_text
-from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.training.optimizers import optimizer_parameters
 from lightning_qlora.training.report import ConversionReport, say
 

@@ -9,6 +9,11 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import Unpack
 
+from lightning_qlora.activations.gradient_checkpointing import (
+    budget_of,
+    disable_gradient_checkpointing,
+    enable_gradient_checkpointing,
+)
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
@@ -36,7 +41,6 @@ from lightning_qlora.training.convert_checks import (
     check_loaded,
     differing_arguments,
 )
-from lightning_qlora.training.gradient_checkpointing import budget_of, enable_gradient_checkpointing
 from lightning_qlora.training.mapped_files import copy_from_files
 from lightning_qlora.training.notes import (
     CONVERTED_BEFORE,
@@ -195,6 +199,7 @@ def _apply(
     report.held_in_fp32 = hold_in_fp32(parts.modules, config.compute_dtype, run.device, run.decide)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(parts.named)
+    disable_gradient_checkpointing(module.modules())
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")

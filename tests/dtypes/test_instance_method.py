@@ -23,20 +23,20 @@ from lightning_qlora.dtypes.instance_method import (
 
 
 class Doubled(InstanceMethod):
-    def call(self, original, *args, **kwargs):
-        return 2 * original(*args, **kwargs)
+    def call(self, *args, **kwargs):
+        return 2 * self.original(*args, **kwargs)
 
 
 class Shifted(InstanceMethod):
     shift = 1.0
 
-    def call(self, original, x):
-        return original(x) + self.shift
+    def call(self, x):
+        return self.original(x) + self.shift
 
 
 class Negated(InstanceMethod):
-    def call(self, original, x):
-        return -original(x)
+    def call(self, x):
+        return -self.original(x)
 
 
 METHOD = {Doubled: lambda y: 2 * y, Shifted: lambda y: y + 1, Negated: lambda y: -y}

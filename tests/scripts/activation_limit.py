@@ -3,9 +3,9 @@
 import torch
 
 from lightning_qlora import convert
-from lightning_qlora.training.activation_budget import MARGIN
-from lightning_qlora.training.device_memory import memory_of
-from lightning_qlora.training.gradient_checkpointing import budget_of
+from lightning_qlora.activations.activation_budget import MARGIN
+from lightning_qlora.activations.device_memory import memory_of
+from lightning_qlora.activations.gradient_checkpointing import budget_of
 from tests.toys import toy
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lightning_qlora import QLoRAPrecision, convert, to_parameters
+from lightning_qlora.activations import activation_budget
+from lightning_qlora.activations.device_memory import Memory
 from lightning_qlora.tensors.dtensor import gather
-from lightning_qlora.training import activation_budget
-from lightning_qlora.training.device_memory import Memory
 from tests.conftest import run_rank
 from tests.scripts.tensor_parallel_training import PLAN
 from tests.toys import ids, toy

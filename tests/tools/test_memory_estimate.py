@@ -17,8 +17,8 @@ from lightning_qlora.kernels import scratch
 from lightning_qlora.tools.activations import positions_of
 from lightning_qlora.tools.fake_model import meta_model
 from lightning_qlora.tools.memory_estimate import PlannedRun
+from tests.activations.test_gradient_checkpointing import Plain, saved_bytes
 from tests.toys import LLAMA, NAMES, Lit, ids, toy
-from tests.training.test_gradient_checkpointing import Plain, saved_bytes
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
 

@@ -9,7 +9,7 @@ import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qlora.activations import patches
+from lightning_qlora.activations.activation_budget import ActivationBudget
 from lightning_qlora.checks import memory_limit
-from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
+from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method, remove
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.texts import group
-from lightning_qlora.training import patches
-from lightning_qlora.training.activation_budget import ActivationBudget
 
 
 class RecomputedForward(InstanceMethod):
@@ -38,17 +38,17 @@ class RecomputedForward(InstanceMethod):
     ran = False
     budget: ActivationBudget | None = None
 
-    def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return original(*args, **kwargs)
+            return self.original(*args, **kwargs)
         if not self.ran:
             self.ran = True
         budget = self.budget
         if budget is not None and not torch.compiler.is_compiling():  # a graph is compiled for one way
             budget.is_shared = budget.is_shared or is_shared(self.module)
             if not budget.is_shared:
-                return budget.call(self.module, original, args, kwargs)
-        return checkpoint(original, *args, use_reentrant=False, **kwargs)
+                return budget.call(self.module, self.original, args, kwargs)
+        return checkpoint(partial(self.original, **kwargs), *args, use_reentrant=False)  # it has keywords of its own
 
 
 def is_shared(block: nn.Module) -> bool:
@@ -88,6 +88,16 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
             "of one class in an nn.ModuleList or nn.Sequential), so nothing is recomputed and no memory is saved.",
             stacklevel=2,
         )
+
+
+def disable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Undo `enable_gradient_checkpointing` for all blocks and models among modules."""
+    for part in modules:
+        remove(part, RecomputedForward)
+        for key, hook in [*vars(part).get("_forward_pre_hooks", {}).items()]:
+            if isinstance(hook, partial) and hook.func is _omit_cache:
+                del part._forward_pre_hooks[key]
+                part._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def budget_of(parts: Iterable[nn.Module]) -> ActivationBudget | None:

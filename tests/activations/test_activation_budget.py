@@ -13,11 +13,11 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert, estimate_memory
+from lightning_qlora.activations import activation_budget
+from lightning_qlora.activations.activation_budget import MARGIN
+from lightning_qlora.activations.device_memory import Memory, memory_of
+from lightning_qlora.activations.gradient_checkpointing import budget_of
 from lightning_qlora.tools.memory_estimate import LIBRARIES
-from lightning_qlora.training import activation_budget
-from lightning_qlora.training.activation_budget import MARGIN
-from lightning_qlora.training.device_memory import Memory, memory_of
-from lightning_qlora.training.gradient_checkpointing import budget_of
 from tests.conftest import launch, run_python
 from tests.scripts import blocks_that_fit
 from tests.toys import ARGUMENTS, LLAMA, Lit, assert_equal, ids, toy

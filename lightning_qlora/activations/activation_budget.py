@@ -10,6 +10,7 @@ inputs.
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qlora.activations.device_memory import Memory, memory_of, reset_peak
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.texts import size_text
-from lightning_qlora.training.device_memory import Memory, memory_of, reset_peak
 
 MARGIN = 0.05  # of the limit: fragmentation, and what differs from step to step
 
@@ -66,6 +67,8 @@ class ActivationBudget:
 
     def call(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The output of a block, which keeps its activations if they fit."""
+        if _is_recomputed_by_others():
+            return recomputed(forward, args, kwargs)
         inputs = _floats((args, kwargs))
         if not self._calls and inputs:
             self._begin_step(inputs[0])
@@ -75,7 +78,7 @@ class ActivationBudget:
         known, size = measured or self._sizes.get(type(block), (shapes, 0))
         size = int(size * _growth(shapes, known))
         if self.capacity is None or sum(call.size for call in self._calls) + size > self.capacity:
-            output = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            output = recomputed(forward, args, kwargs)
             size = 0
         else:
             if measured and _is_within(shapes, known):
@@ -139,6 +142,17 @@ class _Call:
 
     def __call__(self, *_: Any) -> None:
         self._budget.begin_backward(self)
+
+
+def recomputed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The output of a call that is recomputed; `checkpoint` has keywords of its own, which a forward may have too."""
+    return checkpoint(partial(forward, **kwargs) if kwargs else forward, *args, use_reentrant=False)
+
+
+def _is_recomputed_by_others() -> bool:
+    """Whether code around a block recomputes, or moves, what it keeps: its two passes have to do the same."""
+    in_backward: bool = torch._C._current_graph_task_id() != -1
+    return in_backward or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _floats(value: Any) -> list[Tensor]:

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora.activations import gradient_checkpointing
+from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training import gradient_checkpointing
 from lightning_qlora.training.audit import Audit
-from lightning_qlora.training.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
 from tests.toys import NAMES, Lit, ids, perturb, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}

@@ -265,7 +265,7 @@ STOPS = {
     ),
     "stops_merge": (
         ("adapters/merge.py", "merge", "no NaN in an adapter, no layer sharded"),
-        ("dtypes/full_precision.py", "release_from_fp32", "values that are kept in fp32 get their types back"),
+        ("dtypes/full_precision.py", "release", "values that are kept in another type get their own back"),
         ("adapters/merge.py", "merged_weight", "W is decoded, s B A added in fp32, DoRA's scale"),
         ("adapters/merge.py", "round_stochastically", "rounded once, so that small updates stay on average"),
         ("layers/qlora_linear.py", "to_dense", "the layer is of its class again"),

@@ -10,7 +10,7 @@ from lightning_qlora.activations.gradient_checkpointing import disable_gradient_
 from lightning_qlora.adapters.module_adapter import check_adapters_finite, inference_mode_of
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
-from lightning_qlora.dtypes.full_precision import release_from_fp32, undo_full_precision
+from lightning_qlora.dtypes.full_precision import release, undo_full_precision
 from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
@@ -89,7 +89,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
-    release_from_fp32(parts.modules)
+    release(parts.modules)
 
     def merged(layer: LoRALayer) -> Tensor:
         stop_waiting(layer)

@@ -1,7 +1,8 @@
 """ComputeIn: stands in place of the `forward` of a dense module that computes in another type than it is stored in.
 
     autocast    parameters in fp32 that train: under autocast in the module's 16-bit type, the output cast back
-    in_fp32     all in fp32: 16-bit inputs are cast, without the autocast of a module around it
+    held        all in another type than before: 16-bit inputs are cast to it; in fp32 without the autocast of a
+                module around it
 
 `full_precision.py` says which modules compute so. A module keeps its class (`instance_method.py`).
 """
@@ -34,21 +35,24 @@ class ComputeIn(InstanceMethod):
     Attributes:
         autocast: The 16-bit type of autocast; None, or one that has not 16 bits: without.
         casts_output: Whether the output is cast to that type.
-        in_fp32: Whether it computes in fp32 in place of that, with 16-bit inputs cast.
+        held: The type that the module is kept in, and computes in in place of that, with 16-bit inputs cast; None: its
+            own.
     """
 
     autocast: torch.dtype | None = None
     casts_output: bool = False
-    in_fp32: bool = False
+    held: torch.dtype | None = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        dtype = self.autocast
-        if self.in_fp32:
+        if self.held is torch.float32:
             if _has_16_bits(self.module):  # FSDP cast them
                 return self.original(*args, **kwargs)
             with _without_our_autocast(self.module):
-                return self.original(*in_fp32(args), **in_fp32(kwargs))
+                return self.original(*in_type(args, torch.float32), **in_type(kwargs, torch.float32))
+        dtype = self.autocast_dtype
         if dtype not in IN_16_BITS:
+            if self.held is not None:
+                args, kwargs = in_type(args, self.held), in_type(kwargs, self.held)
             return self.original(*args, **kwargs)
         if isinstance(self.module, TAKES_FP32):
             args = _cast(args, dtype, torch.float32)
@@ -60,6 +64,13 @@ class ComputeIn(InstanceMethod):
             return _cast(output, torch.float32, dtype)
         return output
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The type of autocast where the module is now: that of before, or the 16-bit type that it is kept in."""
+        if self.held is not None and self.autocast in IN_16_BITS:
+            return self.held
+        return self.autocast
+
 
 class FollowCasts(InstanceMethod):
     """`_apply` of a dense module that holds values in fp32: a cast of the module casts what it computes in, too."""
@@ -69,7 +80,8 @@ class FollowCasts(InstanceMethod):
         part = self.module
         follow_cast(part, fn)
         for method in compute_methods(part):
-            method.in_fp32 = method.in_fp32 and type_after(fn, torch.float32) is torch.float32
+            if method.held is not None and type_after(fn, method.held) is not method.held:
+                method.held = None
             if method.autocast is not None:
                 method.autocast = type_after(fn, method.autocast)
         return result
@@ -121,12 +133,13 @@ def is_script(part: nn.Module) -> bool:
 def output_dtype(part: nn.Module, input_dtype: torch.dtype) -> torch.dtype:
     """The type of a layer's output without autocast of the caller, for an input of a type."""
     if isinstance(part, PackedLayer):
-        return torch.float32 if part.is_held else input_dtype
+        return part.weight_dtype if part.is_held else input_dtype
     for method in compute_methods(part):
-        if method.in_fp32:
+        if method.held is torch.float32:
             return torch.float32
-        if method.autocast in IN_16_BITS:
-            return method.autocast
+        dtype = method.autocast_dtype or method.held
+        if dtype in IN_16_BITS:
+            return dtype
     return input_dtype
 
 
@@ -135,10 +148,10 @@ def compute_types(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.d
     types = {}
     for name, part in modules:
         method = instance_method(part, ComputeIn)
-        if method is not None and method.in_fp32:
+        if method is not None and method.held is torch.float32:
             types[name] = torch.float32
-        elif method is not None and method.autocast in IN_16_BITS:
-            types[name] = method.autocast
+        elif method is not None and method.autocast_dtype in IN_16_BITS:
+            types[name] = method.autocast_dtype
     return types
 
 
@@ -198,8 +211,9 @@ def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
     return cast_values(value, lambda tensor: tensor.to(after) if tensor.dtype is before and tensor.ndim else tensor)
 
 
-def in_fp32(value: Any) -> Any:
-    return cast_values(value, lambda tensor: tensor.float() if tensor.dtype in IN_16_BITS else tensor)
+def in_type(value: Any, dtype: torch.dtype) -> Any:
+    """The 16-bit tensors in another type, wherever they stand in a value."""
+    return cast_values(value, lambda tensor: tensor.to(dtype) if tensor.dtype in IN_16_BITS else tensor)
 
 
 def cast_values(value: Any, cast: Callable[[Tensor], Tensor]) -> Any:

@@ -5,6 +5,7 @@
     forward pass and steps of the module that was converted     under the same autocast, its output as it is
     forward pass of a model in a LightningModule                the same
     all of a module on a device that is slow in 16 bits         fp32: 16-bit inputs are cast, without autocast
+    all of a module of fp16 on a GPU with bf16                  bf16, what trains under autocast
     a module that the user holds in fp32, and that trains       fp32: 16-bit inputs are cast, without that autocast
 
 In 16 bits most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that of 2e-4 is smaller
@@ -14,8 +15,7 @@ in a forward pass. Around the converted module, autocast lets code of other modu
 (`instance_method.py`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from lightning.pytorch import LightningModule
@@ -36,7 +36,7 @@ from lightning_qlora.dtypes.compute_in import (
 from lightning_qlora.dtypes.instance_method import remove
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.tensors.device_types import IN_16_BITS, reason_for_fp32
+from lightning_qlora.tensors.device_types import IN_16_BITS, Held, held_type
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.held_types import (
     TYPES,
@@ -49,8 +49,8 @@ from lightning_qlora.tensors.held_types import (
     types_before,
 )
 
-Decide = Callable[[torch.device, torch.dtype], str | None]  # `reason_for_fp32`, or what all ranks agree on
-REASON_OF_FP16 = "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32"
+Decide = Callable[[torch.device, torch.dtype], Held | None]  # `held_type`, or what all ranks agree on
+OF_FP16 = Held(torch.float32, "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32")
 
 
 def train_in_full_precision(modules: list[nn.Module]) -> None:
@@ -86,8 +86,8 @@ def train_in_full_precision(modules: list[nn.Module]) -> None:
             compute_in(part, dtypes[0])
 
 
-def _hold(tensors: list[tuple[nn.Module, str, Tensor]]) -> None:
-    hold_tensors(tensors)
+def _hold(tensors: list[tuple[nn.Module, str, Tensor]], held: torch.dtype = torch.float32) -> None:
+    hold_tensors(tensors, held)
     for part, _, _ in tensors:
         let_follow_casts(part)
 
@@ -125,10 +125,18 @@ def _outermost(root: nn.Module) -> list[nn.Module]:
 
 
 def hold_assigned(modules: Iterable[nn.Module]) -> None:
-    """Hold in fp32 again what `load_state_dict(assign=True)` replaced by values in 16 bits."""
-    parts = [(part, vars(part)[TYPES]) for part in modules if TYPES in vars(part)]
-    held = [(part, key, own_tensors(part).get(key)) for part, types in parts for key in types]
-    hold_tensors([(part, key, value) for part, key, value in held if value is not None and value.dtype in IN_16_BITS])
+    """Hold again what `load_state_dict(assign=True)` replaced by values in 16 bits."""
+    assigned: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {torch.float32: [], torch.bfloat16: []}
+    for part in modules:
+        own = own_tensors(part)
+        in_bf16 = any(method.held is torch.bfloat16 for method in compute_methods(part))
+        for key in vars(part).get(TYPES, {}):
+            value = own.get(key)
+            if value is not None and value.dtype in IN_16_BITS:
+                held = torch.bfloat16 if in_bf16 and not value.requires_grad else torch.float32
+                assigned[held].append((part, key, value))
+    for held, tensors in assigned.items():
+        hold_tensors(tensors, held)
 
 
 def undo_full_precision(modules: Iterable[nn.Module]) -> None:
@@ -142,37 +150,38 @@ def undo_full_precision(modules: Iterable[nn.Module]) -> None:
         remove(part, FollowCasts)
 
 
-def hold_in_fp32(
+def hold(
     modules: list[nn.Module],
     compute_dtype: ComputeDtype,
     device: torch.device | None = None,
-    decide: Decide = reason_for_fp32,
-) -> list[str]:
-    """Hold a module in fp32 where its device should compute in fp32, in place; else give it its 16-bit types.
+    decide: Decide = held_type,
+) -> list[Held]:
+    """Hold a module in the type that its device should compute in, in place; else give it its 16-bit types.
 
     Args:
         modules: All modules in a converted one; what trains in full is in fp32 already.
         compute_dtype: As in `QLoRAConfig`. With "fp16" a module is held on every device, with "bf16" on none.
         device: The device that it will be on; None: where it is.
-        decide: Why a device holds a type in fp32; None: it does not.
+        decide: In which type a device holds another one, and why; None: in its own.
 
     Returns:
-        The reason for each type that is held in fp32.
+        For each type that is held in another one, in which, and the reason.
     """
     types: list[torch.dtype] = []
     if compute_dtype != "bf16":
         types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in modules)]
     device = device or _device_of(modules)
-    if compute_dtype == "fp16":
-        reasons: dict[torch.dtype, Any] = dict.fromkeys(types, REASON_OF_FP16)
-    else:
-        reasons = {dtype: decide(device, dtype) for dtype in types}
-    if not all(reasons.values()):
-        release_from_fp32(modules)
-    slow = [dtype for dtype in types if reasons[dtype]]
-    _hold_types(modules, slow)
+    held: dict[torch.dtype, Held] = {}
+    for dtype in types:
+        decided = OF_FP16 if compute_dtype == "fp16" else decide(device, dtype)
+        if decided is not None:
+            held[dtype] = decided
+    if len(held) < len(types):
+        release(modules)
+    for dtype, (other, _) in held.items():
+        _hold_type(modules, dtype, other)
     _take_16_bit_inputs(modules)
-    return [reasons[dtype] for dtype in slow]
+    return [*held.values()]
 
 
 def _types(part: nn.Module) -> set[torch.dtype]:
@@ -184,18 +193,29 @@ def _types(part: nn.Module) -> set[torch.dtype]:
     return types | {method.autocast for method in compute_methods(part) if method.autocast is not None}
 
 
-def _hold_types(parts: list[nn.Module], slow: Collection[torch.dtype]) -> None:
-    if not slow:
-        return
+def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -> None:
+    """Hold what has a 16-bit type, or had it and is held in a third one, in another type."""
     tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
-    _hold([entry for entry in tensors if entry[2].dtype in slow and not is_sharded(entry[2])])
+    _hold([entry for entry in tensors if entry[2].dtype is dtype and not is_sharded(entry[2])], other)
+    stays = _in_fp32_everywhere(parts)
+    casts: Casts = {}
     for part in parts:
+        for _, tensor, before in held_in(part):
+            if before is dtype and id(tensor) not in stays:
+                cast_in_place(tensor, other, casts)
         if isinstance(part, PackedLayer):
-            if part.dtype_before in slow:
-                part.weight_dtype = torch.float32
-        elif not is_script(part) and not _types(part).isdisjoint(slow):
+            if part.dtype_before is dtype:
+                part.weight_dtype = other
+        elif not is_script(part) and dtype in _types(part):
             for method in make_compute_methods(part):
-                method.in_fp32 = True
+                method.held = other
+
+
+def _in_fp32_everywhere(parts: list[nn.Module]) -> set[int]:
+    """The ids of what trains in fp32, and of the buffers beside it."""
+    held = [(part, tensor) for part in parts for _, tensor, _ in held_in(part) if tensor.requires_grad]
+    buffers = [buffer for part in {part for part, _ in held} for _, _, buffer in _buffers_beside(part)]
+    return {id(tensor) for tensor in [*(tensor for _, tensor in held), *buffers]}
 
 
 def _take_16_bit_inputs(parts: list[nn.Module]) -> None:
@@ -210,24 +230,23 @@ def _take_16_bit_inputs(parts: list[nn.Module]) -> None:
         )
         if trains and in_fp32 and not part._modules and not isinstance(part, PackedLayer) and not is_script(part):
             for method in make_compute_methods(part):
-                method.in_fp32 = True
+                method.held = torch.float32
 
 
-def release_from_fp32(modules: list[nn.Module]) -> None:
-    """Give what a device holds in fp32 the type of before, in place: all but what trains, and the buffers beside it."""
-    trained = [part for part in modules if any(tensor.requires_grad for _, tensor, _ in held_in(part))]
-    beside = {id(buffer) for part in trained for _, _, buffer in _buffers_beside(part)}
+def release(modules: list[nn.Module]) -> None:
+    """Give what a device holds the type of before, in place: all but what trains, and the buffers beside it."""
+    stays = _in_fp32_everywhere(modules)
     casts: Casts = {}
     for part in modules:
         if isinstance(part, PackedLayer):
             part.weight_dtype = part.dtype_before
         for _, tensor, dtype in held_in(part):
-            if not tensor.requires_grad and id(tensor) not in beside:
+            if id(tensor) not in stays:
                 cast_in_place(tensor, dtype, casts)
         set_types_before(part, types_before(part))
         methods = compute_methods(part)
         for method in methods:
-            method.in_fp32 = False
+            method.held = None
         if not any(method.autocast in IN_16_BITS for method in methods):
             remove(part, ComputeIn)
 

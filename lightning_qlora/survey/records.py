@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.trainable_tokens import without_tokens
+from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprint, first_fingerprint
 
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
@@ -23,6 +24,7 @@ class Record(NamedTuple):
     trained: bool  # whether it required a gradient before conversion
     dtype: torch.dtype  # its type before conversion; a wider one that it is held in has the same fingerprint
     fingerprint: int | None  # of its value, if it is dense and conversion froze it; 0: it had no value yet
+    rounded: int | None = None  # of the value that it is held in, where that type rounds it
 
 
 class Unrecorded(NamedTuple):
@@ -116,8 +118,8 @@ def unchanged_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tup
     for _, owner, key, parameter, record in frozen_parameters(modules):
         if not parameter.requires_grad and record.fingerprint:
             number = _fingerprint(owner, parameter, numbers)
-            if number == record.fingerprint:
-                unchanged[owner, key] = number
+            if number in (record.fingerprint, record.rounded):
+                unchanged[owner, key] = record.fingerprint
     return unchanged
 
 
@@ -132,6 +134,15 @@ def has_fingerprint(number: int, owner: nn.Module, key: str, parameter: Tensor, 
         return number == record.fingerprint
     current = _fingerprint(owner, parameter, numbers)
     return number == current or number == first_fingerprint(without_tokens(owner, parameter))
+
+
+def record_rounded(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Record the values of frozen parameters that are held in a type which rounds them, too."""
+    numbers: dict[int, int] = {}
+    for _, owner, key, parameter, record in frozen_parameters(modules):
+        if record.fingerprint and parameter.dtype in IN_16_BITS and parameter.dtype is not record.dtype:
+            rounded = _fingerprint(owner, parameter, numbers)
+            vars(owner)[RECORDS][key] = record._replace(rounded=rounded)
 
 
 def renew(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """In which types a device computes well, bf16 or not, fp32 better than 16 bits; and whose autocast is on."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -9,21 +10,29 @@ from lightning_qlora.kernels.cpu.matmul_16bit import products
 IN_16_BITS = (torch.bfloat16, torch.float16)
 
 
-def reason_for_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a device should hold a module of this type in fp32, and compute in it; None: the module keeps its type.
+class Held(NamedTuple):
+    """The type that a device keeps a module of another 16-bit type in, and computes in."""
 
-    The reason is a sentence without its end. The first question for a type of a CPU measures, in some milliseconds.
+    dtype: torch.dtype
+    reason: str  # a sentence without its end
+
+
+def held_type(device: torch.device, dtype: torch.dtype) -> Held | None:
+    """The type in which a device should keep a module of this type; None: the module keeps its own.
+
+    The first question for a type of a CPU measures, in some milliseconds.
     """
     if dtype not in IN_16_BITS:
         return None
     if device.type == "cpu":
         measured = products(dtype)
         if measured.is_slow:
-            return f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})"
+            return Held(torch.float32, f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})")
     if device.type == "cuda" and not has_bf16("cuda"):
-        return f"{torch.cuda.get_device_name(device)} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32"
+        card = torch.cuda.get_device_name(device)
+        return Held(torch.float32, f"{card} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32")
     if device.type in ("cuda", "xpu") and dtype is torch.float16:
-        return "fp16 has no number for large activations and small gradients"
+        return Held(torch.bfloat16, "fp16 has no number for large activations and small gradients")
     return None
 
 

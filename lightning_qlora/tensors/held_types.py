@@ -1,11 +1,11 @@
-"""Values that are held in fp32 in a module of 16 bits, and their types before.
+"""Values that are held in another type in a module of 16 bits, and their types before.
 
     vars(part)["_qlora_types"]      key of a parameter or buffer -> the 16-bit type that it had
-    state dicts                     have the values as they are, in fp32
-    files, merged modules           have the types before (`in_types_before`, `release_from_fp32`)
+    state dicts                     have the values as they are
+    files, merged modules           have the types before (`in_types_before`, `release`)
 
-What trains in full is held in fp32 on every device, and a whole module on devices that are slow in 16 bits
-(`full_precision.py`).
+What trains in full is held in fp32 on every device, a whole module in fp32 on devices that are slow in 16 bits, and one
+of fp16 in bf16 on a GPU (`full_precision.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,8 @@ from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.fingerprint import has_values, is_strided
 
 Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
-TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each tensor of its own that is held in fp32
+HELD = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)}  # in, before
+TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each tensor of its own that is held in another
 
 
 def own_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -28,13 +29,13 @@ def own_tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def held_in(part: nn.Module) -> list[tuple[str, Tensor, torch.dtype]]:
-    """Key, value and type before of what a module holds itself in fp32; what a cast gave another type is not held."""
+    """Key, value and type before of what a module holds in another type; what a cast gave one is not held."""
     types: dict[str, torch.dtype] | None = vars(part).get(TYPES)
     if types is None:
         return []
     tensors = own_tensors(part)
     held = [(key, tensors[key], dtype) for key, dtype in types.items() if key in tensors]
-    return [entry for entry in held if entry[1].dtype is torch.float32]
+    return [entry for entry in held if (entry[1].dtype, entry[2]) in HELD]
 
 
 def types_before(part: nn.Module) -> dict[str, torch.dtype]:
@@ -55,7 +56,7 @@ def _join(name: str, key: str) -> str:
 
 
 def held_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """Name, value and type before of each parameter and buffer that is held in fp32; tied ones with the first name."""
+    """Name, value and type before of each parameter and buffer that is held; tied ones with the first name."""
     seen = set[int]()
     for name, part in modules:
         for key, tensor, dtype in held_in(part):
@@ -65,27 +66,28 @@ def held_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str
 
 
 def full_precision_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """The same of what trains."""
-    return ((name, tensor, dtype) for name, tensor, dtype in held_tensors(modules) if tensor.requires_grad)
+    """The same of what trains in fp32."""
+    held = held_tensors(modules)
+    return (entry for entry in held if entry[1].requires_grad and entry[1].dtype is torch.float32)
 
 
 def held_bytes(modules: Iterable[tuple[str, nn.Module]]) -> int:
-    """How many bytes more a module takes, because what does not train is held in fp32; shared tensors count once."""
+    """How many bytes more a module takes, because of the types that what does not train is held in; once if shared."""
     held = [(tensor, dtype) for _, tensor, dtype in held_tensors(modules) if not tensor.requires_grad]
     return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held)
 
 
-def hold_tensors(tensors: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
-    """Hold 16-bit parameters and buffers (owner, key, value) in fp32.
+def hold_tensors(tensors: Sequence[tuple[nn.Module, str, Tensor]], held: torch.dtype = torch.float32) -> None:
+    """Hold 16-bit parameters and buffers (owner, key, value) in another type.
 
     Values that share memory, as weights tied by `.data` do, share it afterwards.
     """
-    dtypes = [tensor.dtype for _, _, tensor in tensors]  # of a tied one, which is cast once
+    dtypes = [types_before(part).get(key, tensor.dtype) for part, key, tensor in tensors]  # a tied one is cast once
     casts: Casts = {}
     for (part, key, tensor), dtype in zip(tensors, dtypes, strict=True):
         set_types_before(part, vars(part).get(TYPES, {}) | {key: dtype})
-        if tensor.dtype is dtype:
-            cast_in_place(tensor, torch.float32, casts)
+        if tensor.dtype is not held:
+            cast_in_place(tensor, held, casts)
 
 
 def cast_in_place(tensor: Tensor, dtype: torch.dtype, casts: Casts | None = None) -> None:
@@ -109,14 +111,14 @@ def _cast(value: Tensor, dtype: torch.dtype, casts: Casts) -> Tensor:
 
 
 def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict for a file: what is held in fp32 and does not train in its type before, if that holds it exactly."""
+    """A state dict for a file: what is held and does not train in its type before, if that holds it exactly."""
     narrow = {}
     for name, part in module.named_modules(remove_duplicate=False):
         for key, tensor, dtype in held_in(part):
             value = state_dict.get(_join(name, key))
             if value is not None and not is_sharded(value) and not tensor.requires_grad:
                 narrow[_join(name, key)] = value.to(dtype)
-    exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key])}
+    exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key].float())}
     return {**state_dict, **exact}
 
 

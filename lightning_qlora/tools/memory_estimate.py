@@ -23,7 +23,7 @@ from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_a
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.tensors.device_types import IN_16_BITS
+from lightning_qlora.tensors.device_types import IN_16_BITS, Held
 from lightning_qlora.texts import size_text
 from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.cards import Card, find_card
@@ -226,7 +226,7 @@ class PlannedRun:
             # The tensors without data are on the CPU.
             run = Run()
             if device == "gpu":
-                run = Run(decide=_in_fp32 if without_bf16 else _as_it_is)
+                run = Run(decide=_in_fp32 if without_bf16 else _on_a_card)
             self._report = convert_module(self.model, config, run)
             run_without_data(self.model)
         layers = packed_layers(self.model)
@@ -293,12 +293,12 @@ class PlannedRun:
         return math.inf if memory is None else memory.available
 
 
-def _in_fp32(_device: torch.device, dtype: torch.dtype) -> str | None:
-    return "the card has no bf16" if dtype in IN_16_BITS else None
+def _in_fp32(_device: torch.device, dtype: torch.dtype) -> Held | None:
+    return Held(torch.float32, "the card has no bf16") if dtype in IN_16_BITS else None
 
 
-def _as_it_is(_device: torch.device, _dtype: torch.dtype) -> None:
-    return None
+def _on_a_card(_device: torch.device, dtype: torch.dtype) -> Held | None:
+    return Held(torch.bfloat16, "the card has bf16") if dtype is torch.float16 else None
 
 
 def _decode_buffers(layers: Iterable[Any]) -> int:

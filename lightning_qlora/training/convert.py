@@ -18,7 +18,7 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapt
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.dtypes.full_precision import Decide, hold_in_fp32, train_in_full_precision
+from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_precision
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.peft.adapter import Adapter
@@ -30,9 +30,9 @@ from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.state.module_state import record_conversion
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import record, record_replaced, unrecorded
+from lightning_qlora.survey.records import record, record_replaced, record_rounded, unrecorded
 from lightning_qlora.survey.survey import Survey, survey
-from lightning_qlora.tensors.device_types import reason_for_fp32
+from lightning_qlora.tensors.device_types import held_type
 from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.convert_checks import (
     check_any,
@@ -93,7 +93,7 @@ class Run(NamedTuple):
     device: torch.device | None = None  # where to quantize, and where it will be; None: where each weight is
     sharded: bool = False  # whether a strategy shards it afterwards: its logits are not deferred
     evaluating: bool = False  # whether it will not train, so that layers which were added later stay as they are
-    decide: Decide = reason_for_fp32  # why its device should hold a type in fp32
+    decide: Decide = held_type  # in which type its device should hold another one
 
 
 OWN_LOOP = Run()
@@ -115,7 +115,8 @@ def convert_module(
     conversion = conversion_of(parts.root)
     if conversion is not None and (run.evaluating or not unrecorded(parts.modules)):
         _convert_again(parts, conversion, config)
-        report.held_in_fp32 = hold_in_fp32(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
+        report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
+        record_rounded(parts.named)
         report.deferred_logits = deferred_heads(parts)
         report.count(parts)
     else:
@@ -196,7 +197,8 @@ def _apply(
     parts = Parts.of(module, wrappers=())  # with the experts and the rows that train
     record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there
     train_in_full_precision(parts.modules)
-    report.held_in_fp32 = hold_in_fp32(parts.modules, config.compute_dtype, run.device, run.decide)
+    report.held = hold(parts.modules, config.compute_dtype, run.device, run.decide)
+    record_rounded(parts.named)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(parts.named)
     disable_gradient_checkpointing(module.modules())

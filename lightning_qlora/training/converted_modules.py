@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_qlora.dtypes.compute_in import compute_in
-from lightning_qlora.dtypes.full_precision import hold_in_fp32
+from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.records import record_rounded
 from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.report import ConversionReport
@@ -76,7 +77,7 @@ class ConvertedModules:
         return [*dict.fromkeys(waiting)]
 
     def _hold_what_moved(self) -> None:
-        """Hold in fp32 what Fabric moved, after its conversion, to a device that should compute in fp32."""
+        """Hold what Fabric moved, after its conversion, in the type that its new device should compute in."""
         for module in [*self._converted]:
             converted: _Converted = self._converted[module]
             layer = next(_layers(module), None)
@@ -84,9 +85,10 @@ class ConvertedModules:
                 continue
             converted.device = layer.packed.device.type
             parts = Parts.of(module, wrappers=())
-            reasons = hold_in_fp32(parts.modules, layer.config.compute_dtype, layer.packed.device)
-            if reasons != converted.report.held_in_fp32:
-                converted.report.held_in_fp32 = reasons
+            held = hold(parts.modules, layer.config.compute_dtype, layer.packed.device)
+            record_rounded(parts.named)
+            if held != converted.report.held:
+                converted.report.held = held
                 converted.report.count(parts)
                 rank_zero_info(f"QLoRA: moved to {layer.packed.device}. {converted.report.summary()}")
 

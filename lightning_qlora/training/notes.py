@@ -18,7 +18,7 @@ from lightning_qlora.selection.selection_checks import hand_written_adapters
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import OUTSIDE
 from lightning_qlora.survey.survey import Survey
-from lightning_qlora.tensors.device_types import IN_16_BITS, reason_for_fp32
+from lightning_qlora.tensors.device_types import IN_16_BITS, held_type
 from lightning_qlora.texts import groups
 from lightning_qlora.training.convert_checks import differing_arguments, no_layer
 from lightning_qlora.training.report import ConversionReport
@@ -102,10 +102,10 @@ def note_after_conversion(
         report.note(f"save_adapter will refuse it: {error}")
     layer = next(iter(parts.layers.values()))
     if layer.config.compute_dtype == "bf16":
-        reason = reason_for_fp32(device or layer.packed.device, torch.bfloat16)
-        if reason is not None:
+        held = held_type(device or layer.packed.device, torch.bfloat16)
+        if held is not None:
             report.note(
-                f"compute_dtype='bf16': {reason}. With compute_dtype='auto' the module is kept in fp32 here, and "
+                f"compute_dtype='bf16': {held.reason}. With compute_dtype='auto' the module is kept in fp32 here, and "
                 "computes in it; files and merged weights have the same types"
             )
 

@@ -25,7 +25,7 @@ from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.state.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
-from lightning_qlora.tensors.device_types import reason_for_fp32
+from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.training import guards, patches
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
@@ -143,7 +143,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         if self._trainer is not None and any(part is module for part in self._trainer.lightning_module.modules()):
             root = self._trainer.lightning_module
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
-        run = Run(None, False, self._evaluating, _reason_of_all_ranks)
+        run = Run(None, False, self._evaluating, _held_on_all_ranks)
         if trainer is not None:
             if trainer not in self._runs:
                 self._runs.append(trainer)
@@ -313,9 +313,9 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         scratch.release()
 
 
-def _reason_of_all_ranks(device: torch.device, dtype: torch.dtype) -> str | None:
-    """`reason_for_fp32`, the same on all ranks, which may run on different machines; all must call it."""
-    return next(filter(None, of_all_ranks(reason_for_fp32(device, dtype))), None)
+def _held_on_all_ranks(device: torch.device, dtype: torch.dtype) -> Held | None:
+    """`held_type`, the same on all ranks, which may run on different machines; all must call it."""
+    return next(filter(None, of_all_ranks(held_type(device, dtype))), None)
 
 
 def _shards_module(trainer: Trainer | None) -> bool:

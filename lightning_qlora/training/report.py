@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_qlora.dtypes.compute_in import compute_types
 from lightning_qlora.selection.selection import FROZEN, Selection
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.tensors.device_types import Held
 from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.texts import ROOT, group, groups, size_text
 from lightning_qlora.training.calibration_report import CalibrationReport
@@ -20,6 +22,10 @@ BY_SIZE = (
     "no weights are known to be loaded: linear layers larger than their adapter get\n"
     "4 bits, smaller ones train in full; name a new head in modules_to_save"
 )
+KEPT_IN = {
+    torch.float32: "fp32 and computes in it ({} more)",
+    torch.bfloat16: "bf16, which rounds each value to 8 of its 11 bits, and computes in it",
+}
 MARK = "! "  # of a row that a user should look at
 
 
@@ -47,8 +53,8 @@ class ConversionReport:
             or its adapter has dropout.
         full_precision_bytes: Bytes of the parameters that train in full, are kept in fp32 and compute in 16 bits.
         full_precision_computes_in: The types that they compute in: "bfloat16", "float16"; without those below.
-        held_in_fp32: Why the module is kept in fp32 and computes in it, one reason for each 16-bit type that it had;
-            empty: it is not.
+        held: The type that the module is kept in and computes in, with the reason, for each 16-bit type that it had;
+            empty: its own.
         held_bytes: Bytes that this takes more.
         calibration: Status of adapters that are initialized from the first step; None if none are.
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
@@ -90,7 +96,7 @@ class ConversionReport:
     deferred_logits: dict[str, int] = field(default_factory=dict)
     full_precision_bytes: int = 0
     full_precision_computes_in: list[str] = field(default_factory=list)
-    held_in_fp32: list[str] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
     held_bytes: int = 0
     calibration: CalibrationReport | None = None
     by_size: bool = False
@@ -181,10 +187,11 @@ class ConversionReport:
         if in_full > 0:
             first += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
         lines = [first]
-        if self.held_in_fp32:
+        for dtype in dict.fromkeys(held.dtype for held in self.held):
             lines.append(
-                f"{'; '.join(self.held_in_fp32)}: so all but the 4-bit weights is kept in fp32 and computes in it "
-                f"({size_text(self.held_bytes)} more); files and merged weights have the types of before"
+                f"{'; '.join(held.reason for held in self.held if held.dtype is dtype)}: so all but the 4-bit weights "
+                f"is kept in {KEPT_IN[dtype].format(size_text(self.held_bytes))}; files and merged weights have the "
+                "types of before"
             )
         if self.full_precision_computes_in:
             lines.append(

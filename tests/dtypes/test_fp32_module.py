@@ -22,8 +22,9 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.dtypes.full_precision import hold_in_fp32
+from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.tensors.device_types import Held
 from lightning_qlora.training import converted_modules
 from tests.conftest import tensors
 from tests.machines.products import FAST, SLOW, stated
@@ -322,9 +323,9 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
     """Fabric converts a module where it is, and moves it then. The meta device stands for a T4."""
 
     def decide(device, dtype):
-        return "a meta device is slow" if device.type == "meta" else None
+        return Held(torch.float32, "a meta device is slow") if device.type == "meta" else None
 
-    monkeypatch.setattr(converted_modules, "hold_in_fp32", partial(hold_in_fp32, decide=decide))
+    monkeypatch.setattr(converted_modules, "hold", partial(hold, decide=decide))
     messages = []
     monkeypatch.setattr(converted_modules, "rank_zero_info", messages.append)
     plugin = QLoRAPrecision(**ARGUMENTS)
@@ -336,10 +337,10 @@ def test_what_fabric_moves_to_a_device_that_is_slow_in_16_bits_is_held_there(mon
         pass
     layer = module.model.layers[0].mlp.up_proj
     assert {p.dtype for p in module.parameters()} == {torch.float32} == {layer.weight_dtype}
-    assert plugin.report.held_in_fp32 == ["a meta device is slow"] and plugin.report.held_bytes > 0
+    assert plugin.report.held == [(torch.float32, "a meta device is slow")] and plugin.report.held_bytes > 0
     assert messages == [f"QLoRA: moved to meta. {plugin.report.summary()}"]
     module.to_empty(device="cpu")
     with plugin.forward_context():
         pass
     assert module.lm_head.weight.dtype is layer.weight_dtype is BF16
-    assert plugin.report.held_in_fp32 == [] and plugin.report.held_bytes == 0
+    assert plugin.report.held == [] and plugin.report.held_bytes == 0

@@ -183,15 +183,16 @@ def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda: False)
     for dtype in (torch.bfloat16, torch.float16):
-        assert "Tesla T4 has no bf16" in device_types.reason_for_fp32(card, dtype)
-    assert device_types.reason_for_fp32(card, torch.float32) is None
+        held = device_types.held_type(card, dtype)
+        assert held.dtype is torch.float32 and "Tesla T4 has no bf16" in held.reason
+    assert device_types.held_type(card, torch.float32) is None
     model = toy("llama").bfloat16()
     report = convert(model, r=4)
-    full_precision.hold_in_fp32([*model.modules()], "auto", card)
+    full_precision.hold([*model.modules()], "auto", card)
     layer = next(part for part in model.modules() if isinstance(part, QLoRALinear))
     assert layer.weight_dtype is torch.float32 and layer.dtype_before is torch.bfloat16
     assert layer.compute_dtype("cuda") is torch.float16
     monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda: True)
-    assert device_types.reason_for_fp32(card, torch.bfloat16) is None
-    assert "fp16" in device_types.reason_for_fp32(card, torch.float16)
+    assert device_types.held_type(card, torch.bfloat16) is None
+    assert device_types.held_type(card, torch.float16).dtype is torch.bfloat16
     assert report.converted

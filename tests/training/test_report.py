@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import ConversionReport, QLoRAConfig, QLoRAPrecision, convert, quantize
+from lightning_qlora.tensors.device_types import Held
 from lightning_qlora.texts import groups, size_text
 from lightning_qlora.training.calibration_report import CalibrationReport
 
@@ -46,7 +47,7 @@ def test_the_numbers_of_a_conversion():
         assert getattr(again, name) == expected[name]
     held = convert(other, **arguments, compute_dtype="fp16")
     assert (held.held_bytes, held.bytes_after) == (2 * others, 4 * (others + adapters + head) + 2 * packed)
-    assert held.full_precision_computes_in == [] and held.held_in_fp32[0].startswith("compute_dtype='fp16'")
+    assert held.full_precision_computes_in == [] and held.held[0].reason.startswith("compute_dtype='fp16'")
 
 
 def test_a_summary_has_no_lines_that_do_not_apply():
@@ -87,7 +88,7 @@ def test_the_whole_text():
     report = ConversionReport(
         list(shapes), {"head": "new"}, {"": "frozen", "1": "frozen"}, 1500, 6000, 4_000_000, 1500, 1.26, shapes,
         ["norm"], 1000, {"tokens": 3}, 5000, 4000, {"lm_head": 3_840_000, "": 0}, 1000, ["bfloat16", "float16"],
-        ["bf16 is slow", "fp16 is slow"], 999, calibration, True,
+        [Held(torch.float32, "bf16 is slow"), Held(torch.float32, "fp16 is slow")], 999, calibration, True,
     )  # fmt: skip
     assert f"{report}\n" == TEXT
     names = "ConversionReport(3 layers in 4 bits, 1 trained in full, 2 skipped, 1,500 of 6,000 parameters train)"

@@ -59,12 +59,15 @@ class CheckpointMismatchError(RuntimeError):
 class SavedLayer(LoRALayer):
     """A LoRALayer with its entries in state dicts: all of it, in each layer by itself."""
 
+    base_left_out_at: tuple[str, ...] = ()  # prefixes at which a state dict that is being made leaves its base out
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The adapter, its initial values if they were computed from the weight, and the base. Nothing is gathered."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in BASE:
             destination.pop(prefix + name, None)  # where they are parameters
-        destination |= base_entries(self, prefix)
+        if prefix not in self.base_left_out_at:
+            destination |= base_entries(self, prefix)
         if self.initial is not None:
             destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
@@ -129,7 +132,7 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     key = f"{prefix}weight"
     entries = {prefix + ADAPTER_ARGUMENTS: json_bytes({name: getattr(layer.config, name) for name in SAME_FUNCTION})}
     if not layer.is_stack and not is_sharded(layer.packed):
-        return entries | PackedWeight.from_bytes(layer.whole_bytes, layer.dtype_before).bnb_state_dict(key)
+        return entries | PackedWeight.from_bytes(layer.weight_bytes, layer.dtype_before).bnb_state_dict(key)
     entries |= {prefix + name: getattr(layer, name).detach() for name in BASE}
     return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, {})
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
@@ -26,7 +25,7 @@ from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
 from lightning_qlora.layers.typed_layer import TypedLayer
 from lightning_qlora.quantization.packed_weight import PackedWeight
-from lightning_qlora.tensors.dtensor import is_sharded, of_all_ranks, world_size
+from lightning_qlora.tensors.dtensor import is_sharded
 
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
 
@@ -228,31 +227,6 @@ def adapted_layers_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, LoR
                 name = parameter_name(name)
             layers[name] = part
     return layers
-
-
-def use_base_of_rank_0(module: nn.Module, group: Any = None) -> None:
-    """Let all ranks of a group, None: all, hold the 4-bit weights of its rank 0, as DDP does with parameters.
-
-    All of them must call it. The weights differ where ranks built their modules from other random numbers. What was
-    computed from the float weight is that of rank 0 too.
-    """
-    layers = [layer for layer in adapted_layers(module).values() if "packed" in vars(layer)]
-    if world_size(group) == 1 or not layers:
-        return
-    source = 0 if group is None else dist.get_global_rank(group, 0)
-    of_ranks = of_all_ranks([layer.base_fingerprint() for layer in layers], group)
-    for layer, *fingerprints in zip(layers, *of_ranks, strict=True):
-        if len(set(fingerprints)) == 1:
-            continue
-        values = [layer.packed_weights, layer.initial]
-        dist.broadcast_object_list(values, source, group)
-        if dist.get_rank(group) == 0:
-            continue
-        weights, initial = values
-        layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
-        layer.set_initial(initial)
-        if layer.input_statistics is not None:
-            layer.input_statistics.leave_to_another_rank()
 
 
 def check_packed_initialization(config: QLoRAConfig) -> None:

@@ -187,10 +187,13 @@ class SavedConversion:
 
 
 def entry_of(text: str) -> Tensor:
-    """The value of `CONVERSION` in a state dict: bytes of a text, in 32 bits, so that a sum over state dicts fits."""
+    """The value of `CONVERSION` in a state dict: bytes of a text, in 64 bits.
+
+    A sum over state dicts fits, and averages leave it alone: they know counters of this type.
+    """
     encoded = text.encode()
     encoded += b" " * (-len(encoded) % PAGE)
-    return torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(torch.int32)
+    return torch.frombuffer(bytearray(encoded), dtype=torch.uint8).long()
 
 
 def text_of(entry: Tensor) -> str:

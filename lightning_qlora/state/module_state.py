@@ -19,6 +19,7 @@ from lightning_qlora.dtypes.full_precision import hold_assigned
 from lightning_qlora.layers.layer_state import (
     LOAD_THE_BASE,
     CheckpointMismatchError,
+    SavedLayer,
     base_entries,
     check_same_arguments,
     has_base,
@@ -83,6 +84,7 @@ def record_conversion(parts: Parts, config: QLoRAConfig, given: QLoRAConfig) -> 
     vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(parts), buffers)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
+        root.register_state_dict_pre_hook(_before_state_dict)  # type: ignore[no-untyped-call]
         root.register_state_dict_post_hook(_after_state_dict)  # type: ignore[no-untyped-call]
         root.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         root.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -92,14 +94,19 @@ def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
     fingerprints: dict[str, int] = {}
     if config.checkpoint == "adapter":
         for name, layer in parts.layers_by_key.items():
-            # A base that depends on the last bits of an SVD can't be computed again on another machine.
-            if layer.config.can_repeat_base and layer.has_base_of_conversion():
+            if _has_base_of_conversion(layer):
                 fingerprints[name] = layer.base_fingerprint()
         for name, owner, key, parameter in parts.dense_parameters:
             if (owner, key) in parts.unchanged and not _is_always_saved(owner, key, parameter):
                 fingerprints[name] = parts.unchanged[owner, key]
     trained = trained_modules(parts.base, parts.unchanged)
     return SavedConversion(config, describe_base(parts, config, trained), fingerprints)
+
+
+def _has_base_of_conversion(layer: LoRALayer) -> bool:
+    """Whether a new build of the module has the base of a layer, so that a state dict leaves it out."""
+    # A base that depends on the last bits of an SVD can't be computed again on another machine.
+    return layer.config.can_repeat_base and layer.has_base_of_conversion()
 
 
 def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> bool:
@@ -113,19 +120,31 @@ def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> boo
     return _in_file.get() is None and is_sharded(parameter) and was_frozen(owner, key)
 
 
+def _before_state_dict(root: nn.Module, prefix: str, _: bool) -> None:
+    """Tell layers that their base is left out, which would cost most of the time of a state dict."""
+    conversion = conversion_of(root)
+    if conversion is None or conversion.config.checkpoint != "adapter" or _in_file.get():
+        return
+    for name, layer in root.named_modules(remove_duplicate=False):
+        if isinstance(layer, SavedLayer) and _has_base_of_conversion(layer):
+            layer.base_left_out_at += (prefix + _prefix(name),)
+
+
 def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave out what has a fingerprint, and add the conversion."""
     conversion = conversion_of(root)
     if conversion is None:
         return
     parts = Parts.of(root)
+    layers = parts.layers_by_key
+    for layer in layers.values():
+        vars(layer).pop("base_left_out_at", None)
     check_no_layer_resized(conversion, parts)
     if _is_merged(conversion, parts):
         return
     saved = saved_conversion(parts, conversion.config)
     _restore_converted_parts(parts, state_dict, prefix)
     asked = _in_file.get() or ()
-    layers = parts.layers_by_key
     for name in saved.fingerprints:  # of a parameter or a layer
         if name not in layers:
             if prefix + name not in asked:
@@ -209,18 +228,22 @@ def _check_base(parts: Parts, saved: SavedConversion) -> tuple[list[str], list[s
 
     Returns the keys of what has a fingerprint, and the names that the module does not have.
     """
-    layers = parts.layers_by_key
-    parameters = {parameter.name: parameter for parameter in parts.dense_parameters}
+    # Without the names of wrappers: torch.distributed.checkpoint.state_dict removes them from keys.
+    layers = {without_wrappers(name): (name, layer) for name, layer in parts.layers_by_key.items()}
+    parameters = {without_wrappers(parameter.name): parameter for parameter in parts.dense_parameters}
     numbers: dict[int, int] = {}  # tied parameters are read once
     keys = []
     unknown = []
     for name, expected in saved.fingerprints.items():
-        if name in layers:
-            keys.append(join(name, "weight"))
-            fits = layers[name].has_fingerprint(expected)
-        elif name in parameters:
-            keys.append(name)
-            fits = has_fingerprint(expected, *parameters[name][1:], numbers)
+        plain_name = without_wrappers(name)
+        if plain_name in layers:
+            own_name, layer = layers[plain_name]
+            keys.append(join(own_name, "weight"))
+            fits = layer.has_fingerprint(expected)
+        elif plain_name in parameters:
+            parameter = parameters[plain_name]
+            keys.append(parameter.name)
+            fits = has_fingerprint(expected, *parameter[1:], numbers)
         else:
             unknown.append(name)
             continue

@@ -15,7 +15,7 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.trainable_tokens import without_tokens
 from lightning_qlora.tensors.device_types import IN_16_BITS
-from lightning_qlora.tensors.fingerprint import fingerprint, first_fingerprint
+from lightning_qlora.tensors.fingerprint import fingerprints_of, first_fingerprint
 
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 
@@ -57,13 +57,11 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
 
 
 def record(parameters: Iterable[Unrecorded]) -> None:
-    numbers: dict[int, int] = {}  # tied parameters are read once
-    for owner, key, trained, dtype in parameters:
-        parameter = own_parameters(owner).get(key)
-        number = None
-        if parameter is not None and not parameter.requires_grad:
-            number = _fingerprint(owner, parameter, numbers)
-        vars(owner).setdefault(RECORDS, {})[key] = Record(trained, dtype, number)
+    places = [(each, own_parameters(each.owner).get(each.key)) for each in parameters]
+    frozen = [(each.owner, value) for each, value in places if value is not None and not value.requires_grad]
+    numbers = _fingerprints(frozen)
+    for (owner, key, trained, dtype), parameter in places:
+        vars(owner).setdefault(RECORDS, {})[key] = Record(trained, dtype, numbers.get(id(parameter)))
 
 
 def record_replaced(parameters: Iterable[Unrecorded]) -> None:
@@ -113,13 +111,13 @@ def unchanged_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tup
 
     It reads them all. Of a module that is sharded, all ranks must call it.
     """
-    numbers: dict[int, int] = {}
+    frozen = [each for each in frozen_parameters(modules) if not each.parameter.requires_grad]
+    frozen = [each for each in frozen if each.record.fingerprint]
+    numbers = _fingerprints((each.owner, each.parameter) for each in frozen)
     unchanged = {}
-    for _, owner, key, parameter, record in frozen_parameters(modules):
-        if not parameter.requires_grad and record.fingerprint:
-            number = _fingerprint(owner, parameter, numbers)
-            if number in (record.fingerprint, record.rounded):
-                unchanged[owner, key] = record.fingerprint
+    for _, owner, key, parameter, record in frozen:
+        if numbers[id(parameter)] in (record.fingerprint, record.rounded):
+            unchanged[owner, key] = record.fingerprint
     return unchanged
 
 
@@ -139,10 +137,15 @@ def has_fingerprint(number: int, owner: nn.Module, key: str, parameter: Tensor, 
 def record_rounded(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Record the values of frozen parameters that are held in a type which rounds them, too."""
     numbers: dict[int, int] = {}
-    for _, owner, key, parameter, record in frozen_parameters(modules):
-        if record.fingerprint and parameter.dtype in IN_16_BITS and parameter.dtype is not record.dtype:
-            rounded = _fingerprint(owner, parameter, numbers)
-            vars(owner)[RECORDS][key] = record._replace(rounded=rounded)
+    for each in frozen_parameters(modules):
+        dtype = each.parameter.dtype
+        if each.record.fingerprint and dtype in IN_16_BITS and dtype is not each.record.dtype:
+            rounded = _fingerprint(each.owner, each.parameter, numbers)
+            replace_record(each, each.record._replace(rounded=rounded))
+
+
+def replace_record(frozen: Frozen, record: Record) -> None:
+    vars(frozen.owner)[RECORDS][frozen.key] = record
 
 
 def renew(module: nn.Module) -> None:
@@ -167,5 +170,14 @@ def _records(owner: nn.Module) -> dict[str, Record]:
 
 def _fingerprint(owner: nn.Module, parameter: Tensor, numbers: dict[int, int]) -> int:
     if id(parameter) not in numbers:
-        numbers[id(parameter)] = fingerprint(without_tokens(owner, parameter))
+        numbers |= _fingerprints([(owner, parameter)])
     return numbers[id(parameter)]
+
+
+def _fingerprints(parameters: Iterable[tuple[nn.Module, Tensor]]) -> dict[int, int]:
+    """Id -> fingerprint of parameters with their owners; tied ones are read once."""
+    first: dict[int, Tensor] = {}
+    for owner, parameter in parameters:
+        if id(parameter) not in first:
+            first[id(parameter)] = without_tokens(owner, parameter)
+    return dict(zip(first, fingerprints_of(first.values()), strict=True))

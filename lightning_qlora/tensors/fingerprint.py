@@ -1,12 +1,14 @@
 """A 63-bit fingerprint of tensors: files store it to recognize the base model, and to detect damaged values."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from lightning_qlora.quantization.packed_weight import PackedWeight, stack_bytes
 from lightning_qlora.tensors.dtensor import gather, own_rows
@@ -14,6 +16,8 @@ from lightning_qlora.tensors.dtensor import gather, own_rows
 _PIECE = 1 << 14  # words with one sum: on a CPU torch computes so few on one thread, and they stay in its cache
 _PIECES_ON_GPU = 1 << 6  # at a time
 _FIRST_PIECE = 1 << 17
+_TOGETHER = 1 << 20  # elements of small tensors
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ODD_1 = 0x1E3779B97F4A7C15
 _ODD_2 = 0x3F58476D1CE4E5B9
 
@@ -34,6 +38,39 @@ def fingerprint(*tensors: Tensor) -> int:
             total = _mix(total + piece)
         total = _mix(total + tensor.numel())
     return total
+
+
+def fingerprints_of(tensors: Iterable[Tensor]) -> list[int]:
+    """The fingerprint of each tensor; small ones of one size, as biases and norms are, are read together."""
+    values = list(tensors)
+    numbers: dict[int, int] = {}
+    groups = defaultdict[tuple[int, torch.dtype, torch.device], list[int]](list)
+    for place, tensor in enumerate(values):
+        if _is_small(tensor):
+            groups[tensor.numel(), tensor.dtype, tensor.device].append(place)
+        else:
+            numbers[place] = fingerprint(tensor)
+    for (size, *_), places in groups.items():
+        step = max(_TOGETHER // size, 1)
+        for begin in range(0, len(places), step):
+            some = places[begin : begin + step]
+            sums = _sums_of_rows(torch.stack([values[place].detach().reshape(-1) for place in some]))
+            for place, total in zip(some, sums, strict=True):
+                numbers[place] = _mix(_mix(total) + size)
+    return [numbers[place] for place in range(len(values))]
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether the fingerprint of a tensor is made of one sum over floats."""
+    is_plain = has_values(tensor) and is_strided(tensor) and not isinstance(tensor, DTensor)
+    return is_plain and tensor.dtype in _FLOATS and 0 < tensor.numel() <= 2 * _PIECE
+
+
+def _sums_of_rows(rows: Tensor) -> list[int]:
+    rows = rows.float()
+    words = F.pad(rows, (0, rows.shape[1] % 2)).contiguous().view(torch.int64)
+    words = words * _odd_numbers(words.shape[1], words.device)
+    return (words ^ (words >> 32)).sum(1).tolist()
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """The optimizers of a run hold the adapters, also if they were created before conversion (LightningCLI, Fabric)."""
 
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
+def _replacements(param: Any) -> dict[str, Any]:
     """The adapter of a weight that conversion replaced, by name endings; {"": param} for another parameter."""
     if hasattr(param, ROWS):
         return {DELTA: getattr(param, ROWS)}
@@ -68,6 +69,13 @@ def _replacements(param: nn.Parameter) -> dict[str, nn.Parameter]:
         if last_part(name) in (*ADAPTER, last_part(DELTA)):
             adapter[join(prefix, name)] = parameter
     return adapter or {"": param}  # no adapter: the layer was merged
+
+
+def trainable_inputs(inputs: Any) -> list[Any]:
+    """Those of the `inputs` of a backward pass that need a gradient; for a weight that was replaced, its adapter."""
+    given = [inputs] if isinstance(inputs, Tensor) else inputs
+    values = chain.from_iterable(_replacements(value).values() for value in given)
+    return [value for value in values if getattr(value, "requires_grad", True)]  # torch's GradientEdge has no such name
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

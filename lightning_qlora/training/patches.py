@@ -4,32 +4,40 @@ docs/patches.md says what each one changes, and why. None has an effect on a run
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.strategies.strategy import _validate_keys_for_strict_loading
 from lightning.fabric.utilities.load import _move_state_into
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor.parallel import RowwiseParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
+from torch.utils._pytree import tree_map_only
 
+from lightning_qlora.adapters.module_adapter import check_adapters_finite
 from lightning_qlora.files.lightning_checkpoint import is_shards, keys_of_shards, read_checkpoint
+from lightning_qlora.layers.names import join, outer_names, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
-from lightning_qlora.layers.qlora_linear import QLoRALinear, use_base_of_rank_0
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.state.conversion import conversion_of
 from lightning_qlora.state.module_state import ask_for
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.held_types import in_types_before
+from lightning_qlora.training.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.training.checkpoint import leave_out_networks
 from lightning_qlora.training.guards import check_checkpoint
 from lightning_qlora.upstream_changes import replaces, wrap_once
@@ -215,6 +223,74 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     _validate_keys_for_strict_loading(others, saved, strict)
     _move_state_into(saved, state, others)
     return saved
+
+
+@replaces("torch.distributed.checkpoint.state_dict:_load_model_state_dict")
+def load_by_the_module(original: Any, model: nn.Module, state_dict: dict[str, Any], info: Any) -> Any:
+    """Let `set_model_state_dict` load into a converted module by `load_state_dict`, which checks and shards the values.
+
+    Upstream: torch/distributed/checkpoint/state_dict.py, _load_model_state_dict. In a wrapper (DDP, torch.compile) it
+    asks for every parameter, and a state of a converted module has no frozen ones. With broadcast_from_rank0 the other
+    ranks get parameters and buffers alone, and not what the state says of the base.
+    Supported ways tried: strict=False, which would accept missing adapters.
+    Removed by: upstream leaving missing keys to `load_state_dict`, and sending every entry.
+    """
+    is_empty = not state_dict and not info.broadcast_from_rank0
+    if not info.handle_model or is_empty or not _has_converted_part(model):
+        return original(model, state_dict, info)
+    state = _of_rank_0(state_dict) if info.broadcast_from_rank0 else state_dict
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    places = {without_wrappers(name): name for name, _ in module.named_modules(remove_duplicate=False)}
+    renamed = {}
+    for key, value in state.items():
+        outer = next(name for name in outer_names(owner_name(key)) if name in places)
+        renamed[join(places[outer], key[len(outer) :].lstrip("."))] = value
+    assign = any(parameter.is_meta for parameter in module.parameters())
+    return module.load_state_dict(renamed, strict=info.strict, assign=assign)
+
+
+def _of_rank_0(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of rank 0, value by value; all ranks must call it."""
+    state: dict[str, Any] = {}
+    keys = [list(state_dict)]
+    dist.broadcast_object_list(keys)
+    for key in keys[0]:
+        value = [tree_map_only(Tensor, Tensor.cpu, state_dict.get(key))]
+        dist.broadcast_object_list(value)
+        (state[key],) = value
+    return state
+
+
+@replaces("torch.distributed.checkpoint.state_dict:_get_model_state_dict")
+def leave_out_frozen_parameters(original: Any, model: nn.Module, info: Any) -> Any:
+    """Let `StateDictOptions(ignore_frozen_params=True)` leave out frozen parameters that a state has.
+
+    Upstream: torch/distributed/checkpoint/state_dict.py, _get_model_state_dict, removes all of them: a KeyError, since
+    the state of a converted module has no frozen ones.
+    Removed by: `state_dict.pop(fqn, None)` there.
+    """
+    if not info.ignore_frozen_params or not _has_converted_part(model):
+        return original(model, info)
+    state = original(model, replace(info, ignore_frozen_params=False))
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            state.pop(without_wrappers(name), None)
+    return state
+
+
+@replaces("lightning.fabric.fabric:Fabric.save")
+def check_adapters_to_save(original: Any, fabric: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse to save adapters with NaN or Inf, as in the Trainer.
+
+    Upstream: lightning/fabric/fabric.py, Fabric.save, asks no plugin.
+    Supported ways tried: hooks of the module's state dict, which averages and copies read too.
+    Removed by: a hook of Precision that gets the complete checkpoint.
+    """
+    for value in state.values():
+        if isinstance(value, nn.Module) and _has_converted_part(value):
+            check_adapters_finite(Parts.of(value))
+    original(fabric, path, state, *args, **kwargs)
 
 
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")

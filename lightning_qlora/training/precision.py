@@ -21,13 +21,13 @@ from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.names import last_part, without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
-from lightning_qlora.layers.qlora_linear import use_base_of_rank_0
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.state.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.training import guards, patches
+from lightning_qlora.training.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import Run, convert_module, is_converted
 from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data

@@ -20,6 +20,7 @@ from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.optim.closure import after_closure
 from lightning_qlora.training.calibration import calibrate_before_closure, calibrate_before_step
 from lightning_qlora.training.converted_modules import ConvertedModules
+from lightning_qlora.training.optimizers import trainable_inputs
 
 
 def trainer_of(module: nn.Module | None) -> Trainer | None:
@@ -46,6 +47,9 @@ class TrainerOrFabricPrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """See Precision; frozen parameters in `inputs`, which torch refuses, are left out."""
+        if kwargs.get("inputs") is not None:
+            kwargs["inputs"] = trainable_inputs(kwargs["inputs"])
         precision_class(model).backward(self, tensor, model, *args, **kwargs)
 
     @override

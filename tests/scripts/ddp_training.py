@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Subset
 
 from lightning_qlora import QLoRAPrecision, calibrate, convert, save_adapter, to_parameters
+from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import Classifier, dataset, loader, make_trainer, run_rank, tensors
 from tests.toys import Loaded
 
@@ -51,17 +53,55 @@ class Buffers(pl.Callback):
         assert len(self.names) == len(sent)
 
 
-def fit_with_another_start_on_each_rank(root):
+def fit_with_another_start_on_each_rank(root, epochs=1, ckpt=None):
     module = Classifier(seed=RANK)
     buffers = Buffers()
+    module.net[2].weight.data.uniform_(generator=torch.Generator().manual_seed(RANK))
     module.net.append(nn.BatchNorm1d(8))
-    trainer(root, QLoRAPrecision(r=4, target_modules=["0", "4"]), callbacks=buffers).fit(module, loader(64, 4))
+    run = trainer(root, QLoRAPrecision(r=4, target_modules=["0", "4"]), callbacks=buffers, max_epochs=epochs)
+    run.fit(module, loader(64, 4), ckpt_path=ckpt)
     weights = {name: value.detach() for name, value in tensors(module).items() if name not in buffers.names}
-    own_loop = Classifier(seed=RANK)
-    convert(own_loop, r=4)
-    nn.parallel.DistributedDataParallel(own_loop, process_group=torch.distributed.new_group())
     # DDP sends the buffers before a step, which changes them
-    return {"tensors": weights, "sent": buffers.names, "own loop": tensors(own_loop)}
+    return {"tensors": weights, "sent": buffers.names, "best": run.checkpoint_callback.best_model_path}
+
+
+def wrap_another_start_on_each_rank():
+    module = Classifier(seed=RANK)
+    convert(module, r=4)
+    nn.parallel.DistributedDataParallel(module, process_group=torch.distributed.new_group())
+    return tensors(module)
+
+
+def load_from_rank_0(wrap):
+    """What `set_model_state_dict` loads of a state that rank 0 alone has; adapters, a base that was loaded, a head."""
+
+    def converted():
+        module = Classifier()
+        convert(module, r=4, modules_to_save=["net.4"])
+        return module
+
+    source = converted()
+    dense = Classifier(seed=3).net[0].weight.detach()
+    source.net[0].quantize_weight(dense)
+    for parameter in source.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(4))
+    state = source.state_dict() if RANK == 0 else {}
+    module = converted()
+    wrapped = wrap(module)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(wrapped, state, options=options)
+    names = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
+    return {
+        "keys": [*names],
+        "loaded": {name: gather(value.detach()) for name, value in tensors(module).items()},
+        "expected": tensors(source),
+    }
+
+
+def sharded(module):
+    to_parameters(module)
+    return fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
 
 
 def fit_loaded(root):
@@ -183,6 +223,11 @@ def main(root):
     results["first"] = fit(folder / "first", 1)
     results["resumed"] = fit(folder / "resumed", 2, results["first"]["best"])
     results["started"] = fit_with_another_start_on_each_rank(folder / "started")
+    results["started"]["own loop"] = wrap_another_start_on_each_rank()
+    results["started"]["from rank 0"] = [*map(load_from_rank_0, (nn.parallel.DistributedDataParallel, sharded))]
+    results["started, straight"] = fit_with_another_start_on_each_rank(folder / "started", 2)
+    best = results["started"]["best"]
+    results["started, resumed"] = fit_with_another_start_on_each_rank(folder / "started", 2, best)
     results["fp16"] = fit_in_fp16(folder / "fp16")
     results["calibrated"] = fit_calibrated(folder)
     results["accumulated"] = fit_calibrated(folder, accumulate_grad_batches=2)

@@ -126,8 +126,8 @@ def test_another_base_and_other_arguments_are_refused_with_a_name(change, argume
 
 def test_checkpoints_and_folders_with_the_first_fingerprints_load(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # as commit 7d6015c wrote them
-        for module in (packed_layer, records):
-            patch.setattr(module, "fingerprint", first_fingerprint)
+        patch.setattr(packed_layer, "fingerprint", first_fingerprint)
+        patch.setattr(records, "fingerprints_of", lambda tensors: [*map(first_fingerprint, tensors)])
         patch.setattr(peft_folder, "_checksums", partial(peft_folder._checksums, formula=first_fingerprint))
         source = trained(init_lora_weights="pissa")
         state = source.state_dict()
@@ -251,12 +251,56 @@ def test_the_distributed_checkpoint_api_on_one_device(nested, arguments):
     state = get_model_state_dict(source)
     assert state.keys() == source.state_dict().keys()
     set_model_state_dict(target, state)
-    if "checkpoint" not in arguments:
-        with pytest.raises(KeyError):  # torch removes what is not there
-            get_model_state_dict(source, options=StateDictOptions(ignore_frozen_params=True))
+    trains = get_model_state_dict(source, options=StateDictOptions(ignore_frozen_params=True))
+    frozen = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
+    assert trains.keys() == state.keys() - frozen
     if nested:
         source, target = source["part"], target["part"]
     assert same_output(source, target)
+
+
+def test_the_distributed_checkpoint_api_and_a_module_of_which_a_part_is_compiled():
+    source, target = trained(), fresh()
+    state = get_model_state_dict(source)
+    target[1].compile()
+    target[3] = torch.compile(target[3], backend="eager")
+    assert set_model_state_dict(nn.Sequential(torch.compile(target, backend="eager")), {
+        f"0.{key}": value for key, value in state.items()
+    }).missing_keys == []  # fmt: skip
+    assert torch.equal(target[3].lora_B, source[3].lora_B) and torch.equal(target[4].weight, source[4].weight)
+    with pytest.raises(CheckpointMismatchError, match=r"^1: has no adapter in the checkpoint"):
+        set_model_state_dict(target, {key: value for key, value in state.items() if key != "1.lora_A"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_averages_of_state_dicts_that_leave_counters_alone(dtype):
+    """As boltz, NeMo and Bio-Diffusion average `state_dict()` in each step; files of before have 32 bits."""
+    source, target = fresh(), fresh()
+    state = {key: value.clone() for key, value in source.state_dict().items()}
+    for step in range(3):
+        with torch.no_grad():
+            source[1].lora_B.add_(step)
+        for key, value in source.state_dict().items():
+            if value.dtype != torch.long:
+                state[key].mul_(0.5).add_(value, alpha=0.5)
+    state["_qlora_conversion"] = state["_qlora_conversion"].to(dtype)
+    target.load_state_dict(state)
+    assert torch.equal(target[1].lora_B, torch.full_like(target[1].lora_B, 0 + 0.5 * 0.5 * 1 + 0.5 * 3))
+
+
+def test_a_state_dict_of_a_part_is_whole_after_an_error_in_that_of_the_module():
+    class Broken(nn.Module):
+        def get_extra_state(self):
+            raise KeyError("no state")
+
+    module = trained()
+    whole = module[1].state_dict()
+    module.append(Broken())
+    with pytest.raises(KeyError, match="no state"):
+        module.state_dict()
+    assert module[1].state_dict().keys() == whole.keys() and "weight" in whole
+    del module[5]
+    assert "1.weight" not in module.state_dict()
 
 
 class Counting(nn.Linear):

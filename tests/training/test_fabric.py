@@ -52,6 +52,39 @@ def test_a_checkpoint_is_small_and_is_refused_by_another_base_and_a_second_setup
     assert module.net[0].packed is packed
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("inputs", [list, iter, None])
+def test_a_backward_pass_to_all_parameters_of_an_optimizer_is_that_to_its_adapters(inputs, early):
+    fabric, _ = launch()
+    module = Classifier()
+    parameters = [*module.parameters()]
+    model, optimizer = setup(fabric, module)
+    if not early:  # as sheeprl does
+        parameters = optimizer.param_groups[0]["params"]
+    x, y = next(iter(loader()))
+    first = module.net[4].lora_B if inputs is None else None
+    fabric.backward(F.cross_entropy(model(x), y), inputs=inputs(parameters) if inputs else first)
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    module.zero_grad()
+    fabric.backward(F.cross_entropy(model(x), y))
+    assert gradients.keys() == ({"net.4.lora_B"} if inputs is None else {n for n in gradients if "lora_" in n})
+    assert len(gradients) == (1 if inputs is None else 4)
+    assert all(torch.equal(module.get_parameter(name).grad, value) for name, value in gradients.items())
+
+
+def test_adapters_with_nan_are_not_saved(tmp_path):
+    fabric, _ = launch()
+    model, optimizer = setup(fabric, Classifier())
+    state = {"model": model, "optimizer": optimizer, "step": 1}
+    fabric.save(tmp_path / "c.ckpt", state)
+    saved = (tmp_path / "c.ckpt").read_bytes()
+    with torch.no_grad():
+        model.net[4].lora_B[3, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"net\.4: its adapter holds NaN or Inf.*Nothing was written"):
+        fabric.save(tmp_path / "c.ckpt", state)
+    assert (tmp_path / "c.ckpt").read_bytes() == saved
+
+
 @pytest.mark.parametrize("separately", [False, True])
 def test_an_optimizer_made_before_setup_trains_as_one_made_after_it(separately):
     def losses(early):

@@ -112,11 +112,10 @@ def unchanged_fingerprints(modules: Iterable[tuple[str, nn.Module]]) -> dict[tup
     It reads them all. Of a module that is sharded, all ranks must call it.
     """
     frozen = [each for each in frozen_parameters(modules) if not each.parameter.requires_grad]
-    frozen = [each for each in frozen if each.record.fingerprint]
-    numbers = _fingerprints((each.owner, each.parameter) for each in frozen)
+    numbers = _fingerprints((each.owner, each.parameter) for each in frozen if each.record.fingerprint)
     unchanged = {}
     for _, owner, key, parameter, record in frozen:
-        if numbers[id(parameter)] in (record.fingerprint, record.rounded):
+        if record.fingerprint and numbers[id(parameter)] in (record.fingerprint, record.rounded):
             unchanged[owner, key] = record.fingerprint
     return unchanged
 

@@ -26,10 +26,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.initialization import MIN_INPUT_RMS, Factors, calibrated_adapter, exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.quantization.codebooks import codebook
 from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.starts.calibrated import MIN_INPUT_RMS, Factors, calibrated_adapter, largest_singular
 
 BATCHES, TOKENS = 16, 96
 DAMPING = 0.1  # of the mean of C's diagonal, is added to C: 16 batches have fewer rows than down_proj has inputs
@@ -158,12 +158,12 @@ def directions(of: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(of: Layer) -> tuple[Tensor, Tensor]:
-    return directions(of, exact(of.gradient, of.r)[2].T.double())
+    return directions(of, largest_singular(of.gradient, of.r)[2].T.double())
 
 
 def whitened(of: Layer) -> tuple[Tensor, Tensor]:
     inverse = of.power(-0.5)
-    return directions(of, exact((of.gradient.double() @ inverse).float(), of.r)[2].T.double() @ inverse)
+    return directions(of, largest_singular((of.gradient.double() @ inverse).float(), of.r)[2].T.double() @ inverse)
 
 
 def shared(of: Layer) -> tuple[Tensor, Tensor]:
@@ -175,24 +175,25 @@ def shared(of: Layer) -> tuple[Tensor, Tensor]:
 
 def preserved(of: Layer) -> tuple[Tensor, Tensor]:
     half, size = of.r // 2, of.input_size
-    kept_a, kept_b = of.split(exact(of.weight * size, half))
+    kept_a, kept_b = of.split(largest_singular(of.weight * size, half))
     rest, packed = of.weight - of.layer.scaling * kept_b @ (kept_a / size), of.layer.packed_weight
     of.layer.set_packed_weights(
         [ops.quantize(rest, packed.quant_type, packed.block_size, packed.nested_absmax is not None)]
     )
-    error_a, error_b = of.split(exact((rest - of.layer.packed_weight.dequantize(torch.float32)) * size, of.r - half))
+    error = (rest - of.layer.packed_weight.dequantize(torch.float32)) * size
+    error_a, error_b = of.split(largest_singular(error, of.r - half))
     return torch.cat([kept_a, error_a]) / size, torch.cat([kept_b, error_b], 1)
 
 
 def outputs(of: Layer) -> tuple[Tensor, Tensor]:
     rows = of.output_size / of.output_size.square().mean().sqrt()
     rows = rows.clamp_min(0.1).unsqueeze(1)
-    lora_a, lora_b = of.split(exact(rows * of.error() * of.input_size, of.r))
+    lora_a, lora_b = of.split(largest_singular(rows * of.error() * of.input_size, of.r))
     return lora_a / of.input_size, lora_b / rows
 
 
 def full(of: Layer) -> tuple[Tensor, Tensor]:
-    lora_a, lora_b = of.split(exact((of.error().double() @ of.power(0.5)).float(), of.r))
+    lora_a, lora_b = of.split(largest_singular((of.error().double() @ of.power(0.5)).float(), of.r))
     return lora_a.double() @ of.power(-0.5), lora_b
 
 

@@ -33,14 +33,13 @@ from lightning_qlora import calibrate, convert
 from lightning_qlora.layers.qlora_linear import adapted_layers, to_dense
 
 REFERENCE = "bf16"
-TYPES: dict[str, dict[str, Any]] = {  # without an initialization from data or weights B = 0, so the rank has no effect
+TYPES: dict[str, dict[str, Any]] = {  # without an initialization from data B = 0, so the rank has no effect
     REFERENCE: {},
     "NF4": {"double_quant": False, "r": 1},
     "NF4 + DQ": {"r": 1},
     "FP4 + DQ": {"quant_type": "fp4", "r": 1},
     "INT4 + DQ": {"quant_type": "int4", "r": 1},
     "NF4 + DQ, calibrated": {"init_lora_weights": "calibrated"},
-    "NF4 + DQ, loftq x5": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}},
 }
 PIECE = 50  # items between two saves; batches are sorted by length within a piece
 NORMAL = statistics.NormalDist()

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks.candidate_starts import DAMPING, round_with_feedback
 from lightning_qlora import calibrate
-from lightning_qlora.layers import initialization
-from lightning_qlora.layers.initialization import exact
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
+from lightning_qlora.starts.calibrated import MIN_INPUT_RMS, largest_singular
 
 TRAINED, FROZEN = 16, 2  # bytes of a number
 
@@ -118,16 +117,14 @@ class SpendBytes(Callback):
     def correct(self, layer: QLoRALinear, weight: Tensor, input_rms: Tensor, rank: int) -> None:
         """Add the largest directions of the error that the adapter leaves, weighted by the inputs."""
         size = input_rms / input_rms.square().mean().sqrt()
-        u, sigma, v = exact(left(layer, weight, input_rms), rank)
-        parts = (v / size.clamp_min(initialization.MIN_INPUT_RMS).unsqueeze(1)).T, u * sigma
+        u, sigma, v = largest_singular(left(layer, weight, input_rms), rank)
+        parts = (v / size.clamp_min(MIN_INPUT_RMS).unsqueeze(1)).T, u * sigma
         layer.register_forward_hook(partial(add, tuple(part.bfloat16().to(layer.weight_dtype) for part in parts)))
 
 
 def begin_anew(layer: QLoRALinear) -> None:
     """Give a layer the adapter of "default"."""
-    layer.set_adapter(
-        *initialization.random_adapter(layer.in_features, layer.out_features, layer.config, layer.seed_name)
-    )
+    layer.reset_adapter()
 
 
 @torch.no_grad()
@@ -135,7 +132,7 @@ def left(layer: QLoRALinear, weight: Tensor, input_rms: Tensor) -> Tensor:
     """(W - Q - s B A) diag(d), with d of mean square 1 and bounded below."""
     size = input_rms / input_rms.square().mean().sqrt()
     error = weight - layer.packed_weight.dequantize(torch.float32) - layer.scaling * layer.lora_B @ layer.lora_A
-    return error * size.clamp_min(initialization.MIN_INPUT_RMS)
+    return error * size.clamp_min(MIN_INPUT_RMS)
 
 
 def output_error(layer: QLoRALinear, weight: Tensor, input_rms: Tensor) -> float:

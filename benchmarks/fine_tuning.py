@@ -6,7 +6,7 @@
 
 The sets are in SETS: starts, dense, candidates, equal_bytes, best_rates, reviews, ablations.
 A variant is a start with the settings that differ from DEFAULTS, such as "calibrated,lr=1e-3,ratio=4". Starts: "lora"
-(16-bit LoRA, PEFT), those of init_lora_weights ("loftq" with 5 iterations), and those of `candidate_starts`. Settings:
+(16-bit LoRA, PEFT), those of init_lora_weights, and those of `candidate_starts`. Settings:
     lr       learning rate of lora_A; lora_B has ratio times lr (LoRA+)
     warmup   share of the steps in which the rates grow from 0
     decay    linear, cosine or none: how the rates fall to 0 afterwards
@@ -86,7 +86,6 @@ SETS = {
             for start in (DENSE, "calibrated")
         ),
         "default",
-        "loftq",
     ],
     "dense": [f"{DENSE},ratio=4{more}" for more in ("", *(f",init={init}" for init in DENSE_INITS))],
     "candidates": ["default,ratio=4", "calibrated,ratio=4", *(f"{start},ratio=4" for start in STARTS)],
@@ -126,9 +125,6 @@ SETS = {
     "reviews": [
         f"{DENSE},ratio=4",
         *(f"default,ratio=4{more}" for more in ("", ",block=32", ",quant=fp4", ",quant=int4")),
-        "loftq,ratio=4",
-        "pissa,ratio=4",
-        "pissa,lr=1e-4,ratio=4",
         *(f"calibrated,ratio=4{more}" for more in ("", ",r=24,alpha=24", ",frozen=8", ",codes=20000")),
     ],
     "ablations": [
@@ -263,7 +259,6 @@ def train(variant: Variant, seed: int, base: str, options: argparse.Namespace) -
             quant_type=each["quant"],
             block_size=each["block"],
             double_quant=bool(each["dq"]),
-            loftq_config={"loftq_iter": 5} if variant.start == "loftq" else None,
             **variant.adapter(),
         )
     changes: list[Any] = (

@@ -28,10 +28,6 @@ from smollm2 import load_model, load_tokenizer
 SIZE = 512
 STARTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "loftq": {"init_lora_weights": "loftq"},
-    "loftq x5": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}},
-    "pissa": {"init_lora_weights": "pissa"},
-    "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
     "calibrated": {"init_lora_weights": "calibrated"},
     "calibrated, 2 x 128 tokens": {"init_lora_weights": "calibrated"},
 }

@@ -29,7 +29,7 @@ from lightning_qlora import QLoRAPrecision
 
 DENSE = "16-bit LoRA"
 DENSE_ONE_ROUNDING = "16-bit LoRA, one rounding"
-METHODS = [DENSE, DENSE_ONE_ROUNDING, "default", "loftq x5", "pissa", "calibrated"]
+METHODS = [DENSE, DENSE_ONE_ROUNDING, "default", "calibrated"]
 ADAPTER: dict[str, Any] = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.0}
 
 
@@ -76,9 +76,7 @@ def run(method: str, seed: int, steps: int, held_out: int) -> dict[str, Any]:
         config = LoraConfig(target_modules="all-linear", **ADAPTER)
         module.model = get_peft_model(module.model, one_rounding(config) if method == DENSE_ONE_ROUNDING else config)
     else:
-        name, _, iterations = method.partition(" x")
-        more = {"loftq_config": {"loftq_iter": int(iterations)}} if iterations else {}
-        plugin = QLoRAPrecision(init_lora_weights=name, **ADAPTER, **more)
+        plugin = QLoRAPrecision(init_lora_weights=method, **ADAPTER)
     callback = HeldOutLoss([0, 1, steps // 6, steps // 2])
     trainer = Trainer(
         plugins=plugin, callbacks=callback, max_steps=steps, devices=1, logger=False, enable_checkpointing=False,

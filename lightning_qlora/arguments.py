@@ -6,8 +6,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 
-from lightning_qlora.config import Checkpoint, ComputeDtype, QLoRAConfig, QuantType
-from lightning_qlora.initializations import InitLoRAWeights
+from lightning_qlora.config import Checkpoint, ComputeDtype, InitLoRAWeights, QLoRAConfig, QuantType
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -27,7 +26,6 @@ class QLoRAArguments(TypedDict, total=False):
     modules_to_save: list[str] | None
     trainable_token_indices: list[int] | dict[str, list[int]] | None
     init_lora_weights: InitLoRAWeights
-    loftq_config: dict[str, int] | None
     use_rslora: bool
     use_dora: bool
     rank_pattern: dict[str, int] | None

@@ -28,6 +28,7 @@ OTHER_ARGUMENTS = {
     "bias": "biases stay frozen; modules_to_save trains a module in full",
     "task_type": "leave it out: it is found, and the head of a classification model trains",
     "inference_mode": "leave it out: call eval()",
+    "loftq_config": "LoftQ was taken out: init_lora_weights='calibrated' is a better start",
     "lora_r": "use r",
     "rank": "use r",
     "alpha": "use lora_alpha",
@@ -88,6 +89,20 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         words = ", ".join(map(repr, allowed))
         raise ValueError(f"{name}={shown(value)}: must be one of {words}.")
+
+
+class RemovedStartError(ValueError):
+    """A value of `init_lora_weights` that earlier versions had."""
+
+
+def check_initialization(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if isinstance(value, str) and value.lower().startswith(("loftq", "pissa")):
+        raise RemovedStartError(
+            f"{name}={shown(value)}: was taken out, because training ends behind 'calibrated', which has as many bytes "
+            "and keeps the plain 4-bit base. Use 'calibrated' or 'default'; merge a file that has it with the version "
+            "that wrote it, or export it there for the base in 16 bits (lightning-qlora export --base float)."
+        )
+    check_choice(name, value, allowed)
 
 
 def check_token_indices(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from lightning_qlora.checks import (
     check_bool,
     check_choice,
     check_gradient_checkpointing,
+    check_initialization,
     check_integer,
     check_names,
     check_number,
@@ -21,16 +22,10 @@ from lightning_qlora.checks import (
     refuse_unknown_arguments,
     shown,
 )
-from lightning_qlora.initializations import (
-    INITIALIZATIONS,
-    InitKind,
-    InitLoRAWeights,
-    check_initialization,
-    split_name,
-)
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+InitLoRAWeights = Literal["default", "gaussian", "calibrated"]  # the rows of `starts.starts.STARTS`
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
 Checkpoint = Literal["adapter", "full"]
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]  # of the weights that a merge writes
@@ -58,7 +53,7 @@ def _check_block_size(name: str, value: Any) -> None:
 class Argument(NamedTuple):
     """What an argument means beside its value: metadata of its field."""
 
-    check: Callable[[str, Any], None] | None = None  # what its value must be; None: `check_initialization`
+    check: Callable[[str, Any], None]  # what its value must be
     empty: type[Any] | None = None  # type of the empty value that None stands for
     may_be_none: bool = False
     of_layer: bool = False  # layers of a module may differ in it
@@ -68,7 +63,7 @@ class Argument(NamedTuple):
     in_peft: bool = False  # adapter_config.json has it, with the same values
 
 
-def _argument(default: Any, check: Callable[[str, Any], None] | None = None, **meaning: Any) -> Any:
+def _argument(default: Any, check: Callable[[str, Any], None], **meaning: Any) -> Any:
     return field(default=default, metadata={"argument": Argument(check, **meaning)})
 
 
@@ -113,10 +108,8 @@ class QLoRAConfig:
         modules_to_save: Modules to train in full, in fp32, and to save with the adapters: a list of name endings.
         trainable_token_indices: Tokens whose rows of the input embedding train, as in PEFT: a list of indices, or a
             dict of such lists, {name ending of an embedding or output embedding: list}. All other rows are frozen.
-        init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), "loftq",
-            "pissa", "pissa_niter_16" (PiSSA with 16 power iterations, which is faster; any number is allowed), or
+        init_lora_weights: Initialization of the adapters: "default" (as in PEFT, B = 0), "gaussian" (B = 0), or
             "calibrated" (computed from the batches of the first step).
-        loftq_config: For "loftq", as in PEFT, and for "pissa": {"loftq_iter": 5} runs 5 iterations instead of 1.
         use_rslora: Multiply the output of an adapter by lora_alpha / sqrt(r) instead (rank-stabilized LoRA).
         use_dora: Also train the magnitude of every output row (weight-decomposed LoRA).
         rank_pattern: Rank of single layers, as in PEFT: {name ending or regular expression: r}.
@@ -161,8 +154,9 @@ class QLoRAConfig:
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _argument(
         None, check_token_indices, may_be_none=True, in_peft=True
     )
-    init_lora_weights: InitLoRAWeights = _argument("default", at_loading=True)
-    loftq_config: dict[str, int] | None = _argument(None, empty=dict, at_loading=True)
+    init_lora_weights: InitLoRAWeights = _argument(
+        "default", partial(check_initialization, allowed=get_args(InitLoRAWeights)), at_loading=True
+    )
     use_rslora: bool = _argument(False, check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
     use_dora: bool = _argument(False, check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)
     rank_pattern: dict[str, int] | None = _argument(
@@ -184,7 +178,7 @@ class QLoRAConfig:
             value = getattr(self, name)
             if value is None and argument.empty is not None:
                 object.__setattr__(self, name, argument.empty())
-            elif argument.check is not None and not (value is None and argument.may_be_none):
+            elif not (value is None and argument.may_be_none):
                 argument.check(name, value)
         if self.target_modules in ("", []):
             raise ValueError(
@@ -197,7 +191,6 @@ class QLoRAConfig:
                 f"target_modules={self.target_modules!r}: a regular expression can't contain 'all-linear'. For all "
                 "linear layers and others use a list, such as ['all-linear', 'lm_head']."
             )
-        check_initialization(self.init_lora_weights, self.loftq_config)
         if self.adapter is not None:
             files = ("adapter_config.json", "adapter_model.safetensors")  # one may be missing after an interrupted save
             if not any(os.path.isfile(os.path.join(self.adapter, file)) for file in files):
@@ -239,48 +232,17 @@ class QLoRAConfig:
             return self
         return replace(self, rank_pattern={}, alpha_pattern={}, **arguments)
 
-    @property
-    def initialization(self) -> str:
-        """`init_lora_weights` without the number of iterations."""
-        return split_name(self.init_lora_weights)[0]
-
-    @property
-    def init_kind(self) -> InitKind:
-        """What the initialization means."""
-        return INITIALIZATIONS[self.initialization]
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the initialization changes the base, which then is not quantize(W)."""
-        first = self.init_kind.changes_base
-        return first is not None and self.loftq_iterations >= first
-
-    @property
-    def can_repeat_base(self) -> bool:
-        """Whether another machine computes the same base from the float weight, so that a fingerprint recognizes it."""
-        return self.init_kind.exact or not self.changes_base
-
-    @property
-    def pissa_iterations(self) -> int | None:
-        """Power iterations of PiSSA's SVD; None: an exact SVD."""
-        return split_name(self.init_lora_weights)[1]
-
-    @property
-    def loftq_iterations(self) -> int:
-        """Number of times that LoftQ or PiSSA quantizes the weight minus the adapter's product."""
-        return (self.loftq_config or {}).get("loftq_iter", 1)
-
-    def with_initialization(self, init_lora_weights: str, loftq_config: dict[str, int] | None = None) -> "QLoRAConfig":
+    def with_initialization(self, init_lora_weights: InitLoRAWeights) -> "QLoRAConfig":
         """The same config with another initialization of the adapters."""
-        if (self.init_lora_weights, self.loftq_config) == (init_lora_weights, loftq_config or {}):
+        if self.init_lora_weights == init_lora_weights:
             return self
-        return replace(self, init_lora_weights=init_lora_weights, loftq_config=loftq_config)
+        return replace(self, init_lora_weights=init_lora_weights)
 
 
 ARGUMENTS: dict[str, Argument] = {each.name: each.metadata["argument"] for each in fields(QLoRAConfig)}
 
 
-CHECKS = {name: argument.check for name, argument in ARGUMENTS.items() if argument.check is not None}
+CHECKS = {name: argument.check for name, argument in ARGUMENTS.items()}
 
 
 def arguments_that(meaning: str) -> tuple[str, ...]:

@@ -13,14 +13,13 @@ from typing_extensions import Unpack
 from lightning_qlora import QLoRAPrecision, checks, convert, estimate_memory
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.config import ARGUMENTS, QUANT_TYPES, QLoRAConfig
-from lightning_qlora.initializations import INITIALIZATIONS
 from lightning_qlora.tools.cli import main
 
 AUTO = "True, False or 'auto'"
 NAMES = "a list of non-empty names"
 BOOL = "True or False"
 ACTIVATIONS = "True, False, 'auto', or bytes such as '8GiB'"
-STARTS = ", ".join(map(repr, [*INITIALIZATIONS, "pissa_niter_16"]))
+STARTS = "'default', 'gaussian', 'calibrated'"
 WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "quant_type": (["nf5", "NF4", "", None], "one of " + ", ".join(map(repr, QUANT_TYPES))),
     "block_size": ([0, 31, 48, 8192, -64], "one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),
@@ -28,7 +27,7 @@ WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "r": ([0, -4], "an integer >= 1"),
     "lora_alpha": ([0, -1.0, 1e30, float("nan"), float("inf")], "a finite number > 0 and < 1e+30"),
     "lora_dropout": ([-0.1, 1.0, 1.5, float("nan")], "a finite number >= 0 and < 1"),
-    "init_lora_weights": (["kaiming", "LoftQ"], f"one of {STARTS}"),
+    "init_lora_weights": (["kaiming", "Gaussian", True, None], f"one of {STARTS}"),
     "checkpoint": (["both", "lora"], "one of 'adapter', 'full'"),
     "paged_optimizer": (["on", "never"], "one of True, False, 'auto'"),
     "deferred_logits": (["on", "False"], "one of True, False, 'auto'"),
@@ -59,7 +58,7 @@ REFUSED = [
 
 
 def test_each_argument_refuses_something():
-    dicts = {"trainable_token_indices", "loftq_config", "rank_pattern", "alpha_pattern"}  # each has its own tests
+    dicts = {"trainable_token_indices", "rank_pattern", "alpha_pattern"}  # each has its own tests
     assert {*WRONG_TYPES, *WRONG_VALUES, *dicts} == {field.name for field in dataclasses.fields(QLoRAConfig)}
 
 
@@ -98,26 +97,14 @@ def test_a_wrong_entry_of_a_pattern_is_named(name, wrong):
         QLoRAConfig(**{name: [1]})
 
 
-LOFTQ = {"init_lora_weights": "loftq"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (LOFTQ | {"loftq_config": {"loftq_bits": 8}}, "loftq_config['loftq_bits']=8: must be one of 4."),
-        (LOFTQ | {"loftq_config": {"loftq_iter": 0}}, "loftq_config['loftq_iter']=0: must be an integer >= 1."),
-        (LOFTQ | {"loftq_config": {"bits": 4}}, "key of loftq_config='bits': must be one of 'loftq_iter', "),
-        (
-            {"init_lora_weights": "gaussian", "loftq_config": {"loftq_iter": 5}},
-            "loftq_config={'loftq_iter': 5}: is used only by init_lora_weights='loftq' and 'pissa', not by 'gaussian'.",
-        ),
-    ],
-    ids=str,
-)
-def test_a_wrong_loftq_config_is_named(arguments, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        QLoRAConfig(**arguments)
-    QLoRAConfig(**LOFTQ, loftq_config={"loftq_bits": 4, "loftq_iter": 2})
+@pytest.mark.parametrize("value", ["pissa", "pissa_niter_16", "loftq", "LoftQ"])
+def test_a_start_that_was_taken_out_is_refused_with_its_reason_and_another(value):
+    with pytest.raises(
+        ValueError, match=rf"^init_lora_weights='{value}': was taken out, because .*Use 'calibrated' or"
+    ):
+        QLoRAPrecision(init_lora_weights=value)
+    with pytest.raises(TypeError, match=r"^loftq_config: .*init_lora_weights='calibrated' is a better start"):
+        QLoRAPrecision(loftq_config={"loftq_iter": 5})
 
 
 def test_a_long_value_is_shortened():

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import data_types, multiple_choice, starts  # noqa: E402
 from benchmarks.multiple_choice import Item  # noqa: E402
 from lightning_qlora import QLoRALinear, convert  # noqa: E402
-from tests.toys import toy  # noqa: E402
+from tests.toys import perturb, toy  # noqa: E402
 
 ITEMS = [
     Item(["The sky is"] * 3, [" blue", " blue and green", " a"], 0),  # a choice that another one begins with
@@ -120,17 +120,19 @@ def test_a_folder_without_tasks_is_an_error(tmp_path):
         multiple_choice.read_tasks(tmp_path)
 
 
-@pytest.mark.parametrize("start", ["default", "loftq"])
-def test_decoding_keeps_the_function(start):
+@pytest.mark.parametrize("trained", [False, True])
+def test_decoding_keeps_the_function(trained):
     model = toy("llama")
     tokens = torch.arange(12)[None]
-    convert(model, r=8, init_lora_weights=start)
+    convert(model, r=8)
+    if trained:
+        perturb(model)
     size = data_types.bits(model)
     layers = [layer for layer in model.modules() if isinstance(layer, QLoRALinear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     assert size[0] == pytest.approx(8 * sum(layer.packed_weight.nbytes for layer in layers) / weights)
     adapters = 32 * sum(8 * (layer.in_features + layer.out_features) for layer in layers) / weights
-    assert size[1] - size[0] == pytest.approx(adapters if start == "loftq" else 0)
+    assert size[1] - size[0] == pytest.approx(adapters if trained else 0)
     with torch.no_grad():
         expected = model(tokens).logits
         logits = data_types.decode(model)(tokens).logits

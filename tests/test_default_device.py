@@ -126,8 +126,6 @@ CONVERSIONS = [
     {"quant_type": "int4", "double_quant": False},
     {"use_dora": True},
     {"init_lora_weights": "gaussian"},
-    {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
-    {"init_lora_weights": "pissa_niter_4"},
     {"gradient_checkpointing": True},
     {"compute_dtype": "bf16"},
     {"modules_to_save": ["2"]},
@@ -252,9 +250,7 @@ class WithPagedOptimizer(Loaded):
         return PagedAdamW8bit(loraplus_groups(self, lr=1e-2))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "calibrated"}], ids=str
-)
+@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"init_lora_weights": "calibrated"}], ids=str)
 def test_configure_model(arguments, trainer, tmp_path):
     """A Trainer and from_pretrained fail under torch.device("meta") without this package too."""
     pytest.importorskip("transformers", minversion="5")

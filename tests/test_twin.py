@@ -262,7 +262,6 @@ KINDS = {
     "Plain": Kind("plain"),
     "Dropout": Kind("plain", {"lora_dropout": 0.3, "use_rslora": True, "checkpoint": "full"}),
     "DoRA": Kind("plain", {"use_dora": True}),
-    "PiSSA": Kind("plain", {"init_lora_weights": "pissa"}),
     "Teacher": Kind("teacher", {"modules_to_save": ["head"], "quant_type": "int4"}),
     "Tied": Kind("tied", {"quant_type": "fp4", "double_quant": False}),
     "NewHead": Kind("in_16_bits", {"modules_to_save": ["head"]}, tolerance=0.1),
@@ -323,11 +322,6 @@ class Pair:
         """Go on with these two."""
         self.ours, self.dense = ours, dense
         self.optimizers = None
-
-    @property
-    def moves_base(self):
-        """Its base is not the pretrained model: disable_adapter and folders without base="float" refuse it."""
-        return self.kind.arguments.get("init_lora_weights") == "pissa"
 
     @property
     def both(self):
@@ -762,8 +756,6 @@ def copies(pair, n):
 @action
 def without_adapter(pair, n):
     """The reference model of DPO, also where code in the context raises."""
-    if pair.moves_base:
-        return
     with disabled(pair):
         pair.same_outputs()
     if n % 2:
@@ -775,8 +767,6 @@ def without_adapter(pair, n):
 @action
 def copies_without_adapter(pair, n):
     """A copy that is made in disable_adapter computes as the module does when it ends."""
-    if pair.moves_base:
-        return
     with disabled(pair):
         kept = copy.deepcopy(pair.ours)
     pair.same_outputs(kept, pair.dense)
@@ -911,7 +901,7 @@ def resume_optimizer(pair, n):
 @action
 def adapter_folder(pair, n):
     """A folder of PEFT, in a module that was made anew: by load_adapter, or by the conversion."""
-    if pair.moves_base or pair.touched or len(pair.parameters(trained=True)) != len(pair.trained_by_conversion()):
+    if pair.touched or len(pair.parameters(trained=True)) != len(pair.trained_by_conversion()):
         return
     if pair.kind.net == "with_batch_norm":  # a folder of PEFT has no place for statistics of a frozen part
         return

@@ -222,7 +222,7 @@ STOPS = {
         ("selection/selection.py", "decide", "a row for each part: what happens with it, and why"),
         ("selection/apply.py", "convert_layers", "the chosen layers, one after another"),
         ("layers/qlora_linear.py", "from_linear", "the float weight out, another class for the layer"),
-        ("layers/initialization.py", "initialize", "the 4-bit weight, A and B"),
+        ("starts/starts.py", "first_adapter", "A and B"),
         ("selection/apply.py", "freeze", "all but adapters, and what trains in full"),
         ("survey/records.py", "record", "what trained before, fingerprints of what is frozen"),
         ("state/module_state.py", "record_conversion", "the hooks for checkpoints"),

@@ -15,13 +15,13 @@ from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import ROUNDED, round_by_chance
 from lightning_qlora.layers.dora import TINY
-from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
 from lightning_qlora.layers.trainable_tokens import merge_tokens
 from lightning_qlora.layers.typed_layer import DTYPES
 from lightning_qlora.logits.deferred_head import compute_logits
+from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.state.conversion import check_layers_of_conversions, forget_conversion, mark_as_merged
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import mark_as_loaded

@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
-from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
@@ -20,6 +19,7 @@ from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import check_required_base, record_initialization
 from lightning_qlora.peft.peft_config import ranks_and_alphas
 from lightning_qlora.peft.peft_layers import from_peft, refuse, to_peft
+from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.state.base_model import describe_base, tied_names, trained_modules
 from lightning_qlora.state.conversion import check_layers_of_conversions, conversion_of
 from lightning_qlora.survey.parts import Parts

@@ -35,11 +35,11 @@ from lightning_qlora.huggingface.patches import Choice, forget_quantizer
 from lightning_qlora.huggingface.without_data import Version, convert_without_data, mark_as_found, versions
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_layer import to_parameters
-from lightning_qlora.layers.qlora_linear import check_packed_initialization
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.selection.selection import Row, select_layers
+from lightning_qlora.starts.starts import check_packed_start
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import LOADED, keep_marks
 from lightning_qlora.tensors.dtensor import is_sharded
@@ -285,7 +285,7 @@ class PackedQuantizer(QLoRAQuantizer):
         for key, each in list(chosen.items()):
             if each.stack is None:
                 with named(owner_name(key)):
-                    check_packed_initialization(config)
+                    check_packed_start(config)
             elif not COMPOSES:
                 del chosen[key]
         return chosen

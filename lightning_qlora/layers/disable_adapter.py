@@ -19,9 +19,6 @@ class WithAdapter(nn.Module):
 
     _qlora_disabled: int = 0
 
-    def check_can_disable(self) -> None:
-        """Raise ValueError if it does not compute as the base does without its adapter."""
-
     def __getstate__(self) -> Any:
         """The attributes of a copy or pickle: the contexts are those of this object, and a copy is in none."""
         of_class = getattr(super(), "__getstate__", None)  # object has it from Python 3.11 on
@@ -50,7 +47,7 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
         module: A converted module, a part of one, or a wrapper of one (DDP, Fabric, torch.compile).
 
     Raises:
-        ValueError: If no layer in it is converted, or an adapter began as PiSSA: its base is not the pretrained model.
+        ValueError: If no layer in it is converted.
 
     Example:
         ```python
@@ -75,8 +72,6 @@ def disable_adapter(module: nn.Module) -> Iterator[None]:
 def _parts(module: nn.Module) -> list[WithAdapter]:
     parts = [part for part in module.modules() if isinstance(part, WithAdapter)]
     check_converted(module, parts)
-    for part in parts:
-        part.check_can_disable()
     adapters = {id(p) for part in parts for p in part._parameters.values()}
     names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
     if names:

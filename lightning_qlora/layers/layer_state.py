@@ -10,12 +10,13 @@ from torch import Tensor
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.config import arguments_that
 from lightning_qlora.files.safetensors_folder import parse_json
-from lightning_qlora.layers.input_statistics import stop_waiting
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE, in_rows
 from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
+from lightning_qlora.starts.input_statistics import stop_waiting
+from lightning_qlora.starts.starts import corrects_error
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 
 SAME_FUNCTION = arguments_that("of_function")
@@ -62,7 +63,7 @@ class SavedLayer(LoRALayer):
     base_left_out_at: tuple[str, ...] = ()  # prefixes at which a state dict that is being made leaves its base out
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The adapter, its initial values if they were computed from the weight, and the base. Nothing is gathered."""
+        """The adapter, its initial values if B was not 0, and the base. Nothing is gathered."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in BASE:
             destination.pop(prefix + name, None)  # where they are parameters
@@ -108,8 +109,7 @@ class SavedLayer(LoRALayer):
 
         `initial`: what this layer was initialized with, if it was, and begins with again.
         """
-        needs_data = self.config.init_kind.needs_data
-        if not needs_data or self.initial is not None or gather(self.lora_B).any():
+        if not corrects_error(self.config) or self.initial is not None or gather(self.lora_B).any():
             stop_waiting(self)
         elif initial is not None:
             self.set_adapter(*initial)
@@ -234,11 +234,8 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
         layer.set_bytes(weight.to(device, copy=not assign), dtype)
         return True
     dense = entries[key]
-    init_kind = layer.config.init_kind
-    # An adapter that is initialized from data depends on the weight only until the inputs were measured.
-    from_weight = init_kind.keeps_initial and not init_kind.needs_data
-    if not with_adapter and (layer.config.use_dora or from_weight or layer.input_statistics is not None):
-        if init_kind.needs_data and not assign:
+    if not with_adapter and (layer.config.use_dora or layer.input_statistics is not None):
+        if corrects_error(layer.config) and not assign:
             dense = dense.clone()  # it is kept until then
         layer.initialize(dense, device)
     else:

@@ -17,15 +17,16 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.rounding import round_by_index
-from lightning_qlora.layers import initialization
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
-from lightning_qlora.layers.input_statistics import InputStatistics, wait_for_inputs
 from lightning_qlora.layers.matrix import ADAPTER, Matrix
 from lightning_qlora.layers.typed_layer import TypedLayer
+from lightning_qlora.starts.input_statistics import InputStatistics
+from lightning_qlora.starts.starts import first_adapter, start_of
 from lightning_qlora.tensors.dtensor import gather, shard_like
+from lightning_qlora.tensors.fingerprint import has_values
 
-INITIAL = ("initial_A", "initial_B")  # their values at the start, if these were computed from the weight
+INITIAL = ("initial_A", "initial_B")  # their values at the start, if B was not 0
 
 
 class LoRALayer(WithAdapter, TypedLayer):
@@ -46,7 +47,7 @@ class LoRALayer(WithAdapter, TypedLayer):
     adapter_folder: str | None = None  # the last one that an argument named and that was loaded
     loaded: bool = False  # whether it was quantized while its model loaded, and no module with it was converted
     input_statistics: InputStatistics | None = None  # "calibrated": until the adapter is initialized
-    initial_A: Tensor | None = None  # what A and B began with, if it was computed from the weight; in host memory
+    initial_A: Tensor | None = None  # what A and B began with, if B was not 0; in host memory
     initial_B: Tensor | None = None
     was_called: bool = False  # whether the op of the layer ran
     weight_was_read: bool = False  # whether other code read the weight
@@ -69,26 +70,23 @@ class LoRALayer(WithAdapter, TypedLayer):
         """
         weights = []
         bases = []
-        adapters = []
-        for number, dense in enumerate(self.split_matrices(weight)):
+        config = self.config
+        observer = start_of(config).observer
+        for dense in self.split_matrices(weight):
             rows = self._as_stored(dense.detach())
             values = rows
             if not rows.is_meta:  # else they are read later
                 values = rows.to(device or rows.device)
-            base, *initial = initialization.initialize(values, self.config, self.seed_name_of(number))
-            bases.append(base)
-            adapters.append(initial)
-            if self.config.init_kind.needs_data:
+            quantize = ops.quantize_bytes if has_values(values) else ops.quantize_unchecked
+            bases.append(quantize(values, config.quant_type, config.block_size, config.double_quant))
+            if observer is not None:
                 if not rows.is_meta:
                     rows = rows.cpu()
                 weights.append(rows)
         self.set_matrices(bases, rows.dtype)
-        if weights:
-            self.input_statistics = wait_for_inputs(self, self.join_matrices(weights))
-        adapter = [self.join_matrices(values) for values in zip(*adapters, strict=True)]
-        self.set_adapter(*adapter)
-        if self.config.init_kind.keeps_initial and not weights:
-            self.set_initial(adapter)
+        if observer is not None:
+            self.input_statistics = observer(self, self.join_matrices(weights))
+        self.reset_adapter()
 
     def __setstate__(self, state: Any) -> None:
         """A copy waits for inputs together with this layer."""
@@ -97,10 +95,9 @@ class LoRALayer(WithAdapter, TypedLayer):
             self.input_statistics.join(self)
 
     def reset_adapter(self) -> None:
-        """Set A to random values and B to 0, which need no float weight."""
-        sizes = self.in_features, self.out_features
+        """Set A to random values and B to 0."""
         names = map(self.seed_name_of, range(self.matrix_count))
-        adapters = [initialization.random_adapter(*sizes, self.config, name) for name in names]
+        adapters = [first_adapter(self.weight_bytes, self.config, name) for name in names]
         self.set_adapter(*(self.join_matrices(values) for values in zip(*adapters, strict=True)))
 
     def seed_name_of(self, number: int) -> str:
@@ -157,15 +154,9 @@ class LoRALayer(WithAdapter, TypedLayer):
         self.remember_base()
         device = device or self.packed.device
         rows = [self._as_stored(dense.detach()).to(device) for dense in self.split_matrices(weight)]
-        self.set_matrices([initialization.quantize(matrix, self.config) for matrix in rows], weight.dtype)
-
-    def check_can_disable(self) -> None:
-        if self.config.init_kind.moves_weight:
-            raise ValueError(
-                f"disable_adapter: {self.full_name} was initialized with init_lora_weights="
-                f"{self.config.init_lora_weights!r}, which moves a large part of the weight into the adapter, so the "
-                "base without it is not the pretrained model. Use another one."
-            )
+        config = self.config
+        arguments = config.quant_type, config.block_size, config.double_quant
+        self.set_matrices([ops.quantize_bytes(matrix, *arguments) for matrix in rows], weight.dtype)
 
     @property
     def was_read_alone(self) -> bool:

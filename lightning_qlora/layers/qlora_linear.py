@@ -25,6 +25,7 @@ from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
 from lightning_qlora.layers.typed_layer import TypedLayer
 from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.starts.starts import check_packed_start
 from lightning_qlora.tensors.dtensor import is_sharded
 
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
@@ -112,7 +113,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         Raises:
             ValueError: If the adapter is to be initialized from the float weight.
         """
-        check_packed_initialization(config)
+        check_packed_start(config)
         layer._parameters.pop("weight", None)
         new = QLoRALinear._become(layer, dense_class, config, name, seed_name)
         new.set_packed_weights([weight])
@@ -227,12 +228,3 @@ def adapted_layers_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, LoR
                 name = parameter_name(name)
             layers[name] = part
     return layers
-
-
-def check_packed_initialization(config: QLoRAConfig) -> None:
-    """Raise ValueError if adapters are to be initialized from the float weight of a layer that is in 4 bits already."""
-    if config.init_kind.keeps_initial:
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} needs the float weight, and this one is in 4 bits. "
-            "Use 'default' or 'gaussian', or load the model in 16 bits."
-        )

@@ -83,7 +83,7 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
     if layer.input_statistics is not None:
         raise ValueError(
             f"{layer.full_name}: init_lora_weights='calibrated' is computed in the first step, from whole layers, and "
-            "this layer is split over ranks before it. Use 'default', 'loftq' or 'pissa' with tensor parallelism."
+            "this layer is split over ranks before it. Use 'default' or 'gaussian' with tensor parallelism."
         )
     side = "outputs"
     step = size

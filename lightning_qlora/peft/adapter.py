@@ -33,7 +33,7 @@ class Adapter:
         quantization: How the base of the training was quantized and the adapters initialized, if known; no other
             argument of it is used.
         fingerprints: Name of a layer, or of a parameter of experts -> fingerprint of its 4-bit weight, if known; in
-            folders, if the initialization changed it. Of a checkpoint also those of other frozen parameters.
+            folders, if the checkpoint held it. Of a checkpoint also those of other frozen parameters.
         bases: Name of a layer -> the 4-bit weight of each of its matrices, if the checkpoint has it.
         no_place: Why PEFT has no such adapter, if it has none: it can be loaded and merged, and not be written.
         source: The file that the tensors came from, for messages.

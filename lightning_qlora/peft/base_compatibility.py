@@ -1,8 +1,7 @@
 """Which base model an adapter fits, and the same adapter for the base in 16 or 32 bits.
 
     default, gaussian     B = 0 at first: also fits the base in 16 or 32 bits, where the outputs differ from training
-    loftq, calibrated     initialized from the quantization error: fits the base quantized in the same way
-    pissa, iterated loftq the initialization changed the 4-bit weights: fits only these
+    calibrated            initialized from the quantization error: fits the base quantized in the same way
 
 Checkpoints and adapter folders store the arguments that decide it (`quantization_of`). Loading an adapter records its
 initialization in the layers (`record_initialization`), so that the module can be saved again.
@@ -13,11 +12,12 @@ from typing import Any
 
 import torch
 
-from lightning_qlora.checks import DAMAGED, check_bool
+from lightning_qlora.checks import DAMAGED, RemovedStartError
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.peft.adapter import MAGNITUDE, Adapter, State
+from lightning_qlora.starts.starts import corrects_error
 
 BITS = ("quant_type", "block_size", "double_quant")  # the arguments `of_base`, in the order of files
 
@@ -25,9 +25,7 @@ BITS = ("quant_type", "block_size", "double_quant")  # the arguments `of_base`, 
 def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
     """How the base is quantized and how its adapters are initialized; plain values, stored in files."""
     quantization = {name: getattr(config, name) for name in (*BITS, "init_lora_weights")}
-    quantization["base_changed"] = config.changes_base
-    if config.loftq_config:
-        quantization["loftq_config"] = dict(config.loftq_config)
+    quantization["base_changed"] = False  # earlier versions read it
     return quantization
 
 
@@ -36,9 +34,9 @@ def read_quantization(quantization: Any, source: str) -> QLoRAConfig | None:
     if quantization is None:
         return None
     try:
-        check_bool("base_changed", quantization["base_changed"])
-        arguments = {name: quantization[name] for name in (*BITS, "init_lora_weights")}
-        return QLoRAConfig(**arguments, loftq_config=quantization.get("loftq_config"))
+        return QLoRAConfig(**{name: quantization[name] for name in (*BITS, "init_lora_weights")})
+    except RemovedStartError as error:
+        raise RemovedStartError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}. {DAMAGED}") from error
 
@@ -52,7 +50,7 @@ def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
     """Raise ValueError if layers, by name, differ in an argument that an adapter folder has once."""
     first, first_config = next(iter(configs.items()))
     for name, config in configs.items():
-        for key in (*BITS, "init_lora_weights", "loftq_config", "use_dora"):
+        for key in (*BITS, "init_lora_weights", "use_dora"):
             expected = getattr(first_config, key)
             value = getattr(config, key)
             if value != expected:
@@ -65,18 +63,12 @@ def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
 
 def required_base(quantization: QLoRAConfig | None) -> str | None:
     """A sentence on the base that adapters initialized this way need; None if the float base also fits."""
-    if quantization is None or not quantization.init_kind.keeps_initial:
+    if quantization is None or not corrects_error(quantization):
         return None
-    begin = f"These adapters were initialized as {quantization.init_lora_weights!r}, "
-    bits = _in_words(vars(quantization))
-    if quantization.changes_base:
-        return (
-            f"{begin}which changed the base: they fit only the 4-bit weights ({bits}) of this run, which are not those "
-            "of the quantized model. Merge them, or export their difference from the initial values (base='float')."
-        )
     return (
-        f"{begin}from the quantization error: they fit the model in 4 bits ({bits}). For a model in 16 bits export "
-        "their difference from the initial values (base='float')."
+        f"These adapters were initialized as {quantization.init_lora_weights!r}, from the quantization error: they fit "
+        f"the model in 4 bits ({_in_words(vars(quantization))}). For a model in 16 bits export their difference from "
+        "the initial values (base='float')."
     )
 
 
@@ -92,17 +84,12 @@ def trained_on(quantization: QLoRAConfig | None) -> str:
 
 def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> None:
     """Raise CheckpointMismatchError for an adapter that needs other 4-bit weights than these layers have."""
-    trained = adapter.quantization or QLoRAConfig()
+    trained = adapter.quantization
+    if trained is None or not corrects_error(trained):
+        return
     for name, layer in layers.items():
         bits = _bits_of(layer)
-        if trained.changes_base or layer.config.changes_base:
-            if not layer.has_fingerprint(adapter.fingerprints.get(name)):
-                raise CheckpointMismatchError(
-                    f"{adapter.source}: does not fit {name}: the initialization of these adapters, or of those in the "
-                    "module, changed the 4-bit weights. Use the Lightning checkpoint, which holds these weights: merge "
-                    "it, or export it with base='float' for a base in 16 bits."
-                )
-        elif trained.init_kind.keeps_initial and any(getattr(trained, key) != value for key, value in bits.items()):
+        if any(getattr(trained, key) != value for key, value in bits.items()):
             raise CheckpointMismatchError(
                 f"{adapter.source}: does not fit {name}: the adapter was initialized as {trained.init_lora_weights!r} "
                 f"from the error of quantization to {_in_words(vars(trained))}, and here it is {_in_words(bits)}. Use "
@@ -114,7 +101,7 @@ def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> No
 def record_initialization(layer: LoRALayer, trained: QLoRAConfig | None) -> None:
     """Store in a layer how its loaded adapter was initialized, for when it is saved again."""
     trained = trained or QLoRAConfig()
-    layer.config = layer.config.with_initialization(trained.init_lora_weights, trained.loftq_config)
+    layer.config = layer.config.with_initialization(trained.init_lora_weights)
 
 
 def subtract_initial(layers: Mapping[str, State], source: str) -> dict[str, State]:

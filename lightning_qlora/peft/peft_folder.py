@@ -34,7 +34,7 @@ from lightning_qlora.tensors.fingerprint import checksum, fingerprint, first_fin
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 # JSON in the metadata: how the base was quantized and the adapters were initialized (`quantization_of`), and
-# fingerprints of the 4-bit weights that the initialization changed, or that the checkpoint held.
+# fingerprints of the 4-bit weights that the checkpoint held.
 BASE = "lightning_qlora"
 CHECKSUMS = "lightning_qlora_checksums"
 METADATA_KEY = "__metadata__"  # safetensors' name of the metadata: the key of their own checksum
@@ -52,13 +52,9 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     tensors = {PREFIX + key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     base: dict[str, Any] = {"quantization": None, "fingerprints": {}}
-    changed = False
     if adapter.quantization is not None:
         base["quantization"] = quantization_of(adapter.quantization)
-        changed = adapter.quantization.changes_base
-    for name, number in adapter.fingerprints.items():
-        if name in adapter.bases or (changed and (name in adapter.layers or adapter.is_target(name))):
-            base["fingerprints"][name] = number
+    base["fingerprints"] = {name: number for name, number in adapter.fingerprints.items() if name in adapter.bases}
     metadata = {"format": "pt", BASE: json.dumps(base, sort_keys=True)}
     metadata[CHECKSUMS] = json.dumps(_checksums(tensors, metadata), sort_keys=True)
     with atomic_files(Path(folder)) as partial:

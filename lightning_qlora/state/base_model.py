@@ -54,10 +54,7 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
 
 
 def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
-    names = [*arguments_that("of_layer")]
-    if layer_config.changes_base or config.changes_base:
-        names += ["init_lora_weights", "loftq_config"]
-    values = {name: getattr(layer_config, name) for name in names}
+    values = {name: getattr(layer_config, name) for name in arguments_that("of_layer")}
     return {name: value for name, value in values.items() if value != getattr(config, name)}
 
 

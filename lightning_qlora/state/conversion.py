@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.checks import shown
+from lightning_qlora.checks import RemovedStartError, shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
@@ -145,14 +145,14 @@ class SavedConversion:
     def from_text(cls, text: str) -> "SavedConversion":
         """The reverse; a damaged text may raise any error."""
         content = json.loads(text)
-        config = QLoRAConfig(**content["config"])
+        config = _config(content["config"])
         base = {**content["base"]}
         for name, expected in DESCRIPTION_TYPES.items():
             if not isinstance(base.get(name, expected()), expected):
                 raise TypeError(f"{name}={shown(base[name])}: must be a {expected.__name__}.")
         layers = base.get("layers", {}).values()
         for arguments in {json.dumps(value): value for value in layers}.values():  # each once
-            QLoRAConfig(**arguments)
+            _config(arguments)
         fingerprints = {name: int(digits) for name, digits in content["fingerprints"].items()}
         saved = cls(config, base, fingerprints)
         _ = saved.quantization  # it raises for a damaged one
@@ -186,6 +186,10 @@ class SavedConversion:
         return names
 
 
+def _config(arguments: Mapping[str, Any]) -> QLoRAConfig:
+    return QLoRAConfig(**{name: value for name, value in arguments.items() if name != "loftq_config"})  # removed
+
+
 def entry_of(text: str) -> Tensor:
     """The value of `CONVERSION` in a state dict: bytes of a text, in 64 bits.
 
@@ -209,6 +213,8 @@ def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> SavedCon
         return None
     try:
         return SavedConversion.from_text(text_of(state_dict[key]))
+    except RemovedStartError as error:
+        raise ValueError(f"{key}: {error}") from None
     except Exception as error:  # a damaged value may raise any error
         raise ValueError(
             f"{key}: is damaged, or of a newer version of lightning-qlora ({error}). Use another copy, or that version."

@@ -94,19 +94,13 @@ def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
     fingerprints: dict[str, int] = {}
     if config.checkpoint == "adapter":
         for name, layer in parts.layers_by_key.items():
-            if _has_base_of_conversion(layer):
+            if layer.has_base_of_conversion():
                 fingerprints[name] = layer.base_fingerprint()
         for name, owner, key, parameter in parts.dense_parameters:
             if (owner, key) in parts.unchanged and not _is_always_saved(owner, key, parameter):
                 fingerprints[name] = parts.unchanged[owner, key]
     trained = trained_modules(parts.base, parts.unchanged)
     return SavedConversion(config, describe_base(parts, config, trained), fingerprints)
-
-
-def _has_base_of_conversion(layer: LoRALayer) -> bool:
-    """Whether a new build of the module has the base of a layer, so that a state dict leaves it out."""
-    # A base that depends on the last bits of an SVD can't be computed again on another machine.
-    return layer.config.can_repeat_base and layer.has_base_of_conversion()
 
 
 def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> bool:
@@ -126,7 +120,7 @@ def _before_state_dict(root: nn.Module, prefix: str, _: bool) -> None:
     if conversion is None or conversion.config.checkpoint != "adapter" or _in_file.get():
         return
     for name, layer in root.named_modules(remove_duplicate=False):
-        if isinstance(layer, SavedLayer) and _has_base_of_conversion(layer):
+        if isinstance(layer, SavedLayer) and layer.has_base_of_conversion():
             layer.base_left_out_at += (prefix + _prefix(name),)
 
 
@@ -302,7 +296,7 @@ def _take_arguments(base: Parts, conversion: Conversion, saved: SavedConversion)
     for layer, of_layer in arguments.items():
         record_initialization(layer, saved.quantization if in_folder else of_layer)
     method = saved.config.init_lora_weights
-    config = conversion.config.with_initialization(method, saved.config.loftq_config)
+    config = conversion.config.with_initialization(method)
     if config != conversion.config:
         warnings.warn(
             f"The adapters of the checkpoint were initialized as {method!r}, so init_lora_weights="

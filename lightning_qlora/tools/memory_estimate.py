@@ -210,8 +210,7 @@ class PlannedRun:
         if not isinstance(model, nn.Module):
             model = meta_model(model)
         check_initialized(model.named_modules())
-        if config.init_kind.keeps_initial:  # there is no weight, and the adapter has the same shape
-            config = config.with_initialization("default")
+        config = config.with_initialization("default")  # there is no weight, and the adapter has the same shape
         without_bf16 = card is not None and not card.bf16
         if without_bf16 and config.compute_dtype == "auto":
             config = replace(config, compute_dtype="fp16")

@@ -74,7 +74,7 @@ def merge_folder(
             layers[name].set_packed_weights(packed)
         numbers = adapter.fingerprints
         others = [name for name in layers if name in numbers and not layers[name].has_fingerprint(numbers[name])]
-        if not others or trained.changes_base or base == "float":  # a changed base is checked with the adapter
+        if not others or base == "float":
             break
     else:
         raise CheckpointMismatchError(

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_qlora.layers import initialization
-from lightning_qlora.layers.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.starts.calibrated import calibrated_adapter, calibrated_error
+from lightning_qlora.starts.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics
 from lightning_qlora.tensors.dtensor import gather, world_size
 
 
@@ -18,7 +18,7 @@ def adapter_of(
 ) -> tuple[Tensor, Tensor, list[float | None]]:
     """A and B of a layer from the RMS of its inputs [matrices, in]: computed on one rank, then broadcast.
 
-    And `initialization.calibrated_error` of each matrix; None, and the present A and B, if there is nothing to compute.
+    And `calibrated_error` of each matrix; None, and the present A and B, if there is nothing to compute.
     """
     errors: list[float | None] = [None] * len(input_rms)
     lora_a, lora_b = (list(layer.split_matrices(gather(p))) for p in (layer.lora_A, layer.lora_B))
@@ -32,8 +32,8 @@ def adapter_of(
         if group is None or dist.get_rank(group) == rank:
             with torch.autocast(device.type, enabled=False):
                 operands = weight.to(device, layer.weight_dtype), bases[number], input_rms[number].to(device)
-                adapter = initialization.calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
-                error = initialization.calibrated_error(*operands, *adapter, layer.scaling)
+                adapter = calibrated_adapter(*operands, layer.config, layer.seed_name_of(number))
+                error = calibrated_error(*operands, *adapter, layer.scaling)
             values = [part.contiguous() for part in (*adapter, error)]
         if group is not None:
             for value in values:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qlora.checks import check_module
-from lightning_qlora.layers.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics, stop_waiting
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.starts.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics, stop_waiting
 from lightning_qlora.tensors.dtensor import gather, is_sharded, world_size
 from lightning_qlora.training.calibrated_adapter import (
     adapter_of,

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_qlora.dtypes.compute_in import compute_in
 from lightning_qlora.dtypes.full_precision import hold
-from lightning_qlora.layers.input_statistics import InputStatistics
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.starts.input_statistics import InputStatistics
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record_rounded
 from lightning_qlora.training.audit import Audit

@@ -19,6 +19,7 @@ from lightning_qlora import (
     load_adapter,
     load_from_checkpoint,
     merge,
+    quantize,
     save_adapter,
 )
 from lightning_qlora.adapters.module_adapter import config_of_adapter
@@ -338,6 +339,33 @@ def test_an_adapter_whose_initial_values_peft_subtracted_is_read(method, tmp_pat
     assert_peft_computes_the_same(lit, tmp_path / "plain")
 
 
+def test_an_adapter_that_peft_began_as_loftq_on_a_plain_base_is_read(tmp_path):
+    """As PEFT's replace_lora_weights_loftq, which needs a GPU: its decomposition of the quantization error."""
+    loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(toy("llama"), config)
+    for layer in (part for part in theirs.modules() if isinstance(part, peft.tuners.lora.Linear)):
+        weight = layer.get_base_layer().weight.detach()
+        factors = loftq_utils._low_rank_decomposition(weight - quantize(weight).dequantize(), reduced_rank=4)
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = factors["R"], factors["L"]
+    theirs.save_pretrained(tmp_path)
+    lit = Lit(toy("llama"))
+    convert(lit, adapter=str(tmp_path))
+    assert_peft_computes_the_same(lit, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_of_peft_whose_base_changed_is_refused_by_its_start(method, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=method)
+    peft.get_peft_model(toy("llama"), config).save_pretrained(tmp_path)
+    module, lit = converted("llama"), Lit(toy("llama"))
+    for load in (lambda: load_adapter(module, tmp_path), lambda: convert(lit, adapter=str(tmp_path))):
+        with raises_in_one_line(
+            ValueError, f"adapter_config.json: init_lora_weights='{method}': PEFT changed the base"
+        ):
+            load()
+
+
 def test_another_architecture_is_refused_with_file_and_key(folder):
     message = r"adapter_model.safetensors: key 'base_model.model.model.layers.0.*has no (such )?layer"
     with pytest.raises(CheckpointMismatchError, match=message):
@@ -542,7 +570,7 @@ def test_experts_that_a_folder_lacks_get_the_default_initialization(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"lora_dropout": 0.0, "init_lora_weights": "pissa", "trainable_token_indices": [3, 7]},
+        {"lora_dropout": 0.0, "init_lora_weights": "gaussian", "trainable_token_indices": [3, 7]},
         {"lora_dropout": 0.3, "use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}},
         {"lora_dropout": 0.1, "alpha_pattern": {"v_proj": 3}, "modules_to_save": ["norm"], "quant_type": "fp4"},
         {"lora_dropout": 0.1, "rank_pattern": {"q_proj": 8, r".*1\.mlp.*": 2}, "alpha_pattern": {"o_proj": 0.1}},
@@ -618,8 +646,7 @@ REPLACED = {  # arguments that a run with adapter=FOLDER takes from the folder, 
     "exclude_modules": ["0"],
     "modules_to_save": ["2"],
     "trainable_token_indices": [1],
-    "init_lora_weights": "loftq",
-    "loftq_config": {"loftq_iter": 2},
+    "init_lora_weights": "gaussian",
     "use_rslora": False,
     "use_dora": True,
     "rank_pattern": {"4": 3},

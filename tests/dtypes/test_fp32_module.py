@@ -85,7 +85,7 @@ IN_FULL = {"modules_to_save": ["lm_head", "norm"]}
         ("llama", FP16, ONE_LAYER, {"use_dora": True}),
         ("llama", BF16, ONE_LAYER, IN_FULL),
         ("llama", FP16, ONE_LAYER, IN_FULL),
-        ("llama", BF16, ONE_LAYER, {"init_lora_weights": "loftq", "gradient_checkpointing": True}),
+        ("llama", BF16, ONE_LAYER, {"gradient_checkpointing": True}),
         (
             "llama",
             BF16,

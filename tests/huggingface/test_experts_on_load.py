@@ -91,7 +91,6 @@ def test_the_bytes_are_those_of_quantizing_after_loading(build, dtype, folder):
         {"exclude_modules": ["layers.0.mlp.experts.down_proj"]},
         {"target_modules": ["q_proj", "gate_up_proj"]},
         {"rank_pattern": {"experts.gate_up_proj": 4}, "use_dora": True, "quant_type": "fp4", "double_quant": False},
-        {"init_lora_weights": "pissa"},
         {"init_lora_weights": "calibrated"},
         {"modules_to_save": ["layers.0.mlp"]},
     ],

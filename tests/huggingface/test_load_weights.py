@@ -38,8 +38,8 @@ def check_equal(sharded, alone):
         assert torch.equal(gather(sharded[name].detach()).reshape(value.shape), value), name
 
 
-GIVEN = [  # A and B of an SVD, DoRA's norms and dropout; sums over the batches of all ranks
-    {"init_lora_weights": "pissa", "use_dora": True},
+GIVEN = [  # DoRA's norms and dropout; sums over the batches of all ranks
+    {"use_dora": True},
     {"init_lora_weights": "calibrated", "lora_dropout": 0.0, "split": True},
 ]
 
@@ -67,7 +67,7 @@ def check_same_start(sharded, alone):
 
 
 @needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
-@pytest.mark.parametrize("place", range(len(GIVEN)), ids=["pissa", "calibrated"])
+@pytest.mark.parametrize("place", range(len(GIVEN)), ids=["dora", "calibrated"])
 def test_one_rank_has_the_bytes_and_losses_of_no_strategy(place, models, alone, one_rank):
     from tests.scripts import load_weights
 

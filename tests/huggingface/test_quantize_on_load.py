@@ -168,14 +168,12 @@ CHOICES = {
     "save a block": lambda name: {"modules_to_save": [BLOCK[name].replace("\\", "")[:-3]]},
     "dora": lambda name: {"use_dora": True, "rank_pattern": {Q[name]: 8}},
     "gaussian": lambda name: {"init_lora_weights": "gaussian"},
-    "pissa": lambda name: {"init_lora_weights": "pissa", "rank_pattern": {Q[name]: 8}},
-    "sketch": lambda name: {"init_lora_weights": "pissa_niter_2", "alpha_pattern": {Q[name]: 32}},
-    "loftq": lambda name: {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}, "use_dora": True},
+    "alpha": lambda name: {"alpha_pattern": {Q[name]: 32}},
     "calibrated": lambda name: {"init_lora_weights": "calibrated", "exclude_modules": [Q[name]]},
 }
 
 
-OF_TRANSPOSED = ("dora", "sketch", "loftq", "calibrated")  # those that read the weight
+OF_TRANSPOSED = ("dora", "calibrated")  # those that read the weight
 
 
 @pytest.mark.parametrize(
@@ -191,7 +189,7 @@ def test_every_choice_gives_the_module_of_a_model_that_was_loaded_in_init(name, 
     same_parameters(streamed.model, bare)
 
 
-@pytest.mark.parametrize("choice", ["loftq", "exclude a name", "save a block"])
+@pytest.mark.parametrize("choice", ["dora", "exclude a name", "save a block"])
 def test_nothing_is_read_from_a_file_twice(choice, folder):
     path = folder("llama")
     arguments = {**ARGUMENTS, **CHOICES[choice]("llama")}
@@ -255,7 +253,7 @@ class TeacherAndStudent(InConfigureModel):
 def test_names_in_one_of_two_models(folder, trainer, as_converted):
     """Both models have the same names in them; a name that tells them apart needs a model that was loaded before."""
     path = folder("llama")
-    arguments = {**ARGUMENTS, "exclude_modules": [Q["llama"]], "init_lora_weights": "pissa"}
+    arguments = {**ARGUMENTS, "exclude_modules": [Q["llama"]], "use_dora": True}
     streamed = TeacherAndStudent(path)
     as_converted(streamed, TeacherAndStudent(path, loaded=True), **arguments)
     assert len(packed(streamed.teacher)) == len(packed(streamed.student)) == 13
@@ -284,7 +282,7 @@ def test_other_arguments_at_conversion_are_refused(folder):
     before = streamed.state_dict()
     others = {
         **{"quant_type": "fp4", "double_quant": False, "block_size": 32, "r": 2, "lora_alpha": 3},
-        **{"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}, "use_rslora": True, "use_dora": True},
+        **{"init_lora_weights": "gaussian", "use_rslora": True, "use_dora": True},
     }
     config = QLoRAConfig(**ARGUMENTS)
     differing = ", ".join(f"{name}={getattr(config, name)!r} and not {value!r}" for name, value in others.items())
@@ -306,7 +304,7 @@ def test_other_arguments_at_conversion_are_refused(folder):
     )
 
 
-@pytest.mark.parametrize("start", ["default", "loftq", "calibrated"])
+@pytest.mark.parametrize("start", ["default", "calibrated"])
 def test_a_cast_between_loading_and_conversion_leaves_bytes_and_adapters(start, folder):
     path = folder("llama")
     arguments = {**ARGUMENTS, "init_lora_weights": start, "use_dora": start == "default"}
@@ -544,11 +542,11 @@ def test_a_bnb_folder_of_another_shape_is_refused(bnb_folder):
 
 def test_starts_that_need_the_float_weight_are_refused(bnb_folder):
     path = bnb_folder("llama")
-    message = r"layers.0.*: init_lora_weights='pissa' needs the float weight"
+    message = r"layers.0.*: init_lora_weights='calibrated' needs the float weight"
     with pytest.raises(ValueError, match=message):
-        convert(llama(path, device_map="cpu"), r=2, init_lora_weights="pissa")
+        convert(llama(path, device_map="cpu"), r=2, init_lora_weights="calibrated")
     with pytest.raises(ValueError, match=message):
-        load(path, init_lora_weights="pissa")
+        load(path, init_lora_weights="calibrated")
 
 
 def test_nan_in_a_weight_is_named(tmp_path):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import (
@@ -21,16 +22,16 @@ from lightning_qlora import (
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.peft.base_compatibility import quantization_of, required_base, trained_on
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
+from lightning_qlora.state.conversion import CONVERSION, entry_of, text_of
 from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.peft.folders import adapter_of, assert_same_tensors, read_config
-from tests.toys import ARGUMENTS, Lit, delta, ids, logits, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, assert_equal, delta, ids, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters were initialized as")
-CHANGED = [{"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}}]
 KIND = type(toy("llama"))
 
 
@@ -64,30 +65,11 @@ def stored_quantization(folder):
         return json.loads(file.metadata()["lightning_qlora"])
 
 
-@pytest.mark.parametrize("arguments", CHANGED)
-def test_an_adapter_whose_initialization_changed_the_base_needs_that_base(arguments, trained, tmp_path):
-    trained(**arguments)
+def test_another_quantization_than_that_of_the_initialization_is_refused(trained, tmp_path):
+    trained(init_lora_weights="calibrated")
     message = (
-        r"adapter_model.safetensors: does not fit model.layers.0.*: the initialization of these adapters, or of those "
-        "in the module, changed the 4-bit weights"
+        r"q_proj: the adapter was initialized as 'calibrated' from the error of .*quant_type=nf4, .* here it is .*"
     )
-    with raises_in_one_line(CheckpointMismatchError, message):
-        convert(load_base(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
-    plain = load_base(tmp_path / "base")
-    convert(plain, **ARGUMENTS)
-    save_adapter(plain, tmp_path / "plain")
-    # The same initialization of another model gives another base; and one that was changed refuses other adapters.
-    other = Lit(toy("llama", seed=1))
-    convert(other, **ARGUMENTS, **arguments)
-    for module, folder in ((plain, "adapter"), (other, "adapter"), (other, "plain")):
-        with pytest.raises(CheckpointMismatchError, match=message):
-            load_adapter(module, tmp_path / folder)
-
-
-@pytest.mark.parametrize("method", ["calibrated", "loftq"])
-def test_another_quantization_than_that_of_the_initialization_is_refused(method, trained, tmp_path):
-    trained(init_lora_weights=method)
-    message = rf"q_proj: the adapter was initialized as '{method}' from the error of .*quant_type=nf4, .* here it is .*"
     for key, value in (("quant_type", "fp4"), ("block_size", 128), ("double_quant", False)):
         with pytest.raises(CheckpointMismatchError, match=f"{message}{key}={value}"):
             convert(load_base(tmp_path / "base"), adapter=str(tmp_path / "adapter"), **{key: value})
@@ -132,7 +114,7 @@ def test_the_initialization_is_stored_again_and_a_folder_does_not_hold_its_value
             save_adapter(module, tmp_path / "float", base="float")
 
 
-@pytest.mark.parametrize("method", ["default", "loftq"])  # of the module that loads both
+@pytest.mark.parametrize("method", ["default", "calibrated"])  # of the module that loads both
 def test_a_plain_adapter_loaded_after_a_calibrated_one_is_plain(method, trained, tmp_path):
     trained(init_lora_weights="calibrated")
     plain = load_base(tmp_path / "base")
@@ -148,16 +130,6 @@ def test_a_plain_adapter_loaded_after_a_calibrated_one_is_plain(method, trained,
     assert_same_tensors(tmp_path / "plain", tmp_path / "again")
 
 
-METHODS = [
-    {"init_lora_weights": "loftq"},
-    {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}},
-    {"init_lora_weights": "pissa"},
-    {"init_lora_weights": "pissa", "loftq_config": {"loftq_iter": 2}},
-    {"init_lora_weights": "pissa_niter_4", "use_rslora": True},
-    {"init_lora_weights": "calibrated"},
-]
-
-
 def difference(net):
     """A, and s B, with the scaling of the folder that would be written."""
     adapter = adapter_of(net, base="float")
@@ -166,7 +138,15 @@ def difference(net):
     return state["lora_A"], config.scaling * state["lora_B"]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"init_lora_weights": "gaussian"}, *METHODS])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "calibrated"},
+        {"init_lora_weights": "calibrated", "use_rslora": True},
+    ],
+)
 def test_the_difference_is_what_training_added(arguments):
     """Also where another device is the default."""
     net = nn.Sequential(nn.Linear(64, 96))
@@ -176,7 +156,7 @@ def test_the_difference_is_what_training_added(arguments):
         calibrate(net)
     before = delta(net[0])
     a, b = difference(perturb(net))
-    assert a.shape == ((16 if arguments in METHODS else 8), 64)
+    assert a.shape == ((16 if "calibrated" in arguments.values() else 8), 64)
     torch.testing.assert_close(b @ a, delta(net[0]) - before, rtol=1e-3, atol=1e-4)
     with elsewhere():
         again = difference(net)
@@ -196,16 +176,16 @@ def test_on_the_float_weight_it_is_close_to_the_trained_layer():
     assert with_difference < 0.95 * as_it_is
 
 
-@pytest.mark.parametrize("arguments", [METHODS[1], METHODS[4], METHODS[5]])
-def test_peft_on_the_float_base_does_what_training_added(arguments, base, tmp_path, trained):
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_peft_on_the_float_base_does_what_training_added(use_rslora, base, tmp_path, trained):
     """Float base plus difference = float base plus the change of the layers since the initialization."""
     peft = pytest.importorskip("peft")
+    arguments = {"init_lora_weights": "calibrated", "use_rslora": use_rslora}
     lit = trained(**arguments)
     initial = load_base(base)
     convert(initial, **ARGUMENTS, **arguments)
-    if "calibrated" in arguments.values():
-        initial.train().model(ids())  # the batch that Lit trains on
-        calibrate(initial)
+    initial.train().model(ids())  # the batch that Lit trains on
+    calibrate(initial)
     expected = KIND.from_pretrained(base)
     for name, layer in initial.model.named_modules():
         if hasattr(layer, "lora_A"):
@@ -241,18 +221,18 @@ def test_merging_into_the_float_weights_subtracts_the_initial_values(base, tmp_p
 
 
 def test_a_plain_export_names_its_base_in_its_metadata_and_on_screen(tmp_path, trained, capsys):
-    trained(init_lora_weights="loftq")
+    trained(init_lora_weights="calibrated")
     main(["export", str(tmp_path / "last.ckpt"), str(tmp_path / "exported")])
-    assert "initialized as 'loftq', from the quantization error" in capsys.readouterr().err
-    assert stored_quantization(tmp_path / "exported")["quantization"]["init_lora_weights"] == "loftq"
+    assert "initialized as 'calibrated', from the quantization error" in capsys.readouterr().err
+    assert stored_quantization(tmp_path / "exported")["quantization"]["init_lora_weights"] == "calibrated"
     for path in ("exported", "last.ckpt"):
         main(["inspect", str(tmp_path / path)])
-        assert re.search(r"trained on +These adapters were initialized as 'loftq'", capsys.readouterr().out)
+        assert re.search(r"trained on +These adapters were initialized as 'calibrated'", capsys.readouterr().out)
 
 
 def test_adapters_without_such_a_difference_are_refused(base, tmp_path):
     lit = load_base(base)
-    convert(lit, **ARGUMENTS, init_lora_weights="pissa", use_dora=True)
+    convert(lit, **ARGUMENTS, init_lora_weights="calibrated", use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
         save_adapter(lit, tmp_path / "adapter", base="float")
     with pytest.raises(ValueError, match="base='16bit': must be one of 'quantized', 'float'"):
@@ -261,14 +241,12 @@ def test_adapters_without_such_a_difference_are_refused(base, tmp_path):
 
 def test_the_base_that_an_adapter_needs():
     bits = "quant_type=nf4, block_size=64, double_quant=True"
-    for method, loftq_config, needed in (
-        ("default", {}, None),
-        ("gaussian", {}, None),
-        ("calibrated", {}, f"from the quantization error: they fit the model in 4 bits ({bits})."),
-        ("pissa_niter_4", {}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
-        ("loftq", {"loftq_iter": 5}, f"which changed the base: they fit only the 4-bit weights ({bits}) of this run"),
+    for method, needed in (
+        ("default", None),
+        ("gaussian", None),
+        ("calibrated", f"from the quantization error: they fit the model in 4 bits ({bits})."),
     ):
-        quantization = QLoRAConfig(init_lora_weights=method, loftq_config=loftq_config)
+        quantization = QLoRAConfig(init_lora_weights=method)
         text = required_base(quantization)
         if needed is None:
             assert text is None
@@ -290,3 +268,57 @@ def test_a_calibrated_adapter_is_exported_as_it_is_before_its_first_step(base, t
     found = read_adapter(tmp_path)
     for name, state in adapter_of(lit).layers.items():
         assert torch.equal(found.layers[name]["lora_A"], state["lora_A"]) and not found.layers[name]["lora_B"].any()
+
+
+def written_before(state, folder, **quantization):
+    """A state dict, and a folder, with the entries of commit ecb12fea for these arguments."""
+    saved = json.loads(text_of(state[CONVERSION]))
+    saved["config"] |= {"loftq_config": {}, **{k: v for k, v in quantization.items() if k != "base_changed"}}
+    saved["base"]["quantization"] |= quantization
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = json.loads(file.metadata()["lightning_qlora"])
+    metadata["quantization"] |= quantization
+    save_file(tensors, folder / "adapter_model.safetensors", {"lightning_qlora": json.dumps(metadata)})
+    return {**state, CONVERSION: entry_of(json.dumps(saved))}
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        {"init_lora_weights": "pissa", "base_changed": True},
+        {"init_lora_weights": "pissa_niter_4", "base_changed": True},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}, "base_changed": True},
+    ],
+)
+def test_what_was_made_with_a_start_that_was_taken_out_is_refused_by_its_name(start, base, tmp_path, trained):
+    lit = trained()
+    state = written_before(lit.state_dict(), tmp_path / "adapter", **start)
+    reason = f"init_lora_weights='{start['init_lora_weights']}': was taken out, because .* merge a file that has it "
+    fresh = load_base(base)
+    convert(fresh, **ARGUMENTS)
+    before = copy.deepcopy(fresh.state_dict())
+    with raises_in_one_line(ValueError, f"^_qlora_conversion: {reason}"):
+        fresh.load_state_dict(state)
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    with raises_in_one_line(ValueError, f"x.ckpt: _qlora_conversion: {reason}"):
+        read_adapter_from_checkpoint(tmp_path / "x.ckpt")
+    message = f"adapter_model.safetensors: its metadata 'lightning_qlora': {reason}"
+    with raises_in_one_line(ValueError, message):
+        load_adapter(fresh, tmp_path / "adapter")
+    assert_equal(fresh.state_dict(), before)
+    with raises_in_one_line(ValueError, message):
+        convert(load_base(base), adapter=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("start", ["default", "gaussian", "calibrated"])
+def test_what_an_earlier_version_wrote_with_the_other_starts_loads(start, base, tmp_path, trained):
+    lit = trained(init_lora_weights=start)
+    state = written_before(lit.state_dict(), tmp_path / "adapter")
+    module, by_folder = load_base(base), load_base(base)
+    convert(module, **ARGUMENTS, init_lora_weights=start)
+    module.load_state_dict(state)
+    convert(by_folder, adapter=str(tmp_path / "adapter"))
+    for each in (module, by_folder):
+        assert torch.equal(logits(each.model), logits(lit.model))

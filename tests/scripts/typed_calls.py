@@ -10,7 +10,7 @@ from lightning_qlora import ConversionReport, QLoRALinear, QLoRAPrecision, conve
 
 model = nn.Sequential(nn.Linear(64, 64))
 report: ConversionReport = convert(model, r=16, lora_alpha=32, compute_dtype=torch.bfloat16)
-convert(module=model, quant_type="fp4", target_modules=["0"], init_lora_weights="pissa_niter_16", lora_dropout=0)
+convert(module=model, quant_type="fp4", target_modules=["0"], init_lora_weights="gaussian", lora_dropout=0)
 convert(model, rank=16)  # type: ignore[call-arg]
 convert(model, r="16")  # type: ignore[arg-type]
 convert(model, quant_type="nf3")  # type: ignore[arg-type]

@@ -154,8 +154,7 @@ def workers(folder):
 def other_arguments(folder):
     """Initializations, DoRA, recomputation, and modules and rows that train in full."""
     for arguments in (
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "loftq", "quant_type": "fp4"},
+        {"init_lora_weights": "gaussian", "quant_type": "fp4"},
         {"init_lora_weights": "calibrated", "use_dora": True},
         {"gradient_checkpointing": True, "modules_to_save": ["lm_head"]},
         {"compute_dtype": "bf16", "trainable_token_indices": [1, 2]},

@@ -129,17 +129,15 @@ def test_checkpoints_and_folders_with_the_first_fingerprints_load(tmp_path, monk
         patch.setattr(packed_layer, "fingerprint", first_fingerprint)
         patch.setattr(records, "fingerprints_of", lambda tensors: [*map(first_fingerprint, tensors)])
         patch.setattr(peft_folder, "_checksums", partial(peft_folder._checksums, formula=first_fingerprint))
-        source = trained(init_lora_weights="pissa")
-        state = source.state_dict()
+        source = trained()
         save_adapter(source, tmp_path)
-        plain = trained().state_dict()
+        plain = source.state_dict()
     assert fingerprints(plain)["1"] != fingerprints(trained().state_dict())["1"]
-    for arguments, saved in (({"init_lora_weights": "pissa"}, state), ({}, plain)):
-        module = fresh(**arguments)
-        module.load_state_dict(saved)
-        assert torch.equal(module[3].lora_B, saved["3.lora_B"])
-    by_folder = fresh(init_lora_weights="pissa")
-    load_adapter(by_folder, tmp_path)  # it needs the same 4-bit weights
+    module = fresh()
+    module.load_state_dict(plain)
+    assert torch.equal(module[3].lora_B, plain["3.lora_B"])
+    by_folder = fresh()
+    load_adapter(by_folder, tmp_path)
     assert torch.equal(by_folder[3].lora_B, source[3].lora_B)
     for name in ("0.weight", "3.weight"):
         other = mlp()
@@ -225,7 +223,7 @@ def test_a_shared_layer_is_saved_and_loaded():
         other.load_state_dict(first.state_dict())
 
 
-ARGUMENTS = [{}, {"checkpoint": "full"}, {"init_lora_weights": "pissa"}]
+ARGUMENTS = [{}, {"checkpoint": "full"}]
 
 
 @pytest.mark.parametrize("arguments", [*ARGUMENTS, "dense"], ids=str)
@@ -414,7 +412,7 @@ def test_a_frozen_parameter_that_the_module_lacks_is_an_unexpected_key():
         other.load_state_dict(source.state_dict())
 
 
-@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}], ids=str)
 def test_a_module_on_the_meta_device_takes_a_full_state_by_assignment(arguments):
     """The bytes stayed on the meta device, and the next call ended the process."""
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))

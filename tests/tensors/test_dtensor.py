@@ -93,7 +93,6 @@ def test_a_transformers_model_that_is_loaded_and_sharded_in_configure_model(two,
     ("loop", "arguments"),
     [
         ("fabric", {}),
-        ("fabric", {"init_lora_weights": "pissa"}),
         ("fabric", {"checkpoint": "full"}),
         ("fabric", {"use_dora": True}),
         ("fabric", {"policy": "bf16"}),

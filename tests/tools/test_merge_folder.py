@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, convert, merge, save_adapter
+from lightning_qlora import CheckpointMismatchError, convert, merge, save_adapter
 from lightning_qlora.adapters.merge import round_stochastically
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
-from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
 from tests.conftest import elsewhere, raises_in_one_line
@@ -306,18 +305,6 @@ def test_a_killed_merge_leaves_no_output_and_can_be_run_again(folder, out, tmp_p
     assert not out.exists()
     merge_folder(folder, read_adapter(tmp_path / "adapter"), out)
     assert {"adapter", "base", "out"} == {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
-
-
-def test_an_adapter_whose_initialization_changed_the_base(folder, tmp_path, trainer, out):
-    lit = Lit(load("llama", folder))
-    run = trainer(plugins=QLoRAPrecision(**ARGUMENTS, init_lora_weights="pissa"), max_steps=2)
-    run.fit(lit)
-    run.save_checkpoint(tmp_path / "last.ckpt")
-    merge_folder(folder, read_adapter_from_checkpoint(tmp_path / "last.ckpt"), out)
-    assert_merged(out, lit)
-    write_adapter(adapter_of(lit), tmp_path / "adapter")
-    with pytest.raises(CheckpointMismatchError, match="or of those in the module, changed the 4-bit weights"):
-        merge_folder(folder, read_adapter(tmp_path / "adapter"), tmp_path / "out2")
 
 
 def test_the_default_device_has_no_effect(folder, adapter, tmp_path, out):

@@ -26,9 +26,9 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers import initialization
 from lightning_qlora.layers.dora import dora_scale
-from lightning_qlora.layers.input_statistics import add_input
+from lightning_qlora.starts import calibrated
+from lightning_qlora.starts.input_statistics import add_input
 from lightning_qlora.training import calibrated_adapter, calibration
 from tests.conftest import loader
 from tests.peft.folders import adapter_of
@@ -286,7 +286,7 @@ def test_a_copy_with_another_weight_waits_for_its_own_step():
     step(other, x)
     assert report.waiting == []
     weight = dense.layers[0].weight
-    expected = initialization.calibrated_adapter(
+    expected = calibrated.calibrated_adapter(
         weight, quantize(weight).to_bytes(), (x * net.sizes).square().mean(0).sqrt(), other.layers[0].config, "layers.0"
     )
     assert_close(other.layers[0].lora_B.detach(), expected[1].detach(), atol=1e-5, rtol=1e-4)
@@ -553,9 +553,7 @@ def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
     assert net.layers[2].initial_A is not None
 
 
-@pytest.mark.parametrize(
-    ("saved", "resumed"), [("calibrated", "default"), ("pissa", "default"), ("default", "calibrated")]
-)
+@pytest.mark.parametrize(("saved", "resumed"), [("calibrated", "default"), ("default", "calibrated")])
 def test_a_checkpoint_keeps_the_initialization_of_its_adapters(saved, resumed):
     first, second = Net(), Net()
     second.load_state_dict(first.state_dict())

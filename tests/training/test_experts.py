@@ -75,7 +75,7 @@ def test_the_trainer_trains_experts_in_4_bits_with_an_optimizer_made_before_and_
     assert_equal([*resumed.parameters()], [*module.parameters()])
 
 
-@pytest.mark.parametrize("arguments", [{"checkpoint": "full"}, {"init_lora_weights": "pissa"}], ids=str)
+@pytest.mark.parametrize("arguments", [{"checkpoint": "full"}, {"use_rslora": True}], ids=str)
 def test_the_distributed_checkpoint_api_saves_and_loads_stacks(arguments):
     source, target = made(qwen3_moe), made(qwen3_moe)
     for model in (source, target):

@@ -20,10 +20,10 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.initializations import INITIALIZATIONS
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.optim import optimizer_pages
 from lightning_qlora.optim.host_memory import why_not_managed
+from lightning_qlora.starts.starts import STARTS
 from tests.conftest import Classifier, dataset, loader
 from tests.toys import assert_equal, ids, perturb, toy
 from tests.training.test_fabric import launch, setup, train
@@ -76,7 +76,7 @@ class Late(Classifier):
 
 
 @on_each_device
-@pytest.mark.parametrize("start", INITIALIZATIONS)
+@pytest.mark.parametrize("start", STARTS)
 def test_a_module_made_in_configure_model_trains_and_resumes(trainer, device, start):
     def fit(module, epochs, **arguments):
         run = trainer(plugins=plugin(r=4, init_lora_weights=start), max_epochs=epochs, accelerator=device)

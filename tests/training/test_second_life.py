@@ -106,7 +106,7 @@ def test_a_second_module_around_a_converted_network(fit, tmp_path):
 OTHERS = [
     {"use_rslora": True}, {"r": 8, "lora_alpha": 2},
     {"quant_type": "fp4", "compute_dtype": "bf16", "lora_dropout": 0.5}, {"block_size": 32}, {"use_dora": True},
-    {"init_lora_weights": "pissa"}, {"double_quant": False}, {"target_modules": ["4"]},
+    {"init_lora_weights": "gaussian"}, {"double_quant": False}, {"target_modules": ["4"]},
 ]  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_an_adapter_folder_for_a_converted_module_is_loaded_once_or_refused(tmp_
 ARGUMENTS = {
     "r": [2, 4], "lora_alpha": [4, 16], "use_rslora": [False, True], "quant_type": [*QUANT_TYPES],
     "block_size": [32, 64], "double_quant": [False, True], "use_dora": [False, True],
-    "init_lora_weights": ["default", "loftq", "pissa"], "checkpoint": ["adapter", "full"],
+    "init_lora_weights": ["default", "gaussian"], "checkpoint": ["adapter", "full"],
     "exclude_modules": [[], ["3"]],
 }  # fmt: skip
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.kernels.ops import TAGS
-from lightning_qlora.layers.initialization import solver_device
-from lightning_qlora.layers.packed_layer import PackedLayer
 
 # Places of numbers of rows in the sums:
 FINITE_ROWS = -3
 TRAINING_ROWS = -2
 ROWS_BEFORE_STEP = -1  # those of forward passes with gradients, in which B was 0
+WITHOUT_SOLVERS = ("mps",)  # types of devices
 
 
 class InputStatistics:
@@ -116,21 +115,16 @@ def _(sums: Tensor, number: int, x: Tensor, lora_b: Tensor, in_training: bool, n
     pass
 
 
-def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
-    previous: InputStatistics | None = layer.input_statistics
-    statistics = InputStatistics(dense_weight, layer.matrix_count, dense_weight.shape[-1], layer.packed.device)
-    statistics.join(layer)
-    if previous is not None:  # the copies keep the weight that this layer had
-        statistics.report = previous.report
-        if statistics.report is not None:
-            statistics.report.waiting.append(layer.full_name)
-        stop_waiting(layer)
-    return statistics
-
-
-def stop_waiting(layer: PackedLayer) -> None:
+def stop_waiting(layer: nn.Module) -> None:
     """Let a layer wait for no inputs any more: its adapter has its values."""
     # Absent, and not None: torch.compile guards on it.
     statistics: InputStatistics | None = vars(layer).pop("input_statistics", None)
     if statistics is not None:
         statistics.leave(layer)
+
+
+def solver_device(device: torch.device) -> torch.device:
+    """Where to compute in fp64, and eigenvalues: the CPU for a device that has none of them (Apple's MPS)."""
+    if device.type in WITHOUT_SOLVERS:
+        return torch.device("cpu")
+    return device

@@ -1,4 +1,4 @@
-"""Errors: docs/errors.md lists them all, and those of damaged files and wrong calls are one line that helps."""
+"""Errors of damaged files and wrong calls are one line that helps."""
 
 import json
 import os
@@ -24,20 +24,6 @@ from lightning_qlora.state.conversion import CONVERSION
 from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, make_trainer, run_python
-from tests.errors import PAGE, errors_of, page
-
-
-def test_the_page_lists_every_error():
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.errors"
-    assert "errors.md" in (PAGE.parents[1] / "mkdocs.yml").read_text(encoding="utf-8")
-
-
-def test_every_kind_of_raise_is_found(tmp_path):
-    (tmp_path / "x.py").write_text(
-        'def f(a, b):\n    if a: raise ValueError(f"{a}: the {b} is " + "wrong")\n    raise\n'
-        '    raise KeyError("no key" if a else f"no {b}") from None\n    raise error\n    raise OSError(f"{error}")\n'
-    )
-    assert errors_of(tmp_path / "x.py") == [("ValueError", "{a}: the {b} is wrong"), ("KeyError", "no key / no {b}")]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded, shard_like
-from lightning_qlora.tensors.fingerprint import fingerprint, first_fingerprint
+from lightning_qlora.tensors.fingerprint import fingerprint
 from lightning_qlora.tensors.held_types import follow_cast, type_after
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
@@ -174,10 +174,6 @@ class PackedLayer(nn.Module):
         if not self._fingerprint:
             self._fingerprint = fingerprint(self.packed, self.absmax, self.nested)
         return self._fingerprint
-
-    def has_fingerprint(self, number: int | None) -> bool:
-        """Whether a file that has this number was written with this 4-bit weight."""
-        return number == self.base_fingerprint() or number == first_fingerprint(*self.whole_bytes[:3])
 
     def remember_base(self) -> None:
         """Call this before the base is replaced by another one: a state dict holds the other one then."""

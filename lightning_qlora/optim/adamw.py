@@ -63,7 +63,6 @@ class PagedAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        params = _not_empty(type(self).__name__, params)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs)
         Pager().attach(self)
 
@@ -124,7 +123,7 @@ class PagedAdamW8bit(Optimizer):
     ) -> None:
         check_bool("paged", paged)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(_not_empty(type(self).__name__, params), defaults)
+        super().__init__(params, defaults)
         if paged:
             Pager().attach(self)
 
@@ -233,19 +232,6 @@ def load_whole_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             if index in state:
                 state[index] = split_like(param, to_32bit(state[index], betas))
     optimizer.load_state_dict({**saved, "state": state})
-
-
-def _not_empty(optimizer: str, params: Any) -> Any:
-    if isinstance(params, Tensor):
-        return params  # which torch refuses
-    params = list(params)
-    if not params:
-        raise ValueError(
-            f"{optimizer} got no parameters. A module that builds its model in configure_model has none before that: "
-            "create the optimizer in configure_optimizers, with LightningCLI from an argument "
-            "`optimizer: OptimizerCallable` of the module in place of the section `optimizer:`."
-        )
-    return params
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:

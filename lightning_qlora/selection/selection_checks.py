@@ -4,14 +4,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.layers.kinds import is_linear, kind_of
+from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, last_part, outer_names
+from lightning_qlora.layers.names import last_part, outer_names
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.selection.selection import IN_VAIN, REFUSE, SKIP, TRAIN, Selection
 from lightning_qlora.selection.token_selection import check_tokens
@@ -117,44 +116,3 @@ def foreign_adapter(module: nn.Module) -> str | None:
     if not isinstance(module, LoRALayer) and any(names.issuperset(pair) for pair in FOREIGN):
         return f"{kind}, a layer that contains another library's adapter"
     return None
-
-
-def hand_written_adapters(seen: Survey) -> list[str]:
-    """Names of the frozen linear layers with two trainable low-rank matrices beside them, [r, in] and [out, r].
-
-    Their shapes tell, transposed or not. They are in the module that holds the layer, or in the layer itself.
-    """
-    names = []
-    for name, module in seen.modules:
-        if isinstance(module, (LoRALayer, torch.jit.ScriptModule)):
-            continue
-        frozen = {key: layer for key, layer in [("", module), *module.named_children()] if _is_frozen_linear(layer)}
-        if not frozen:
-            continue
-        matrices = [p for p in module.parameters() if p.requires_grad and p.ndim == 2]
-        for key, layer in frozen.items():
-            in_layer = set()
-            if key:
-                in_layer = {id(parameter) for parameter in layer.parameters()}
-            if len(matrices) > 2 + len(in_layer):
-                continue
-            beside = [parameter for parameter in matrices if id(parameter) not in in_layer]
-            if len(beside) == 2 and _is_low_rank(layer, *beside):
-                names.append(join(name, key))
-    return names
-
-
-def _is_frozen_linear(layer: nn.Module) -> bool:
-    if not is_linear(layer):
-        return False
-    weight = layer._parameters.get("weight")
-    return weight is not None and not weight.requires_grad
-
-
-def _is_low_rank(layer: Any, first: Tensor, second: Tensor) -> bool:
-    outputs, inputs = (getattr(layer, size) for size in kind_of(type(layer)).sizes)
-    shapes = {tuple(sorted(first.shape)), tuple(sorted(second.shape))}
-    return any(
-        rank < min(inputs, outputs) and shapes == {tuple(sorted((rank, inputs))), tuple(sorted((rank, outputs)))}
-        for rank in first.shape
-    )

@@ -233,7 +233,7 @@ def _check_base(parts: Parts, saved: SavedConversion) -> tuple[list[str], list[s
         if plain_name in layers:
             own_name, layer = layers[plain_name]
             keys.append(join(own_name, "weight"))
-            fits = layer.has_fingerprint(expected)
+            fits = expected == layer.base_fingerprint()
         elif plain_name in parameters:
             parameter = parameters[plain_name]
             keys.append(parameter.name)

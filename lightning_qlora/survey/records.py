@@ -15,7 +15,7 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join
 from lightning_qlora.layers.trainable_tokens import without_tokens
 from lightning_qlora.tensors.device_types import IN_16_BITS
-from lightning_qlora.tensors.fingerprint import fingerprints_of, first_fingerprint
+from lightning_qlora.tensors.fingerprint import fingerprints_of
 
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 
@@ -129,8 +129,7 @@ def has_fingerprint(number: int, owner: nn.Module, key: str, parameter: Tensor, 
     was_rounded = record is not None and torch.promote_types(parameter.dtype, record.dtype) is not parameter.dtype
     if record is not None and record.fingerprint and was_rounded:
         return number == record.fingerprint
-    current = _fingerprint(owner, parameter, numbers)
-    return number == current or number == first_fingerprint(without_tokens(owner, parameter))
+    return number == _fingerprint(owner, parameter, numbers)
 
 
 def record_rounded(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -1,7 +1,7 @@
 """A 63-bit fingerprint of tensors: files store it to recognize the base model, and to detect damaged values."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,6 @@ from lightning_qlora.tensors.dtensor import gather, own_rows
 
 _PIECE = 1 << 14  # words with one sum: on a CPU torch computes so few on one thread, and they stay in its cache
 _PIECES_ON_GPU = 1 << 6  # at a time
-_FIRST_PIECE = 1 << 17
 _TOGETHER = 1 << 20  # elements of small tensors
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ODD_1 = 0x1E3779B97F4A7C15
@@ -161,33 +160,9 @@ def fingerprint_of_weights(weights: Sequence[PackedWeight]) -> int:
     return fingerprint(*stack_bytes([weight.to_bytes() for weight in weights])[:3])
 
 
-def checksum(tensor: Tensor, formula: Callable[[Tensor], int] = fingerprint) -> str:
+def checksum(tensor: Tensor) -> str:
     """The fingerprint of a tensor's bytes, in hexadecimal: for values that must come back bit for bit."""
-    return f"{formula(tensor.detach().contiguous().view(-1).view(torch.uint8)):016x}"
-
-
-def first_fingerprint(*tensors: Tensor) -> int:
-    """The fingerprint by the formula of files that were written before 29 November 2026.
-
-    Formula: of each piece the sum over its words w of mix(w xor i * odd) mod 2^64, i the position of w in the tensor.
-    """
-    total = 0
-    for tensor in tensors:
-        if not has_values(tensor) or not is_strided(tensor):
-            return 0
-        flat = gather(tensor.detach()).reshape(-1)
-        if flat.is_floating_point():
-            flat = flat.float()
-        words = _words(flat.contiguous(), 0, 1)
-        for begin in range(0, len(words), _FIRST_PIECE):
-            piece = words[begin : begin + _FIRST_PIECE]
-            piece = piece ^ torch.arange(begin + 1, begin + 1 + len(piece), device=piece.device).mul_(_ODD_1)
-            piece ^= piece >> 29
-            piece *= _ODD_2
-            piece ^= piece >> 32
-            total = _mix(total + int(piece.sum()))
-        total = _mix(total + tensor.numel())
-    return total
+    return f"{fingerprint(tensor.detach().contiguous().view(-1).view(torch.uint8)):016x}"
 
 
 def _mix(number: int) -> int:

@@ -73,7 +73,7 @@ def merge_folder(
         for name, packed in adapter.bases.items():
             layers[name].set_packed_weights(packed)
         numbers = adapter.fingerprints
-        others = [name for name in layers if name in numbers and not layers[name].has_fingerprint(numbers[name])]
+        others = [name for name in layers if name in numbers and numbers[name] != layers[name].base_fingerprint()]
         if not others or base == "float":
             break
     else:

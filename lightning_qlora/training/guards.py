@@ -17,7 +17,6 @@ from lightning_qlora.layers.names import inside, join, name_endings, without_wra
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.tensors.dtensor import of_all_ranks
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -71,17 +70,6 @@ def check_fsdp_groups(module: nn.Module) -> None:
                 "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, or cast these modules "
                 "to fp32, or call fully_shard on each of them."
             )
-
-
-def check_equal_batches(trainer: Trainer) -> None:
-    """Refuse ranks with different numbers of training batches (ValueError); all ranks must call it."""
-    counts = of_all_ranks(trainer.num_training_batches)
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"The ranks have {', '.join(map(str, counts))} training batches. A step needs all ranks, so some would "
-            "wait forever, or average gradients of different steps. Give each rank as many batches: keep "
-            f"use_distributed_sampler=True, or set limit_train_batches={min(counts)}."
-        )
 
 
 def check_state_dict(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
+from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, tensors_of
@@ -14,7 +14,6 @@ from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.peft.base_compatibility import check_one_folder
 from lightning_qlora.selection.copies import Copy
 from lightning_qlora.selection.selection import FROZEN, IN_VAIN, Selection
-from lightning_qlora.selection.selection_checks import hand_written_adapters
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import OUTSIDE
 from lightning_qlora.survey.survey import Survey
@@ -29,10 +28,6 @@ UNEXPECTED_SHARE = 0.10  # of the weights that stayed in 16 bits before they are
 HOOKS = (
     "hooks of its weight are lost: register them on lora_A and lora_B after conversion (on_fit_start), or "
     f"{TRAIN_IN_FULL}"
-)
-BY_HAND = (
-    "frozen, with an adapter that was written by hand, and conversion adds its own: remove that one and name the layer "
-    f"in target_modules, or {KEEP_DENSE}, and the module with its matrices in modules_to_save"
 )
 COPY = (
     "an average of weights that is made before conversion gets wrong values: make it in on_fit_start, or after "
@@ -75,7 +70,6 @@ def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selec
 def note_before_first_conversion(
     report: ConversionReport, seen: Survey, choice: Selection, config: QLoRAConfig
 ) -> None:
-    report.note(BY_HAND, hand_written_adapters(seen))
     if not choice.convert:
         advice = ""
         if FROZEN in choice.skip.values():

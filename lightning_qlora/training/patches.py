@@ -12,11 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.strategies.strategy import _validate_keys_for_strict_loading
 from lightning.fabric.utilities.load import _move_state_into
-from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +28,6 @@ from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
-from lightning_qlora.lightning_copies import classes
 from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.state.conversion import conversion_of
 from lightning_qlora.state.module_state import ask_for
@@ -71,37 +67,6 @@ def convert_what_was_built_again(original: Any, strategy: Any, checkpoint: Any, 
     if convert_replaced is not None:
         convert_replaced(strategy.lightning_module, checkpoint["state_dict"])
     original(strategy, checkpoint, *args, **kwargs)
-
-
-def requeue_between_batches(trainer: Any) -> None:
-    """Let the checkpoint of a SLURM job that is queued again be saved between two batches, by all ranks together.
-
-    Upstream: lightning/pytorch/trainer/connectors/signal_connector.py, _SignalConnector._slurm_sigusr_handler_fn, saves
-    in the signal handler, at another place of a step on each rank (pytorch-lightning issue 21406).
-    Supported ways tried: `SLURMEnvironment(auto_requeue=False)` and a handler, which every user would have to write.
-    Removed by: pytorch-lightning pull request 21407, if all ranks then save after the same batch.
-    """
-    connector = trainer._signal_connector
-    environment = trainer._accelerator_connector.cluster_environment
-    requeues = isinstance(environment, classes(SLURMEnvironment)) and environment.auto_requeue
-    if not requeues or "_slurm_sigusr_handler_fn" in vars(connector):
-        return
-    save = connector._slurm_sigusr_handler_fn
-    signals: list[Any] = []
-
-    def handle(signum: Any, frame: Any) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            signals.append(signum)
-        else:
-            save(signum, frame)
-
-    def after_batch(*_: Any) -> None:
-        if trainer.strategy.reduce_boolean_decision(trainer.is_global_zero and bool(signals), all=False):
-            signals.clear()
-            save(environment.requeue_signal, None)
-
-    connector._slurm_sigusr_handler_fn = handle
-    trainer.callbacks.append(LambdaCallback(on_train_batch_end=after_batch))
 
 
 @replaces(

@@ -26,7 +26,7 @@ from lightning_qlora.optim.pager import Pager
 from lightning_qlora.state.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
 from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
-from lightning_qlora.training import guards, patches
+from lightning_qlora.training import guards
 from lightning_qlora.training.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import Run, convert_module, is_converted
@@ -95,7 +95,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         self._agreed: set[torch.device] = set()  # on which the ranks compared their kernels
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
-        self._has_batches = False
 
     def __repr__(self) -> str:
         return type(self).__name__ + repr(self.config).removeprefix(type(self.config).__name__)
@@ -167,7 +166,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         self.report = self._modules.add(root, report, again)
         if trainer is not None:
             guards.check_fsdp_groups(root)
-            patches.requeue_between_batches(trainer)
             if not self._evaluating:
                 self._use_training_mode()
         return module
@@ -198,15 +196,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         if layer is None:
             return None
         return describe(layer.packed.device)
-
-    @override
-    def convert_input(self, data: Any) -> Any:
-        """Before the first batch of a Trainer compare the ranks."""
-        trainer = trainer_of(self._modules.last)
-        if trainer is not None and trainer.training and not self._has_batches:
-            guards.check_equal_batches(trainer)
-            self._has_batches = True
-        return super().convert_input(data)
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -308,7 +297,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         for layer, mode in self._mode_before.items():
             layer.training = mode
         self._mode_before.clear()
-        self._has_batches = False
         self.pager.close()
         scratch.release()
 

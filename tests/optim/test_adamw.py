@@ -415,9 +415,9 @@ def test_under_another_default_device_the_step_counter_is_on_the_cpu():
 
 
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedAdamW8bit])
-def test_no_parameters_is_an_error_that_says_what_to_do(kind):
+def test_no_parameters_is_torchs_error(kind):
     for parameters in ([], iter([])):
-        with pytest.raises(ValueError, match=rf"{kind.__name__} got no parameters.*configure_model.*OptimizerCallable"):
+        with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
             kind(parameters)
     with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
         kind(torch.zeros(2))

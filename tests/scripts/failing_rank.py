@@ -2,9 +2,8 @@
 
     failing_rank.py FOLDER STRATEGY FAILURE STEP [resume]
 
-FAILURE: none, kill (SIGKILL in the step), stop (SIGSTOP in the step), raise, short (one batch fewer than
-the others), save (SIGKILL while the checkpoint of STEP is written), requeue (SLURM's signal in the step, and
-on the other rank in the step before). A checkpoint is saved every second step.
+FAILURE: none, kill (SIGKILL in the step), stop (SIGSTOP in the step), raise, save (SIGKILL while the checkpoint of
+STEP is written). A checkpoint is saved every second step.
 """
 
 import os
@@ -43,8 +42,6 @@ class Failing(Classifier):
                 os.kill(os.getpid(), signal.SIGKILL if self.failure == "kill" else signal.SIGSTOP)
             if self.failure == "raise":
                 raise KeyError("a mistake on one rank")
-        if self.failure == "requeue" and self.global_step == self.step - (self.global_rank != FAILING):
-            os.kill(os.getpid(), signal.SIGUSR1)
         return super().training_step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint):
@@ -55,11 +52,9 @@ class Failing(Classifier):
 class Loader(ResumableLoader):
     """The batches of this rank."""
 
-    def __init__(self, rank, failure):
+    def __init__(self, rank):
         super().__init__(128, 8)
         self.batches = self.batches[rank::2]
-        if failure == "short" and rank == FAILING:
-            self.batches.pop()
 
 
 def main(folder, strategy, failure, step, resume=""):
@@ -77,7 +72,7 @@ def main(folder, strategy, failure, step, resume=""):
         use_distributed_sampler=False,
     )
     module = Failing(failure, int(step))
-    trainer.fit(module, Loader(trainer.global_rank, failure), ckpt_path=resume or None)
+    trainer.fit(module, Loader(trainer.global_rank), ckpt_path=resume or None)
     adapters = {name: gather(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
     torch.save({"losses": module.losses, "adapters": adapters}, Path(folder) / f"rank{trainer.global_rank}.pt")
 

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from functools import partial
 
 import pytest
 import torch
@@ -19,10 +18,6 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.layers import packed_layer
-from lightning_qlora.peft import peft_folder
-from lightning_qlora.survey import records
-from lightning_qlora.tensors.fingerprint import first_fingerprint
 from tests.conftest import Classifier, fingerprints, loader
 
 
@@ -122,36 +117,6 @@ def test_another_base_and_other_arguments_are_refused_with_a_name(change, argume
     convert(module, **{"r": 8, **arguments})
     with pytest.raises(CheckpointMismatchError, match=message):
         module.load_state_dict(trained(**of_saved).state_dict())
-
-
-def test_checkpoints_and_folders_with_the_first_fingerprints_load(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:  # as commit 7d6015c wrote them
-        patch.setattr(packed_layer, "fingerprint", first_fingerprint)
-        patch.setattr(records, "fingerprints_of", lambda tensors: [*map(first_fingerprint, tensors)])
-        patch.setattr(peft_folder, "_checksums", partial(peft_folder._checksums, formula=first_fingerprint))
-        source = trained()
-        save_adapter(source, tmp_path)
-        plain = source.state_dict()
-    assert fingerprints(plain)["1"] != fingerprints(trained().state_dict())["1"]
-    module = fresh()
-    module.load_state_dict(plain)
-    assert torch.equal(module[3].lora_B, plain["3.lora_B"])
-    by_folder = fresh()
-    load_adapter(by_folder, tmp_path)
-    assert torch.equal(by_folder[3].lora_B, source[3].lora_B)
-    for name in ("0.weight", "3.weight"):
-        other = mlp()
-        with torch.no_grad():
-            other.get_parameter(name)[0].mul_(2)
-        convert(other, r=8)
-        with pytest.raises(CheckpointMismatchError, match=f"{name[0]}.*another base weight"):
-            other.load_state_dict(plain)
-    weights = tmp_path / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-5] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(ValueError, match="is not what was saved"):
-        load_adapter(by_folder, tmp_path)
 
 
 def test_a_missing_adapter_is_still_missing():

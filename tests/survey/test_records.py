@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_qlora import CheckpointMismatchError, convert
-from lightning_qlora.tensors.fingerprint import checksum, fingerprint, fingerprints_of, first_fingerprint
+from lightning_qlora.tensors.fingerprint import checksum, fingerprint
 from tests.conftest import fingerprints
 from tests.toys import assert_equal
 
@@ -114,25 +114,6 @@ def test_the_fingerprint_is_that_of_files_which_were_saved_before():
     assert fingerprint(torch.tensor([1 + 2j]), torch.tensor(0.1, dtype=torch.float64)) == 0x3B2BC68987299560
     assert checksum(torch.arange(5.0)) == "0be77359eb9c13be"
     assert fingerprint(torch.arange(5.0), torch.zeros(3, device="meta")) == 0
-
-
-def test_the_first_formula_is_that_of_commit_7d6015c():
-    data = torch.arange(300_001).remainder(251).to(torch.uint8)
-    values = torch.arange(600_001).remainder(1000) / 8
-    numbers = [first_fingerprint(tensor) for tensor in (data, values, values.bfloat16())]
-    assert numbers == [0x542236AE4C9606DA, 0x36C6CFA44F034469, 0x172AB59F89198A80]
-    assert first_fingerprint(data[:5], values[:7].double(), data[:0]) == 0x2961A8A855B0C0F9
-    assert checksum(values[:9].half(), first_fingerprint) == "0553afdfb84d1497"
-    assert first_fingerprint(torch.zeros(3, device="meta")) == 0
-
-
-def test_small_tensors_together_have_the_fingerprints_that_they_have_alone():
-    torch.manual_seed(0)
-    sizes = [1, 2, 7, 64, (3, 5), 0, 2**15 - 1, 2**15, 2**15 + 1]
-    tensors = [torch.randn(size) * 10 for size in sizes * 40]
-    tensors += [torch.randn(64).bfloat16(), torch.randn(2, 32).half(), torch.randn(64).double(), torch.arange(64)]
-    tensors += [torch.randn(64, 64).T, torch.randn(64, 2)[:, 1], torch.randn(64, device="meta"), torch.tensor(1.5)]
-    assert fingerprints_of(tensors) == [fingerprint(tensor) for tensor in tensors]
 
 
 def test_the_fingerprint_sees_signs_of_single_columns_and_changes_of_all_words_at_once():

@@ -22,15 +22,11 @@ class Ended(NamedTuple):
     text: str
 
 
-SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
-SLURM |= {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "test"}
-
-
-def run(folder, strategy, failure, step, resume="", end=2, launcher=TORCHRUN) -> list[Ended]:
-    """Two processes that nobody stops, each with what torchrun or srun would give it, until this many have ended."""
+def run(folder, strategy, failure, step, resume="", end=2) -> list[Ended]:
+    """Two processes that nobody stops, each with what torchrun would give it, until this many have ended."""
     folder.mkdir(exist_ok=True)
     own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS)), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    own |= {"PATH": f"{folder.parent}:{os.environ['PATH']}"} | launcher
+    own |= {"PATH": f"{folder.parent}:{os.environ['PATH']}"} | TORCHRUN
     command = [sys.executable, "-m", "tests.scripts.failing_rank", *map(str, (folder, strategy, failure, step, resume))]
     outputs = [folder / f"output{rank}" for rank in range(2)]
     ranks = [
@@ -66,20 +62,6 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes_exactly(strategy, tmp_
     assert_equal(tmp_path, "whole", "killed", 4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_slurm_job_that_is_queued_again_resumes_exactly(strategy, tmp_path):
-    """As many batches are trained after the signal: SLURM ends the job only when its time is over."""
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> '{tmp_path}/queued'")
-    (tmp_path / "scontrol").chmod(0o755)
-    (tmp_path / "resumed").mkdir()
-    whole = run(tmp_path / "whole", strategy, "requeue", 5, launcher=SLURM)
-    assert (tmp_path / "queued").read_text() == "requeue 4711\n"
-    (tmp_path / "whole" / "hpc_ckpt_1.ckpt").rename(tmp_path / "resumed" / "hpc_ckpt_1.ckpt")
-    resumed = run(tmp_path / "resumed", strategy, "none", 0, launcher=SLURM)
-    assert [end.code for end in whole + resumed] == [0, 0, 0, 0]
-    assert_equal(tmp_path, "whole", "resumed", 5)
-
-
 def assert_equal(folder, whole, resumed, step):
     for rank in range(2):
         expected, found = (torch.load(folder / name / f"rank{rank}.pt", weights_only=True) for name in (whole, resumed))
@@ -107,9 +89,3 @@ def test_the_others_get_an_error_if_a_rank_raises(tmp_path):
 def test_a_rank_that_stops_ends_the_others_after_the_timeout(tmp_path):
     (waiting,) = run(tmp_path / "run", "ddp", "stop", 5, end=1)
     assert waiting.code == 1 and "Timed out" in waiting.text
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_with_different_numbers_of_batches_are_refused(strategy, tmp_path):
-    for end in run(tmp_path / "run", strategy, "short", 0):
-        assert end.code == 1 and "The ranks have 8, 7 training batches" in end.text

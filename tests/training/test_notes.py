@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import weight_norm
 
 from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.training.notes import BY_HAND, HOOKS
+from lightning_qlora.training.notes import HOOKS
 from tests.conftest import Classifier
 from tests.toys import toy
 
@@ -29,15 +29,6 @@ def with_hooks():
     return module.append(experts)
 
 
-class OwnLoRA(nn.Module):
-    """As many write it themselves; the matrices have any name."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(64, 64).requires_grad_(False)
-        self.lora = nn.ParameterDict({"a": torch.zeros(64, 4), "b": torch.zeros(4, 64)})
-
-
 def narrow(*layers):
     return nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 10), *layers)
 
@@ -47,11 +38,6 @@ IN_FULL = {"r": 1024, "modules_to_save": ["0", "1"]}
 STAYED = "not linear, so it is frozen and not in 4 bits, as {}% of the weights: name .*, which trains them in full"
 CASES = [
     (with_hooks, {}, {re.escape(HOOKS): ["0", "2", "3.stack"]}),
-    (
-        lambda: nn.Sequential(nn.Linear(64, 64), OwnLoRA()),
-        {"target_modules": ["0", "linear"]},
-        {re.escape(BY_HAND): ["1.linear"]},
-    ),
     (
         lambda: toy("llama", tie_word_embeddings=True),
         {"target_modules": ["all-linear", "lm_head"]},

@@ -40,7 +40,7 @@ ALLOWED = {
     "layers/derived.py": {"instance.__class__"},
     "training/load_from_checkpoint.py": {"module.__class__"},
     # Modules, tensors and functions that the code itself made.
-    "dtypes/instance_method.py": {"function.__name__", "function.__doc__", "function.__signature__"},
+    "dtypes/instance_method.py": {"function.__wrapped__", "function.__signature__"},
     "layers/trainable_tokens.py": {"view.__dict__.update(self.__dict__, **changed)"},
     "layers/readable_weight.py": {"weight._is_detached", "weight._is_param"},
     "huggingface/load_weights.py": {"new.is_stack"},

@@ -6,6 +6,9 @@
 a step allocates at its peak beside kept activations, measured in the first step, in which all blocks are recomputed,
 and in each that needs more than all before. `size` is measured when a block keeps its activations, and again for larger
 inputs.
+
+A block inside a `torch.utils.checkpoint`, or other saved-tensor hooks, that are not ours is always recomputed: that
+code may run the block again, and both runs have to save the same tensors.
 """
 
 import gc
@@ -25,6 +28,10 @@ from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.texts import size_text
 
 MARGIN = 0.05  # of the limit: fragmentation, and what differs from step to step
+INSIDE_HOOKS = (
+    "blocks inside a torch.utils.checkpoint or torch.autograd.graph.saved_tensors_hooks of other code are recomputed, "
+    "because it may run them again, and both runs must save the same tensors"
+)
 
 
 class ActivationBudget:
@@ -33,6 +40,7 @@ class ActivationBudget:
     Attributes:
         limit: Bytes that the process may use on the device; None: what the device has.
         is_shared: Whether ranks hold parts of the blocks: they must do the same, so all blocks are recomputed.
+        is_inside_hooks: Whether blocks ran inside saved-tensor hooks of other code, where they are recomputed.
         memory_of: Reads a device; None: `set_capacity` alone decides, as in `plan`.
         rest: Bytes of a step at its peak without kept activations, beyond those when it begins; None: not measured yet.
         capacity: Bytes for the activations of a step; None: not known yet.
@@ -42,11 +50,14 @@ class ActivationBudget:
     def __init__(self, limit: int | None, is_shared: bool = False) -> None:
         self.limit = limit
         self.is_shared = is_shared
+        self.is_inside_hooks = False
         self.memory_of: Callable[[torch.device], Memory | None] | None = memory_of
         self.rest: int | None = None
         self.capacity: int | None = None
         self.blocks = self.kept_blocks = self.kept_bytes = 0
-        self._calls: WeakSet[_Call] = WeakSet()  # those whose backward pass has not begun
+        self._calls: WeakSet[_Call] = WeakSet()  # those of this step whose backward pass has not begun
+        self._count = 0  # of all calls so far
+        self._last_begun = 0  # the number of the last call whose backward pass has begun
         self._sizes: WeakKeyDictionary[Any, tuple[list[torch.Size], int]] = WeakKeyDictionary()  # of blocks and classes
         self._begin: tuple[torch.device, Memory, int] | None = None  # of the last step, with the elements of its input
         self._elements = 0  # of the input of the step that `rest` is from
@@ -58,19 +69,28 @@ class ActivationBudget:
     def __str__(self) -> str:
         if self.is_shared:
             return "all blocks are recomputed, because ranks that hold parts of them must do the same"
+        if self.is_inside_hooks and not self.blocks:
+            return INSIDE_HOOKS
         if self.capacity is None:
             return "all blocks are recomputed until a step has measured what fits"
-        return (
+        text = (
             f"of {self.blocks} blocks {self.kept_blocks} keep their activations "
             f"({size_text(self.kept_bytes, 1024)} of {size_text(max(self.capacity, 0), 1024)})"
         )
+        return f"{text}; {INSIDE_HOOKS}" if self.is_inside_hooks else text
 
     def call(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The output of a block, which keeps its activations if they fit."""
-        if _is_recomputed_by_others():
+        if _is_in_backward_pass():
+            return recomputed(forward, args, kwargs)
+        if _are_hooks_on():
+            if not self.is_inside_hooks:
+                self.is_inside_hooks = True
+                rank_zero_info(f"QLoRA: {INSIDE_HOOKS}.")
             return recomputed(forward, args, kwargs)
         inputs = _floats((args, kwargs))
-        if not self._calls and inputs:
+        # Older ones than the last that ran backward are what an error or a kept output left: no call of this step.
+        if inputs and all(call.number < self._last_begun for call in self._calls):
             self._begin_step(inputs[0])
         self.blocks += 1
         shapes = [tensor.shape for tensor in inputs]
@@ -94,6 +114,7 @@ class ActivationBudget:
         return output
 
     def _begin_step(self, x: Tensor) -> None:
+        self._calls = WeakSet()
         self.blocks = self.kept_blocks = self.kept_bytes = 0
         if self.memory_of is None:
             return
@@ -116,7 +137,10 @@ class ActivationBudget:
 
     def begin_backward(self, call: "_Call") -> None:
         """Stop counting the activations of a call; at the last one learn what the step needed beside them."""
-        self._calls.discard(call)
+        self._last_begun = max(self._last_begun, call.number)
+        if call not in self._calls:
+            return
+        self._calls.remove(call)
         if self._calls or self._begin is None or self.memory_of is None:
             return
         if self.capacity is not None and not self._was_told:
@@ -138,6 +162,8 @@ class _Call:
     def __init__(self, budget: ActivationBudget, size: int) -> None:
         self.size = size  # bytes
         self._budget = budget
+        budget._count += 1
+        self.number = budget._count
         budget._calls.add(self)
 
     def __call__(self, *_: Any) -> None:
@@ -149,10 +175,14 @@ def recomputed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return checkpoint(partial(forward, **kwargs) if kwargs else forward, *args, use_reentrant=False)
 
 
-def _is_recomputed_by_others() -> bool:
-    """Whether code around a block recomputes, or moves, what it keeps: its two passes have to do the same."""
-    in_backward: bool = torch._C._current_graph_task_id() != -1
-    return in_backward or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def _is_in_backward_pass() -> bool:
+    is_in_graph_task: bool = torch._C._current_graph_task_id() != -1
+    return is_in_graph_task
+
+
+def _are_hooks_on() -> bool:
+    """Whether saved-tensor hooks are on: those of `checkpoint`, `save_on_cpu`, and of users."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _floats(value: Any) -> list[Tensor]:

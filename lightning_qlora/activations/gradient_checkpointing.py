@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.activations import patches
-from lightning_qlora.activations.activation_budget import ActivationBudget
+from lightning_qlora.activations.activation_budget import ActivationBudget, recomputed
 from lightning_qlora.checks import memory_limit
 from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method, remove
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -48,7 +47,7 @@ class RecomputedForward(InstanceMethod):
             budget.is_shared = budget.is_shared or is_shared(self.module)
             if not budget.is_shared:
                 return budget.call(self.module, self.original, args, kwargs)
-        return checkpoint(partial(self.original, **kwargs), *args, use_reentrant=False)  # it has keywords of its own
+        return recomputed(self.original, args, kwargs)
 
 
 def is_shared(block: nn.Module) -> bool:
@@ -66,6 +65,7 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     Blocks are the layers that a transformers model checkpoints itself (of nested ones the innermost), and elsewhere the
     outermost ModuleList or Sequential with two or more children of one class that hold converted layers.
     """
+    disable_gradient_checkpointing(module.modules())  # that of a conversion before
     layers = list(transformers_checkpointing_layers(module))
     inside = {id(part) for layer in layers for part in layer.modules()}
     blocks = [layer for layer in layers if not any(transformers_checkpointing_layers(*layer.children()))]
@@ -75,13 +75,11 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     if setting is not True:
         budget = ActivationBudget(None if setting == "auto" else memory_limit(setting), is_shared)
     for layer in layers:
-        patches.leave_recomputation_to_us(layer)
+        patches.leave_recomputation_to_us(layer, True)
     for block in blocks:
-        method = instance_method(block, RecomputedForward)
-        if method is None:
-            method = RecomputedForward(block)
-            add(method)
+        method = RecomputedForward(block)
         method.budget = budget
+        add(method)
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing={setting!r}: {type(module).__name__} has no repeated blocks (two or more modules "
@@ -94,6 +92,8 @@ def disable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
     """Undo `enable_gradient_checkpointing` for all blocks and models among modules."""
     for part in modules:
         remove(part, RecomputedForward)
+        if _is_transformers_layer(part):
+            patches.leave_recomputation_to_us(part, False)
         for key, hook in [*vars(part).get("_forward_pre_hooks", {}).items()]:
             if isinstance(hook, partial) and hook.func is _omit_cache:
                 del part._forward_pre_hooks[key]
@@ -107,10 +107,13 @@ def budget_of(parts: Iterable[nn.Module]) -> ActivationBudget | None:
 
 
 def transformers_checkpointing_layers(*modules: nn.Module) -> Iterator[nn.Module]:
+    for module in modules:
+        yield from filter(_is_transformers_layer, module.modules())
+
+
+def _is_transformers_layer(part: nn.Module) -> bool:
     layers: Any = sys.modules.get("transformers.modeling_layers")
-    if layers is not None:
-        parts = (part for module in modules for part in module.modules())
-        yield from (part for part in parts if isinstance(part, layers.GradientCheckpointingLayer))
+    return layers is not None and isinstance(part, layers.GradientCheckpointingLayer)
 
 
 def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:

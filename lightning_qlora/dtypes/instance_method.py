@@ -13,6 +13,7 @@ It never makes a bound method `module.forward`: where a graph breaks, torch.comp
 import copy
 import inspect
 from collections.abc import Callable
+from functools import update_wrapper
 from typing import Any, TypeVar
 
 from torch import nn
@@ -31,6 +32,9 @@ class Owner:
 
 class InstanceMethod:
     """A method of one module; subclasses say in `call` what it does."""
+
+    def __init_subclass__(cls) -> None:
+        cls.__annotations__ = vars(InstanceMethod)["__annotations__"]  # type: ignore[method-assign]
 
     def __init__(self, module: nn.Module, name: str = "forward") -> None:
         self.owner = owner_of(module)
@@ -63,16 +67,20 @@ class InstanceMethod:
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        """A function of the module, which other code binds to it again, as accelerate does."""
+        """A function of a module, which other code binds to it or to a copy of it, as accelerate does."""
 
         def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             method = self if module is self.module else instance_method(module, type(self), self.name)
-            return (method or self)(*args, **kwargs)
+            if method is None:
+                return getattr(type(module), self.name)(module, *args, **kwargs)
+            return method(*args, **kwargs)
 
-        replaced = self.replaced
-        function.__name__ = getattr(replaced, "__name__", self.name)
-        function.__doc__ = replaced.__doc__
-        function.__signature__ = inspect.signature(getattr(replaced, "__func__", replaced))  # type: ignore[attr-defined]
+        update_wrapper(function, self.replaced)
+        del function.__wrapped__  # type: ignore[attr-defined]  # who unwraps the function would lose this method
+        signature = inspect.signature(self.replaced)
+        module = inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [module, *signature.parameters.values()]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return function
 
     @property
@@ -90,6 +98,11 @@ class InstanceMethod:
     def __wrapped__(self) -> Callable[..., Any]:
         """What `inspect.signature` and Lightning look at."""
         return self.replaced
+
+    @property
+    def __annotations__(self) -> Any:  # type: ignore[override]
+        """What `typing.get_type_hints` reads."""
+        return self.replaced.__annotations__
 
     @property
     def __code__(self) -> Any:

@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 
 from lightning_qlora.activations.gradient_checkpointing import (
     budget_of,
-    disable_gradient_checkpointing,
     enable_gradient_checkpointing,
 )
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter
@@ -201,7 +200,6 @@ def _apply(
     record_rounded(parts.named)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(parts.named)
-    disable_gradient_checkpointing(module.modules())
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     make_changes("torch", "transformers")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lightning_qlora import QLoRAPrecision, convert, estimate_memory
 from lightning_qlora.activations import activation_budget
@@ -177,6 +178,87 @@ def test_nothing_stays_counted_after_an_error_or_without_a_backward_pass(device)
     expected = step(module)
     assert budget.kept_blocks == 4 and not budget._calls
     assert_equal(step(module), expected)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_an_error_whose_traceback_is_kept_does_not_stop_the_count(steps_before, device):
+    """As a notebook keeps it, with the graph of the step in its frames; here also an output that is kept."""
+    module, _ = converted(num_hidden_layers=4)
+    budget = budget_of(module.modules())
+    for _ in range(steps_before):
+        step(module)
+    handle = module.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        module(input_ids=ids(), labels=ids())
+    handle.remove()
+    output = module(input_ids=ids(), labels=ids())
+    assert len(budget._calls) == 8
+    for _ in range(3):
+        step(module)
+    assert budget.kept_blocks == budget.blocks == 4 and budget.rest == REST
+    device.available = limit_for(budget, 3)
+    step(module)
+    assert budget.kept_blocks == 3 and not budget._calls
+    output.loss.backward()  # later, it is no step
+    assert budget.rest == REST and not budget._calls and error.traceback
+
+
+def stack(setting):
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4)))
+    return module, convert(module, **DROPOUT, gradient_checkpointing=setting)
+
+
+def in_blocks(module, x):
+    for block in module:
+        x = checkpoint(block, x, use_reentrant=False)
+    return x
+
+
+def on_cpu(module, x):
+    with torch.autograd.graph.save_on_cpu():
+        return module(x)
+
+
+def half_of_it(module, x):
+    return module[2:](checkpoint(module[:2], x, use_reentrant=False))
+
+
+FOREIGN_HOOKS = {
+    "blocks": in_blocks,
+    "model": lambda module, x: checkpoint(module, x, use_reentrant=False),
+    "reentrant": lambda module, x: checkpoint(module, x, use_reentrant=True),
+    "sequential": lambda module, x: checkpoint_sequential(module, 2, x, use_reentrant=False),
+    "save_on_cpu": on_cpu,
+    "half": half_of_it,
+}
+
+
+@pytest.mark.parametrize("call", FOREIGN_HOOKS.values(), ids=FOREIGN_HOOKS)
+def test_blocks_inside_hooks_of_other_code_are_recomputed(call, device, monkeypatch):
+    """Both runs of a block inside a checkpoint do the same, also where the first runs before a step was measured."""
+    told = []
+    monkeypatch.setattr(activation_budget, "rank_zero_info", told.append)
+    results = {}
+    for setting in (False, True, "auto", 2**40):
+        module, report = stack(setting)
+        x = torch.ones(3, 64, requires_grad=True)
+        results[setting] = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            module.zero_grad()
+            y = call(module, x)
+            y.square().sum().backward()
+            results[setting] += [y.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+    for setting in (True, "auto", 2**40):
+        torch.testing.assert_close(results[setting], results[False])
+    is_reentrant = call is FOREIGN_HOOKS["reentrant"]  # its first run is without gradients, and without hooks
+    outside = 2 if call in (half_of_it, FOREIGN_HOOKS["sequential"]) else 0  # the last part of a sequential
+    budget = report.activations
+    assert budget.kept_blocks == budget.blocks == outside
+    assert ("of 2 blocks 2 keep" in report.summary()) is bool(outside)
+    assert ("blocks inside a torch.utils.checkpoint or" in report.summary()) is not is_reentrant
+    assert sum(text[len("QLoRA: ") : -1] == activation_budget.INSIDE_HOOKS for text in told) == (not is_reentrant) * 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])

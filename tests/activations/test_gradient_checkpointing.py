@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.activations import gradient_checkpointing
+from lightning_qlora import QLoRAPrecision, convert, merge
+from lightning_qlora.activations import activation_budget
 from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.audit import Audit
@@ -118,8 +118,8 @@ def test_a_module_without_blocks_warns(module):
 @pytest.fixture
 def count_recomputed(monkeypatch):
     calls = []
-    original = gradient_checkpointing.checkpoint
-    monkeypatch.setattr(gradient_checkpointing, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = activation_budget.checkpoint
+    monkeypatch.setattr(activation_budget, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
 
 
@@ -149,6 +149,54 @@ def test_layers_that_transformers_recomputes_already_are_recomputed_once(count_r
     model(input_ids=ids(), labels=ids()).loss.backward()
     layers = list(transformers_checkpointing_layers(model))
     assert len(count_recomputed) == len(layers) > 1 and not any(layer.gradient_checkpointing for layer in layers)
+
+
+def test_it_ends_with_merge_and_transformers_recompute_again_what_they_did(count_recomputed):
+    def hooks():
+        return sum(len(part._forward_pre_hooks) for part in model.modules())
+
+    model = toy("llama").train()
+    model.gradient_checkpointing_enable()
+    layers = list(transformers_checkpointing_layers(model))
+    for conversion in range(3):
+        convert(model, **ARGUMENTS, gradient_checkpointing=True)
+        model.more = nn.Linear(64, 64)  # new, so the next call converts it
+        convert(model, **ARGUMENTS, gradient_checkpointing="auto")
+        assert hooks() == 2 and not any(layer.gradient_checkpointing for layer in layers)
+        if conversion == 2:
+            model.gradient_checkpointing_disable()  # the user's: it stays
+        merge(model)
+        del model.more
+        assert hooks() == 0 and model.is_gradient_checkpointing == (conversion < 2)
+    calls = len(count_recomputed)
+    assert model(input_ids=ids(), labels=ids(), use_cache=True).past_key_values is not None
+    assert len(count_recomputed) == calls and "forward" not in vars(layers[0])
+
+
+class WithKeywords(nn.Module):
+    """Has keywords that `torch.utils.checkpoint` takes for its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.calls = []
+
+    def forward(self, x, *, debug=0.0, early_stop=0.0, context_fn=0.0, preserve_rng_state=0.0, determinism_check=0.0):
+        self.calls.append(1)
+        return self.linear(x) + debug + early_stop + context_fn + preserve_rng_state + determinism_check
+
+
+@pytest.mark.parametrize("setting", [True, "auto"])
+def test_keywords_of_a_block_reach_it(setting):
+    module = nn.Sequential(WithKeywords(), WithKeywords())
+    convert(module, **ARGUMENTS, gradient_checkpointing=setting)
+    x = torch.randn(2, 64)
+    names = ("debug", "early_stop", "context_fn", "preserve_rng_state", "determinism_check")
+    keywords = {name: float(2**number) for number, name in enumerate(names)}
+    y = module[0].eval()(x, **keywords)
+    y.sum().backward()
+    torch.testing.assert_close(y - module[0](x), torch.full_like(y, 31.0))
+    assert len(module[0].calls) == 3
 
 
 class Recording(Lit):

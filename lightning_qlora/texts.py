@@ -1,9 +1,14 @@
-"""How reports and messages write names and numbers of bytes."""
+"""Names as one text, and how reports and messages write names and numbers of bytes."""
 
 import re
 from collections.abc import Iterable
 
 ROOT = "(the module itself)"
+
+
+def join(*parts: str) -> str:
+    """Parts of a name as one; empty ones, such as the name of the root, are left out."""
+    return ".".join(part for part in parts if part)
 
 
 def group(name: str) -> str:

@@ -267,7 +267,7 @@ STOPS = {
         ("adapters/merge.py", "merge", "no NaN in an adapter, no layer sharded"),
         ("dtypes/full_precision.py", "release", "values that are kept in another type get their own back"),
         ("adapters/merge.py", "merged_weight", "W is decoded, s B A added in fp32, DoRA's scale"),
-        ("adapters/merge.py", "round_stochastically", "rounded once, so that small updates stay on average"),
+        ("kernels/rounding.py", "round_stochastically", "rounded once, so that small updates stay on average"),
         ("layers/qlora_linear.py", "to_dense", "the layer is of its class again"),
         ("dtypes/full_precision.py", "undo_full_precision", "dense modules compute as their class does again"),
         ("survey/records.py", "undo", "what trained before conversion can train again"),

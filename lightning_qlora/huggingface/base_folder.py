@@ -21,7 +21,7 @@ from lightning_qlora.peft.adapter import Adapter, State
 from lightning_qlora.peft.peft_layers import expert_parameter
 from lightning_qlora.state.base_model import tied_names
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import get_output_embeddings
+from lightning_qlora.survey.provenance import OutputEmbeddings
 
 # Classes for a model that was trained without the head of its folder, or with a new one.
 OTHER_CLASSES = (
@@ -171,7 +171,7 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
             *dict(model.named_buffers()),
             *(each.name for each in parts.dense_parameters),
         }:
-            outputs = {id(layer) for layer in get_output_embeddings(parts.modules)}
+            outputs = OutputEmbeddings(parts.modules).of_models
             trained = {f"{name}.weight" for name, layer in parts.named if id(layer) in outputs} & adapter.saved.keys()
             pairs = [pair for pair in tied_names(parts) if len(pair) == 2 and trained & {*pair}]
             return model_class, not all(map(adapter.has_one_value, pairs))

@@ -16,7 +16,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.rounding import round_by_index
+from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
 from lightning_qlora.layers.matrix import ADAPTER, Matrix
@@ -192,7 +192,7 @@ class LoRALayer(WithAdapter, TypedLayer):
         total = base.float() + matrix.product(self.scaling)
         if matrix.lora_magnitude_vector is not None:
             total = dora_scale(self, matrix).unsqueeze(1) * total
-        return round_by_index(total, self.weight_dtype)
+        return round_stochastically(total, self.weight_dtype)
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""

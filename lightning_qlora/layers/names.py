@@ -16,15 +16,11 @@ from torch import Tensor, nn
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
+from lightning_qlora.texts import join as join
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 CHECKPOINTED = "_checkpoint_wrapped_module"  # the same of torch's checkpoint_wrapper, which state dicts do not have
 _EXPERTS = "_experts"
-
-
-def join(*parts: str) -> str:
-    """Parts of a name as one; empty ones, such as the name of the root, are left out."""
-    return ".".join(part for part in parts if part)
 
 
 def owner_name(name: str) -> str:

@@ -13,10 +13,10 @@ from lightning_qlora.dtypes.instance_method import InstanceMethod, add, has_othe
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.kinds import is_packed
-from lightning_qlora.layers.names import last_part, without_numbers
+from lightning_qlora.layers.names import without_numbers
 from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import OUTPUT_EMBEDDINGS, get_output_embeddings
+from lightning_qlora.survey.provenance import OUTPUT_EMBEDDINGS, OutputEmbeddings
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
@@ -86,20 +86,18 @@ def output_embeddings(parts: Parts) -> dict[str, Any]:
     and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
     that of another one differ only in a number.
     """
-    heads = {id(layer) for layer in get_output_embeddings(parts.modules)}
+    heads = OutputEmbeddings(parts.modules)
     in_models: set[int] = set()
     for part in parts.modules:
-        if heads and callable(getattr(part, "get_output_embeddings", None)):
+        if heads.of_models and callable(getattr(part, "get_output_embeddings", None)):
             in_models |= {id(layer) for layer in part.modules()}
     outside = {name: layer for name, layer in parts.named if id(layer) not in in_models}
     sizes = {layer.num_embeddings for layer in outside.values() if isinstance(layer, nn.Embedding)}
     fitting = {name: layer for name, layer in outside.items() if _is_plain(layer) and layer.out_features in sizes}
     repeated = Counter(map(without_numbers, fitting))
-    heads |= {id(layer) for name, layer in fitting.items() if repeated[without_numbers(name)] == 1}
+    single = {name for name in fitting if repeated[without_numbers(name)] == 1}
     return {
-        name: layer
-        for name, layer in parts.named
-        if _is_plain(layer) and (id(layer) in heads or last_part(name) in OUTPUT_EMBEDDINGS)
+        name: layer for name, layer in parts.named if _is_plain(layer) and (name in single or heads.has(name, layer))
     }
 
 

@@ -4,7 +4,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -177,9 +177,9 @@ class SavedConversion:
         outer = join(without_wrappers(root).removesuffix("."), self.base.get("prefix", ""))
         in_full = {join(outer, name) for name in self.base.get("trained_in_full", [])}
         names = {}
-        for key in state_dict:
+        for key in adapter_keys(state_dict):
             name = without_wrappers(owner_name(key))
-            if last_part(key) == "lora_A" and name not in in_full:  # else a parameter of the user, of this name
+            if name not in in_full:
                 if len(state_dict[key].shape) == 3:
                     name = parameter_name(name)
                 names[key.removesuffix("lora_A")] = name
@@ -188,6 +188,11 @@ class SavedConversion:
 
 def _config(arguments: Mapping[str, Any]) -> QLoRAConfig:
     return QLoRAConfig(**{name: value for name, value in arguments.items() if name != "loftq_config"})  # removed
+
+
+def adapter_keys(state_dict: Iterable[str]) -> list[str]:
+    """The keys of lora_A of each adapter in a state dict, and of parameters of the user that are called so."""
+    return [key for key in state_dict if last_part(str(key)) == "lora_A"]
 
 
 def entry_of(text: str) -> Tensor:

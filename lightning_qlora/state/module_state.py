@@ -26,7 +26,7 @@ from lightning_qlora.layers.layer_state import (
     pop_base,
 )
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import CHECKPOINTED, join, last_part, owner_name, without_wrappers
+from lightning_qlora.layers.names import CHECKPOINTED, join, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens
 from lightning_qlora.peft.base_compatibility import record_initialization, required_base
@@ -35,6 +35,7 @@ from lightning_qlora.state.conversion import (
     CONVERSION,
     Conversion,
     SavedConversion,
+    adapter_keys,
     check_no_layer_resized,
     conversion_of,
     entry_of,
@@ -260,8 +261,7 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
 
 
 def _layers_with_adapter(parts: Parts, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
-    """Names of the layers with an adapter in a state dict; a parameter of the user may have its name."""
-    adapters = {key.removeprefix(prefix) for key in state_dict if last_part(key) == "lora_A"}
+    adapters = {key.removeprefix(prefix) for key in adapter_keys(state_dict)}
     return {owner_name(key) for key in adapters - {parameter.name for parameter in parts.dense_parameters}}
 
 

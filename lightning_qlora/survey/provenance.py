@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
+from lightning_qlora.layers.names import last_part
 from lightning_qlora.survey.parts import Parts
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
@@ -16,15 +17,26 @@ LOADED_TENSOR = "_is_hf_initialized"  # transformers 5 sets it on each tensor th
 MARKED = "_qlora_marked"  # attribute of a module: keys of its parameters that had this mark (`keep_marks`)
 
 
-def get_output_embeddings(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    for model in modules:
-        if callable(getattr(model, "get_output_embeddings", None)):
-            try:
-                embedding = model.get_output_embeddings()  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):  # transformers models without a head
-                continue
-            if embedding is not None:
-                yield embedding
+class OutputEmbeddings:
+    """Which layers among some modules are output embeddings: their models say so, or their names.
+
+    Attributes:
+        of_models: Ids of those that models name.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.of_models: set[int] = set()
+        for model in modules:
+            if callable(getattr(model, "get_output_embeddings", None)):
+                try:
+                    embedding = model.get_output_embeddings()  # type: ignore[operator]
+                except (NotImplementedError, AttributeError):  # transformers models without a head
+                    continue
+                if embedding is not None:
+                    self.of_models.add(id(embedding))
+
+    def has(self, name: str, layer: nn.Module) -> bool:
+        return id(layer) in self.of_models or last_part(name) in OUTPUT_EMBEDDINGS
 
 
 def loaded_models(parts: Parts) -> list[list[nn.Module]]:

@@ -25,7 +25,6 @@ from lightning_qlora.layers.names import (
     inside,
     is_transformers_model,
     join,
-    last_part,
     only_child_of,
     without_wrappers,
 )
@@ -36,8 +35,7 @@ from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import (
     LOADED,
-    OUTPUT_EMBEDDINGS,
-    get_output_embeddings,
+    OutputEmbeddings,
     loaded_models,
     new_parameters,
     parameters_of,
@@ -172,7 +170,7 @@ class _Facts:
             self.holders[id(parameter)][name] = id(owner)
         self.routers = Routers(self.modules)
         self.members_of: Callable[[Any], frozenset[str]] = cache(_members_of_class)
-        self.output_embeddings = set(map(id, get_output_embeddings(self.modules.values())))
+        self.output_embeddings = OutputEmbeddings(self.modules.values())
         self.in_frozen_models: set[int] = set()
         for inside_model in modules.models.values():
             if not any(parameter.requires_grad for parameter in parameters_of(inside_model)):
@@ -208,7 +206,7 @@ class _Facts:
             "shape": _shape(layer, kind),
             "computed": () if kind is Kind.QUANTIZED else tuple(computed),
             "member": self._replaced_member(layer) if is_dense else None,
-            "is_output_embedding": id(layer) in self.output_embeddings or last_part(name) in OUTPUT_EMBEDDINGS,
+            "is_output_embedding": self.output_embeddings.has(name, layer),
             "is_router": self.routers.has(name, layer),
             "is_left_dense": is_dense and id(layer) in self.left_dense,
             "is_read_dense": is_dense and id(layer) in self.read_dense,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.fingerprint import has_values, is_strided
+from lightning_qlora.texts import join
 
 Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
 HELD = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)}  # in, before
@@ -51,10 +52,6 @@ def set_types_before(part: nn.Module, types: Mapping[str, torch.dtype]) -> None:
         vars(part).pop(TYPES, None)
 
 
-def _join(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
-
-
 def held_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """Name, value and type before of each parameter and buffer that is held; tied ones with the first name."""
     seen = set[int]()
@@ -62,7 +59,7 @@ def held_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str
         for key, tensor, dtype in held_in(part):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield _join(name, key), tensor, dtype
+                yield join(name, key), tensor, dtype
 
 
 def full_precision_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
@@ -115,9 +112,9 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
     narrow = {}
     for name, part in module.named_modules(remove_duplicate=False):
         for key, tensor, dtype in held_in(part):
-            value = state_dict.get(_join(name, key))
+            value = state_dict.get(join(name, key))
             if value is not None and not is_sharded(value) and not tensor.requires_grad:
-                narrow[_join(name, key)] = value.to(dtype)
+                narrow[join(name, key)] = value.to(dtype)
     exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key].float())}
     return {**state_dict, **exact}
 

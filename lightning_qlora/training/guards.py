@@ -16,6 +16,7 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
+from lightning_qlora.state.conversion import adapter_keys
 from lightning_qlora.survey.parts import Parts
 
 
@@ -100,7 +101,7 @@ def _missing_adapters(module: nn.Module, state_dict: Mapping[str, Any]) -> list[
 
     A key may lack the first parts of a name, or have others before it: `state_dict` may return that of a part.
     """
-    keys = {without_wrappers(str(key)) for key in state_dict}
+    keys = set(map(without_wrappers, adapter_keys(state_dict)))
     endings = {ending for key in keys for ending in name_endings(key)}
     present = set()
     for name, layer in module.named_modules(remove_duplicate=False):

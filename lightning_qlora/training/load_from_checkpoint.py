@@ -3,7 +3,6 @@
 import inspect
 import io
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
 from lightning_qlora.layers.names import last_part, named
-from lightning_qlora.state.conversion import CONVERSION, conversion_of, entry_of, read_conversion
+from lightning_qlora.state.conversion import CONVERSION, adapter_keys, conversion_of, entry_of, read_conversion
 from lightning_qlora.training.checkpoint import check_networks
 from lightning_qlora.training.convert import convert_module
 
@@ -104,10 +103,10 @@ def _text_of_plugin(checkpoint: Any, path: str | Path, name: str) -> Any:
     if not isinstance(checkpoint, dict):
         checkpoint = {}
     state = checkpoint.get("state_dict", {})
-    endings = Counter(last_part(str(key)) for key in state)
-    if endings[CONVERSION]:
+    if any(last_part(str(key)) == CONVERSION for key in state):
         return None
-    if not endings["lora_A"]:
+    adapters = adapter_keys(state)
+    if not adapters:
         raise ValueError(
             f"{str(path)!r} holds no {CONVERSION!r} and no adapters: it was not saved from a converted module. Load "
             f"it with {name}.load_from_checkpoint."
@@ -115,7 +114,7 @@ def _text_of_plugin(checkpoint: Any, path: str | Path, name: str) -> Any:
     of_plugin = checkpoint.get(PLUGIN, {}).get(CONVERSION)
     if not isinstance(of_plugin, str):
         raise ValueError(
-            f"{str(path)!r} holds the adapters of {endings['lora_A']} layers and no {CONVERSION!r}, which has the "
+            f"{str(path)!r} holds the adapters of {len(adapters)} layers and no {CONVERSION!r}, which has the "
             "arguments of the conversion (r, lora_alpha, ...): on_save_checkpoint of the module, or other code, left "
             f"it out. Build the module, call lightning_qlora.convert(module, ...) with the arguments of the training, "
             'and module.load_state_dict(torch.load(PATH)["state_dict"], strict=False). To have it in the next '

@@ -19,11 +19,18 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
 from lightning_qlora.kernels.backends import agree, describe
-from lightning_qlora.layers.names import last_part, without_wrappers
+from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.pager import Pager
-from lightning_qlora.state.conversion import CONVERSION, conversion_of, forget_conversion, text_of, was_merged
+from lightning_qlora.state.conversion import (
+    CONVERSION,
+    adapter_keys,
+    conversion_of,
+    forget_conversion,
+    text_of,
+    was_merged,
+)
 from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.training import guards
@@ -184,7 +191,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
 
     def _convert_replaced_layers(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         """Convert layers that replaced converted ones, if a state dict has adapters for them."""
-        adapters = {without_wrappers(key) for key in state_dict if last_part(key) == "lora_A"}
+        adapters = set(map(without_wrappers, adapter_keys(state_dict)))
         present = {without_wrappers(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         if conversion_of(module) is not None and not adapters <= present:
             forget_conversion(module)

@@ -104,15 +104,16 @@ def test_a_template_that_rewrites_earlier_answers_gives_one_example_for_each(tok
         list(conversations.encode(TALKS[0], tokenizer))
 
 
-def test_three_sources_are_read(tmp_path, monkeypatch):
+def test_four_forms_are_read(tmp_path, monkeypatch):
     file = tmp_path / "talks.jsonl"
     alpaca = {"instruction": "Add.", "input": "1, 2", "output": "3"}
     as_messages = [{"role": "user", "content": "Add.\n\n1, 2"}, {"role": "assistant", "content": "3"}]
-    rows = [{"messages": TALKS[0]}, alpaca, {**alpaca, "input": ""}]
+    shared = {"conversations": [{"from": "human", "value": "Add.\n\n1, 2"}, {"from": "gpt", "value": "3"}]}
+    rows = [{"messages": TALKS[0]}, alpaca, {**alpaca, "input": ""}, shared]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     read = list(conversations.read(str(file)))
     assert read[:2] == [TALKS[0], as_messages]
-    assert read[2][0]["content"] == "Add."
+    assert read[2][0]["content"] == "Add." and read[3] == as_messages
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match=r"me/talks: no such file\..*pip install datasets"):
         list(conversations.read("me/talks"))
@@ -136,6 +137,13 @@ def module_and_data(base, tmp_path, **arguments):
     module.configure_model()
     module.model.float()
     return module, data
+
+
+def test_few_conversations_are_enough_and_none_is_an_error(base, tmp_path):
+    _, data = module_and_data(base, tmp_path, held_out=256)
+    assert len(data.train) >= len(TALKS) - len(TALKS) // 10
+    with pytest.raises(ValueError, match=r"none has an answer in its first 1\s+tokens\. Set data\.max_length"):
+        module_and_data(base, tmp_path, max_length=1)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

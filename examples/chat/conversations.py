@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Pre
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 IGNORE = -100  # label that the loss ignores
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 Messages = list[dict[str, str]]
 Example = dict[str, list[int]]
 
@@ -35,11 +36,16 @@ def read(path: str | None) -> Iterator[Messages]:
     for row in rows:
         if "messages" in row:  # OpenAI's form
             yield row["messages"]
+        elif "conversations" in row:  # ShareGPT's form
+            yield [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
         elif "instruction" in row:  # Alpaca's form
             question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
             yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
         else:
-            raise ValueError(f"{path}: a row has {', '.join(row)}; expected `messages`, or `instruction` and `output`.")
+            raise ValueError(
+                f"{path}: a row has {', '.join(row)}; expected `messages`, `conversations`, or `instruction` and "
+                "`output`."
+            )
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -102,7 +108,7 @@ class Conversations(LightningDataModule):
         batch_size: Examples in a batch; a pack has up to batch_size x max_length tokens.
         max_length: Tokens after which an example is cut; examples without an answer before it are left out.
         pack: Whether a batch is one row of examples without padding, with position_ids that begin at 0 in each.
-        held_out: Conversations for validation.
+        held_out: Conversations for validation; a tenth of all if these are fewer.
         seed: Seed of the split and of the order.
     """
 
@@ -120,10 +126,16 @@ class Conversations(LightningDataModule):
         self.pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE)
         conversations = list(read(self.path))
         random.Random(self.seed).shuffle(conversations)
+        held_out = min(self.held_out, len(conversations) // 10)
         self.val, self.train = (
             [example for messages in part for example in self.examples(messages, tokenizer)]
-            for part in (conversations[: self.held_out], conversations[self.held_out :])
+            for part in (conversations[:held_out], conversations[held_out:])
         )
+        if not self.train:
+            raise ValueError(
+                f"{self.path}: of {len(conversations)} conversations none has an answer in its first "
+                f"{self.max_length} tokens. Set data.max_length, or look at the data."
+            )
 
     def examples(self, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
         for example in encode(messages, tokenizer):

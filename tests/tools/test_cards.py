@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 
 from lightning_qlora import estimate_memory
 from lightning_qlora.tools import cli
+from lightning_qlora.tools.cards import find_card
 
 CONFIG = LlamaConfig(
     hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=512, dtype="bfloat16"
@@ -31,6 +32,20 @@ def test_plan_knows_the_memory_of_a_card(tmp_path, capsys, name):
     CONFIG.save_pretrained(tmp_path)
     cli.main(["plan", str(tmp_path), "--sequence_length", "32", "--gpu", name])
     assert "of 16.11 GB (15 GiB)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("A100-80GB", 80),
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("A100-PCIE-40GB", 40),
+        ("A100", 40),
+        ("GeForce RTX 4060 Ti", 8),
+    ],
+)
+def test_names_with_a_size_and_those_of_drivers(name, size):
+    assert find_card(name, "gpu").memory == size * 2**30
 
 
 def test_memory_that_is_passed_counts(tmp_path, capsys):

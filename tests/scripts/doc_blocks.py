@@ -36,8 +36,8 @@ COMMIT = "0" * 40
 FENCE = re.compile(r"^(?P<skip><!-- not run: .+ -->\n)?```(?P<kind>\w*)(?P<rest>.*)\n(?P<code>(?:.*\n)*?)```$", re.M)
 # What pages name and a test can't run: it installs, needs a network or a server, or takes minutes.
 PROGRAMS = {
-    "pip", "docker", "make", "git", "pytest", "vllm", "curl", "hf", "ollama", "llama-cli", "transformers serve", "torchrun",
-    "sbatch", "ray", "export", "cp", "python -m", "python llama.cpp/convert_hf_to_gguf.py",
+    "pip", "make", "git", "pytest", "vllm", "curl", "hf", "ollama", "llama-cli", "transformers serve", "torchrun",
+    "docker", "sbatch", "ray", "export", "cp", "python -m", "python llama.cpp/convert_hf_to_gguf.py",
 }  # fmt: skip
 
 

@@ -147,9 +147,9 @@ def memory_limit(value: int | str) -> int:
 
 
 def check_gradient_checkpointing(name: str, value: Any) -> None:
-    allowed = "True, False, 'auto', or bytes such as '8GiB'"
+    allowed = "True, False, 'auto', 'offload', or bytes such as '8GiB'"
     _check(isinstance(value, (bool, int, str)), name, value, allowed)
-    if not isinstance(value, bool) and value != "auto":
+    if not isinstance(value, bool) and value not in ("auto", "offload"):
         try:
             memory_limit(value)
         except ValueError as error:

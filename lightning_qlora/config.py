@@ -116,7 +116,8 @@ class QLoRAConfig:
         alpha_pattern: lora_alpha of single layers, as in PEFT: {name ending or regular expression: lora_alpha}.
         paged_optimizer: Page optimizer state to host memory: True, False, or "auto" (True for CUDA devices).
         gradient_checkpointing: Recompute activations in the backward pass to save memory. "auto": only those that do
-            not fit; a number of bytes, also as "8GiB": that the process may use on its device.
+            not fit; a number of bytes, also as "8GiB": that the process may use on its device. "offload": for the
+            longest sequences.
         checkpoint: Content of a checkpoint: "adapter" (the adapters and all other trained weights), or "full" (the
             4-bit base as well).
         adapter: Folder of a PEFT adapter to start from.

@@ -18,7 +18,7 @@ from lightning_qlora.tools.cli import main
 AUTO = "True, False or 'auto'"
 NAMES = "a list of non-empty names"
 BOOL = "True or False"
-ACTIVATIONS = "True, False, 'auto', or bytes such as '8GiB'"
+ACTIVATIONS = "True, False, 'auto', 'offload', or bytes such as '8GiB'"
 STARTS = "'default', 'gaussian', 'calibrated'"
 WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "quant_type": (["nf5", "NF4", "", None], "one of " + ", ".join(map(repr, QUANT_TYPES))),

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.activations.device_memory import Memory, memory_of, reset_peak
+from lightning_qlora.activations.token_tiles import TokenTiles, describe_tiles, is_long, recomputed_in_tiles
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.texts import size_text
 
@@ -40,21 +41,25 @@ class ActivationBudget:
     Attributes:
         limit: Bytes that the process may use on the device; None: what the device has.
         is_shared: Whether ranks hold parts of the blocks: they must do the same, so all blocks are recomputed.
+        offloads: Whether all blocks are recomputed, whatever fits.
         is_inside_hooks: Whether blocks ran inside saved-tensor hooks of other code, where they are recomputed.
         memory_of: Reads a device; None: `set_capacity` alone decides, as in `plan`.
         rest: Bytes of a step at its peak without kept activations, beyond those when it begins; None: not measured yet.
         capacity: Bytes for the activations of a step; None: not known yet.
         blocks, kept_blocks, kept_bytes: Of the last step: calls of blocks, those that keep their activations, bytes.
+        parts: The parts of recomputed blocks that had enough tokens for tiles (`token_tiles.py`).
     """
 
-    def __init__(self, limit: int | None, is_shared: bool = False) -> None:
+    def __init__(self, limit: int | None, is_shared: bool = False, offloads: bool = False) -> None:
         self.limit = limit
         self.is_shared = is_shared
+        self.offloads = offloads
         self.is_inside_hooks = False
         self.memory_of: Callable[[torch.device], Memory | None] | None = memory_of
         self.rest: int | None = None
         self.capacity: int | None = None
         self.blocks = self.kept_blocks = self.kept_bytes = 0
+        self.parts: WeakSet[TokenTiles] = WeakSet()
         self._calls: WeakSet[_Call] = WeakSet()  # those of this step whose backward pass has not begun
         self._count = 0  # of all calls so far
         self._last_begun = 0  # the number of the last call whose backward pass has begun
@@ -64,9 +69,14 @@ class ActivationBudget:
         self._was_told = False
 
     def __reduce__(self) -> Any:
-        return type(self), (self.limit, self.is_shared)
+        return type(self), (self.limit, self.is_shared, self.offloads)
 
     def __str__(self) -> str:
+        return "; ".join(text for text in (self._kept(), describe_tiles(self.parts)) if text)
+
+    def _kept(self) -> str:
+        if self.offloads:
+            return "all blocks are recomputed"
         if self.is_shared:
             return "all blocks are recomputed, because ranks that hold parts of them must do the same"
         if self.is_inside_hooks and not self.blocks:
@@ -89,6 +99,8 @@ class ActivationBudget:
                 rank_zero_info(f"QLoRA: {INSIDE_HOOKS}.")
             return recomputed(forward, args, kwargs)
         inputs = _floats((args, kwargs))
+        if self.is_shared or self.offloads:
+            return self._recomputed(forward, args, kwargs, inputs)
         # Older ones than the last that ran backward are what an error or a kept output left: no call of this step.
         if inputs and all(call.number < self._last_begun for call in self._calls):
             self._begin_step(inputs[0])
@@ -98,7 +110,7 @@ class ActivationBudget:
         known, size = measured or self._sizes.get(type(block), (shapes, 0))
         size = int(size * _growth(shapes, known))
         if self.capacity is None or sum(call.size for call in self._calls) + size > self.capacity:
-            output = recomputed(forward, args, kwargs)
+            output = self._recomputed(forward, args, kwargs, inputs)
             size = 0
         else:
             if measured and _is_within(shapes, known):
@@ -112,6 +124,11 @@ class ActivationBudget:
         if node is not None:
             node.register_prehook(_Call(self, size))
         return output
+
+    def _recomputed(self, forward: Callable[..., Any], args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+        if inputs and is_long(inputs[0]):
+            return recomputed_in_tiles(recomputed, forward, args, kwargs, self.parts)
+        return recomputed(forward, args, kwargs)
 
     def _begin_step(self, x: Tensor) -> None:
         self._calls = WeakSet()

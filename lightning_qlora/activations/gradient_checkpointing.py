@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_qlora.activations import patches
 from lightning_qlora.activations.activation_budget import ActivationBudget, recomputed
+from lightning_qlora.activations.token_tiles import TokenTiles, let_run_in_tiles
 from lightning_qlora.checks import memory_limit
 from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method, remove
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
@@ -45,8 +46,7 @@ class RecomputedForward(InstanceMethod):
         budget = self.budget
         if budget is not None and not torch.compiler.is_compiling():  # a graph is compiled for one way
             budget.is_shared = budget.is_shared or is_shared(self.module)
-            if not budget.is_shared:
-                return budget.call(self.module, self.original, args, kwargs)
+            return budget.call(self.module, self.original, args, kwargs)
         return recomputed(self.original, args, kwargs)
 
 
@@ -59,7 +59,8 @@ def is_shared(block: nn.Module) -> bool:
 def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str = True, is_shared: bool = False) -> None:
     """Recompute the repeated blocks of a converted module in its backward pass.
 
-    `setting`: True, or "auto" or the bytes that the process may use: then blocks keep their activations while they fit.
+    `setting`: True, or "auto" or the bytes that the process may use: then blocks keep their activations while they fit;
+    or "offload": as little memory as possible.
     `is_shared`: whether a strategy will split them over ranks.
 
     Blocks are the layers that a transformers model checkpoints itself (of nested ones the innermost), and elsewhere the
@@ -73,13 +74,17 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     _cache_only_without_gradients(module)
     budget = None
     if setting is not True:
-        budget = ActivationBudget(None if setting == "auto" else memory_limit(setting), is_shared)
+        limit = None if setting in ("auto", "offload") else memory_limit(setting)
+        budget = ActivationBudget(limit, is_shared, setting == "offload")
+    names = {part: name for name, part in module.named_modules()}
     for layer in layers:
         patches.leave_recomputation_to_us(layer, True)
     for block in blocks:
         method = RecomputedForward(block)
         method.budget = budget
         add(method)
+        if budget is not None:
+            let_run_in_tiles(block, names[block])
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing={setting!r}: {type(module).__name__} has no repeated blocks (two or more modules "
@@ -92,6 +97,7 @@ def disable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
     """Undo `enable_gradient_checkpointing` for all blocks and models among modules."""
     for part in modules:
         remove(part, RecomputedForward)
+        remove(part, TokenTiles)
         if _is_transformers_layer(part):
             patches.leave_recomputation_to_us(part, False)
         for key, hook in [*vars(part).get("_forward_pre_hooks", {}).items()]:

@@ -256,7 +256,8 @@ class PlannedRun:
         budget.capacity = None
         estimate = self._step(batch_size, sequence_length)
         available = self._available(gpu_memory)
-        if not estimate.counted_activations or (budget.limit is None and available == math.inf):
+        is_known = budget.limit is not None or available != math.inf
+        if budget.offloads or not estimate.counted_activations or not is_known:
             return estimate
         needed = estimate.total + LIBRARIES
         if self._device == "gpu":

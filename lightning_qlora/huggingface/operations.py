@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
 from lightning_qlora.huggingface.model_folder import single_tensor
-from lightning_qlora.layers.derived import restore
 from lightning_qlora.layers.kinds import decode_as_stored, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name, stack_name
@@ -28,6 +27,7 @@ from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.selection.apply import convert_layer
 from lightning_qlora.selection.selection import Row
+from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.tensors.dtensor import local
 
 LOAD_WHOLE = (
@@ -195,15 +195,13 @@ class Place:
         if weight.shape != empty.shape:
             return self.refuse_shape(weight.shape)
         owner, inner = self.owner, self.chosen.key
-        owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
         try:
-            layer = convert_layer(self.chosen, weights=experts)
-            if isinstance(empty, DTensor) and isinstance(owner, QLoRALinear):
-                split(owner, empty.device_mesh, by_inputs=empty.placements[0].is_shard(1))
+            with Snapshot([owner]):
+                owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
+                layer = convert_layer(self.chosen, weights=experts)
+                if isinstance(empty, DTensor) and isinstance(owner, QLoRALinear):
+                    split(owner, empty.device_mesh, by_inputs=empty.placements[0].is_shard(1))
         except ValueError as error:
-            if isinstance(owner, QLoRALinear):  # `split` refused it
-                restore(owner, QLoRALinear)
-            owner._parameters[inner] = empty  # type: ignore[assignment]
             return self.refuse(f"{self.chosen.name}: {error}")
         return self.loaded(layer)
 

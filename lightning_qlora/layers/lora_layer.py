@@ -45,7 +45,8 @@ class LoRALayer(WithAdapter, TypedLayer):
     full_name: str  # in the converted module; not `name`, which a class of the user may have
     seed_name: str  # for both see `names.py`
     adapter_folder: str | None = None  # the last one that an argument named and that was loaded
-    loaded: bool = False  # whether it was quantized while its model loaded, and no module with it was converted
+    loaded: bool = False  # whether no conversion of a module with it has ended: its model was loaded, or an error came
+    quantized_by_conversion: bool = False  # whether a conversion chose it; else it was quantized while its model loaded
     input_statistics: InputStatistics | None = None  # "calibrated": until the adapter is initialized
     initial_A: Tensor | None = None  # what A and B began with, if B was not 0; in host memory
     initial_B: Tensor | None = None

@@ -226,6 +226,7 @@ def to_parameters(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, PackedLayer):
             for name in BASE:
-                data = layer.__dict__.pop(name, None)
-                if data is not None:
-                    layer.register_parameter(name, nn.Parameter(data, requires_grad=False))
+                if name in layer.__dict__:
+                    # The parameter first: the attribute hides it until it is removed, and no interrupt loses the bytes.
+                    layer._parameters[name] = nn.Parameter(layer.__dict__[name], requires_grad=False)
+                    del layer.__dict__[name]

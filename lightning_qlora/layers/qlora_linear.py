@@ -83,16 +83,13 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` has the rank and lora_alpha of this layer.
-        The seed of the adapter is made from `seed_name`, the same on every rank.
+        The seed of the adapter is made from `seed_name`, the same on every rank. An error leaves the layer as it is
+        then; callers have a `Snapshot` of it.
         """
         weight: Any = layer._parameters.pop("weight")
         setattr(weight, REPLACED, layer)  # for an optimizer that was created before conversion
         new = QLoRALinear._become(layer, type(layer), config, name, seed_name)
-        try:
-            new.initialize(weight, device)
-        except BaseException:
-            to_dense(new, weight)  # the layer computes, and can be converted later
-            raise
+        new.initialize(weight, device)
         new.out_features, new.in_features = new._shape
         return new
 

@@ -15,7 +15,8 @@ from lightning_qlora.layers.names import join, named
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.selection.selection import IN_MODULES_TO_SAVE, TRAIN, Row, Selection
-from lightning_qlora.survey.records import Unrecorded, own_parameters
+from lightning_qlora.survey.records import Unrecorded, own_parameters, record
+from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.survey.survey import Kind, Survey
 from lightning_qlora.tensors.dtensor import is_sharded
 
@@ -25,14 +26,19 @@ IN_INIT = (
 )
 
 
-def convert_layers(seen: Survey, choice: Selection, device: torch.device | None) -> list[LoRALayer]:
-    """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense."""
+def convert_layers(seen: Survey, choice: Selection, device: torch.device | None, before: Snapshot) -> list[LoRALayer]:
+    """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense.
+
+    A layer that is done stays in 4 bits whatever comes after it: its float weight is gone.
+    """
     silent = bool(getattr(rank_zero_only, "rank", 0)) or None  # None: also where stderr is no terminal
     rows = choice.convert.values()
     layers = []
     for row in tqdm(rows, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(row.name or type(row.owner).__name__):
             layers.append(_convert_row(row, device))
+        before.keep(layers[-1])
+        before.keep(row.owner)
     for part in seen.parts:
         if part.kind is Kind.PACKED and not isinstance(part.owner, LoRALayer):
             decode_packed_layer(part.owner)
@@ -47,13 +53,20 @@ def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
             _check_not_sharded(loaded.lora_A)
         assert row.config is not None
         loaded.set_arguments(row.config, row.name, loaded.seed_name)
-        loaded.loaded = False
         return loaded
     weight = row.owner._parameters.get(row.key)
     if weight is None:  # the parameters of another quantized format
         raise ValueError(f"has no float weight to quantize, but {', '.join(row.owner._parameters)}. {IN_INIT}")
     _check_not_sharded(weight)
-    return convert_layer(row, device)
+    trained = weight.requires_grad
+    dtype = weight.dtype
+    layer = convert_layer(row, device)
+    record([Unrecorded(row.owner, row.key, trained, dtype)])
+    layer.loaded = True
+    layer.quantized_by_conversion = True
+    for parameter in layer.adapter_parameters():  # until the conversion ends, it counts as the layer that it was
+        parameter.requires_grad_(trained)
+    return layer
 
 
 def _check_not_sharded(weight: Any) -> None:
@@ -82,7 +95,7 @@ def freeze(seen: Survey, choice: Selection, new: Iterable[Unrecorded], converted
     """Let only adapters, and what was chosen to train in full, train; returns what trained and is frozen now.
 
     `new` are the parameters that no earlier conversion has seen; others do not change, except in modules_to_save.
-    `converted` are the layers of this conversion. Linear layers are not in the result.
+    `converted` are the layers of this conversion, which ends for them. Linear layers are not in the result.
     """
     parts = {id(part.owner): part for part in seen.parts if part.stack is None}
     frozen: dict[str, None] = {}
@@ -95,7 +108,10 @@ def freeze(seen: Survey, choice: Selection, new: Iterable[Unrecorded], converted
         parameter.requires_grad_(row is not None and row.action == TRAIN)
         if trained and row is None:
             frozen[join(part.names.full, key if owner._modules else "")] = None
-    trains = [parameter for layer in converted for parameter in layer.adapter_parameters()]
+    trains = []
+    for layer in converted:
+        layer.loaded = False
+        trains += layer.adapter_parameters()
     for part in parts.values():
         for key, parameter in own_parameters(part.owner).items():
             row = choice.of_parameter(part, key)

@@ -14,6 +14,7 @@ from lightning_qlora.selection.selection import Selection
 from lightning_qlora.survey.survey import Survey
 from lightning_qlora.tensors.fingerprint import has_values, is_strided
 
+COPIES = "_qlora_copies"  # attribute of a module while it is converted: the copies in it
 SAMPLES = 16  # elements of a weight that are compared first
 
 
@@ -34,6 +35,19 @@ class Copy(NamedTuple):
 
 
 def find_copies(seen: Survey, choice: Selection) -> list[Copy]:
+    """`_find_copies`; the module knows them until `forget_copies`, because their originals may be in 4 bits then."""
+    known: dict[str, list[Copy]] = vars(seen.parts[0].owner)
+    copies = [*dict.fromkeys([*known.get(COPIES, []), *_find_copies(seen, choice)])]
+    known[COPIES] = copies
+    return copies
+
+
+def forget_copies(module: nn.Module) -> None:
+    """Its conversion has ended."""
+    vars(module).pop(COPIES, None)
+
+
+def _find_copies(seen: Survey, choice: Selection) -> list[Copy]:
     """The tensors of a module that are equal, where one of them is the weight of a layer to convert.
 
     Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone

@@ -8,7 +8,6 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import (
     CHECKPOINTED,
     COMPILED,
@@ -18,11 +17,10 @@ from lightning_qlora.layers.names import (
     only_child_of,
     without_wrappers,
 )
-from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.qlora_linear import adapted_layers_of
 from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_adapters_of
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.survey.records import unchanged_fingerprints
+from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
 
 
 class NamedParameter(NamedTuple):
@@ -87,9 +85,9 @@ class Parts:
     def token_indices(self) -> dict[str, list[int]]:
         return {name: adapter.token_indices.tolist() for name, adapter in self.tokens.items()}
 
-    @cached_property
+    @property
     def parameters(self) -> list[NamedParameter]:
-        """The parameters under each of their names."""
+        """The parameters under each of their names; not cached, because conversion frees the weights one by one."""
         return [
             NamedParameter(join(name, key), owner, key, parameter)
             for name, owner in self.places
@@ -100,8 +98,7 @@ class Parts:
     @cached_property
     def dense_parameters(self) -> list[NamedParameter]:
         """Those that no 4-bit layer saves."""
-        of_layers = (*BASE, *ADAPTER)
-        return [each for each in self.parameters if not (isinstance(each.owner, LoRALayer) and each.key in of_layers)]
+        return [each for each in self.parameters if not (isinstance(each.owner, LoRALayer) and each.key in OF_LAYERS)]
 
     @cached_property
     def unchanged(self) -> dict[tuple[nn.Module, str], int]:

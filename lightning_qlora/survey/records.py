@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join
+from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.names import join, parameter_name
+from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.layers.trainable_tokens import without_tokens
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprints_of
 
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
+OF_LAYERS = (*BASE, *ADAPTER)  # keys of parameters that conversion made
 
 
 class Record(NamedTuple):
@@ -42,18 +45,30 @@ def own_parameters(owner: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
-    """The parameters in modules that no conversion has seen; of a layer that was quantized while loading too."""
+    """The parameters in modules of which no conversion has ended; also weights that are in 4 bits already."""
     result = []
     for part in modules:
-        parameters: dict[str, Any] = own_parameters(part)
+        parameters = own_parameters(part)
         if isinstance(part, LoRALayer):
             parameters = {}
             if part.loaded:
-                parameters = {"weight": part.lora_A, "bias": part._parameters.get("bias")}
+                parameters = {key: value for key, value in own_parameters(part).items() if key not in OF_LAYERS}
         for key, parameter in parameters.items():
-            if parameter is not None and key not in _records(part):
+            if key not in _records(part):
                 result.append(Unrecorded(part, key, parameter.requires_grad, parameter.dtype))
+        for key, layer in _loaded_layers(part):
+            known = _records(part).get(key) or Record(layer.lora_A.requires_grad, layer.lora_A.dtype, None)
+            result.append(Unrecorded(part, key, known.trained, known.dtype))
     return result
+
+
+def _loaded_layers(part: Any) -> Iterator[tuple[str, LoRALayer]]:
+    """The key of each weight that is in 4 bits before a conversion has ended, and its layer."""
+    if isinstance(part, LoRALayer) and part.loaded and not part.is_stack:
+        yield "weight", part
+    for key, child in part._modules.items():
+        if isinstance(child, LoRALayer) and child.loaded and child.is_stack:
+            yield parameter_name(key), child
 
 
 def record(parameters: Iterable[Unrecorded]) -> None:
@@ -62,16 +77,6 @@ def record(parameters: Iterable[Unrecorded]) -> None:
     numbers = _fingerprints(frozen)
     for (owner, key, trained, dtype), parameter in places:
         vars(owner).setdefault(RECORDS, {})[key] = Record(trained, dtype, numbers.get(id(parameter)))
-
-
-def record_replaced(parameters: Iterable[Unrecorded]) -> None:
-    """Freeze and record the parameters of what a conversion that ended early made 4-bit layers of."""
-    parts = [each for each in parameters if isinstance(each.owner, LoRALayer) or each.key not in each.owner._parameters]
-    for part in parts:
-        parameter = own_parameters(part.owner).get(part.key)
-        if parameter is not None:
-            parameter.requires_grad_(False)
-    record(parts)
 
 
 def is_recorded(owner: nn.Module) -> bool:

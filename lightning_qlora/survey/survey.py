@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.experts.expert_selection import Routers, expert_parameters
 from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.kinds import is_linear, is_packed
@@ -102,6 +103,7 @@ class Part:
     has_parts: bool = False
     has_stacks: bool = False
     is_recorded: bool = False  # by an earlier conversion
+    config: QLoRAConfig | None = None  # of a layer in 4 bits: the arguments of a conversion that ended early
     is_output_embedding: bool = False
     is_router: bool = False
     is_left_dense: bool = False
@@ -143,6 +145,11 @@ class Survey:
     def was_converted(self) -> bool:
         """Whether it has layers of an earlier conversion."""
         return any(part.kind is Kind.CONVERTED for part in self.parts)
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether it has layers of a conversion that ended early."""
+        return any(part.config is not None for part in self.parts)
 
     @property
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -195,6 +202,7 @@ class _Facts:
                 has_parts=bool(module._modules),
                 has_stacks=bool(stacks),
                 is_recorded=is_recorded(module),
+                config=_config_of_unfinished(module),
                 **(self._facts_of_linear(name, module, kind) if kind in LINEAR else {}),
             )
             yield from map(self._stack, stacks)
@@ -236,6 +244,7 @@ class _Facts:
             self._parameters(holder, {key: holder._parameters[key]}),
             stack.key,
             stack.shape,
+            config=_config_of_unfinished(stack.loaded),
         )
 
     def _parameters(self, holder: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -261,6 +270,12 @@ def _kind(module: nn.Module) -> Kind:
     if not is_linear(module):
         return Kind.OTHER
     return Kind.PACKED if is_packed(module) else Kind.LINEAR
+
+
+def _config_of_unfinished(layer: Any) -> QLoRAConfig | None:
+    if not isinstance(layer, LoRALayer) or not layer.loaded or not layer.quantized_by_conversion:
+        return None
+    return layer.config
 
 
 def _shape(module: Any, kind: Kind) -> tuple[int, int]:

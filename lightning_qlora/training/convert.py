@@ -23,13 +23,14 @@ from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.selection.apply import add_tokens, convert_layers, freeze
-from lightning_qlora.selection.copies import find_copies, share_seeds
+from lightning_qlora.selection.copies import find_copies, forget_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.state.module_state import record_conversion
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import record, record_replaced, record_rounded, unrecorded
+from lightning_qlora.survey.records import record, record_rounded, unrecorded
+from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.survey.survey import Survey, survey
 from lightning_qlora.tensors.device_types import held_type
 from lightning_qlora.training.calibration import waiting_in
@@ -113,9 +114,10 @@ def convert_module(
     report = ConversionReport(bytes_before=dense_bytes(parts.modules))
     conversion = conversion_of(parts.root)
     if conversion is not None and (run.evaluating or not unrecorded(parts.modules)):
-        _convert_again(parts, conversion, config)
-        report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
-        record_rounded(parts.named)
+        with Snapshot(parts.modules):
+            _convert_again(parts, conversion, config)
+            report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
+            record_rounded(parts.named)
         report.deferred_logits = deferred_heads(parts)
         report.count(parts)
     else:
@@ -138,14 +140,15 @@ def _convert_new(
         adapter = read_adapter(config.adapter)
         config = config_of_adapter(parts, adapter, config)
     choice = _decide(seen, parts, config, saved, report)
-    parts = _apply(seen, parts, choice, config, run, report)
-    _load_adapter_once(parts, given.adapter, adapter)
-    record_conversion(parts, config, given)
-    report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
+    with Snapshot(parts.modules) as before:
+        parts = _apply(seen, parts, choice, config, run, report, before)
+        _load_adapter_once(parts, given.adapter, adapter)
+        record_conversion(parts, config, given)
+        report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
     report.take(choice)
     report.count(parts)
     note_after_conversion(report, parts, choice, run.device)
-    if seen.was_converted:
+    if seen.was_converted or seen.was_interrupted:
         note_other_arguments(report, parts, config)
     return parts
 
@@ -178,17 +181,15 @@ def _decide(
 
 
 def _apply(
-    seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport
-) -> Parts:
+    seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport,
+    before: Snapshot,
+) -> Parts:  # fmt: skip
     """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
     new = unrecorded(parts.modules)
-    try:
-        converted = convert_layers(seen, choice, run.device)
-    except BaseException:  # an interrupt, or a weight with NaN: `convert` can be called again
-        record_replaced(new)
-        raise
+    converted = convert_layers(seen, choice, run.device, before)
     for part in parts.modules:
         forget_merge(part)
+    forget_copies(parts.root)
     forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)
     add_tokens(seen, choice.tokens)

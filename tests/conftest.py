@@ -110,22 +110,28 @@ class ResumableLoader:
 
     def __init__(self, samples=64, batch_size=8):
         self.batches = list(loader(samples, batch_size))
+        self.start = 0
         self.next = 0
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
+        torch.empty((), dtype=torch.int64).random_()  # as a DataLoader draws a seed for its workers
+        self.next = self.start
+        self.start = 0
+        return self.rest()
+
+    def rest(self):
         while self.next < len(self.batches):
             self.next += 1
             yield self.batches[self.next - 1]
-        self.next = 0
 
     def state_dict(self):
         return {"next": self.next}
 
     def load_state_dict(self, state):
-        self.next = state["next"]
+        self.start = state["next"]
 
 
 def make_trainer(root, package=pl, **arguments) -> pl.Trainer:

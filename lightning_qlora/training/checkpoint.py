@@ -5,7 +5,7 @@ checkpoint would hold the base a second time. `LeftOut` takes the place of a net
 converted module.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -39,6 +39,20 @@ def set_torch_rng_state_of_rank(states: list[dict[str, Any]]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def begin_epoch_of_checkpoint(states: list[dict[str, Any]], begin: Callable[[], None], loop: Any, fetcher: Any) -> None:
+    """Begin the epoch that a run resumes in (`begin`) with the generators as they were saved.
+
+    The iterators of loaders draw from them: those of a new epoch after the save, so they are made again here, unless
+    `begin` makes them. Those of the first epoch, and of one that goes on, were made before the save.
+    """
+    iterator = fetcher.iterator
+    set_torch_rng_state_of_rank(states)
+    begin()
+    is_new = loop.trainer.current_epoch > 0 and not loop.batch_progress.current.ready
+    if is_new and fetcher.iterator is iterator:
+        iter(fetcher)
 
 
 class LeftOut(nn.Module):

@@ -69,6 +69,27 @@ def convert_what_was_built_again(original: Any, strategy: Any, checkpoint: Any, 
     original(strategy, checkpoint, *args, **kwargs)
 
 
+@replaces("lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop.on_run_start")
+def restore_generators_after_loaders(original: Any, loop: Any, data_fetcher: Any) -> None:
+    """Let the plugin restore torch's generators after the iterators of the loaders of a resumed run were made.
+
+    Upstream: lightning/pytorch/loops/fit_loop.py, _FitLoop.setup_data, makes the iterators after
+    `Precision.load_state_dict`, and these draw from the generators: the first step would have other dropout masks.
+    Supported ways tried: `on_train_start` of a callback, which comes before the iterators of a new epoch, and
+    `on_train_batch_start`, which comes after the first batch was computed.
+    Removed by: Lightning restoring the generators, or a hook between the iterators and the first batch.
+    """
+
+    def begin() -> None:
+        original(loop, data_fetcher)
+
+    begin_epoch = getattr(loop.trainer.precision_plugin, "_begin_epoch", None)  # precision.py
+    if begin_epoch is None:
+        begin()
+    else:
+        begin_epoch(begin, loop, data_fetcher)
+
+
 @replaces(
     f"{STYLES}:ColwiseParallel._partition_linear_fn",
     f"{STYLES}:ColwiseParallel._partition_embedding_fn",

@@ -1,6 +1,6 @@
 """QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.training import guards
 from lightning_qlora.training.base_of_rank_0 import use_base_of_rank_0
-from lightning_qlora.training.checkpoint import set_torch_rng_state_of_rank, torch_rng_states
+from lightning_qlora.training.checkpoint import begin_epoch_of_checkpoint, set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import Run, convert_module, is_converted
 from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
 from lightning_qlora.training.converted_modules import ConvertedModules
@@ -102,6 +102,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         self._agreed: set[torch.device] = set()  # on which the ranks compared their kernels
         self._mode_before: dict[nn.Module, bool] = {}
         self._evaluating = False
+        self._random_state: list[dict[str, Any]] | None = None  # of a checkpoint, until its epoch goes on
 
     def __repr__(self) -> str:
         return type(self).__name__ + repr(self.config).removeprefix(type(self.config).__name__)
@@ -288,7 +289,17 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
                 f"the checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
                 "state, but its results differ from those of an uninterrupted run in their last bits"
             )
-        set_torch_rng_state_of_rank(state_dict["random_state"])
+        self._random_state = state_dict["random_state"]
+        set_torch_rng_state_of_rank(self._random_state)
+
+    def _begin_epoch(self, begin: Callable[[], None], loop: Any, fetcher: Any) -> None:
+        """Begin an epoch of a Trainer; `patches.restore_generators_after_loaders` calls it."""
+        states = self._random_state
+        self._random_state = None
+        if states is None:
+            begin()
+        else:
+            begin_epoch_of_checkpoint(states, begin, loop, fetcher)
 
     @override
     def teardown(self) -> None:
@@ -304,6 +315,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         for layer, mode in self._mode_before.items():
             layer.training = mode
         self._mode_before.clear()
+        self._random_state = None
         self.pager.close()
         scratch.release()
 

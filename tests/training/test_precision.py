@@ -115,6 +115,57 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_equal(trainer, tmp_path,
     assert "trained with " in (text := capsys.readouterr().out) and "computes with kernels of another cpu: " in text
 
 
+class Save(pl.Callback):
+    """Saves in one hook, at one step."""
+
+    def __init__(self, hook, step, path):
+        def save(run, *_):
+            if run.global_step == step and not run.sanity_checking:
+                run.save_checkpoint(path)
+
+        setattr(self, hook, save)
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 13, "max_epochs": -1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("hook", "step"), [("on_train_batch_end", 3), ("on_validation_end", 4), ("on_validation_end", 8)]
+)
+def test_a_run_resumed_beside_validations_is_bit_equal(trainer, tmp_path, hook, step, limit):
+    """`ModelCheckpoint(monitor=...)` saves when a validation ends, in the middle of an epoch and at its end."""
+
+    def run(seed, ckpt=None, **arguments):
+        pl.seed_everything(seed, verbose=False)
+        module = Classifier(dropout=0.1)
+        run = trainer(plugins=plugin(lora_dropout=0.3), val_check_interval=4, **limit, **arguments)
+        run.fit(module, ResumableLoader(), loader(shuffle=True), ckpt_path=ckpt)
+        return module
+
+    straight = run(1, callbacks=[Save(hook, step, tmp_path / "stop.ckpt")])
+    resumed = run(77, tmp_path / "stop.ckpt")
+    assert resumed.losses == straight.losses[step:]
+
+
+def test_a_run_resumed_at_the_end_of_an_epoch_shuffles_and_drops_as_before(trainer, tmp_path):
+    """Also where code draws random numbers before the first epoch, and after the last batch of an epoch."""
+
+    class Draw(pl.Callback):
+        def on_train_start(self, *_):
+            torch.rand(3)
+
+    def run(seed, *callbacks, ckpt=None):
+        pl.seed_everything(seed, verbose=False)
+        module = Classifier(dropout=0.1)
+        callbacks = [Draw(), *callbacks]
+        run = trainer(plugins=plugin(lora_dropout=0.3), max_epochs=3, callbacks=callbacks, enable_checkpointing=False)
+        run.fit(module, loader(shuffle=True), ckpt_path=ckpt)
+        return module
+
+    hooks = {"on_train_batch_end": 4, "on_train_epoch_end": 8}
+    straight = run(1, *(Save(hook, step, tmp_path / hook) for hook, step in hooks.items()))
+    for hook, step in hooks.items():
+        assert run(77, ckpt=tmp_path / hook).losses == straight.losses[step:]
+
+
 def test_a_checkpoint_of_a_cpu_run_does_not_initialize_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("this initializes CUDA"))

@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "layers/packed_layer.py": {"layer._parameters[name]", "layer.__dict__[name]"},
     # What an interrupted conversion changed becomes what it was.
-    "survey/snapshot.py": {"self._part.__class__"},
+    "survey/snapshot.py": {"self._part.__class__", "tensor.grad"},
     "layers/kinds.py": {"vars(layer).pop(name, None)", "layer.__class__", "setattr(layer, name, size)"},
     "experts/experts.py": {"owner._parameters[key]", "owner._modules[stack_name(key)]"},
     # A class of ours inherits from the same class in another package too.

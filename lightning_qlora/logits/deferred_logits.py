@@ -5,6 +5,8 @@
     logits / 30, torch.tanh(logits)                 element with a number
     F.cross_entropy(logits, labels, ...)            computed in pieces of rows; see piecewise_cross_entropy.py
     any other function                              gets the real logits, computed once, with their gradient
+    logits.retain_grad(), .register_hook(f),        before the loss: the real logits; after it: the gradient of the loss
+    autograd.grad(loss, logits)                     goes through the logits that the loss was computed of
 
 In training, the logits of a large vocabulary take more memory than a 4-bit model: they are made, copied to fp32 and
 differentiated to give one number. Sources of the idea: Liger Kernel (Hsu et al. 2024), "Cut Your Losses in
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.dtypes.instance_method import InstanceMethod
@@ -34,6 +37,7 @@ class Source:
 
     def __init__(self, hidden: Tensor, head: Any, method: InstanceMethod) -> None:
         self.head = head
+        self.is_in_loss = False  # whether a loss was computed of these logits in pieces
         self._method = method
         self.trained = [p for p in head.parameters() if p.requires_grad]
         device = hidden.device.type
@@ -65,6 +69,7 @@ class DeferredLogits(Readable):
     functions: tuple[Function, ...]  # of single elements, that were called on the logits, in order
     _parent: "tuple[DeferredLogits, Function] | None"  # the logits that these are a view or a function of
     _real: Tensor | None
+    _is_input: bool  # of `torch.autograd.grad`, while it runs
 
     @staticmethod
     def __new__(
@@ -83,6 +88,7 @@ class DeferredLogits(Readable):
         logits.functions = functions
         logits._parent = parent
         logits._real = None
+        logits._is_input = False
         return logits
 
     def rows(self, of_parent: Function, hidden: Tensor) -> Tensor:
@@ -112,6 +118,8 @@ class DeferredLogits(Readable):
             else:
                 parent, function = self._parent
                 real = function(parent.computed(keep))
+            if self.source.is_in_loss:  # all gradients meet in the logits that the loss was computed of
+                real = _Read.apply(self, real.detach())  # type: ignore[no-untyped-call]
         # Within activation checkpointing the recomputation must save the same tensors as the forward pass.
         in_checkpoint = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         if (keep or not in_checkpoint) and not torch.is_inference_mode_enabled():
@@ -129,12 +137,20 @@ class DeferredLogits(Readable):
         """
         parameters = self.parameters()
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-            logits: Tensor = _Attached.apply(self, *parameters)  # type: ignore[no-untyped-call]
+            parent = self._parent[0] if self._parent else None
+            logits: Tensor = _Attached.apply(self, parent, *parameters)  # type: ignore[no-untyped-call]
             return logits
         return self
 
     def detached(self) -> "DeferredLogits":
-        return DeferredLogits(self.hidden, self.source, self.dtype, self.functions, (self, lambda real: real))
+        return DeferredLogits(self.hidden, self.source, self.dtype, self.functions, self._parent)
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether code asked for the gradient of these logits, or of those that they are a view or a function of."""
+        with torch._C.DisableTorchFunctionSubclass():
+            is_asked_for = self._is_input or self.retains_grad or bool(self._backward_hooks)
+        return is_asked_for or (self._parent is not None and self._parent[0].is_asked_for)
 
     def parameters(self) -> list[Any]:
         return [self.hidden, *self.source.trained]
@@ -147,6 +163,14 @@ class DeferredLogits(Readable):
                 hidden = hidden.detach().requires_grad_()
             inputs = [hidden, *self.source.trained]
             return torch.autograd.grad(self.compute(hidden), inputs, grad, create_graph=again, allow_unused=True)
+
+    def gradient_of_parent(self, grad: Tensor) -> Tensor:
+        assert self._parent is not None
+        parent, function = self._parent
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            real = parent.computed()
+            return torch.autograd.grad(function(real), real, grad, create_graph=again)[0]
 
     @property
     def data(self) -> Tensor:
@@ -163,10 +187,13 @@ class DeferredLogits(Readable):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = args[0] if args else None
+        is_in_loss = isinstance(logits, DeferredLogits) and logits.source.is_in_loss
         is_real = isinstance(logits, DeferredLogits) and logits._real is not None  # `grad` is that of the real ones
-        if func in METADATA and not is_real:
+        if (func in METADATA and not is_real) or (is_in_loss and func in OF_ITSELF):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in (torch.autograd.grad, torch.autograd.backward):
+            return _gradients(func, args, kwargs)
         if func is F.cross_entropy:
             result = _cross_entropy(*args, **kwargs)
         else:
@@ -175,15 +202,15 @@ class DeferredLogits(Readable):
                 result = _deferred(func, logits, args[1:], kwargs)
         if result is not None:
             return result
-        real = partial(_real, keep=writes(func))
+        real = partial(_real, keep=writes(func) or func in ASKS)
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
 class _Attached(torch.autograd.Function):
-    """What deferred logits depend on -> the logits."""
+    """What deferred logits depend on -> the logits. The gradient goes to their parent if code asked for it there."""
 
     @staticmethod
-    def forward(ctx: Any, logits: DeferredLogits, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: DeferredLogits, parent: DeferredLogits | None, *parameters: Tensor) -> Tensor:
         ctx.logits = logits
         ctx.count = len(parameters)
         ctx.set_materialize_grads(False)
@@ -191,9 +218,51 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits = ctx.logits
         if grad is None:
-            return None, *[None] * ctx.count
-        return None, *ctx.logits.gradients(grad)
+            return None, None, *[None] * ctx.count
+        if logits.is_asked_for:
+            return None, logits.gradient_of_parent(grad), *[None] * ctx.count
+        return None, None, *logits.gradients(grad)
+
+
+class _Read(torch.autograd.Function):
+    """Deferred logits, and their values -> the values, whose gradient is that of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+ASKS = {Tensor.retain_grad, Tensor.register_hook}
+OF_ITSELF = METADATA | ASKS
+
+
+def _gradients(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`torch.autograd.grad` or `backward`, whose inputs may be logits that a loss was computed of."""
+    asked: list[DeferredLogits] = []
+
+    def input_of(value: Any) -> Any:
+        if not isinstance(value, DeferredLogits) or not value.source.is_in_loss:
+            return _real(value)
+        asked.append(value)
+        value._is_input = True
+        if func is torch.autograd.backward:
+            value.retain_grad()
+        assert value.grad_fn is not None
+        return GradientEdge(value.grad_fn, 0)
+
+    outputs, *inputs = args
+    kwargs = {key: tree_map(input_of if key == "inputs" else _real, value) for key, value in kwargs.items()}
+    try:
+        return func(tree_map(_real, outputs), *tree_map(input_of, inputs), **kwargs)
+    finally:
+        for logits in asked:
+            logits._is_input = False
 
 
 CASTS = {Tensor.to, Tensor.float, Tensor.bfloat16, Tensor.half}
@@ -272,4 +341,6 @@ def _cross_entropy(
         return None
     if reduction not in ("mean", "sum"):
         return None
-    return piecewise_cross_entropy(input.detached(), target, ignore_index, reduction)
+    loss = piecewise_cross_entropy(input, target, ignore_index, reduction)
+    input.source.is_in_loss = input.source.is_in_loss or loss.requires_grad
+    return loss

@@ -29,7 +29,10 @@ def piecewise_cross_entropy(logits: Any, target: Tensor, ignore_index: int, redu
 
 
 class _PiecewiseCrossEntropy(torch.autograd.Function):
-    """The same as a function of the parameters of the logits, which get the gradients."""
+    """The same as a function of the parameters of the logits, which get the gradients.
+
+    If code asked for the gradient of the logits since, they get it, as a whole, and their parameters through them.
+    """
 
     @staticmethod
     def forward(
@@ -37,7 +40,9 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needed = ctx.needs_input_grad[5:] if records else ()
         loss, grads = _loss_and_gradients(logits, target, ignore_index, needed)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(target, *grads)
+        ctx.logits = logits
+        ctx.ignore_index = ignore_index
         ctx.count = None
         if reduction == "mean":
             ctx.count = (target != ignore_index).sum()
@@ -53,7 +58,12 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
         grad = grad.float()
         if ctx.count is not None:
             grad = torch.where(ctx.count == 0, 0.0, grad / ctx.count)
-        grads = [value if value is None else value * grad for value in ctx.saved_tensors]
+        target, *grads = ctx.saved_tensors
+        if ctx.logits.is_asked_for:
+            values = ctx.logits.values()
+            _, of_logits = _losses_and_gradient(values, target, ctx.ignore_index)
+            return (of_logits * grad).to(values.dtype), *[None] * (4 + len(grads))
+        grads = [value if value is None else value * grad for value in grads]
         return None, None, None, None, None, *grads
 
 

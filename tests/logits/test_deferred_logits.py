@@ -300,6 +300,93 @@ def test_the_logits_call_a_hook_with_their_gradient_and_keep_it_if_they_are_aske
         assert_close(grad, grads[0])
 
 
+def asks_to_keep(z, loss, hidden):
+    z.retain_grad()
+    loss.backward()
+    return [z.grad, hidden.grad]
+
+
+def asks_for_inputs(z, loss, hidden):
+    loss.backward(inputs=[z, hidden])
+    return [z.grad, hidden.grad]
+
+
+def asks_autograd(z, loss, hidden):
+    return torch.autograd.grad(loss, [z, hidden])
+
+
+def asks_autograd_alone(z, loss, hidden):
+    return torch.autograd.grad(loss, z)
+
+
+def asks_by_hook(z, loss, hidden):
+    """It changes the gradient, too."""
+    grads = []
+    z.register_hook(lambda grad: grads.append(grad) or 3 * grad)
+    loss.backward()
+    return [*grads, hidden.grad]
+
+
+def asks_before_a_metric(z, loss, hidden):
+    z.retain_grad()
+    assert z.argmax(-1).shape == (3, 7)
+    loss.backward()
+    return [z.grad, hidden.grad]
+
+
+def asks_after_a_metric(z, loss, hidden):
+    assert z.softmax(-1).argmax(-1).shape == (3, 7)
+    return asks_by_hook(z, loss, hidden)
+
+
+def asks_for_two_losses(z, loss, hidden):
+    """Another loss of the real logits, before or after the question."""
+    loss = loss + 1e-3 * z.float().logsumexp(-1).square().mean()
+    z.retain_grad()
+    (loss + 1e-3 * z[:, 2].square().mean()).backward()
+    return [z.grad, hidden.grad]
+
+
+ASKS = [value for name, value in globals().items() if name.startswith("asks_")]
+
+
+@pytest.mark.parametrize("kind", ["trained", "4-bit"])
+@pytest.mark.parametrize("ask", ASKS, ids=lambda ask: ask.__name__)
+def test_a_gradient_of_the_logits_that_is_asked_for_after_the_loss(ask, kind):
+    """Whatever the loss computed of them."""
+    forms = ("view", "shifted", "softcap", "mask", "two losses", "sum", "smoothing", "kl")
+    for name in forms if kind == "trained" else forms[:2]:
+        for dtype in (torch.float32, torch.bfloat16):
+            results = []
+            for defers in (True, False):
+                head = made_head(kind, defers).to(dtype)
+                hidden = hidden_states().to(dtype).requires_grad_()
+                z = head(hidden)
+                found = ask(z, (LOSSES | REAL)[name](z), hidden)
+                results.append([*found, *(p.grad for p in head.parameters() if p.grad is not None)])
+            assert_same(results, *((1e-5, 1e-6) if dtype is torch.float32 else (5e-2, 3e-2)))
+
+
+def test_a_gradient_of_logits_within_a_checkpoint():
+    for ask in (lambda z: z.retain_grad(), lambda z: None):
+        grads = []
+        for defers in (True, False):
+            later = []
+
+            def call(hidden, defers=defers, later=later, ask=ask):
+                z = made_head("frozen", defers)(hidden)
+                ask(z)
+                loss = loss_of(z.view(-1, V))
+                later.append(z)
+                return loss
+
+            loss = checkpoint(call, hidden_states().requires_grad_(), use_reentrant=False)
+            later[0].retain_grad()
+            loss.backward()
+            grads.append(later[0].grad)
+        assert_close(*grads)
+
+
 def test_a_loss_scale_for_fp16_acts_before_the_gradient_is_rounded():
     head = made_head("frozen").half()
     defer_logits(head)

@@ -173,6 +173,20 @@ def test_steps_as_users_write_them(step):
     both("llama", step)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_gradient_of_the_logits_of_a_model_after_its_loss(name):
+    """Gemma 2 caps its logits; a model returns them together with its loss."""
+    grads = []
+    for setting in (True, False):
+        module = converted(name, deferred_logits=setting)
+        output = module(input_ids=ids(), labels=labels())
+        assert isinstance(output.logits, DeferredLogits) is setting
+        output.logits.retain_grad()
+        output.loss.backward()
+        grads.append(gradients(module) | {"logits": output.logits.grad})
+    assert_equal(*grads)
+
+
 def test_perplexity():
     torchmetrics = pytest.importorskip("torchmetrics.text")
     values = []

@@ -1,6 +1,6 @@
 """Merge adapters into the weights of a module: each QLoRALinear becomes the dense layer it was."""
 
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.dora import TINY
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
-from lightning_qlora.layers.trainable_tokens import merge_tokens
+from lightning_qlora.layers.names import join, stack_name
+from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, QLoRALinear, to_dense
+from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER, TrainableTokens, merge_tokens
 from lightning_qlora.layers.typed_layer import DTYPES
 from lightning_qlora.logits.deferred_head import compute_logits
 from lightning_qlora.starts.input_statistics import stop_waiting
@@ -98,6 +99,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         return merged_weight(layer, weight_dtype, weights.pop(names[layer], None))
 
     parameters = []
+    _mark_adapters(parts, stacks)
     for layer in layers.values():
         if isinstance(layer, QLoRALinear):
             to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
@@ -118,6 +120,18 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[dtype])
+
+
+def _mark_adapters(parts: Parts, stacks: list[Any]) -> None:
+    """Let an optimizer that holds these adapters find those of a later conversion."""
+    places: list[tuple[nn.Module, str, nn.Module]] = [
+        (layer, "", layer) for layer in parts.layers.values() if not layer.is_stack
+    ]
+    places += [(owner, stack_name(key), stack) for _, owner, key, stack in stacks]
+    places += [(part, TOKEN_ADAPTER, part.token_adapter) for part in parts.modules if isinstance(part, TrainableTokens)]
+    for owner, name, adapter in places:
+        for key, parameter in adapter.named_parameters(recurse=False):
+            setattr(parameter, MERGED_ADAPTER, (owner, join(name, key)))
 
 
 def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:

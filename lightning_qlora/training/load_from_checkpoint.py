@@ -59,6 +59,7 @@ def load_from_checkpoint(
     """
     if not isinstance(module_class, type):
         raise TypeError(f"module_class={shown(module_class)}: must be the class of the module, which is built anew.")
+    asked = weights_only
     weights_only = weights_only is not False  # None: Lightning runs the code of a file from the network
     if "://" in str(checkpoint_path):
         with one_line_errors(checkpoint_path):
@@ -89,7 +90,9 @@ def load_from_checkpoint(
         torch.save(checkpoint, source)
         source.seek(0)
     arguments = {"map_location": map_location, "weights_only": weights_only}
-    if "weights_only" not in inspect.signature(module_class.load_from_checkpoint).parameters:
+    own = inspect.signature(module_class.load_from_checkpoint).parameters
+    passes_on = asked is not None and any(each.kind is each.VAR_KEYWORD for each in own.values())
+    if "weights_only" not in own and not passes_on:
         del arguments["weights_only"]  # a class with a method of its own that decides this itself
     # A class of the same name, since Lightning has no hook between building a module and loading its state.
     loading: Any = type(module_class.__name__, (module_class,), {"load_state_dict": load_state_dict})

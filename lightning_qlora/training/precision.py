@@ -44,6 +44,7 @@ from lightning_qlora.training.optimizers import (
     check_loss,
     check_optimizer,
     leave_out_bytes,
+    replace_merged_adapters,
     replace_parameters_by_adapters,
 )
 from lightning_qlora.training.report import ConversionReport
@@ -249,6 +250,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
     @override
     def optimizer_step(self, optimizer: Optimizer, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """See `TrainerOrFabricPrecision`; an optimizer that Fabric did not set up is set up now."""
+        replace_merged_adapters(optimizer)
         if model is None:
             self._on_setup_optimizer(optimizer)
         return super().optimizer_step(optimizer, model, *args, **kwargs)

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -166,3 +169,21 @@ def test_parameters_of_the_module_may_have_the_names_of_an_adapter(trainer):
     adapter = read_adapter_from_checkpoint(path)
     assert adapter.layers.keys() == {"0", "4"}  # the base is `net`
     assert torch.equal(adapter.saved["6.lora_A"], again.net[6].lora_A)
+
+
+def test_weights_only_reaches_a_method_of_the_class_that_passes_keywords_on(trainer, tmp_path):
+    class Own(Classifier):
+        @classmethod
+        def load_from_checkpoint(cls, path, **kwargs):
+            return super().load_from_checkpoint(path, **kwargs)
+
+    class Extra(pl.Callback):
+        def on_save_checkpoint(self, run, module, checkpoint):
+            checkpoint["an_object"] = Path("a")
+
+    module = Own()
+    run = trainer(plugins=QLoRAPrecision(r=4), callbacks=[Extra()])
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = load_from_checkpoint(Own, tmp_path / "last.ckpt", weights_only=False)
+    assert torch.equal(loaded.net[0].lora_B, module.net[0].lora_B)

@@ -271,3 +271,48 @@ def test_a_merged_module_that_trains_is_converted_again_with_a_mark(trainer):
     trainer(**run).test(module, loader())
     assert run["plugins"].report.notes == {MERGED_BEFORE: [""]}
     assert len(adapted_layers(module)) == 2
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_adapters_that_are_merged_and_made_again_within_a_run_train(trainer, manual):
+    """ReLoRA in a callback: the optimizer holds the new adapters, without the state of the old ones."""
+
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.optimizers().zero_grad()
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    class Restart(pl.Callback):
+        def on_train_epoch_end(self, run, module):
+            if run.current_epoch == 1:
+                merge(module)
+                convert(module, r=4, lora_dropout=0.0)
+
+    def fit(module, epochs, *callbacks):
+        plugin = QLoRAPrecision(r=4, lora_dropout=0.0)
+        run = trainer(plugins=plugin, max_epochs=epochs, callbacks=[*callbacks], enable_checkpointing=False)
+        run.fit(module, loader(8))
+
+    once, twice = (Manual() if manual else Classifier() for _ in range(2))
+    fit(once, 4, Restart())
+    fit(twice, 2)
+    Restart().on_train_epoch_end(type("Run", (), {"current_epoch": 1}), twice)
+    fit(twice, 2)
+    assert once.losses == twice.losses
+    assert all(torch.equal(*pair) for pair in zip(once.parameters(), twice.parameters(), strict=True))
+
+
+def test_adapters_that_are_made_again_within_a_run_of_several_ranks_are_refused(trainer, monkeypatch):
+    class Restart(pl.Callback):
+        def on_train_epoch_end(self, run, module):
+            merge(module)
+            convert(module, r=4)
+            monkeypatch.setattr("lightning_qlora.training.optimizers.world_size", lambda: 2)
+
+    run = trainer(plugins=QLoRAPrecision(r=4), max_epochs=2, callbacks=[Restart()])
+    with pytest.raises(RuntimeError, match=r"Merge and convert between two runs \(trainer.fit\), or before"):
+        run.fit(Classifier(), loader(8))

@@ -52,6 +52,9 @@ from lightning_qlora.tensors.held_types import (
 Decide = Callable[[torch.device, torch.dtype], Held | None]  # `held_type`, or what all ranks agree on
 OF_FP16 = Held(torch.float32, "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32")
 
+# Attention uses that of its `out_proj`, an encoder layer those of all its parts in one fused function.
+USE_WEIGHTS_OF_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
 
 def train_in_full_precision(modules: list[nn.Module]) -> None:
     """Hold the 16-bit parameters that train in full in fp32, in place; of all modules in the first one.
@@ -105,9 +108,10 @@ def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Itera
     if has_method(owner, "forward"):
         yield owner
     for parent in parents.get(owner, []):
-        # nn.MultiheadAttention uses the weight of its `out_proj`.
-        if not has_method(owner, "forward") or isinstance(parent, nn.MultiheadAttention):
+        if not has_method(owner, "forward") or isinstance(parent, USE_WEIGHTS_OF_PARTS):
             yield from _users(parent, parents)
+        elif isinstance(owner, nn.TransformerEncoderLayer):  # in the ModuleList of an nn.TransformerEncoder
+            yield from (each for each in parents.get(parent, []) if isinstance(each, nn.TransformerEncoder))
 
 
 def _outermost(root: nn.Module) -> list[nn.Module]:

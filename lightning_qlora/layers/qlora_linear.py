@@ -144,6 +144,8 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `forward` with a bias of the caller's."""
+        if x.is_nested or x.layout is not torch.strided:
+            return self._of_other_layout(x, bias)
         parameters: Any = self._parameters  # each `self.lora_A` would cost a search through the module
         try:
             if self._split is not None:
@@ -151,6 +153,20 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
             return self.compute(x, Matrix(self.weight_bytes, *map(parameters.get, ADAPTER)), bias)  # lora_layer.py
         except (TypeError, ValueError) as error:
             raise self._named(error, x) from error
+
+    def _of_other_layout(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same of a nested or sparse tensor; of a sparse one the output is dense, as that of nn.Linear."""
+        if not x.is_nested:
+            return self.linear(x.to_dense(), bias)
+        if x.layout is torch.jagged:
+            jagged: Any = x
+            values = self.linear(jagged.values(), bias)
+            return torch.nested.nested_tensor_from_jagged(
+                values, jagged.offsets(), jagged.lengths(), jagged._ragged_idx
+            )
+        parts = x.unbind()
+        outputs = torch.split(self.linear(torch.cat(parts), bias), [len(part) for part in parts])
+        return torch.nested.as_nested_tensor(list(outputs))
 
     def _named(self, error: TypeError | ValueError, x: Tensor) -> TypeError | ValueError:
         """An error of a call with the name of the layer, and for an input of another width with that."""

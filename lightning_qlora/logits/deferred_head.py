@@ -30,6 +30,9 @@ class DeferredForward(InstanceMethod):
     def call(self, input: Tensor) -> Tensor:
         """Input [..., in] -> logits [..., out]."""
         head: Any = self.module
+        if input.is_nested or input.layout is not torch.strided:
+            other: Tensor = self.original(input)
+            return other
         if torch.compiler.is_compiling() or not _can_defer(head, input):
             if type(input) is Tensor:
                 # With the strides of a slice, as `x[:, -1:]` has them, torch takes a product that is 15 times slower.

@@ -320,3 +320,27 @@ def test_a_gradient_from_before_the_conversion_stays():
     expected = module[1].weight.grad.float()
     convert(module, r=4, modules_to_save=["1"])
     assert torch.equal(module[1].weight.grad, expected)
+
+
+def test_encoder_layers_that_are_called_by_themselves_in_evaluation():
+    """torch's fused function takes the weights of a whole layer, of one type; nobody's autocast is around the call."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True)
+    parts = {"encoder": nn.TransformerEncoder(layer, 2), "layer": copy.deepcopy(layer), "body": nn.Linear(64, 64)}
+    module = nn.Sequential(nn.ModuleDict(parts)).bfloat16().eval()
+    dense = copy.deepcopy(module)
+    convert(module, r=4, target_modules=["body"], modules_to_save=["encoder", "layer"])
+    x = torch.randn(2, 5, 64).bfloat16()
+    is_padding = torch.arange(5) >= torch.tensor([[3], [5]])
+    calls = {
+        "encoder": lambda parts: parts["encoder"](x),
+        "mask": lambda parts: parts["encoder"](x, src_key_padding_mask=is_padding)[~is_padding],
+        "layer of it": lambda parts: parts["encoder"].layers[0](x),
+        "layer": lambda parts: parts["layer"](x),
+    }
+    for call in calls.values():
+        for records in (False, True):
+            with torch.set_grad_enabled(records):
+                y = call(module[0])
+                assert y.dtype is torch.bfloat16
+                torch.testing.assert_close(y, call(dense[0]), rtol=0.03, atol=0.03)

@@ -263,3 +263,39 @@ def test_a_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypa
 def test_torch_compile_does_not_trace_the_question_whether_a_card_has_bf16():
     compiled = torch.compile(lambda x: x + device_types.has_bf16("cuda"), backend="eager", fullgraph=True)
     assert compiled(torch.zeros(1)).item() == device_types.has_bf16("cuda")
+
+
+OTHER_LAYOUTS = {
+    "jagged": lambda rows: torch.nested.nested_tensor([rows[:2], rows[2:]], layout=torch.jagged),
+    "nested": lambda rows: torch.nested.nested_tensor([rows[:2], rows[2:]]),
+    "sparse": lambda rows: rows.to_sparse(),
+    "csr": lambda rows: rows.to_sparse_csr(),
+}
+
+
+def parts_of(y):
+    return list(y.unbind()) if y.is_nested else [y]
+
+
+@pytest.mark.parametrize("make", OTHER_LAYOUTS.values(), ids=OTHER_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nested_and_sparse_inputs_as_in_a_dense_layer(make, dtype):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 32)).to(dtype)
+    convert(module, r=4, lora_dropout=0.0)
+    layer = module[0]
+    nn.init.normal_(layer.lora_B, std=0.1)
+    dense = nn.Linear(64, 32)
+    dense.weight.data = layer.weight.detach().float()
+    dense.bias.data = layer.bias.detach().float()
+    rows = torch.randn(6, 64) * (torch.rand(6, 64) < 0.3)
+    y = layer(make(rows.to(dtype)))
+    expected = dense(make(rows.to(dtype).float()))
+    assert y.is_nested == expected.is_nested and y.layout == expected.layout and y.dtype is dtype
+    for ours, other in zip(parts_of(y), parts_of(expected), strict=True):
+        torch.testing.assert_close(ours.float(), other, rtol=0.02, atol=0.05 if dtype is torch.bfloat16 else 1e-5)
+    sum(part.float().square().sum() for part in parts_of(y)).backward()
+    of_nested = layer.lora_B.grad.clone()
+    layer.zero_grad()
+    layer(rows.to(dtype)).float().square().sum().backward()
+    torch.testing.assert_close(of_nested, layer.lora_B.grad, rtol=1e-3, atol=1e-3)

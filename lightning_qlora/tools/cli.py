@@ -254,7 +254,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     class Parser(ArgumentParser):
         def error(self, message: str, *_: Any) -> Any:
             program = self.prog.replace(" [options]", "")
-            self.exit(2, f"lightning-qlora: error: {_plain(message)}\n{program} --help lists the arguments.\n")
+            text = _plain(message)
+            required = re.search(r"required: (\w+)\.", text)  # jsonargparse's main parser says it, not the command's
+            if required and required[1] in commands:
+                program = f"{program} {required[1]}"
+                text = text.replace(f"{required[1]}.", "")
+            self.exit(2, f"lightning-qlora: error: {text}\n{program} --help lists the arguments.\n")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that incomplete folders are deleted
     if hasattr(sys.stdout, "reconfigure"):

@@ -362,6 +362,9 @@ def test_errors_are_one_line(trained, copied, tmp_path, capsys, monkeypatch, fai
     assert "--base_mod" in fails("merge", "a", "b", "--base_mod", "c", code=2)
     assert "{plan,inspect,merge,export,doctor}, but it was not provided" in fails(code=2)
     assert fails("inspect", "a", "b", code=2).endswith("\nlightning-qlora inspect --help lists the arguments.")
+    for command, argument in ((["plan"], "model"), (["merge", "a"], "output")):
+        expected = f"are required: {argument}\nlightning-qlora {command[0]} --help lists the arguments."
+        assert fails(*command, code=2).endswith(expected)
     assert "devices=0: must be an integer >= 1" in fails("plan", folder / "base", "--devices", "0")
     (tmp_path / "gguf").mkdir()
     for name in ("a.gguf", "b.gguf"):

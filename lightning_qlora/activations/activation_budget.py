@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.activations.device_memory import Memory, memory_of, reset_peak
+from lightning_qlora.activations.host_inputs import HostInputs
 from lightning_qlora.activations.token_tiles import TokenTiles, describe_tiles, is_long, recomputed_in_tiles
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.texts import size_text
@@ -47,6 +48,7 @@ class ActivationBudget:
         rest: Bytes of a step at its peak without kept activations, beyond those when it begins; None: not measured yet.
         capacity: Bytes for the activations of a step; None: not known yet.
         blocks, kept_blocks, kept_bytes: Of the last step: calls of blocks, those that keep their activations, bytes.
+        host: The inputs of recomputed blocks that wait on the host (`host_inputs.py`).
         parts: The parts of recomputed blocks that had enough tokens for tiles (`token_tiles.py`).
     """
 
@@ -59,6 +61,7 @@ class ActivationBudget:
         self.rest: int | None = None
         self.capacity: int | None = None
         self.blocks = self.kept_blocks = self.kept_bytes = 0
+        self.host = HostInputs()
         self.parts: WeakSet[TokenTiles] = WeakSet()
         self._calls: WeakSet[_Call] = WeakSet()  # those of this step whose backward pass has not begun
         self._count = 0  # of all calls so far
@@ -72,11 +75,12 @@ class ActivationBudget:
         return type(self), (self.limit, self.is_shared, self.offloads)
 
     def __str__(self) -> str:
-        return "; ".join(text for text in (self._kept(), describe_tiles(self.parts)) if text)
+        return "; ".join(text for text in (self._kept(), str(self.host), describe_tiles(self.parts)) if text)
 
     def _kept(self) -> str:
         if self.offloads:
-            return "all blocks are recomputed"
+            text = "all blocks are recomputed"
+            return f"{text}; on this device their inputs are not copied to the host" if self.host.is_here else text
         if self.is_shared:
             return "all blocks are recomputed, because ranks that hold parts of them must do the same"
         if self.is_inside_hooks and not self.blocks:
@@ -110,8 +114,11 @@ class ActivationBudget:
         known, size = measured or self._sizes.get(type(block), (shapes, 0))
         size = int(size * _growth(shapes, known))
         if self.capacity is None or sum(call.size for call in self._calls) + size > self.capacity:
-            output = self._recomputed(forward, args, kwargs, inputs)
-            size = 0
+            size = self._input_bytes(inputs)
+            fits = self.capacity is not None and sum(call.size for call in self._calls) + size <= self.capacity
+            output = self._recomputed(forward, args, kwargs, inputs, on_device=bool(size) and fits)
+            size = size if fits else 0
+            self.kept_bytes += size
         else:
             if measured and _is_within(shapes, known):
                 output = forward(*args, **kwargs)
@@ -125,10 +132,17 @@ class ActivationBudget:
             node.register_prehook(_Call(self, size))
         return output
 
-    def _recomputed(self, forward: Callable[..., Any], args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+    def _recomputed(
+        self, forward: Callable[..., Any], args: Any, kwargs: Any, inputs: list[Tensor], on_device: bool = False
+    ) -> Any:
+        recompute = recomputed if on_device else partial(self.host.recomputed, recomputed)
         if inputs and is_long(inputs[0]):
-            return recomputed_in_tiles(recomputed, forward, args, kwargs, self.parts)
-        return recomputed(forward, args, kwargs)
+            return recomputed_in_tiles(recompute, forward, args, kwargs, self.parts)
+        return recompute(forward, args, kwargs)
+
+    def _input_bytes(self, inputs: list[Tensor]) -> int:
+        """Bytes of the input of a block that could wait on the host; 0: it could not."""
+        return inputs[0].nbytes if inputs and self.host.memory(inputs[0].device) is not None else 0
 
     def _begin_step(self, x: Tensor) -> None:
         self._calls = WeakSet()

@@ -73,6 +73,8 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
     budget = None
+    if setting is True and any(map(_offloads, layers)):
+        setting = "offload"
     if setting is not True:
         limit = None if setting in ("auto", "offload") else memory_limit(setting)
         budget = ActivationBudget(limit, is_shared, setting == "offload")
@@ -120,6 +122,13 @@ def transformers_checkpointing_layers(*modules: nn.Module) -> Iterator[nn.Module
 def _is_transformers_layer(part: nn.Module) -> bool:
     layers: Any = sys.modules.get("transformers.modeling_layers")
     return layers is not None and isinstance(part, layers.GradientCheckpointingLayer)
+
+
+def _offloads(layer: Any) -> bool:
+    """Whether `activation_checkpointing_enable(offload=True)` of transformers was called: it checkpoints in save_on_cpu."""
+    function = getattr(getattr(layer, "_gradient_checkpointing_func", None), "func", None)
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    return bool(layer.gradient_checkpointing) and "save_on_cpu" in names
 
 
 def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:

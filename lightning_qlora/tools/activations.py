@@ -4,6 +4,7 @@ The forward and the backward pass run operation by operation, and each new tenso
 it. So the peak is found wherever it is: in the loss, in the backward pass of a block, or at the end.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_qlora.activations import host_inputs
 from lightning_qlora.checks import one_line
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.logits.deferred_logits import DeferredLogits
@@ -114,6 +116,29 @@ def _loss(output: Tensor) -> Tensor:
         return output
     rows = output.reshape(-1, output.shape[-1])
     return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long, device="cpu"))
+
+
+class PlannedHostMemory(host_inputs.HostMemory):
+    """Host memory that is counted: nothing is copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._used = 0
+
+    def take(self, nbytes: int) -> list[Tensor]:
+        count = math.ceil(nbytes / host_inputs.CHUNK)
+        self._used += count * host_inputs.CHUNK
+        self.nbytes = max(self.nbytes, self._used)
+        return [torch.empty(0, dtype=torch.uint8, device="meta")] * count
+
+    def give(self, chunks: list[Tensor]) -> None:
+        self._used -= len(chunks) * host_inputs.CHUNK
+
+    def start(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        pass
+
+    def wait(self, event: Any) -> None:
+        pass
 
 
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from lightning_qlora.activations.device_memory import memory_of
 from lightning_qlora.activations.gradient_checkpointing import transformers_checkpointing_layers
+from lightning_qlora.activations.host_inputs import HostInputs
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
@@ -25,7 +26,7 @@ from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS, Held
 from lightning_qlora.texts import size_text
-from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
+from lightning_qlora.tools.activations import PlannedHostMemory, fake_example, forward_function, step_memory
 from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
@@ -70,6 +71,7 @@ class MemoryEstimate:
             `kept_blocks` of them keep theirs. 0: no memory is known that they could fit in, so all are recomputed.
         kept_blocks: How many keep their activations.
         kept_bytes: Bytes that they keep.
+        host_bytes: Bytes of host memory in which inputs of recomputed blocks wait on a GPU.
 
     Example:
         ```python
@@ -94,6 +96,7 @@ class MemoryEstimate:
     blocks: int = 0
     kept_blocks: int = 0
     kept_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -115,6 +118,8 @@ class MemoryEstimate:
         elif self.blocks:
             kept = size_text(self.kept_bytes, 1024)
             texts["activations"] += f"  (of {self.blocks} blocks {self.kept_blocks} keep theirs: {kept})"
+        if self.host_bytes:
+            texts["activations"] += f"  (and {size_text(self.host_bytes)} in host memory)"
         if self.gradients_at_peak < self.parts["gradients"]:
             at_peak = "none"
             if self.gradients_at_peak:
@@ -251,8 +256,11 @@ class PlannedRun:
         budget = self._report.activations
         if budget is None:
             return self._step(batch_size, sequence_length)
+        budget.host = HostInputs()
         # As in a run: first all blocks are recomputed, then a step decides by what that needed.
         budget.memory_of = None
+        if self._device == "gpu":
+            budget.host.memory_on = PlannedHostMemory
         budget.capacity = None
         estimate = self._step(batch_size, sequence_length)
         available = self._available(gpu_memory)
@@ -273,6 +281,7 @@ class PlannedRun:
             step = None
             if forward is not None:
                 step = step_memory(self.model, forward)
+        budget = self._report.activations
         activations, gradients_at_peak = step or (0, self._parts["gradients"])
         return MemoryEstimate(
             parts={**self._parts, "activations": activations},
@@ -283,6 +292,7 @@ class PlannedRun:
             dense_bytes=self._report.bytes_before,
             counted_activations=step is not None,
             layers=self._report.rows(),
+            host_bytes=budget.host.nbytes if budget is not None else 0,
         )
 
     def _available(self, gpu_memory: int | None) -> float:

@@ -1,0 +1,254 @@
+"""HostInputs: the inputs of recomputed blocks wait in pinned host memory for the backward pass.
+
+    forward     block 1 | block 2 | block 3         compute
+                out 1   | out 2   | out 3           copies, each beside the block that has the input
+    backward    block 3 | block 2 | block 1
+                in 2    | in 1    |                 copies, one block ahead
+
+A device holds two inputs at a time. Device memory is allocated by torch's allocator on the stream of the computation,
+which waits for the end of a copy before it lets go of the memory, so nothing is overwritten too early.
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_qlora.activations.device_memory import memory_of
+from lightning_qlora.tensors.dtensor import world_size
+from lightning_qlora.texts import size_text
+
+CHUNK = 2**22  # bytes: an input takes whole chunks, so that memory of a batch fits those of another length
+SEGMENT = 2**28  # bytes of one allocation: torch rounds pinned memory up to a power of two
+LEAST = 2**20  # bytes of an input that is worth a copy
+CHANGED = (
+    "a block changed its input in place, so it can't be recomputed from it. Let the block compute out of place, or "
+    "pass gradient_checkpointing=False."
+)
+
+
+class HostMemory:
+    """Pinned host memory that grows once and is used again, and the copies between it and a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.nbytes = 0
+        self._free: list[Tensor] = []
+        self._stream: Any = None  # one for both ways, so that memory which was given back is used in order
+
+    def take(self, nbytes: int) -> list[Tensor] | None:
+        """Chunks for so many bytes; None: the host has no room, half of what is free being left to others."""
+        count = math.ceil(nbytes / CHUNK)
+        while len(self._free) < count:
+            segment = self._new_segment() if self._has_room() else None
+            if segment is None:
+                return None
+            self.nbytes += segment.numel()
+            self._free += segment.tensor_split(segment.numel() // CHUNK)
+        chunks = self._free[-count:]
+        del self._free[-count:]
+        return chunks
+
+    def give(self, chunks: list[Tensor]) -> None:
+        self._free += chunks
+
+    def start(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        """Let kernels that are launched from now on wait for a copy."""
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def _new_segment(self) -> Tensor | None:
+        try:
+            return torch.empty(SEGMENT, dtype=torch.uint8, device="cpu", pin_memory=True)
+        except RuntimeError:  # refused
+            return None
+
+    def _has_room(self) -> bool:
+        memory = memory_of(torch.device("cpu"))
+        if memory is None:
+            return True
+        ranks = min(world_size(), max(torch.cuda.device_count(), 1))
+        free = memory.available - memory.used
+        return self.nbytes + SEGMENT <= (self.nbytes + free) // 2 // ranks
+
+
+class Input:
+    """One input of a block: the tensor itself while the block runs, then on the host until it is needed."""
+
+    def __init__(self, x: Tensor, memory: HostMemory, chunks: list[Tensor]) -> None:
+        self.source: Tensor | None = x
+        self.uses = 0  # blocks that have it
+        self._memory = memory
+        self._chunks = chunks
+        self._needs_grad = x.requires_grad
+        self._version = x._version
+        self._like = x.shape, x.dtype, x.device
+        self._kept: Tensor | None = None  # of several blocks: it is on the device while they run, in both passes
+        self._value: Tensor | None = None  # on its way to the device, or there
+        self._event = memory.start(*self._pairs(x.detach()))
+
+    def _pairs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The chunks, and the parts of x that they hold."""
+        parts = list(torch.split(x.view(-1).view(torch.uint8), CHUNK))
+        return [chunk[: len(part)] for chunk, part in zip(self._chunks, parts, strict=True)], parts
+
+    def leave(self) -> None:
+        """The block ended: let go of the tensor as soon as it is copied."""
+        x = self.source
+        if x is None:
+            return
+        self._memory.wait(self._event)
+        self.source = None
+        if self.uses > 1:
+            self._kept = x.detach()
+        if x._version != self._version:
+            raise RuntimeError(CHANGED)
+
+    def fetch(self) -> None:
+        if self.source is None and self._kept is None and self._value is None:
+            shape, dtype, device = self._like
+            self._value = torch.empty(shape, dtype=dtype, device=device)
+            chunks, parts = self._pairs(self._value)
+            self._event = self._memory.start(parts, chunks)
+
+    def get(self) -> Tensor:
+        if self.source is not None:
+            return self.source
+        if self._kept is not None:
+            return self._kept.detach().requires_grad_(self._needs_grad)
+        self.fetch()
+        self._memory.wait(self._event)
+        value, self._value = self._value, None  # the recomputed graph holds it from here on
+        assert value is not None
+        return value.requires_grad_(self._needs_grad)
+
+    def __del__(self) -> None:
+        if self._value is not None:
+            self._memory.wait(self._event)
+        self._memory.give(self._chunks)
+
+
+class Call:
+    """The forward pass of a block, with inputs that may be on the host: `checkpoint` calls it in both passes."""
+
+    def __init__(self, forward: Callable[..., Any], args: Any, kwargs: Any, before: "weakref.ref[Call] | None") -> None:
+        self.forward = forward
+        self.args = args
+        self.kwargs = kwargs
+        self.before = before
+
+    @property
+    def inputs(self) -> list[Input]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Input)]
+
+    def __call__(self, _: Tensor) -> Any:
+        is_again = all(each.source is None for each in self.inputs)
+        args = [_value(each) for each in self.args]
+        kwargs = {key: _value(each) for key, each in self.kwargs.items()}
+        before = self.before() if is_again and self.before is not None else None
+        for each in before.inputs if before is not None else []:
+            each.fetch()
+        return self.forward(*args, **kwargs)
+
+
+def _value(value: Any) -> Any:
+    return value.get() if isinstance(value, Input) else value
+
+
+class HostInputs:
+    """The inputs of the blocks of one module.
+
+    Attributes:
+        memory_on: The memory for a device; None: nothing is copied, as on a CPU, which is the host.
+        is_full: Whether the host had no room for an input.
+    """
+
+    def __init__(self) -> None:
+        self.memory_on: Callable[[torch.device], HostMemory | None] = host_memory
+        self.is_full = False
+        self.inputs: weakref.WeakSet[Input] = weakref.WeakSet()
+        self._memories: dict[torch.device, HostMemory | None] = {}
+        self._known: Any = WeakTensorKeyDictionary()  # tensor -> its version, and a reference to its Input
+        self._last: weakref.ref[Call] | None = None
+
+    def __str__(self) -> str:
+        if not any(self._memories.values()):
+            return ""
+        text = f"inputs of blocks wait on the host ({size_text(self.nbytes, 1024)})"
+        return f"{text}; it had no room for more, so the others stay on the device" if self.is_full else text
+
+    def memory(self, device: torch.device) -> HostMemory | None:
+        if device not in self._memories:
+            self._memories[device] = self.memory_on(device)
+        return self._memories[device]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether blocks ran, and nothing is copied: a CPU is the host."""
+        return bool(self._memories) and not any(self._memories.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self._memories.values() if memory is not None)
+
+    def recomputed(self, recompute: Callable[..., Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The output of a block whose inputs wait on the host; `recompute` lets a function be computed again."""
+        named = {key: self._input(value, value) for key, value in kwargs.items() if needs_grad(value)}
+        first = next((value for value in args if is_float(value)), None)
+        call = Call(forward, [self._input(value, first) for value in args], {**kwargs, **named}, self._last)
+        inputs = call.inputs
+        if not inputs:
+            return recompute(forward, args, kwargs)
+        self._last = weakref.ref(call)
+        source = inputs[0].source
+        assert source is not None
+        try:
+            return recompute(call, [source.new_empty(0)], {})  # a tensor: `checkpoint` keeps its device's random state
+        finally:
+            for each in inputs:
+                each.leave()
+
+    def _input(self, x: Any, first: Any) -> Any:
+        """The input that stands for a tensor; the tensor, if it stays where it is."""
+        if not (needs_grad(x) or (is_float(x) and x is first)) or x.nbytes < LEAST or not x.is_contiguous():
+            return x
+        version, reference = self._known.get(x, (None, None))
+        known = reference() if reference is not None and version == x._version else None
+        if known is not None:
+            known.source = x
+            known.uses += 1
+            return known
+        memory = self.memory(x.device)
+        chunks = None if memory is None else memory.take(x.nbytes)
+        if memory is None or chunks is None:
+            self.is_full = self.is_full or memory is not None
+            return x
+        item = Input(x, memory, chunks)
+        item.uses = 1
+        self._known[x] = x._version, weakref.ref(item)
+        self.inputs.add(item)
+        return item
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def needs_grad(value: Any) -> bool:
+    return is_float(value) and value.requires_grad
+
+
+def host_memory(device: torch.device) -> HostMemory | None:
+    return HostMemory(device) if device.type == "cuda" else None

@@ -1,0 +1,190 @@
+"""Inputs of recomputed blocks on the host: the values of True, bit for bit, with a stand-in for a card's copies.
+
+A copy happens when something waits for it. Until then its target is NaN, and so is host memory that was given back.
+"""
+
+import gc
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import convert, estimate_memory
+from lightning_qlora.activations import host_inputs, token_tiles
+from lightning_qlora.activations.gradient_checkpointing import budget_of
+from lightning_qlora.activations.host_inputs import HostMemory
+from tests.toys import ARGUMENTS, LLAMA, assert_equal, ids, perturb, toy
+
+pytest.importorskip("transformers")
+
+
+class LateCopies(HostMemory):
+    copied = 0  # bytes
+    room = 2**40  # bytes
+
+    def start(self, targets, sources):
+        for target in targets:
+            target.fill_(255)  # NaN in every type
+        return [*zip(targets, sources, strict=True)]
+
+    def wait(self, event):
+        for target, source in event:
+            target.copy_(source)
+            LateCopies.copied += target.numel()
+        event.clear()
+
+    def give(self, chunks):
+        for chunk in chunks:
+            chunk.fill_(255)
+        super().give(chunks)
+
+    def _new_segment(self):
+        return torch.empty(8 * host_inputs.CHUNK, dtype=torch.uint8)
+
+    def _has_room(self):
+        return self.nbytes < LateCopies.room
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch):
+    monkeypatch.setattr(host_inputs, "host_memory", LateCopies)
+    monkeypatch.setattr(host_inputs, "LEAST", 1)
+    monkeypatch.setattr(host_inputs, "CHUNK", 512)
+    LateCopies.copied = 0
+    LateCopies.room = 2**40
+
+
+def converted(name="llama", setting="offload", dtype=torch.float32, **changes):
+    module = toy(name, **changes).to(dtype).train()
+    module.config.use_cache = False
+    convert(module, **ARGUMENTS, gradient_checkpointing=setting)
+    return perturb(module)
+
+
+def step(module, tokens=12):
+    module.zero_grad()
+    torch.manual_seed(0)
+    tokens = ids(columns=tokens)
+    loss = module(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+
+def host(module):
+    return budget_of(module.modules()).host
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_true_bit_for_bit_and_each_byte_is_copied_once_each_way(dtype):
+    module = converted(dtype=dtype, num_hidden_layers=4)
+    for tokens in (12, 24, 6):
+        LateCopies.copied = 0
+        assert_equal(step(module, tokens), step(converted(setting=True, dtype=dtype, num_hidden_layers=4), tokens))
+        assert LateCopies.copied == 2 * 4 * 2 * tokens * 64 * dtype.itemsize
+    assert "inputs of blocks wait on the host (" in str(budget_of(module.modules()))
+
+
+def test_with_tiles_gradients_are_those_of_tiles_alone(monkeypatch):
+    monkeypatch.setattr(token_tiles, "LEAST_ROWS", 8)
+    expected = converted()
+    host(expected).memory_on = lambda device: None
+    assert_equal(step(converted()), step(expected))
+    assert "not copied to the host" in str(budget_of(expected.modules()))
+
+
+def test_states_of_an_encoder_are_copied_once():
+    module = converted("t5", num_layers=3)
+    expected = step(converted("t5", True, num_layers=3))
+    LateCopies.copied = 0
+    torch.testing.assert_close(step(module), expected, rtol=1e-4, atol=1e-5)
+    states = 2 * 12 * 64 * 4
+    assert LateCopies.copied <= (2 * 6 + 1) * states + 4 * 2**12
+
+
+def test_several_forward_passes_none_after_one_errors_and_batches_that_grow_and_shrink():
+    module = converted(num_hidden_layers=3)
+    expected = converted(setting=True, num_hidden_layers=3)
+    losses = {}
+    for model in (module, expected):
+        model.zero_grad()
+        first, second = (model(input_ids=ids(columns=n), labels=ids(columns=n)).loss for n in (12, 8))
+        first.backward(retain_graph=True)
+        (2 * second).backward()
+        first.backward()
+        losses[model] = [p.grad for p in model.parameters() if p.grad is not None]
+    assert_equal(losses[module], losses[expected])
+    del first, second
+    held = 0
+    for number in range(60):
+        tokens = ids(columns=4 + 4 * (number % 5))
+        loss = module(input_ids=tokens, labels=tokens).loss
+        if number % 7:
+            loss.backward()
+        if number % 11 == 3:
+            handle = module.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                module(input_ids=tokens)
+            handle.remove()
+        del loss
+        held = held or (number == 30 and host(module).nbytes)
+    with torch.no_grad():
+        module(input_ids=tokens)
+    gc.collect()
+    assert not host(module).inputs and host(module).nbytes == held
+    memory = host(module).memory(torch.device("cpu"))
+    assert sum(chunk.numel() for chunk in memory._free) == memory.nbytes
+    assert_equal(step(module), step(expected))
+
+
+def test_without_room_on_the_host_inputs_stay_on_the_device():
+    LateCopies.room = 1
+    module = converted(num_hidden_layers=4)
+    assert_equal(step(module), step(converted(setting=True, num_hidden_layers=4)))
+    assert LateCopies.copied == 0 or "no room for more" in str(budget_of(module.modules()))
+
+
+class Changing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x):
+        y = self.layer(x)
+        x.add_(1)
+        return y
+
+
+def test_a_block_that_changes_its_input_is_an_error():
+    module = nn.Sequential(*(Changing() for _ in range(2)))
+    convert(module, **ARGUMENTS, gradient_checkpointing="offload")
+    with pytest.raises(RuntimeError, match="changed its input in place"):
+        module(torch.randn(4, 64))
+
+
+def test_plan_counts_inputs_on_the_host_and_the_device_has_two():
+    import transformers
+
+    config = transformers.LlamaConfig(**LLAMA | {"num_hidden_layers": 12, "max_position_embeddings": 4096})
+    of_each = {}
+    for setting in (True, "offload"):
+        of_each[setting] = estimate_memory(config, 1, 1024, r=4, lora_dropout=0.0, gradient_checkpointing=setting)
+    inputs = 1024 * 64 * 2
+    less = of_each[True].parts["activations"] - of_each["offload"].parts["activations"]
+    assert 8 * inputs < less < 14 * inputs
+    assert of_each[True].host_bytes == 0 and 12 * inputs <= of_each["offload"].host_bytes <= 13 * inputs
+    assert "in host memory" in str(of_each["offload"])
+
+
+def test_the_option_of_transformers_that_moves_inputs_to_the_host_means_offload():
+    enable = getattr(toy("llama"), "activation_checkpointing_enable", None)
+    if enable is None or "offload" not in inspect.signature(enable).parameters:
+        pytest.skip("transformers 5.16 and older do not have it")
+    for offload in (True, False):
+        module = toy("llama").train()
+        module.activation_checkpointing_enable(offload=offload)
+        convert(module, **ARGUMENTS, gradient_checkpointing=True)
+        assert (budget_of(module.modules()) is not None) == offload
+        step(module)
+        assert bool(LateCopies.copied) == offload
+        LateCopies.copied = 0

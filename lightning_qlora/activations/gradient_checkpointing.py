@@ -125,7 +125,7 @@ def _is_transformers_layer(part: nn.Module) -> bool:
 
 
 def _offloads(layer: Any) -> bool:
-    """Whether `activation_checkpointing_enable(offload=True)` of transformers was called: it checkpoints in save_on_cpu."""
+    """Whether transformers was told to move inputs to the host: its `checkpoint` runs in `save_on_cpu` then."""
     function = getattr(getattr(layer, "_gradient_checkpointing_func", None), "func", None)
     names = getattr(getattr(function, "__code__", None), "co_names", ())
     return bool(layer.gradient_checkpointing) and "save_on_cpu" in names

@@ -202,12 +202,16 @@ def test_gaussian_and_default_have_pefts_spread():
 
 
 def test_more_ranks_than_singular_values_are_refused_and_the_layer_stays_dense():
+    message = r"r=17: a 16x64 weight has only 16 singular values.*rank_pattern"
     config = QLoRAConfig(r=17, init_lora_weights="calibrated")
-    for device in ("meta", "cpu"):
-        layer = nn.Linear(64, 16, device=device)
-        with pytest.raises(ValueError, match=r"^r=17: a 16x64 weight has only 16 singular values.*rank_pattern"):
-            QLoRALinear.from_linear(layer, config, "", None, "")
-        assert type(layer) is nn.Linear and layer.weight.shape == (16, 64)
+    with pytest.raises(ValueError, match=message):
+        QLoRALinear.from_linear(nn.Linear(64, 16, device="meta"), config, "", None, "")
+    net = nn.Sequential(nn.Linear(64, 16))
+    weight = net[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        convert(net, r=17, init_lora_weights="calibrated", target_modules=["0"])
+    assert type(net[0]) is nn.Linear
+    assert_equal(net[0].weight.detach(), weight)
 
 
 def test_an_adapter_of_a_weight_without_quantization_error_can_train():

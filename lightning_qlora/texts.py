@@ -11,6 +11,11 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def printable(text: str) -> str:
+    """A text of a file for a terminal: on one line, with escapes for what would move the cursor or hide other text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def group(name: str) -> str:
     """A name with * for every number between dots; layers of one group have the same."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or ROOT

@@ -223,8 +223,8 @@ STOPS = {
         ("selection/apply.py", "convert_layers", "the chosen layers, one after another"),
         ("layers/qlora_linear.py", "from_linear", "the float weight out, another class for the layer"),
         ("starts/starts.py", "first_adapter", "A and B"),
-        ("selection/apply.py", "freeze", "all but adapters, and what trains in full"),
         ("survey/records.py", "record", "what trained before, fingerprints of what is frozen"),
+        ("selection/apply.py", "freeze", "all but adapters, and what trains in full"),
         ("state/module_state.py", "record_conversion", "the hooks for checkpoints"),
     ),
     "stops_batch": (

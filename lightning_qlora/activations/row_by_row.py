@@ -35,7 +35,7 @@ class StandIn:
         self.values = 0  # of all outputs
 
     def __call__(self, x: Tensor, *_: Tensor) -> Tensor:
-        factors = torch.linspace(1, 2, self.layer.out_features, device=x.device)
+        factors = torch.linspace(1, 2, self.layer.out_features, device=x.device, dtype=torch.float32)
         y = (x.float().mean(-1, keepdim=True) * factors).to(x.dtype)
         self.rows.append(y[..., 0].numel())
         self.values += y.numel()
@@ -60,7 +60,9 @@ def values_per_input(module: nn.Module, forward: Callable[[Tensor], Tensor], x: 
         stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
         stand_in_of = {each.layer: each for each in stand_ins}
         changed = stack.enter_context(patches.examined(module, stand_in_of, has_data))
-        every = torch.randn([*[1] * (x.ndim - 2), 3 * ROWS, x.shape[-1]], generator=torch.Generator().manual_seed(0))
+        shape = [*[1] * (x.ndim - 2), 3 * ROWS, x.shape[-1]]
+        generator = torch.Generator("cpu").manual_seed(0)
+        every = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
         every = every.to(x.device if has_data else "cpu", x.dtype)
         tile = every[..., TILE, :].clone()
         among_nan = torch.full_like(every, torch.nan)

@@ -46,17 +46,21 @@ def _is_private_group(gid: int) -> bool:
         group = grp.getgrgid(gid)
     except KeyError:  # not in the files of this container
         return False
-    return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    if gid != user.pw_gid or group.gr_name != user.pw_name or not set(group.gr_mem) <= {user.pw_name}:
+        return False
+    return all(other.pw_uid == user.pw_uid for other in pwd.getpwall() if other.pw_gid == gid)
 
 
 def cache_folder() -> Path:
     """The cache folder: $LIGHTNING_QLORA_CACHE, else `lightning_qlora` in the user's cache folder.
 
     It is created for this user alone (mode 0700). Raises OSError if that is not possible, if there is an `objection`,
-    or if the user has no home folder.
+    if the user has no home folder, or if the path is relative: it would be in a folder that others may have packed.
     """
     try:
-        folder = _named_folder().absolute()  # for dlopen
+        folder = _named_folder()
+        if not folder.is_absolute():
+            raise PermissionError(f"{folder}: is a relative path")
         for part in reversed([part for part in (folder, *folder.parents) if not part.exists()]):
             part.mkdir(mode=0o700, exist_ok=True)
         reason = objection(folder.resolve())
@@ -70,8 +74,10 @@ def cache_folder() -> Path:
 def _named_folder() -> Path:
     if os.environ.get("LIGHTNING_QLORA_CACHE"):
         return Path(os.environ["LIGHTNING_QLORA_CACHE"])
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches, "lightning_qlora")
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():  # to be ignored, says its specification
+        caches = Path.home() / ".cache"
+    return caches / "lightning_qlora"
 
 
 @contextmanager

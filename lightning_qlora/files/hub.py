@@ -1,30 +1,79 @@
-"""Folders of models by their names on the Hugging Face Hub, and the links in such a folder."""
+"""Folders of others: which files they may name, by a text or a symbolic link; models by their names on the hub."""
 
 import os
+import re
+import shutil
 from pathlib import Path
+from typing import Any
+
+from lightning_qlora.checks import shown
+
+CACHED_MODEL = "models--"  # what the folder of a model in a cache of the Hugging Face Hub begins with
 
 
-def check_links(folder: Path) -> None:
-    """Raise ValueError for a symbolic link to a file outside of a folder: the file would be copied into the output.
+def check_name(subject: str, name: Any) -> None:
+    """Raise ValueError for what a file names as a file beside it, if it is no name, but a path on any system."""
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]|^.:", name):
+        raise ValueError(f"{subject} is {shown(name)}, which is not a file of this folder.")
 
-    Links of a snapshot in a Hugging Face cache to the `blobs` of its model are allowed.
-    """
-    inside = folder.resolve()
-    if inside.parent.name == "snapshots":
-        inside = inside.parents[1]
+
+def file_in(folder: Path, name: str) -> Path:
+    """A file of a folder, which may not exist; ValueError for a symbolic link to a place outside of the folder."""
+    _check_link(folder / name)
+    return folder / name
+
+
+def check_links(folder: Path, endings: tuple[str, ...] = ("",)) -> None:
+    """Raise ValueError for a symbolic link in a folder, with one of these endings, to a place outside of it."""
     for path in folder.iterdir():
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise ValueError(
-                f"{path}: is a symbolic link to {path.resolve()}, outside of the folder. Put a copy of the file there."
-            )
+        if path.name.endswith(endings):
+            _check_link(path)
+
+
+def copy_files(folder: Path, target: Path, without: tuple[str, ...]) -> None:
+    """Copy the files of a folder, except names with these endings and those that begin with a dot, or are there.
+
+    Their contents alone: with modes a set-user-id file of another user would become one of this user.
+    """
+    for path in folder.iterdir():
+        is_other = path.name.startswith(".") or path.name.endswith(without) or (target / path.name).exists()
+        if path.is_file() and not is_other:
+            _check_link(path)
+            shutil.copyfile(path, target / path.name)
+
+
+def _check_link(path: Path) -> None:
+    if not path.is_symlink():
+        return
+    folder = path.parent.resolve()
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(folder) and not _is_blob(target, folder):
+        raise ValueError(
+            f"{path}: is a symbolic link to {target}, outside of the folder. Put the file there (a hard link, cp -l, "
+            "needs no space)."
+        )
+
+
+def _is_blob(target: Path, folder: Path) -> bool:
+    """Whether a file is a blob of the model whose snapshot a folder of a Hugging Face cache is, or is in."""
+    for snapshot in (folder, *folder.parents):
+        model = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and model.name.startswith(CACHED_MODEL):
+            blobs = model.parent / "blobs"  # of all models of the cache (huggingface_hub/utils/_shared_blobs.py)
+            is_hash = re.fullmatch("[0-9a-f]{64}", target.name) is not None
+            return target.parent == model / "blobs" or (is_hash and target.parent == blobs / target.name[:2])
+    return False
 
 
 def resolve_model(name: str, download: bool = True) -> str:
     """Folder of a model: itself if it is a path, else the Hugging Face Hub's snapshot of that name.
 
     `download` is False for a name that was read from a file and that the user did not pass: then only the cache is
-    searched. Raises FileNotFoundError if the name is neither.
+    searched. Raises FileNotFoundError if the name is neither, and ValueError for a file's name of another computer,
+    to which Windows would send the user's credentials.
     """
+    if not download and re.match(r"[\\/]{2}", name):
+        raise ValueError(f"{name}: the file names this base model, on another computer. Pass the model: base_model=...")
     if os.path.exists(name):
         return name
     files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]

@@ -6,14 +6,19 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_qlora.checks import DAMAGED
+from lightning_qlora.checks import DAMAGED, shown
+from lightning_qlora.files.hub import check_name, file_in
+from lightning_qlora.texts import printable
 
+ONLY_WEIGHTS: ContextVar[bool | None] = ContextVar("ONLY_WEIGHTS", default=None)  # of `reading`
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
 SHARDS_INDEX = ".metadata"  # the shard of every tensor
 OTHER_FILES = (  # of folders that are no checkpoints
@@ -22,27 +27,40 @@ OTHER_FILES = (  # of folders that are no checkpoints
     "model.safetensors",
     "model.safetensors.index.json",
 )
-# All that torch.distributed.checkpoint writes into an index, except dtypes and the path of the folder.
-INDEX_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-}
 
 
 def is_shards(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder of a checkpoint in shards, and not of a model or an adapter with such a file."""
     return _has_file(path, (META, SHARDS_INDEX)) and not _has_file(path, OTHER_FILES)
+
+
+def check_dense(key: str, value: Any) -> None:
+    """Raise ValueError for what is no tensor with values of its own in memory, though torch.load makes it of a file.
+
+    A copy of an expanded tensor has another size than the file, and the bytes of a quantized one are not its values.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key}: is {shown(value)}, and must be a tensor. {DAMAGED}")
+    dense = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+    if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{key}: is a quantized, sparse or expanded tensor, or has no values. {DAMAGED}")
+
+
+@contextmanager
+def reading(weights_only: bool) -> Iterator[None]:
+    """Within this Lightning reads checkpoints so, if its caller does not say how (training/patches.py)."""
+    token = ONLY_WEIGHTS.set(weights_only)
+    try:
+        yield
+    finally:
+        ONLY_WEIGHTS.reset(token)
+
+
+def only_weights(requested: bool | None) -> bool:
+    """Whether to read plain values alone: what the user says to Lightning, or else to torch, and by default yes."""
+    if requested is None:
+        return os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() not in ("1", "y", "yes", "true")
+    return requested
 
 
 def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
@@ -71,68 +89,91 @@ def read_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
 
 def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
     """Lightning's _load_distributed_checkpoint (lightning/fabric/utilities/load.py), with `weights_only`."""
-    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import StorageMeta
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    class Reader(FileSystemReader):
-        """Reads the index without running code in it; torch would unpickle it."""
+    class Zeros(_EmptyStateDictLoadPlanner):
+        """Begins with zeros: what no shard has would be what was in memory before."""
 
+        def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+            super().set_up_planner(*args, **kwargs)
+            for value in self.state_dict.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    state: dict[str, Any] = {}
+    reader, planner = _reader_and_planner(folder, weights_only, Zeros)
+    with _errors_of_values():
+        _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
+    state |= torch.load(file_in(folder, META), map_location="cpu", weights_only=weights_only, mmap=True)
+    return state
+
+
+def load_shards(state: dict[str, Any], folder: Path, weights_only: bool) -> None:
+    """Load a checkpoint in shards into a state, as torch.distributed.checkpoint.load; all ranks must call it."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with one_line_errors(folder), _errors_of_values():
+        reader, planner = _reader_and_planner(folder, weights_only, DefaultLoadPlanner)
+        load(state, storage_reader=reader, planner=planner)
+
+
+def _reader_and_planner(folder: Path, weights_only: bool, kind: Any) -> tuple[Any, Any]:
+    """What reads shards in torch, without running code in them; torch unpickles the index, and what is no tensor."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    index = read_index(folder / SHARDS_INDEX, weights_only)
+
+    class Reader(FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             return replace(index, storage_meta=replace(index.storage_meta or StorageMeta(), load_id=self.load_id))
 
-    class Planner(_EmptyStateDictLoadPlanner):
-        """Reads values that are no tensors without running code in them; torch would unpickle them."""
-
+    class Planner(kind):  # type: ignore[misc]
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
             plain = io.BytesIO()
             torch.save(torch.load(value, weights_only=weights_only), plain)  # without classes that torch.load refuses
             plain.seek(0)
             super().load_bytes(read_item, plain)
 
-    state: dict[str, Any] = {}
-    index = read_index(folder / SHARDS_INDEX, weights_only)
+    return Reader(folder), Planner()
+
+
+@contextmanager
+def _errors_of_values() -> Iterator[None]:
+    """Raise the error of the first rank in place of torch's CheckpointException, a BaseException with a traceback."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
-        _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)  # type: ignore[no-untyped-call]
-    except CheckpointException as error:  # a BaseException, whose text is a traceback
+        yield
+    except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
-    state |= torch.load(folder / META, map_location="cpu", weights_only=weights_only, mmap=True)
-    return state
 
 
 def read_index(path: Path, weights_only: bool) -> Any:
     """The index of shards, torch's `Metadata`; weights_only=False runs code in its pickle.
 
-    Raises UnpicklingError for a class that does not belong there, and ValueError for a shard outside of its folder.
+    UnpicklingError or ValueError for what does not belong there, and for a shard outside of its folder.
     """
+    from lightning_qlora.files import shards_index
+
+    path = file_in(path.parent, path.name)
+    if weights_only:
+        return shards_index.read_index(path)
     with path.open("rb") as file:
-        if weights_only:
-            index = _IndexUnpickler(file).load()
-        else:
-            index = pickle.load(file)
+        index = pickle.load(file)
     for place in index.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path or place.relative_path == "..":
-            raise ValueError(f"{path}: names the shard {place.relative_path!r}, which is not a file of this folder.")
+        check_name(f"{path}: a shard", place.relative_path)
+        file_in(path.parent, place.relative_path)
     return index
 
 
-def keys_of_shards(path: str | os.PathLike[str], names: Iterable[str]) -> set[str]:
+def keys_of_shards(path: str | os.PathLike[str], names: Iterable[str], weights_only: bool) -> set[str]:
     with one_line_errors(path):
-        index = read_index(Path(path) / SHARDS_INDEX, weights_only=True)
+        index = read_index(Path(path) / SHARDS_INDEX, weights_only)
     keys = index.state_dict_metadata
     return {key.removeprefix(f"{name}.") for name in names for key in keys if key.startswith(f"{name}.")}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("pathlib", "pathlib._local"):  # a path of any system, from any Python
-            return PurePath
-        is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
-        if is_dtype or name in INDEX_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} does not belong into an index of shards")
 
 
 @contextmanager
@@ -143,13 +184,20 @@ def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:  # damaged bytes make torch and pickle raise errors of any type
         if isinstance(error, (ValueError, FileNotFoundError)) and os.fspath(path) in str(error):
             raise  # it names the file
-        refused_class = re.search(r"GLOBAL (\S+) ", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused_class is not None:
-            raise ValueError(
-                f"{path}: holds a {refused_class[1]}, a hyperparameter for example. Loading it can run code of whoever "
-                "wrote the file. If you trust them, pass weights_only=False (--weights_only false)."
-            ) from error
-        if isinstance(error, (AttributeError, ImportError)):
-            raise ValueError(f"{path}: holds an object whose class cannot be imported ({error}).") from error
+        raise ValueError(in_one_line(path, error)) from error
+
+
+def in_one_line(path: object, error: Exception) -> str:
+    refused_class = re.search(r"GLOBAL (\S+) ", str(error))
+    if isinstance(error, pickle.UnpicklingError) and refused_class is not None:
+        text = (
+            f"holds a {refused_class[1]}, a hyperparameter for example. Loading it can run code of whoever wrote the "
+            "file. If you trust them, pass weights_only=False (--weights_only false), or where Lightning has no such "
+            "argument set the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."
+        )
+    elif isinstance(error, (AttributeError, ImportError)):
+        text = f"holds an object whose class cannot be imported ({error})."
+    else:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: not a checkpoint, or truncated ({first_line}). {DAMAGED}") from error
+        text = f"not a checkpoint, or truncated ({first_line}). {DAMAGED}"
+    return f"{path}: {printable(text)}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_qlora.checks import DAMAGED, shown
 from lightning_qlora.files.folder_writer import check_utf8
+from lightning_qlora.files.hub import check_name, file_in
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,7 +82,7 @@ def parse_json(text: str | bytes, source: object) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json; empty if there is none. Raises as `read_json`."""
-    path = folder / "config.json"
+    path = file_in(folder, "config.json")
     if not path.is_file():
         return {}
     return read_json(path)
@@ -99,14 +100,14 @@ class WeightFolder:
             raise FileNotFoundError(f"{self.folder}: no such folder.")
         self.entries: dict[str, TensorEntry] = {}  # key -> type and shape
         self.file_of: dict[str, Path] = {}  # key -> file
-        file_names = _file_names(self.folder / INDEX)
+        file_names = file_names_in(file_in(self.folder, INDEX))
         if not file_names and not (self.folder / WEIGHTS).is_file():
             others = sorted(p.name for p in self.folder.glob("*.bin")) or sorted(p.name for p in self.folder.iterdir())
             raise FileNotFoundError(
                 f"{self.folder}: has neither {WEIGHTS} nor {INDEX}, only {others[:5]}. Other formats cannot be read."
             )
         for name in sorted(set(file_names.values()) or {WEIGHTS}):
-            path = self.folder / name
+            path = file_in(self.folder, name)
             if not path.is_file():
                 key = next(key for key, file in file_names.items() if file == name)
                 raise FileNotFoundError(f"{path}: this shard is missing; {INDEX} says it holds {key!r}.")
@@ -132,13 +133,13 @@ class WeightFolder:
         return tensors
 
 
-def _file_names(index: Path) -> dict[str, str]:
+def file_names_in(index: Path) -> dict[str, str]:
+    """Key of a tensor -> the file of the same folder that holds it; empty if there is no such index."""
     if not index.is_file():
         return {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: its 'weight_map' is {shown(weight_map)}; it must be an object: key -> file name.")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name:
-            raise ValueError(f"{index}: the file of {key!r} is {name!r}, which is not a file of this folder.")
+        check_name(f"{index}: the file of {key!r}", name)
     return weight_map

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_links
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
+from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.trainable_tokens import DELTA
@@ -62,7 +63,8 @@ def load_base_model(
     transformers: Any = import_module("transformers")
     gguf = gguf_of(source)
     folder = Path(source) if gguf is None else gguf.parent
-    location: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": trust_remote_code}
+    location: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    of_config: dict[str, Any] = {}
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf is None:
         if not folder.is_dir():
@@ -72,20 +74,21 @@ def load_base_model(
         check_links(folder)
         WeightFolder(folder)  # its errors name file and key
     else:
-        location["gguf_file"] = gguf.name
+        of_config["gguf_file"] = gguf.name
         if hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _one_line_errors(source, "read its config"):
-        config = transformers.AutoConfig.from_pretrained(**location)
+        config = read_model_config(folder, trust_remote_code, **of_config)
         stored = stored_format(config.to_dict())
     check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
         config.update({"quantization_config": stored | {"dequantize": True}})
-    model_class, untied = _class_for(config, adapter, trust_remote_code)
+    with asking_nobody(trust_remote_code):
+        model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
         config.update({"tie_word_embeddings": False})
-    with _one_line_errors(source, "load it"), torch.device("cpu"):
-        model, loading = model_class.from_pretrained(config=config, **location, **options)
+    with _one_line_errors(source, "load it"), asking_nobody(trust_remote_code), torch.device("cpu"):
+        model, loading = model_class.from_pretrained(folder, config=config, **location, **of_config, **options)
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
             f"{source}: {name!r} has shape {list(shape)}, and a {type(model).__name__} with this config.json has "
@@ -104,6 +107,8 @@ def _one_line_errors(source: object, action: str) -> Iterator[None]:
     """Name the source in an error of transformers; what to do stands before its text, which may be long."""
     try:
         yield
+    except ElsewhereError:
+        raise
     except Exception as error:  # wrong values make the code of configs and models raise errors of any type
         remedy = ""
         if "trust_remote_code" in str(error):

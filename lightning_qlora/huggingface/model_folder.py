@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
+from lightning_qlora.huggingface.model_config import asking_nobody, read_model_config
 
 
 @dataclass
@@ -104,8 +105,8 @@ class ModelFolder(WeightFolder):
         with suppress(Exception):  # any error of the model's own code
             import transformers
 
-            config: Any = transformers.AutoConfig.from_pretrained(folder)
-            with torch.device("meta"):
+            config = read_model_config(folder)
+            with torch.device("meta"), asking_nobody():
                 model = getattr(transformers, config.architectures[0])._from_config(config)
         return ModelFolder(folder, model)
 

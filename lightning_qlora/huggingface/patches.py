@@ -2,8 +2,10 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -108,6 +110,32 @@ def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: 
             "makes dense layers, which save_pretrained writes.",
             stacklevel=3,
         )
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within this the process asks the Hugging Face Hub nothing.
+
+    Upstream: huggingface_hub/constants.py, HF_HUB_OFFLINE. While transformers builds a model (backbone_utils.py,
+    integrations/hub_kernels.py), it fetches what a config.json names: backbones, configs and compiled kernels.
+    Supported ways tried: `local_files_only`, which is not passed on to these places; the environment variable, which is
+    read once.
+    Removed by: `local_files_only` of transformers reaching all that a config names.
+    """
+    constants: Any = import_module("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    try:
+        _set_offline(constants, True)
+        yield
+    finally:
+        _set_offline(constants, before)
+
+
+def _set_offline(constants: Any, value: bool) -> None:
+    constants.HF_HUB_OFFLINE = value
+    reset_sessions = getattr(import_module("huggingface_hub.utils"), "reset_sessions", None)
+    if reset_sessions is not None:  # before 1.0 a session remembers it
+        reset_sessions()
 
 
 def _original(conversion: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.config import arguments_that
+from lightning_qlora.files.lightning_checkpoint import check_dense
 from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
@@ -139,8 +140,18 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
 
 def pop_base(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Remove the base of a layer, dense or in 4 bits, from a state dict; returns its entries."""
-    keys = (*(prefix + name for name in (ADAPTER_ARGUMENTS, *BASE)), *bnb_keys(f"{prefix}weight"))
-    return {key: state_dict.pop(key) for key in keys if key in state_dict}
+    return {key: state_dict.pop(key) for key in _base_keys(prefix) if key in state_dict}
+
+
+def _base_keys(prefix: str) -> list[str]:
+    return [*(prefix + name for name in (ADAPTER_ARGUMENTS, *BASE)), *bnb_keys(f"{prefix}weight")]
+
+
+def check_tensors_of_layer(state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise ValueError if an entry of a layer, in a state dict of a file, is no tensor with values of its own."""
+    for key in (*_base_keys(prefix), *(prefix + name for name in (*ADAPTER, *INITIAL))):
+        if key in state_dict:
+            check_dense(key, state_dict[key])
 
 
 def has_base(state_dict: Mapping[str, Any], prefix: str) -> bool:

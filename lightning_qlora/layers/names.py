@@ -13,14 +13,24 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_qlora.checks import DAMAGED, shown
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.texts import join as join
+from lightning_qlora.texts import printable
 
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 CHECKPOINTED = "_checkpoint_wrapped_module"  # the same of torch's checkpoint_wrapper, which state dicts do not have
 _EXPERTS = "_experts"
+MOST_LETTERS = 4096  # of a key in a file of others: what is done with names takes the square of their length
+
+
+def check_keys(keys: Iterable[Any]) -> None:
+    """Raise ValueError for a key in a file that is no name of a tensor in a module."""
+    for key in keys:
+        if not isinstance(key, str) or len(key) > MOST_LETTERS:
+            raise ValueError(f"key {shown(key)}: must be a text of at most {MOST_LETTERS} characters. {DAMAGED}")
 
 
 def owner_name(name: str) -> str:
@@ -83,7 +93,7 @@ def named(name: object) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(printable(f"{name}: {error}")) from error
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from lightning_qlora.checks import DAMAGED, DIVERGED, shown
 from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import atomic_files
+from lightning_qlora.files.hub import file_in
 from lightning_qlora.files.safetensors_folder import open_safetensors, parse_json, write_safetensors
-from lightning_qlora.layers.names import last_part, named
+from lightning_qlora.layers.names import check_keys, last_part, named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 from lightning_qlora.peft.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State, check_state
 from lightning_qlora.peft.base_compatibility import (
@@ -67,14 +68,15 @@ def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Ad
     FileNotFoundError if a file is missing; ValueError, with file and key, if one is broken, QLoRALinear does not
     compute this kind of adapter, or it does not fit this base.
     """
-    weights_file = Path(folder) / WEIGHTS_FILE
-    config = read_peft_config(Path(folder) / CONFIG_FILE)
+    weights_file = file_in(Path(folder), WEIGHTS_FILE)
+    config = read_peft_config(file_in(Path(folder), CONFIG_FILE))
     if not weights_file.is_file():
         raise FileNotFoundError(f"{weights_file}: no such file. Save the adapter with safetensors (PEFT's default).")
     with open_safetensors(weights_file) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
         metadata = file.metadata() or {}
     with named(weights_file):
+        check_keys(tensors)
         _check_sums(tensors, metadata)
         layers, saved = _layers_and_saved(tensors)
         trained = _entry(metadata, BASE)

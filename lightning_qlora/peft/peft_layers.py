@@ -31,6 +31,7 @@ from lightning_qlora.peft.base_compatibility import (
 )
 from lightning_qlora.peft.peft_config import config_for_peft
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.texts import printable
 
 # Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
 # names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
@@ -213,6 +214,6 @@ def _check_sizes(adapter: Adapter, key: str, base: Parts, what: str, matrices: i
 def refuse(adapter: Adapter, key: str, base: Parts, difference: str) -> NoReturn:
     kind = type(base.root).__name__
     raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{key}' does not fit: the {kind} {difference}. An adapter fits "
+        f"{adapter.source}: key '{PREFIX}{printable(key)}' does not fit: the {kind} {difference}. An adapter fits "
         "the architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
     )

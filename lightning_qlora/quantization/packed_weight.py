@@ -252,7 +252,10 @@ class PackedWeight:
             nested_blocks = -(-blocks // blockwise.NESTED_BLOCK_SIZE)
             scale_dtype = torch.uint8
         # bitsandbytes may store the same bytes with another dtype (its option quant_storage).
-        packed = state[prefix].contiguous().view(torch.uint8).reshape(-1, 1)
+        packed = state[prefix]
+        if packed.is_quantized or packed.layout is not torch.strided:  # `view` would read beyond the values
+            raise ValueError(f"{prefix}: is a {packed.layout} tensor of {packed.dtype}, not the bytes of codes.")
+        packed = packed.contiguous().view(torch.uint8).reshape(-1, 1)
         absmax = state[f"{prefix}.absmax"]
         nested_absmax = state.get(f"{prefix}.nested_absmax")
         check_values(prefix, packed, (numel + 1) // 2, torch.uint8)

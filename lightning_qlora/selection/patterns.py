@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_qlora.layers.names import name_endings, outer_names
+from lightning_qlora.selection.expression import Expression, Steps
 
 
 class Patterns:
@@ -20,11 +21,12 @@ class Patterns:
         self.texts = [patterns] if isinstance(patterns, str) else list(patterns or ())
         self._names: dict[str, str] = {}
         self._endings: dict[str, str] = {}
-        self._expressions: dict[str, re.Pattern[str]] = {}
+        self._expressions: dict[str, Expression] = {}
+        self._steps = Steps()
         self._order = {text: number for number, text in enumerate(self.texts)}
         for text in self._order:
             if isinstance(patterns, str):
-                self._expressions[text] = re.compile(text)
+                self._expressions[text] = Expression(text, self._steps)
             elif isinstance(patterns, Mapping):
                 self._add_key(text)
             else:
@@ -38,14 +40,14 @@ class Patterns:
         if literal and re.escape(literal) == escaped and literal not in place:
             place[literal] = key
         else:
-            self._expressions[key] = re.compile(rf"(.*\.)?({key})$")
+            self._expressions[key] = Expression(rf"(.*\.)?({key})$", self._steps)
 
     def of_name(self, name: str) -> Iterator[str]:
         if name in self._names:
             yield self._names[name]
         if self._endings:
             yield from (self._endings[ending] for ending in name_endings(name) if ending in self._endings)
-        yield from (text for text, expression in self._expressions.items() if expression.fullmatch(name))
+        yield from (text for text, expression in self._expressions.items() if expression.matches(name))
 
     def match(self, names: Iterable[str]) -> bool:
         return self.first(names) is not None

@@ -12,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.checks import RemovedStartError, shown
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.checks import (
+    DAMAGED,
+    RemovedStartError,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_token_indices,
+    refuse_unknown_arguments,
+    shown,
+)
+from lightning_qlora.config import QLoRAConfig, arguments_that
+from lightning_qlora.files.lightning_checkpoint import check_dense
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 from lightning_qlora.peft.base_compatibility import read_quantization
@@ -21,14 +31,19 @@ from lightning_qlora.survey.parts import Parts
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
 MERGED = "_qlora_merged"  # attribute of a module that was merged
-DESCRIPTION_TYPES: dict[str, type] = {  # types of entries of `describe_base`
+DESCRIPTION_TYPES: dict[str, Any] = {  # types of entries of `describe_base`; of a list, those of its elements are texts
     "prefix": str,
     "trained_in_full": list,
+    "task_type": str | None,
+    "base_model": str | None,
+    "fan_in_fan_out": bool,
+    "target_modules": str | list,
     "layers": dict,
     "experts": dict,
     "parameters": list,
     "tokens": dict,
 }
+OF_LAYERS = {*arguments_that("of_layer"), "init_lora_weights", "loftq_config"}  # what "layers" has
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
 
 
@@ -137,7 +152,7 @@ class SavedConversion:
     def text(self) -> str:
         """It as JSON. Fingerprints are decimal digits: a mean over several bases is a text with other digits."""
         config = asdict(self.config)
-        config["adapter"] = None  # a folder that is read once, at conversion
+        config["adapter"] = None  # a folder that is read once, at conversion; `from_text` ignores it
         fingerprints = {name: f"{number:019}" for name, number in self.fingerprints.items()}
         return json.dumps({"config": config, "base": self.base, "fingerprints": fingerprints})
 
@@ -145,14 +160,25 @@ class SavedConversion:
     def from_text(cls, text: str) -> "SavedConversion":
         """The reverse; a damaged text may raise any error."""
         content = json.loads(text)
-        config = _config(content["config"])
+        config = _config(content["config"] | {"adapter": None})
         base = {**content["base"]}
         for name, expected in DESCRIPTION_TYPES.items():
-            if not isinstance(base.get(name, expected()), expected):
-                raise TypeError(f"{name}={shown(base[name])}: must be a {expected.__name__}.")
+            value = base.get(name)
+            texts = value if isinstance(value, list) else []
+            if name in base and not (isinstance(value, expected) and all(isinstance(text, str) for text in texts)):
+                raise TypeError(f"{name}={shown(value)}: must be a {getattr(expected, '__name__', expected)}.")
         layers = base.get("layers", {}).values()
         for arguments in {json.dumps(value): value for value in layers}.values():  # each once
+            refuse_unknown_arguments(arguments, OF_LAYERS)
             _config(arguments)
+        stacks = base.get("experts", {})
+        for number, wrappers, *flags in stacks.values():
+            check_integer("experts", number, at_least=1)
+            check_choice("wrappers of experts", wrappers, (*range(len(stacks)),))
+            for flag in flags:
+                check_bool("a property of experts", flag)
+        for indices in base.get("tokens", {}).values():
+            check_token_indices("tokens", indices)
         fingerprints = {name: int(digits) for name, digits in content["fingerprints"].items()}
         saved = cls(config, base, fingerprints)
         _ = saved.quantization  # it raises for a damaged one
@@ -167,7 +193,14 @@ class SavedConversion:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
         prefix = self.base.get("prefix", "")
         arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
-        return {name: arguments.get(name, {}) for name in self.names_of_layers(state_dict).values()}
+        found = {}
+        for key, name in self.names_of_layers(state_dict).items():
+            rank = state_dict[f"{key}lora_A"].shape[-2]
+            found[name] = {"r": self.config.r} | arguments.get(name, {})
+            r = found[name]["r"]
+            if r != rank:
+                raise ValueError(f"{key}lora_A: has rank {rank}, and the arguments have r={r}. {DAMAGED}")
+        return found
 
     def names_of_layers(self, state_dict: Mapping[str, Any], root: str = "") -> dict[str, str]:
         """Beginning of the keys of each layer with an adapter in a state dict -> its name, or that of its parameter.
@@ -180,7 +213,10 @@ class SavedConversion:
         for key in adapter_keys(state_dict):
             name = without_wrappers(owner_name(key))
             if name not in in_full:
-                if len(state_dict[key].shape) == 3:
+                dimensions = len(state_dict[key].shape)
+                if dimensions not in (2, 3):
+                    raise ValueError(f"{key}: has {dimensions} dimensions, and must have 2 or 3. {DAMAGED}")
+                if dimensions == 3:
                     name = parameter_name(name)
                 names[key.removesuffix("lora_A")] = name
         return names
@@ -206,6 +242,8 @@ def entry_of(text: str) -> Tensor:
 
 
 def text_of(entry: Tensor) -> str:
+    if isinstance(entry, Tensor):
+        check_dense("it", entry)
     # contiguous() loads the tensors of Lightning's lazily loaded checkpoints.
     encoded = entry.contiguous().double().round().to(torch.uint8)
     return bytes(encoded.tolist()).decode().rstrip()

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
-from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.layers.layer_state import read_base
+from lightning_qlora.files.lightning_checkpoint import check_dense, read_checkpoint
+from lightning_qlora.layers.layer_state import check_tensors_of_layer, read_base
 from lightning_qlora.layers.lora_layer import INITIAL
 from lightning_qlora.layers.matrix import ADAPTER
-from lightning_qlora.layers.names import last_part, named, owner_name, without_wrappers
+from lightning_qlora.layers.names import check_keys, last_part, named, owner_name, without_wrappers
 from lightning_qlora.peft.adapter import Adapter, check_state
 from lightning_qlora.peft.peft_layers import to_peft
 from lightning_qlora.state.base_model import config_of_layer
@@ -54,6 +54,8 @@ def read_adapter_from_checkpoint(
     for prefix, name in sorted(names.items()):
         name = name.removeprefix(outer)  # in the base model
         configs[name] = config_of_layer(description, name, conversion.config)
+        with named(path):
+            check_tensors_of_layer(state, prefix)
         layers[name] = {key: state[prefix + key] for key in (*ADAPTER, *INITIAL) if prefix + key in state}
         check_state(f"{path}: {prefix.removesuffix('.')}:", layers[name], dimensions=(2, 3))
         full_name = prefix.removeprefix(root).removesuffix(".")
@@ -64,11 +66,11 @@ def read_adapter_from_checkpoint(
             bases[name] = weights
             fingerprints[name] = fingerprint_of_weights(weights)
     owners = {outer + owner for owner in description["trained_in_full"]}
-    saved = {
-        without_wrappers(key).removeprefix(outer): value
-        for key, value in state.items()
-        if owner_name(without_wrappers(key)) in owners
-    }
+    saved = {}
+    for key, value in state.items():
+        if owner_name(without_wrappers(key)) in owners:
+            check_dense(f"{path}: {key}", value)
+            saved[without_wrappers(key).removeprefix(outer)] = value
     others = {"saved": saved, "bases": bases, "fingerprints": fingerprints, "source": str(path)}
     return to_peft(description, configs, layers, base, **others)
 
@@ -84,6 +86,7 @@ def _read_converted_state_dict(
                 if last_part(str(key)) == CONVERSION:
                     prefix = key[: -len(CONVERSION)]
                     with named(path):
+                        check_keys(state)
                         conversion = read_conversion(state, prefix)
                     assert conversion is not None
                     return state, prefix, conversion

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_qlora.checks import OTHER_ARGUMENTS, check_integer, install, parse_memory
 from lightning_qlora.config import Base, DeviceName, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.texts import printable
 
 if TYPE_CHECKING:
     from lightning_qlora.peft.adapter import Adapter
@@ -96,7 +97,7 @@ def plan(
         # The output embedding is in shards, and ranks that share blocks recompute all of them.
         config = replace(config, deferred_logits=False, gradient_checkpointing=bool(config.gradient_checkpointing))
     if sys.stderr.isatty():
-        print(f"Running a step of {model} without weights ...", file=sys.stderr, flush=True)
+        _say(f"Running a step of {model} without weights ...", sys.stderr)
     run = PlannedRun(model, optimizer, config, device=device, card=card)
     estimate = run.estimate(batch_size, sequence_length, memory)
     needed = bytes_on_each(run, estimate, devices, strategy)
@@ -176,7 +177,7 @@ def merge_adapter(
     if json:
         _print_json({"output": output, "base_model": source, "adapter": adapter, "files": files})
         return
-    print(f"{output}: {source} with {adapter} merged; {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB")
+    _say(f"{output}: {source} with {adapter} merged; {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB")
 
 
 def export(
@@ -202,11 +203,11 @@ def export(
     adapter = _adapter(checkpoint, weights_only, base)
     requirement = required_base(adapter.quantization)
     if requirement:
-        print(f"lightning-qlora: warning: {requirement}", file=sys.stderr)
+        _say(f"lightning-qlora: warning: {requirement}", sys.stderr)
     write_adapter(adapter, output)
     base_model = adapter.config["base_model_name_or_path"] or "a base that is not named"
-    print(f"{output}: {len(adapter.layers)} layers for {base_model}")
-    print(f"trained on: {trained_on(adapter.quantization)}")
+    _say(f"{output}: {len(adapter.layers)} layers for {base_model}")
+    _say(f"trained on: {trained_on(adapter.quantization)}")
 
 
 def doctor(check: bool = False, json: bool = False) -> None:
@@ -288,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not isinstance(error, EXPECTED) and type(error).__name__ != "CheckpointMismatchError":  # which imports torch
             raise
-        print(f"lightning-qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"lightning-qlora: error: {' '.join(str(error).split())}", sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -302,10 +303,15 @@ def _adapter(path: str, weights_only: bool, base: Base) -> "Adapter":
     return read_adapter_from_checkpoint(path, weights_only, base)
 
 
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line that may have texts of a file in it."""
+    print(printable(text), file=stream, flush=True)
+
+
 def _show(lines: list[tuple[str, str]]) -> None:
     width = shutil.get_terminal_size().columns
     for name, value in lines:
-        text = f"{name:30} {value}"
+        text = printable(f"{name:30} {value}")
         if sys.stdout.isatty() and len(text) > width > 60:  # a file or a pipe gets whole lines
             text = textwrap.fill(text, width, **WRAPPED)
         print(text)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.checks import one_line
 from lightning_qlora.huggingface.base_folder import check_format, stored_format
+from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
 
 LARGEST = 1 << 22  # elements of a real tensor: attention masks may have more
 
@@ -51,10 +52,12 @@ def meta_model(model: Any) -> nn.Module:
     try:
         config = model
         if is_name:
-            config = transformers.AutoConfig.from_pretrained(model)
+            config = read_model_config(model)
         stored = stored_format(config.to_dict())
-        with torch.device("meta"):
+        with torch.device("meta"), asking_nobody():
             built: nn.Module = _model_of_config(config)
+    except ElsewhereError:
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"{model}: neither a folder with a config.json nor a model on the hub ({one_line(error)})."
@@ -79,8 +82,8 @@ def _model_of_config(config: Any) -> Any:
         return model_class._from_config(config, dtype=dtype)
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         if type(config) in auto._model_mapping:
-            return auto.from_config(config, dtype=dtype)
-    return transformers.AutoModel.from_config(config, dtype=dtype)
+            return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    return transformers.AutoModel.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,7 +1,6 @@
 """Merge an adapter into a base model: load it, convert it, set the adapter, merge, and save."""
 
 import os
-import shutil
 import warnings
 from dataclasses import replace
 from importlib import import_module
@@ -16,6 +15,7 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapt
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
+from lightning_qlora.files.hub import check_links, copy_files
 from lightning_qlora.files.safetensors_folder import read_config
 from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, load_base_model, stored_format
 from lightning_qlora.huggingface.patches import forget_quantizer
@@ -29,6 +29,8 @@ from lightning_qlora.training.convert import convert_module
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 LARGEST_FILE = "5GB"
+TEMPLATES = "additional_chat_templates"  # transformers' folder of them
+BESIDE_GGUF = (".json", ".jinja", ".txt", ".model", ".py", TEMPLATES)  # what it reads for a tokenizer
 
 
 def merge_folder(
@@ -85,16 +87,18 @@ def merge_folder(
     merge_onto(parts, weights, dtype)
     with atomic_folder(output) as partial:
         model.save_pretrained(partial, max_shard_size=LARGEST_FILE)
-        _copy_other_files(base_model, partial)
+        _copy_other_files(base_model, partial, trust_remote_code)
 
 
-def _copy_other_files(base_model: str | os.PathLike[str], folder: Path) -> None:
+def _copy_other_files(base_model: str | os.PathLike[str], folder: Path, trust_remote_code: bool = False) -> None:
     """Copy tokenizer, chat template and other files beside the weights; save the tokenizer in a GGUF file."""
     gguf = gguf_of(base_model)
-    if gguf is not None:
-        tokenizer: Any = import_module("transformers").AutoTokenizer
-        tokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    if gguf is None:
+        copy_files(Path(base_model), folder, without=NOT_COPIED)
         return
-    for path in Path(base_model).iterdir():
-        if path.is_file() and not path.name.endswith(NOT_COPIED) and not (folder / path.name).exists():
-            shutil.copy2(path, folder / path.name)
+    check_links(gguf.parent, BESIDE_GGUF)
+    if (gguf.parent / TEMPLATES).is_dir():
+        check_links(gguf.parent / TEMPLATES)
+    tokenizer: Any = import_module("transformers").AutoTokenizer
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    tokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **options).save_pretrained(folder)

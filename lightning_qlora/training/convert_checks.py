@@ -8,10 +8,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
 from lightning_qlora.config import QLoRAConfig, arguments_that
-from lightning_qlora.layers.layer_state import SAME_FUNCTION
 from lightning_qlora.layers.names import last_part, owner_name, tensors_of
 from lightning_qlora.selection.selection import IN_MODULES_TO_SAVE, LARGE_RANK, Selection
-from lightning_qlora.state.conversion import Conversion
 from lightning_qlora.survey.survey import QUANTIZED_KINDS, Survey
 from lightning_qlora.texts import ROOT
 
@@ -98,14 +96,3 @@ def check_loaded(seen: Survey, choice: Selection) -> None:
 def differing_arguments(previous: QLoRAConfig, config: QLoRAConfig, names: Iterable[str]) -> list[str]:
     pairs = ((name, getattr(previous, name), getattr(config, name)) for name in names)
     return [f"{name}={was!r} and not {new!r}" for name, was, new in pairs if was != new]
-
-
-def check_same_function(conversion: Conversion, config: QLoRAConfig) -> None:
-    """Refuse to train the adapters of a module with arguments that would have made others, as in a sweep over r."""
-    other = differing_arguments(conversion.given[-1], config, ("r", *SAME_FUNCTION))
-    if other and config not in conversion.given:
-        raise ValueError(
-            f"The module was converted before, with {', '.join(other)}, and has the adapters of that conversion. For a "
-            "run with other arguments build the module anew, or call merge(module) first, which keeps in its weights "
-            "what they learned. To train these adapters further, pass their arguments."
-        )

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
 from lightning_qlora.checks import shown
-from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
+from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint, reading
 from lightning_qlora.layers.names import last_part, named
 from lightning_qlora.state.conversion import CONVERSION, adapter_keys, conversion_of, entry_of, read_conversion
 from lightning_qlora.training.checkpoint import check_networks
@@ -96,7 +96,8 @@ def load_from_checkpoint(
         del arguments["weights_only"]  # a class with a method of its own that decides this itself
     # A class of the same name, since Lightning has no hook between building a module and loading its state.
     loading: Any = type(module_class.__name__, (module_class,), {"load_state_dict": load_state_dict})
-    module: Module = loading.load_from_checkpoint(source, **arguments, **hyperparameters)
+    with reading(weights_only):
+        module: Module = loading.load_from_checkpoint(source, **arguments, **hyperparameters)
     return module
 
 

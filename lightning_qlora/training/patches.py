@@ -3,6 +3,7 @@
 docs/patches.md says what each one changes, and why. None has an effect on a run without the plugin or our layers.
 """
 
+import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -22,7 +23,16 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 
 from lightning_qlora.adapters.module_adapter import check_adapters_finite
-from lightning_qlora.files.lightning_checkpoint import is_shards, keys_of_shards, read_checkpoint
+from lightning_qlora.files.lightning_checkpoint import (
+    ONLY_WEIGHTS,
+    in_one_line,
+    is_shards,
+    keys_of_shards,
+    load_shards,
+    only_weights,
+    read_checkpoint,
+    reading,
+)
 from lightning_qlora.layers.names import join, outer_names, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -88,6 +98,45 @@ def restore_generators_after_loaders(original: Any, loop: Any, data_fetcher: Any
         begin()
     else:
         begin_epoch(begin, loop, data_fetcher)
+
+
+@replaces(
+    "lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector._restore_modules_and_callbacks",
+    "lightning.fabric.strategies.strategy:Strategy.load_checkpoint",
+)
+def restore_without_code(original: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let a run with the plugin restore a checkpoint without running code in it, unless the user says otherwise.
+
+    Upstream: lightning/pytorch/trainer/connectors/checkpoint_connector.py and lightning/fabric/strategies/strategy.py.
+    By default Lightning 2.6 runs the code of a checkpoint that it downloads, and 2.5 of any.
+    Supported ways tried: a CheckpointIO, which users choose; hooks of Precision get what was read.
+    Removed by: `weights_only=True` as the default of Lightning, and support for 2.5 ending.
+    """
+    plugin = getattr(owner, "precision", None) or owner.trainer.precision_plugin
+    if not hasattr(plugin, "_convert_for_trainer"):  # precision.py
+        return original(owner, *args, **kwargs)
+    with reading(only_weights(None)):
+        return original(owner, *args, **kwargs)
+
+
+@replaces("lightning.fabric.plugins.io.torch_io:pl_load", "lightning.pytorch.core.saving:pl_load")
+def load_without_code(original: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let Lightning read a checkpoint as the one says who restores it, and refuse an object in one line.
+
+    Upstream: lightning/fabric/plugins/io/torch_io.py and lightning/pytorch/core/saving.py, by the name `pl_load`. Up to
+    Lightning 2.5 their functions have no argument `weights_only`.
+    Supported ways tried: TORCH_FORCE_WEIGHTS_ONLY_LOAD, which is for the whole process.
+    Removed by: support for Lightning 2.5 ending.
+    """
+    chosen = ONLY_WEIGHTS.get()
+    if chosen is None:
+        return original(path, *args, **kwargs)
+    if kwargs.get("weights_only") is None:
+        kwargs["weights_only"] = chosen
+    try:
+        return original(path, *args, **kwargs)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(in_one_line(path, error)) from error
 
 
 @replaces(
@@ -190,10 +239,11 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
     if not any(map(_has_converted_part, modules.values())):
         return original(path, state, strict, *args, **kwargs)
+    weights_only = only_weights(kwargs.get("weights_only"))
     if is_shards(path):
-        with ask_for(keys_of_shards(path, modules)):
+        with ask_for(keys_of_shards(path, modules, weights_only)), reading(weights_only):
             return original(path, state, strict, *args, **kwargs)
-    saved = read_checkpoint(path, kwargs.get("weights_only") is not False)
+    saved = read_checkpoint(path, weights_only)
     for key, module in modules.items():
         module.load_state_dict(saved.pop(key), strict=strict)
     optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
@@ -277,6 +327,22 @@ def check_adapters_to_save(original: Any, fabric: Any, path: Any, state: Any, *a
         if isinstance(value, nn.Module) and _has_converted_part(value):
             check_adapters_finite(Parts.of(value))
     original(fabric, path, state, *args, **kwargs)
+
+
+@replaces("lightning.fabric.strategies.model_parallel:_distributed_checkpoint_load")
+def load_shards_without_code(original: Any, state: Any, path: Any) -> None:
+    """Let `load_whole_tensors` read shards, and what is no tensor in them, without running code of their author.
+
+    Upstream: lightning/fabric/strategies/fsdp.py, _distributed_checkpoint_load, as model_parallel.py calls it. It lets
+    torch unpickle the index, and with weights_only=False each learning rate (default_planner.py, load_bytes).
+    Supported ways tried: `weights_only` of the Trainer, which does not reach it.
+    Removed by: `weights_only` of torch.distributed.checkpoint.load, and Lightning passing it on.
+    """
+    weights_only = ONLY_WEIGHTS.get()
+    if weights_only is None:
+        original(state, path)
+    else:
+        load_shards(state, path, weights_only)
 
 
 @replaces("lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.dump_checkpoint")

@@ -37,7 +37,7 @@ from lightning_qlora.training import guards
 from lightning_qlora.training.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.training.checkpoint import begin_epoch_of_checkpoint, set_torch_rng_state_of_rank, torch_rng_states
 from lightning_qlora.training.convert import Run, convert_module, is_converted
-from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data, check_same_function
+from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
 from lightning_qlora.training.converted_modules import ConvertedModules
 from lightning_qlora.training.optimizers import (
     adapters_in_no_optimizer,
@@ -161,9 +161,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         if merged and self._evaluating:
             return module
         again = is_converted(root)
-        conversion = conversion_of(root)
-        if again and conversion is not None and trainer is not None and not self._evaluating:
-            check_same_function(conversion, self.config)
         report = convert_module(root, self.config, run)
         if merged:
             report.note(MERGED_BEFORE)

@@ -131,7 +131,7 @@ def test_the_numbers_of_an_estimate():
         "dense_bytes": 2 * 2 * 128 * 64,
         "counted_activations": True,
         "layers": [("0", "4-bit + adapter, 64x128", "1"), ("2", "4-bit + adapter, 128x64", "1")],
-        **dict.fromkeys(("blocks", "kept_blocks", "kept_bytes"), 0),
+        **dict.fromkeys(("blocks", "kept_blocks", "kept_bytes", "host_bytes"), 0),
     }
     for given in (example, (example,), {"input": example}):
         assert vars(estimate_memory(module, example=given, r=4, lora_dropout=0.0)) == expected

@@ -218,20 +218,6 @@ def test_a_second_conversion_names_the_arguments_that_it_does_not_use(fit, train
         assert not recwarn.list
 
 
-def test_a_sweep_builds_the_module_anew(fit):
-    """A second fit with another rank would train the adapters of the first."""
-    module = Classifier()
-    fit(module, loader(), plugins=QLoRAPrecision(r=4))
-    before = {name: value.detach().clone() for name, value in module.named_parameters()}
-    for arguments in ({"r": 8}, {"r": 4, "lora_alpha": 32}, {"r": 4, "use_rslora": True}):
-        with pytest.raises(ValueError, match=r"was converted before, with .* build the module anew, or call merge"):
-            fit(module, loader(), plugins=QLoRAPrecision(**arguments))
-    assert_equal(dict(module.named_parameters()), before)
-    fit(module, loader(), plugins=QLoRAPrecision(r=4, lora_dropout=0.0))
-    fit(merge(module), loader(), plugins=QLoRAPrecision(r=8))
-    assert {layer.r for layer in module.modules() if isinstance(layer, QLoRALinear)} == {8}
-
-
 def test_the_same_arguments_are_no_reason_for_a_warning(fit, trainer, tmp_path):
     module = Classifier()
     run = fit(module, loader())

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -57,12 +58,24 @@ class BuildError(RuntimeError):
 
 
 def compiler() -> str:
-    """Path of the C compiler: the one in the environment variable CC, else the first of `COMPILERS` that exists."""
+    """Path of the C compiler: the one in the environment variable CC, else the first of `COMPILERS` that exists.
+
+    Not one of the current folder, where `shutil.which` looks too: on Windows always, else if PATH has such an entry.
+    """
+    endings = [""]
+    if os.name == "nt":
+        endings = os.environ.get("PATHEXT", ".EXE").split(os.pathsep) + endings
     for name in filter(None, (os.environ.get("CC"), *COMPILERS)):
-        path = shutil.which(name)
-        if path is not None:
-            return path
+        for folder, ending in product(_absolute_path(), endings):
+            path = os.path.join(folder, name + ending)
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return path
     raise BuildError(f"no C compiler on PATH (tried the environment variable CC and {', '.join(COMPILERS)})")
+
+
+def _absolute_path() -> list[str]:
+    """The folders of PATH, without those that depend on the current folder."""
+    return [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
 
 
 def load(
@@ -169,7 +182,7 @@ def _build(source: Path, program: str, flags: tuple[str, ...], folder: Path, nam
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         machine_code = Path(temporary) / "kernels.o"
         shared = Path(temporary) / "kernels.so"
-        _run([program, *flags, "-c", str(source), "-o", str(machine_code)])
+        _run([program, *flags, "-c", str(source.absolute()), "-o", str(machine_code)])
         # Linked without -fopenmp: the OpenMP functions are then those of the library that torch has loaded, so the
         # process has one thread pool and not two.
         lookup = ["-undefined", "dynamic_lookup"] * (platform.system() == "Darwin")
@@ -185,15 +198,17 @@ def _hash(file: Path) -> str:
 
 
 def _run(command: list[str]) -> None:
+    """Run a compiler in the folder of its output, in which no other file is."""
     try:
         result = subprocess.run(
             command,
+            cwd=Path(command[-1]).parent,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=TIMEOUT,
-            env=os.environ | {"LC_ALL": "C"},
+            env=os.environ | {"LC_ALL": "C", "PATH": os.pathsep.join(_absolute_path())},
         )
     except subprocess.TimeoutExpired as error:
         raise BuildError(

@@ -448,6 +448,7 @@ def test_a_group_without_other_members_may_write(cache, load, monkeypatch):
     members = []
     group = grp.struct_group((user.pw_name, "x", user.pw_gid, members))
     monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [user])
     cache.parent.chmod(0o770)
     os.chown(cache.parent, -1, user.pw_gid)
     load()
@@ -455,6 +456,12 @@ def test_a_group_without_other_members_may_write(cache, load, monkeypatch):
     with pytest.raises(build.BuildError, match="can be written by other users"):
         load()
     members.clear()
+    other = pwd.struct_passwd(("bob", "x", user.pw_uid + 1, user.pw_gid, "", "/", "/bin/sh"))  # useradd -g alice bob
+    monkeypatch.setattr(pwd, "getpwall", lambda: [user, other])
+    with pytest.raises(build.BuildError, match="can be written by other users"):
+        load()
+    monkeypatch.setattr(pwd, "getpwall", lambda: [user])
+    load()
     monkeypatch.delattr(grp, "getgrgid")
     monkeypatch.setattr(grp, "getgrgid", {}.__getitem__, raising=False)  # a group without a name
     with pytest.raises(build.BuildError, match="can be written by other users"):
@@ -539,6 +546,54 @@ def test_the_compiler_is_the_one_of_the_environment_else_the_first_on_the_path(m
     for cc, expected in (("", "cc"), ("clang", "clang"), ("missing", "cc")):
         monkeypatch.setenv("CC", cc)
         assert build.compiler() == str(tmp_path / expected)
+
+
+@pytest.mark.parametrize("path", ["", ".", "{bin}:", ":{bin}", ".:{bin}", "bin:{bin}", "{bin}"])
+@pytest.mark.parametrize("cc", ["", "gcc", "./gcc", "bin/gcc"])
+def test_a_compiler_in_the_current_folder_is_not_run(path, cc, monkeypatch, tmp_path):
+    place = tmp_path / "unpacked"
+    own = tmp_path / "bin"
+    for folder in (place, place / "bin", own):
+        folder.mkdir()
+        (folder / "gcc").write_text("")
+        (folder / "gcc").chmod(0o755)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PATH", path.format(bin=own).replace(":", os.pathsep))
+    monkeypatch.setenv("CC", cc)
+    if "{bin}" in path:
+        assert Path(build.compiler()).resolve() == own / "gcc" or cc == "bin/gcc"
+        assert str(place) not in str(Path(build.compiler()).resolve())
+    else:
+        with pytest.raises(build.BuildError):
+            build.compiler()
+
+
+def test_a_compiler_in_the_current_folder_of_windows_is_not_run(monkeypatch, tmp_path):
+    own = tmp_path / "bin"
+    own.mkdir()
+    for folder in (tmp_path, own):
+        (folder / "gcc.EXE").write_text("")
+        (folder / "gcc.EXE").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATHEXT", ".COM:.EXE".replace(":", os.pathsep))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build, "os", SimpleNamespace(**vars(os) | {"name": "nt"}))
+    monkeypatch.setenv("PATH", str(own))
+    assert build.compiler() == str(own / "gcc.EXE")
+    monkeypatch.setenv("PATH", "nowhere")
+    with pytest.raises(build.BuildError):
+        build.compiler()
+
+
+def test_the_compiler_runs_in_a_folder_of_its_own(load, compiler, tmp_path, monkeypatch):
+    """It looks for an assembler and for headers in its working folder, if variables such as PATH or CPATH say so."""
+    compiler(f'pwd >> "{tmp_path}/places"\necho "$PATH" >> "{tmp_path}/paths"\nexec "{{cc}}" "$@"')
+    monkeypatch.chdir(tmp_path / "source")
+    monkeypatch.setenv("PATH", "." + os.pathsep + os.environ["PATH"] + os.pathsep)
+    load()
+    assert all(Path(line).parent == tmp_path / "cache" for line in (tmp_path / "places").read_text().splitlines())
+    paths = (tmp_path / "paths").read_text().splitlines()
+    assert all("" not in path.split(os.pathsep) and "." not in path.split(os.pathsep) for path in paths)
 
 
 def test_what_a_library_depends_on(load, tmp_path, monkeypatch):
@@ -683,13 +738,25 @@ def test_a_cache_without_execution_is_named_in_one_line_and_nothing_is_compiled(
     assert not (tmp_path / "calls").exists()
 
 
-def test_a_cache_folder_may_be_relative(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", [".", "cache", "~/cache", "../cache"])
+def test_a_cache_folder_is_never_in_the_current_folder(tmp_path, monkeypatch, path):
+    """An unpacked archive may hold a library: the specification of XDG_CACHE_HOME says to ignore relative paths."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", ".")
-    assert build.cache_folder() == tmp_path
+    monkeypatch.setenv("LIGHTNING_QLORA_CACHE", path)
+    with raises_in_one_line(OSError, "is a relative path. Set LIGHTNING_QLORA_CACHE"):
+        build.cache_folder()
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build.cache_folder() == tmp_path / "home/.cache/lightning_qlora"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
     assert build.cache_folder() == tmp_path / "mine" / "lightning_qlora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", path)
+    if path != "~/cache":  # which Python expands
+        with raises_in_one_line(OSError, "is a relative path"):
+            build.cache_folder()
+    assert not list(tmp_path.glob("cache*"))
 
 
 def test_the_path_says_when_the_environment_turned_the_loops_off(train, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ docs: setup
 
 # No GPU needed: Triton's wheel brings the compilers of NVIDIA and AMD.
 compile-kernels: setup
-	$(BIN)/python -m benchmarks.compile_kernels --write docs/compile-report.md
+	$(BIN)/python -m benchmarks.compile_kernels --write tests/record.md
 
 N := 100
 SEED := 1

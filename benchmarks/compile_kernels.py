@@ -4,7 +4,7 @@
 
 It fails (exit status 1) on a spill, local memory, more shared memory than the card has, a compiler warning such as
 "wgmma serialized", more instructions per weight than the budget, or a kernel that does not compile.
-`make compile-kernels` runs all of it and writes a summary into docs/compile-report.md; the tests run the short form.
+`make compile-kernels` runs all of it and writes a summary into tests/record.md; the tests run the short form.
 """
 
 import argparse

@@ -1,24 +1,16 @@
 """What to expect of a GPU before it is measured, from bytes, operations and launches.
 
-    python -m benchmarks.predict            the kernels as they are
-    python -m benchmarks.predict --designs  other ways to decode, on an H100 (docs/kernels.md describes them)
-    python -m benchmarks.predict --turing   a T4: products in fp16 with a power of two, and in fp32
+    python -m benchmarks.predict           the kernels as they are
+    python -m benchmarks.predict --turing  a T4: products in fp16 with a power of two, and in fp32
 
 The time of a launch is the longest of three: its bytes at 85% of the memory bandwidth, its instructions at one per
 scheduler and cycle, its matrix product at 70% of the tensor cores' peak; at least 2 us. Instructions per element are
-those of the compiled kernels (docs/compile-report.md). A step waits for Python where that takes longer
+those of the compiled kernels (tests/record.md). A step waits for Python where that takes longer
 (`host_overhead`).
-
-The designs: "persistent" decodes inside the product, once for each 256 rows of x, while the tensor cores work; it takes
-2 us more to fill its pipeline and to add shares; "taking turns" is the same kernel if its instructions and its tensor
-cores never work at the same time. "pieces" decodes 16 MiB at a time, which stay in the L2 cache, on a second stream;
-"whole waves" is the same if a piece is multiplied in tiles of 128 x 128 (or 128 x 64 if that is faster) without sharing
-their sums. "kept" decodes once for the recomputed forward pass and the backward pass of a checkpointed block.
 """
 
 import argparse
 from dataclasses import dataclass, replace
-from math import ceil
 
 from benchmarks.measure import table
 
@@ -29,12 +21,6 @@ VOCABULARY = 128256
 WIDTH = 4096
 BLOCKS = 32
 PASSES = 60  # over a hidden state, 16 bits: norms, rotary embedding, activation, residuals, forward and backward
-NOW = "as it is"
-KEPT = "kept"
-PIECES = "pieces"
-WAVES = "pieces, whole waves"
-PERSISTENT = "persistent"
-TURNS = "persistent, taking turns"
 
 
 @dataclass(frozen=True)
@@ -58,49 +44,29 @@ class Card:
         """Decoding a weight into memory."""
         return self.seconds(2.516 * numel, 6 * numel)
 
-    def product(self, m: int, n: int, k: int, design: str = NOW) -> float:
+    def product(self, m: int, n: int, k: int) -> float:
         """y += x W^T with its decoding, x [m, k] and W [n, k]; the product with dY is that with n and k exchanged."""
-        moved = 2 * (m * k + 2 * m * n)
-        operations = 2 * m * n * k
-        if design in (PERSISTENT, TURNS):
-            inside = moved + 0.516 * n * k, 10 * n * k * ceil(m / 256)
-            if design == PERSISTENT:
-                return 2e-6 + self.seconds(*inside, operations)
-            return 2e-6 + self.seconds(*inside) + self.seconds(0, 0, operations)
-        if design in (PIECES, WAVES):
-            pieces = ceil(n * k / 2**23)
-            rows, column = (
-                n / pieces,
-                2 * 128 * k * self.multiprocessors / (0.7 * self.operations),
-            )  # of a tile, seconds
-            times = (w * column * ceil(ceil(m / 128) * ceil(rows / w) / self.multiprocessors) for w in (128, 64))
-            decode = self.seconds(0.516 * rows * k, 6 * rows * k)
-            product = self.seconds(moved / pieces, 0, operations / pieces)
-            return decode + pieces * max(decode, product, min(times) if design == WAVES else 0)
-        return self.decode(n * k) + self.seconds(moved + 2 * n * k, 0, operations)
+        return self.decode(n * k) + self.seconds(2 * (m * k + 2 * m * n + n * k), 0, 2 * m * n * k)
 
-    def layer(self, m: int, n: int, k: int, design: str = NOW, fused_rows: int = 64) -> tuple[float, float]:
+    def layer(self, m: int, n: int, k: int, fused_rows: int = 64) -> tuple[float, float]:
         """Seconds forward and backward of a layer [n, k] with m rows of input and dropout."""
         forward = self.seconds(2 * m * k, (5 + HASH) * m * k) + self.seconds(2 * m * n, 11 * m * n)
         if m <= fused_rows:
             forward += self.seconds(0.516 * n * k, 10 * n * k, 2 * max(m, 16) * n * k)
         else:
-            forward += self.product(m, n, k, design)
+            forward += self.product(m, n, k)
         backward = self.seconds(2 * m * n, 5 * m * n) + self.seconds(2 * m * k, (11 + HASH) * m * k)
         backward += self.seconds(2 * m * (n + k), 5 * m * n + (5 + HASH) * m * k)
-        return forward, backward + self.product(m, k, n, design)
+        return forward, backward + self.product(m, k, n)
 
-    def step(self, tokens: int, design: str = NOW, forwards: int = 1) -> tuple[float, float]:
-        """Seconds on the GPU of a step of an 8B model, and of the bf16 products alone; 2 forwards: checkpointed."""
-        layers = 0.0
-        for n, k in LLAMA_8B:
-            forward, backward = self.layer(tokens, n, k, design)
-            layers += forwards * forward + backward - (self.decode(n * k) if design == KEPT else 0)
+    def step(self, tokens: int) -> tuple[float, float]:
+        """Seconds on the GPU of a step of an 8B model, and of the bf16 products alone."""
+        layers = sum(sum(self.layer(tokens, n, k)) for n, k in LLAMA_8B)
         head = 2 * self.seconds(2 * VOCABULARY * (WIDTH + tokens), 0, 2 * tokens * VOCABULARY * WIDTH)
-        rest = head + (2.5 + forwards) * BLOCKS * self.seconds(0, 0, 2 * tokens * tokens * WIDTH)
-        rest += (1 + forwards) / 2 * BLOCKS * PASSES * self.seconds(2 * tokens * WIDTH)
+        rest = head + 3.5 * BLOCKS * self.seconds(0, 0, 2 * tokens * tokens * WIDTH)
+        rest += BLOCKS * PASSES * self.seconds(2 * tokens * WIDTH)
         products = sum(self.seconds(2 * n * k, 0, 2 * tokens * n * k) for n, k in LLAMA_8B)
-        return layers + rest, (1 + forwards) * products + rest
+        return layers + rest, 2 * products + rest
 
 
 CARDS = (
@@ -126,21 +92,6 @@ def kernels() -> str:
             row.append(f"{1e3 * max(ours, host):.0f}{' (Python)' * (host > ours)}")
             extra.append(f"+{100 * (ours / dense - 1):.0f}%")
     return table(["predicted", *(card.name for card in CARDS)], rows)
-
-
-def designs(tokens: tuple[int, ...] = (65, 128, 256, 512, 1024, 4096)) -> str:
-    """Ways to decode on an H100: a product, and a step compared with a 16-bit base without adapters."""
-    card = CARDS[-1]
-    rows = []
-    for design in (NOW, PERSISTENT, TURNS, PIECES, WAVES):
-        times = (card.product(m, 4096, 4096, design) for m in tokens)
-        rows.append([f"decode and product, 4096 x 4096, us: {design}", *(f"{1e6 * each:.0f}" for each in times)])
-    for forwards, text in ((1, "step"), (2, "checkpointed step")):
-        for design in (NOW, KEPT, PERSISTENT, TURNS, PIECES, WAVES):
-            if forwards == 2 or design != KEPT:
-                ratios = (ours / dense - 1 for ours, dense in (card.step(m, design, forwards) for m in tokens))
-                rows.append([f"{text}: {design}", *(f"{100 * each:+.0f}%" for each in ratios)])
-    return table(["predicted for an H100, tokens", *map(str, tokens)], rows)
 
 
 T4 = Card("T4", 320e9, 65e12, 40, 1.59e9)
@@ -184,13 +135,9 @@ def turing() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--designs", action="store_true", help="other ways to decode, on an H100")
     parser.add_argument("--turing", action="store_true", help="a T4: products in fp16 and in fp32")
     options = parser.parse_args(arguments)
-    if options.turing:
-        print(turing())
-    else:
-        print(designs() if options.designs else kernels())
+    print(turing() if options.turing else kernels())
 
 
 if __name__ == "__main__":

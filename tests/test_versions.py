@@ -1,4 +1,4 @@
-"""What pyproject.toml and the page of installation say of versions is what docs/versions.md says was run."""
+"""What pyproject.toml and the page of installation say of versions is what tests/record.md says was run."""
 
 import re
 

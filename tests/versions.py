@@ -1,11 +1,11 @@
-"""The flows of tests/scripts/user_flows.py in environments with other versions, and docs/versions.md, the result.
+"""The flows of tests/scripts/user_flows.py in environments with other versions, and the result, a table of tests/record.md.
 
     make test-versions                                            all that can be made here
     make test-versions ENVIRONMENTS="lowest-3.10 newest-3.15"     those of these names
 
 An environment is named by what is installed and by its Python, which stands on PATH or is pyenv's: `lowest` is each
 lower bound of pyproject.toml, `lowest-of-5` the first transformers 5 that is supported with the newest of everything
-else, `newest` the newest of everything. A row of the page is replaced when its environment runs again. Python 3.11 or
+else, `newest` the newest of everything. A row of the table is replaced when its environment runs again. Python 3.11 or
 newer, and none of the project's packages, are needed to run this.
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "versions.md"
+PAGE = ROOT / "tests" / "record.md"
+BEGIN, END = "<!-- versions: begin -->\n", "<!-- versions: end -->"
 FLOWS = ROOT / "tests" / "scripts" / "user_flows.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMES = ("lowest", "lowest-of-5", "newest")
@@ -99,7 +100,7 @@ def output_of(*command: str | Path) -> str:
 
 
 def rows() -> dict[str, str]:
-    """Name of each environment of the page, and its row."""
+    """Name of each environment of the table, and its row."""
     found = re.findall(r"^\| \S+-3\.\d+ \|.*$", PAGE.read_text(), re.M)
     return {row.split("|")[1].strip(): row for row in found}
 
@@ -120,10 +121,11 @@ def main(names: list[str]) -> None:
             sys.exit(f"No environment {each}: the names are {', '.join(NAMES)}, the Pythons {', '.join(available)}.")
         row = run(name, version, available[version])
         table = rows() | {each: row}
-        text = PAGE.read_text().partition("| environment")[0]
-        PAGE.write_text(text + HEAD + "\n".join(table[key] for key in sorted(table, key=_order)) + "\n")
+        before, rest = PAGE.read_text().split(BEGIN)
+        lines = "\n".join(table[key] for key in sorted(table, key=_order))
+        PAGE.write_text(before + BEGIN + HEAD + lines + "\n" + END + rest.split(END)[1])
         print(row)
-    sys.exit(", not " in PAGE.read_text().partition("| environment")[2])
+    sys.exit(any(", not " in row for row in rows().values()))
 
 
 if __name__ == "__main__":

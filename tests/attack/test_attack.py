@@ -1,4 +1,4 @@
-"""The attack on files, threads and arguments: a small one, and a long one with `make test-all`; docs/test-log.md."""
+"""The attack on files, threads and arguments: a small one, and a long one with `make test-all`; tests/record.md."""
 
 import os
 import random

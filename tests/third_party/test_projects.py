@@ -12,7 +12,7 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.third_party.projects import PROJECTS
 
 pytestmark = pytest.mark.third_party
-DOCS = Path(__file__).parents[2] / "docs" / "test-log.md"
+RECORD = Path(__file__).parents[1] / "record.md"
 
 
 @pytest.fixture(params=PROJECTS)
@@ -80,7 +80,7 @@ def test_trains_and_validates(name, tmp_path):
     assert all(torch.equal(p, trained[key]) for key, p in fresh.named_parameters() if not p.requires_grad)
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics(project, tmp_path, module, data).values())
     share = sum(rows * columns for rows, columns in report.shapes.values()) / linear
-    assert f"| {name} | {share:.1%} |" in DOCS.read_text(), f"{share:.1%}"
+    assert f"| {name} | {share:.1%} |" in RECORD.read_text(), f"{share:.1%}"
 
 
 def test_resumes_where_the_plain_module_does(name, tmp_path):

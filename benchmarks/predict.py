@@ -1,143 +1,271 @@
-"""What to expect of a GPU before it is measured, from bytes, operations and launches.
+"""What to expect of a GPU before it is measured, by arithmetic: bytes, instructions, operations and launches.
 
-    python -m benchmarks.predict           the kernels as they are
-    python -m benchmarks.predict --turing  a T4: products in fp16 with a power of two, and in fp32
+    python -m benchmarks.predict          a training step
+    python -m benchmarks.predict --token  one token of generation
+    python -m benchmarks.predict --layer  a layer of 4096 x 4096
 
-The time of a launch is the longest of three: its bytes at 85% of the memory bandwidth, its instructions at one per
-scheduler and cycle, its matrix product at 70% of the tensor cores' peak; at least 2 us. Instructions per element are
-those of the compiled kernels (tests/record.md). A step waits for Python where that takes longer
-(`host_overhead`).
+The model is Llama 2 7B with adapters of rank 64 on all linear layers, each block recomputed (`--layer`: without that).
+The time of a launch is the longest of five: its bytes at 85% of the memory bandwidth, its bytes at the bandwidth of the
+L2 cache, its instructions at one for each scheduler and cycle, its matrix product at 70% of the tensor cores' peak, and
+the shortest time of a launch. A step takes the longer of the device's and the host's time.
+
+Where the figures come from: instructions of our kernels from `compile_kernels` (tests/record.md); those of bitsandbytes
+0.50.2 from the machine code in its library; launches and passes over a hidden state of a Llama block from transformers
+5.24 on meta tensors; host times from `host_overhead` and 2.5 us for each launch; bandwidths of the L2 caches from
+public measurements, +-20%. Of Unsloth the code was read, not compiled.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 from benchmarks.measure import table
 
-HOST = 60e-6, 65e-6  # seconds of host time of a layer, forward and backward
-HASH = 21  # instructions per element for the dropout mask
-LLAMA_8B = 32 * [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
-VOCABULARY = 128256
-WIDTH = 4096
-BLOCKS = 32
-PASSES = 60  # over a hidden state, 16 bits: norms, rotary embedding, activation, residuals, forward and backward
+WIDTH, VOCABULARY, BLOCKS, RANK = 4096, 32000, 32, 64
+LAYERS = 4 * [(4096, 4096)] + 2 * [(11008, 4096)] + [(4096, 11008)]  # (outputs, inputs) of the layers of a block
+LAUNCH = 2.5e-6  # seconds
+DROPPED = 20  # instructions for the dropout mask of an element
+ATTENTION_IN_FP32 = 1.4  # fused attention multiplies whole tiles of the causal triangle
 
 
 @dataclass(frozen=True)
 class Card:
-    """Bytes and bf16 operations per second, multiprocessors and clock (data sheets)."""
+    """Bytes per second of memory and L2 cache, operations per second in 16 bits and fp32, multiprocessors, clock."""
 
     name: str
     bandwidth: float
+    cache: float
     operations: float
+    fp32: float
     multiprocessors: int
     clock: float
+    instructions: float  # of the matmul of few rows, for each weight
+    wavefronts: float  # of shared memory in the same loop, cycles for each 32 weights of a multiprocessor
 
-    def seconds(self, moved: float, instructions: float = 0, operations: float = 0) -> float:
+    def seconds(
+        self, moved: float = 0, cached: float = 0, instructions: float = 0, operations: float = 0, fp32: float = 0
+    ) -> float:
         """Time of one launch."""
         slots = 4 * self.multiprocessors * self.clock
-        by_bytes = moved / (0.85 * self.bandwidth)
-        by_instructions = instructions / 32 / slots
-        return max(2e-6, by_bytes, by_instructions, operations / (0.7 * self.operations))
+        tensor_cores = operations / (0.7 * self.operations)
+        return max(
+            LAUNCH,
+            moved / (0.85 * self.bandwidth),
+            cached / self.cache,
+            instructions / 32 / slots,
+            tensor_cores,
+            fp32 / (0.7 * self.fp32),
+        )
 
-    def decode(self, numel: int) -> float:
-        """Decoding a weight into memory."""
-        return self.seconds(2.516 * numel, 6 * numel)
-
-    def product(self, m: int, n: int, k: int) -> float:
-        """y += x W^T with its decoding, x [m, k] and W [n, k]; the product with dY is that with n and k exchanged."""
-        return self.decode(n * k) + self.seconds(2 * (m * k + 2 * m * n + n * k), 0, 2 * m * n * k)
-
-    def layer(self, m: int, n: int, k: int, fused_rows: int = 64) -> tuple[float, float]:
-        """Seconds forward and backward of a layer [n, k] with m rows of input and dropout."""
-        forward = self.seconds(2 * m * k, (5 + HASH) * m * k) + self.seconds(2 * m * n, 11 * m * n)
-        if m <= fused_rows:
-            forward += self.seconds(0.516 * n * k, 10 * n * k, 2 * max(m, 16) * n * k)
-        else:
-            forward += self.product(m, n, k)
-        backward = self.seconds(2 * m * n, 5 * m * n) + self.seconds(2 * m * k, (11 + HASH) * m * k)
-        backward += self.seconds(2 * m * (n + k), 5 * m * n + (5 + HASH) * m * k)
-        return forward, backward + self.product(m, k, n)
-
-    def step(self, tokens: int) -> tuple[float, float]:
-        """Seconds on the GPU of a step of an 8B model, and of the bf16 products alone."""
-        layers = sum(sum(self.layer(tokens, n, k)) for n, k in LLAMA_8B)
-        head = 2 * self.seconds(2 * VOCABULARY * (WIDTH + tokens), 0, 2 * tokens * VOCABULARY * WIDTH)
-        rest = head + 3.5 * BLOCKS * self.seconds(0, 0, 2 * tokens * tokens * WIDTH)
-        rest += BLOCKS * PASSES * self.seconds(2 * tokens * WIDTH)
-        products = sum(self.seconds(2 * n * k, 0, 2 * tokens * n * k) for n, k in LLAMA_8B)
-        return layers + rest, 2 * products + rest
+    def few_rows(self, numel: int) -> float:
+        """A matmul of one row that decodes `numel` weights on the way."""
+        in_shared_memory = numel / 32 * self.wavefronts / self.multiprocessors / self.clock
+        return max(3e-6, self.seconds(0.516 * numel, 0, self.instructions * numel), in_shared_memory) + LAUNCH
 
 
+T4 = Card("T4", 320e9, 1.2e12, 65e12, 8.1e12, 40, 1.59e9, 10, 3.2)
 CARDS = (
-    Card("RTX 4090", 1.008e12, 165e12, 128, 2.52e9),
-    Card("A100 80GB", 2.039e12, 312e12, 108, 1.41e9),
-    Card("H100 SXM", 3.35e12, 989e12, 132, 1.755e9),
+    Card("RTX 4090", 1.008e12, 4.5e12, 165e12, 82e12, 128, 2.52e9, 8.9, 3.2),
+    Card("A100", 2.039e12, 4.2e12, 312e12, 19.5e12, 108, 1.41e9, 8.5, 3.2),
+    Card("H100", 3.35e12, 5.7e12, 989e12, 67e12, 132, 1.755e9, 9.06, 2.66),
+    T4,
+    # 70 W do not feed its tensor cores: half of the peak is what public measurements sustain.
+    replace(T4, name="T4, sustained", operations=T4.operations * 0.5 / 0.7),
 )
 
 
-def kernels() -> str:
-    """The kernels as they are, on each card."""
-    rows = [["decode 4096 x 4096 to bf16, us"]]
-    rows += [[f"layer 4096 x 4096, rank 64, dropout, {m} rows: forward / backward, us"] for m in (1, 64, 512, 4096)]
-    rows += [[f"step of an 8B model, {tokens} tokens, ms"] for tokens in (512, 4096)]
-    rows += [[f"the same, compared with a 16-bit base without adapters, {tokens} tokens"] for tokens in (512, 4096)]
-    host = sum(HOST) * len(LLAMA_8B)
-    for card in CARDS:
-        rows[0].append(f"{1e6 * card.decode(4096**2):.0f}")
-        for row, m in zip(rows[1:5], (1, 64, 512, 4096), strict=True):
-            row.append(" / ".join(f"{1e6 * seconds:.0f}" for seconds in card.layer(m, 4096, 4096)))
-        for row, extra, tokens in zip(rows[5:7], rows[7:9], (512, 4096), strict=True):
-            ours, dense = card.step(tokens)
-            row.append(f"{1e3 * max(ours, host):.0f}{' (Python)' * (host > ours)}")
-            extra.append(f"+{100 * (ours / dense - 1):.0f}%")
-    return table(["predicted", *(card.name for card in CARDS)], rows)
+def is_turing(card: Card) -> bool:
+    return card.name.startswith("T4")
 
 
-T4 = Card("T4", 320e9, 65e12, 40, 1.59e9)
-T4_FP32 = replace(T4, operations=8.1e12)
+def matmul(card: Card, m: int, n: int, k: int, adds: bool = False) -> float:
+    """x W^T with W in 16 bits; one that adds to what is there also reads it, half of which is hidden."""
+    read = 2 * m * n if adds else 0
+    return card.seconds(2 * (m * k + n * k + m * n) + read, 0, 0, 2 * m * n * k) + read / 2 / (0.85 * card.bandwidth)
 
 
-def _in_fp16(m: int, n: int, k: int, r: int = 64) -> float:
-    """Seconds of x W^T + (drop(x) A^T) B^T for x [m, k] on a T4; the backward pass has the same work, from dY and x."""
-    to_half = T4.seconds(4 * m * k) + T4.seconds(6 * m * k)
-    adapter = T4.seconds(4 * m * k, HASH * m * k) + T4.seconds(2 * m * k, 0, 2 * m * k * r)
-    adapter += T4.seconds(4 * m * n, 0, 2 * m * n * r)
-    product = T4.decode(n * k) + T4.seconds(2 * m * k + 2 * n * k + 4 * m * n, 0, 2 * m * n * k)
-    few = 7 * T4.seconds(0)  # A, B, xa and the scales to fp16
-    return to_half + adapter + product + T4.seconds(12 * m * n) + few
+def ours(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
+    """Seconds forward and backward of a layer [n, k] with m rows and dropout."""
+    r = RANK
+    shares = 64 * m * r  # sums in fp32 of the programs that share a product
+    again = ceil(m / 64) * 4 * r  # tiles of 64 rows read A or B in fp32 again
+    decode = card.seconds(2.516 * n * k, 0, 5.9 * n * k)
+    forward = card.seconds(2 * m * k + 4 * r * k, 2 * m * k + again * k + shares, (6 + DROPPED) * m * k)
+    forward += card.seconds(2 * m * n + 4 * r * n, 2 * m * n + again * n + ceil(n / 128) * 2 * m * r, 10 * m * n)
+    forward += decode + matmul(card, m, n, k, adds=True)
+    backward = card.seconds(2 * m * n + 4 * r * n, 2 * m * n + again * n + shares, 6 * m * n)
+    gradients = 2 * m * (n + k)
+    backward += card.seconds(
+        gradients + 4 * r * (n + k),
+        gradients + (n + k) / 64 * 2 * m * r + 32 * r * (n + k),
+        (6 + DROPPED) * m * k + 5 * m * n,
+    )
+    input_gradient = 2 * m * k + again * k + ceil(k / 128) * 2 * m * r
+    backward += card.seconds(2 * m * k + 4 * r * k, input_gradient, (12 + DROPPED) * m * k)
+    return forward, backward + decode + matmul(card, m, k, n, adds=True)
 
 
-def _in_fp32(m: int, n: int, k: int, r: int = 64) -> float:
-    """The same with products in fp32."""
-    adapter = T4.seconds(8 * m * k, HASH * m * k) + T4_FP32.seconds(4 * m * k, 0, 2 * m * k * r)
-    adapter += T4_FP32.seconds(4 * m * n, 0, 2 * m * n * r)
-    product = T4.seconds(4.516 * n * k) + T4_FP32.seconds(4 * (m * k + n * k + 2 * m * n), 0, 2 * m * n * k)
-    return adapter + product
+def ours_in_half(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
+    """The same on a card without bf16: products in fp16 with powers of two, 22 and 38 launches."""
+    r = RANK
+
+    def to_half(rows: int, columns: int) -> float:
+        return card.seconds(4 * rows * columns) + card.seconds(6 * rows * columns, 0, 7 * rows * columns)
+
+    def product(rows: int, columns: int, inner: int) -> float:
+        return card.seconds(2 * rows * inner + 4 * rows * columns, 0, 0, 2 * rows * columns * inner)
+
+    decode = card.seconds(2.516 * n * k, 0, 6.8 * n * k)
+    dropout = card.seconds(4 * m * k, 0, (6 + DROPPED) * m * k)
+    rest = 11 * LAUNCH
+    forward = to_half(m, k) + to_half(r, k) + to_half(m, r) + to_half(n, r) + dropout + rest
+    forward += product(m, r, k) + product(m, n, r) + decode + card.seconds(12 * m * n)
+    forward += card.seconds(2 * m * k + 2 * n * k + 4 * m * n, 0, 0, 2 * m * n * k)
+    backward = to_half(m, n) + to_half(m, k) + 2 * to_half(m, r) + to_half(n, r) + to_half(r, k) + dropout + rest
+    backward += 2 * product(m, r, n) + product(m, r, k) + product(m, k, r) + decode
+    backward += card.seconds(2 * m * n + 2 * n * k + 4 * m * k, 0, 0, 2 * m * n * k)
+    return forward, backward + card.seconds(12 * m * k, 0, (12 + DROPPED) * m * k)
 
 
-def turing() -> str:
-    """A layer and a step on a T4."""
+def peft(card: Card, m: int, n: int, k: int, decoded: bool = True) -> tuple[float, float]:
+    """PEFT on bitsandbytes' layer, or on a dense one in 16 bits."""
+    base, copy = 0.0, 0.0
+    if decoded:
+        nested_scales = card.seconds(5.1 * n * k / 64) + card.seconds(8 * n * k / 64)
+        base = card.seconds(2.58 * n * k, 0, 26 * n * k) + nested_scales
+        copy = card.seconds(4 * m * n)
+    casts = 2 * card.seconds(3 * RANK * (n + k))
+    dropout = card.seconds(5 * m * k)
+    forward = base + copy + matmul(card, m, n, k) + dropout + casts
+    forward += sum(card.seconds(moved) for moved in (2 * m * k, 2 * m * n, 4 * m * n, 6 * m * n))
+    backward = base + matmul(card, m, k, n) + dropout + casts
+    backward += sum(card.seconds(moved) for moved in (4 * m * n, 2 * m * n, 2 * m * n, 2 * m * k, 2 * m * k, 6 * m * k))
+    return forward, backward
+
+
+def dense(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
+    return peft(card, m, n, k, decoded=False)
+
+
+def unsloth(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
+    """Unsloth's layer, which has no dropout."""
+    decode = card.seconds(2.516 * n * k, 0, 8 * n * k)
+    casts = 2 * card.seconds(3 * RANK * (n + k))
+    forward = decode + matmul(card, m, n, k) + casts + card.seconds(2 * m * k) + card.seconds(4 * m * n)
+    backward = decode + matmul(card, m, k, n) + casts + 2 * card.seconds(2 * m * n) + 2 * card.seconds(2 * m * k)
+    return forward, backward + card.seconds(4 * m * k)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: a layer, and what a block has beside its linear layers."""
+
+    name: str
+    layer: Callable[[Card, int, int, int], tuple[float, float]]
+    host: tuple[float, float]  # seconds of a layer, forward and backward
+    passes: tuple[int, int] = (90, 165)  # over a hidden state in 16 bits, forward and backward
+    launches: tuple[int, int] = (39, 59)
+    of_logits: int = 32  # bytes moved for each logit
+    in_fp32: bool = False  # what stays dense computes in fp32
+
+    def device_step(self, card: Card, tokens: int) -> float:
+        """Seconds on the card."""
+        turing = self.layer is ours and is_turing(card)
+        fp32 = self.in_fp32 or turing
+        layer = ours_in_half if turing else self.layer
+        times = [layer(card, tokens, n, k) for n, k in LAYERS]
+        pass_over = (2 if fp32 else 1) * 2 * tokens * WIDTH / (0.85 * card.bandwidth)
+        attention = self._dense(card, fp32, 2 * tokens * tokens * WIDTH, ATTENTION_IN_FP32)
+        forward = sum(forward for forward, _ in times) + self.passes[0] * pass_over + attention
+        backward = sum(backward for _, backward in times) + self.passes[1] * pass_over + 2.5 * attention
+        block = 2 * forward + backward
+        if self.layer is ours and not turing:
+            # The recomputation of a block ends before the product of its last layer.
+            down = card.seconds(
+                2 * tokens * 11008 + 4 * RANK * 11008,
+                2 * tokens * 11008 + ceil(tokens / 64) * 4 * RANK * 11008 + 64 * tokens * RANK,
+                (6 + DROPPED) * tokens * 11008,
+            )
+            block -= ours(card, tokens, 4096, 11008)[0] - down
+        moved = 2 * VOCABULARY * (WIDTH + tokens)
+        head = max(card.seconds(moved), self._dense(card, fp32, 2 * tokens * VOCABULARY * WIDTH))
+        return BLOCKS * block + 2 * head + card.seconds(self.of_logits * tokens * VOCABULARY)
+
+    @staticmethod
+    def _dense(card: Card, fp32: bool, operations: float, factor: float = 1) -> float:
+        return card.seconds(fp32=factor * operations) if fp32 else card.seconds(operations=operations)
+
+    def host_step(self) -> float:
+        """Seconds of Python and launches, of which the forward pass is done twice."""
+        layers = len(LAYERS) * (2 * self.host[0] + self.host[1])
+        small = 2 * 5e-6 * self.launches[0] + 7e-6 * self.launches[1]
+        return BLOCKS * (layers + small)
+
+
+OURS = Method("this package", ours, (75e-6, 85e-6))
+METHODS = (
+    OURS,
+    Method("PEFT + bitsandbytes", peft, (190e-6, 150e-6)),
+    Method("Unsloth", unsloth, (40e-6, 70e-6), (22, 40), (12, 16), 8),
+    Method("LoRA in 16 bits (PEFT)", dense, (85e-6, 80e-6)),
+    replace(OURS, name="this package, norms, RoPE and SwiGLU fused", passes=(22, 40), launches=(12, 16), of_logits=8),
+    replace(OURS, name="this package, all that is dense in fp32", in_fp32=True),
+)
+
+
+def steps(tokens: tuple[int, ...] = (512, 4096)) -> str:
+    """A training step, in ms."""
     rows = []
-    for m in (1, 64, 512, 4096):
-        times = [1e6 * layer(m, WIDTH, WIDTH) for layer in (_in_fp16, _in_fp32)]
-        rows.append([f"layer 4096 x 4096, rank 64, dropout, {m} rows, forward, us", *(f"{time:.0f}" for time in times)])
-    for tokens in (512, 2048):
-        rest = 2 * T4_FP32.seconds(4 * VOCABULARY * WIDTH, 0, 2 * tokens * VOCABULARY * WIDTH)
-        rest += 3.5 * BLOCKS * T4_FP32.seconds(0, 0, 2 * tokens * tokens * WIDTH)
-        rest += BLOCKS * PASSES * T4.seconds(4 * tokens * WIDTH)
-        times = [1e3 * (2 * sum(layer(tokens, n, k) for n, k in LLAMA_8B) + rest) for layer in (_in_fp16, _in_fp32)]
-        rows.append([f"step of an 8B model, {tokens} tokens, ms", *(f"{time:.0f}" for time in times)])
-        rows.append(["of it in both: output embedding, attention and norms in fp32, ms", *[f"{1e3 * rest:.0f}"] * 2])
-    return table(["predicted for a T4", "fp16 with a power of two", "fp32"], rows)
+    for count in tokens:
+        for method in METHODS:
+            device = (f"{1e3 * method.device_step(card, count):.0f}" for card in CARDS)
+            rows.append([f"{method.name}, {count} tokens", *device, f"{1e3 * method.host_step():.0f}"])
+    return table(["a step, ms", *(card.name for card in CARDS), "host"], rows)
+
+
+def _token(card: Card) -> float:
+    """Seconds on the card for one token; each launch of a layer waits for the one before."""
+    total = 39 * LAUNCH + 2 * LAUNCH
+    for n, k in LAYERS:
+        adapter = max(5e-6, card.seconds(4 * RANK * k)) + max(3e-6, card.seconds(4 * RANK * n))
+        if is_turing(card):
+            total += adapter + card.seconds(2.516 * n * k) + card.seconds(2 * n * k) + 17 * LAUNCH
+        else:
+            total += adapter + card.few_rows(n * k)
+    return BLOCKS * total + card.seconds(2 * VOCABULARY * WIDTH)
+
+
+def tokens() -> str:
+    """One token of generation, in ms, beside the time in which the weights are read once."""
+    read = 0.516 * BLOCKS * sum(n * k for n, k in LAYERS) + 2 * VOCABULARY * WIDTH
+    rows = [
+        ["on the device", *(f"{1e3 * _token(card):.1f}" for card in CARDS)],
+        ["the weights are read", *(f"{1e3 * read / 0.85 / card.bandwidth:.1f}" for card in CARDS)],
+    ]
+    return table(["a token, ms", *(card.name for card in CARDS)], rows)
+
+
+def layers() -> str:
+    """A layer of 4096 x 4096, in us."""
+    rows = []
+    for m in (512, 4096):
+        for method in METHODS[:4]:
+            times = []
+            for card in CARDS:
+                layer = ours_in_half if method is OURS and is_turing(card) else method.layer
+                times.append(" / ".join(f"{1e6 * seconds:.0f}" for seconds in layer(card, m, WIDTH, WIDTH)))
+            rows.append([f"{method.name}, {m} rows", *times])
+    return table(["a layer, forward / backward, us", *(card.name for card in CARDS)], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turing", action="store_true", help="a T4: products in fp16 and in fp32")
+    parser.add_argument("--token", action="store_true", help="one token of generation")
+    parser.add_argument("--layer", action="store_true", help="a layer of 4096 x 4096")
     options = parser.parse_args(arguments)
-    print(turing() if options.turing else kernels())
+    print(tokens() if options.token else layers() if options.layer else steps())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party lint docs bench compile-kernels mutations clean
+.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party lint docs bench compile-kernels mutations release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -95,5 +95,13 @@ bench: setup
 	$(PIP) --editable ".[bench]"
 	$(BIN)/python -m benchmarks
 
+# What .github/workflows/release.yml publishes. TAG is v and the version, as in v0.1.0.
+release: setup
+	$(BIN)/python -c "import lightning_qlora; assert 'v' + lightning_qlora.__version__ == '$(TAG)', '$(TAG)'"
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) .venv-third-party .venv-versions outputs site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf dist $(VENV) .venv-third-party .venv-versions outputs site .pytest_cache .mypy_cache .ruff_cache

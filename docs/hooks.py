@@ -1,6 +1,9 @@
 """Hooks of mkdocs, named in mkdocs.yml."""
 
 import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning_qlora
@@ -40,6 +43,36 @@ def on_post_page(output: str, **_: Any) -> str:
         return re.sub(r"<code>[^<]*</code>", lambda code: code[0].replace("_", "_<wbr>"), cell[0])
 
     return re.sub(r"<td.*?</td>", breakable, output, flags=re.DOTALL)
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Add llms.txt (https://llmstxt.org), and the Markdown of the pages that it links to."""
+    pages = [page for _, page in pages_of(config.nav)]
+    for page in pages:
+        shutil.copy(Path(config.docs_dir, page), Path(config.site_dir, page))
+    text = llms_txt(config.nav, Path(config.docs_dir), config.site_url)
+    Path(config.site_dir, "llms.txt").write_text(text, encoding="utf-8")
+
+
+def llms_txt(nav: Any, docs: Path, site: str) -> str:
+    """A link and the first sentence of each page."""
+    lines = ["# lightning-qlora\n", "> QLoRA for a pretrained model in a LightningModule, in one argument.\n"]
+    for title, page in pages_of(nav):
+        paragraph = re.search(r"^\w.*(?:\n.+)*", (docs / page).read_text(encoding="utf-8"), re.M)
+        text = re.sub(r"\]\([^)]*\)|\[", "", paragraph[0] if paragraph else title)
+        sentence = " ".join(text.split()).split(". ")[0].rstrip(".:")
+        lines.append(f"- [{title}]({site}{page}): {sentence}.")
+    return "\n".join(lines) + "\n"
+
+
+def pages_of(nav: Any) -> Iterator[tuple[str, str]]:
+    """Title and file of each page of the navigation, in its order."""
+    for entry in nav:
+        for title, target in entry.items():
+            if isinstance(target, str):
+                yield title, target
+            else:
+                yield from pages_of(target)
 
 
 def directive(name: str) -> str:

@@ -1,6 +1,7 @@
 """docs/contributing.md lists every file in the order of the import rule, and every mark; pages name what exists."""
 
 import ast
+import importlib.util
 import inspect
 import re
 from collections.abc import Iterator
@@ -8,11 +9,14 @@ from functools import partial
 from inspect import isfunction
 from pathlib import Path
 
+import yaml
+
 import lightning_qlora
 from lightning_qlora.tools import cli
 from tests.test_imports import ORDER
 
 PACKAGE = Path(lightning_qlora.__file__).parent
+DOCS = PACKAGE.parent / "docs"
 DESIGN = "".join((PACKAGE.parent / "docs" / page).read_text(encoding="utf-8") for page in ("design.md", "one-file.md"))
 FILES = (PACKAGE.parent / "docs" / "contributing.md").read_text(encoding="utf-8")
 
@@ -142,3 +146,13 @@ def test_a_default_changes_on_purpose():
             parameters = [each for each in parameters if each.kind is not each.KEYWORD_ONLY]
         texts = [str(each.replace(annotation=each.empty)) for each in parameters]
         assert f"{name}({', '.join(texts)})" == line
+
+
+def test_llms_txt_has_a_sentence_for_each_page():
+    hooks = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py"))
+    spec.loader.exec_module(hooks)
+    nav = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    text = hooks.llms_txt(nav, DOCS, "https://site/")
+    pages = dict(re.findall(r"^- \[.+\]\(https://site/([\w-]+\.md)\): (.+)\.$", text, re.M))
+    assert pages.keys() == {path.name for path in DOCS.glob("*.md")}
+    assert all(len(sentence) > 25 and "](" not in sentence for sentence in pages.values()), pages

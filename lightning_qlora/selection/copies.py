@@ -16,6 +16,8 @@ from lightning_qlora.tensors.fingerprint import has_values, is_strided
 
 COPIES = "_qlora_copies"  # attribute of a module while it is converted: the copies in it
 SAMPLES = 16  # elements of a weight that are compared first
+ALIKE = 0.99  # cosine
+Values = tuple[float, ...] | None
 
 
 class Copy(NamedTuple):
@@ -28,10 +30,12 @@ class Copy(NamedTuple):
     @property
     def modules(self) -> tuple[str, str]:
         """Names of the modules that are equal: those of the tensors without the end that both have."""
+        owners = owner_name(self.name), owner_name(self.original)
         if not self.is_parameter:
-            return owner_name(self.name), owner_name(self.original)
+            return owners
         ending = _common_ending(self.name, self.original)
-        return self.name.removesuffix(ending).rstrip("."), self.original.removesuffix(ending).rstrip(".")
+        name, original = (each.removesuffix(ending).rstrip(".") for each in (self.name, self.original))
+        return name or owners[0], original or owners[1]  # beside the copy, a module has the layers of its original
 
 
 def find_copies(seen: Survey, choice: Selection) -> list[Copy]:
@@ -56,7 +60,7 @@ def _find_copies(seen: Survey, choice: Selection) -> list[Copy]:
     targets = {row.weight_name for row in choice.convert.values()}
     groups: dict[object, list[tuple[str, Tensor]]] = {}
     for name, tensor in _matrices(seen):
-        key = _sample(tensor)
+        key = sample(tensor)
         if key is not None:
             groups.setdefault((tensor.shape, *key), []).append((name, tensor))
     copies = []
@@ -87,18 +91,29 @@ def share_seeds(choice: Selection, copies: list[Copy]) -> None:
 def _matrices(seen: Survey) -> Iterator[tuple[str, Tensor]]:
     """The dense matrices and stacks of matrices of a module, on this rank as a whole; each tensor once."""
     for name, tensor in tensors_of(list(seen.modules)):
-        is_plain = type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor) and has_values(tensor)
-        if is_plain and tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel():
+        if is_comparable(tensor) and tensor.ndim >= 2:
             yield name, tensor
 
 
-def _sample(tensor: Tensor) -> tuple[float, ...] | None:
+def is_comparable(tensor: Tensor) -> bool:
+    """Whether a tensor has floats that can be read, on this rank as a whole."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor) and has_values(tensor)
+    return is_plain and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def sample(tensor: Tensor) -> Values:
     """Some elements; None if they are all the same."""
     places = [
         torch.linspace(0, size - 1, SAMPLES, dtype=torch.float32, device=tensor.device).long() for size in tensor.shape
     ]
     values: list[float] = tensor.detach()[tuple(places)].float().tolist()
     return None if len({*values}) == 1 else tuple(values)
+
+
+def moved_towards(before: Values, after: Values, target: Values) -> bool:
+    """Whether samples of a tensor moved straight to those of another one, as in an average; None are zeros."""
+    start, end, goal = (torch.tensor(values or [0.0] * SAMPLES) for values in (before, after, target))
+    return float(torch.cosine_similarity(end - start, goal - start, dim=0)) > ALIKE
 
 
 def _common_ending(name: str, other: str) -> str:

@@ -19,6 +19,7 @@ from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record_rounded
 from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.calibration import waiting_in
+from lightning_qlora.training.outside_copies import OutsideCopies, add_advice, advice_for
 from lightning_qlora.training.report import ConversionReport
 
 
@@ -47,19 +48,37 @@ class ConvertedModules:
         if self.last is not None:
             yield from _layers(self.last)
 
-    def add(self, module: nn.Module, report: ConversionReport, again: bool) -> ConversionReport:
-        """Add a module that was converted, and return its report; `again`: that of its first conversion here."""
+    def add(
+        self, module: nn.Module, report: ConversionReport, again: bool, outside: OutsideCopies | None = None
+    ) -> ConversionReport:
+        """Add a module that was converted, and return its report; `again`: that of its first conversion here.
+
+        `outside`: the copies of its weights that were made before.
+        """
         previous = self._converted.pop(module, None)
         if again and previous is not None:
             report = previous.report
+            outside = previous.audit.outside
         device = next((layer.packed.device.type for layer in _layers(module)), "cpu")
-        self._converted[module] = _Converted(report, device, Audit(report))
+        self._converted[module] = _Converted(report, device, Audit(report, outside))
         return report
 
     def use(self, module: nn.Module) -> None:
         """Make a converted module the last one again: a callback of its run ran another module."""
         if module in self._converted:
             self._converted[module] = self._converted.pop(module)
+
+    def end(self) -> None:
+        """At the end of a run of the last module: tell what its audit has not told yet."""
+        if self.last is not None:
+            self._converted[self.last].audit.end(self.last)
+
+    def advise(self, error: BaseException) -> None:
+        """Say what to do about an error in a run of the last module, if code paired adapters with dense weights."""
+        if self.last is not None:
+            advice = advice_for(error, self.last, self._converted[self.last].audit.outside)
+            if advice is not None:
+                add_advice(error, advice)
 
     def audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step of an optimizer, that what it holds trains."""

@@ -20,6 +20,7 @@ from lightning_qlora.survey.survey import Survey
 from lightning_qlora.tensors.device_types import IN_16_BITS, held_type
 from lightning_qlora.texts import groups
 from lightning_qlora.training.convert_checks import differing_arguments, no_layer
+from lightning_qlora.training.outside_copies import HELD, OutsideCopies
 from lightning_qlora.training.report import ConversionReport
 
 LARGEST = 5  # weights that stayed in 16 bits
@@ -30,8 +31,9 @@ HOOKS = (
     f"{TRAIN_IN_FULL}"
 )
 COPY = (
-    "an average of weights that is made before conversion gets wrong values: make it in on_fit_start, or after "
-    "convert; a copy that does not follow the module may stay"
+    "one of them stays dense, so an average or a target that follows by zip(parameters()) meets other parameters: make "
+    "the copy in on_fit_start, or after convert, or name the other one in modules_to_save; a copy that does not follow "
+    "may stay"
 )
 IN_16 = (
     "trains in 16 bits, in which most steps of an optimizer are lost, because it is of a sharded module or a "
@@ -60,7 +62,10 @@ def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selec
     weights = {name: row.owner._parameters.get(row.key) for name, row in convert.items()}
     report.note(HOOKS, [name for name, weight in weights.items() if _has_hooks(weight)])
     originals = defaultdict[str, dict[str, None]](dict)
+    arguments = {row.weight_name: row.config for row in convert.values()}
     for copy in copies:
+        if copy.name in arguments and arguments[copy.name] == arguments.get(copy.original):
+            continue  # both have the same adapters and 4-bit weights, so an average is right
         name, original = copy.modules
         originals[name][original] = None
     for name, of_copy in originals.items():
@@ -111,6 +116,14 @@ def note_other_arguments(report: ConversionReport, parts: Parts, config: QLoRACo
         other = differing_arguments(layer.config, config, arguments_that("of_layer"))
         if other:
             report.note(CONVERTED_BEFORE.format(", ".join(other)), [name])
+
+
+def note_outside_copies(report: ConversionReport, outside: OutsideCopies) -> None:
+    outside.keep(report.converted)
+    for holder in dict.fromkeys(outside.holders):
+        report.note(HELD.format(holder), [outside.place])
+    if not outside.holders:
+        report.copied = outside.layers
 
 
 def _has_hooks(weight: Tensor | None) -> bool:

@@ -1,5 +1,6 @@
 """The optimizers of a run hold the adapters, also if they were created before conversion (LightningCLI, Fabric)."""
 
+from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
 
@@ -122,14 +123,28 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> list[str]:
-    """Names of layers whose adapters get gradients, and do not train; [] if there is no optimizer."""
+    """Names of layers whose adapters get gradients, and do not train; [] if there is no optimizer.
+
+    Without copies of layers that train, which follow them by an average.
+    """
     held = {id(parameter) for optimizer in optimizers for parameter in optimizer_parameters(optimizer)}
     layers: dict[str, Any] = adapted_layers(module) | token_adapters(module) if optimizers else {}
-    return [
+    free = [
         name
         for name, layer in layers.items()
         if any(p.requires_grad and id(p) not in held for p in layer.adapter_parameters())
     ]
+    if not free:
+        return []
+    copies = layers_with_base_of(layers.keys() - {*free}, layers)
+    return [name for name in free if name not in copies]
+
+
+def layers_with_base_of(names: Collection[str], layers: Mapping[str, Any]) -> set[str]:
+    """Names of layers whose 4-bit weights are those of a layer with one of these names; of sharded ones none."""
+    whole = {name: layer for name, layer in layers.items() if "packed" in vars(layer)}
+    bases = {whole[name].base_fingerprint() for name in names if name in whole}
+    return {name for name, layer in whole.items() if layer.base_fingerprint() in bases}
 
 
 def check_loss(loss: Any) -> None:

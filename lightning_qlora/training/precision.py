@@ -1,5 +1,6 @@
 """QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ from lightning_qlora.training.checkpoint import begin_epoch_of_checkpoint, set_t
 from lightning_qlora.training.convert import Run, convert_module, is_converted
 from lightning_qlora.training.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
 from lightning_qlora.training.converted_modules import ConvertedModules
+from lightning_qlora.training.notes import note_outside_copies
 from lightning_qlora.training.optimizers import (
     adapters_in_no_optimizer,
     check_loss,
@@ -47,12 +49,14 @@ from lightning_qlora.training.optimizers import (
     replace_merged_adapters,
     replace_parameters_by_adapters,
 )
+from lightning_qlora.training.outside_copies import OutsideCopies
 from lightning_qlora.training.report import ConversionReport
 from lightning_qlora.training.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
 from lightning_qlora.upstream_changes import make_changes
 
 IN_NO_OPTIMIZER = (
-    f"adapters are in no optimizer, so they do not train: pass self.parameters() to the optimizer, or {KEEP_DENSE}"
+    f"adapters are in no optimizer, so they do not train: pass self.parameters() to the optimizer, or {KEEP_DENSE}. A "
+    "target that follows another module by an average of parameters: name both in modules_to_save"
 )
 MERGED_BEFORE = (
     "its adapters were merged, and its weights are quantized again, to train new ones: to compute with the merged "
@@ -161,7 +165,10 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         if merged and self._evaluating:
             return module
         again = is_converted(root)
+        outside = None if again or self._evaluating else OutsideCopies(root)
         report = convert_module(root, self.config, run)
+        if outside is not None:
+            note_outside_copies(report, outside)
         if merged:
             report.note(MERGED_BEFORE)
         if run.sharded:
@@ -172,7 +179,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             self._agree(run.device)  # in Fabric the module is moved later
         if not again:
             rank_zero_only(print)(report)
-        self.report = self._modules.add(root, report, again)
+        self.report = self._modules.add(root, report, again, outside)
         if trainer is not None:
             guards.check_fsdp_groups(root)
             if not self._evaluating:
@@ -307,8 +314,15 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
     def teardown(self) -> None:
         """Restore the training mode of the layers; free the pages of the optimizers and the decode buffers.
 
+        The Trainer calls it after an error too, which gets a note if code paired adapters with dense weights.
+
         Not at the end of a run in a callback of another Trainer with this plugin, which goes on training.
         """
+        error = sys.exc_info()[1]
+        if error is None:
+            self._modules.end()
+        else:
+            self._modules.advise(error)
         del self._runs[-1:]
         if any(run.state.status == TrainerStatus.RUNNING for run in self._runs):
             self._modules.use(self._runs[-1].lightning_module)

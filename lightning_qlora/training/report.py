@@ -26,6 +26,10 @@ KEPT_IN = {
     torch.float32: "fp32 and computes in it ({} more)",
     torch.bfloat16: "bf16, which rounds each value to 8 of its 11 bits, and computes in it",
 }
+COPIED = (
+    "outside of the module are copies of {}, from before conversion: an average in one\n"
+    "can't follow the adapters, so make it in on_fit_start, or after fabric.setup; any other copy may stay"
+)
 MARK = "! "  # of a row that a user should look at
 
 
@@ -59,7 +63,8 @@ class ConversionReport:
         calibration: Status of adapters that are initialized from the first step; None if none are.
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             loaded from weights.
-        unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
+        unused: Name -> reason, of layers whose adapters got no gradient; known after the second step.
+        copied: Names of layers whose weights have copies outside of the module, which were made before conversion.
         computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
             of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
         activations: With gradient_checkpointing="auto" or bytes the `ActivationBudget`, whose text says how many blocks
@@ -101,6 +106,7 @@ class ConversionReport:
     calibration: CalibrationReport | None = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
     computes_in: dict[str, str] = field(default_factory=dict)
     activations: Any = None
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -157,7 +163,7 @@ class ConversionReport:
             for name in names:
                 add(name, MARK + text)
         for name, reason in self.unused.items():
-            add(name, f"{MARK}no gradient in the first step: {reason}")
+            add(name, f"{MARK}no gradient in the first steps: {reason}")
         for name in sorted(self.converted, key=lambda name: -len(self.shapes[name])):  # experts first
             *experts, rows, columns = self.shapes[name]
             prefix = "".join(f"{number} experts of " for number in experts)
@@ -216,6 +222,8 @@ class ConversionReport:
             lines.append(f"gradient checkpointing: {self.activations}")
         if self.by_size:
             lines.append(BY_SIZE)
+        if self.copied:
+            lines.append(COPIED.format(groups(self.copied)))
         if self.calibration is not None:
             lines.append(str(self.calibration))
         return "\n".join(lines)

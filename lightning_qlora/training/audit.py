@@ -95,14 +95,14 @@ class Audit:
         idle = adapters_without_gradient(every).keys() - (_held_by(of_others, every) - held)
         self._idle[optimizer] = _Idle({name: every[name] for name in every if name in idle}, held)
         if world_size() > 1:  # the next forward pass of DDP may fail because of them
-            self._tell_what_is_unused(self._idle[optimizer], every)
+            self._tell_what_is_unused(self._idle[optimizer], module)
         self.report.tell(NOT_RECOMPUTED, blocks_not_recomputed(module, [every[name] for name in held]))
         self.report.tell(LOST, _parameters_that_do_not_move(optimizer, names))
 
     def end(self, module: nn.Module) -> None:
         """Tell what a run of one step has found."""
         for idle in self._idle.values():
-            self._tell_what_is_unused(idle, adapted_layers(module))
+            self._tell_what_is_unused(idle, module)
 
     def _follow(self, idle: _Idle, module: nn.Module, optimizer: Optimizer) -> None:
         """Look again at layers whose adapters had no gradient: it may come later, and other code may write to them."""
@@ -113,18 +113,19 @@ class Audit:
         for name in idle.layers.keys() - adapters_without_gradient(idle.layers).keys():
             del idle.layers[name]
             self.report.unused.pop(name, None)
-        self._tell_what_is_unused(idle, adapted_layers(module))
+        self._tell_what_is_unused(idle, module)
         if idle.steps == 2:
             whole = {name: layer for name, layer in idle.layers.items() if is_comparable(layer.lora_B)}
             idle.values = {name: sample(layer.lora_B) for name, layer in whole.items()}
         elif idle.steps == 3 or idle.steps & (idle.steps - 1) == 0:
             _check_targets(idle, adapted_layers(module), optimizer)
 
-    def _tell_what_is_unused(self, idle: _Idle, every: Mapping[str, LoRALayer]) -> None:
+    def _tell_what_is_unused(self, idle: _Idle, module: nn.Module) -> None:
         """Tell it once; not of copies of layers that train, which follow them by an average."""
         if idle.told or not idle.layers:
             return
         idle.told = True
+        every = adapted_layers(module)
         reasons = adapters_without_gradient({name: idle.layers[name] for name in idle.layers if name in idle.held})
         copies = layers_with_base_of(every.keys() - idle.layers.keys(), every)
         unused = self.report.unused

@@ -1,9 +1,9 @@
 """Copies of the weights outside of the module, from before conversion: averages, references, targets."""
 
 import copy
-import gc
 import re
 import sys
+import weakref
 
 import lightning.pytorch as pl
 import pytest
@@ -80,7 +80,6 @@ class Reference(ByName):
 
 def train(net, average, steps=3, before=True):
     """A loop of Fabric's; returns the plugin."""
-    gc.collect()  # modules of other tests
     plugin = QLoRAPrecision(**ARGUMENTS)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
     made = average(net) if before else None
@@ -123,9 +122,42 @@ def test_the_row_names_the_part_and_a_copy_that_is_gone_has_none():
     EMA(outer)
     train_of = EMA(net)  # noqa: F841
     plugin = QLoRAPrecision(**ARGUMENTS)
-    gc.collect()
     Fabric(accelerator="cpu", devices=1, plugins=plugin).setup_module(outer)
     assert [*plugin.report.notes.values()] == [["net"]]
+
+
+def in_a_closure(net):
+    copied = copy.deepcopy(net)
+    return lambda: copied
+
+
+def in_lists_of_lists(net):
+    return [{"a": [*copy.deepcopy(net)]}, [], 3]
+
+
+kept = []  # by the module
+
+
+def in_a_global(net):
+    kept[:] = [copy.deepcopy(net)]
+
+
+@pytest.mark.parametrize("make", [in_a_closure, in_lists_of_lists, in_a_global])
+def test_a_copy_is_found_in_whatever_running_code_reaches(make):
+    assert train(body(), make, steps=0).report.copied == ["0", "3"]
+    kept.clear()
+
+
+def test_the_search_keeps_no_variable_and_changes_no_dict_of_them():
+    net, data = body(), body()
+    alive = weakref.ref(data)
+    train(net, lambda _: None, steps=0)
+    del data
+    assert alive() is None
+    net, data = body(), body()
+    variables = locals()
+    train(net, lambda _: None, steps=0)
+    assert variables["data"] is data
 
 
 def test_an_average_that_raises_no_error_and_is_wrong_is_told(capsys):
@@ -227,7 +259,6 @@ UPDATES = {
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_an_error_of_an_average_in_a_trainer_has_a_note_that_names_the_remedy(update, tmp_path, capsys):
-    gc.collect()
     lit = Lit()
     trainer = make_trainer(tmp_path, plugins=QLoRAPrecision(**ARGUMENTS), callbacks=Average(lit.net, update))
     with pytest.raises((RuntimeError, KeyError)) as raised:

@@ -98,7 +98,9 @@ def _matrices(seen: Survey) -> Iterator[tuple[str, Tensor]]:
 def is_comparable(tensor: Tensor) -> bool:
     """Whether a tensor has floats that can be read, on this rank as a whole."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor) and has_values(tensor)
-    return is_plain and tensor.is_floating_point() and tensor.numel() > 0
+    if not is_plain or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    return tensor.untyped_storage().nbytes() > 0  # else FSDP2 has freed it
 
 
 def sample(tensor: Tensor) -> Values:

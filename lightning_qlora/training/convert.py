@@ -33,6 +33,7 @@ from lightning_qlora.survey.records import record, record_rounded, unrecorded
 from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.survey.survey import Survey, survey
 from lightning_qlora.tensors.device_types import held_type
+from lightning_qlora.tensors.dtensor import world_size
 from lightning_qlora.training.calibration import waiting_in
 from lightning_qlora.training.convert_checks import (
     check_any,
@@ -41,6 +42,7 @@ from lightning_qlora.training.convert_checks import (
     check_loaded,
     differing_arguments,
 )
+from lightning_qlora.training.guards import refuse_old_wrappers
 from lightning_qlora.training.mapped_files import copy_from_files
 from lightning_qlora.training.notes import (
     CONVERTED_BEFORE,
@@ -203,6 +205,8 @@ def _apply(
         copy_from_files(parts.named)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
+    if world_size() > 1:
+        refuse_old_wrappers(module)
     make_changes("torch", "transformers")
     shard_bytes()
     return parts

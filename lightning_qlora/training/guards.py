@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora.adapters.module_adapter import check_adapters_finite
@@ -18,6 +20,12 @@ from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.state.conversion import adapter_keys
 from lightning_qlora.survey.parts import Parts
+
+NOT_AVERAGED = (
+    "The module was converted inside of DistributedDataParallel, which averages the gradients of the parameters that "
+    "it had when it was made, so the ranks would train apart. Convert, or merge and convert again, and then wrap the "
+    "module in a new DistributedDataParallel (fabric.setup); with the Trainer do it between two runs (trainer.fit)."
+)
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -71,6 +79,24 @@ def check_fsdp_groups(module: nn.Module) -> None:
                 "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, or cast these modules "
                 "to fp32, or call fully_shard on each of them."
             )
+
+
+def refuse_old_wrappers(module: nn.Module) -> None:
+    """Let a forward pass of a converted module raise RuntimeError in a wrapper that does not average its adapters."""
+    if _check_wrapper not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_check_wrapper)
+
+
+def _check_wrapper(module: nn.Module, _: Any) -> None:
+    wrapper = None if torch.compiler.is_compiling() else DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None or not torch.is_grad_enabled():
+        return
+    layer = next((part for part in module.modules() if isinstance(part, LoRALayer)), None)
+    if layer is None or any(parameter is layer.lora_A for parameter in wrapper._module_parameters):
+        return
+    for name, parameter in wrapper.module.named_parameters():
+        if parameter is layer.lora_A and parameter.requires_grad and name not in wrapper.parameters_to_ignore:
+            raise RuntimeError(NOT_AVERAGED)
 
 
 def check_state_dict(module: nn.Module) -> None:

@@ -13,13 +13,6 @@ from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, REPLACED, adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
-from lightning_qlora.tensors.dtensor import world_size
-
-MERGED_ON_RANKS = (
-    "The adapters were merged and the module was converted again within a run of several ranks. "
-    "DistributedDataParallel averages the gradients of the parameters that it had when it was made, so the ranks would "
-    "train apart. Merge and convert between two runs (trainer.fit), or before the module is wrapped again."
-)
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
@@ -48,18 +41,13 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
 
 
 def replace_merged_adapters(optimizer: Optimizer) -> None:
-    """Put the adapters of a later conversion in place of merged ones (ReLoRA), without the state of those.
-
-    RuntimeError on several ranks: DistributedDataParallel averages the parameters that it had when it was made.
-    """
+    """Put the adapters of a later conversion in place of merged ones (ReLoRA), without the state of those."""
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             owner, key = getattr(parameter, MERGED_ADAPTER, (None, ""))
             new = None if owner is None else dict(owner.named_parameters()).get(key)
             if new is None or new is parameter:
                 continue
-            if world_size() > 1:
-                raise RuntimeError(MERGED_ON_RANKS)
             group["params"][index] = new
             optimizer.state.pop(parameter, None)
 

@@ -261,6 +261,20 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     return saved
 
 
+@replaces("lightning.fabric.strategies.model_parallel:_load_raw_module_state")
+def load_raw_by_the_module(original: Any, state_dict: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+    """Let `fabric.load_raw` load a sharded module by its `load_state_dict`, which quantizes dense weights.
+
+    Upstream: lightning/fabric/strategies/model_parallel.py, _load_raw_module_state, loads parameter by parameter: the
+    4-bit layers would stay as they are with strict=False, and without it their frozen biases would be missing.
+    Removed by: upstream calling `load_state_dict` of the module.
+    """
+    if not _has_converted_part(module):
+        original(state_dict, module, *args, **kwargs)
+    else:
+        module.load_state_dict(state_dict, strict=kwargs.get("strict", True))
+
+
 @replaces("torch.distributed.checkpoint.state_dict:_load_model_state_dict")
 def load_by_the_module(original: Any, model: nn.Module, state_dict: dict[str, Any], info: Any) -> Any:
     """Let `set_model_state_dict` load into a converted module by `load_state_dict`, which checks and shards the values.

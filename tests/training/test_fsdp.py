@@ -1,7 +1,9 @@
 """FSDP2 on one rank, in this process: when a module is converted, what is refused, and loading of checkpoints."""
 
+import copy
 import re
 import shutil
+from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -39,7 +41,7 @@ from lightning_qlora.training.guards import check_fsdp_groups
 from lightning_qlora.training.patches import keep_frozen_while_distributed, load_whole_tensors, shard_bytes
 from tests.conftest import Classifier, dataset, fingerprints, loader, raises_before_teardown, raises_in_one_line
 from tests.files.test_lightning_checkpoint import save_shards
-from tests.toys import assert_equal
+from tests.toys import assert_equal, perturb
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -370,6 +372,30 @@ def test_a_checkpoint_in_one_file_is_loaded_as_strictly_as_asked(tmp_path):
     with pytest.raises(KeyError, match="contains a key 'count' that does not exist"):
         load_whole_tensors(None, tmp_path / "whole", {"model": module, "count": 3})
     load_whole_tensors(None, tmp_path / "whole", {"model": module, "count": 3}, False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_fabric_loads_raw_weights_into_the_4_bit_layers(is_dense, strict, setup_module, tmp_path):
+    torch.manual_seed(5)
+    source = Classifier().net
+    expected = copy.deepcopy(source)
+    convert(expected, **ARGUMENTS)
+    perturb(expected)
+    given = source if is_dense else expected
+    torch.save(given.state_dict(), tmp_path / "raw.pt")
+    fabric, module = setup_module(shard, net=None if is_dense else source)
+    adapter = gather(adapted_layers(module.module)["0"].lora_A).clone()
+    fabric.load_raw(tmp_path / "raw.pt", module, strict=strict)
+    for name, layer in adapted_layers(module.module).items():
+        other = expected.get_submodule(name)
+        assert torch.equal(gather(layer.packed).flatten(), other.packed.flatten())
+        assert torch.equal(gather(layer.bias), other.bias)
+    changed = gather(adapted_layers(module.module)["0"].lora_A)
+    assert torch.equal(changed, adapter if is_dense else expected[0].lora_A)
+    torch.save({"other": torch.ones(2)}, tmp_path / "raw.pt")
+    with pytest.raises((RuntimeError, ValueError)) if strict else nullcontext():
+        fabric.load_raw(tmp_path / "raw.pt", module, strict=strict)
 
 
 def test_what_older_versions_of_torch_need(monkeypatch):

@@ -7,6 +7,7 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -306,13 +307,63 @@ def test_adapters_that_are_merged_and_made_again_within_a_run_train(trainer, man
     assert all(torch.equal(*pair) for pair in zip(once.parameters(), twice.parameters(), strict=True))
 
 
-def test_adapters_that_are_made_again_within_a_run_of_several_ranks_are_refused(trainer, monkeypatch):
+@pytest.fixture
+def wrap(one_rank, monkeypatch):
+    """DistributedDataParallel of one of two ranks."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    monkeypatch.setattr("lightning_qlora.training.convert.world_size", lambda: 2)
+    return nn.parallel.DistributedDataParallel
+
+
+@pytest.mark.parametrize("part", ["", "0"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_conversion_inside_of_ddp_is_refused_until_the_module_is_wrapped_again(again, part, wrap):
+    """DDP would average nothing, without a word."""
+    module = nn.Sequential(body(), nn.LayerNorm(64))
+    if again:
+        convert(module, r=4)
+    before = wrap(module)
+    before(X).sum().backward()
+    if again:
+        merge(before.module)
+    convert(before.module.get_submodule(part), r=4)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"wrap the module in a new DistributedDataParallel \(fabric.setup\)"):
+            before(X)
+    with torch.no_grad():
+        before(X)
+    module(X)
+    for after in (wrap(before.module), wrap(copy.deepcopy(module))):
+        after(X).sum().backward()
+        assert all(layer.lora_B.grad is not None for layer in adapted_layers(after).values())
+
+
+def test_frozen_and_ignored_adapters_and_those_of_other_modules_need_no_average(wrap):
+    module = body()
+    teacher = wrap(module.requires_grad_(True))
+    convert(module, r=4)
+    module.requires_grad_(False)
+    teacher(X)
+    module = body()
+    convert(module, r=4)
+    names = [name for name, _ in module.named_parameters() if "lora_" in name]
+    wrap._set_params_and_buffers_to_ignore_for_model(module, names)
+    wrap(module.requires_grad_(True))(X)
+
+    class Caller(nn.Linear):
+        def forward(self, x):
+            return module(super().forward(x))
+
+    wrap(Caller(64, 64))(X)
+
+
+def test_adapters_that_are_made_again_within_a_run_of_several_ranks_are_refused(trainer, one_rank, monkeypatch):
     class Restart(pl.Callback):
         def on_train_epoch_end(self, run, module):
             merge(module)
+            monkeypatch.setattr("lightning_qlora.training.convert.world_size", lambda: 2)
             convert(module, r=4)
-            monkeypatch.setattr("lightning_qlora.training.optimizers.world_size", lambda: 2)
 
-    run = trainer(plugins=QLoRAPrecision(r=4), max_epochs=2, callbacks=[Restart()])
-    with pytest.raises(RuntimeError, match=r"Merge and convert between two runs \(trainer.fit\), or before"):
+    run = trainer(plugins=QLoRAPrecision(r=4), max_epochs=2, callbacks=[Restart()], strategy="ddp")
+    with pytest.raises(RuntimeError, match=r"with the Trainer do it between two runs \(trainer.fit\)"):
         run.fit(Classifier(), loader(8))

@@ -88,7 +88,7 @@ def refuse_old_wrappers(module: nn.Module) -> None:
 
 
 def _check_wrapper(module: nn.Module, _: Any) -> None:
-    wrapper = None if torch.compiler.is_compiling() else DistributedDataParallel._get_active_ddp_module()
+    wrapper = None if torch.compiler.is_compiling() else DistributedDataParallel._active_ddp_module
     if wrapper is None or not torch.is_grad_enabled():
         return
     layer = next((part for part in module.modules() if isinstance(part, LoRALayer)), None)

@@ -22,7 +22,10 @@ from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE, dequantize_absmax
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, aligned, check_bytes
 
-SPREADS = "It would spread to a whole block, or to all of it."  # of NaN or Inf in a weight
+SPREADS = (  # of NaN or Inf in a weight
+    "It would spread to a whole block, or to all of it. If its memory has no values yet (to_empty, empty_init=True), "
+    "load the base before conversion: in __init__ or configure_model, or before fabric.setup."
+)
 
 
 def quantize(

@@ -19,6 +19,7 @@ from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record_rounded
 from lightning_qlora.training.audit import Audit
 from lightning_qlora.training.calibration import waiting_in
+from lightning_qlora.training.guards import advice_on_types
 from lightning_qlora.training.outside_copies import OutsideCopies, add_advice, advice_for
 from lightning_qlora.training.report import ConversionReport
 
@@ -74,9 +75,10 @@ class ConvertedModules:
             self._converted[self.last].audit.end(self.last)
 
     def advise(self, error: BaseException) -> None:
-        """Say what to do about an error in a run of the last module, if code paired adapters with dense weights."""
+        """Say what to do about an error in a run of the last module, if it comes from what conversion changed."""
         if self.last is not None:
-            advice = advice_for(error, self.last, self._converted[self.last].audit.outside)
+            advice = advice_on_types(error, self.last)
+            advice = advice or advice_for(error, self.last, self._converted[self.last].audit.outside)
             if advice is not None:
                 add_advice(error, advice)
 

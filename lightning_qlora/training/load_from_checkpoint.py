@@ -12,12 +12,14 @@ from lightning.pytorch import LightningModule
 
 from lightning_qlora.checks import shown
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint, reading
-from lightning_qlora.layers.names import last_part, named
+from lightning_qlora.layers.layer_state import has_base
+from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.state.conversion import CONVERSION, adapter_keys, conversion_of, entry_of, read_conversion
 from lightning_qlora.training.checkpoint import check_networks
 from lightning_qlora.training.convert import convert_module
 
 Module = TypeVar("Module", bound=LightningModule)
+LARGE = 1e6  # no difference of two weights is
 PLUGIN = "QLoRAPrecision"  # key of the plugin's state in a checkpoint of the Trainer
 
 
@@ -81,6 +83,7 @@ def load_from_checkpoint(
             with named(checkpoint_path):
                 saved = read_conversion(state)
             assert saved is not None
+            _fill_what_is_loaded(module, state, saved.names_of_layers(state))
             convert_module(module, saved.config, saved=saved.arguments_of_layers(state))
         return module.load_state_dict(state, *args, **kwargs)
 
@@ -99,6 +102,19 @@ def load_from_checkpoint(
     with reading(weights_only):
         module: Module = loading.load_from_checkpoint(source, **arguments, **hyperparameters)
     return module
+
+
+@torch.no_grad()
+def _fill_what_is_loaded(module: Any, state: dict[str, Any], layers: dict[str, str]) -> None:
+    """Put zeros in place of weights that a state has, if a class built them in memory that was never written."""
+    parameters = dict(module.named_parameters())
+    for prefix, name in layers.items():
+        weight = parameters.get(join(name, "weight"), parameters.get(name))
+        if weight is None or weight.is_meta or not has_base(state, prefix):
+            continue
+        low, high = weight.aminmax()
+        if not high.float() - low.float() < LARGE:  # NaN is not
+            weight.zero_()
 
 
 def _text_of_plugin(checkpoint: Any, path: str | Path, name: str) -> Any:

@@ -314,7 +314,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
     def teardown(self) -> None:
         """Restore the training mode of the layers; free the pages of the optimizers and the decode buffers.
 
-        The Trainer calls it after an error too, which gets a note if code paired adapters with dense weights.
+        The Trainer calls it after an error too, which gets a note if it comes from what conversion changed.
 
         Not at the end of a run in a callback of another Trainer with this plugin, which goes on training.
         """

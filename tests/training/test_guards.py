@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -25,7 +26,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge
-from lightning_qlora.training.guards import check_fsdp_groups, check_state_dict, check_trainer
+from lightning_qlora.training.guards import KEPT_IN_FP32, check_fsdp_groups, check_state_dict, check_trainer
 from lightning_qlora.training.optimizers import check_optimizer
 from lightning_qlora.training.precision import IN_NO_OPTIMIZER
 from tests.conftest import Classifier, loader
@@ -299,3 +300,35 @@ def test_types_may_differ_where_nothing_is_sharded():
     layer = torch.nn.Linear(4, 4)
     layer.bias = torch.nn.Parameter(layer.bias.detach().bfloat16())
     check_fsdp_groups(torch.nn.Sequential(layer))
+
+
+class InHook(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net.bfloat16()
+
+    def forward(self, x):
+        return super().forward(x.bfloat16()).float()
+
+    def on_train_batch_end(self, *_):
+        F.linear(torch.ones(1, 64, dtype=torch.bfloat16), self.weight_in_hook())
+
+    def weight_in_hook(self):
+        return self.net[4].weight
+
+
+class Cast(InHook):
+    def weight_in_hook(self):
+        return self.net[4].weight.bfloat16()
+
+
+def test_an_error_of_types_outside_of_the_steps_names_the_remedy(trainer, fast, capsys):
+    def fit(module):
+        plugin = QLoRAPrecision(r=4, modules_to_save=["net.4"])
+        trainer(plugins=plugin, max_epochs=1, enable_checkpointing=False).fit(module, loader())
+
+    fit(Cast())
+    with pytest.raises(RuntimeError, match="dtype") as raised:
+        fit(InHook())
+    said = "".join(getattr(raised.value, "__notes__", [])) + capsys.readouterr().out
+    assert f"QLoRA: {KEPT_IN_FP32.format('net.4.weight')}" in said

@@ -194,6 +194,8 @@ def _types(part: nn.Module) -> set[torch.dtype]:
     types = {before.get(key, tensor.dtype) for key, tensor in own_tensors(part).items()}
     if isinstance(part, PackedLayer):
         types.add(part.dtype_before)
+    if isinstance(part, USE_WEIGHTS_OF_PARTS):
+        types.update(*map(_types, part.children()))
     return types | {method.autocast for method in compute_methods(part) if method.autocast is not None}
 
 

@@ -344,3 +344,22 @@ def test_encoder_layers_that_are_called_by_themselves_in_evaluation():
                 y = call(module[0])
                 assert y.dtype is torch.bfloat16
                 torch.testing.assert_close(y, call(dense[0]), rtol=0.03, atol=0.03)
+
+
+def test_a_frozen_encoder_layer_that_is_called_by_itself_in_evaluation(fast):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).requires_grad_(False)
+    module = nn.ModuleDict({"encoder": encoder, "body": nn.Linear(64, 64)}).bfloat16().eval()
+    dense = copy.deepcopy(module).float()
+    convert(module, r=4)
+    x = torch.randn(2, 5, 64).bfloat16()
+    is_padding = torch.arange(5) >= torch.tensor([[3], [5]])
+    for records in (False, True):
+        with torch.set_grad_enabled(records):
+            for call in (
+                lambda each, x: each.layers[0](x),
+                lambda each, x: each(x, src_key_padding_mask=is_padding)[~is_padding],
+            ):
+                y = call(module["encoder"], x)
+                torch.testing.assert_close(y.float(), call(dense["encoder"], x.float()), rtol=0.03, atol=0.05)

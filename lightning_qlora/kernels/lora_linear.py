@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_qlora.checks import KEEP_DENSE
-from lightning_qlora.kernels import ops
+from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -75,25 +75,68 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
         x, xa, lora_a, lora_b = ctx.saved_tensors
         _, needs_x, needs_bias, *_ = ctx.needs_input_grad
-        grads = ops.lora_linear_backward(grad, x, xa, ctx.weight, LoRA(lora_a, lora_b, *ctx.choices), needs_x)
+        lora = LoRA(lora_a, lora_b, *ctx.choices)
+        grads: tuple[Tensor | None, ...]
+        if _creates_graph():
+            grads = _recorded_backward(grad, x, ctx.weight, lora)
+        else:
+            grads = ops.lora_linear_backward(grad, x, xa, ctx.weight, lora, needs_x)
         of_bias = None
         if needs_bias:
             of_bias = grad_bias(grad)
         return None, grads[0], of_bias, grads[1], grads[2], None
 
 
+def _creates_graph() -> bool:
+    """Whether a backward pass was called with `create_graph=True`: only then it records operations."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _recorded_backward(grad: Tensor, x: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, A and B by operations that autograd records, for second derivatives."""
+    if lora.in_fp16:
+        refuse_second_derivative()
+    rows = x.reshape(-1, x.shape[-1])
+    grad = grad.reshape(-1, grad.shape[-1])
+    with ops.no_autocast(x):
+        xa = reference.lora_project(rows, lora)
+        added, grad_a, grad_b = reference.adapter_backward(grad, rows, xa, lora)
+        grad_x = _TimesWeight.apply(grad, weight, False) + added  # type: ignore[no-untyped-call]
+    return grad_x.to(x.dtype).view(x.shape), grad_a, grad_b
+
+
+class _TimesWeight(torch.autograd.Function):
+    """X W, or X W^T, in fp32. It keeps no decoded weight, and has derivatives of every order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedBytes, transposed: bool) -> Tensor:
+        ctx.weight = weight
+        ctx.transposed = transposed
+        if not weight.packed.untyped_storage().nbytes():
+            raise RuntimeError(
+                "FSDP2 has freed the 4-bit weight after the first backward pass, so there is no second derivative, as "
+                "with dense layers. Use one device or DDP for such a loss."
+            )
+        matrix = ops.dequantize(weight, x.dtype).float()
+        return x.float() @ (matrix.T if transposed else matrix)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        of_x: Tensor = _TimesWeight.apply(grad, ctx.weight, not ctx.transposed)  # type: ignore[no-untyped-call]
+        return of_x, None, None
+
+
 def refuse_second_derivative() -> None:
-    """Raise RuntimeError if a backward pass was called with `create_graph=True`: only then it records operations.
+    """Raise RuntimeError with `create_graph=True`.
 
     Torch's `once_differentiable` would return gradients without a graph where the gradient of the output has none.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if _creates_graph():
         raise RuntimeError(
-            "4-bit layers have no second derivative: create_graph=True is not supported. For layers that need one, "
-            f"{KEEP_DENSE}."
+            "create_graph=True: there is no second derivative with use_dora=True, products in fp16, experts in one "
+            f"function or tiles of tokens. For layers that need one, {KEEP_DENSE}."
         )
 
 

@@ -107,11 +107,16 @@ def linear_backward(
 
     dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
     """
-    grad_xa, grad_a, grad_b = _adapter_gradients(grad, _dropped(x, lora), xa, lora)
+    added, grad_a, grad_b = adapter_backward(grad, x, xa, lora)
     if not needs_x:
         return None, grad_a, grad_b
-    added = dropout(_product(factor(grad_xa, grad), lora.a), lora.p, lora.seed)
     return _rounded(_product(grad, decoded(weight, grad, dequantize)) + added, grad), grad_a, grad_b
+
+
+def adapter_backward(grad: Tensor | Half, x: Tensor | Half, xa: Tensor, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
+    """The adapter's part of dX in fp32, s drop(dY B A), and the gradients of A and B."""
+    grad_xa, grad_a, grad_b = _adapter_gradients(grad, _dropped(x, lora), xa, lora)
+    return dropout(_product(factor(grad_xa, grad), lora.a), lora.p, lora.seed), grad_a, grad_b
 
 
 def _adapter_gradients(

@@ -299,3 +299,40 @@ def test_nested_and_sparse_inputs_as_in_a_dense_layer(make, dtype):
     layer.zero_grad()
     layer(rows.to(dtype)).float().square().sum().backward()
     torch.testing.assert_close(of_nested, layer.lora_B.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_of_forces_trains_as_the_dense_one():
+    """A loss of gradients by the input: their gradients by the adapters and by the input are those of W + s B A."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+    convert(net, r=4, lora_dropout=0.0, modules_to_save=["4"])
+    dense = copy.deepcopy(net)
+    for layer in (0, 2):
+        net[layer].lora_B.data.normal_()
+        part = nn.Linear(64, 64)
+        part.weight.data = net[layer].decode() + net[layer].scaling * net[layer].lora_B.data @ net[layer].lora_A.data
+        part.bias = net[layer].bias
+        dense[layer] = part
+    positions = torch.randn(8, 64, requires_grad=True)
+    targets = torch.randn(8, 64)
+    results = []
+    for each in (net, dense):
+        each.zero_grad()
+        forces = -torch.autograd.grad(each(positions).sum(), positions, create_graph=True)[0]
+        loss = (forces - targets).square().mean()
+        (of_positions,) = torch.autograd.grad(loss, positions, retain_graph=True)
+        loss.backward()
+        results.append((forces, of_positions, each[4].weight.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(net[:4:2], dense[:4:2], strict=True):
+        of_weight = ours.scaling * theirs.weight.grad
+        torch.testing.assert_close(ours.lora_A.grad, ours.lora_B.T @ of_weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours.lora_B.grad, of_weight @ ours.lora_A.T, rtol=1e-3, atol=1e-5)
+
+
+def test_layers_without_a_second_derivative_say_so():
+    net = nn.Linear(64, 64)
+    convert(net, r=4, use_dora=True)
+    x = torch.randn(2, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative with use_dora=True.*exclude_modules"):
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)

@@ -374,6 +374,14 @@ def test_a_checkpoint_in_one_file_is_loaded_as_strictly_as_asked(tmp_path):
     load_whole_tensors(None, tmp_path / "whole", {"model": module, "count": 3}, False)
 
 
+def test_a_second_derivative_is_refused_where_weights_are_freed(setup_module):
+    _, module = setup_module(shard)
+    x = torch.randn(2, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(module._forward_module(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"FSDP2 has freed the 4-bit weight|storage of size 0"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("is_dense", [True, False])
 def test_fabric_loads_raw_weights_into_the_4_bit_layers(is_dense, strict, setup_module, tmp_path):

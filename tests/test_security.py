@@ -85,3 +85,13 @@ def test_modules_are_imported_by_names_that_the_package_has():
                 (name,) = node.args
                 inside = path.name == "__init__.py" or (path.name == "verdict.py" and ast.unparse(name) == "name")
                 assert isinstance(name, ast.Constant) or ast.unparse(name) in NAMES_OF_MODULES or inside, path
+
+
+def test_workflows_name_actions_by_the_hash_of_a_commit():
+    """A tag can be moved to another commit."""
+    files = [*(PACKAGE.parent / ".github/workflows").glob("*.yml")]
+    if not files:
+        pytest.skip("a source distribution has none")
+    names = [name for path in files for name in re.findall(r"uses: *(\S+)", path.read_text(encoding="utf-8"))]
+    assert len(names) >= 6
+    assert [name for name in names if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", name)] == []

@@ -18,16 +18,16 @@ def check_name(subject: str, name: Any) -> None:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """A file of a folder, which may not exist; ValueError for a symbolic link to a place outside of the folder."""
-    _check_link(folder / name)
+    """A file of a folder, which may not exist; ValueError as in `check_files`."""
+    _check(folder / name)
     return folder / name
 
 
-def check_links(folder: Path, endings: tuple[str, ...] = ("",)) -> None:
-    """Raise ValueError for a symbolic link in a folder, with one of these endings, to a place outside of it."""
+def check_files(folder: Path, endings: tuple[str, ...] = ("",)) -> None:
+    """Raise ValueError for what has one of these endings and links to a place outside of the folder, or is no file."""
     for path in folder.iterdir():
         if path.name.endswith(endings):
-            _check_link(path)
+            _check(path)
 
 
 def copy_files(folder: Path, target: Path, without: tuple[str, ...]) -> None:
@@ -38,13 +38,18 @@ def copy_files(folder: Path, target: Path, without: tuple[str, ...]) -> None:
     for path in folder.iterdir():
         is_other = path.name.startswith(".") or path.name.endswith(without) or (target / path.name).exists()
         if path.is_file() and not is_other:
-            _check_link(path)
+            _check(path)
             shutil.copyfile(path, target / path.name)
 
 
+def _check(path: Path) -> None:
+    if path.is_symlink():
+        _check_link(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: is a pipe, a socket or a device, which may have no end. Put a file there.")
+
+
 def _check_link(path: Path) -> None:
-    if not path.is_symlink():
-        return
     folder = path.parent.resolve()
     target = Path(os.path.realpath(path))
     if not target.is_relative_to(folder) and not _is_blob(target, folder):

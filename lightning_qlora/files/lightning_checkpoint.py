@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.futures import Future
 
 from lightning_qlora.checks import DAMAGED, shown
 from lightning_qlora.files.hub import check_name, file_in
@@ -123,12 +124,39 @@ def _reader_and_planner(folder: Path, weights_only: bool, kind: Any) -> tuple[An
     """What reads shards in torch, without running code in them; torch unpickles the index, and what is no tensor."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta
+    from torch.distributed.checkpoint.planner import LoadItemType
 
     index = read_index(folder / SHARDS_INDEX, weights_only)
 
     class Reader(FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             return replace(index, storage_meta=replace(index.storage_meta or StorageMeta(), load_id=self.load_id))
+
+        def read_data(self, plan: Any, planner: Any) -> Future[None]:
+            """As FileSystemReader, which casts a tensor of another type than in the index, or reads a part of it."""
+            files: dict[str, Any] = {}
+            with ExitStack() as opened:
+                for item in plan.items:
+                    place = index.storage_data[item.storage_index]
+                    name = place.relative_path
+                    if name not in files:
+                        files[name] = opened.enter_context((folder / name).open("rb"))
+                    self._read_item(item, self._slice_file(files[name], place), planner)
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+
+        def _read_item(self, item: Any, content: Any, planner: Any) -> None:
+            if item.type is LoadItemType.BYTE_IO:
+                planner.load_bytes(item, io.BytesIO(content.read()))
+                return
+            value = torch.load(content, map_location="cpu", weights_only=True)
+            _check_part(index, item.storage_index, value)
+            for dimension, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                value = value.narrow(dimension, offset, length)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(value)
+            planner.commit_tensor(item, target)
 
     class Planner(kind):  # type: ignore[misc]
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
@@ -138,6 +166,18 @@ def _reader_and_planner(folder: Path, weights_only: bool, kind: Any) -> tuple[An
             super().load_bytes(read_item, plain)
 
     return Reader(folder), Planner()
+
+
+def _check_part(index: Any, place: Any, value: Any) -> None:
+    """ValueError for a tensor of a shard that is other than the index says."""
+    check_dense(place.fqn, value)
+    entry = index.state_dict_metadata[place.fqn]
+    sizes = next(part.sizes for part in entry.chunks if part.offsets == place.offset)
+    if (value.dtype, value.shape) != (entry.properties.dtype, sizes):
+        raise ValueError(
+            f"{place.fqn}: is {value.dtype} of shape {list(value.shape)} in its shard, and {entry.properties.dtype} of "
+            f"shape {list(sizes)} in {SHARDS_INDEX}. {DAMAGED}"
+        )
 
 
 @contextmanager

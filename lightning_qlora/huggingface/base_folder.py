@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.checks import DAMAGED, one_line
-from lightning_qlora.files.hub import check_links
+from lightning_qlora.files.hub import check_files, file_in
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
 from lightning_qlora.layers.kinds import kind_of
@@ -49,7 +49,7 @@ def gguf_of(source: str | os.PathLike[str]) -> Path | None:
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         raise ValueError(f"{path}: has {len(files)} GGUF files, {[file.name for file in files][:5]}. Pass one of them.")
-    return files[0] if files else None
+    return file_in(path, files[0].name) if files else None
 
 
 def load_base_model(
@@ -71,7 +71,7 @@ def load_base_model(
             raise FileNotFoundError(f"{folder}: is no folder. Pass the folder of the model, or a GGUF file.")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: has no config.json, which names the model. {LOAD_IT_YOURSELF}")
-        check_links(folder)
+        check_files(folder)
         WeightFolder(folder)  # its errors name file and key
     else:
         of_config["gguf_file"] = gguf.name

@@ -18,9 +18,11 @@ except ImportError:  # Python 3.10
     import sre_compile as _compiler
     import sre_parse as _parser
 
-MANY = 20_000  # paths; with fewer `re` is quicker
-PATHS_OF_A_STEP = 300  # which take as long as a step
-MOST_STEPS = 20_000_000  # for all names; 50,000 layers take 10 million for an expression that is usual
+MANY = 2_000  # paths; with fewer `re` is quicker
+PATHS_OF_A_STEP = 40  # which take as long as a step, as do LETTERS_OF_A_STEP
+LETTERS_OF_A_STEP = 4
+MOST_STEPS = 1_000_000  # about 1 s, and for each name the steps that usual expressions take
+STEPS_OF_A_NAME = 200
 # Parts that match one character.
 CHARACTERS = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 REPEATS = ("MAX_REPEAT", "MIN_REPEAT")
@@ -31,6 +33,10 @@ class Steps:
 
     def __init__(self, left: int = MOST_STEPS) -> None:
         self._left = left
+
+    def add(self) -> None:
+        """One more name is matched."""
+        self._left += STEPS_OF_A_NAME
 
     def take(self, text: str, count: int = 1) -> None:
         self._left -= count
@@ -52,21 +58,32 @@ class Expression:
         self._matching: dict[tuple[int, int, str], bool] = {}  # with a character
         self._name = ""
         self._where: dict[str, int] = {}  # the places of each character in the name
+        self._characters_of: dict[tuple[int, int], int] = {}  # a part and its flags -> their places in the name
 
     def matches(self, name: str) -> bool:
+        try:
+            return self._matches(name)
+        except RecursionError:
+            raise ValueError(f"{shown(self.text)}: this regular expression has too many groups in groups.") from None
+
+    def _matches(self, name: str) -> bool:
         if len(name) not in self._paths:
+            self._steps.take(self.text, len(self.text) // LETTERS_OF_A_STEP)
             self._paths[len(name)] = paths(self._tree, len(name))
         count = self._paths[len(name)]
         if count <= MANY:
             self._steps.take(self.text, 1 + count // PATHS_OF_A_STEP)
             return self._compiled.fullmatch(name) is not None
+        self._steps.take(self.text, 1 + len(name) // LETTERS_OF_A_STEP)
         self._name = name
         self._where = {}
+        self._characters_of = {}
         for place, character in enumerate(name):
             self._where[character] = self._where.get(character, 0) | 1 << place
         return bool(self._sequence(self._tree, 1, self._flags) >> len(name) & 1)
 
     def _sequence(self, parts: Any, places: int, flags: int) -> int:
+        self._steps.take(self.text)
         for part in parts:
             if not places:
                 return 0
@@ -93,10 +110,12 @@ class Expression:
             return after
         if name in ("ASSERT", "ASSERT_NOT"):
             direction, parts = value
+            self._steps.take(self.text, 2 * places.bit_count())
             found = _places(place for place in _bits(places) if self._looks(direction, parts, place, flags))
             return found if name == "ASSERT" else places & ~found
         if name == "AT":
             test = self._test(part, flags)
+            self._steps.take(self.text, places.bit_count())
             return _places(place for place in _bits(places) if test.match(self._name, place))
         if name == "FAILURE":
             return 0
@@ -110,20 +129,24 @@ class Expression:
         kind, value = part
         if kind.name == "LITERAL" and not flags & re.IGNORECASE:
             return self._where.get(chr(value), 0)
-        places = 0
-        for character, its_places in self._where.items():
-            key = (id(part), flags, character)
-            if key not in self._matching:
-                self._matching[key] = self._test(part, flags).fullmatch(character) is not None
-            if self._matching[key]:
-                places |= its_places
-        return places
+        if (id(part), flags) not in self._characters_of:
+            self._steps.take(self.text, len(self._where) // LETTERS_OF_A_STEP)
+            places = 0
+            for character, its_places in self._where.items():
+                key = (id(part), flags, character)
+                if key not in self._matching:
+                    self._matching[key] = self._test(part, flags).fullmatch(character) is not None
+                if self._matching[key]:
+                    places |= its_places
+            self._characters_of[id(part), flags] = places
+        return self._characters_of[id(part), flags]
 
     def _repeat(self, least: int, most: int, parts: Any, places: int, flags: int) -> int:
         rounds = 2 * len(self._name) + 2  # after which more rounds reach nothing else
         for _ in range(min(least, rounds)):
             places = self._sequence(parts, places, flags)
         if len(parts) == 1 and parts[0][0].name in CHARACTERS and most - least >= len(self._name):
+            self._steps.take(self.text, 2)
             return _along(self._characters(parts[0], flags), places, len(self._name))
         new = places
         for _ in range(min(most - least, rounds)):

@@ -47,6 +47,7 @@ class Patterns:
             yield self._names[name]
         if self._endings:
             yield from (self._endings[ending] for ending in name_endings(name) if ending in self._endings)
+        self._steps.add()
         yield from (text for text, expression in self._expressions.items() if expression.matches(name))
 
     def match(self, names: Iterable[str]) -> bool:

@@ -172,10 +172,10 @@ class SavedConversion:
             refuse_unknown_arguments(arguments, OF_LAYERS)
             _config(arguments)
         stacks = base.get("experts", {})
-        for number, wrappers, *flags in stacks.values():
+        for number, wrappers, transposed, swapped, flat in stacks.values():
             check_integer("experts", number, at_least=1)
             check_choice("wrappers of experts", wrappers, (*range(len(stacks)),))
-            for flag in flags:
+            for flag in (transposed, swapped, flat):
                 check_bool("a property of experts", flag)
         for indices in base.get("tokens", {}).values():
             check_token_indices("tokens", indices)

@@ -15,7 +15,7 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapt
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
-from lightning_qlora.files.hub import check_links, copy_files
+from lightning_qlora.files.hub import check_files, copy_files
 from lightning_qlora.files.safetensors_folder import read_config
 from lightning_qlora.huggingface.base_folder import float_weights, gguf_of, load_base_model, stored_format
 from lightning_qlora.huggingface.patches import forget_quantizer
@@ -96,9 +96,9 @@ def _copy_other_files(base_model: str | os.PathLike[str], folder: Path, trust_re
     if gguf is None:
         copy_files(Path(base_model), folder, without=NOT_COPIED)
         return
-    check_links(gguf.parent, BESIDE_GGUF)
+    check_files(gguf.parent, BESIDE_GGUF)
     if (gguf.parent / TEMPLATES).is_dir():
-        check_links(gguf.parent / TEMPLATES)
+        check_files(gguf.parent / TEMPLATES)
     tokenizer: Any = import_module("transformers").AutoTokenizer
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     tokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **options).save_pretrained(folder)

@@ -15,7 +15,7 @@ from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_che
 from lightning_qlora.layers.layer_state import has_base
 from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.state.conversion import CONVERSION, adapter_keys, conversion_of, entry_of, read_conversion
-from lightning_qlora.training.checkpoint import check_networks
+from lightning_qlora.training.checkpoint import check_instantiator, check_networks
 from lightning_qlora.training.convert import convert_module
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -70,6 +70,8 @@ def load_from_checkpoint(
         checkpoint = read_checkpoint(checkpoint_path, weights_only)
     text = _text_of_plugin(checkpoint, checkpoint_path, module_class.__name__)
     with named(checkpoint_path):
+        if weights_only:
+            check_instantiator(checkpoint)
         check_networks(checkpoint.get("hyper_parameters"), hyperparameters)
 
     def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lightning_qlora.files.hub import check_links, check_name, copy_files, file_in, resolve_model
+from lightning_qlora.files.hub import check_files, check_name, copy_files, file_in, resolve_model
 from tests.conftest import raises_in_one_line
 
 
@@ -85,19 +85,19 @@ def secret(tmp_path):
 )  # fmt: skip
 def test_links_to_other_places_are_refused(folder, target, tmp_path, secret):
     place = links(tmp_path / folder, target)
-    for check in (check_links, lambda place: file_in(place, "tokenizer.json")):
+    for check in (check_files, lambda place: file_in(place, "tokenizer.json")):
         with raises_in_one_line(ValueError, "is a symbolic link to .*, outside of the folder"):
             check(place)
     links(tmp_path / folder, os.path.abspath(place / target))
     with raises_in_one_line(ValueError, "outside of the folder"):
-        check_links(place)
+        check_files(place)
 
 
 def test_blobs_that_are_a_link_themselves_are_refused(tmp_path, secret):
     place = links(tmp_path / "models--a/snapshots/b", "../../blobs/id")
     (tmp_path / "models--a/blobs").symlink_to(secret.parent)
     with raises_in_one_line(ValueError, r"symbolic link to .*\.ssh/id"):
-        check_links(place)
+        check_files(place)
 
 
 def test_links_of_a_cache_of_the_hub_are_followed(tmp_path):
@@ -113,13 +113,13 @@ def test_links_of_a_cache_of_the_hub_are_followed(tmp_path):
         up = "../" * (name.count("/") + 1)
         folder = links(model / name, f"{up}blobs/etag", "config.json")
         links(folder, f"{up}blobs/large", "weights")
-        check_links(folder)
+        check_files(folder)
         assert [file_in(folder, each).read_text() for each in ("config.json", "weights")] == ["config", "weights"]
     (tmp_path / "link").symlink_to(model / "snapshots/commit")
-    check_links(tmp_path / "link")
+    check_files(tmp_path / "link")
     links(tmp_path / "own", "b", "a")
     (tmp_path / "own/b").write_text("inside")
-    check_links(tmp_path / "own")
+    check_files(tmp_path / "own")
     links(tmp_path / "own", "a", "a")  # a loop is a link to itself
     assert not file_in(tmp_path / "own", "a").exists()
 

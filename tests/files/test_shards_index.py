@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from lightning_qlora.files import shards_index
-from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
+from lightning_qlora.files.lightning_checkpoint import is_shards, load_shards, read_checkpoint
 from tests.conftest import raises_in_one_line
 from tests.files.test_lightning_checkpoint import STATE, save_shards
 from tests.toys import assert_equal
@@ -262,6 +262,47 @@ def test_what_no_shard_has_is_zero(index, read, saved):
     junk = [torch.full((3, 4), 7.0, dtype=torch.bfloat16) for _ in range(100)]
     del junk
     assert read(index)["state_dict"]["w"].tolist() == [[1.0] * 4] * 2 + [[0.0] * 4]
+
+
+OTHERS = {
+    "another type": lambda value: value.float(),
+    "another type of as many bytes": lambda value: value.view(torch.float16),
+    "a larger one": lambda value: torch.cat([value, value]),
+    "a smaller one": lambda value: value[:2].clone(),
+    "another shape": lambda value: value.view(4, 3),
+    "an expanded one": lambda value: torch.zeros((), dtype=value.dtype).expand(3, 4),
+    "a sparse one": lambda value: value.to_sparse(),
+    "a quantized one": lambda value: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.quint8),
+    "one without values": lambda value: value.to("meta"),
+    "a dict": lambda value: {"w": value},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_tensor_of_a_shard_is_what_the_index_says(kind, tmp_path):
+    folder = save_shards(tmp_path / "shards.ckpt", STATE, {"epoch": 3})
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    place = of_values(index)
+    with open(folder / place.relative_path, "ab") as file:
+        place.offset = file.tell()
+        torch.save(OTHERS[kind](STATE["state_dict"]["w"]), file)
+        place.length = file.tell() - place.offset
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with raises_in_one_line(ValueError, r"shards.ckpt.*state_dict\.w: is "):
+        read_checkpoint(folder)
+    wanted = {"state_dict": {"w": torch.zeros(3, 4)}}
+    with raises_in_one_line(ValueError, r"state_dict\.w: is "):
+        load_shards(wanted, folder, weights_only=True)
+    assert not wanted["state_dict"]["w"].any()
+
+
+def test_values_are_cast_to_the_type_of_a_module_that_has_another(tmp_path):
+    """As torch.distributed.checkpoint.load does."""
+    folder = save_shards(tmp_path / "shards.ckpt", STATE, {"epoch": 3})
+    wanted = {"state_dict": {"w": torch.zeros(3, 4)}, "groups": [{"lr": 0.0}]}
+    load_shards(wanted, folder, weights_only=True)
+    assert_equal(wanted["state_dict"]["w"], STATE["state_dict"]["w"].float())
+    assert wanted["groups"] == [{"lr": 0.1}]
 
 
 @given(st.data())

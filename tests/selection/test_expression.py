@@ -2,6 +2,8 @@
 
 import re
 import signal
+import sys
+from contextlib import suppress
 
 import pytest
 from hypothesis import assume, given
@@ -101,6 +103,41 @@ def test_no_expression_takes_long(text, monkeypatch):
     else:
         expected = [text == "(a|aa)+$" and "c" not in name for name in names]
         assert [Expression(text, steps).matches(name) for name in names] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".*" * 2000 + "!", "(?i:.*)" * 500 + "!", "(?=.*" * 20 + "x" + ")" * 20, r"(\w|.|[a-z]|\S)*!|" * 30 + "x",
+        "(?:$|^|\\b|\\B|.)*!" * 9, "x" * 50_000,
+    ],
+    ids=lambda text: text[:9],
+)  # fmt: skip
+def test_a_step_is_a_small_piece_of_work(text, monkeypatch):
+    """Calls of functions, counted: each pattern takes as many steps for a name as Python has to call some for it."""
+    steps = Steps(50_000)
+    expressions = [Expression(text, steps) for _ in range(2)]
+    calls = []
+    sys.setprofile(lambda frame, event, _: calls.append(1) if event == "call" else None)
+    try:
+        with suppress(ValueError):  # it takes too long
+            for number in range(20):
+                expressions[number % 2].matches("model.layers.10.self_attn.q_proj" + "a" * number)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 6 * (50_000 - steps._left)
+
+
+def test_groups_in_groups_are_refused():
+    with pytest.raises(ValueError, match="has too many groups in groups"):
+        Expression("(a|" * 300 + ")*" * 300, Steps()).matches("a" * 40)
+
+
+def test_a_usual_expression_may_be_asked_for_any_number_of_layers():
+    patterns = Patterns(r"(?:\w+\.)*(q|v)_proj")
+    before = patterns._steps._left
+    assert all(patterns.match([f"model.layers.{number}.mlp.experts.{number}.q_proj"]) for number in range(300))
+    assert patterns._steps._left >= before
 
 
 def test_references_are_left_to_re_if_they_have_few_paths():

@@ -117,6 +117,29 @@ def test_load_from_checkpoint_reads_a_file_once_more_without_code(checkpoint, mo
     assert given == [True, True]
 
 
+@pytest.mark.parametrize("key", ["hyper_parameters", "hparams", "module_arguments"])
+def test_a_function_that_hyperparameters_name_is_not_called(key, checkpoint):
+    """Lightning 2.5 calls any, with the class and the hyperparameters."""
+    content = torch.load(checkpoint / "good.ckpt", weights_only=True)
+    for number, value in enumerate((f"{__name__}.called", ["a"], 3)):
+        torch.save({**content, key: {"_instantiator": value}}, checkpoint / f"{number}.ckpt")
+        with raises_in_one_line(ValueError, rf"{number}.ckpt: the hyperparameters have _instantiator="):
+            load_from_checkpoint(Classifier, checkpoint / f"{number}.ckpt")
+    assert not ran
+    if not HAS_ARGUMENT and key == "hyper_parameters":
+        load_from_checkpoint(Classifier, checkpoint / "0.ckpt", weights_only=False)
+        assert ran
+    pytest.importorskip("jsonargparse")
+    hyperparameters = {"width": 64, "_instantiator": "lightning.pytorch.cli.instantiate_module"}  # of LightningCLI
+    torch.save({**content, key: hyperparameters}, checkpoint / "cli.ckpt")
+    assert load_from_checkpoint(Classifier, checkpoint / "cli.ckpt").hparams.width == 64
+
+
+def called(kind, hyperparameters):
+    ran.append(1)
+    return kind()
+
+
 def test_a_run_without_the_plugin_restores_as_before(fit, checkpoint, tmp_path):
     fit(plugins=[]).save_checkpoint(tmp_path / "plain.ckpt")
     content = torch.load(tmp_path / "plain.ckpt", weights_only=True)

@@ -74,7 +74,7 @@ test-third-party:
 	$(THIRD) -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
 		pytorch-forecasting gluonts scvi-tools darts neuralforecast lightly chemprop gymnasium
 	# --no-deps: LitGPT asks for one version of lightning and an older huggingface_hub.
-	$(THIRD) -m pip install --quiet --disable-pip-version-check --no-deps litgpt
+	$(THIRD) -m pip install --quiet --disable-pip-version-check --no-deps litgpt liger-kernel
 	$(THIRD) -m pytest -m third_party tests/third_party
 
 docs: setup

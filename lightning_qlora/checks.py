@@ -39,7 +39,7 @@ OTHER_ARGUMENTS = {
 NOT_FINITE = "holds NaN or Inf"
 DIVERGED = "The training diverged, or the file is damaged: use one that was saved earlier."
 DAMAGED = "The file is damaged: copy it again, or save it again."
-KEEP_DENSE = "name the layers in exclude_modules, which keeps them dense"
+KEEP_DENSE = "name the layers in exclude_modules, which keeps them dense and frozen"
 TRAIN_IN_FULL = "name the modules in modules_to_save, which trains them in full"
 
 

@@ -103,8 +103,8 @@ class QLoRAConfig:
         lora_dropout: Dropout probability of the adapters' inputs during training.
         target_modules: Layers to convert, as in PEFT: "all-linear", a regular expression that matches the full name,
             or a list of name endings. ["all-linear", "lm_head"] is all of "all-linear" and the output embedding.
-        exclude_modules: Layers not to convert: a regular expression or a list of name endings. The name of a module
-            stands for all layers inside it.
+        exclude_modules: Layers not to convert, which stay dense and frozen: a regular expression or a list of name
+            endings. The name of a module stands for all layers inside it.
         modules_to_save: Modules to train in full, in fp32, and to save with the adapters: a list of name endings.
         trainable_token_indices: Tokens whose rows of the input embedding train, as in PEFT: a list of indices, or a
             dict of such lists, {name ending of an embedding or output embedding: list}. All other rows are frozen.

@@ -193,6 +193,7 @@ def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
     convert(module, r=4)
     refused(lambda: save_adapter(module, tmp_path / name), r"\xff", "not UTF-8", "Choose another name")
     assert not list(tmp_path.iterdir())
+    capsys.readouterr()
     for command in ("export", "merge"):
         with pytest.raises(SystemExit):
             main([command, str(files / "adapter.ckpt"), str(tmp_path / f"{name}out")])

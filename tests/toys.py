@@ -1,5 +1,6 @@
 """Small transformers models of four architectures, each in a LightningModule that knows nothing of 4 bits."""
 
+import math
 from importlib.metadata import version
 
 import lightning.pytorch as pl
@@ -197,3 +198,18 @@ def save_in_4_bits(model_class, base, folder, **changes):
     config = BitsAndBytesConfig(load_in_4bit=True, **arguments | changes)
     model_class.from_pretrained(base, quantization_config=config, device_map="cpu").save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def pretrain(module, seed: int = 0):
+    """Give all parameters values as those of a long training: heavy tails, rows of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        if parameter.ndim > 1:
+            values *= 0.5 + torch.rand(parameter.shape[0], generator=generator).view(-1, *[1] * (parameter.ndim - 1))
+            values *= 0.5 * (1 + values.abs()) / math.sqrt(parameter[0].numel())
+        else:
+            values = 0.1 * values + parameter.float().mean().round()  # about 1 in norms
+        parameter.copy_(values)
+    return module

@@ -23,6 +23,7 @@ from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.state.base_model import describe_base, tied_names, trained_modules
 from lightning_qlora.state.conversion import check_layers_of_conversions, conversion_of
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
 
 
@@ -128,6 +129,12 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
 def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = "") -> dict[str, Any]:
     ranks = {name: state["lora_A"].shape[-2] for name, state in layers.items()}
     return ranks_and_alphas(ranks, {name: adapter.alpha(name) for name in layers}, prefix)
+
+
+def set_origins_of_base(parts: Parts, adapter: Adapter) -> None:
+    """Before a conversion for an adapter: it says what trains in its base model, so values are not asked there."""
+    _, base = _base_of(adapter, parts)
+    set_origins(base, {without_wrappers(name): "" for name, _, _, _ in base.parameters})
 
 
 def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:

@@ -13,12 +13,13 @@ from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, owner_name
+from lightning_qlora.layers.names import join, owner_name, without_wrappers
 from lightning_qlora.peft.base_compatibility import required_base
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from lightning_qlora.peft.peft_layers import taken_for_experts
 from lightning_qlora.state.base_model import trained_modules
 from lightning_qlora.state.conversion import conversion_of, float_buffers
+from lightning_qlora.state.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.dtensor import reshard
 from lightning_qlora.tensors.fingerprint import fingerprint
@@ -154,6 +155,11 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     reshard(parts.modules)
     with inference_mode_of(parts):
         adapter = read_adapter(folder)
+        conversion = conversion_of(parts.root)
+        if conversion is not None:
+            layers = [join(without_wrappers(parts.base_name), name) for name in adapter.modules]
+            origins = {join(name, "weight"): "" for name in layers}
+            parts = convert_as_recorded(parts, origins, conversion)
         set_adapter(parts, adapter)
     trained = trained_modules(parts.base, parts.base.unchanged)
     loaded = {trained.get(owner_name(key)) for key in adapter.saved}

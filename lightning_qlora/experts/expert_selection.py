@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
-from lightning_qlora.layers.kinds import kind_of
+from lightning_qlora.layers.kinds import sizes_of
 from lightning_qlora.layers.names import last_part, owner_name, parameter_name
 from lightning_qlora.tensors.fingerprint import is_strided
 
@@ -90,7 +90,7 @@ class Routers:
         """
         if not name:
             return False
-        outputs = getattr(layer, kind_of(type(layer)).sizes[0])
+        outputs = sizes_of(layer)[0]
         outer = owner_name(name)
         if last_part(name) in ROUTERS and hasattr(self._modules[outer], "experts"):
             return True

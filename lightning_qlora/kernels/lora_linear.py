@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_qlora.checks import KEEP_DENSE
+from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -136,7 +136,7 @@ def refuse_second_derivative() -> None:
     if _creates_graph():
         raise RuntimeError(
             "create_graph=True: there is no second derivative with use_dora=True, products in fp16, experts in one "
-            f"function or tiles of tokens. For layers that need one, {KEEP_DENSE}."
+            f"function or tiles of tokens. For parts that need one, {TRAIN_IN_FULL}."
         )
 
 

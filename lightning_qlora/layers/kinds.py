@@ -1,14 +1,19 @@
 """The kinds of linear layers that become a QLoRALinear.
 
 A new kind is a row of `KINDS` and its tests; all other files ask here how a layer stores its weight and how it is
-called. The classes are named, and not imported.
+called. The classes are named, and not imported. A layer of any other class is linear if it computes y = x W^T + b with
+its `weight` and `bias` (PyTorch Geometric's `Linear`).
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.quantization.packed_weight import PackedWeight
 
 
@@ -59,8 +64,39 @@ def kind_of(layer_class: type[nn.Module]) -> LayerKind:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is of one of the kinds, in 4 bits or not."""
-    return isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR
+    """Whether a layer is of one of the kinds, in 4 bits or not, or computes what nn.Linear does."""
+    return isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR or _computes_linear(layer)
+
+
+def _computes_linear(layer: nn.Module) -> bool:
+    """Whether one call has the result of y = x W^T + b; without hooks, and without a change of random numbers."""
+    parameters = {key: value for key, value in layer._parameters.items() if value is not None}
+    weight = parameters.pop("weight", None)
+    bias = parameters.pop("bias", None)
+    if weight is None or parameters or layer._modules or layer._buffers or weight.ndim != 2:
+        return False
+    has_values = type(weight) is nn.Parameter and not weight.is_meta and not isinstance(weight, FakeTensor)
+    if not has_values or weight.dtype not in FLOATS or type(layer).__module__.startswith("torch."):
+        return False
+    count = 2 * weight.shape[1]
+    x = torch.linspace(-1, 1, count, dtype=torch.float32, device=weight.device).view(2, -1).to(weight.dtype)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(weight.device.type, enabled=False):
+            y = type(layer).forward(layer, x)
+            expected = F.linear(x, weight, bias)
+            is_close = y.shape == expected.shape and torch.allclose(y.float(), expected.float(), 1e-2, 1e-3)
+    except Exception:  # the layer takes other inputs, or returns no tensor
+        return False
+    return is_close and y.dtype is expected.dtype
+
+
+def sizes_of(layer: Any) -> tuple[int, int]:
+    """Numbers of outputs and inputs of a linear layer."""
+    outputs, inputs = kind_of(type(layer)).sizes
+    if isinstance(layer, nn.Linear) or hasattr(layer, outputs):
+        return getattr(layer, outputs), getattr(layer, inputs)
+    rows, columns = layer._parameters["weight"].shape
+    return rows, columns
 
 
 def is_packed(layer: nn.Module) -> bool:

@@ -65,12 +65,14 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
     @classmethod
     def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
-        return (cls, before) if issubclass(before, nn.Linear) else (cls,)
+        return (cls, before) if kind_of(before).forward is None else (cls,)
 
     @classmethod
     def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
         kind = kind_of(before)
         members: dict[str, Any] = {"_transposed": kind.transposed}
+        if hasattr(before, "__deepcopy__") and not issubclass(before, nn.Linear):
+            members["__deepcopy__"] = None  # one that calls the class would make a dense layer
         if kind.forward is not None:
             members["forward"] = kind.forward
         else:
@@ -124,6 +126,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str
     ) -> "QLoRALinear":
         new: QLoRALinear = derive(QLoRALinear, layer, dense_class)
+        layer._parameters.setdefault("bias", None)
         new.set_arguments(config, name, seed_name)
         return new
 

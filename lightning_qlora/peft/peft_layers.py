@@ -18,7 +18,7 @@ from torch import nn
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.experts.expert_selection import expert_parameters
 from lightning_qlora.experts.experts import PARAMETERS, ExpertParameter
-from lightning_qlora.layers.kinds import is_linear, kind_of
+from lightning_qlora.layers.kinds import is_linear, sizes_of
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
@@ -169,8 +169,7 @@ def from_peft(adapter: Adapter, base: Parts) -> dict[str, State]:
     for owner, keys in adapter.modules.items():
         module = modules.get(owner)
         if module is not None and keys == [owner] and is_linear(module):
-            outputs, inputs = (getattr(module, size) for size in kind_of(type(module)).sizes)
-            _check_sizes(adapter, owner, base, "a layer", 1, (outputs, inputs))
+            _check_sizes(adapter, owner, base, "a layer", 1, sizes_of(module))
             layers[owner] = adapter.layers[owner]
         elif module is not None and adapter.target_parameters:
             layers |= _experts(adapter, base, owner, module)

@@ -19,6 +19,7 @@ from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.selection.token_selection import select_tokens
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
+from lightning_qlora.survey.untrained import BY_VALUES
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
 FROZEN = "frozen by the module"
@@ -256,14 +257,16 @@ class _Arguments:
     def case(self, part: Part) -> Case:
         names = part.names.for_patterns
         saved = None if self._saved is None else self._saved.get(part.names.in_state_dicts)
-        is_new = not part.has_parts and part.kind not in STACKS
+        reasons = (each.new for each in part.parameters.values() if each.new and not part.has_parts)
+        if part.kind in STACKS:  # what transformers did not find in the files is in 4 bits
+            reasons = (reason for reason in reasons if reason.startswith(BY_VALUES))
         return Case(
             part=part,
             config=self._config_of(names, saved),
             is_named=part.names.full != "" and self._named.match(names),
             is_excluded=self._excluded.match_outer(names),
             trains=self._trains,
-            new=next(filter(None, (each.new for each in part.parameters.values() if is_new)), None),
+            new=next(reasons, None),
             saved=saved,
             of_checkpoint=self._saved is not None,
         )

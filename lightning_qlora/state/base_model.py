@@ -14,6 +14,7 @@ from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
 from lightning_qlora.peft.base_compatibility import quantization_of_layer
 from lightning_qlora.peft.peft_layers import stacks_of, taken_for_experts
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import new_by_values
 
 
 def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
@@ -46,6 +47,9 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
         description["parameters"] = parameters
     if base.tokens:
         description["tokens"] = base.token_indices
+    new = new_by_values(parts)
+    if new:
+        description["new"] = new
     for name, layer in layers.items():
         arguments = _arguments_of_layer(layer.config, config)
         if arguments:

@@ -4,7 +4,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,7 @@ DESCRIPTION_TYPES: dict[str, Any] = {  # types of entries of `describe_base`; of
     "experts": dict,
     "parameters": list,
     "tokens": dict,
+    "new": dict,
 }
 OF_LAYERS = {*arguments_that("of_layer"), "init_lora_weights", "loftq_config"}  # what "layers" has
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
@@ -57,6 +58,7 @@ class Conversion:
             are those of this conversion.
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
+        convert_again: Converts what in the module is not converted, with these arguments.
         left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
@@ -64,6 +66,7 @@ class Conversion:
     given: list[QLoRAConfig]
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
+    convert_again: Callable[[nn.Module, QLoRAConfig], object]
     left_out: set[str] = field(default_factory=set)
 
 
@@ -183,6 +186,17 @@ class SavedConversion:
         saved = cls(config, base, fingerprints)
         _ = saved.quantization  # it raises for a damaged one
         return saved
+
+    def origins(self, keys: Iterable[str]) -> dict[str, str]:
+        """Name of each parameter that a file knows -> why it was new by its values, "" if it was not.
+
+        `keys`: those of its state dict. Files of before have no such parameters.
+        """
+        keys = {without_wrappers(key) for key in keys}
+        layers = {owner_name(key) for key in keys if last_part(key) == "lora_A"} | self.fingerprints.keys()
+        names = keys | layers | {join(name, "weight") for name in layers} | {parameter_name(name) for name in layers}
+        new: dict[str, str] = self.base.get("new", {})
+        return dict.fromkeys(names, "") | new
 
     @cached_property
     def quantization(self) -> QLoRAConfig | None:

@@ -6,7 +6,7 @@ has no hooks: its state dict has its base.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -43,6 +43,7 @@ from lightning_qlora.state.conversion import (
     read_conversion,
     shapes_of_layers,
 )
+from lightning_qlora.state.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import has_fingerprint, was_frozen
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
@@ -71,18 +72,20 @@ def ask_for(keys: Collection[str]) -> Iterator[None]:
         _in_file.reset(token)
 
 
-def record_conversion(parts: Parts, config: QLoRAConfig, given: QLoRAConfig) -> None:
+def record_conversion(
+    parts: Parts, config: QLoRAConfig, given: QLoRAConfig, convert_again: Callable[[nn.Module, QLoRAConfig], object]
+) -> None:
     """Leave the base out of state dicts of a converted module, and add it on loading, which can be strict.
 
     `config`: the arguments of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were
-    passed.
+    passed. `convert_again`: see `Conversion`.
     """
     root = parts.root
     parts = Parts(parts.places, (CHECKPOINTED,))  # names as in state dicts
     earlier = [conversion_of(part) for part in parts.modules]
     requests = [request for conversion in earlier if conversion is not None for request in conversion.given]
     buffers = {name: fingerprint(value) for name, value in float_buffers(parts)}
-    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(parts), buffers)
+    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(parts), buffers, convert_again)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_pre_hook(_before_state_dict)  # type: ignore[no-untyped-call]
@@ -188,9 +191,13 @@ def _before_load(
         if adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
+    saved = read_conversion(state_dict, prefix)
+    if saved is not None:
+        origins = saved.origins(key.removeprefix(prefix) for key in state_dict)
+        parts = convert_as_recorded(parts, origins, conversion)
+        conversion = conversion_of(root) or conversion
     _check_same_layers(parts, adapters)
     conversion.left_out = set()
-    saved = read_conversion(state_dict, prefix)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
         _take_arguments(parts.base, conversion, saved)

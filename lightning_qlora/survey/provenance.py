@@ -1,12 +1,18 @@
-"""Where the values of a module come from. New is what is outside of a loaded model, or was not in its files."""
+"""Where the values of a module come from: pretrained, or new, which trains in full.
+
+If transformers loaded a model, new is what is outside of it, or was not in its files. Else the values tell
+(`untrained.py`). What a conversion decided stays, also after `merge`: its values are trained since.
+"""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.names import last_part
+from lightning_qlora.layers.names import join, last_part, without_wrappers
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.untrained import BY_VALUES, ORIGINS, PRETRAINED, find_untrained
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
@@ -15,6 +21,62 @@ HEADS = ("score", "classifier", "qa_outputs")  # names of the head where a model
 OUTSIDE = "new: outside"  # beginning of a reason
 LOADED_TENSOR = "_is_hf_initialized"  # transformers 5 sets it on each tensor that it found in the files
 MARKED = "_qlora_marked"  # attribute of a module: keys of its parameters that had this mark (`keep_marks`)
+
+
+class Origins(NamedTuple):
+    """Where the values of a module come from; plain values, so that a rank can send them."""
+
+    new: dict[str, str]  # a name of each trainable parameter that has to train in full because its value is random
+    is_pretrained: bool | None  # None: nothing tells
+    is_loaded: bool  # whether transformers loaded a model in it
+
+
+NOTHING_KNOWN = Origins({}, None, False)
+
+
+def origins_of(parts: Parts) -> Origins:
+    is_loaded = bool(loaded_models(parts))
+    new = _new_by_loading(parts)
+    is_pretrained: bool | None = True
+    if not is_loaded:
+        untrained = find_untrained(parts)
+        new = untrained.new | new
+        is_pretrained = untrained.is_pretrained
+    names: dict[str, str] = {}
+    for name, _, _, parameter in parts.parameters:
+        reason = new.pop(id(parameter), None)
+        if reason is not None and parameter.requires_grad:
+            names[name] = reason
+    return Origins(names, is_pretrained, is_loaded)
+
+
+def remember_origins(parts: Parts, origins: Origins) -> None:
+    """Before weights are replaced: let later conversions, of this module or one around it, decide as this one."""
+    known = PRETRAINED if origins.is_pretrained else ""
+    parameters = parts.parameters
+    new = {id(value): origins.new[name] for name, _, _, value in parameters if name in origins.new}
+    for _, owner, key, parameter in parameters:
+        vars(owner).setdefault(ORIGINS, {}).setdefault(key, new.get(id(parameter), known))
+
+
+def set_origins(parts: Parts, origins: Mapping[str, str]) -> None:
+    """Before a conversion: let a file say of these parameters why they are new by their values, "" if they are not."""
+    for name, owner, key, _ in parts.parameters:
+        name = without_wrappers(name)
+        if name in origins:
+            vars(owner).setdefault(ORIGINS, {})[key] = origins[name] or (PRETRAINED if any(origins.values()) else "")
+
+
+def origins_by_name(parts: Parts) -> Iterator[tuple[str, nn.Module, str, str]]:
+    """What conversions decided: name in state dicts, owner, key and origin of each parameter."""
+    for name, owner in parts.places:
+        for key, origin in vars(owner).get(ORIGINS, {}).items():
+            yield without_wrappers(join(name, key)), owner, key, origin
+
+
+def new_by_values(parts: Parts) -> dict[str, str]:
+    """The parameters that a conversion found to be new by their values: name in state dicts -> reason."""
+    return {name: origin for name, _, _, origin in origins_by_name(parts) if origin.startswith(BY_VALUES)}
 
 
 class OutputEmbeddings:
@@ -47,8 +109,8 @@ def loaded_models(parts: Parts) -> list[list[nn.Module]]:
     return [modules for modules in outermost if _is_marked(modules) or getattr(modules[0], "name_or_path", None)]
 
 
-def new_parameters(parts: Parts) -> dict[int, str]:
-    """Id -> reason, of each trainable parameter that has to train in full because its value is random.
+def _new_by_loading(parts: Parts) -> dict[int, str]:
+    """Id -> reason, of each parameter that is new because of what transformers loaded.
 
     If a transformers model was loaded, that is everything outside of such models. In each model it is the head of a
     model for classification, and what `from_pretrained` of transformers 5 reported as newly initialized.
@@ -56,12 +118,12 @@ def new_parameters(parts: Parts) -> dict[int, str]:
     for module in parts.modules:
         _mark(module._parameters.get(key) for key in vars(module).get(MARKED, ()))
     new: dict[int, str] = {}
-    every = list(parameters_of(parts.modules))
     loaded = loaded_models(parts)
     if loaded:
         kinds = " and ".join(dict.fromkeys(type(modules[0]).__name__ for modules in loaded))
         inside = {id(parameter) for modules in loaded for parameter in parameters_of(modules)}
-        new |= {id(p): f"{OUTSIDE} of the loaded {kinds}" for p in every if id(p) not in inside}
+        every = map(id, parameters_of(parts.modules))
+        new |= {number: f"{OUTSIDE} of the loaded {kinds}" for number in every if number not in inside}
     for modules in parts.models.values():
         for parameter in _head(modules[0]):
             new.setdefault(id(parameter), f"new: classification head of the {type(modules[0]).__name__}")
@@ -69,7 +131,7 @@ def new_parameters(parts: Parts) -> dict[int, str]:
             for module in modules:
                 for parameter in _without_mark(module):
                     new[id(parameter)] = "new: initialized when the model was loaded"
-    return {key: new[key] for key in (id(p) for p in every if p.requires_grad) if key in new}
+    return new
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:

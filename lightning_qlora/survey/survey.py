@@ -19,7 +19,8 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.experts.expert_selection import Routers, expert_parameters
 from lightning_qlora.experts.experts import ExpertParameter
-from lightning_qlora.layers.kinds import is_linear, is_packed
+from lightning_qlora.layers.kinds import LINEAR as LINEAR_KIND
+from lightning_qlora.layers.kinds import is_linear, is_packed, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     Names,
@@ -36,9 +37,10 @@ from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import (
     LOADED,
+    NOTHING_KNOWN,
+    Origins,
     OutputEmbeddings,
-    loaded_models,
-    new_parameters,
+    origins_of,
     parameters_of,
 )
 from lightning_qlora.survey.records import is_recorded
@@ -129,13 +131,16 @@ class Part:
         return any(parameter.trains for parameter in self.parameters.values())
 
 
+Agree = Callable[[Origins], Origins]
+
+
 @dataclass
 class Survey:
     """A module before it is converted."""
 
     parts: list[Part]  # the modules in the order of `named_modules`, each followed by the experts that it holds
     trains: bool = True
-    is_loaded: bool = False  # whether a transformers model in it was loaded from weights
+    origins: Origins = NOTHING_KNOWN
 
     @property
     def class_name(self) -> str:
@@ -156,22 +161,26 @@ class Survey:
         return ((part.names.full, part.owner) for part in self.parts if part.stack is None)
 
 
-def survey(modules: Parts) -> Survey:
-    """Survey a module, by its modules with all of their names. Lazy layers must have run."""
+def survey(modules: Parts, agree: Agree = lambda origins: origins) -> Survey:
+    """Survey a module, by its modules with all of their names. Lazy layers must have run.
+
+    `agree`: which of the origins that the ranks see are those of all.
+    """
+    origins = agree(origins_of(modules))
     return Survey(
-        parts=list(_Facts(modules).parts()),
+        parts=list(_Facts(modules, origins.new).parts()),
         trains=any(parameter.requires_grad for parameter in parameters_of(modules.modules)),
-        is_loaded=bool(loaded_models(modules)),
+        origins=origins,
     )
 
 
 class _Facts:
     """What is known of single modules and parameters, by their ids."""
 
-    def __init__(self, modules: Parts) -> None:
+    def __init__(self, modules: Parts, new: Mapping[str, str]) -> None:
         self.modules = dict(modules.named)
         self.names = _names(modules)
-        self.new = new_parameters(modules)
+        self.new = {id(value): new[name] for name, _, _, value in modules.parameters if name in new}
         self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
         for name, owner, _, parameter in modules.parameters:
             self.holders[id(parameter)][name] = id(owner)
@@ -209,7 +218,8 @@ class _Facts:
 
     def _facts_of_linear(self, name: str, layer: Any, kind: Kind) -> dict[str, Any]:
         is_dense = kind is Kind.LINEAR
-        computed = [key for key in ("weight", "bias") if key not in layer._parameters]
+        stored = ("weight", "bias") if isinstance(layer, nn.Linear) else ("weight",)
+        computed = [key for key in stored if key not in layer._parameters]
         return {
             "shape": _shape(layer, kind),
             "computed": () if kind is Kind.QUANTIZED else tuple(computed),
@@ -222,11 +232,13 @@ class _Facts:
         }
 
     def _replaced_member(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, nn.Linear):
+        if kind_of(type(layer)).forward is not None:
             return None
         of_class = self.members_of(type(layer))
         if "__call__" in of_class:
             return "__call__"
+        if not isinstance(layer, nn.Linear):  # a class that computes the same
+            return min(of_class & (MEMBERS - {"__deepcopy__"} | {*LINEAR_KIND.sizes}), default=None)
         own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules} - {"weight"}
         return min((of_class | own) & MEMBERS, default=None)
 

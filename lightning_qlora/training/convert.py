@@ -13,7 +13,7 @@ from lightning_qlora.activations.gradient_checkpointing import (
     budget_of,
     enable_gradient_checkpointing,
 )
-from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter
+from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter, set_origins_of_base
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
@@ -29,9 +29,10 @@ from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.state.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.state.module_state import record_conversion
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import remember_origins
 from lightning_qlora.survey.records import record, record_rounded, unrecorded
 from lightning_qlora.survey.snapshot import Snapshot
-from lightning_qlora.survey.survey import Survey, survey
+from lightning_qlora.survey.survey import Agree, Survey, survey
 from lightning_qlora.tensors.device_types import held_type
 from lightning_qlora.tensors.dtensor import world_size
 from lightning_qlora.training.calibration import waiting_in
@@ -96,6 +97,8 @@ class Run(NamedTuple):
     sharded: bool = False  # whether a strategy shards it afterwards: its logits are not deferred
     evaluating: bool = False  # whether it will not train, so that layers which were added later stay as they are
     decide: Decide = held_type  # in which type its device should hold another one
+    is_one_of_several: bool = False  # whether it may be: Fabric sets up each module of a GAN, or an actor and a critic
+    agree: Agree = lambda origins: origins  # whose random values decide what is new, if several ranks convert
 
 
 OWN_LOOP = Run()
@@ -135,17 +138,19 @@ def _convert_new(
     parts: Parts, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
 ) -> Parts:
     """Convert what no conversion has seen, and fill the report; returns the parts with those that it made."""
-    seen = _survey(parts, run)
     given = config
     adapter = None
     if config.adapter:
         adapter = read_adapter(config.adapter)
+        set_origins_of_base(parts, adapter)
+    seen = _survey(parts, run)
+    if adapter is not None:
         config = config_of_adapter(parts, adapter, config)
-    choice = _decide(seen, parts, config, saved, report)
+    choice = _decide(seen, parts, config, saved, report, run)
     with Snapshot(parts.modules) as before:
         parts = _apply(seen, parts, choice, config, run, report, before)
         _load_adapter_once(parts, given.adapter, adapter)
-        record_conversion(parts, config, given)
+        record_conversion(parts, config, given, convert_module)
         report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
     report.take(choice)
     report.count(parts)
@@ -157,23 +162,28 @@ def _convert_new(
 
 def _survey(parts: Parts, run: Run) -> Survey:
     """Survey a module, and refuse one that can't be converted whatever the arguments are."""
-    seen = survey(parts)
+    seen = survey(parts, run.agree)
     check_layers_of_conversions(parts)
     check_has_data(parts.named, later=run.sharded or dist.is_initialized())
     return seen
 
 
 def _decide(
-    seen: Survey, parts: Parts, config: QLoRAConfig, saved: SavedLayers | None, report: ConversionReport
+    seen: Survey,
+    parts: Parts,
+    config: QLoRAConfig,
+    saved: SavedLayers | None,
+    report: ConversionReport,
+    run: Run,
 ) -> Selection:
     """Decide what happens with each part, refuse what can't be meant, and note what a user should look at."""
     if not seen.was_converted:
         check_output_embeddings(parts, config.deferred_logits)
     choice = decide(seen, config, saved)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
-    report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.is_loaded
+    report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.origins.is_pretrained
     if not seen.was_converted:
-        check_any(choice, config)
+        check_any(choice, config, run.is_one_of_several)
         note_before_first_conversion(report, seen, choice, config)
     check_loaded(seen, choice)
     copies = find_copies(seen, choice)
@@ -188,6 +198,7 @@ def _apply(
 ) -> Parts:  # fmt: skip
     """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
     new = unrecorded(parts.modules)
+    remember_origins(parts, seen.origins)
     converted = convert_layers(seen, choice, run.device, before)
     for part in parts.modules:
         forget_merge(part)

@@ -52,7 +52,8 @@ def check_has_data(modules: Iterable[tuple[str, nn.Module]], later: bool = False
         raise ValueError(f"{name}: this {kind} is on the meta device, so it has no data. {advice}")
 
 
-def check_any(choice: Selection, config: QLoRAConfig) -> None:
+def check_any(choice: Selection, config: QLoRAConfig, is_one_of_several: bool) -> None:
+    """Refuse a module of which nothing is converted; one of several may have layers that are too small for 4 bits."""
     if choice.convert:
         return
     message = f"No layer was converted to 4 bits ({no_layer(config)})."
@@ -61,8 +62,9 @@ def check_any(choice: Selection, config: QLoRAConfig) -> None:
         if len(choice.skip) > SHOWN:
             reasons += f"\n  and {len(choice.skip) - SHOWN} more"
         raise ValueError(message + (reasons or " The module has no linear layer (nn.Linear, Conv1D)."))
-    small = [name for name, reason in choice.train.items() if reason.startswith(LARGE_RANK)]
-    if small:
+    small = [name or ROOT for name, reason in choice.train.items() if reason.startswith(LARGE_RANK)]
+    has_new = any(reason.startswith("new: ") for reason in choice.train.values())
+    if small and not has_new and not is_one_of_several:
         raise ValueError(
             f"{message} Adapters of this rank would not be smaller than the weights of the layers, so {len(small)} "
             f"would train in full: {first_of(small, 3)}. Set a smaller r, or {TRAIN_IN_FULL}."

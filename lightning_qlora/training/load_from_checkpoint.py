@@ -15,6 +15,8 @@ from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_che
 from lightning_qlora.layers.layer_state import has_base
 from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.state.conversion import CONVERSION, adapter_keys, conversion_of, entry_of, read_conversion
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.training.checkpoint import check_instantiator, check_networks
 from lightning_qlora.training.convert import convert_module
 
@@ -86,6 +88,7 @@ def load_from_checkpoint(
                 saved = read_conversion(state)
             assert saved is not None
             _fill_what_is_loaded(module, state, saved.names_of_layers(state))
+            set_origins(Parts.of(module), saved.origins(state))
             convert_module(module, saved.config, saved=saved.arguments_of_layers(state))
         return module.load_state_dict(state, *args, **kwargs)
 

@@ -21,7 +21,7 @@ from lightning_qlora.tensors.device_types import IN_16_BITS, held_type
 from lightning_qlora.texts import groups
 from lightning_qlora.training.convert_checks import differing_arguments, no_layer
 from lightning_qlora.training.outside_copies import HELD, OutsideCopies
-from lightning_qlora.training.report import ConversionReport
+from lightning_qlora.training.report import NOTHING_PRETRAINED, ConversionReport
 
 LARGEST = 5  # weights that stayed in 16 bits
 UNEXPECTED_SHARE = 0.10  # of the weights that stayed in 16 bits before they are named
@@ -75,6 +75,8 @@ def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selec
 def note_before_first_conversion(
     report: ConversionReport, seen: Survey, choice: Selection, config: QLoRAConfig
 ) -> None:
+    if seen.origins.is_pretrained is False and choice.convert:
+        report.note(NOTHING_PRETRAINED)
     if not choice.convert:
         advice = ""
         if FROZEN in choice.skip.values():

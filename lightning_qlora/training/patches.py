@@ -73,9 +73,9 @@ def convert_what_was_built_again(original: Any, strategy: Any, checkpoint: Any, 
     Supported ways tried: hooks of the module's load_state_dict, which know no plugin.
     Removed by: a hook of Precision before the restore.
     """
-    convert_replaced = getattr(strategy.precision_plugin, "_convert_replaced_layers", None)  # precision.py
-    if convert_replaced is not None:
-        convert_replaced(strategy.lightning_module, checkpoint["state_dict"])
+    convert_as_saved = getattr(strategy.precision_plugin, "_convert_as_saved", None)  # precision.py
+    if convert_as_saved is not None:
+        convert_as_saved(strategy.lightning_module, checkpoint)
     original(strategy, checkpoint, *args, **kwargs)
 
 

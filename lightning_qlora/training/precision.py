@@ -28,10 +28,15 @@ from lightning_qlora.state.conversion import (
     CONVERSION,
     adapter_keys,
     conversion_of,
+    entry_of,
     forget_conversion,
+    read_conversion,
     text_of,
     was_merged,
 )
+from lightning_qlora.state.recorded_origins import convert_as_recorded
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import Origins
 from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.training import guards
@@ -155,7 +160,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         if self._trainer is not None and any(part is module for part in self._trainer.lightning_module.modules()):
             root = self._trainer.lightning_module
         self._evaluating = trainer is not None and trainer.state.fn != TrainerFn.FITTING
-        run = Run(None, False, self._evaluating, _held_on_all_ranks)
+        run = Run(None, False, self._evaluating, _held_on_all_ranks, trainer is None, _of_rank_0)
         if trainer is not None:
             if trainer not in self._runs:
                 self._runs.append(trainer)
@@ -198,8 +203,15 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
 
-    def _convert_replaced_layers(self, module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-        """Convert layers that replaced converted ones, if a state dict has adapters for them."""
+    def _convert_as_saved(self, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+        """Decide as a checkpoint which parts are new, and convert layers that replaced converted ones."""
+        state_dict = checkpoint["state_dict"]
+        text = checkpoint.get(type(self).__qualname__, {}).get(CONVERSION)  # see `on_save_checkpoint`
+        of_plugin = {} if text is None else {CONVERSION: entry_of(text)}
+        saved = read_conversion(of_plugin | state_dict)
+        conversion = conversion_of(module)
+        if saved is not None and conversion is not None:
+            convert_as_recorded(Parts.of(module), saved.origins(state_dict), conversion, self.convert_module)
         adapters = set(map(without_wrappers, adapter_keys(state_dict)))
         present = {without_wrappers(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         if conversion_of(module) is not None and not adapters <= present:
@@ -339,6 +351,11 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
 def _held_on_all_ranks(device: torch.device, dtype: torch.dtype) -> Held | None:
     """`held_type`, the same on all ranks, which may run on different machines; all must call it."""
     return next(filter(None, of_all_ranks(held_type(device, dtype))), None)
+
+
+def _of_rank_0(origins: Origins) -> Origins:
+    """What rank 0 sees; the random values of others differ, or others have not loaded what it has. All must call it."""
+    return Origins(*of_all_ranks(tuple(origins))[0])
 
 
 def _shards_module(trainer: Trainer | None) -> bool:

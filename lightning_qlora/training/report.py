@@ -30,6 +30,10 @@ COPIED = (
     "outside of the module are copies of {}, from before conversion: an average in one\n"
     "can't follow the adapters, so make it in on_fit_start, or after fabric.setup; any other copy may stay"
 )
+NOTHING_PRETRAINED = (
+    "nothing looks pretrained: its values are those of an initialization, and QLoRA freezes them at random. Load the "
+    "weights in __init__ or configure_model, before fit; or train it without the plugin"
+)
 MARK = "! "  # of a row that a user should look at
 
 
@@ -62,7 +66,7 @@ class ConversionReport:
         held_bytes: Bytes that this takes more.
         calibration: Status of adapters that are initialized from the first step; None if none are.
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
-            loaded from weights.
+            pretrained.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the second step.
         copied: Names of layers whose weights have copies outside of the module, which were made before conversion.
         computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
@@ -220,7 +224,7 @@ class ConversionReport:
             lines.append(f"logits of {name or ROOT}: {how}")
         if self.activations is not None:
             lines.append(f"gradient checkpointing: {self.activations}")
-        if self.by_size:
+        if self.by_size and NOTHING_PRETRAINED not in self.notes:
             lines.append(BY_SIZE)
         if self.copied:
             lines.append(COPIED.format(groups(self.copied)))

@@ -139,3 +139,20 @@ def test_a_16_bit_module_whose_adapters_alone_train_computes_without_autocast():
     net[1].register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     fabric.setup_module(net)(torch.randn(2, 64, dtype=BF16))
     assert seen == [False]
+
+
+def test_one_of_several_modules_may_have_no_layer_that_4_bits_fit():
+    """An actor and its critic in one Fabric: no rank makes an adapter smaller than the 1 x 256 weights of a head."""
+    fabric, plugin = launch(r=8)
+    actor = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    critics = nn.Linear(256, 1), nn.Sequential(nn.Linear(64, 2))
+    models = [fabric.setup_module(critics[0]), fabric.setup_module(actor), fabric.setup_module(critics[1])]
+    assert any("no layer is in 4 bits" in text for text in plugin.report.notes)
+    optimizers = [fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), 1e-2)) for model in models]
+    before = [critic.state_dict()[key].clone() for critic, key in zip(critics, ("weight", "0.weight"), strict=True)]
+    fabric.backward(models[0](torch.randn(4, 256)).sum() + models[2](models[1](torch.randn(4, 64))).sum())
+    for optimizer in optimizers:
+        optimizer.step()
+    for critic, key, value in zip(critics, ("weight", "0.weight"), before, strict=True):
+        assert (critic.state_dict()[key] != value).all() and critic.state_dict()[key].dtype is torch.float32
+    assert actor[2].lora_B.any()

@@ -11,7 +11,7 @@ from torch.nn.utils import weight_norm
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.training.notes import HOOKS
 from tests.conftest import Classifier
-from tests.toys import toy
+from tests.toys import pretrain, toy
 
 
 def linear(*layers):
@@ -62,7 +62,7 @@ CASES = [
 def test_the_notes_of_a_conversion(make, arguments, expected):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        report = convert(make(), **{"r": 4, **arguments})
+        report = convert(pretrain(make()), **{"r": 4, **arguments})
     assert [*report.notes.values()] == [*expected.values()]
     assert all(map(re.fullmatch, expected, report.notes))
     assert bool(report.marked_rows()) == bool(expected)
@@ -72,7 +72,7 @@ def test_the_notes_of_a_conversion(make, arguments, expected):
 
 
 def test_the_plugin_prints_them_first_and_does_not_warn(trainer, capsys, recwarn):
-    module = Classifier()
+    module = pretrain(Classifier())
     module.net[0].weight.register_hook(lambda gradient: gradient)
     trainer(plugins=QLoRAPrecision(r=4)).validate(module, [], verbose=False)
     assert capsys.readouterr().out.startswith(f"QLoRA\nnet.0  x1   ! {HOOKS}\n")

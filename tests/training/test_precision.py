@@ -269,5 +269,5 @@ def test_a_state_with_both_names_of_a_shared_layer_converts_nothing_again():
     used = plugin()
     used.convert_module(module)
     report = used.report
-    used._convert_replaced_layers(module, module.state_dict())
+    used._convert_as_saved(module, {"state_dict": module.state_dict()})
     assert used.report is report

@@ -10,13 +10,14 @@ from lightning_qlora import ConversionReport, QLoRAConfig, QLoRAPrecision, conve
 from lightning_qlora.tensors.device_types import Held
 from lightning_qlora.texts import groups, size_text
 from lightning_qlora.training.calibration_report import CalibrationReport
+from tests.toys import pretrain
 
 
 def test_the_numbers_of_a_conversion():
     """16-bit parameters in an embedding of which rows train, two 4-bit layers, a dense one, a norm, and a head."""
     linear = nn.Linear(64, 64, bias=False)
     layers = nn.Embedding(16, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64), linear, nn.Linear(64, 8)
-    module = nn.Sequential(*layers).bfloat16()
+    module = pretrain(nn.Sequential(*layers).bfloat16())
     other = copy.deepcopy(module)
     arguments = {"r": 4, "target_modules": ["1", "2"], "modules_to_save": ["5"]}
     others = 16 * 64 + 2 * 64 + 2 * 64 + 64 * 64  # without weights in 4 bits, adapters, and the head
@@ -58,7 +59,7 @@ def test_a_summary_has_no_lines_that_do_not_apply():
 
 
 def test_a_notebook_shows_a_table():
-    report = convert(nn.ModuleDict({"a<b": nn.Linear(64, 64), "head": nn.Linear(64, 2)}), r=4)
+    report = convert(pretrain(nn.ModuleDict({"a<b": nn.Linear(64, 64), "head": nn.Linear(64, 2)})), r=4)
     rows = (
         "<tr><th>layer</th><th>status</th><th>layers</th></tr>"
         "<tr><td>a&lt;b</td><td>4-bit + adapter, 64x64</td><td>1</td></tr>"

@@ -23,7 +23,7 @@ from lightning_qlora.logits.deferred_head import compute_logits
 from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.state.conversion import check_layers_of_conversions, forget_conversion, mark_as_merged
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import mark_as_loaded
+from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
 from lightning_qlora.survey.records import undo
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
 from lightning_qlora.tensors.held_types import full_precision_parameters
@@ -115,6 +115,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
     for part in parts.modules:
         forget_conversion(part)
     undo(parts.modules)
+    forget_initial(parts.modules)
     mark_as_merged(module)
     if dtype != "auto":
         for parameter in module.parameters():

@@ -126,7 +126,6 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str
     ) -> "QLoRALinear":
         new: QLoRALinear = derive(QLoRALinear, layer, dense_class)
-        layer._parameters.setdefault("bias", None)
         new.set_arguments(config, name, seed_name)
         return new
 
@@ -191,7 +190,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows."""
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
+        return f"{super().extra_repr()}, bias={getattr(self, 'bias', None) is not None}"
 
 
 def _forward_of(before: type[Any]) -> Any:

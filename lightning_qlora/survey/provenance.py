@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, last_part, without_wrappers
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.untrained import BY_VALUES, ORIGINS, PRETRAINED, find_untrained
+from lightning_qlora.survey.untrained import BY_VALUES, INITIAL, ORIGINS, PRETRAINED, find_untrained
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
@@ -52,18 +53,27 @@ def origins_of(parts: Parts) -> Origins:
 
 def remember_origins(parts: Parts, origins: Origins) -> None:
     """Before weights are replaced: let later conversions, of this module or one around it, decide as this one."""
-    known = PRETRAINED if origins.is_pretrained else ""
+    known = {True: PRETRAINED, False: INITIAL, None: ""}[origins.is_pretrained]
     parameters = parts.parameters
     new = {id(value): origins.new[name] for name, _, _, value in parameters if name in origins.new}
     for _, owner, key, parameter in parameters:
+        if isinstance(owner, LoRALayer):  # of an earlier conversion, or quantized while its model loaded
+            continue
         vars(owner).setdefault(ORIGINS, {}).setdefault(key, new.get(id(parameter), known))
+
+
+def forget_initial(modules: Iterable[nn.Module]) -> None:
+    """After a merge: values that were those of an initialization may be trained now."""
+    for module in modules:
+        origins = vars(module).get(ORIGINS, {})
+        origins.update({key: "" for key, origin in origins.items() if origin == INITIAL})
 
 
 def set_origins(parts: Parts, origins: Mapping[str, str]) -> None:
     """Before a conversion: let a file say of these parameters why they are new by their values, "" if they are not."""
     for name, owner, key, _ in parts.parameters:
         name = without_wrappers(name)
-        if name in origins:
+        if name in origins and not isinstance(owner, LoRALayer):
             vars(owner).setdefault(ORIGINS, {})[key] = origins[name] or (PRETRAINED if any(origins.values()) else "")
 
 

@@ -18,8 +18,9 @@ from lightning_qlora.survey.records import own_parameters
 
 BY_VALUES = "new: its values are those of an initialization"  # beginning of a reason
 AS_THE_BLOCK = f"{BY_VALUES}, as those of the block around it"
-ORIGINS = "_qlora_origins"  # attribute of a module: key of a parameter -> its reason, PRETRAINED, or "" for unknown
+ORIGINS = "_qlora_origins"  # attribute of a module: key of a parameter -> its reason, or one of these; "": unknown
 PRETRAINED = "pretrained"
+INITIAL = "initial"  # in a module of which nothing looked pretrained
 FEW_PRETRAINED = 0.1  # of the tensors, or of their values: up to here all is taken for new
 
 
@@ -110,7 +111,7 @@ def _remembered(text: str) -> Values:
     """What an earlier conversion decided."""
     if text.startswith(BY_VALUES):
         return Values(Look.FRESH, text)
-    return Values(Look.TRAINED if text == PRETRAINED else Look.UNKNOWN)
+    return Values({PRETRAINED: Look.TRAINED, INITIAL: Look.FRESH}.get(text, Look.UNKNOWN), size=FEW)
 
 
 def _has(part: _Part, look: Look) -> bool:
@@ -153,7 +154,7 @@ def _as_the_block(part: _Part, around: set[bool], has_trained_beside: bool) -> b
 
 
 def _reason(part: _Part) -> str:
-    named = [each for each in part.values if each.look in (Look.FRESH, Look.LIKELY, Look.SMALL)]
+    named = [each for each in part.values if each.look in (Look.FRESH, Look.LIKELY, Look.SMALL) and each.text]
     if not named:
         return AS_THE_BLOCK
     text = max(named, key=lambda each: each.size).text

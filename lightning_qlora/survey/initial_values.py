@@ -1,9 +1,10 @@
 """Whether a tensor has the values of an initialization or of a training, by their distribution.
 
-A tensor that was never trained has the distribution that it was drawn from: uniform, normal, constant, orthogonal. A
-trained weight is far from uniform. From normal it may be as near as a random one, so there the rows and columns must be
-independent, and the standard deviation must be one that initializations use; what stands beside it decides then
-(`untrained.py`). Constants: tests/survey/test_initial_values.py and the prototype that docs/design.md names.
+A tensor that was never trained has the distribution that it was drawn from: uniform, normal, constant, orthogonal. Few
+steps of a training move values beyond the bounds of a uniform one, and a long one leaves nothing of it. From normal a
+trained weight may be as near as a random one, so there the rows and columns must be independent, and the standard
+deviation must be one that initializations use; what stands beside it decides then (`untrained.py`). A sample is asked
+first, and all values only where it looks like an initialization.
 """
 
 import math
@@ -26,6 +27,8 @@ ALONE = 4096  # values of which a normal distribution is certain without a bias 
 SIDE = 128  # rows and columns of a sample
 ALL = 1 << 20  # values for a standard deviation, which is then known to 0.07%
 
+EDGE = 0.01  # of the width of a uniform distribution: as many values are there
+BEYOND = 1.03  # a bound times this: larger values are of another distribution, smaller ones of a training
 LIMIT = 2.4  # Kolmogorov-Smirnov's distance times sqrt(n), which one of 50,000 random tensors exceeds
 FAR = 3.0  # the same of a trained tensor
 OFF = 4.5  # standard deviations from what random values give, which one of 100,000 random tensors exceeds
@@ -58,12 +61,16 @@ class _Sample(NamedTuple):
     ordered: Tensor  # its values
 
     def distance(self, distribution: Callable[[Tensor], Tensor]) -> float:
-        """Kolmogorov-Smirnov's distance from a cumulative distribution, times sqrt(n)."""
-        count = len(self.ordered)
-        steps = torch.arange(count + 1, device="cpu") / count
-        share = distribution(self.ordered)
-        distance = torch.maximum((steps[1:] - share).max(), (share - steps[:-1]).max())
-        return float(distance) * math.sqrt(count)
+        """Kolmogorov-Smirnov's distance from a cumulative distribution, times sqrt(n); at some values if it is FAR."""
+        some = _distance(self.ordered, distribution, 1 + len(self.ordered) // 256)
+        return some if some > FAR else _distance(self.ordered, distribution, 1)
+
+
+def _distance(ordered: Tensor, distribution: Callable[[Tensor], Tensor], step: int) -> float:
+    count = len(ordered)
+    share = distribution(ordered[::step])
+    below = torch.arange(0, count, step, device="cpu") / count
+    return float(torch.maximum(share - below, below + 1 / count - share).max()) * math.sqrt(count)
 
 
 @torch.no_grad()
@@ -78,15 +85,18 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
     low, high = sample.ordered[[0, -1]].tolist()
     count = tensor.numel()
     if low == high:
+        low, high = _ends(data)
+    if low == high:
         look = Look.BLANK if is_vector or count < FEW else Look.FRESH
         return Values(look, f"all {low:.3g}", 0 if is_vector else count)
     if is_vector or count < FEWEST or not math.isfinite(high - low):
         return Values()
-    text = _uniform(sample, _bounds(tensor, owner))
-    if text is None and count >= MANY:
-        text = _cut_normal(sample) or _sparse(sample)
+    text = _uniform(data, sample, _bounds(tensor, owner)) or _sparse(sample)
     if text is not None:
         return Values(Look.SMALL if count < FEW else Look.FRESH, text, count)
+    text = _cut_normal(sample)
+    if text is not None:
+        return Values(Look.LIKELY, text, count, is_usual=count >= ALONE)
     return _normal_or_trained(tensor, owner, data, sample)
 
 
@@ -95,15 +105,20 @@ def can_be_read(tensor: Tensor) -> bool:
     return tensor.dtype in (*FLOATS, torch.float64) and tensor.numel() > 0 and has_values(tensor) and is_plain
 
 
-def fits_beside(bias: Tensor | None, weight: Tensor) -> bool | None:
-    """Whether a bias was not trained: it is constant, or uniform as layers of torch begin; None if there is none."""
+def look_of_bias(bias: Tensor | None, weight: Tensor) -> Look | None:
+    """BLANK, or SMALL if it is uniform as layers of torch begin, or UNKNOWN, as after a training; None without one."""
     if bias is None or not can_be_read(bias):
         return None
-    largest, smallest = float(bias.detach().max()), float(bias.detach().min())
-    if largest == smallest:
-        return True
-    text = _uniform(_sample(bias.detach().reshape(1, -1)), [_fans(weight)[0] ** -0.5])
-    return text is not None or (bias.numel() < FEWEST and max(largest, -smallest) <= _fans(weight)[0] ** -0.5)
+    values = bias.detach().reshape(1, -1)
+    low, high = _ends(values)
+    bound = _fans(weight)[0] ** -0.5
+    if low == high:
+        return Look.BLANK
+    if bias.numel() < FEWEST:
+        is_uniform = max(-low, high) <= bound
+    else:
+        is_uniform = _uniform(values, _sample(values), [bound]) is not None
+    return Look.SMALL if is_uniform else Look.UNKNOWN
 
 
 def _sample(data: Tensor) -> _Sample:
@@ -112,8 +127,11 @@ def _sample(data: Tensor) -> _Sample:
     some = max(SIDE, size // columns)
     data = data[:: -(-rows // some)]
     some = min(columns, max(SIDE, size // len(data)))
-    places = torch.linspace(0, columns - 1, some, device=data.device).long()  # uneven: no step of a kernel's width
-    matrix = data[:, places].float().cpu()
+    places = torch.linspace(0, columns - 1, some, dtype=torch.float32, device=data.device)
+    matrix = data[:, places.long()].float().cpu()  # uneven steps, and none of a kernel's width
+    in_use = matrix.any(1)  # the row of a padding token is zero
+    if in_use.any():
+        matrix = matrix[in_use]
     return _Sample(matrix, torch.from_numpy(np.sort(matrix.flatten().numpy())))
 
 
@@ -141,32 +159,51 @@ def _variances(weight: Tensor) -> list[float]:
     return [1 / inputs, 2 / inputs, 2 / (inputs + outputs), 1 / outputs, 2 / outputs]
 
 
-def _uniform(sample: _Sample, bounds: Sequence[float]) -> str | None:
+def _uniform(data: Tensor, sample: _Sample, bounds: Sequence[float]) -> str | None:
     """In which bounds the values are uniform; None if they are not."""
-    low, high = sample.ordered[[0, -1]].tolist()
-    count = len(sample.ordered)
+    of_16_bits = 0 if _is_exact(data) else 0.0025 * math.sqrt(len(sample.ordered))  # by rounding
+    if _distance_from_uniform(sample, *sample.ordered[[0, -1]].tolist()) > LIMIT + of_16_bits:
+        return None
+    low, high = _ends(data)
     largest = max(-low, high)
-    if count < MANY:
-        near = [bound for bound in bounds if bound * (1 - 14 / count) <= largest <= bound * 1.004]
-        if not near:
-            return None
-        largest = near[0]
-    if count < MANY or abs(low + high) < 0.02 * largest:
-        low, high = -largest, largest
-    middle = (low + high) / 2
-    half = (high - low) / 2 * (1 + 1 / count)
-    of_16_bits = 0.0025 * count  # values that rounding to 16 bits may move over a place
-    if sample.distance(lambda x: ((x - middle) / half + 1) / 2) > LIMIT + of_16_bits / math.sqrt(count):
+    rounding = 1e-6 if _is_exact(data) else 2**-8
+    near = [bound for bound in bounds if bound * (1 - 14 / data.numel() - rounding) < largest < bound * BEYOND]
+    if near:
+        is_uniform = any(largest <= bound * (1 + rounding) for bound in near)
+    else:
+        is_uniform = data.numel() >= MANY and _has_sharp_edges(data, low, high)
+    if not is_uniform:
         return None
-    at_edge = int(((sample.ordered - middle).abs() > 0.95 * half).sum())
-    if abs(at_edge - 0.05 * count) > OFF * math.sqrt(0.05 * 0.95 * count) + 2 * of_16_bits:
-        return None
-    if low == -high:
-        return f"uniform in +-{high:.2g}"
+    if abs(low + high) < 0.02 * largest:
+        return f"uniform in +-{largest:.2g}"
     return f"uniform in {low:.2g} to {high:.2g}"
 
 
+def _distance_from_uniform(sample: _Sample, low: float, high: float) -> float:
+    if abs(low + high) < 0.02 * high:
+        high = max(-low, high)
+        low = -high
+    margin = (high - low) / len(sample.ordered)
+    return sample.distance(lambda x: (x - low + margin / 2) / (high - low + margin))
+
+
+def _has_sharp_edges(data: Tensor, low: float, high: float) -> bool:
+    """Whether as many values are near the ends as elsewhere. A few steps of a training take them away from there."""
+    data = data[:: -(-data.numel() // ALL)]
+    edge = EDGE * (high - low)
+    count = int((data < low + edge).sum() + (data > high - edge).sum())
+    expected = 2 * EDGE * data.numel()
+    return abs(count - expected) < OFF * math.sqrt(expected) + (0 if _is_exact(data) else 0.4 * expected)
+
+
+def _ends(data: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(data)
+    return float(low), float(high)
+
+
 def _cut_normal(sample: _Sample) -> str | None:
+    if len(sample.ordered) < MANY:
+        return None
     largest = float(sample.ordered.abs().max())
     if sample.distance(lambda x: 0.5 + torch.erf(math.sqrt(2) * x / largest) / (2 * WITHIN_TWO)) > LIMIT:
         return None
@@ -175,49 +212,63 @@ def _cut_normal(sample: _Sample) -> str | None:
 
 def _sparse(sample: _Sample) -> str | None:
     """An identity, or one in each channel (`nn.init.dirac_`)."""
+    if float(sample.ordered[len(sample.ordered) // 2]) != 0 or len(sample.ordered) < MANY:
+        return None
     values = sample.ordered[sample.ordered != 0]
-    if 2 * len(values) < len(sample.ordered) and bool((values == values[0]).all()):
+    if bool((values == values[0]).all()):
         return f"zeros and {float(values[0]):.2g}"
     return None
 
 
-def _angles(data: Tensor) -> Tensor | None:
-    """The cosines of angles between rows of equal sizes; None if their sizes differ."""
-    rows = data[:: -(-len(data) // 64)].float()
-    rows = rows[rows.abs().sum(1) > 0]
-    norms = rows.norm(dim=1)
-    if len(rows) < 4 or float(norms.max() - norms.min()) > _error(data) * float(norms.max()):
-        return None
-    rows = rows / norms[:, None]
-    angles: Tensor = rows @ rows.T - torch.eye(len(rows), device=rows.device)
-    return angles
-
-
-def _error(data: Tensor) -> float:
-    return 1e-3 if data.dtype in (torch.float32, torch.float64) else 2e-2
-
-
 def _is_orthogonal(data: Tensor) -> bool:
-    angles = _angles(data.T if data.shape[0] > data.shape[1] else data)
-    return angles is not None and float(angles.abs().max()) < _error(data)
+    if data.shape[0] > data.shape[1]:
+        data = data.T
+    if not _has_equal_rows(data):
+        return False
+    rows = _units(data[:: -(-len(data) // 64)].float())
+    error = 1e-3 if _is_exact(data) else 2e-2
+    return (
+        len(rows) > 3
+        and float((rows @ rows.T - torch.eye(len(rows), dtype=torch.float32, device=rows.device)).abs().max()) < error
+    )
+
+
+def _has_equal_rows(data: Tensor) -> bool:
+    """Whether some rows have the same size: they are orthogonal, normalized, or follow a formula."""
+    sizes = data[:: -(-len(data) // 8)].float().norm(dim=1)
+    sizes = sizes[sizes > 0]
+    return len(sizes) > 3 and float(sizes.max() - sizes.min()) < (1e-3 if _is_exact(data) else 2e-2) * float(
+        sizes.max()
+    )
+
+
+def _units(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+def _is_exact(data: Tensor) -> bool:
+    return data.dtype in (torch.float32, torch.float64)
 
 
 def _normal_or_trained(weight: Tensor, owner: nn.Module, data: Tensor, sample: _Sample) -> Values:
     deviation = float(sample.matrix.square().mean().sqrt())
     distance = sample.distance(lambda x: 0.5 * (1 + torch.erf(x / deviation / math.sqrt(2))))
+    count = weight.numel()
+    trained = Values(Look.TRAINED if count >= FEW and not _has_equal_rows(data) else Look.UNKNOWN, size=count)
+    if distance > FAR:
+        return trained
     mean = abs(float(sample.matrix.mean())) / deviation * math.sqrt(len(sample.ordered))
     more, less = _dependence(sample.matrix)
-    count = weight.numel()
-    if distance < FAR and more < DEPENDENT and count >= FEW and _is_orthogonal(data):
+    if more < DEPENDENT and count >= FEW and _is_orthogonal(data):
         return Values(Look.FRESH, "orthogonal", count)
     off = max(mean, more, less)
+    if off > DEPENDENT:
+        return trained
     if distance > LIMIT or off > OFF:
-        is_trained = count >= FEW and (distance > FAR or off > DEPENDENT)
-        if is_trained and _angles(data) is None:  # else by a formula, or normalized
-            return Values(Look.TRAINED, size=count)
         return Values(size=count)
     known = _deviations(weight, owner)
     data = data[:: -(-count // ALL)]
+    data = data[data.any(1)]
     exact = float(torch.linalg.vector_norm(data, dtype=torch.float32)) / math.sqrt(data.numel())
     near = min(known, key=lambda each: abs(exact / each - 1))
     steps = abs(exact / near - 1) * math.sqrt(2 * data.numel())
@@ -251,7 +302,7 @@ def _dependence(matrix: Tensor) -> tuple[float, float]:
         matrix = matrix.T
     rows, columns = matrix.shape
     if rows > 1:
-        units = matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        units = _units(matrix)
         pairs = rows * (rows - 1)
         energy = float((units @ units.T).square().sum() - rows) / pairs * columns
         off.append((energy - 1) * math.sqrt(pairs / 4))

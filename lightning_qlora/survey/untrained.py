@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, outer_names, owner_name
-from lightning_qlora.survey.initial_values import FEW, Look, Values, fits_beside, values_of
+from lightning_qlora.survey.initial_values import FEW, Look, Values, look_of_bias, values_of
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import own_parameters
 
@@ -33,7 +33,16 @@ class _Part(NamedTuple):
     name: str
     parameters: list[nn.Parameter]
     values: list[Values]
-    fits: bool | None  # whether its bias was not trained either; None: it has no bias
+    bias: Look | None  # None: it has none, or that does not matter
+
+    @property
+    def looks(self) -> set[Look]:
+        return {each.look for each in self.values}
+
+    @property
+    def is_trained_norm(self) -> bool:
+        """Whether it has vectors alone, and none with one value."""
+        return bool(self.values) and not any(each.size or each.look is Look.BLANK for each in self.values)
 
 
 class _Evidence:
@@ -65,24 +74,23 @@ def find_untrained(parts: Parts) -> Untrained:
         evidence.add(part, is_new)
 
     for part in every:
-        looks = {each.look for each in part.values}
-        if Look.TRAINED in looks:
+        if Look.TRAINED in part.looks:
             decide(part, False)
-        elif Look.FRESH in looks:
+        elif Look.FRESH in part.looks:
             decide(part, True)
-    blank = {owner_name(part.name) for part in every if {each.look for each in part.values} == {Look.BLANK}}
-    likely = [part for part in every if part.name not in verdicts and _has(part, Look.LIKELY)]
-    certain = [part for part in likely if _is_certain(part, owner_name(part.name) in blank, evidence.beside(part))]
+    blank = {owner_name(part.name) for part in every if part.looks == {Look.BLANK}}
+    trained = {owner_name(part.name) for part in every if Look.TRAINED in part.looks or part.is_trained_norm}
+    likely = [part for part in every if part.name not in verdicts and Look.LIKELY in part.looks]
+    certain = [part for part in likely if _is_certain(part, blank, trained, evidence.beside(part))]
     for part in certain:
         decide(part, True)
     is_pretrained = _is_pretrained(every)
     if not is_pretrained:
         recorded = [part for part in every if any(each.text.startswith(BY_VALUES) for each in part.values)]
         return Untrained({id(p): _reason(part) for part in recorded for p in part.parameters}, is_pretrained)
-    leaves = {owner_name(part.name) for part in every if verdicts.get(part.name) is False}
     for part in every:
         if part.name not in verdicts:
-            verdicts[part.name] = _as_the_block(part, evidence.around(part), owner_name(part.name) in leaves)
+            verdicts[part.name] = _as_the_block(part, evidence.around(part), owner_name(part.name) in trained)
     return Untrained({id(p): _reason(part) for part in every if verdicts[part.name] for p in part.parameters}, True)
 
 
@@ -102,9 +110,10 @@ def _parts(parts: Parts) -> Iterator[_Part]:
             for (key, parameter), each in zip(parameters.items(), own, strict=True):
                 yield _Part(join(name, key), [parameter], [each], None)
         elif own:
-            weight = parameters.get("weight")
-            fits = None if weight is None else fits_beside(parameters.get("bias"), weight)
-            yield _Part(name, list(parameters.values()), own, fits)
+            part = _Part(name, list(parameters.values()), own, None)
+            if "weight" in parameters and part.looks & {Look.LIKELY, Look.SMALL}:
+                part = part._replace(bias=look_of_bias(parameters.get("bias"), parameters["weight"]))
+            yield part
 
 
 def _remembered(text: str) -> Values:
@@ -114,15 +123,17 @@ def _remembered(text: str) -> Values:
     return Values({PRETRAINED: Look.TRAINED, INITIAL: Look.FRESH}.get(text, Look.UNKNOWN), size=FEW)
 
 
-def _has(part: _Part, look: Look) -> bool:
-    return any(each.look is look for each in part.values)
+def _is_certain(part: _Part, blank: set[str], trained: set[str], beside: set[bool]) -> bool:
+    """Whether a part with normal values was not trained: its bias or a norm beside it was not, or it is large alone.
 
-
-def _is_certain(part: _Part, has_blank: bool, beside: set[bool]) -> bool:
-    """Whether a part with normal values was not trained: nothing in it or beside it was, or it is large alone."""
-    if part.fits is not None:
-        return part.fits
-    if has_blank and False not in beside:
+    `blank`, `trained`: modules that hold norms that were not trained, or parts that were.
+    """
+    owner = owner_name(part.name)
+    if part.bias is Look.BLANK:
+        return True
+    if part.bias is Look.UNKNOWN or owner in trained:
+        return False
+    if part.bias is Look.SMALL or (owner in blank and False not in beside):
         return True
     return any(each.is_usual for each in part.values)
 
@@ -147,10 +158,9 @@ def _as_the_block(part: _Part, around: set[bool], has_trained_beside: bool) -> b
     """Whether a part that can't say it is new: as the block around it, if that was either trained or not."""
     if around == {True}:
         return True
-    looks = {each.look for each in part.values}
-    if around == {True, False} and looks == {Look.BLANK}:
+    if around == {True, False} and part.looks == {Look.BLANK}:
         return True
-    return Look.SMALL in looks and part.fits is not False and not has_trained_beside
+    return Look.SMALL in part.looks and part.bias is not Look.UNKNOWN and not has_trained_beside
 
 
 def _reason(part: _Part) -> str:

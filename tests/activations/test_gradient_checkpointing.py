@@ -9,7 +9,7 @@ from lightning_qlora.activations import activation_budget
 from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.audit import Audit
-from tests.toys import NAMES, Lit, ids, perturb, toy
+from tests.toys import NAMES, Lit, ids, perturb, pretrain, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
@@ -257,7 +257,7 @@ class Unwrapped(Plain):
 
 @pytest.mark.parametrize(("kind", "notes"), [(Unwrapped, [[f"blocks.{i}" for i in range(6)]]), (Plain, [])])
 def test_blocks_that_were_not_recomputed_in_the_first_step_have_a_mark(kind, notes, capsys):
-    model = kind()
+    model = pretrain(kind())
     report = convert(model, **ARGUMENTS, gradient_checkpointing=True)
     model(torch.randn(8, 64)).sum().backward()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -28,7 +28,7 @@ from lightning_qlora.tensors.device_types import Held
 from lightning_qlora.training import converted_modules
 from tests.conftest import tensors
 from tests.machines.products import FAST, SLOW, stated
-from tests.toys import ARGUMENTS, assert_equal, ids, perturb, toy
+from tests.toys import ARGUMENTS, assert_equal, ids, perturb, pretrain, toy
 
 pytest.importorskip("transformers")
 
@@ -141,7 +141,7 @@ def test_the_plan_for_a_cpu_counts_it(slow):
 
 
 def test_an_explicit_type_stays_and_a_mark_has_the_factor(slow):
-    module = model(BF16)
+    module = pretrain(model(BF16))
     (text,) = convert(module, **ARGUMENTS, compute_dtype="bf16").notes
     assert text.startswith("compute_dtype='bf16': on this CPU a matmul takes 40 times as long")
     assert module.lm_head.weight.dtype is module(ids()).logits.dtype is BF16

@@ -29,7 +29,7 @@ from lightning_qlora.survey.survey import survey
 from lightning_qlora.tools.merge_folder import merge_folder
 from lightning_qlora.training.optimizers import optimizer_parameters, replace_parameters_by_adapters
 from tests.peft.folders import adapter_of
-from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, toy
+from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, pretrain, toy
 
 TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]
 KEY = "model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -244,7 +244,7 @@ def test_a_checkpoint_goes_on_in_another_process_where_the_rows_of_new_tokens_ha
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_tokens_are_merged_into_a_folder_as_in_memory(tied, tmp_path):
     tokens = [128, 130] if tied else {"embed_tokens": [128, 130], "lm_head": [1, 129]}
-    model = toy("llama", tie_word_embeddings=tied)
+    model = pretrain(toy("llama", tie_word_embeddings=tied))
     model.save_pretrained(tmp_path / "small")
     model.resize_token_embeddings(131)
     model.save_pretrained(tmp_path / "base")

@@ -348,10 +348,11 @@ def test_a_state_that_was_filtered_by_the_keys_of_the_module_is_named():
     message = r"^load_state_dict gets biases .* not their weights.*Pass the whole state dict\.$"
     with pytest.warns(UserWarning, match=message):
         target.load_state_dict(filtered, strict=False)
+    again, source = fresh(), trained()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         target.load_state_dict(old)
-        fresh().load_state_dict(trained().state_dict())
+        again.load_state_dict(source.state_dict())
 
 
 def test_values_that_are_added_to_a_state_are_loaded():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora.survey.initial_values import ALONE, Look, fits_beside, values_of
+from lightning_qlora.survey.initial_values import ALONE, Look, look_of_bias, values_of
 
 LAYERS = {
     "linear": nn.Linear(512, 100),
@@ -35,10 +35,10 @@ INITIALIZATIONS = {
     "any bound": lambda tensor: nn.init.uniform_(tensor, -0.07, 0.07),
     "one side": nn.init.uniform_,
     "orthogonal": lambda tensor: nn.init.orthogonal_(tensor, 1.4),
-    "cut": cut,
     "zeros": nn.init.zeros_,
 }
 NORMAL = {
+    "cut": cut,
     "xavier_normal": nn.init.xavier_normal_,
     "kaiming_normal": nn.init.kaiming_normal_,
     "kaiming_fan_out": lambda tensor: nn.init.kaiming_normal_(tensor, mode="fan_out", nonlinearity="relu"),
@@ -108,9 +108,9 @@ def test_what_has_no_values_or_others_says_nothing():
 
 def test_biases_that_were_not_trained_fit():
     layer = nn.Linear(256, 64)
-    assert fits_beside(layer.bias, layer.weight) and fits_beside(torch.full((64,), -4.6), layer.weight)
-    assert fits_beside(None, layer.weight) is None
-    assert not fits_beside(layer.bias * 2, layer.weight) and not fits_beside(torch.randn(64) / 64, layer.weight)
+    biases = [layer.bias, torch.full((64,), -4.6), None, layer.bias * 2, torch.randn(64) / 64]
+    looks = [Look.SMALL, Look.BLANK, None, Look.UNKNOWN, Look.UNKNOWN]
+    assert [look_of_bias(bias, layer.weight) for bias in biases] == looks
 
 
 @pytest.mark.parametrize("steps", [100])

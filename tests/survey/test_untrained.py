@@ -139,6 +139,36 @@ def test_parts_of_which_nothing_is_known_are_converted_as_before():
     assert report.converted == ["0", "1"] and report.by_size and not report.notes
 
 
+class _Words(nn.Module):
+    """Layers with the normal values of an initialization, of which a few steps change little."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(100, WIDTH)
+        self.mix = nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 3, bias=False), nn.BatchNorm1d(WIDTH), nn.ReLU())
+        nn.init.kaiming_normal_(self.mix[0].weight)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 4, 128, batch_first=True)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 100)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, x):
+        x = self.mix(self.tokens(x).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.norm(self.layer(x)))
+
+
+def test_a_module_that_was_trained_for_a_few_steps_is_pretrained_in_all_parts():
+    module = _Words()
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    for _ in range(5):
+        tokens = torch.randint(100, (8, 12))
+        F.cross_entropy(module(tokens).flatten(0, 1), tokens[:, 2:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = convert(nn.ModuleDict({"words": module, "new": nn.Linear(WIDTH, 100)}), r=4)
+    assert set(report.trained_in_full) == {"new"}
+
+
 HEADS = {
     "linear": lambda: nn.Linear(WIDTH, 100),
     "wide": lambda: nn.Linear(2048, 2048),

@@ -25,7 +25,7 @@ from lightning_qlora import (
 )
 from lightning_qlora.training.convert import Run, convert_module, is_converted
 from tests.conftest import elsewhere
-from tests.toys import assert_equal
+from tests.toys import assert_equal, pretrain
 
 
 def mlp():
@@ -102,7 +102,7 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_layer(init, bad):
 
 
 def test_layers_of_a_conversion_that_an_error_ended_are_named_if_the_next_has_other_arguments():
-    model = mlp()
+    model = pretrain(mlp())
     model[3].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^3: .*NaN or Inf"):
         convert(model, r=8)

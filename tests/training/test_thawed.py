@@ -8,6 +8,7 @@ from lightning_qlora import QLoRAPrecision
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.training.audit import THAWED
 from tests.conftest import Classifier, loader
+from tests.toys import pretrain
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
 
@@ -17,6 +18,7 @@ class Unfreezes(Classifier):
 
     def __init__(self, unfreeze):
         super().__init__()
+        pretrain(self)
         self.unfreeze_now = unfreeze
 
     def on_train_epoch_start(self):

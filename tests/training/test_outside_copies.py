@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.training.outside_copies import FAILED, OF_CONVERTED, WRITTEN
 from tests.conftest import make_trainer
+from tests.toys import pretrain
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
 
 
 def body(seed=None):
-    if seed is not None:
-        torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
+    seed = int(torch.randint(1 << 20, ())) if seed is None else seed
+    return pretrain(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64)), seed)
 
 
 class EMA:

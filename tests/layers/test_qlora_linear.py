@@ -334,5 +334,5 @@ def test_layers_without_a_second_derivative_say_so():
     net = nn.Linear(64, 64)
     convert(net, r=4, use_dora=True)
     x = torch.randn(2, 64, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"no second derivative with use_dora=True.*exclude_modules"):
+    with pytest.raises(RuntimeError, match=r"no second derivative with use_dora=True.*modules_to_save"):
         torch.autograd.grad(net(x).sum(), x, create_graph=True)

@@ -243,7 +243,8 @@ def _has_equal_rows(data: Tensor) -> bool:
 
 
 def _units(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    sizes: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / sizes.clamp_min(1e-30)
 
 
 def _is_exact(data: Tensor) -> bool:

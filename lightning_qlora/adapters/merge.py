@@ -21,10 +21,16 @@ from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER, TrainableToke
 from lightning_qlora.layers.typed_layer import DTYPES
 from lightning_qlora.logits.deferred_head import compute_logits
 from lightning_qlora.starts.input_statistics import stop_waiting
-from lightning_qlora.state.conversion import check_layers_of_conversions, forget_conversion, mark_as_merged
+from lightning_qlora.state.conversion import (
+    check_layers_of_conversions,
+    conversion_of,
+    forget_conversion,
+    mark_as_merged,
+)
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
 from lightning_qlora.survey.records import undo
+from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
 from lightning_qlora.tensors.held_types import full_precision_parameters
 
@@ -78,12 +84,14 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> None:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict.
 
-    The adapters are finite.
+    The adapters are finite. After an error or an interrupt the merged layers are dense, all else is as before, and
+    another call goes on.
     """
     module = parts.root
     layers = parts.layers
     check_layers_of_conversions(parts)
-    check_converted(module, layers)
+    if all(conversion_of(part) is None for part in parts.modules):  # else an earlier call may have merged all layers
+        check_converted(module, layers)
     reshard(parts.modules)
     stacks = list(expert_stacks(parts.named))
     names = {layer: name for name, layer in parts.base.layers.items()}
@@ -91,7 +99,8 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
-    release(parts.modules)
+    with Snapshot(parts.modules):
+        release(parts.modules)
 
     def merged(layer: LoRALayer) -> Tensor:
         stop_waiting(layer)
@@ -99,18 +108,29 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         return merged_weight(layer, weight_dtype, weights.pop(names[layer], None))
 
     parameters = []
-    _mark_adapters(parts, stacks)
-    for layer in layers.values():
-        if isinstance(layer, QLoRALinear):
-            to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
-            parameters.append(layer.weight)
-    for _, owner, key, stack in stacks:
-        stack.restore(owner, key, merged(stack))
-        parameters.append(owner.get_parameter(key))
+    try:
+        with Snapshot(parts.modules) as before:
+            _mark_adapters(parts, stacks)
+            for layer in layers.values():
+                if isinstance(layer, QLoRALinear):
+                    to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
+                    parameters.append(layer.weight)
+                    before.keep(layer)
+            for _, owner, key, stack in stacks:
+                stack.restore(owner, key, merged(stack))
+                parameters.append(owner.get_parameter(key))
+                before.keep(owner)
+            _restore_dense_parts(parts, dtype)
+    finally:
+        mark_as_loaded(module, parameters)
+
+
+def _restore_dense_parts(parts: Parts, dtype: MergeDtype) -> None:
+    """What follows when all layers are dense: types, rows of tokens, what trains, marks."""
+    module = parts.root
     compute_logits(parts.modules)
     disable_gradient_checkpointing(parts.modules)
     _round_full_precision(parts, dtype)
-    mark_as_loaded(module, parameters)
     merge_tokens(parts.modules)
     for part in parts.modules:
         forget_conversion(part)

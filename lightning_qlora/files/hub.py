@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_qlora.checks import shown
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CACHED_MODEL = "models--"  # what the folder of a model in a cache of the Hugging Face Hub begins with
 
 
@@ -88,9 +89,12 @@ def resolve_model(name: str, download: bool = True) -> str:
         return snapshot_download(name, allow_patterns=files, local_files_only=not download)
     except (ImportError, OSError, ValueError) as error:
         if not download:
+            remedy = "Pass the folder, where it is now: base_model=FOLDER (--base_model FOLDER)."
+            if HUB_NAME.fullmatch(name):
+                remedy += f" Or download it by its name: base_model={name!r} (--base_model {name})."
             raise FileNotFoundError(
-                f"{name}: the file names this base model, and it is neither a folder nor in the cache of the Hugging "
-                f"Face Hub. To download it, pass its name: base_model={name!r} (--base_model {name})."
+                f"{name}: the file names this base model, and it is neither a folder (seen from {os.getcwd()}) nor in "
+                f"the cache of the Hugging Face Hub. {remedy}"
             ) from error
         raise FileNotFoundError(
             f"{name}: neither a folder nor a model on the hub. Check the name, the connection, and that "

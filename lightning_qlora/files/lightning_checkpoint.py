@@ -227,6 +227,11 @@ def one_line_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(in_one_line(path, error)) from error
 
 
+def _is_archive(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
 def in_one_line(path: object, error: Exception) -> str:
     refused_class = re.search(r"GLOBAL (\S+) ", str(error))
     if isinstance(error, pickle.UnpicklingError) and refused_class is not None:
@@ -237,6 +242,10 @@ def in_one_line(path: object, error: Exception) -> str:
         )
     elif isinstance(error, (AttributeError, ImportError)):
         text = f"holds an object whose class cannot be imported ({error})."
+    elif isinstance(path, (str, Path)) and os.path.isfile(path) and not _is_archive(path):
+        text = (
+            "not a checkpoint, or truncated: torch.save writes archives. Pass what the training wrote (.ckpt)."
+        )
     else:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         text = f"not a checkpoint, or truncated ({first_line}). {DAMAGED}"

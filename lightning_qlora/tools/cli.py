@@ -174,6 +174,9 @@ def merge_adapter(
     folder = resolve_model(source, download=base_model is not None)
     merge_folder(folder, values, output, dtype, base, trust_remote_code)
     files = {path.name: path.stat().st_size for path in sorted(Path(output).iterdir())}
+    reads_text = "vocab_size" in (Path(output) / "config.json").read_text(encoding="utf-8")
+    if reads_text and not any(re.search("token|vocab|piece", name) for name in files):
+        _say(f"lightning-qlora: warning: {source} has no tokenizer, so {output} has none: copy one there", sys.stderr)
     if json:
         _print_json({"output": output, "base_model": source, "adapter": adapter, "files": files})
         return

@@ -20,6 +20,18 @@ def test_what_is_asked_of_the_hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "is_of_hub"), [("org/name", True), ("./base", False), ("runs/base/last", False), ("gpt2", True)]
+)
+def test_a_base_that_is_not_there_any_more(name, is_of_hub, monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("not there")))
+    monkeypatch.chdir(tmp_path)
+    with raises_in_one_line(FileNotFoundError, rf"seen from {tmp_path}\).*base_model=FOLDER") as raised:
+        resolve_model(name, download=False)
+    assert ("download it" in str(raised.value)) is is_of_hub
+
+
+@pytest.mark.parametrize(
     "name", [r"\\host\share", "//host/share", r"/\host\share", r"\/host", r"\\?\UNC\host\share", "//"]
 )
 def test_a_name_of_another_computer_in_a_file_is_refused(name, monkeypatch):

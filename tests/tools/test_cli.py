@@ -200,6 +200,21 @@ def test_export_and_merge(trained, tmp_path, capsys, prints):
         torch.testing.assert_close(logits(merged), logits(lit.model), atol=1e-5, rtol=0)
 
 
+def test_a_merge_without_a_tokenizer_says_so(copied, tmp_path, capsys):
+    for number, has_one in enumerate((False, True)):
+        if has_one:
+            (copied / "base/tokenizer.json").write_text("{}")
+        main(["merge", str(copied / "adapter"), str(tmp_path / f"{number}"), "--base_model", str(copied / "base")])
+        warning = f"warning: {copied}/base has no tokenizer, so {tmp_path}/{number} has none: copy one there"
+        assert (warning in capsys.readouterr().err) is not has_one
+
+
+def test_a_file_of_another_kind_is_not_damaged(tmp_path, fails):
+    (tmp_path / "tune.py").write_text("import torch")
+    text = fails("inspect", tmp_path / "tune.py")
+    assert "tune.py: not a checkpoint" in text and "Pass what the training wrote" in text and "damaged" not in text
+
+
 def test_lines_are_as_wide_as_a_terminal(tmp_path, monkeypatch, prints):
     toy("llama").save_pretrained(tmp_path, max_shard_size="60KB")
     whole = prints("inspect", tmp_path)

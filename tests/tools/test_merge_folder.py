@@ -370,7 +370,7 @@ def test_a_base_that_only_the_file_names_is_not_downloaded(tmp_path, monkeypatch
     save_adapter(lit, tmp_path / "adapter")
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), str(out)])
-    assert "To download it, pass its name: base_model='org/name' (--base_model org/name)." in capsys.readouterr().err
+    assert "Or download it by its name: base_model='org/name' (--base_model org/name)." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), str(out), "--base_model", "org/name"])
     assert asked == [True, False]

@@ -243,9 +243,7 @@ def in_one_line(path: object, error: Exception) -> str:
     elif isinstance(error, (AttributeError, ImportError)):
         text = f"holds an object whose class cannot be imported ({error})."
     elif isinstance(path, (str, Path)) and os.path.isfile(path) and not _is_archive(path):
-        text = (
-            "not a checkpoint, or truncated: torch.save writes archives. Pass what the training wrote (.ckpt)."
-        )
+        text = "not a checkpoint, or truncated: torch.save writes archives. Pass what the training wrote (.ckpt)."
     else:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         text = f"not a checkpoint, or truncated ({first_line}). {DAMAGED}"

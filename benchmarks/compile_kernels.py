@@ -23,17 +23,16 @@ from typing import Any
 import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
+from benchmarks.products import add_matmul_, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
-from lightning_qlora.kernels.triton.dropout import dropout
+from lightning_qlora.kernels.triton.dropout import dropout_into
 from lightning_qlora.kernels.triton.grouped import Group
 from lightning_qlora.kernels.triton.half import to_half
-from lightning_qlora.kernels.triton.linear import add_matmul_
-from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
@@ -140,9 +139,12 @@ def _dropout_cases(target: str) -> Iterator[Case]:
         for dtype in NAMES:
             x = torch.randn(64, 64).to(dtype)
             yield Case(
-                f"dropout {NAMES[dtype]}", partial(dropout, x, 0.1, torch.tensor([7]), x), tile["SIZE"] / threads, 32,
+                f"dropout {NAMES[dtype]}",
+                partial(dropout_into, x, x, 0.1, torch.tensor([7])),
+                tile["SIZE"] / threads,
+                32,
                 short=dtype == torch.bfloat16,
-            )  # fmt: skip
+            )
 
 
 def _half_cases(target: str) -> Iterator[Case]:

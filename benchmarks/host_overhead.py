@@ -24,7 +24,7 @@ from benchmarks.experts import block as moe_block
 from benchmarks.measure import table
 from lightning_qlora import convert
 from lightning_qlora.experts import experts as stacks
-from lightning_qlora.kernels import eager, grouped_linear, ops
+from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.backends import Backend
 from lightning_qlora.kernels.triton import launch
@@ -112,18 +112,17 @@ def measure(layers: nn.Module, x: Tensor, count: int = LAYERS) -> list[str]:
     return [f"{cell / count:.0f}" for cell in cells]
 
 
-def unchecked() -> Callable[[torch.device], Backend]:
-    """In place of `backends.backend`: Triton's backend without the check, whose kernels would have to compute."""
-    backend = Backend(torch.device("cpu"), kernels)
-    return lambda device: backend
+def use(kernels: Any) -> None:
+    """Let kernels compute on the CPU; Triton's without the check, in which they would have to."""
+    backends._backends[torch.device("cpu")] = Backend(torch.device("cpu"), kernels)
 
 
 def ours(dropout: float, few_rows: bool = False) -> nn.Module:
     """Our layers on the Triton backend."""
     layers = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(LAYERS))).bfloat16()
-    vars(ops)["backend"] = lambda device: eager
+    use(eager)
     convert(layers, r=RANK, lora_dropout=dropout, compute_dtype="bf16")
-    vars(ops)["backend"] = unchecked()
+    use(kernels)
     tile = launch.Tile(M=16, N=64, PROGRAMS=256, num_warps=4, num_stages=3)
     launch.TABLE["matmul"] = {"default": [tile] if few_rows else []}
     return layers.train()
@@ -133,10 +132,9 @@ def experts(number: int) -> nn.Module:
     """A block of Qwen3-MoE, 8 experts for each token, its experts computed together as on a GPU."""
     shape = argparse.Namespace(hidden=SIZE, width=SIZE, experts=number, active=8)
     block = nn.Sequential(moe_block(shape))
-    vars(ops)["backend"] = lambda device: eager
+    use(eager)
     convert(block, r=RANK, lora_dropout=0.0, compute_dtype="bf16")
-    for module in (ops, grouped_linear):
-        vars(module)["backend"] = unchecked()
+    use(kernels)
     vars(stacks)["INTERPRETED"] = True
     return block.train()
 

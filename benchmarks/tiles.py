@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.compiled import compile_launch, recorded
+from benchmarks.products import add_matmul_, lora_down, lora_gradients, lora_up
 from benchmarks.timing import seconds
 from lightning_qlora.kernels import eager, ops
 from lightning_qlora.kernels import triton as kernels
@@ -27,8 +28,6 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.half import to_half
 from lightning_qlora.kernels.triton.launch import Tile
-from lightning_qlora.kernels.triton.linear import add_matmul_
-from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import dequantize_into
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
@@ -114,9 +113,10 @@ def _calls_of_experts(rows: int, shape: tuple[int, int], device: torch.device) -
             x.split(rows), grad.split(rows), weight.unbind(), lora_a, lora_b, strict=True
         ):
             lora = LoRA(a, b, 0.5)
-            xa = kernels.lora_project(part, lora)
-            kernels.linear_into(part.new_empty(rows, n), part, xa, matrix, None, lora)
-            kernels.linear_backward(of_part, part, xa, matrix, lora, True)
+            plan = kernels.plan(part, lora, matrix)
+            xa = plan.lora_project(part, lora)
+            plan.linear_into(part.new_empty(rows, n), part, xa, matrix, None, lora)
+            plan.linear_backward(of_part, part, xa, matrix, lora, True)
 
     return [together, one_by_one]
 

@@ -229,9 +229,9 @@ STOPS = {
     ),
     "stops_batch": (
         ("training/precision.py", "optimizer_step", "Lightning's optimizer runs the closure: forward, backward"),
-        ("layers/lora_layer.py", "compute", "in each layer: the compute type, and a seed for dropout"),
-        ("kernels/lora_linear.py", "lora_linear", "one op with a gradient; it saves x and drop(x) A^T"),
-        ("kernels/backends.py", "backend", "who computes: Triton, or `eager`: C, else plain torch"),
+        ("layers/prepared_call.py", "run", "in each layer: the compute type, and a seed for dropout"),
+        ("kernels/backends.py", "plan_of", "who computes how: Triton, or `eager`: C, else plain torch"),
+        ("kernels/lora_linear.py", "run_plan", "one op with a gradient; it saves x and drop(x) A^T"),
         ("kernels/eager.py", "linear_into", "s xa B^T, x W^T added, the bias; or one call of C"),
         ("kernels/eager.py", "linear_backward", "W again, the mask again: dX, dA, dB"),
         ("training/audit.py", "before_step", "has every adapter a gradient?"),

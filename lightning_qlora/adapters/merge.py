@@ -18,7 +18,6 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, stack_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, QLoRALinear, to_dense
 from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER, TrainableTokens, merge_tokens
-from lightning_qlora.layers.typed_layer import DTYPES
 from lightning_qlora.logits.deferred_head import compute_logits
 from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.state.conversion import (
@@ -31,6 +30,7 @@ from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
 from lightning_qlora.survey.records import undo
 from lightning_qlora.survey.snapshot import Snapshot
+from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
 from lightning_qlora.tensors.held_types import full_precision_parameters
 

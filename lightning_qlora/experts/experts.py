@@ -26,6 +26,7 @@ from lightning_qlora.kernels.lora_linear import is_plain_call
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
+from lightning_qlora.layers.prepared_call import cast_input
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import ReadableStack
 
@@ -145,7 +146,10 @@ class QLoRAExperts(SavedLayer):
 
     def _compute_together(self, x: Tensor, ends: Tensor) -> Tensor | None:
         """All experts in one launch each; None if there are no kernels for them."""
-        rows, in_fp16 = self.cast_input(x)
+        of_x, in_fp16, of_y = self.types_of_call(x.device.type, x.dtype)
+        rows = x
+        if x.dtype is not of_x:
+            rows = cast_input(x, of_x)
         lora = LoRA(self.lora_A, self.lora_B, self.scaling, self.lora_dropout, in_fp16=in_fp16)
         if not can_group(rows, self.weight_bytes, lora):
             return None
@@ -153,12 +157,13 @@ class QLoRAExperts(SavedLayer):
             lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), 0.0, in_fp16=in_fp16)
         else:
             self.__dict__["was_called"] = True
-            lora = lora._replace(seed=self.dropout_seed())
+            if self.lora_dropout and self.training:
+                lora = lora._replace(seed=torch.randint(1 << 62, (1,), device="cpu"))
         if self.input_statistics is not None:
             for number, part in zip(*rows_of_experts(x, ends), strict=True):
                 self.input_statistics.add(self, number, part, self.lora_B[number])
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
-        return self.cast_output(y, x.dtype)
+        return y if y.dtype is of_y else y.to(of_y)
 
     def _adapter_of_each_matrix(self) -> list[Sequence[Any]]:
         """As in LoRALayer, with the same views until a parameter changes.

@@ -4,8 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,65 +12,91 @@ from torch import Tensor
 
 from lightning_qlora.kernels import eager, scratch
 from lightning_qlora.kernels.half import Half
+from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.kernels.verdict import KERNELS, verdict
 from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 IN_PLACE = ("adamw_step", "adamw8bit_step")  # all other ops return new tensors, or write all of one
+PLANNED = ("lora_project", "linear_into", "linear_backward")  # methods of a plan
+MAX_PLANS = 4096  # that are kept: one for every shape of an input and of a layer
 
 
 class Backend:
-    """The ops on a device with Triton; `reference` specifies what they compute."""
+    """The ops on a device, by the kernels of a module: Triton's, or those of `eager`; `reference` specifies them.
+
+    Where a kernel of Triton fails, `eager` computes that op.
+    """
 
     failures: dict[str, str]  # the ops that `eager` computes, each with what its kernels do wrong
     quantize: Callable[..., PackedBytes]
     dequantize: Callable[..., Tensor]
     to_half: Callable[[Tensor], Half]
-    lora_project: Callable[..., Tensor]
-    linear_into: Callable[..., None]
-    linear_backward: Callable[..., tuple[Tensor | None, Tensor, Tensor]]
     grouped_linear: Callable[..., tuple[Tensor, Tensor]]
     grouped_linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast
     adamw_step: Callable[..., None]
     adamw8bit_step: Callable[..., None]
 
-    def __init__(self, device: torch.device, kernels: ModuleType) -> None:
+    def __init__(self, device: torch.device, kernels: Any = eager) -> None:
         self.device = device
+        self.kernels = kernels
         self.failures = {}
+        self.plans: dict[tuple[Any, ...], eager.Plan] = {}
         for op in OPS:
-            setattr(self, op, self._guarded(op, getattr(kernels, op), getattr(eager, op)))
+            if op not in PLANNED:
+                setattr(self, op, self._guarded(op, getattr(kernels, op), getattr(eager, op)))
         self.can_group = kernels.can_group
 
-    def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on.
+    def new_plan(self, x: Tensor, lora: LoRA, weight: PackedBytes) -> eager.Plan:
+        plan: eager.Plan = self.kernels.plan(x, lora, weight)
+        if self.kernels is not eager:
+            plain = eager.plan(x, lora)
+            guarded = {op: self._guarded(op, getattr(plan, op), getattr(plain, op)) for op in PLANNED}
+            vars(plan).update(guarded, to_half=self.to_half)
+        return plan
 
-        An op that writes in place (its first argument is the list of what it writes) is not repeated once it began.
-        """
+    def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on."""
+        failures = self.failures
 
         def run(*arguments: Any) -> Any:
-            written = arguments[0] if op in IN_PLACE else []
-            versions = [tensor._version for tensor in written]
+            if op in failures:
+                return plain(*arguments)
             try:
                 return kernel(*arguments)
             except Exception as error:  # Triton, its compilers and the driver raise many types
-                has_begun = versions != [tensor._version for tensor in written]
-                if has_begun or isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
-                    raise
-                result = plain(*arguments)  # raises as well if the arguments are wrong or the device is lost
-                self.fall_back({op: f"{type(error).__name__}: {error}"})
-                return result
+                return self._repeat(op, plain, arguments, error)
 
-        return run
+        def run_in_place(written: list[Tensor], *arguments: Any) -> Any:
+            """Not repeated once it began to write."""
+            if op in failures:
+                return plain(written, *arguments)
+            versions = [tensor._version for tensor in written]
+            try:
+                return kernel(written, *arguments)
+            except Exception as error:
+                if versions != [tensor._version for tensor in written]:
+                    raise
+                return self._repeat(op, plain, (written, *arguments), error)
+
+        if self.kernels is eager:
+            return plain
+        return run_in_place if op in IN_PLACE else run
+
+    def _repeat(self, op: str, plain: Callable[..., Any], arguments: tuple[Any, ...], error: Exception) -> Any:
+        if isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
+            raise error
+        result = plain(*arguments)  # raises as well if the arguments are wrong or the device is lost
+        self.fall_back({op: f"{type(error).__name__}: {error}"})
+        return result
 
     def fall_back(self, failures: dict[str, str]) -> None:
         """Compute these ops, of which the kernels do something wrong, in plain torch from now on, and say so."""
         if not failures:
             return
         self.failures |= failures
-        for op in failures:
-            setattr(self, op, getattr(eager, op))
         if any(op.startswith("grouped") for op in failures):
             self.can_group = eager.can_group
         scratch.release()  # of a kernel that failed, the counters of shared sums may be wrong
@@ -86,13 +111,12 @@ class Backend:
         )
 
 
-_EAGER = cast(Backend, eager)
 UNTRIED = ("mps",)  # types of devices on which nobody has run this package
 _backends: dict[torch.device, Backend] = {}
 
 
 def backend(device: torch.device) -> Backend:
-    """What computes on a device: Triton's kernels on a GPU or under TRITON_INTERPRET=1, else the module `eager`."""
+    """What computes on a device: Triton's kernels on a GPU or under TRITON_INTERPRET=1, else those of `eager`."""
     previous = _backends.get(device)
     if previous is not None:
         return previous
@@ -100,7 +124,36 @@ def backend(device: torch.device) -> Backend:
         return _make(device)
     if device.type in UNTRIED:
         return _try(device)
-    return _backends.setdefault(device, _EAGER)
+    return _backends.setdefault(device, Backend(device))
+
+
+def plan_of(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> eager.Plan:
+    """How a layer is computed; its operands are checked, because only those that fit have a plan."""
+    packed, absmax, nested, shape, quant_type, block_size = weight
+    a, b, _, p, seed, in_fp16 = lora
+    device = x.device
+    # What decides whether and how a layer is computed: neither values nor addresses, which differ in each call. The
+    # checks, and what makes a plan, read nothing else of the operands.
+    facts = (
+        (x.shape, x.dtype, device),
+        (a.shape, a.dtype, a.device),
+        (b.shape, b.dtype, b.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        (packed.numel(), packed.dtype, packed.device),
+        (absmax.numel(), absmax.dtype, absmax.device),
+        (nested.numel(), nested.dtype, nested.device),
+        (shape, quant_type, block_size),
+        None if seed is None else p,
+        in_fp16,
+    )
+    computes = _backends.get(device) or backend(device)
+    plan = computes.plans.get(facts)
+    if plan is None:
+        check_operands(x, weight, bias, lora)
+        if len(computes.plans) >= MAX_PLANS:
+            computes.plans.clear()
+        plan = computes.plans[facts] = computes.new_plan(x, lora, weight)
+    return plan
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -111,20 +164,18 @@ def has_kernels(device: torch.device) -> bool:
 def failures(device: torch.device, repeat: bool = False) -> dict[str, str]:
     """The ops whose kernels are not used on a device, each with what they do wrong; `repeat` checks all again now."""
     if repeat and has_kernels(device):
-        kernels = _make(device, repeat)
-    else:
-        kernels = backend(device)
-    return getattr(kernels, "failures", {})
+        return _make(device, repeat).failures
+    return backend(device).failures
 
 
 def describe(device: torch.device) -> str:
     """What computes on a device, as a text for users: results of another one differ in their last bits."""
-    kernels = backend(device)
-    if kernels is _EAGER:
+    found = backend(device)
+    if found.kernels is eager:
         if device.type == "cpu":
             return eager.path()
         return "plain torch"
-    return ", ".join(["Triton kernels", *(f"{op} in plain torch" for op in OPS if op in kernels.failures)])
+    return ", ".join(["Triton kernels", *(f"{op} in plain torch" for op in OPS if op in found.failures)])
 
 
 def agree(device: torch.device) -> None:
@@ -134,17 +185,17 @@ def agree(device: torch.device) -> None:
     """
     if not (has_kernels(device) and dist.is_available() and dist.is_initialized()):
         return
-    kernels = backend(device)
-    failed = torch.tensor([kernels is _EAGER or op in kernels.failures for op in OPS], device=device).int()
+    ours = backend(device)
+    failed = torch.tensor([ours.kernels is eager or op in ours.failures for op in OPS], device=device).int()
     dist.all_reduce(failed, dist.ReduceOp.MAX)
-    if kernels is not _EAGER:
-        others = [op for op, fails in zip(OPS, failed.tolist(), strict=True) if fails and op not in kernels.failures]
-        kernels.fall_back(dict.fromkeys(others, "fails on another rank"))
+    if ours.kernels is not eager:
+        others = [op for op, fails in zip(OPS, failed.tolist(), strict=True) if fails and op not in ours.failures]
+        ours.fall_back(dict.fromkeys(others, "fails on another rank"))
 
 
 def _try(device: torch.device) -> Backend:
     """`eager`, with a warning if torch lacks what an op needs on the device or computes other values there."""
-    _backends[device] = _EAGER
+    result = _backends[device] = Backend(device)
     wrong = "; ".join(f"{op}: {why}" for op, why in faults(eager, device).items() if why)
     if wrong:
         warnings.warn(
@@ -152,12 +203,12 @@ def _try(device: torch.device) -> Backend:
             'never run on such a device. Use accelerator="cpu"',
             stacklevel=3,
         )
-    return _EAGER
+    return result
 
 
 def _make(device: torch.device, repeat: bool = False) -> Backend:
     """Triton's backend; `eager`, with one warning, if no kernel runs on the device."""
-    result = _EAGER
+    result = Backend(device)
     try:
         kernels = import_module(KERNELS)
         kernels.check_launch(device)

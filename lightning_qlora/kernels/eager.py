@@ -13,16 +13,15 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half
+from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight, take_out
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.products import add_product_, cast, decoded, factor, product
 from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
 from lightning_qlora.kernels.reference import adamw_step as adamw_step
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
-from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.scratch import scratch_matrix
 from lightning_qlora.quantization.blockwise import CHUNK
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -37,18 +36,18 @@ def path() -> str:
     return "plain torch (the C kernels could not be compiled)"
 
 
-def _library(x: Tensor) -> Library | None:
-    if x.device.type != "cpu":
+def _library(device: torch.device, dtype: torch.dtype) -> Library | None:
+    if device.type != "cpu":
         return None
     library = compiled_library()
-    if library is None or x.dtype not in library.types:
+    if library is None or dtype not in library.types:
         return None
     return library
 
 
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
     """See `reference.quantize`."""
-    library = _library(weight)
+    library = _library(weight.device, weight.dtype)
     if library is None:
         return reference.quantize(weight, quant_type, block_size, double_quant)
     return library.quantize(weight, quant_type, block_size, double_quant)
@@ -59,81 +58,150 @@ def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
-    library = _library(out)
+    library = _library(out.device, out.dtype)
     if library is None:
-        return weight.dequantize_into(out)
+        weight.dequantize_into(out.view(-1))
+        return out
     return library.dequantize_into(out, weight)
 
 
-def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
-    return product(_dropped(x, lora), lora.a.T)
+def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> "Plan":
+    return HalfPlan(x, lora) if lora.in_fp16 else Plan(x, lora)
 
 
-def linear_into(
-    out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
-) -> None:
-    if isinstance(x, Tensor) and linear_in_one_call(out, x, weight, bias, lora, xa):
-        return
-    product(factor(xa, x), lora.b.T, lora.scaling, out)
-    add_product_(out, x, decoded(weight, x, _decoded).T)
-    if bias is not None:
-        out.add_(bias)
+class Plan:
+    """The three functions of a layer for inputs of one shape and type, with what is the same in all their calls.
 
-
-def linear_in_one_call(
-    out: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, xa: Tensor | None = None
-) -> bool:
-    """`linear_into` in one call of C, which decodes W inside the product; False if there is none for so many rows.
-
-    Without xa it also computes x A^T, without dropout.
+    `reference` says what they compute. A plan depends on shapes, types and devices alone, and holds no tensor.
     """
-    library = _library(x)
-    if library is None or not library.is_fast_for(x.shape[0], x.dtype):
-        return False
-    library.lora_linear(out, x, weight, bias, lora, xa)
-    return True
+
+    def __init__(self, x: Tensor | Half, lora: LoRA) -> None:
+        a, b, *_ = lora
+        lead = x.shape[:-1]
+        self.m = lead.numel()
+        self.r, self.k = a.shape
+        self.n = b.shape[0]
+        self.is_matrix = len(lead) == 1
+        self.takes_x = self.is_matrix and not lora.in_fp16  # as it is; else what `rows` makes of it
+        self.shape = *lead, self.n  # of y
+        of_xa = torch.Size((self.m, self.r)), x.dtype
+        self.operands = x.shape, x.dtype, *of_xa, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
+        self.device = x.device
+        self.kind = x.device.type
+        self.dtype = x.dtype  # of y too
+        self.decoded_dtype = torch.float16 if lora.in_fp16 else x.dtype
+        self.p = lora.p
+        library = _library(self.device, self.dtype)
+        decoder = _library(self.device, self.decoded_dtype)
+        self.library: Any = library
+        self.dropout_into = dropout_in_chunks if library is None else library.dropout_into
+        self.dequantize_into = dequantize_into if decoder is None else decoder.dequantize_into
+        # Whether C has the layer in one call, which decodes W inside of the product.
+        self.in_one_call = library is not None and library.is_fast_for(self.m, self.dtype) and not lora.in_fp16
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """x [..., in], y or dY as a matrix; they are one if `is_matrix`."""
+        return x if self.is_matrix else x.reshape(self.m, x.shape[-1])
+
+    def rows(self, x: Tensor) -> Any:
+        """x, or dY, as the three functions take it."""
+        return self.matrix(x)
+
+    def lora_project(self, x: Any, lora: LoRA) -> Tensor:
+        return self.product(self.dropped(x, lora.seed), lora.a.T)
+
+    def linear_into(
+        self, out: Tensor, x: Any, xa: Tensor | None, weight: PackedBytes, bias: Tensor | None, lora: LoRA
+    ) -> None:
+        """`xa`: None is x A^T without dropout, if `in_one_call`."""
+        if self.in_one_call:
+            self.library.lora_linear(out, x, weight, bias, lora, xa)
+            return
+        self.product(xa, lora.b.T, lora.scaling, out)
+        self.product(x, self.decoded(weight)[1], out=out, adds=True)
+        if bias is not None:
+            out.add_(bias)
+
+    def linear_backward(
+        self, grad: Any, x: Any, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        grad_xa = self.product(grad, lora.b, lora.scaling)
+        grad_b = self.product(grad.T, xa, lora.scaling).to(lora.b.dtype)
+        grad_a = self.product(grad_xa.T, self.dropped(x, lora.seed)).to(lora.a.dtype)
+        if not needs_x:
+            return None, grad_a, grad_b
+        grad_x = self.product(grad_xa, lora.a)
+        if lora.seed is not None:
+            self.dropout_into(grad_x, grad_x, self.p, lora.seed)
+        return self.product(grad, self.decoded(weight)[0], out=grad_x, adds=True), grad_a, grad_b
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Those of x (shaped like x; None if it is not needed), A and B, without the autocast of the caller."""
+        if torch.is_autocast_enabled(self.kind):
+            with torch.autocast(self.kind, enabled=False):
+                return self.gradients(grad, x, xa, weight, lora, needs_x)
+        if self.takes_x:
+            return self.linear_backward(grad, x, xa, weight, lora, needs_x)
+        grad_x, grad_a, grad_b = self.linear_backward(self.rows(grad), self.rows(x), xa, weight, lora, needs_x)
+        if grad_x is not None:
+            grad_x = grad_x.view(x.shape)
+        return grad_x, grad_a, grad_b
+
+    def product(self, a: Any, b: Any, s: float = 1.0, out: Tensor | None = None, adds: bool = False) -> Tensor:
+        """s a b, b rounded as a is: a [m, k], b [k, n]. It is written to `out`, or added to it, and rounded once."""
+        if b.dtype is not a.dtype:
+            b = b.to(a.dtype)
+        if s == 1.0 and not adds:
+            return torch.mm(a, b, out=out)
+        if out is None:
+            out = a.new_empty(a.shape[0], b.shape[1])
+        return out.addmm_(a, b, beta=1 if adds else 0, alpha=s)
+
+    def decoded(self, weight: PackedBytes) -> tuple[Any, Any]:
+        """W and W^T in the reused buffer, valid until the next weight is decoded."""
+        matrices = scratch_matrix((self.n, self.k), self.decoded_dtype, self.device)
+        self.dequantize_into(matrices[0], weight)
+        return matrices
+
+    def dropped(self, x: Any, seed: Tensor | None) -> Any:
+        """drop(x) in a reused buffer, valid until the next call; x itself without a seed."""
+        if seed is None:
+            return x
+        out, _ = scratch_matrix((self.m, self.k), self.dtype, self.device, "dropped")
+        return self.dropout_into(out, x.contiguous(), self.p, seed)
 
 
-def linear_backward(
-    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    grad_xa = factor(product(grad, lora.b, lora.scaling), grad)
-    grad_b = cast(product(grad.T, xa, lora.scaling), lora.b.dtype)
-    grad_a = cast(product(grad_xa.T, _dropped(x, lora)), lora.a.dtype)
-    if not needs_x:
-        return None, grad_a, grad_b
-    grad_x = product(grad_xa, lora.a)
-    if lora.seed is not None:
-        _dropout(grad_x, grad_x, lora.p, lora.seed)
-    return add_product_(grad_x, grad, decoded(weight, grad, _decoded)), grad_a, grad_b
+class HalfPlan(Plan):
+    """The same with factors of fp16 and a power of two for each (`half.py`); x, y and all results are fp32."""
 
+    to_half = staticmethod(to_half)
+    scaled = staticmethod(scaled)
 
-def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    """W in the reused buffer, valid until the next weight is decoded."""
-    return dequantize_into(scratch(weight.numel, dtype, weight.packed.device), weight).view(weight.shape)
+    def rows(self, x: Tensor) -> Half:
+        return self.to_half(self.matrix(x))
 
+    def factor(self, matrix: Any) -> Half:
+        return matrix if isinstance(matrix, Half) else self.to_half(matrix)
 
-def _dropped(x: Tensor | Half, lora: LoRA) -> Any:
-    """drop(x), of a tensor in a reused buffer, valid until the next call; x itself without a seed."""
-    if lora.seed is None:
-        return x
-    if isinstance(x, Half):  # with a power of two of its own: dividing by 1 - p can pass the end of fp16
-        values = x.to_fp32().contiguous()
-        return to_half(_dropout(values, values, lora.p, lora.seed))
-    x = x.contiguous()
-    return _dropout(scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape), x, lora.p, lora.seed)
+    def product(self, a: Any, b: Any, s: float = 1.0, out: Tensor | None = None, adds: bool = False) -> Tensor:
+        a = self.factor(a)
+        b = self.factor(b)
+        sums = multiply(a.values, b.values, None if adds else out)
+        result = take_out(sums, a.factor, b.factor).mul_(s)
+        return out.add_(result) if adds and out is not None else result
 
+    def decoded(self, weight: PackedBytes) -> tuple[Half, Half]:
+        divided, power = scaled_weight(weight, self.scaled)
+        dense, transposed = super().decoded(divided)
+        return Half(dense, power), Half(transposed, power)
 
-def _dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
-    library = _library(x)
-    if library is None:
-        return dropout_in_chunks(out, x, p, seed)
-    return library.dropout_into(out, x, p, seed)
-
-
-def can_group(*_: object) -> bool:
-    """A CPU computes expert by expert: it knows without waiting how many rows each of them has."""
-    return False
+    def dropped(self, x: Half, seed: Tensor | None) -> Half:
+        if seed is None:
+            return x
+        values = x.to_fp32().contiguous()  # with a power of its own: dividing by 1 - p can pass the end of fp16
+        return self.to_half(self.dropout_into(values, values, self.p, seed))
 
 
 def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -146,3 +214,8 @@ def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         keep = dropout_kept(start, stop, p, seed, x.device)
         flat[start:stop] = torch.where(keep, source[start:stop] * factor, 0)
     return out
+
+
+def can_group(*_: object) -> bool:
+    """A CPU computes expert by expert: it knows without waiting how many rows each of them has."""
+    return False

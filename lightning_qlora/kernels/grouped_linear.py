@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA, check_devices
 from lightning_qlora.kernels.lora_linear import is_plain_call, refuse_second_derivative
-from lightning_qlora.kernels.ops import as_factor
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.quantization.packed_weight import PackedBytes, check_bytes
 
@@ -55,7 +55,7 @@ class _GroupedLinear(torch.autograd.Function):
         ends, weight, choices = rest
         x = x.contiguous()
         lora = LoRA(lora_a, lora_b, *choices)
-        y, xa = backend(x.device).grouped_linear(as_factor(x, lora), ends, weight, lora)
+        y, xa = backend(x.device).grouped_linear(_factor(x, lora), ends, weight, lora)
         ctx.save_for_backward(x, xa, ends, lora_a, lora_b)
         ctx.rest = weight, choices
         return y
@@ -66,5 +66,9 @@ class _GroupedLinear(torch.autograd.Function):
         x, xa, ends, lora_a, lora_b = ctx.saved_tensors
         weight, choices = ctx.rest
         lora = LoRA(lora_a, lora_b, *choices)
-        factors = as_factor(grad.contiguous(), lora), as_factor(x, lora)
+        factors = _factor(grad.contiguous(), lora), _factor(x, lora)
         return *backend(x.device).grouped_linear_backward(*factors, xa, ends, weight, lora), None
+
+
+def _factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
+    return backend(rows.device).to_half(rows) if lora.in_fp16 else rows

@@ -38,6 +38,11 @@ class Half(NamedTuple):
         return self.values.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix, and of its products."""
+        return torch.float32
+
+    @property
     def device(self) -> torch.device:
         return self.values.device
 

@@ -8,7 +8,9 @@ from torch.autograd import forward_ad
 
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.kernels import ops, reference
-from lightning_qlora.kernels.lora import LoRA, check_operands
+from lightning_qlora.kernels.backends import plan_of
+from lightning_qlora.kernels.eager import Plan
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
@@ -34,59 +36,89 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
             )
         y: Tensor = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, *lora)[0]
         return y
-    check_operands(x, weight, bias, lora)
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    needs_no_gradient = not torch.is_grad_enabled() and forward_ad._current_level < 0
-    if needs_no_gradient and ops.layer_in_one_call(y, x, weight, bias, lora):
-        return y
-    with ops.no_autocast(x):
-        with torch.no_grad():
-            rows, xa = ops.lora_project(x, lora)  # drop(x) A^T
-        # Before the large product: when activation checkpointing recomputes a block, torch stops as soon as all tensors
-        # are saved, and skips the decoding and the product of the last layer.
-        # One argument for all that has no gradient: `apply` and autograd do something for each.
-        y = _Gradient.apply(y, x, bias, lora.a, lora.b, (xa, weight, lora[2:]))  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            ops.linear_into(y, rows, xa, weight, bias, lora)  # s xa B^T + x W^T + bias
+    return run_plan(plan_of(x, weight, bias, lora), x, weight, bias, lora)
+
+
+def run_plan(plan: Plan, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> Tensor:
+    """The same by the plan of these operands, which was asked for, for a call in which `is_plain_call`."""
+    has_grad_mode = torch.is_grad_enabled()
+    has_graph = has_grad_mode or forward_ad._current_level >= 0  # a Function without `jvp` refuses forward mode
+    has_autocast = torch.is_autocast_enabled(plan.kind)
+    try:
+        torch._C._set_grad_enabled(False)
+        if has_autocast:  # kernels write x's type by address, so it must not give torch's products another type
+            torch.set_autocast_enabled(plan.kind, False)
+        rows = x if plan.takes_x else plan.rows(x)
+        xa = None
+        if has_graph or lora.seed is not None or not plan.in_one_call:
+            xa = plan.lora_project(rows, lora)
+        if has_graph:
+            torch._C._set_grad_enabled(has_grad_mode)
+            # Before the large product: when activation checkpointing recomputes a block, torch stops as soon as all
+            # tensors are saved, and skips the decoding and the product of the last layer.
+            y: Tensor = _node(x, bias, lora.a, lora.b, (xa, plan, weight, lora[2:]))
+            torch._C._set_grad_enabled(False)
+        else:
+            y = x.new_empty(plan.shape)
+        out = y if plan.is_matrix else plan.matrix(y)
+        plan.linear_into(out, rows, xa, weight, bias, lora)  # s xa B^T + x W^T + bias
+    finally:
+        torch._C._set_grad_enabled(has_grad_mode)
+        if has_autocast:
+            torch.set_autocast_enabled(plan.kind, True)
     return y
 
 
 class _Gradient(torch.autograd.Function):
     """The gradient of y, which `lora_linear` writes after this: `forward` saves what the backward pass needs.
 
-    Used outside of torch.compile: `torch.library` has more overhead than a small layer takes to compute. Without grad
-    mode too, since a Function without `jvp` refuses forward-mode differentiation.
+    Used outside of torch.compile: `torch.library` has more overhead than a small layer takes to compute.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        rest: tuple[Tensor, PackedBytes, tuple[Any, ...]],
+        ctx: Any, x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, rest: tuple[Any, ...]
     ) -> Tensor:
-        xa, ctx.weight, ctx.choices = rest
-        ctx.mark_dirty(y)
+        """One argument for all that has no gradient: `apply` and autograd do something for each."""
+        xa, *ctx.rest = rest
         ctx.save_for_backward(x, xa, lora_a, lora_b)
-        return y
+        shape: tuple[int, ...] = ctx.rest[0].shape
+        return x.new_empty(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, lora_a, lora_b = ctx.saved_tensors
-        _, needs_x, needs_bias, *_ = ctx.needs_input_grad
-        lora = LoRA(lora_a, lora_b, *ctx.choices)
+        x, xa, a, b = ctx.saved_tensors  # once: a recomputed block does not give them twice
+        needs_x, needs_bias, *_ = ctx.needs_input_grad
+        plan, weight, choices = ctx.rest
+        lora = LoRA(a, b, *choices)
         grads: tuple[Tensor | None, ...]
         if _creates_graph():
-            grads = _recorded_backward(grad, x, ctx.weight, lora)
+            grads = _recorded_backward(grad, x, weight, lora)
         else:
-            grads = ops.lora_linear_backward(grad, x, xa, ctx.weight, lora, needs_x)
+            grads = _plan_of_backward(plan, x, xa, weight, lora).gradients(grad, x, xa, weight, lora, needs_x)
         of_bias = None
         if needs_bias:
             of_bias = grad_bias(grad)
-        return None, grads[0], of_bias, grads[1], grads[2], None
+        return grads[0], of_bias, grads[1], grads[2], None
+
+
+# `Function.apply` asks whether a transform of functorch is active, which was asked.
+_node: Any = super(torch.autograd.Function, _Gradient).apply
+
+
+def _plan_of_backward(plan: Plan, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA) -> Plan:
+    """That of the forward pass, unless `.data =` changed operands since, or hooks of saved tensors cast them."""
+    a, b, *_ = lora
+    operands = x.shape, x.dtype, xa.shape, xa.dtype, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
+    if operands == plan.operands:
+        return plan
+    plan = plan_of(x, weight, None, lora)
+    if xa.shape[1] != plan.r:
+        raise RuntimeError(
+            f"The adapter had rank {xa.shape[1]} in the forward pass, and has rank {plan.r} in its backward pass. Set "
+            "another rank after it."
+        )
+    return plan
 
 
 def _creates_graph() -> bool:
@@ -100,7 +132,7 @@ def _recorded_backward(grad: Tensor, x: Tensor, weight: PackedBytes, lora: LoRA)
         refuse_second_derivative()
     rows = x.reshape(-1, x.shape[-1])
     grad = grad.reshape(-1, grad.shape[-1])
-    with ops.no_autocast(x):
+    with torch.autocast(x.device.type, enabled=False):
         xa = reference.lora_project(rows, lora)
         added, grad_a, grad_b = reference.adapter_backward(grad, rows, xa, lora)
         grad_x = _TimesWeight.apply(grad, weight, False) + added  # type: ignore[no-untyped-call]

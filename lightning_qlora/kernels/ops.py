@@ -5,8 +5,8 @@ opaque node and `torch.library.opcheck` can test them. The steps of AdamW are pl
 `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast, get_args
 
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from lightning_qlora.checks import check_bool, check_choice, check_finite
 from lightning_qlora.config import BLOCK_SIZES, QuantType
-from lightning_qlora.kernels import eager
-from lightning_qlora.kernels.backends import backend, has_kernels
-from lightning_qlora.kernels.half import Half
-from lightning_qlora.kernels.lora import LoRA, check_operands
+from lightning_qlora.kernels.backends import backend, plan_of
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE, dequantize_absmax
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, aligned, check_bytes
 
@@ -188,11 +186,12 @@ def lora_linear_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     weight = _weight_of(rest)
     bias, *fields = rest[WEIGHT_FIELDS:]
     lora = LoRA(*fields)
-    check_operands(x, weight, bias, lora)
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    with no_autocast(x):
-        rows, xa = lora_project(x, lora)
-        linear_into(y, rows, xa, weight, bias, lora)
+    plan = plan_of(x, weight, bias, lora)
+    y = x.new_empty(plan.shape)
+    with torch.autocast(plan.kind, enabled=False):
+        rows = plan.rows(x)
+        xa = plan.lora_project(rows, lora)
+        plan.linear_into(plan.matrix(y), rows, xa, weight, bias, lora)
     return y, xa
 
 
@@ -201,7 +200,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
     lora = LoRA(*rest[WEIGHT_FIELDS + 1 :])
     out_features = _weight_of(rest).shape[0]
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(_rows(x).shape[0], lora.a.shape[0])
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(math.prod(x.shape[:-1]), lora.a.shape[0])
 
 
 @torch.library.custom_op(
@@ -213,7 +212,9 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def lora_linear_backward_op(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (empty if it is not needed), A and B."""
     *fields, needs_x = rest[WEIGHT_FIELDS:]
-    grad_x, grad_a, grad_b = lora_linear_backward(grad, x, xa, _weight_of(rest), LoRA(*fields), needs_x)
+    weight = _weight_of(rest)
+    lora = LoRA(*fields)
+    grad_x, grad_a, grad_b = plan_of(x, weight, None, lora).gradients(grad, x, xa, weight, lora, needs_x)
     if grad_x is None:
         grad_x = x.new_empty(0)
     return grad_x, grad_a, grad_b
@@ -224,62 +225,6 @@ def _(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     *fields, needs_x = rest[WEIGHT_FIELDS:]
     lora = LoRA(*fields)
     return x.new_empty(x.shape if needs_x else 0), lora.a.new_empty(lora.a.shape), lora.b.new_empty(lora.b.shape)
-
-
-def lora_project(x: Tensor, lora: LoRA) -> tuple[Tensor | Half, Tensor]:
-    """First part of the layer: x as the products take it, [m, in], and drop(x) A^T, [m, r]."""
-    rows = as_factor(_rows(x), lora)
-    return rows, backend(x.device).lora_project(rows, lora)
-
-
-def linear_into(
-    y: Tensor, rows: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
-) -> None:
-    """Second part, with the large product: writes s xa B^T + x W^T + bias to y."""
-    backend(y.device).linear_into(_rows(y), rows, xa, weight, bias, lora)
-
-
-def as_factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
-    return backend(rows.device).to_half(rows) if lora.in_fp16 else rows
-
-
-def layer_in_one_call(y: Tensor, x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> bool:
-    """Both parts in one call, if there is one, which a CPU has for few rows and no dropout; returns whether."""
-    if lora.seed is not None or lora.in_fp16 or has_kernels(x.device):
-        return False
-    return eager.linear_in_one_call(_rows(y), _rows(x), weight, bias, lora)
-
-
-def lora_linear_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of x (shaped like x; None if it is not needed), A and B."""
-    with no_autocast(x):
-        factors = as_factor(_rows(grad), lora), as_factor(_rows(x), lora)
-        grad_x, grad_a, grad_b = backend(x.device).linear_backward(*factors, xa, weight, lora, needs_x)
-    if grad_x is not None and x.dim() != 2:
-        grad_x = grad_x.view(x.shape)
-    return grad_x, grad_a, grad_b
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-_NO_CHANGE = nullcontext()
-
-
-def has_autocast(device: str) -> bool:
-    """Whether autocast is on for a type of device; "meta" has none, and torch refuses the question."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Kernels write x's type by address, so autocast must not give torch's products another type."""
-    device = x.device.type
-    if has_autocast(device) and torch.get_autocast_dtype(device) is not x.dtype:
-        return torch.autocast(device, enabled=False)
-    return _NO_CHANGE
 
 
 def adamw_step(params: list[Tensor], *rest: Any) -> None:

@@ -14,16 +14,16 @@ An input is a tensor, or a `Half`, whose product is an fp32 tensor.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
-from lightning_qlora.kernels.half import Half
+from lightning_qlora.kernels.half import Half, scaled_weight
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.products import decoded, factor
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.blockwise import block_absmax, normalize
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
@@ -68,6 +68,7 @@ def dropout_kept(start: int, stop: int, p: float, seed: Tensor, device: torch.de
     return word >= dropout_threshold(p)[0]
 
 
+@lru_cache(64)
 def dropout_threshold(p: float) -> tuple[int, float]:
     """The smallest hash, an int32, of an element that is kept, and the factor 1 / (1 - p)."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p)
@@ -94,7 +95,7 @@ def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
     """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
-    y = _product(x, decoded(weight, x, dequantize).T) + lora.scaling * _product(factor(xa, x), lora.b.T)
+    y = _product(x, _decoded(weight, x).T) + lora.scaling * _product(_factor(xa, x), lora.b.T)
     if bias is not None:
         y = y + bias
     out.copy_(y)
@@ -110,13 +111,13 @@ def linear_backward(
     added, grad_a, grad_b = adapter_backward(grad, x, xa, lora)
     if not needs_x:
         return None, grad_a, grad_b
-    return _rounded(_product(grad, decoded(weight, grad, dequantize)) + added, grad), grad_a, grad_b
+    return _rounded(_product(grad, _decoded(weight, grad)) + added, grad), grad_a, grad_b
 
 
 def adapter_backward(grad: Tensor | Half, x: Tensor | Half, xa: Tensor, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
     """The adapter's part of dX in fp32, s drop(dY B A), and the gradients of A and B."""
     grad_xa, grad_a, grad_b = _adapter_gradients(grad, _dropped(x, lora), xa, lora)
-    return dropout(_product(factor(grad_xa, grad), lora.a), lora.p, lora.seed), grad_a, grad_b
+    return dropout(_product(_factor(grad_xa, grad), lora.a), lora.p, lora.seed), grad_a, grad_b
 
 
 def _adapter_gradients(
@@ -125,7 +126,7 @@ def _adapter_gradients(
     """s dY B [m, r], and the gradients of A and B."""
     grad_xa = _rounded(lora.scaling * _product(grad, lora.b), grad)
     grad_b = (lora.scaling * _product(grad.T, xa)).to(lora.b.dtype)
-    return grad_xa, _product(factor(grad_xa, grad).T, dropped).to(lora.a.dtype), grad_b
+    return grad_xa, _product(_factor(grad_xa, grad).T, dropped).to(lora.a.dtype), grad_b
 
 
 def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:
@@ -158,20 +159,35 @@ def grouped_linear_backward(
         adapter = LoRA(lora.a[e], lora.b[e], lora.scaling)
         of_rows = _part(grad, rows)
         grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(of_rows, _part(dropped, rows), xa[rows], adapter)
-        total[rows] = _product(factor(grad_xa, grad), adapter.a)
+        total[rows] = _product(_factor(grad_xa, grad), adapter.a)
     total = dropout(total, lora.p, lora.seed)  # its mask depends on the index among all rows
     for rows, matrix in zip(_groups(ends), weight.unbind(), strict=True):
-        total[rows] += _product(_part(grad, rows), decoded(matrix, grad, dequantize))
+        total[rows] += _product(_part(grad, rows), _decoded(matrix, grad))
     return _rounded(total, grad), grad_a, grad_b
 
 
 def _product(a: Tensor | Half, b: Tensor | Half) -> Tensor:
     """a b in fp32 (fp64 of fp64), not rounded to 16 bits; b is rounded as a is."""
-    other = factor(b, a)
+    other = _factor(b, a)
     if isinstance(a, Half):
         return cast(Tensor, a.to_fp32() @ other.to_fp32())
     dtype = torch.promote_types(a.dtype, torch.float32)
     return cast(Tensor, a.to(dtype) @ other.to(dtype))
+
+
+def _factor(matrix: Any, like: Tensor | Half) -> Any:
+    """A matrix as the factor of another one: rounded to its type, or a `Half`."""
+    if not isinstance(like, Half):
+        return matrix.to(like.dtype)
+    return matrix if isinstance(matrix, Half) else to_half(matrix)
+
+
+def _decoded(weight: PackedBytes, like: Tensor | Half) -> Any:
+    """W as the factor of a matrix."""
+    if not isinstance(like, Half):
+        return dequantize(weight, like.dtype)
+    divided, power = scaled_weight(weight)
+    return Half(dequantize(divided, torch.float16), power)
 
 
 def _rounded(y: Tensor, like: Tensor | Half) -> Tensor:

@@ -5,13 +5,25 @@ On a CPU a new tensor of 32 MB costs 15 ms of page faults, ten times as much as 
 
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Place = tuple[torch.device, int, torch.dtype, str]
+MAX_MATRICES = 256  # views that a thread keeps: one for each shape
 
-class _Buffers(dict[tuple[torch.device, int, torch.dtype, str], Tensor]):
+
+class _Buffers(dict[Place, Tensor]):
     """The buffers of one thread. A subclass, because a plain dict has no weak references."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # views of them
+
+    def clear(self) -> None:
+        super().clear()
+        self.matrices.clear()
 
 
 class _ThreadLocal(threading.local):
@@ -43,13 +55,36 @@ def scratch(
     stream = 0
     if device.type == "cuda":  # as Triton reads it: `torch.cuda.current_stream` makes an object each time
         stream = int(torch._C._cuda_getCurrentRawStream(device.index))
-    key = (device, stream, dtype, purpose)
-    buffer = _thread.buffers.get(key)
+    place = device, stream, dtype, purpose
+    buffers = _thread.buffers
+    buffer = buffers.get(place)
     if buffer is None or buffer.numel() < numel:
+        buffers.matrices.clear()  # they would keep the memory of the smaller buffer
         # A tensor created in inference mode cannot be written to outside of it.
         with torch.inference_mode(False):
-            buffer = _thread.buffers[key] = make(numel, dtype=dtype, device=device)
+            buffer = buffers[place] = make(numel, dtype=dtype, device=device)
     return buffer if buffer.numel() == numel else buffer[:numel]
+
+
+def scratch_matrix(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, purpose: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    """The buffer as a matrix, and transposed. The views are kept: to make them takes as long as a small product."""
+    is_cuda = device.type == "cuda"
+    stream = int(torch._C._cuda_getCurrentRawStream(device.index)) if is_cuda else 0
+    place = device, stream, dtype, purpose, shape
+    matrices = _thread.buffers.matrices
+    views = matrices.get(place)
+    if views is None or (is_cuda and torch.cuda.is_current_stream_capturing()):
+        # As in `scratch`: a view made in inference mode cannot be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = scratch(shape[0] * shape[1], dtype, device, purpose).view(shape)
+            views = matrix, matrix.T
+        if not is_capturing(device):
+            if len(matrices) >= MAX_MATRICES:
+                matrices.clear()
+            matrices[place] = views
+    return views
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -4,7 +4,7 @@ All tensors, also those that an op allocates, lie between bytes of 255 (NaN as f
 writes past the end of a tensor is found.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -69,15 +69,21 @@ def fault(kernels: ModuleType, device: torch.device, op: str) -> str | None:
     """What an op of a backend does wrong on a device: it raises, or differs from the reference. None if it is right."""
     launches = 1 if device.type == "cpu" else 2  # the second one takes the short path of `triton/launch.py`
     for arguments in cases(op):
+        function = function_of(kernels, op)
         for _ in range(launches):
-            text = fault_in(arguments, kernels, device, op, [])
+            text = fault_in(arguments, kernels, device, op, [], function)
             if text:
                 return text
     return None
 
 
 def fault_in(
-    arguments: tuple[Any, ...], kernels: ModuleType, device: torch.device, op: str, memory: list[Tensor]
+    arguments: tuple[Any, ...],
+    kernels: ModuleType,
+    device: torch.device,
+    op: str,
+    memory: list[Tensor],
+    function: Callable[..., Any] | None = None,
 ) -> str | None:
     """The same for one of `cases`; `memory` gets each tensor that the op can reach, with its borders."""
     theirs = _copy(arguments, torch.device("cpu"), [])
@@ -90,7 +96,7 @@ def fault_in(
             if not kernels.can_group(ours[0], weight, lora):
                 return None  # a card without tiles for the product (Turing) runs experts one by one
         with _Framed(memory):
-            result = getattr(kernels, op)(*ours)
+            result = (function or function_of(kernels, op))(*ours)
         text = _difference((result, ours), (expected, theirs), op in EXACT)
         if any((each[:BORDER] != 255).any() or (each[-BORDER:] != 255).any() for each in memory):
             text = "writes past the end of a tensor"
@@ -100,6 +106,23 @@ def fault_in(
         return None
     first = _tensors(arguments)[0]
     return f"{text}, with {str(first.dtype).removeprefix('torch.')} {list(first.shape)}"
+
+
+def function_of(kernels: Any, op: str) -> Callable[..., Any]:
+    """An op of a module by its name. Those of a layer are methods of a plan, made at the first call for its shapes."""
+    if hasattr(kernels, op):
+        return getattr(kernels, op)  # type: ignore[no-any-return]
+    plans: list[Any] = []
+
+    def call(*arguments: Any) -> Any:
+        if not plans:
+            weights = [each for each in arguments if isinstance(each, PackedBytes)]
+            (lora,) = [each for each in arguments if isinstance(each, LoRA)]
+            x = arguments[0 if op == "lora_project" else 1]
+            plans.append(kernels.plan(x, lora, *weights))
+        return getattr(plans[0], op)(*arguments)
+
+    return call
 
 
 def cases(op: str) -> Iterator[tuple[Any, ...]]:

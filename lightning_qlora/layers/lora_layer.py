@@ -14,27 +14,28 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
-from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.disable_adapter import WithAdapter
-from lightning_qlora.layers.dora import dora_linear, dora_scale, row_norm
+from lightning_qlora.layers.dora import dora_scale, row_norm
 from lightning_qlora.layers.matrix import ADAPTER, Matrix
-from lightning_qlora.layers.typed_layer import TypedLayer
+from lightning_qlora.layers.packed_layer import PackedLayer
+from lightning_qlora.layers.prepared_call import PreparedCall
 from lightning_qlora.starts.input_statistics import InputStatistics
 from lightning_qlora.starts.starts import first_adapter, start_of
+from lightning_qlora.tensors.device_types import DTYPES, has_bf16, is_our_autocast
 from lightning_qlora.tensors.dtensor import gather, shard_like
 from lightning_qlora.tensors.fingerprint import has_values
 
 INITIAL = ("initial_A", "initial_B")  # their values at the start, if B was not 0
 
 
-class LoRALayer(WithAdapter, TypedLayer):
+class LoRALayer(WithAdapter, PackedLayer):
     """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
 
     The tensors of a stack have a first dimension for the experts.
     """
 
+    config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
     in_features: int
     out_features: int
     lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type
@@ -197,36 +198,50 @@ class LoRALayer(WithAdapter, TypedLayer):
 
     def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
+        return self.prepare(x, matrix, bias).run(self, x, rank)
+
+    def prepare(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> PreparedCall:
         if self.input_statistics is not None:
             self.input_statistics.add(self, matrix.number, x, matrix.lora_B)
-        input_dtype = x.dtype
-        x, in_fp16 = self.cast_input(x)
-        weight, a, b, magnitude, _ = matrix
-        seed = self.dropout_seed(rank)
-        if self._qlora_disabled:
-            a = x.new_empty(0, a.shape[1])  # rank 0
-            b = x.new_empty(b.shape[0], 0)
-            magnitude = None
-        elif not torch.compiler.is_compiling():
+        if not self._qlora_disabled and not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
-        lora = LoRA(a, b, self.scaling, self.lora_dropout, seed, in_fp16)
-        if magnitude is None:
-            y = lora_linear(x, weight, bias, lora)
-        else:
-            y = dora_linear(x, weight, bias, lora, magnitude, row_norm(self, matrix))
-        return self.cast_output(y, input_dtype)
+        return PreparedCall(self, x, matrix, bias)
 
-    def dropout_seed(self, rank: int = 0) -> Tensor | None:
-        """A seed for the dropout of one call; None: no dropout.
+    def types_of_call(self, device: str, given: torch.dtype) -> tuple[torch.dtype, bool, torch.dtype]:
+        """The type of x in a call with x of a `given` type, whether its products are those of `half.py`; the type of y.
 
-        Drawn from torch's generator: a recomputed forward pass (activation checkpointing) draws it again.
+        It multiplies in the configured type, in autocast's, or in the weight's. A GPU multiplies fp32 weights in bf16,
+        and in fp16 if it has no bf16. Weights in fp64 are multiplied in fp32. The products of `half.py` are in fp16, of
+        x in fp32. Under autocast in fp16 they are plain products, as those of other layers are: the loop that uses it
+        scales its loss. y has the type of the given x, under autocast its type, and in a module held in fp32 its own.
         """
-        if self._qlora_disabled or not (self.lora_dropout and self.training):
-            return None
-        seed = torch.randint(1 << 62, (1,), device="cpu")
-        if rank:
-            seed ^= rank << 32
-        return seed
+        autocast = None
+        # In a module of 16 bits that this package runs under autocast (`full_precision.py`), a layer in fp32 computes
+        # without it.
+        has_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if has_autocast and not (self.weight_dtype is torch.float32 and is_our_autocast()):
+            autocast = torch.get_autocast_dtype(device)
+        dtype = self.weight_dtype
+        if self.config.compute_dtype != "auto":
+            dtype = DTYPES[self.config.compute_dtype]
+        elif autocast is not None:
+            dtype = autocast
+        elif dtype is torch.float64:
+            dtype = torch.float32
+        elif device in ("cuda", "xpu") and dtype is not torch.float16:
+            dtype = torch.bfloat16 if has_bf16(device) else torch.float16
+        in_fp16 = dtype is torch.float16 and autocast is not torch.float16
+        if in_fp16:
+            dtype = torch.float32
+        if autocast is not None:
+            return dtype, in_fp16, autocast
+        is_held = self.weight_dtype is not self.dtype_before
+        return dtype, in_fp16, dtype if is_held else given
+
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """The type that a call on this type of device multiplies in."""
+        dtype, in_fp16, _ = self.types_of_call(device, torch.float32)
+        return torch.float16 if in_fp16 else dtype
 
     def extra_repr(self) -> str:
         return (

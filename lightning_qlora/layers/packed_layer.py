@@ -40,6 +40,7 @@ class PackedLayer(nn.Module):
     _fingerprint: int | None  # computed at the first use
     base_of_conversion: int | None = None  # fingerprint of the base that conversion made, if it was replaced since
     _base_squares: dict[int, Tensor]  # DoRA: number of a matrix -> sums of squares of its rows, from their first use
+    _prepared: Any = None  # from the first call on: a `prepared_call.PreparedCall`
     _split: Any = None  # with tensor parallelism: a `tensor_parallel.Split`
 
     @property
@@ -63,6 +64,7 @@ class PackedLayer(nn.Module):
         self.dtype_before = dtype
         self._fingerprint = None
         self._base_squares = {}
+        self.__dict__.pop("_prepared", None)
         for name in BASE:
             data: Tensor = getattr(stored, name)
             parameter = self._parameters.get(name)
@@ -145,6 +147,7 @@ class PackedLayer(nn.Module):
                 return applied
             return tensor.to(applied.device)
 
+        self.__dict__.pop("_prepared", None)  # it would keep the memory of another device
         super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
         for name in self.__dict__.keys() & BASE:
             self.__dict__[name] = keep_bytes(self.__dict__[name])
@@ -225,6 +228,7 @@ def to_parameters(module: nn.Module) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, PackedLayer):
+            layer.__dict__.pop("_prepared", None)  # it would keep the whole bytes
             for name in BASE:
                 if name in layer.__dict__:
                     # The parameter first: the attribute hides it until it is removed, and no interrupt loses the bytes.

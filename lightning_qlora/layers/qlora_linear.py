@@ -23,7 +23,6 @@ from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
-from lightning_qlora.layers.typed_layer import TypedLayer
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.starts.starts import check_packed_start
 from lightning_qlora.tensors.dtensor import is_sharded
@@ -148,11 +147,19 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         """The same as `forward` with a bias of the caller's."""
         if x.is_nested or x.layout is not torch.strided:
             return self._of_other_layout(x, bias)
-        parameters: Any = self._parameters  # each `self.lora_A` would cost a search through the module
+        call = None
+        if not torch.compiler.is_compiling():
+            call = self._prepared
         try:
-            if self._split is not None:
-                return split_linear(self, x, bias)
-            return self.compute(x, Matrix(self.weight_bytes, *map(parameters.get, ADAPTER)), bias)  # lora_layer.py
+            if call is None or not call.is_for(self, x, bias):
+                if self._split is not None:
+                    return split_linear(self, x, bias)
+                parameters: Any = self._parameters  # each `self.lora_A` would cost a search through the module
+                call = self.prepare(x, Matrix(self.weight_bytes, *map(parameters.get, ADAPTER)), bias)
+                if call.is_kept:
+                    self.__dict__["_prepared"] = call
+            y: Tensor = call.run(self, x)
+            return y
         except (TypeError, ValueError) as error:
             raise self._named(error, x) from error
 
@@ -225,7 +232,7 @@ def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
 
 # Names that a layer has in 4 bits and nn.Linear lacks; and methods that make a copy from a call of the class.
 MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
-for kind in (PackedLayer, TypedLayer, LoRALayer, SavedLayer, QLoRALinear):
+for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()
 

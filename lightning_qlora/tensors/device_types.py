@@ -7,6 +7,7 @@ import torch
 
 from lightning_qlora.kernels.cpu.matmul_16bit import products
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IN_16_BITS = (torch.bfloat16, torch.float16)
 
 

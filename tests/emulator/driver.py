@@ -51,6 +51,7 @@ def emulated(target):
     """
     emulation = Emulation(target)
     before = driver._active, launch.target, knobs.runtime.add_stages_inspection_hook, torch.version.hip
+    launch.address_of = _Address
     driver.set_active(EmulatedDriver(emulation))
     launch.target = lambda device: target
     knobs.runtime.add_stages_inspection_hook = _without_ptxas
@@ -60,6 +61,7 @@ def emulated(target):
         yield emulation
     finally:
         driver._active, launch.target, knobs.runtime.add_stages_inspection_hook, torch.version.hip = before
+        launch.address_of = Tensor.data_ptr
         forget_launches()
 
 
@@ -123,9 +125,19 @@ class EmulatedDriver:
         return torch.device("cpu")
 
 
+class _Address(int):
+    """The address of a tensor, which says how long the tensor is."""
+
+    def __new__(cls, tensor):
+        address = super().__new__(cls, tensor.data_ptr())
+        address.tensor = tensor
+        return address
+
+
 def _launch(emulation, source, metadata, grid, code, arguments):
     code = emulation.change(code) if emulation.change else code
     kinds = list(source.signature.values())
+    arguments = [getattr(value, "tensor", value) for value in arguments]
     given = [(kind, value) for kind, value in zip(kinds, arguments, strict=True) if kind != "constexpr"]
     tensors = [value for _, value in given if isinstance(value, Tensor)] + emulation.reachable()
     ranges = [extent(tensor) for tensor in tensors if tensor.numel()]

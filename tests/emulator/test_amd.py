@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from triton.backends.amd.compiler import HIPBackend
 
+from benchmarks.products import add_matmul_
 from lightning_qlora.kernels import reference, scratch
-from lightning_qlora.kernels.triton.linear import add_matmul_
 from tests.emulator import amd
 from tests.emulator.driver import emulated
 from tests.emulator.machine import UnknownInstruction

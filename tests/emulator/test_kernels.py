@@ -44,10 +44,11 @@ def fault(target, op, number):
     """What a case does wrong on a target. PTX runs twice: the second launch is the short path of `triton/launch.py`."""
     arguments = next(islice(verify.cases(op), number, None))
     with emulated(target) as emulation:
+        function = verify.function_of(kernels, op)
         for _ in range(1 if target in amd.TARGETS else 2):
             memory = []
             emulation.reachable = lambda memory=memory: [whole[verify.BORDER : -verify.BORDER] for whole in memory]
-            if found := verify.fault_in(arguments, kernels, CPU, op, memory):
+            if found := verify.fault_in(arguments, kernels, CPU, op, memory, function):
                 return found
     return None
 

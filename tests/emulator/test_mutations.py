@@ -8,9 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.products import add_matmul_, lora_down
 from lightning_qlora.kernels import reference, scratch
-from lightning_qlora.kernels.triton.linear import add_matmul_
-from lightning_qlora.kernels.triton.lora_products import lora_down
 from lightning_qlora.kernels.triton.quantize import quantize
 from tests.conftest import ROOT, run_python
 from tests.emulator import amd

@@ -8,6 +8,7 @@ from lightning_qlora import convert
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
+from lightning_qlora.kernels.verify import function_of
 from lightning_qlora.layers.dora import dora_scale
 from tests.conftest import every_pair
 from tests.kernels.forward import forward
@@ -30,7 +31,7 @@ def op(function):
 def backend(kernels):
     def layer(x, weight, bias, a, b, scaling, grad):
         y, xa = forward(kernels, x, weight, bias, a, b, scaling)
-        return y, kernels.linear_backward(grad, x, xa, weight, LoRA(a, b, scaling), True)[0]
+        return y, function_of(kernels, "linear_backward")(grad, x, xa, weight, LoRA(a, b, scaling), True)[0]
 
     return layer
 

@@ -3,8 +3,9 @@
 import ctypes
 import logging
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,8 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.products import cast
 from lightning_qlora.kernels.reference import dropout_threshold
-from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.scratch import scratch_matrix
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
@@ -26,6 +26,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # time in fp32, and 0.82 to 0.98 in bf16 with bf16 instructions (benchmarks.few_rows, AMD EPYC, 30 November 2026).
 MOST_ROWS = 64  # as many as c/many_rows.h has room for
 MOST_ROWS_NEON = 16  # in fp32 alone; nothing was measured
+MAX_STRUCTS = 4096  # descriptions of weights for C that are kept, by their addresses
 SMALL = 1 << 15  # number of weights up to which one thread is faster than two
 
 # Arguments of the functions: p pointer, l int64, i int, f float.
@@ -65,7 +66,8 @@ class Library:
 
     def dequantize_into(self, out: Tensor, weight: PackedBytes) -> Tensor:
         struct, _keep = _describe(weight)
-        self._loaded.dequantize(ctypes.byref(struct), out.data_ptr(), TYPES[out.dtype], _threads(weight.numel))
+        threads = torch.get_num_threads() if out.numel() > SMALL else 1
+        self._loaded.dequantize(struct, out.data_ptr(), TYPES[out.dtype], threads)
         return out
 
     def is_fast_for(self, m: int, dtype: torch.dtype) -> bool:
@@ -83,34 +85,38 @@ class Library:
         x = x.contiguous()
         lora_b = _fp32(lora.b)
         m, width = x.shape
-        r = lora_b.shape[1]
-        lora_a = None
+        n, r = lora_b.shape
+        lora_a = at_xa = at_a = None
         if xa is None:
             lora_a = _fp32(lora.a)
+            at_a = lora_a.data_ptr()
         else:
             xa = xa.contiguous()
-        workspace = scratch(2 * (m + 3) * (width + r + 16), torch.float32, x.device, "rows")
+            at_xa = xa.data_ptr()
+        workspace, _ = scratch_matrix((2 * (m + 3), width + r + 16), torch.float32, x.device, "rows")
+        at_bias = None
         bias_type = 0
         if bias is not None:
             if bias.dtype not in self.types:
                 bias = bias.float()
             bias = bias.contiguous()
+            at_bias = bias.data_ptr()
             bias_type = TYPES[bias.dtype]
         self._loaded.lora_linear(
-            ctypes.byref(struct),
+            struct,
             x.data_ptr(),
             y.data_ptr(),
             TYPES[x.dtype],
             m,
-            _address(bias),
+            at_bias,
             bias_type,
-            _address(xa),
-            _address(lora_a),
+            at_xa,
+            at_a,
             lora_b.data_ptr(),
             r,
             lora.scaling,
             workspace.data_ptr(),
-            _threads(weight.numel),
+            torch.get_num_threads() if n * width > SMALL else 1,
         )
         return y
 
@@ -119,6 +125,7 @@ class Library:
         flat = weight.reshape(-1).contiguous()
         packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
         absmax = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
+        threads = torch.get_num_threads() if flat.numel() > SMALL else 1
         self._loaded.quantize(
             flat.data_ptr(),
             TYPES[flat.dtype],
@@ -128,7 +135,7 @@ class Library:
             book.order.data_ptr(),
             packed.data_ptr(),
             absmax.data_ptr(),
-            _threads(flat.numel()),
+            threads,
         )
         scales = absmax
         nested = absmax.new_empty(0)
@@ -150,8 +157,9 @@ class Library:
     def dropout_into(self, out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         """See `reference.dropout`; `out` may be `x`, both contiguous."""
         n = x.numel()
+        threads = torch.get_num_threads() if n > SMALL else 1
         self._loaded.dropout(
-            x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, seed.item(), *dropout_threshold(p), _threads(n)
+            x.data_ptr(), out.data_ptr(), TYPES[x.dtype], n, seed.item(), *dropout_threshold(p), threads
         )
         return out
 
@@ -188,17 +196,27 @@ def _form(loaded: ctypes.CDLL) -> str:
     return form.decode()
 
 
-def _describe(weight: PackedBytes) -> tuple[_Weight, list[Tensor]]:
-    """The weight as a C struct, and the tensors that must stay alive while C reads them."""
-    packed = weight.packed.contiguous()
-    absmax = aligned(weight.absmax)
-    nested = aligned(weight.nested)
-    scales = nested.data_ptr() if nested.numel() else None
-    offset = scales and scales + nested.numel() - 4
-    levels, dynamic, tables = _levels(weight.quant_type)
-    addresses = packed.data_ptr(), absmax.data_ptr(), scales, levels, dynamic, offset
-    struct = _Weight(*addresses, *weight.shape, weight.block_size.bit_length() - 1)
-    return struct, [packed, absmax, nested, *tables]
+def _describe(weight: PackedBytes) -> tuple[Any, Any]:
+    """A pointer to the weight as a C struct, and what must stay alive while C reads it."""
+    packed, absmax, nested, shape, quant_type, block_size = weight
+    if not (packed.is_contiguous() and absmax.is_contiguous() and nested.is_contiguous()) or (
+        (absmax.data_ptr() | nested.data_ptr()) & 3
+    ):
+        packed, absmax, nested = packed.contiguous(), aligned(absmax), aligned(nested)
+    addresses = packed.data_ptr(), absmax.data_ptr(), nested.data_ptr()
+    struct = _struct(*addresses, nested.numel(), shape, quant_type, block_size)
+    return struct[0], (packed, absmax, nested, struct)
+
+
+@lru_cache(MAX_STRUCTS)
+def _struct(
+    packed: int, absmax: int, nested: int, size: int, shape: tuple[int, int], quant_type: QuantType, block_size: int
+) -> tuple[Any, ...]:
+    """For a weight at these addresses, whose second-level scales have `size` bytes."""
+    levels, dynamic, tables = _levels(quant_type)
+    scales, offset = (nested, nested + size - 4) if size else (None, None)
+    struct = _Weight(packed, absmax, scales, levels, dynamic, offset, *shape, block_size.bit_length() - 1)
+    return ctypes.byref(struct), struct, tables
 
 
 @cache
@@ -212,13 +230,7 @@ def _levels(quant_type: QuantType) -> tuple[int, int, list[Tensor]]:
     return levels.data_ptr(), dynamic.data_ptr(), [levels, dynamic]
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return cast(tensor, torch.float32).contiguous()
-
-
-def _threads(numel: int) -> int:
-    return torch.get_num_threads() if numel > SMALL else 1
+def _fp32(matrix: Tensor) -> Tensor:
+    if matrix.dtype is not torch.float32:
+        matrix = matrix.float()
+    return matrix.contiguous()

@@ -5,5 +5,5 @@ from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_st
 from lightning_qlora.kernels.triton.grouped import can_group, grouped_linear, grouped_linear_backward
 from lightning_qlora.kernels.triton.half import to_half
 from lightning_qlora.kernels.triton.launch import check_launch
-from lightning_qlora.kernels.triton.linear import linear_backward, linear_into, lora_project
+from lightning_qlora.kernels.triton.linear import plan
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize

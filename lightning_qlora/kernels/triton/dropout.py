@@ -44,17 +44,21 @@ def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tu
     """What the kernels take: the halves of the seed and the smallest hash, and the factor 1 / (1 - p)."""
     if seed is None:
         return NO_DROPOUT
+    least_kept, scale = dropout_threshold(p)
+    return (*halves(seed, device), least_kept), scale
+
+
+def halves(seed: Tensor, device: torch.device) -> tuple[int, int]:
     if is_capturing(device):
         raise RuntimeError(
             "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "
             "lora_dropout=0, or call eval() first."
         )
     number = int(seed.item())
-    least_kept, scale = dropout_threshold(p)
-    return (as_int32(number), as_int32(number >> 32), least_kept), scale
+    return as_int32(number), as_int32(number >> 32)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor, scales: bool = True) -> Tensor:
+def dropout_into(out: Tensor, x: Tensor, p: float, seed: Tensor, scales: bool = True) -> Tensor:
     """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`.
 
     Without `scales` what is kept is not divided by 1 - p.
@@ -64,5 +68,6 @@ def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor, scales: bool = True)
         scale = 1.0
     n = x.numel()
     tile = find_tile("dropout", x.device)
-    launch_of(_dropout_kernel, x.device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)((x, out), (*mask, scale))
+    run = launch_of((x.dtype,), _dropout_kernel, x.device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)
+    run((x, out), (*mask, scale))
     return out

@@ -237,7 +237,8 @@ class Group:
         dropout = drops and self.has_dropout
         mask, scale = self.dropout if dropout else NO_DROPOUT
         constants |= {"DROPOUT": dropout, "HALF": self.half, "R": self.rank}
-        launch_of(kernel, self.device, grid, numbers, self.tile, **constants)(tensors, (*mask, s * scale))
+        types = tuple([tensor.dtype for tensor in tensors])
+        launch_of(types, kernel, self.device, grid, numbers, self.tile, **constants)(tensors, (*mask, s * scale))
 
 
 def grouped_linear(x: Tensor | Half, ends: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor]:

@@ -63,14 +63,14 @@ def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     factor = torch.empty(1, dtype=torch.float32, device=x.device)
     largest = scratch(PROGRAMS.value, torch.int32, x.device, "largest")
-    find, divide = _launches(x.device, x.numel())
+    find, divide = _launches(x.device, x.numel(), x.dtype, dtype)
     find((x, largest))
     divide((x, largest, out, factor))
     return out, factor
 
 
 @lru_cache(MAX_LAUNCHES)
-def _launches(device: torch.device, n: int) -> tuple[Launch, Launch]:
+def _launches(device: torch.device, n: int, *types: torch.dtype) -> tuple[Launch, Launch]:
     tile = find_tile("dropout", device)  # the same work: each number is read once
     pieces = -(-n // tile["SIZE"])
     programs = max(1, min(pieces, PROGRAMS.value))

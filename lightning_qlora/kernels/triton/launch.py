@@ -11,7 +11,7 @@ no tile, and for a target without an entry "default" is used.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from triton.runtime import driver
 from lightning_qlora.kernels.scratch import scratch
 
 OPTIONS = frozenset({"num_warps", "num_stages", "maxnreg", "waves_per_eu"})  # entries of a tile that are no constants
+address_of = Tensor.data_ptr
+ODD = (15).__and__  # what an address has beyond a multiple of 16
 MAX_LAUNCHES = 4096  # of each kernel that are kept: one for every shape, and for every number of rows
 
 
@@ -67,11 +69,11 @@ def find_tile(kernel: str, device: torch.device, size: int = 0) -> Tile:
 
 
 class Launch:
-    """A kernel with its grid, sizes and constants; call it with the tensors.
+    """A kernel with its grid, sizes and constants; call it with the tensors, of the same types in each call.
 
     The parameters of a kernel are tensors, numbers, unspecialized, constants, in this order. Triton specializes for
     `numbers` (sizes and strides). `tile` has constants and launch options; other entries are ignored. `fuse`: a * b + c
-    may be rounded once (FMA) and not twice.
+    may be rounded once (FMA) and not twice. `unread`: how many tensors after those of a call the kernel does not read.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Launch:
         numbers: tuple[int, ...],
         tile: Tile,
         fuse: bool = False,
+        unread: int = 0,
         **constants: Any,
     ) -> None:
         names = kernel.arg_names
@@ -91,10 +94,12 @@ class Launch:
         self._kernel = kernel
         self._index = device.index
         self._grid = grid
+        self._unread = unread
         self._numbers = numbers
         self._keywords = {**constants, **options, "enable_fp_fusion": fuse}
         self._constants = tuple(constants[name] for name in names if name in constants)
-        self._compiled: dict[tuple[torch.dtype, ...], tuple[Any, Any, Any]] = {}
+        # The launch for tensors at multiples of 16. It is the short one once Triton compiled the variant.
+        self.aligned: Callable[..., None] = self._compile
 
     def __call__(
         self,
@@ -107,41 +112,49 @@ class Launch:
         `unspecialized`: floats, and 32-bit integers that it lists in `do_not_specialize`. `written`: tensors that it
         changes in place; their versions change after the kernel was compiled and loaded, and before it runs.
         """
-        index = self._index
-        if index is not None and index != torch.cuda.current_device():
-            with torch.cuda.device(index):  # Triton launches on the current device
-                return self(tensors, unspecialized, written)
-        addresses = 0
-        for tensor in tensors:
-            addresses |= tensor.data_ptr()
-        types = tuple([tensor.dtype for tensor in tensors])
-        # Unaligned addresses are left to Triton, which compiles another variant for them.
-        compiled = None if addresses & 15 else self._compiled.get(types)
-        arguments = (*tensors, *self._numbers, *unspecialized)
+        is_aligned = not any(map(ODD, map(address_of, tensors)))
         if written:
-            if compiled is None:
-                self._load(arguments)
+            if not is_aligned or self.aligned == self._compile:
+                self._load((*tensors, *self._numbers, *unspecialized))
             torch.autograd.graph.increment_version(written)
-        if compiled is not None:
-            # As in CompiledKernel.__getitem__, without the hooks of Triton's profiler.
-            run, function, metadata = compiled
+        if is_aligned:
+            self.aligned(tensors, unspecialized)
+        else:  # left to Triton, which compiles another variant
+            self._launch_by_triton(tensors, unspecialized)
+
+    def _launch_by_triton(self, tensors: tuple[Tensor, ...], unspecialized: tuple[int | float, ...]) -> Any:
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._index):  # Triton launches on the current device
+                return self._launch_by_triton(tensors, unspecialized)
+        tensors += tensors[:1] * self._unread
+        return self._kernel[self._grid](*tensors, *self._numbers, *unspecialized, **self._keywords)
+
+    def _compile(self, tensors: tuple[Tensor, ...], unspecialized: tuple[int | float, ...] = ()) -> None:
+        variant = self._launch_by_triton(tensors, unspecialized)
+        if isinstance(variant, CompiledKernel):  # not under the interpreter
+            self.aligned = self._short(variant)
+
+    def _short(self, variant: CompiledKernel) -> Callable[..., None]:
+        """As CompiledKernel.__getitem__, without the hooks of Triton's profiler.
+
+        Of a tensor the launcher would ask the address, and then the driver about it.
+        """
+        run = variant.run
+        index = self._index
+        grid = self._grid
+        fixed = variant.function, variant.packed_metadata, None, None, None
+        sizes = *[0] * self._unread, *self._numbers
+        constants = self._constants
+
+        def launch(tensors: tuple[Tensor, ...], unspecialized: tuple[int | float, ...] = ()) -> None:
+            if index is not None and index != torch.cuda.current_device():
+                with torch.cuda.device(index):
+                    return launch(tensors, unspecialized)
             stream = driver.active.get_current_stream(index)
-            run(
-                *self._grid,
-                stream,
-                function,
-                metadata,
-                None,
-                None,
-                None,
-                *arguments,
-                *self._constants,
-            )
+            run(*grid, stream, *fixed, *map(address_of, tensors), *sizes, *unspecialized, *constants)
             return None
-        variant = self._kernel[self._grid](*arguments, **self._keywords)
-        if isinstance(variant, CompiledKernel) and not addresses & 15:  # not under the interpreter
-            self._compiled[types] = variant.run, variant.function, variant.packed_metadata
-        return None
+
+        return launch
 
     def memory(self, out: Tensor) -> Tensor:
         """For `add_shares`: the counters, which are zero before and after a launch, and the sums; `out` if it has none.
@@ -158,7 +171,10 @@ class Launch:
                 _ = variant.run  # the property loads it
 
 
-launch_of = lru_cache(4 * MAX_LAUNCHES)(Launch)  # of kernels whose grid takes no time to compute
+@lru_cache(4 * MAX_LAUNCHES)
+def launch_of(types: tuple[torch.dtype, ...], *arguments: Any, **constants: Any) -> Launch:
+    """The launch of a kernel, for tensors of these types, whose grid takes no time to compute."""
+    return Launch(*arguments, **constants)
 
 
 @triton.jit

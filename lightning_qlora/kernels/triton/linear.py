@@ -13,7 +13,7 @@ Launches: 4 forward (few rows: 3; many rows with a bias: 5), 5 backward, with or
 needs no 16-bit copies.
 """
 
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,68 +21,236 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.half import Half, multiply, scaled_weight
+from lightning_qlora.kernels import eager
+from lightning_qlora.kernels.half import Half, multiply
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.scratch import scratch
+from lightning_qlora.kernels.reference import dropout_threshold
+from lightning_qlora.kernels.triton.dropout import dropout_into, halves
 from lightning_qlora.kernels.triton.half import scaled, to_half
-from lightning_qlora.kernels.triton.launch import MAX_LAUNCHES, Launch, Tile, add_shares, find_tile, shared_launch
-from lightning_qlora.kernels.triton.lora_products import in_16_bits, lora_down, lora_gradients, lora_up
-from lightning_qlora.kernels.triton.quantize import dequantize_into, levels_of_codes, load_scales, weight_arguments
+from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, shared_launch
+from lightning_qlora.kernels.triton.lora_products import MAX_GRID, lora_combine, lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.quantize import (
+    dequantize_into,
+    levels_of_codes,
+    load_scales,
+    place_of_offset,
+    tables_of_levels,
+    weight_arguments,
+)
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
-def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
-    return lora_down(x, _factor(lora.a, x), p=lora.p, seed=lora.seed)
+def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> "Plan":
+    return HalfPlan(x, lora, weight) if lora.in_fp16 else Plan(x, lora, weight)
 
 
-def linear_into(
-    out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
-) -> None:
-    h = _factor(xa, x)
-    b = _factor(lora.b, x)
-    if can_add_matmul(x, weight):
-        lora_up(h, b, out, lora.scaling)
-        add_matmul_(out, x, weight, bias)
-        return
-    if isinstance(x, Half):
-        divided, factor = scaled_weight(weight, scaled)
-        multiply(x.values, _decoded(divided, torch.float16).T, out)
-        lora_up(h, b, out, lora.scaling, factors=(x.factor, factor))
-    else:
-        lora_up(h, b, out, lora.scaling)
-        out.addmm_(x, _decoded(weight, x.dtype).T)
-    if bias is not None:
-        out.add_(bias)
+NO_NUMBERS = (0, 0, 0, 1.0)
 
 
-def linear_backward(
-    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    a, b, scaling, p, seed, _ = lora
-    grad_xa = _factor(lora_down(grad, _factor(b, grad).T, scaling), grad)
-    grad_a = a.new_empty(a.shape)  # contiguous, as torch.compile was told
-    grad_b = b.new_empty(b.shape)
-    lora_gradients(grad_xa, x, grad_a, _factor(xa, grad), grad, grad_b, scaling, p, seed)
-    if not needs_x:
-        return None, grad_a, grad_b
-    a = _factor(a, grad).T
-    if isinstance(grad, Half):
-        divided, factor = scaled_weight(weight, scaled)
-        grad_x = multiply(grad.values, _decoded(divided, torch.float16))
-        return lora_up(grad_xa, a, grad_x, p=p, seed=seed, factors=(grad.factor, factor)), grad_a, grad_b
-    grad_x = lora_up(grad_xa, a, grad.new_empty(x.shape), p=p, seed=seed)
-    return grad_x.addmm_(grad, _decoded(weight, grad.dtype)), grad_a, grad_b
+class Plan(eager.Plan):
+    """The layer with a launch for each product, made at its first use; without tiles the products are torch's.
+
+    Kernels read by address, so their matrices are contiguous.
+    """
+
+    half = False  # whether matrices are those of `Half`
+
+    def __init__(self, x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> None:
+        super().__init__(x, lora)
+        self.library = None
+        self.in_one_call = False
+        self.dropout_into = dropout_into
+        self.dequantize_into = dequantize_into
+        self.drops = lora.seed is not None
+        self.threshold = dropout_threshold(lora.p)
+        tiles = [find_tile(name, self.device, self.m) for name in ("lora_down", "lora_up", "lora_gradients")]
+        fits = self.m > 0 and (self.half or self.dtype is not torch.float32)
+        self.has_kernels = fits and self.r > 0 and all(tiles) and self.m <= MAX_GRID * tiles[1]["M"]
+        self.few_rows = False  # whether W is decoded inside of the product
+        if weight is not None and fits and self.k % min(weight.block_size, 64) == 0:
+            self.few_rows = bool(find_tile("matmul", self.device, self.m))
+        self.of_weight: Launch | None = None  # x W^T
+
+    @cached_property
+    def of_x(self) -> Launch:
+        """x A^T."""
+        return lora_down(self.device, self.m, self.k, self.r, (self.k, 1), self.drops, self.half)
+
+    @cached_property
+    def of_xa(self) -> Launch:
+        """(x A^T) B^T."""
+        adds = self.half and not self.few_rows
+        return lora_up(self.device, self.m, self.n, self.r, (self.r, 1), False, self.half, adds)
+
+    @cached_property
+    def of_grad(self) -> Launch:
+        """dY B."""
+        return lora_down(self.device, self.m, self.n, self.r, (1, self.r), False, self.half)
+
+    @cached_property
+    def of_grad_xa(self) -> Launch:
+        """(dY B) A."""
+        return lora_up(self.device, self.m, self.k, self.r, (1, self.k), self.drops, self.half, self.half)
+
+    @cached_property
+    def of_adapter(self) -> Launch:
+        """The gradients of A and B."""
+        strides = self.k, 1, self.r, 1
+        return lora_gradients(self.device, self.m, self.k, self.n, self.r, strides, self.drops, self.half)
+
+    def lora_project(self, x: Any, lora: LoRA) -> Tensor:
+        if not self.has_kernels:
+            return super().lora_project(x, lora)
+        x = x.contiguous()
+        a = lora.a.contiguous()
+        xa: Tensor = x.new_empty(self.m, self.r)
+        launch = self.of_x
+        memory = launch.memory(xa) if launch.sums else xa
+        run = launch if (x.data_ptr() | a.data_ptr()) & 15 else launch.aligned
+        run((x, a, xa, memory), NO_NUMBERS if lora.seed is None else self.numbers(lora.seed))
+        return xa
+
+    def linear_into(self, out: Tensor, x: Any, xa: Any, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+        if self.has_kernels:
+            b = lora.b.contiguous()
+            run = self.of_xa if (xa.data_ptr() | b.data_ptr() | out.data_ptr()) & 15 else self.of_xa.aligned
+            run((xa, b, out), (0, 0, 0, float(lora.scaling)))
+        else:
+            self.product(xa, lora.b.T, lora.scaling, out)
+        if self.few_rows:
+            self.add_matmul_(out, x, (), weight, bias)
+            return
+        out.addmm_(x, self.decoded(weight)[1])
+        if bias is not None:
+            out.add_(bias)
+
+    def linear_backward(
+        self, grad: Any, x: Any, xa: Any, weight: PackedBytes, lora: LoRA, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        if not self.has_kernels:
+            return super().linear_backward(grad, x, xa, weight, lora, needs_x)
+        of_grad = grad.contiguous()
+        of_x = x.contiguous()
+        xa = xa.contiguous()
+        a = lora.a.contiguous()
+        b = lora.b.contiguous()
+        numbers = NO_NUMBERS if lora.seed is None else self.numbers(lora.seed)
+        s = float(lora.scaling)  # Triton would compile another kernel for an int
+        grad_xa = of_x.new_empty(self.m, self.r)
+        places = of_grad.data_ptr() | of_x.data_ptr() | xa.data_ptr() | a.data_ptr() | b.data_ptr()
+        launches = self.of_grad, self.of_adapter, self.of_grad_xa
+        down, gradients, up = launches if places & 15 else [launch.aligned for launch in launches]
+        memory = self.of_grad.memory(grad_xa) if self.of_grad.sums else grad_xa
+        down((of_grad, b, grad_xa, memory), (0, 0, 0, s))
+        grad_a = a.new_empty(self.r, self.k)
+        grad_b = b.new_empty(self.n, self.r)
+        memory = self.of_adapter.memory(xa) if self.of_adapter.sums else xa
+        gradients((grad_xa, of_x, grad_a, xa, of_grad, grad_b, memory), (*numbers, s))
+        if not needs_x:
+            return None, grad_a, grad_b
+        grad_x = of_x.new_empty(self.m, self.k)
+        up((grad_xa, a, grad_x), numbers)
+        return grad_x.addmm_(grad, self.decoded(weight)[0]), grad_a, grad_b
+
+    def numbers(self, seed: Tensor) -> tuple[int, int, int, float]:
+        """What the kernels take for dropout; see `dropout_arguments`."""
+        return halves(seed, self.device) + self.threshold
+
+    def add_matmul_(self, y: Tensor, x: Tensor, power: Any, weight: PackedBytes, bias: Tensor | None) -> None:
+        """y += x W^T + bias, rounded once; of `half` x W^T times the power of two in this tuple."""
+        if self.of_weight is None:
+            self.of_weight = matmul(self.m, weight, bias is not None, self.half)
+        addend = y
+        if bias is not None:
+            addend = bias.contiguous()
+        bytes, is_aligned = weight_arguments(weight)
+        tensors = *bytes, *tables_of_levels(weight.quant_type, self.device)
+        x = x.contiguous()
+        launch = self.of_weight
+        is_aligned = is_aligned and not (x.data_ptr() | addend.data_ptr() | y.data_ptr()) & 15
+        run = launch.aligned if is_aligned else launch
+        run((*tensors, x, addend, y, launch.memory(y), *power))
 
 
-def _factor(matrix: Tensor, like: Tensor | Half) -> Any:
-    """A matrix as it is multiplied: one of fp16 with a power of two if the other factor is."""
-    return to_half(matrix) if isinstance(like, Half) else matrix
+class HalfPlan(Plan, eager.HalfPlan):
+    """The same with factors of fp16 and their powers of two: torch multiplies with W, and a launch adds the adapter."""
 
+    half = True
+    to_half = staticmethod(to_half)
+    scaled = staticmethod(scaled)
 
-def _decoded(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    """W in the buffer of the stream, valid until the stream decodes the next weight."""
-    buffer = scratch(weight.numel, dtype, weight.packed.device)
-    return dequantize_into(buffer, weight).view(weight.shape)
+    def lora_project(self, x: Half, lora: LoRA) -> Tensor:
+        if not self.has_kernels:
+            return super().lora_project(x, lora)
+        a = self.to_half(lora.a)
+        xa = x.factor.new_empty(self.m, self.r)
+        memory = self.of_x.memory(xa)
+        numbers = NO_NUMBERS if lora.seed is None else self.numbers(lora.seed)
+        self.of_x((x.values.contiguous(), a.values, xa, memory, x.factor, a.factor), numbers)
+        return xa
+
+    def linear_into(self, out: Tensor, x: Half, xa: Any, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+        h = self.factor(xa)
+        b = self.factor(lora.b)
+        numbers = 0, 0, 0, float(lora.scaling)
+        if not self.few_rows:
+            _, transposed = self.decoded(weight)
+            multiply(x.values, transposed.values, out)
+            self._add(out, h, b.T, numbers, (x.factor, transposed.factor), backward=False)
+            if bias is not None:
+                out.add_(bias)
+            return
+        if self.has_kernels:
+            self.of_xa((h.values, b.values, out, h.factor, b.factor, out, out), numbers)
+        else:
+            self.product(h, b.T, lora.scaling, out)
+        self.add_matmul_(out, x.values, (x.factor,), weight, bias)
+
+    def linear_backward(
+        self, grad: Half, x: Half, xa: Any, weight: PackedBytes, lora: LoRA, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        numbers = NO_NUMBERS if lora.seed is None else self.numbers(lora.seed)
+        s = float(lora.scaling)
+        xa = self.factor(xa)
+        b = self.factor(lora.b)
+        if self.has_kernels:
+            of_grad = grad.values.contiguous()
+            of_x = x.values.contiguous()
+            grad_xa = x.factor.new_empty(self.m, self.r)
+            memory = self.of_grad.memory(grad_xa)
+            self.of_grad((of_grad, b.values, grad_xa, memory, grad.factor, b.factor), (0, 0, 0, s))
+            h = self.to_half(grad_xa)
+            grad_a = lora.a.new_empty(self.r, self.k)
+            grad_b = lora.b.new_empty(self.n, self.r)
+            tensors = h.values, of_x, grad_a, xa.values, of_grad, grad_b, self.of_adapter.memory(grad_xa)
+            self.of_adapter((*tensors, h.factor, x.factor, xa.factor, grad.factor), (*numbers, s))
+        else:
+            h = self.to_half(self.product(grad, b, s))
+            grad_b = self.product(grad.T, xa, s).to(lora.b.dtype)
+            grad_a = self.product(h.T, self.dropped(x, lora.seed)).to(lora.a.dtype)
+        if not needs_x:
+            return None, grad_a, grad_b
+        dense, _ = self.decoded(weight)
+        grad_x = multiply(grad.values, dense.values)
+        self._add(grad_x, h, self.factor(lora.a), numbers, (grad.factor, dense.factor), backward=True)
+        return grad_x, grad_a, grad_b
+
+    def _add(self, out: Tensor, h: Half, w: Half, numbers: Any, powers: tuple[Tensor, Tensor], backward: bool) -> None:
+        """out = out times two powers of two + s h w, or its dropout: w is B^T, or A in the backward pass."""
+        if self.has_kernels:
+            run = self.of_grad_xa if backward else self.of_xa
+            run((h.values, w.values, out, h.factor, w.factor, *powers), numbers)
+        elif out.numel():
+            run = lora_combine(self.device, out.numel(), self.drops and backward, True)
+            run((multiply(h.values, w.values), out, h.factor, w.factor, *powers), numbers)
+
+    def dropped(self, x: Half, seed: Tensor | None) -> Half:
+        """The values divided by 1 - p could pass the end of fp16: the factor is."""
+        if seed is None:
+            return x
+        values = x.values.contiguous()
+        kept = dropout_into(torch.empty_like(values), values, self.p, seed, scales=False)
+        return Half(kept, x.factor / (1 - self.p))
 
 
 @triton.jit
@@ -140,47 +308,25 @@ def _matmul_kernel(
     tl.store(place, total.to(y.dtype.element_ty), mask=write)
 
 
-def can_add_matmul(x: Tensor | Half, weight: PackedBytes) -> bool:
-    """Whether `add_matmul_` can compute x W^T, x [m, k], and the table of tiles says that it is fast."""
-    whole_runs = weight.shape[1] % min(weight.block_size, 64) == 0
-    m = x.shape[0]
-    return whole_runs and in_16_bits(x) and m > 0 and bool(find_tile("matmul", x.device, m))
-
-
-def add_matmul_(y: Tensor, x: Tensor | Half, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
-    """y += x W^T + bias, rounded once; y [m, n] contiguous and x [m, k] of one 16-bit type, or fp32 and Half."""
-    tensors, n_nested = weight_arguments(weight)
-    m = x.shape[0]
-    tile = find_tile("matmul", x.device, m)
-    factor = y
-    if isinstance(x, Half):
-        rows, factor = x
-    else:
-        rows = x.contiguous()
-    choices: Any = {"BIAS": bias is not None, "HALF": factor is not y}
-    run = _matmul(x.device, tile, (n_nested, m, *weight.shape), weight.block_size, **choices)
-    addend = y
-    if bias is not None:
-        addend = bias.contiguous()
-    run((*tensors, rows, addend, y, run.memory(y), factor))
-    return y
-
-
-@lru_cache(MAX_LAUNCHES)
-def _matmul(device: torch.device, tile: Tile, numbers: tuple[int, ...], block_size: int, **choices: Any) -> Launch:
-    n_nested, m, n, k = numbers
-    run = min(block_size, 64)
-    grid = -(-n // tile["N"]), -(-m // tile["M"])
+def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool) -> Launch:
+    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, with `half` the power of x."""
+    device = weight.packed.device
+    n, k = weight.shape
+    n_nested = place_of_offset(weight.nested.numel())
+    tile = find_tile("matmul", device, m)
+    run = min(weight.block_size, 64)
     return shared_launch(
         _matmul_kernel,
         device,
-        grid,
-        numbers,
+        (-(-n // tile["N"]), -(-m // tile["M"])),
+        (n_nested, m, n, k),
         tile,
         k // run,
         tile["N"] * tile["M"],
-        BLOCK_SIZE=block_size,
+        BLOCK_SIZE=weight.block_size,
         DOUBLE_QUANT=n_nested >= 0,
+        BIAS=has_bias,
+        HALF=half,
         RUN=run,
-        **choices,
+        unread=0 if half else 1,
     )

@@ -5,34 +5,19 @@
     lora_gradients  dA[r, k] = sum_m dXA[m, r] drop(x)[m, k]  and  dB[n, r] = s sum_m dY[m, n] XA[m, r]
 
 One side of these products is the rank, so they are bound by memory: x is read once, an fp32 adapter is rounded to x's
-type inside, a gradient is written in the adapter's type. fp32 inputs, and cards for which `tiles.json` has no tile, use
-torch's products, and dropout in a launch of its own.
+type inside, a gradient is written in the adapter's type. The functions give the launch for some sizes.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lightning_qlora.kernels.half import Half, multiply
-from lightning_qlora.kernels.products import product
-from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
-from lightning_qlora.kernels.triton.dropout import MASK, dropout, dropout_arguments, is_kept
+from lightning_qlora.kernels.triton.dropout import MASK, is_kept
 from lightning_qlora.kernels.triton.half import take_out
-from lightning_qlora.kernels.triton.launch import (
-    MAX_LAUNCHES,
-    NO_TILE,
-    Launch,
-    Tile,
-    add_shares,
-    find_tile,
-    launch_of,
-    shared_launch,
-)
+from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, launch_of, shared_launch
 
 MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
 
@@ -132,72 +117,6 @@ def _gradients_kernel(
         )  # fmt: skip
 
 
-def lora_down(x: Tensor | Half, w: Tensor | Half, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r] in x's type, or of `Half` in fp32."""
-    m, k = x.shape
-    r = w.shape[0]
-    tile = _tile("lora_down", x, m, r)
-    if not tile:
-        return product(_dropped(x, p, seed), w.T, s)
-    mask, scale = dropout_arguments(p, seed, x.device)
-    of_x, of_w = _parts(x), _parts(w)
-    run = _down(x.device, tile, (m, k, r, *of_w.values.stride()), seed is not None, isinstance(x, Half))
-    out = of_x.values.new_empty(m, r, dtype=torch.float32 if isinstance(x, Half) else x.dtype)
-    tensors = of_x.values.contiguous(), of_w.values, out, run.memory(out), of_x.factor, of_w.factor
-    run(tensors, (*mask, s * scale))
-    return out
-
-
-@lru_cache(MAX_LAUNCHES)
-def _down(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool) -> Launch:
-    m, k, r, *_ = numbers
-    rank = rank_tile(r)
-    grid = -(-m // tile["M"]), -(-r // rank)
-    steps = -(-k // tile["K"])
-    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank}
-    return shared_launch(_down_kernel, device, grid, numbers, tile, steps, tile["M"] * rank, **constants)
-
-
-def lora_up(
-    h: Tensor | Half, w: Tensor | Half, out: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None,
-    factors: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """Write s h w^T, or its dropout, to `out`: h [m, r], w [n, r] of any strides, out [m, n]; returns out.
-
-    With `factors`, it is added to out times these two powers of two.
-    """
-    m, n = out.shape
-    r = w.shape[1]
-    # What is added to takes registers, so its tiles are smaller.
-    tile = _tile("lora_up" if factors is None else "lora_up_add", h, m, r)
-    if not tile or m > MAX_GRID * tile["M"]:
-        return _up_by_torch(h, w, out, s, p, seed, factors)
-    mask, scale = dropout_arguments(p, seed, h.device)
-    of_h, of_w = _parts(h), _parts(w)
-    numbers = m, n, r, *of_w.values.stride()[::-1]
-    run = _up(h.device, tile, numbers, seed is not None, isinstance(h, Half), factors is not None)
-    first, second = factors or (out, out)
-    run((of_h.values, of_w.values, out, of_h.factor, of_w.factor, first, second), (*mask, s * scale))
-    return out
-
-
-def _up_by_torch(
-    h: Tensor | Half, w: Tensor | Half, out: Tensor, s: float, p: float, seed: Tensor | None,
-    factors: tuple[Tensor, Tensor] | None,
-) -> Tensor:  # fmt: skip
-    if isinstance(h, Half) and isinstance(w, Half) and out.numel():
-        added = multiply(h.values, w.values.T)
-        mask, scale = dropout_arguments(p, seed, h.device)
-        tile = find_tile("dropout", h.device)
-        choices = {"DROPOUT": seed is not None, "ADD": factors is not None}
-        n = out.numel()
-        run = launch_of(_combine_kernel, h.device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile, **choices)
-        run((added, out, h.factor, w.factor, *(factors or (out, out))), (*mask, s * scale))
-        return out
-    product(h, w.T, s, out)
-    return out if seed is None else dropout(out, p, seed, out=out)
-
-
 @triton.jit(do_not_specialize=MASK)
 def _combine_kernel(
     added, out, h_factor, w_factor, first, second, n, low, high, least_kept, s,
@@ -213,74 +132,55 @@ def _combine_kernel(
     tl.store(out + i, total, mask=i < n)
 
 
-@lru_cache(MAX_LAUNCHES)
-def _up(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool, adds: bool) -> Launch:
-    m, n, r, *_ = numbers
+def lora_down(
+    device: torch.device, m: int, k: int, r: int, strides: tuple[int, int], dropout: bool, half: bool
+) -> Launch:
+    """Tensors: x [m, k], w [r, k] of these strides, out [m, r], memory, with `half` the powers of two of x and w."""
+    tile = find_tile("lora_down", device, m)
+    rank = rank_tile(r)
+    grid = -(-m // tile["M"]), -(-r // rank)
+    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank, "unread": 0 if half else 2}
+    steps = -(-k // tile["K"])
+    return shared_launch(_down_kernel, device, grid, (m, k, r, *strides), tile, steps, tile["M"] * rank, **constants)
+
+
+def lora_up(
+    device: torch.device, m: int, n: int, r: int, strides: tuple[int, int], dropout: bool, half: bool, adds: bool
+) -> Launch:
+    """Tensors: h [m, r], w [n, r] of these strides, out [m, n], and with `half` the powers of two of h and w, and two.
+
+    If it `adds`, then to out times the last two powers of two.
+    """
+    # What is added to takes registers, so its tiles are smaller.
+    tile = find_tile("lora_up_add" if adds else "lora_up", device, m)
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
-    constants: Any = {"DROPOUT": dropout, "HALF": half, "ADD": adds, "R": rank_tile(r)}
-    return Launch(_up_kernel, device, grid, numbers, tile, fuse=True, **constants)
+    constants: Any = {"DROPOUT": dropout, "HALF": half, "ADD": adds, "R": rank_tile(r), "unread": 0 if half else 4}
+    return Launch(_up_kernel, device, grid, (m, n, r, *strides[::-1]), tile, fuse=True, **constants)
+
+
+def lora_combine(device: torch.device, n: int, dropout: bool, adds: bool) -> Launch:
+    """The same for n sums that torch computed. Tensors: these, out, the powers of two of h and w, and two more."""
+    tile = find_tile("dropout", device)
+    grid = -(-n // tile["SIZE"]), 1, 1
+    return launch_of((), _combine_kernel, device, grid, (n,), tile, DROPOUT=dropout, ADD=adds)
 
 
 def lora_gradients(
-    grad_xa: Tensor | Half, x: Tensor | Half, grad_a: Tensor, xa: Tensor | Half, grad: Tensor | Half, grad_b: Tensor,
-    s: float, p: float = 0.0, seed: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Write grad_xa^T drop(x) to `grad_a` [r, k] and s grad^T xa to `grad_b` [n, r], of any strides and float type.
+    device: torch.device, m: int, k: int, n: int, r: int, strides: tuple[int, int, int, int], dropout: bool, half: bool
+) -> Launch:
+    """Tensors: dXA [m, r], x [m, k], dA [r, k], xa [m, r], dY [m, n], dB [n, r], memory, with `half` 4 powers of two.
 
-    grad_xa and xa are [m, r], x is [m, k], grad [m, n].
+    `strides`: of dA and dB, whose types are the adapter's.
     """
-    m, k = x.shape
-    n, r = grad_b.shape
-    tile = _tile("lora_gradients", x, m, r)
-    if not tile:
-        grad_a.copy_(product(grad_xa.T, _dropped(x, p, seed)))
-        grad_b.copy_(product(grad.T, xa, s))
-        return
-    mask, scale = dropout_arguments(p, seed, x.device)
-    numbers = (m, k, n, r, *grad_a.stride(), *grad_b.stride()[::-1])
-    run = _gradients(x.device, tile, numbers, seed is not None, isinstance(x, Half))
-    factors = [_parts(each) for each in (grad_xa, x, xa, grad)]
-    of_grad_xa, of_x, of_xa, of_grad = (each.values.contiguous() for each in factors)
-    tensors = of_grad_xa, of_x, grad_a, of_xa, of_grad, grad_b, run.memory(of_xa), *(each.factor for each in factors)
-    run(tensors, (*mask, scale, float(s)))  # `Launch` keeps the kernel, and Triton compiles another one for an int
-
-
-@lru_cache(MAX_LAUNCHES)
-def _gradients(device: torch.device, tile: Tile, numbers: tuple[int, ...], dropout: bool, half: bool) -> Launch:
-    m, k, n, r, *_ = numbers
+    tile = find_tile("lora_gradients", device, m)
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
+    numbers = m, k, n, r, *strides[:2], *strides[:1:-1]
+    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank, "unread": 0 if half else 4}
     steps = -(-m // tile["M"])
-    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank}
     return shared_launch(_gradients_kernel, device, grid, numbers, tile, steps, rank * tile["N"], **constants)
-
-
-def _parts(x: Tensor | Half) -> Half:
-    """The two tensors that a kernel gets; it reads no factor of a plain tensor."""
-    return x if isinstance(x, Half) else Half(x, x)
-
-
-def in_16_bits(x: Tensor | Half) -> bool:
-    return isinstance(x, Half) or x.dtype != torch.float32
-
-
-def _tile(kernel: str, x: Tensor | Half, m: int, r: int) -> Tile:
-    if not m or not r or not in_16_bits(x):
-        return NO_TILE
-    return find_tile(kernel, x.device, m)
 
 
 def rank_tile(r: int) -> int:
     """Ranks per program: a power of two, at least the 16 that tensor cores take, at most 64 for the registers."""
     return min(max(16, int(triton.next_power_of_2(r))), 64)
-
-
-def _dropped(x: Tensor | Half, p: float, seed: Tensor | None) -> Any:
-    """drop(x) in a buffer of the stream, or x itself without a seed."""
-    if seed is None:
-        return x
-    if isinstance(x, Half):  # values divided by 1 - p could pass the end of fp16: the factor is
-        values = x.values.contiguous()
-        return Half(dropout(values, p, seed, torch.empty_like(values), scales=False), x.factor / (1 - p))
-    x = x.contiguous()
-    return dropout(x, p, seed, out=scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape))

@@ -201,42 +201,49 @@ def tables_of_levels(quant_type: QuantType, device: torch.device) -> tuple[Tenso
     return dynamic_map(device=str(device)), codebook(quant_type, str(device)).levels
 
 
-def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], int]:
-    """What a kernel reads of a 4-bit weight: packed, absmax, nested, levels8, levels, and the place of the offset.
-
-    The place of the offset in `nested` is -1 without double quantization.
-    """
+def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, ...], bool]:
+    """The bytes of a 4-bit weight as kernels read them, and whether they are aligned: packed, absmax and nested."""
     packed, absmax, nested, *_ = weight
-    packed = packed.contiguous()
-    n_nested = nested.numel() // 4 - 1
-    if n_nested >= 0:
-        nested = aligned(nested)
-        absmax = absmax.contiguous()
-    else:
-        absmax = aligned(absmax)
-    tables = tables_of_levels(weight.quant_type, packed.device)
-    return (packed, absmax, nested, *tables), n_nested
+    if not (packed.is_contiguous() and absmax.is_contiguous() and nested.is_contiguous()):
+        packed, absmax, nested = packed.contiguous(), absmax.contiguous(), nested.contiguous()
+    places = absmax.data_ptr() | nested.data_ptr()
+    if places & 3:  # FSDP cut them out of a larger tensor; one of them is fp32
+        absmax, nested = aligned(absmax), aligned(nested)
+    is_aligned = not (packed.data_ptr() | places) & 15
+    return (packed, absmax, nested), is_aligned
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
-    """Decode into `out`, flat [numel], of any of the three float types; returns it."""
-    tensors, n_nested = weight_arguments(weight)
-    aligned = tensors[0].data_ptr() % 4 == 0
+    """Decode into `out`, contiguous [numel] or [out, in], of any of the three float types; returns it."""
+    bytes, is_aligned = weight_arguments(weight)
+    has_words = is_aligned or bytes[0].data_ptr() % 4 == 0
     tile = find_tile("dequantize", out.device)
-    _launch_of_dequantize(out.device, tile, weight.numel, weight.block_size, n_nested, aligned)((*tensors, out))
+    form = weight.quant_type, weight.block_size, bytes[2].numel()
+    launch, tables = _launch_of_dequantize(out.device, tile, out.dtype, out.numel(), *form, has_words)
+    run = launch.aligned if is_aligned else launch
+    run((*bytes, *tables, out))
     return out
 
 
 @lru_cache(MAX_LAUNCHES)
 def _launch_of_dequantize(
-    device: torch.device, tile: Tile, n: int, block_size: int, n_nested: int, aligned: bool
-) -> Launch:
+    device: torch.device,
+    tile: Tile,
+    dtype: torch.dtype,
+    n: int,
+    quant_type: QuantType,
+    block_size: int,
+    nested_bytes: int,
+    has_words: bool,
+) -> tuple[Launch, tuple[Tensor, Tensor]]:
+    """With the tables of levels, which its kernel reads too."""
+    n_nested = place_of_offset(nested_bytes)
     run = min(block_size, 64)  # a longer block is several runs, so that one tile fits all block sizes
-    words = aligned and n % run == 0
+    words = has_words and n % run == 0
     runs = tile["WEIGHTS"] // run
     if not words:
         runs //= 4  # reading single bytes takes more registers per weight
-    return Launch(
+    launch = Launch(
         _dequantize_kernel,
         device,
         (-(-n // (runs * run)), 1, 1),
@@ -248,6 +255,12 @@ def _launch_of_dequantize(
         WORDS=words,
         DOUBLE_QUANT=n_nested >= 0,
     )
+    return launch, tables_of_levels(quant_type, device)
+
+
+def place_of_offset(nested_bytes: int) -> int:
+    """That in the second-level scales; -1 without double quantization."""
+    return nested_bytes // 4 - 1
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:

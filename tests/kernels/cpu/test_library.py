@@ -94,12 +94,12 @@ def test_each_op_of_a_cpu_runs_in_c(monkeypatch):
     eager.dequantize(weight, torch.float32)
     x, xa = torch.randn(1, 64), torch.randn(1, 4)
     lora = LoRA(torch.randn(4, 64), torch.randn(32, 4), p=0.5, seed=torch.tensor([3]))
-    eager.lora_project(x, lora)
-    eager.linear_in_one_call(torch.empty(1, 32), x, weight, None, lora._replace(p=0.0, seed=None))
-    eager.linear_into(torch.empty(1, 32), x, xa, weight, None, lora)
-    of_few_rows = ["types", "is_fast_for", "lora_linear"]
-    ops = ["types", "quantize"], ["types", "dequantize_into"], ["types", "dropout_into"], of_few_rows, of_few_rows
-    assert called == [name for names in ops for name in names]
+    plan = eager.plan(x, lora)
+    plan.lora_project(x, lora)
+    for projected in (None, xa):
+        plan.linear_into(torch.empty(1, 32), x, projected, weight, None, lora)
+    of_plan = ["types", "types", "dropout_into", "dequantize_into", "is_fast_for"]
+    assert called == ["types", "quantize", "types", "dequantize_into", *of_plan, "lora_linear", "lora_linear"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -269,8 +269,9 @@ def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(l
 
 def test_decoding_allocates_nothing():
     weight = reference.quantize(torch.randn(256, 256), "nf4", 64, True)
-    first = eager._decoded(weight, torch.bfloat16).data_ptr()
-    assert eager._decoded(weight, torch.bfloat16).data_ptr() == first
+    plan = eager.plan(torch.empty(2, 256).bfloat16(), LoRA(torch.empty(4, 256), torch.empty(256, 4)))
+    first = plan.decoded(weight)[0].data_ptr()
+    assert plan.decoded(weight)[0].data_ptr() == first
     assert scratch(1, torch.bfloat16, torch.device("cpu")).data_ptr() == first
 
 

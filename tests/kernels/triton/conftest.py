@@ -11,7 +11,7 @@ OUTSIDE = ["test_interpreted.py", "test_compiled.py", "test_gpu.py", "test_launc
 # Two processes that take as long as each other.
 PARTS = (
     ("experts", "grouped", "adamw_kernel", "one_rounding", "quantize", "tiles"),
-    ("verify", "lora_products", "linear"),
+    ("verify", "lora_products", "linear", "prepared"),
 )
 INSIDE = [f"test_{name}.py" for part in PARTS for name in part]
 

@@ -12,10 +12,12 @@ pytest.importorskip("triton")
 from benchmarks import tiles as search
 from benchmarks.compile_kernels import cases, check, main
 from benchmarks.compiled import recorded
+from benchmarks.products import lora_down, lora_up
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels import verify
+from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.kernels.triton.lora_products import MAX_GRID, lora_down, lora_up
+from lightning_qlora.kernels.triton.lora_products import MAX_GRID
 from tests.kernels.triton.launches import MODULES, forget_launches
 from tests.toys import needs
 
@@ -73,7 +75,7 @@ def test_the_check_of_a_card_reaches_both_values_of_each_choice_of_a_kernel():
                 continue
             forget_launches()
             with recorded(target) as launches:
-                getattr(kernels, op)(*arguments)
+                verify.function_of(kernels, op)(*arguments)
             for each in launches:
                 name = each.kernel.__name__
                 types = [value.dtype for value in each.arguments.values() if isinstance(value, torch.Tensor)]
@@ -105,13 +107,14 @@ def test_programs_share_a_sum_except_on_amd_where_barriers_do_not_wait_for_memor
 
 def test_more_rows_than_a_grid_has_programs_for_are_multiplied_by_torch():
     m = MAX_GRID * launch.find_tile("lora_up", torch.device("cpu"), MAX_GRID)["M"] + 1
-    h = torch.ones(m, 1, dtype=torch.bfloat16)
-    w = torch.ones(2, 1)
+    x = torch.ones(m, 2, dtype=torch.bfloat16)
+    lora = LoRA(torch.ones(1, 2), torch.ones(3, 1))
     with recorded("sm_90") as launches:
-        assert lora_up(h, w, torch.zeros(m, 2, dtype=torch.bfloat16)).sum(dtype=torch.int64) == 2 * m
+        assert kernels.plan(x, lora).lora_project(x, lora).sum(dtype=torch.int64) == 2 * m
         assert not launches
-        lora_up(h[1:], w, torch.zeros(m - 1, 2, dtype=torch.bfloat16))
-    assert launches[0].grid[1] == MAX_GRID
+        kernels.plan(x[1:], lora).lora_project(x[1:], lora)
+        lora_up(x[1:, :1], torch.ones(2, 1), x[1:])
+    assert launches[1].grid[1] == MAX_GRID
 
 
 def test_a_spilling_tile_fails(table, capsys):

@@ -7,17 +7,23 @@ import torch
 
 from lightning_qlora import convert, disable_adapter
 from lightning_qlora.experts import experts
-from lightning_qlora.kernels import eager, ops
+from lightning_qlora.kernels import backends
+from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.backends import Backend
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.experts.test_experts import gpt_oss, made, qwen3_moe
 
 transformers = pytest.importorskip("transformers", minversion="5")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _in_c(monkeypatch):
-    """Every op runs without Triton, except the launch for several experts, which `grouped_linear` chooses itself."""
-    monkeypatch.setattr(ops, "backend", lambda device: eager)
+    """Every op runs without Triton, except the launches for several experts."""
+    made = Backend(CPU)
+    for op in ("can_group", "grouped_linear", "grouped_linear_backward", "to_half"):
+        setattr(made, op, getattr(kernels, op))
+    monkeypatch.setitem(backends._backends, CPU, made)
 
 
 def model_of(build, dtype=torch.float32, **arguments):

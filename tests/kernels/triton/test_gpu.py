@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 pytest.importorskip("triton")
 
+from benchmarks.products import lora_down, lora_gradients, lora_up
 from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import ops, reference, scratch, verdict
 from lightning_qlora.kernels.grouped_linear import grouped_linear
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from lightning_qlora.quantization.packed_weight import stack_bytes
 from tests.kernels.forward import forward
 from tests.kernels.triton.test_linear import DTYPES, assert_near

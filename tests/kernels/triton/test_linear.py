@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from benchmarks.products import add_matmul_
 from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.kernels.triton.dropout import dropout
-from lightning_qlora.kernels.triton.linear import add_matmul_
+from lightning_qlora.kernels.triton.dropout import dropout_into
 from tests.conftest import every_pair
 from tests.kernels.forward import forward
 
@@ -39,9 +39,9 @@ def test_dropout_equals_the_reference_bit_for_bit(dtype, p, seed):
     x = torch.randn(1503).to(dtype)
     memory = torch.full((1600,), 7.0, dtype=dtype)
     key = torch.tensor([seed])
-    assert torch.equal(dropout(x, p, key, memory[:1503]), reference.dropout(x, p, key))
+    assert torch.equal(dropout_into(memory[:1503], x, p, key), reference.dropout(x, p, key))
     assert (memory[1503:] == 7).all()
-    assert torch.equal(dropout(x, p, key, x.clone()), memory[:1503])
+    assert torch.equal(dropout_into(x.clone(), x, p, key), memory[:1503])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,8 +58,9 @@ def test_gradients_are_contiguous_as_torch_compile_is_told():
     weight, x, grad, _, *adapter = layer(64, 64, 4, torch.float16, m=20)
     a, b = (of.T.contiguous().T for of in adapter)
     lora = LoRA(a, b, 0.7)
-    xa = kernels.lora_project(x, lora)
-    assert all(of.is_contiguous() for of in kernels.linear_backward(grad, x, xa, weight, lora, True))
+    plan = kernels.plan(x, lora, weight)
+    xa = plan.lora_project(x, lora)
+    assert all(of.is_contiguous() for of in plan.linear_backward(grad, x, xa, weight, lora, True))
 
 
 def test_no_dense_weight_is_allocated_twice(monkeypatch):
@@ -108,9 +109,9 @@ def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypat
 
 def test_no_rows_at_all():
     weight, x, grad, bias, lora_a, lora_b = layer(96, 256, 8, torch.bfloat16, m=0)
-    choices = (lora_a, lora_b, 0.7, 0.3, torch.tensor([5]))
-    y, xa = forward(kernels, x, weight, bias, *choices)
+    lora = LoRA(lora_a, lora_b, 0.7, 0.3, torch.tensor([5]))
+    y, xa = forward(kernels, x, weight, bias, *lora)
     assert (y.shape, xa.shape) == ((0, 96), (0, 8))
-    grad_x, grad_a, grad_b = kernels.linear_backward(grad, x, xa, weight, LoRA(*choices), True)
+    grad_x, grad_a, grad_b = kernels.plan(x, lora, weight).linear_backward(grad, x, xa, weight, lora, True)
     assert grad_x.shape == (0, 256)
     assert not grad_a.any() and not grad_b.any()

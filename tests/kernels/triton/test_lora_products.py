@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from benchmarks.products import lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.launch import COUNTERS
-from lightning_qlora.kernels.triton.lora_products import lora_down, lora_gradients, lora_up
 from tests.conftest import every_pair
-from tests.kernels.triton.test_linear import DTYPES, assert_near
+from tests.kernels.triton.test_linear import HALVES, assert_near
 
 # One row; a few; a whole tile and one row more; ranks below, at and above a tile; sizes that no tile divides.
 SHAPES = [(1, 64, 8), (7, 100, 16), (65, 192, 33), (130, 72, 70), (64, 64, 64)]
@@ -19,7 +19,7 @@ def draw(*shape, dtype=torch.float32):
 
 
 ADAPTERS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
-CASES = pytest.mark.parametrize(("dtype", "adapters", "seed", "shape"), every_pair(DTYPES, ADAPTERS, SEEDS, SHAPES))
+CASES = pytest.mark.parametrize(("dtype", "adapters", "seed", "shape"), every_pair(HALVES, ADAPTERS, SEEDS, SHAPES))
 
 
 @CASES

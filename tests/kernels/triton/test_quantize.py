@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from benchmarks.products import add_matmul_
 from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import backends, ops, reference
-from lightning_qlora.kernels.triton.linear import add_matmul_
 from lightning_qlora.kernels.triton.quantize import dequantize, dequantize_into, quantize
 from tests.conftest import every_pair
 from tests.kernels.triton.test_linear import DTYPES

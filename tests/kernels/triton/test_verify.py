@@ -9,9 +9,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from lightning_qlora.kernels import backends, eager, ops, verify
+from lightning_qlora.kernels import backends, verify
 from lightning_qlora.kernels import triton as kernels
-from tests.kernels.test_verdict import train
+from tests.kernels.test_verdict import train, train_by_eager
 from tests.kernels.triton.interpreter import CONVERT, DOT
 from tests.kernels.triton.launches import MODULES, forget_launches
 
@@ -65,7 +65,7 @@ COLUMNS = f"{ROWS} & (column < k)[None, :]"
         ("adapter_sums", "sum_over_columns", COLUMNS, ROWS, "lora_products", "lora_project", 1, "differs"),
         (
             "linear",
-            "add_matmul_",
+            "matmul",
             "row[:, None] < n, other=0",
             "row[:, None] >= 0, other=0",
             "linear",
@@ -75,7 +75,7 @@ COLUMNS = f"{ROWS} & (column < k)[None, :]"
         ),
         (
             "linear",
-            "add_matmul_",
+            "matmul",
             "mask=write)\n\n",
             "mask=write | True)\n\n",
             "linear",
@@ -96,11 +96,9 @@ def test_faults(monkeypatch, broken, name, function, old, new, where, op, number
 
 def test_a_run_is_that_of_a_cpu_even_if_a_launch_fails_after_another_one_of_its_op(monkeypatch, recwarn):
     """The adapter's product is then in the output already."""
-    monkeypatch.setattr(ops, "backend", lambda device: eager)
-    expected = train()
-    monkeypatch.setattr(ops, "backend", backends.backend)
+    expected = train_by_eager()
     assert train() == pytest.approx(expected, rel=1e-3) and not backends.backend(CPU).failures
-    run = MODULES["launch"].Launch.__call__
+    run = MODULES["launch"].Launch._launch_by_triton
     calls = []
 
     def fails_later(self, *arguments):
@@ -109,7 +107,7 @@ def test_a_run_is_that_of_a_cpu_even_if_a_launch_fails_after_another_one_of_its_
             raise RuntimeError("out of resource: shared memory")
         return run(self, *arguments)
 
-    monkeypatch.setattr(MODULES["launch"].Launch, "__call__", fails_later)
+    monkeypatch.setattr(MODULES["launch"].Launch, "_launch_by_triton", fails_later)
     assert train() == pytest.approx(expected, rel=1e-3)
     assert backends.backend(CPU).failures == {"linear_into": "RuntimeError: out of resource: shared memory"}
     assert len(recwarn) == 1 and calls.count("_matmul_kernel") == 3

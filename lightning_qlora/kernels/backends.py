@@ -54,7 +54,7 @@ class Backend:
         if self.kernels is not eager:
             plain = eager.plan(x, lora)
             guarded = {op: self._guarded(op, getattr(plan, op), getattr(plain, op)) for op in PLANNED}
-            vars(plan).update(guarded, to_half=self.to_half)
+            plan.replace(to_half=self.to_half, **guarded)
         return plan
 
     def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

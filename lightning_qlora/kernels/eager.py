@@ -99,6 +99,9 @@ class Plan:
         # Whether C has the layer in one call, which decodes W inside of the product.
         self.in_one_call = library is not None and library.is_fast_for(self.m, self.dtype) and not lora.in_fp16
 
+    def replace(self, **functions: Any) -> None:
+        self.__dict__.update(functions)
+
     def matrix(self, x: Tensor) -> Tensor:
         """x [..., in], y or dY as a matrix; they are one if `is_matrix`."""
         return x if self.is_matrix else x.reshape(self.m, x.shape[-1])

@@ -67,7 +67,7 @@ class Backend:
             try:
                 return kernel(*arguments)
             except Exception as error:  # Triton, its compilers and the driver raise many types
-                return self._repeat(op, plain, arguments, error)
+                return self._repeat(op, kernel, plain, arguments, error)
 
         def run_in_place(written: list[Tensor], *arguments: Any) -> Any:
             """Not repeated once it began to write."""
@@ -79,15 +79,25 @@ class Backend:
             except Exception as error:
                 if versions != [tensor._version for tensor in written]:
                     raise
-                return self._repeat(op, plain, (written, *arguments), error)
+                return self._repeat(op, kernel, plain, (written, *arguments), error)
 
         if self.kernels is eager:
             return plain
         return run_in_place if op in IN_PLACE else run
 
-    def _repeat(self, op: str, plain: Callable[..., Any], arguments: tuple[Any, ...], error: Exception) -> Any:
+    def _repeat(
+        self,
+        op: str,
+        kernel: Callable[..., Any],
+        plain: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        error: Exception,
+    ) -> Any:
         if isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
             raise error
+        if _is_out_of_memory(error):
+            torch.cuda.empty_cache()
+            return kernel(*arguments)
         result = plain(*arguments)  # raises as well if the arguments are wrong or the device is lost
         self.fall_back({op: f"{type(error).__name__}: {error}"})
         return result
@@ -207,20 +217,49 @@ def _try(device: torch.device) -> Backend:
 
 
 def _make(device: torch.device, repeat: bool = False) -> Backend:
-    """Triton's backend; `eager`, with one warning, if no kernel runs on the device."""
-    result = Backend(device)
-    try:
-        kernels = import_module(KERNELS)
-        kernels.check_launch(device)
-        found = verdict(device, repeat)
-        result = Backend(device, kernels)
-        result.fall_back({op: why for op, why in found.items() if why})
-    except Exception as error:
-        warnings.warn(
-            f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in eager "
-            "PyTorch there. The results are the same, but a matmul takes several passes over memory. Install Triton "
-            "(for CUDA `pip install triton`, on Windows `triton-windows`) and a C compiler (or set the variable CC).",
-            stacklevel=3,
+    """Triton's backend; `eager`, with one warning, if no kernel runs on the device.
+
+    What is no fault of the kernels is an error, and nothing is kept: the next use checks them.
+    """
+    is_started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # a build for CPUs has no captures
+    if is_started and scratch.is_capturing(device):
+        raise RuntimeError(
+            f"4-bit layers compute on {device} for the first time, inside the capture of a CUDA graph, where their "
+            "kernels can't be checked. Run the module there once before the capture."
         )
+    try:
+        result = _checked(device, repeat)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            torch.cuda.empty_cache()
+            result = _checked(device, repeat)
+        else:
+            warnings.warn(
+                f"Triton kernels do not run on {device} ({type(error).__name__}: {error}), so 4-bit layers run in "
+                "eager PyTorch there. The results are the same, but a matmul takes several passes over memory. Install "
+                "Triton (for CUDA `pip install triton`, on Windows `triton-windows`) and a C compiler (or set the "
+                "variable CC).",
+                stacklevel=3,
+            )
+            result = Backend(device)
     _backends[device] = result
     return result
+
+
+def _checked(device: torch.device, repeat: bool) -> Backend:
+    kernels = import_module(KERNELS)
+    kernels.check_launch(device)
+    found = {op: why for op, why in verdict(device, repeat).items() if why}
+    if any("out of memory" in why for why in found.values()):
+        raise torch.OutOfMemoryError(
+            f"{device} has no memory for the check of the kernels at their first use. Make the batch smaller, or use "
+            "4-bit layers on it before the rest of its memory is taken."
+        )
+    result = Backend(device, kernels)
+    result.fall_back(found)
+    return result
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of torch's allocator, or of the driver, which loads a kernel beside it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

@@ -80,6 +80,43 @@ def test_a_device_without_triton_gets_the_eager_path_and_a_warning_with_the_reas
     assert backends.describe(CUDA) == "plain torch" and backends.failures(CUDA) == {}
 
 
+def test_a_first_use_inside_a_capture_is_refused_and_the_next_one_checks(monkeypatch, kernels, recwarn):
+    monkeypatch.setattr(kernels, "check_launch", lambda device: None)
+    monkeypatch.setattr(backends, "verdict", lambda device, repeat: dict.fromkeys(backends.OPS))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(backends.scratch, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="Run the module there once before the capture"):
+        backends.backend(CUDA)
+    monkeypatch.setattr(backends.scratch, "is_capturing", lambda device: False)
+    assert backends.backend(CUDA).kernels is kernels and not recwarn.list
+
+
+@pytest.mark.parametrize("where", ["check_launch", "verdict"])
+@pytest.mark.parametrize("full", [1, 2], ids=["once", "also after torch gave back what it keeps"])
+def test_a_first_use_on_a_full_card_does_not_lose_the_kernels(monkeypatch, kernels, recwarn, where, full):
+    """The driver loads kernels outside of torch's allocator."""
+    calls = []
+
+    def out_of_memory(*_):
+        calls.append(where)
+        return "Triton Error [CUDA]: out of memory" if len(calls) <= full else None
+
+    def check_launch(device):
+        if where == "check_launch" and (error := out_of_memory()):
+            raise RuntimeError(error)
+
+    def verdict(device, repeat):
+        return dict.fromkeys(backends.OPS) | ({"quantize": out_of_memory()} if where == "verdict" else {})
+
+    monkeypatch.setattr(kernels, "check_launch", check_launch)
+    monkeypatch.setattr(backends, "verdict", verdict)
+    if full == 2:
+        with pytest.raises(RuntimeError, match="memory"):
+            backends.backend(CUDA)
+    assert backends.backend(CUDA).kernels is kernels
+    assert not backends.failures(CUDA) and not recwarn.list
+
+
 def test_the_trial_launch_raises_what_the_driver_raises(kernels):
     """Here there is no GPU, or one on which it runs."""
     if torch.cuda.is_available():

@@ -356,6 +356,29 @@ def test_an_error_that_another_backend_would_raise_too_is_no_fall_back(monkeypat
     assert not made.failures and not said(recwarn)
 
 
+@pytest.mark.parametrize("full", [1, 2])
+def test_a_kernel_that_the_driver_can_not_load_is_launched_once_more(monkeypatch, kernels, recwarn, full):
+    """A full card is no fault of a kernel: one rank alone would compute in plain torch from then on."""
+    found(monkeypatch)
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(True))
+    weight = reference.quantize(torch.ones(2, 64), "nf4", 64, True)
+
+    def dequantize(*arguments):
+        if len(given_back) < full:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        return reference.dequantize(*arguments)
+
+    kernels.dequantize = dequantize
+    made = backends.Backend(CPU, kernels)
+    if full == 2:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            made.dequantize(weight, torch.float32)
+    else:
+        assert torch.equal(made.dequantize(weight, torch.float32), reference.dequantize(weight, torch.float32))
+    assert given_back == [True] and not made.failures and not said(recwarn)
+
+
 @pytest.mark.parametrize("has_triton", [True, False])
 def test_all_ranks_take_the_path_of_the_rank_whose_kernels_fail(monkeypatch, tmp_path, kernels, has_triton):
     found(monkeypatch)

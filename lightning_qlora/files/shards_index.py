@@ -8,6 +8,7 @@ torch's objects, once the types and sizes of all values are those of an index, a
 import io
 import math
 import pickle
+import reprlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -142,7 +143,8 @@ def read_index(path: Path) -> Metadata:
 
 def _check(good: bool, expected: str, value: Any) -> None:
     if not good:
-        raise ValueError(f"the index of shards has {shown(value)} in place of {expected}")
+        # A list may hold itself many times, and its whole text has no end.
+        raise ValueError(f"the index of shards has {reprlib.repr(value)} in place of {expected}")
 
 
 def _state(value: Any, kind: type) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 
 from lightning_qlora.adapters.module_adapter import check_adapters_finite
+from lightning_qlora.files.hub import file_in
 from lightning_qlora.files.lightning_checkpoint import (
+    META,
     ONLY_WEIGHTS,
     in_one_line,
     is_shards,
@@ -241,8 +244,12 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
         return original(path, state, strict, *args, **kwargs)
     weights_only = only_weights(kwargs.get("weights_only"))
     if is_shards(path):
-        with ask_for(keys_of_shards(path, modules, weights_only)), reading(weights_only):
-            return original(path, state, strict, *args, **kwargs)
+        file_in(Path(path), META)
+        try:
+            with ask_for(keys_of_shards(path, modules, weights_only)), reading(weights_only):
+                return original(path, state, strict, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(in_one_line(path, error)) from error
     saved = read_checkpoint(path, weights_only)
     for key, module in modules.items():
         module.load_state_dict(saved.pop(key), strict=strict)

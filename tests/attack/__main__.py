@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.attack import cases, files
+from tests.attack import cases, files, strangers
 
 # Attempts of each attack at scale 1; `make test` has scale 0.4.
 ATTACKS = {
@@ -17,6 +17,8 @@ ATTACKS = {
     "files that may not become large": (files.full_disks, 30),
     "arguments": (cases.arguments, 2000),
     "values in PEFT's files": (cases.foreign_values, 60),
+    "programs in an index of shards": (strangers.programs, 500),
+    "bytes of files": (strangers.bytes_of_files, 300),
     "layers": (cases.layers, 60),
     "modules": (cases.modules, 30),
     "threads": (cases.threads, 20),

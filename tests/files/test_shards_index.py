@@ -228,6 +228,17 @@ def test_deep_values_end_nothing(code, read):
             read(b"\x80\2" + code + after)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("begin", "end"), [(b"](", b"e"), (b"", b"\x86"), (b"}(" + text("a"), text("b") + b"h\1u")])
+def test_a_value_that_holds_itself_many_times_has_a_short_text(begin, end, read):
+    """Each level has the one before twice: two to the power of 60 at the end."""
+    twice = b"h\1" if begin.startswith(b"}") else b"h\1h\1"
+    code = b"N" + 60 * (b"q\0010" + begin + twice + end)
+    for after in (b".", PATH + b"b."):
+        with raises_in_one_line(ValueError, "shards.ckpt: "):
+            read(b"\x80\2" + code + after)
+
+
 def test_memo_numbers_and_lengths_take_no_memory(read):
     for code in (b"Nr\xff\xff\xff\x7f", b"X\xff\xff\xff\x7fa", b"\x95" + b"\xff" * 7 + b"\x7f", b"\x8a\xff" + b"a"):
         with raises_in_one_line(ValueError, "shards.ckpt: "):

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 import threading
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +17,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint
-from tests.conftest import Classifier, loader, raises_in_one_line
+from tests.conftest import Classifier, launch, loader, raises_in_one_line
+from tests.toys import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HAS_ARGUMENT = "weights_only" in inspect.signature(Trainer.fit).parameters
@@ -218,6 +220,20 @@ def test_code_in_place_of_a_value_of_shards_does_not_run(shards, monkeypatch):
     assert ran
 
 
+def test_other_values_in_the_file_beside_the_shards_are_refused(shards, tmp_path):
+    folder, resume = shards
+    (folder / "meta.pt").rename(tmp_path / "elsewhere.pt")
+    (folder / "meta.pt").symlink_to(tmp_path / "elsewhere.pt")
+    with raises_in_one_line(ValueError, "meta.pt: is a symbolic link to .*elsewhere.pt, outside of the folder"):
+        resume()
+    (folder / "meta.pt").unlink()
+    torch.save({**torch.load(tmp_path / "elsewhere.pt", weights_only=True), "x": Code()}, folder / "meta.pt")
+    for arguments in ({}, {"weights_only": True})[: 1 + HAS_ARGUMENT]:
+        with raises_in_one_line(pickle.UnpicklingError, "shards.ckpt: holds a .*run"):
+            resume(**arguments)
+    assert not ran
+
+
 def test_honest_shards_resume_with_all_their_values(shards):
     folder, resume = shards
     name = change_value(folder, 0, 0.125)
@@ -225,3 +241,17 @@ def test_honest_shards_resume_with_all_their_values(shards):
     groups = new.optimizers[0].param_groups
     assert 0.125 in [value for group in groups for value in group.values() if isinstance(value, float)], name
     assert len(module.losses) == 4 and new.current_epoch == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_all_ranks_refuse_what_one_of_them_reads_and_resume_from_an_honest_checkpoint(strategy, tmp_path):
+    _, ranks = launch("tests.scripts.strange_files_on_ranks", tmp_path, strategy)
+    for rank in ranks:
+        assert rank["errors"].keys() == ranks[0]["errors"].keys()
+        for change, text in rank["errors"].items():
+            expected = r"\.ckpt: " if change != "another_type_in_the_shard_of_one_rank" else "is torch.float64 of shape"
+            assert re.search(expected, text) and "\n" not in text, (change, text)
+        assert_equal(rank["resumed"], rank["straight"])
+    assert_equal(ranks[0]["resumed"], ranks[1]["resumed"])

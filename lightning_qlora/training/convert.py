@@ -51,7 +51,9 @@ from lightning_qlora.training.notes import (
     note_before_conversion,
     note_before_first_conversion,
     note_other_arguments,
+    note_outside_copies,
 )
+from lightning_qlora.training.outside_copies import OutsideCopies
 from lightning_qlora.training.parameter_counts import dense_bytes
 from lightning_qlora.training.patches import shard_bytes
 from lightning_qlora.training.report import ConversionReport
@@ -84,7 +86,11 @@ def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> Conversio
         ```
     """
     check_module("module", module)
-    report = convert_module(module, QLoRAConfig(**arguments))  # type: ignore[arg-type]  # takes a torch.dtype, too
+    config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
+    outside = None if is_converted(module) else OutsideCopies(module)
+    report = convert_module(module, config)
+    if outside is not None:
+        note_outside_copies(report, outside)
     if report.notes:  # the caller may not print the report
         rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=5)
     return report

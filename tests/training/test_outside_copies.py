@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from lightning_qlora import QLoRAPrecision
+from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.training.outside_copies import FAILED, OF_CONVERTED, WRITTEN
 from tests.conftest import make_trainer
 from tests.toys import pretrain
@@ -116,6 +116,18 @@ def freed(net):
     for parameter in copied.parameters():
         parameter.untyped_storage().resize_(0)
     return copied
+
+
+@pytest.mark.parametrize("make", HOLDERS)
+def test_convert_looks_for_them_too(make):
+    net = body()
+    held = make(net)
+    if HOLDERS[make] is None:
+        assert convert(net, **ARGUMENTS).copied == ["0", "3"]
+    else:
+        with pytest.warns(UserWarning, match=f"{HOLDERS[make]} holds a copy of it from before conversion"):
+            convert(net, **ARGUMENTS)
+    assert held is not None
 
 
 @pytest.mark.parametrize(

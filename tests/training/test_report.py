@@ -39,6 +39,7 @@ def test_the_numbers_of_a_conversion():
         "full_precision_bytes": 4 * head,
         "full_precision_computes_in": ["bfloat16"],
         "computes_in": {"": "bfloat16", "5": "bfloat16"},
+        "copied": ["1", "2"],
     }
     report = convert(module, **arguments, trainable_token_indices={"0": [1, 2, 3]}, compute_dtype="bf16")
     assert report == ConversionReport(**expected, seconds=report.seconds) and 0 < report.seconds < 60

@@ -35,7 +35,7 @@ def test_every_block_of_every_page_runs(tmp_path):
     assert [*results] == [page.name for page in pages]
     assert {name: page["error"] for name, page in results.items() if page["error"]} == {}
     assert {name for name, page in results.items() if not page["run"]} <= {*RUN}, "a public name without an example"
-    assert sum(page["exempt"] for page in results.values()) <= 2
+    assert sum(page["exempt"] for page in results.values()) <= 3
     assert sum(page["run"] for page in results.values()) > 40
 
 

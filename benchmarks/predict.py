@@ -203,7 +203,7 @@ class Method:
         return BLOCKS * (layers + small)
 
 
-OURS = Method("this package", ours, (75e-6, 85e-6))
+OURS = Method("this package", ours, (30e-6, 40e-6))
 METHODS = (
     OURS,
     Method("PEFT + bitsandbytes", peft, (190e-6, 150e-6)),

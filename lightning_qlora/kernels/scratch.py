@@ -38,20 +38,17 @@ _all_threads: weakref.WeakValueDictionary[int, _Buffers] = weakref.WeakValueDict
 _thread = _ThreadLocal()
 
 
-def scratch(
-    numel: int, dtype: torch.dtype, device: torch.device, purpose: str = "weight", zero: bool = False
-) -> Tensor:
+def scratch(numel: int, dtype: torch.dtype, device: torch.device, purpose: str = "weight", zeros: int = 0) -> Tensor:
     """A flat tensor of `numel` elements; the next call with the same dtype, device and purpose reuses its memory.
 
     On a GPU this is safe because each stream has its own buffer: a kernel that overwrites the buffer runs after all
-    kernels that read it. The buffer is uninitialized, or with `zero` set to zero when it is allocated.
+    kernels that read it. The buffer is uninitialized; its first `zeros` elements are zero when it is allocated.
 
     While a CUDA graph is captured, each call returns a new tensor from its memory: a buffer could be freed before the
     graph is replayed, or contain the sums of another graph.
     """
-    make = torch.zeros if zero else torch.empty
     if is_capturing(device):
-        return make(numel, dtype=dtype, device=device)
+        return _new(numel, dtype, device, zeros)
     stream = 0
     if device.type == "cuda":  # as Triton reads it: `torch.cuda.current_stream` makes an object each time
         stream = int(torch._C._cuda_getCurrentRawStream(device.index))
@@ -62,8 +59,15 @@ def scratch(
         buffers.matrices.clear()  # they would keep the memory of the smaller buffer
         # A tensor created in inference mode cannot be written to outside of it.
         with torch.inference_mode(False):
-            buffer = buffers[place] = make(numel, dtype=dtype, device=device)
+            buffer = buffers[place] = _new(numel, dtype, device, zeros)
     return buffer if buffer.numel() == numel else buffer[:numel]
+
+
+def _new(numel: int, dtype: torch.dtype, device: torch.device, zeros: int) -> Tensor:
+    buffer = torch.empty(numel, dtype=dtype, device=device)
+    if zeros:
+        buffer[:zeros].zero_()
+    return buffer
 
 
 def scratch_matrix(

@@ -8,11 +8,9 @@ from lightning_qlora.kernels import scratch
 
 @pytest.fixture
 def made(monkeypatch):
-    """The buffers that are allocated: a stand-in for the card, whose tensors are here."""
+    """The buffers that are allocated: a stand-in for the card, whose tensors are here, full of ones."""
     made = []
-    for name in ("empty", "zeros"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, device, **k: made.append(make(*a, **k)) or made[-1])
+    monkeypatch.setattr(torch, "empty", lambda *a, device, **k: made.append(torch.ones(*a, **k)) or made[-1])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     scratch.release()
@@ -36,12 +34,12 @@ def test_each_thread_device_stream_and_purpose_has_a_buffer(made, monkeypatch):
 
 
 def test_a_captured_graph_gets_memory_of_its_own(made, monkeypatch):
-    """Its replays would use a buffer that was freed or is not zero."""
+    """Its replays would use a buffer that was freed or whose counters are not zero; sums are not set to zero."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     card = torch.device("cuda", 0)
-    ones = [scratch.scratch(4, torch.int32, card, "shares", zero=True) for _ in range(2)]
-    assert ones[0] is not ones[1] and ones[0] is made[0] and not ones[1].any()
+    ones = [scratch.scratch(4, torch.int32, card, "shares", 2) for _ in range(2)]
+    assert ones[0] is not ones[1] and ones[0] is made[0] and ones[1].tolist() == [0, 0, 1, 1]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    others = [scratch.scratch(4, torch.int32, card, "shares", zero=True) for _ in range(2)]
+    others = [scratch.scratch(4, torch.int32, card, "shares", 2) for _ in range(2)]
     assert others[0] is others[1] and all(others[0] is not one for one in ones)
     assert [(one.dtype, one.shape) for one in (*ones, others[0])] == 3 * [(torch.int32, (4,))]

@@ -23,7 +23,7 @@ from lightning_qlora.tensors.fingerprint import has_values, is_strided
 FEWEST = 32  # values, of which a distribution can be asked
 FEW = 256  # values; fewer are never certain
 MANY = 2048  # values of which a uniform distribution is recognized without knowing its bound
-ALONE = 4096  # values of which a normal distribution is certain without a bias or a norm beside it
+ALONE = 4096  # values of which a uniform distribution is certain, and a normal one without a bias or a norm beside it
 SIDE = 128  # rows and columns of a sample
 ALL = 1 << 20  # values for a standard deviation, which is then known to 0.07%
 
@@ -44,7 +44,7 @@ class Look(Enum):
     UNKNOWN = "nothing certain, or no values"
     BLANK = "a vector with one value, as norms and biases begin"
     SMALL = "uniform as layers of torch begin, but few values"
-    LIKELY = "normal, with a standard deviation of initializations"
+    LIKELY = "as of an initialization, and as some trained tensors"
     FRESH = "of an initialization"
     TRAINED = "of no initialization"
 
@@ -92,11 +92,13 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
     if is_vector or count < FEWEST or not math.isfinite(high - low):
         return Values()
     text = _uniform(data, sample, _bounds(tensor, owner)) or _sparse(sample)
+    if text is not None and count < FEW:
+        return Values(Look.SMALL, text, count)
+    if text is not None and count >= ALONE:
+        return Values(Look.FRESH, text, count)
+    text = text or _cut_normal(sample)  # few steps may leave few values within their bounds
     if text is not None:
-        return Values(Look.SMALL if count < FEW else Look.FRESH, text, count)
-    text = _cut_normal(sample)
-    if text is not None:
-        return Values(Look.LIKELY, text, count, is_usual=count >= ALONE)
+        return Values(Look.LIKELY, text, count, is_usual=True)
     return _normal_or_trained(tensor, owner, data, sample)
 
 
@@ -106,7 +108,12 @@ def can_be_read(tensor: Tensor) -> bool:
 
 
 def look_of_bias(bias: Tensor | None, weight: Tensor) -> Look | None:
-    """BLANK, or SMALL if it is uniform as layers of torch begin, or UNKNOWN, as after a training; None without one."""
+    """BLANK, or SMALL if it is uniform as layers of torch begin, or UNKNOWN, as after a training; None without one.
+
+    Of a norm without a bias, its weight.
+    """
+    if bias is None and weight.ndim == 1:
+        bias = weight
     if bias is None or not can_be_read(bias):
         return None
     values = bias.detach().reshape(1, -1)

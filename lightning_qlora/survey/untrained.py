@@ -33,16 +33,17 @@ class _Part(NamedTuple):
     name: str
     parameters: list[nn.Parameter]
     values: list[Values]
-    bias: Look | None  # None: it has none, or that does not matter
+    bias: (
+        Look | None
+    )  # that of its bias, or of the weight of a norm without one; None: there is none, or it is not asked
 
     @property
     def looks(self) -> set[Look]:
         return {each.look for each in self.values}
 
     @property
-    def is_trained_norm(self) -> bool:
-        """Whether it has vectors alone, and none with one value."""
-        return bool(self.values) and not any(each.size or each.look is Look.BLANK for each in self.values)
+    def is_trained(self) -> bool:
+        return Look.TRAINED in self.looks or self.bias is Look.UNKNOWN
 
 
 class _Evidence:
@@ -74,12 +75,12 @@ def find_untrained(parts: Parts) -> Untrained:
         evidence.add(part, is_new)
 
     for part in every:
-        if Look.TRAINED in part.looks:
+        if part.is_trained:
             decide(part, False)
         elif Look.FRESH in part.looks:
             decide(part, True)
     blank = {owner_name(part.name) for part in every if part.looks == {Look.BLANK}}
-    trained = {owner_name(part.name) for part in every if Look.TRAINED in part.looks or part.is_trained_norm}
+    trained = {owner_name(part.name) for part in every if verdicts.get(part.name) is False}
     likely = [part for part in every if part.name not in verdicts and Look.LIKELY in part.looks]
     certain = [part for part in likely if _is_certain(part, blank, trained, evidence.beside(part))]
     for part in certain:
@@ -111,7 +112,7 @@ def _parts(parts: Parts) -> Iterator[_Part]:
                 yield _Part(join(name, key), [parameter], [each], None)
         elif own:
             part = _Part(name, list(parameters.values()), own, None)
-            if "weight" in parameters and part.looks & {Look.LIKELY, Look.SMALL}:
+            if "weight" in parameters and not part.looks & {Look.TRAINED, Look.FRESH}:
                 part = part._replace(bias=look_of_bias(parameters.get("bias"), parameters["weight"]))
             yield part
 

@@ -121,8 +121,10 @@ def look_of_bias(bias: Tensor | None, weight: Tensor) -> Look | None:
     bound = _fans(weight)[0] ** -0.5
     if low == high:
         return Look.BLANK
+    if weight.ndim == 1:
+        return Look.UNKNOWN
     if bias.numel() < FEWEST:
-        is_uniform = max(-low, high) <= bound
+        is_uniform = 0.01 ** (1 / bias.numel()) * bound <= max(-low, high) <= bound  # of 100 random ones 99
     else:
         is_uniform = _uniform(values, _sample(values), [bound]) is not None
     return Look.SMALL if is_uniform else Look.UNKNOWN

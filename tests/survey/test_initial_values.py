@@ -111,6 +111,12 @@ def test_biases_that_were_not_trained_fit():
     biases = [layer.bias, torch.full((64,), -4.6), None, layer.bias * 2, torch.randn(64) / 64]
     looks = [Look.SMALL, Look.BLANK, None, Look.UNKNOWN, Look.UNKNOWN]
     assert [look_of_bias(bias, layer.weight) for bias in biases] == looks
+    few = nn.Linear(16, 8)
+    assert look_of_bias(torch.randn(8) / 100, few.weight) is Look.UNKNOWN
+    assert look_of_bias(torch.linspace(-0.2, 0.2, 8), few.weight) is Look.SMALL
+    norm = nn.LayerNorm(64)
+    assert look_of_bias(norm.bias, norm.weight) is look_of_bias(None, norm.weight) is Look.BLANK
+    assert look_of_bias(torch.linspace(-0.1, 0.1, 64), norm.weight) is Look.UNKNOWN
 
 
 @pytest.mark.parametrize("steps", [100])

@@ -37,6 +37,7 @@ from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+OF_A_FAMILY = ("sm_103", "sm_121")  # with the tiles of sm_100 and sm_120; for `--target`
 SHORT = ("sm_80", "sm_90")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 HALF = "fp16 to fp32"  # of a `Half`, whose results are fp32
@@ -89,7 +90,7 @@ def cases(target: str) -> Iterator[Case]:
 
 def _tiles(kernel: str, target: str) -> list[tuple[launch.Tile, int]]:
     """Each tile of a kernel, and the threads it runs with (a warp counted as 32)."""
-    rows = launch.TABLE[kernel].get(target, launch.TABLE[kernel]["default"])
+    rows = launch.tiles_of(kernel, target)
     return [(tile, 32 * tile["num_warps"]) for tile in rows]
 
 
@@ -329,7 +330,8 @@ def _kernel(case: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print the table, and return how the gate stands: 0 or 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    choices = (*TARGETS, *OF_A_FAMILY)
+    parser.add_argument("--target", action="append", choices=choices, help="only this one; may be repeated")
     parser.add_argument("--kernel", default="", help="only launches whose names begin so")
     parser.add_argument("--short", action="store_true", help=f"the main cases; without --target, {' and '.join(SHORT)}")
     parser.add_argument("--tiles", type=Path, help="take the tiles from this file, not from tiles.json")

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from lightning_qlora.kernels.triton import launch
 
 # Shared memory one block may ask for, by compute capability (CUDA C++ programming guide, technical specifications).
-SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 SHARED_LIMIT_AMD = 64
 TYPES = {
     torch.float32: "fp32",

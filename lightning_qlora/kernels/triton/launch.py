@@ -7,7 +7,7 @@ one kernel, grid and set of constants, and takes 2.
 `tiles.json` has the tile sizes. Nothing is timed while a model trains: `python -m benchmarks.tiles` measures them. Its
 form is {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, where the size is the number
 of rows of x, and the block size for `quantize`. The first entry with size <= up_to is used. For a larger size there is
-no tile, and for a target without an entry "default" is used.
+no tile. A target without an entry has that of its family, as sm_103 has that of sm_100, or else "default".
 """
 
 import json
@@ -59,10 +59,17 @@ def target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def tiles_of(kernel: str, name: str) -> list[Tile]:
+    """The entries of the table for a target."""
+    targets = TABLE[kernel]
+    if name not in targets and name.startswith("sm_1"):
+        name = f"{name[:-1]}0"  # from sm_100 on, the cards of one major version are a family
+    return targets.get(name, targets["default"])
+
+
 def find_tile(kernel: str, device: torch.device, size: int = 0) -> Tile:
     """The entry of the table; empty if there is none for so large a size."""
-    targets = TABLE[kernel]
-    for tile in targets.get(target(device), targets["default"]):
+    for tile in tiles_of(kernel, target(device)):
         if size <= tile.get("up_to", size):
             return tile
     return NO_TILE

@@ -154,6 +154,13 @@ def test_what_the_kernels_leave_to_torch(monkeypatch):
             torch.testing.assert_close(grad_b, (0.5 * grad.T @ xa).float(), rtol=1e-2, atol=1e-1)
 
 
+@pytest.mark.parametrize("kernel", launch.TABLE)
+def test_a_card_has_the_tiles_of_its_family(kernel):
+    table = launch.TABLE[kernel]
+    for name, family in {"sm_103": "sm_100", "sm_121": "sm_120", "sm_86": "sm_86", "gfx942": "gfx942"}.items():
+        assert launch.tiles_of(kernel, name) is table.get(family, table["default"])
+
+
 @pytest.fixture
 def driven(monkeypatch):
     """The calls of the driver: grid, stream, function, metadata of the kernel, and what follows."""

@@ -92,10 +92,13 @@ class _Gradient(torch.autograd.Function):
         plan, weight, choices = ctx.rest
         lora = LoRA(a, b, *choices)
         grads: tuple[Tensor | None, ...]
-        if _creates_graph():
+        if torch.is_grad_enabled() and _creates_graph():
             grads = _recorded_backward(grad, x, weight, lora)
         else:
-            grads = _plan_of_backward(plan, x, xa, weight, lora).gradients(grad, x, xa, weight, lora, needs_x)
+            operands = x.shape, x.dtype, xa.shape, xa.dtype, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
+            if operands != plan.operands:  # `.data =` since the forward pass, or hooks of saved tensors that cast
+                plan = _plan_of_backward(x, xa, weight, lora)
+            grads = plan.gradients(grad, x, xa, weight, lora, needs_x)
         of_bias = None
         if needs_bias:
             of_bias = grad_bias(grad)
@@ -106,12 +109,8 @@ class _Gradient(torch.autograd.Function):
 _node: Any = super(torch.autograd.Function, _Gradient).apply
 
 
-def _plan_of_backward(plan: Plan, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA) -> Plan:
-    """That of the forward pass, unless `.data =` changed operands since, or hooks of saved tensors cast them."""
-    a, b, *_ = lora
-    operands = x.shape, x.dtype, xa.shape, xa.dtype, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
-    if operands == plan.operands:
-        return plan
+def _plan_of_backward(x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA) -> Plan:
+    """Of operands that differ from those of the forward pass."""
     plan = plan_of(x, weight, None, lora)
     if xa.shape[1] != plan.r:
         raise RuntimeError(

@@ -56,6 +56,14 @@ class HostMemory:
     def give(self, chunks: list[Tensor]) -> None:
         self._free += chunks
 
+    def save(self, x: Tensor, chunks: list[Tensor]) -> Any:
+        parts = _parts(x)
+        return self.start([chunk[: len(part)] for chunk, part in zip(chunks, parts, strict=True)], parts)
+
+    def load(self, x: Tensor, chunks: list[Tensor]) -> Any:
+        parts = _parts(x)
+        return self.start(parts, [chunk[: len(part)] for chunk, part in zip(chunks, parts, strict=True)])
+
     def start(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -84,6 +92,10 @@ class HostMemory:
         return self.nbytes + SEGMENT <= (self.nbytes + free) // 2 // ranks
 
 
+def _parts(x: Tensor) -> list[Tensor]:
+    return list(torch.split(x.view(-1).view(torch.uint8), CHUNK))
+
+
 class Input:
     """One input of a block: the tensor itself while the block runs, then on the host until it is needed."""
 
@@ -97,12 +109,7 @@ class Input:
         self._like = x.shape, x.dtype, x.device
         self._kept: Tensor | None = None  # of several blocks: it is on the device while they run, in both passes
         self._value: Tensor | None = None  # on its way to the device, or there
-        self._event = memory.start(*self._pairs(x.detach()))
-
-    def _pairs(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The chunks, and the parts of x that they hold."""
-        parts = list(torch.split(x.view(-1).view(torch.uint8), CHUNK))
-        return [chunk[: len(part)] for chunk, part in zip(self._chunks, parts, strict=True)], parts
+        self._event = memory.save(x.detach(), chunks)
 
     def leave(self) -> None:
         """The block ended: let go of the tensor as soon as it is copied."""
@@ -120,8 +127,7 @@ class Input:
         if self.source is None and self._kept is None and self._value is None:
             shape, dtype, device = self._like
             self._value = torch.empty(shape, dtype=dtype, device=device)
-            chunks, parts = self._pairs(self._value)
-            self._event = self._memory.start(parts, chunks)
+            self._event = self._memory.load(self._value, self._chunks)
 
     def get(self) -> Tensor:
         if self.source is not None:

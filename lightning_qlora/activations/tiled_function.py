@@ -10,10 +10,12 @@ and not three times. Dropout draws other masks than in the whole, and the same o
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lightning_qlora.kernels.lora_linear import refuse_second_derivative
@@ -42,10 +44,16 @@ def compute_in_tiles(
         tiles = Tiles(count, first.shape[-1], first.dtype)
     y = x.new_empty(*flat.shape[:-1], tiles.width, dtype=tiles.dtype)
     y = _Gradient.apply(y, flat, (function, count, state), *trained)  # type: ignore[no-untyped-call]
-    for part, output in zip(parts, y.detach().tensor_split(count, -2), strict=True):
+    for part, output in _each(x, parts, y.detach().tensor_split(count, -2)):
         output.copy_(_value(function, part) if first is None else first)
         first = None
     return y.view(*x.shape[:-1], tiles.width), tiles
+
+
+def _each(x: Tensor, *split: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The tiles; without data, as in `plan`, the first two, because the others need the same memory."""
+    tiles = zip(*split, strict=True)
+    return islice(tiles, 2) if isinstance(x, FakeTensor) else tiles
 
 
 @torch.no_grad()
@@ -79,7 +87,7 @@ class _Gradient(torch.autograd.Function):
             parts_of_grad_x = grad_x.tensor_split(count, -2)
         split = x.detach().tensor_split(count, -2), grad.tensor_split(count, -2), parts_of_grad_x
         with state.restored():
-            for part, of_y, of_x in zip(*split, strict=True):
+            for part, of_y, of_x in _each(x, *split):
                 _add_gradients(function, part, of_y, of_x, sums)
         return None, grad_x, None, *sums.values()
 

@@ -11,17 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.activations import host_inputs
 from lightning_qlora.checks import one_line
+from lightning_qlora.config import DeviceName
 from lightning_qlora.layers.names import is_transformers_model
 from lightning_qlora.logits.deferred_logits import DeferredLogits
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tools.fake_model import RealIndices
+from lightning_qlora.tools.repeated_blocks import RepeatedBlocks
 
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 SEED = 12  # position of the dropout seed in the arguments of the op `lora_linear`
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")  # in configs
 
@@ -70,18 +79,22 @@ def fake_example(example: Any, mode: FakeTensorMode) -> Any:
     return tree_map_only(Tensor, mode.from_tensor, example)
 
 
-def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int, int] | None:
+def step_memory(
+    fake_model: nn.Module, forward: Callable[[], Any], blocks: RepeatedBlocks, device: DeviceName = "gpu"
+) -> tuple[int, int] | None:
     """Bytes of activations, and of gradients, at the peak of one forward and backward pass.
 
     Temporary tensors, also those of the loss, and the buffer for an adapter's input after dropout count as activations;
-    parameters, buffers and inputs do not count. None if the code of the model depends on values.
+    parameters, buffers and inputs do not count. On a GPU the backward pass of attention is that of CUDA. None if the
+    code of the model depends on values.
     The loss is that of the model. If it returns none, deferred logits get a cross entropy, and all other outputs a
     gradient of their size. ValueError if the model fails.
     """
     fake_model.train()
     trained = [parameter for parameter in fake_model.parameters() if parameter.requires_grad]
-    living = _LivingTensors([*fake_model.parameters(), *fake_model.buffers()])
-    hooks = [p.register_post_accumulate_grad_hook(living.add_gradient) for p in trained]  # type: ignore[no-untyped-call]
+    living = _LivingTensors([*fake_model.parameters(), *fake_model.buffers()], device)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: living.count_gradient(p.grad)) for p in trained]  # type: ignore[no-untyped-call]
+    blocks.count_gradient = living.count_gradient
     try:
         with torch.enable_grad(), RealIndices(), living:  # type: ignore[no-untyped-call]
             _backward(forward())
@@ -97,6 +110,7 @@ def step_memory(fake_model: nn.Module, forward: Callable[[], Any]) -> tuple[int,
         for hook in hooks:
             hook.remove()
         fake_model.zero_grad(set_to_none=True)
+        blocks.gradients.clear()
     return living.peak - living.gradients_at_peak + living.dropped, living.gradients_at_peak
 
 
@@ -118,15 +132,22 @@ def _loss(output: Tensor) -> Tensor:
     return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long, device="cpu"))
 
 
+def _device(tensor: Tensor) -> torch.device:
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device  # faster: `.device` is dispatched
+
+
 class PlannedHostMemory(host_inputs.HostMemory):
     """Host memory that is counted: nothing is copied."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, room: float = math.inf) -> None:
         super().__init__(device)
         self._used = 0
+        self._room = room  # bytes
 
-    def take(self, nbytes: int) -> list[Tensor]:
+    def take(self, nbytes: int) -> list[Tensor] | None:
         count = math.ceil(nbytes / host_inputs.CHUNK)
+        if self._used + count * host_inputs.CHUNK > self._room:
+            return None
         self._used += count * host_inputs.CHUNK
         self.nbytes = max(self.nbytes, self._used)
         return [torch.empty(0, dtype=torch.uint8, device="meta")] * count
@@ -134,11 +155,30 @@ class PlannedHostMemory(host_inputs.HostMemory):
     def give(self, chunks: list[Tensor]) -> None:
         self._used -= len(chunks) * host_inputs.CHUNK
 
-    def start(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+    def save(self, x: Tensor, chunks: list[Tensor]) -> None:
+        pass
+
+    def load(self, x: Tensor, chunks: list[Tensor]) -> None:
         pass
 
     def wait(self, event: Any) -> None:
         pass
+
+
+def _flash_workspace(query: Tensor, key: Tensor) -> int:
+    """Bytes that FlashAttention's backward pass takes beside its inputs and outputs, of [batch, heads, rows, width].
+
+    torch/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd: dq_accum and softmax_d in fp32, and
+    with grouped heads dk_expanded and dv_expanded for all heads.
+    """
+    if query.dtype not in IN_16_BITS:
+        return 0
+    batch, heads, rows, width = query.shape
+    multiple = 32 if width <= 128 else 64
+    count = 4 * batch * heads * (math.ceil(rows / 128) * 128) * (math.ceil(width / multiple) * multiple + 1)
+    if key.shape[1] != heads:
+        count += 2 * batch * heads * key.shape[2] * width * query.dtype.itemsize
+    return count
 
 
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -148,8 +188,9 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     for drop(x) (`kernels/scratch.py`), is not part of it.
     """
 
-    def __init__(self, existing: list[Tensor]) -> None:
+    def __init__(self, existing: list[Tensor], device: DeviceName) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.peak = 0
         self.gradients_at_peak = 0
         self.dropped = 0
@@ -157,17 +198,19 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gradients = 0
         self._storages = {tensor.untyped_storage()._cdata for tensor in existing}
 
-    def add_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._gradients += parameter.grad.nbytes
+    def count_gradient(self, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            self._gradients += gradient.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.lightning_qlora.lora_linear.default and args[SEED] is not None:
             self.dropped = max(self.dropped, args[0].nbytes)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # a meta tensor has no memory
+            if isinstance(tensor, Tensor) and _device(tensor).type != "meta":  # a meta tensor has no memory
                 self._add(tensor.untyped_storage())
+        if func is ATTENTION_BACKWARD and self.device == "gpu":
+            self._note_peak(self._bytes + _flash_workspace(*args[1:3]))
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -176,8 +219,11 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages.add(storage._cdata)
         self._bytes += storage.nbytes()
         weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
-        if self._bytes > self.peak:
-            self.peak = self._bytes
+        self._note_peak(self._bytes)
+
+    def _note_peak(self, count: int) -> None:
+        if count > self.peak:
+            self.peak = count
             self.gradients_at_peak = self._gradients
 
     def _remove(self, key: int, count: int) -> None:

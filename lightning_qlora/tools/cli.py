@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from lightning_qlora.checks import OTHER_ARGUMENTS, check_integer, install, parse_memory
 from lightning_qlora.config import Base, DeviceName, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
@@ -50,9 +50,10 @@ def _with_arguments_of_config(command: Any) -> Any:
 def plan(
     model: str,
     batch_size: int = 1,
-    sequence_length: int = 512,
+    sequence_length: int | Literal["longest"] = 512,
     optimizer: OptimizerName = "adamw",
     gpu_memory: str | None = None,
+    host_memory: str | None = None,
     devices: int = 1,
     strategy: StrategyName = "fsdp",
     device: DeviceName = "gpu",
@@ -65,10 +66,13 @@ def plan(
     Args:
         model: Folder or hub name of a transformers model; only its config.json is read.
         batch_size: Sequences per step.
-        sequence_length: Tokens per sequence.
+        sequence_length: Tokens per sequence; "longest": find the longest that fits on the GPU, for
+            gradient_checkpointing true, auto and offload, whatever that argument says.
         optimizer: Optimizer whose state is counted.
         gpu_memory: Memory of a GPU, 24GiB for a card of 24 GB (24GB is 7% less): also say whether the run fits, and
             else what to change; with gradient_checkpointing=auto also how many blocks keep their activations.
+        host_memory: With "longest", free memory of the host, of which a run takes half at most; by default there is
+            enough.
         devices: Number of devices: also say what each holds.
         strategy: Strategy on several devices.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
@@ -98,7 +102,12 @@ def plan(
         config = replace(config, deferred_logits=False, gradient_checkpointing=bool(config.gradient_checkpointing))
     if sys.stderr.isatty():
         _say(f"Running a step of {model} without weights ...", sys.stderr)
-    run = PlannedRun(model, optimizer, config, device=device, card=card)
+    is_longest = sequence_length == "longest"
+    run = PlannedRun(model, optimizer, config, device=device, card=card, in_short=is_longest)
+    if is_longest:
+        host = None if host_memory is None else parse_memory("host_memory", host_memory)
+        _plan_longest(run, batch_size, memory, host, devices, strategy, json)
+        return
     estimate = run.estimate(batch_size, sequence_length, memory)
     needed = bytes_on_each(run, estimate, devices, strategy)
     answer = None
@@ -115,6 +124,26 @@ def plan(
         print(f"Each of {devices} devices ({strategy}) needs {both_units(needed)}.")
     if answer is not None:
         print(answer)
+
+
+def _plan_longest(
+    run: Any, batch_size: int, memory: int | None, host: int | None, devices: int, strategy: StrategyName, json: bool
+) -> None:
+    from lightning_qlora.tools.longest_sequence import longest_sequences
+    from lightning_qlora.tools.memory_estimate import both_units, usable_bytes
+
+    if memory is None and run.device == "gpu":
+        raise ValueError("sequence_length='longest': on which card? Pass gpu=RTX4090 or gpu_memory=24GiB.")
+    available = run.available(None) if memory is None else usable_bytes(memory)
+    if host is not None:
+        run.host_memory = host / 2 / devices
+    rows = longest_sequences(run, batch_size, available, devices, strategy)
+    if json:
+        _print_json({"available": available, "longest": [row._asdict() for row in rows]})
+        return
+    print(f"The longest sequence for {both_units(available)}, batch_size={batch_size}:")
+    for row in rows:
+        print(row)
 
 
 def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:

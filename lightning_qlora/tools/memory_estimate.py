@@ -6,8 +6,9 @@ activations and temporary tensors are counted, not guessed.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -16,7 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typing_extensions import Unpack
 
 from lightning_qlora.activations.device_memory import memory_of
-from lightning_qlora.activations.gradient_checkpointing import transformers_checkpointing_layers
+from lightning_qlora.activations.gradient_checkpointing import (
+    budget_of,
+    enable_gradient_checkpointing,
+    transformers_checkpointing_layers,
+)
 from lightning_qlora.activations.host_inputs import HostInputs
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.arguments import QLoRAArguments
@@ -30,9 +35,10 @@ from lightning_qlora.tools.activations import PlannedHostMemory, fake_example, f
 from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
+from lightning_qlora.tools.repeated_blocks import RepeatedBlocks, more_of_each, share_repeated_blocks
 from lightning_qlora.training.convert import Run, convert_module
 from lightning_qlora.training.convert_checks import check_initialized
-from lightning_qlora.training.parameter_counts import packed_bytes, packed_layers, parameter_bytes
+from lightning_qlora.training.parameter_counts import count_parameters, packed_bytes, packed_layers, parameter_bytes
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
@@ -199,7 +205,10 @@ def estimate_memory(
 
 
 class PlannedRun:
-    """A converted model without data, for which steps of several sizes can be estimated; see `estimate_memory`."""
+    """A converted model without data, for which steps of several sizes can be estimated; see `estimate_memory`.
+
+    `in_short`: like blocks of the model are one block, whose rows stand once in the report.
+    """
 
     def __init__(
         self,
@@ -209,18 +218,22 @@ class PlannedRun:
         example: Any = None,
         device: DeviceName = "gpu",
         card: Card | None = None,
+        in_short: bool = False,
     ) -> None:
         check_choice("optimizer", optimizer, get_args(OptimizerName))
         check_choice("device", device, get_args(DeviceName))
         if not isinstance(model, nn.Module):
             model = meta_model(model)
+            if in_short and not _names_blocks(config):
+                share_repeated_blocks(model)
         check_initialized(model.named_modules())
         config = config.with_initialization("default")  # there is no weight, and the adapter has the same shape
         without_bf16 = card is not None and not card.bf16
         if without_bf16 and config.compute_dtype == "auto":
             config = replace(config, compute_dtype="fp16")
         self.config = config
-        self._device = device
+        self.device = device
+        self.host_memory = math.inf  # bytes of the host in which inputs of blocks may wait
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         if config.adapter is not None:  # no file can be read under that mode
             config = config_of_adapter(Parts.of(model), read_adapter(config.adapter), config)
@@ -233,44 +246,62 @@ class PlannedRun:
                 run = Run(decide=_in_fp32 if without_bf16 else _on_a_card)
             self._report = convert_module(self.model, config, run)
             run_without_data(self.model)
-        layers = packed_layers(self.model)
-        packed = packed_bytes(layers)
-        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        self._repeated = RepeatedBlocks(self.model)
+        self._more = more_of_each(self.model) if in_short else {}
+        packed = self.sum(lambda part: packed_bytes(packed_layers(part)))
+        trained = self.sum(lambda part: sum(p.nbytes for p in part.parameters() if p.requires_grad))
         if optimizer == "adamw8bit":
-            state = int(self._report.trainable_parameters * STATE_8BIT)
+            state = int(self.sum(lambda part: count_parameters(part.modules())[0]) * STATE_8BIT)
         else:
             state = int(trained * STATE[optimizer])
         self._parts = {
             "4-bit weights": packed,
-            "other frozen weights": self._report.bytes_after - packed - trained,
+            "other frozen weights": self.sum(parameter_bytes) - packed - trained,
             "trained weights": trained,
             "gradients": trained,
             "optimizer state": state,
-            "decode buffer": _decode_buffers(layers),
+            "decode buffer": _decode_buffers(packed_layers(self.model)),
         }
+
+    def sum(self, of_part: Callable[[nn.Module], int]) -> int:
+        """A sum over the model, of which a block counts as often as it has a place."""
+        return of_part(self.model) + sum(count * of_part(block) for block, count in self._more.items())
+
+    @property
+    def is_host_full(self) -> bool:
+        """Whether the host had no room for an input of the last step."""
+        budget = self._report.activations
+        return budget is not None and budget.host.is_full
+
+    def set_gradient_checkpointing(self, setting: bool | str) -> None:
+        enable_gradient_checkpointing(self.model, setting)
+        self._report.activations = budget_of(self.model.modules())
+        self._repeated = RepeatedBlocks(self.model)
 
     def estimate(self, batch_size: int, sequence_length: int, gpu_memory: int | None = None) -> MemoryEstimate:
         """The memory of a run with batches of this size, on a GPU that has `gpu_memory` bytes."""
         check_integer("batch_size", batch_size, at_least=1)
         check_integer("sequence_length", sequence_length, at_least=1)
         budget = self._report.activations
+        self._repeated.are_skipped = True
         if budget is None:
             return self._step(batch_size, sequence_length)
         budget.host = HostInputs()
         # As in a run: first all blocks are recomputed, then a step decides by what that needed.
         budget.memory_of = None
-        if self._device == "gpu":
-            budget.host.memory_on = PlannedHostMemory
+        if self.device == "gpu":
+            budget.host.memory_on = partial(PlannedHostMemory, room=self.host_memory)
         budget.capacity = None
         estimate = self._step(batch_size, sequence_length)
-        available = self._available(gpu_memory)
+        available = self.available(gpu_memory)
         is_known = budget.limit is not None or available != math.inf
         if budget.offloads or not estimate.counted_activations or not is_known:
             return estimate
         needed = estimate.total + LIBRARIES
-        if self._device == "gpu":
+        if self.device == "gpu":
             needed = bytes_on_each(self, estimate)
         budget.set_capacity(available, needed)
+        self._repeated.are_skipped = False
         estimate = self._step(batch_size, sequence_length)
         kept = {"blocks": budget.blocks, "kept_blocks": budget.kept_blocks, "kept_bytes": budget.kept_bytes}
         return replace(estimate, **kept)
@@ -280,7 +311,7 @@ class PlannedRun:
             forward = forward_function(self.model, batch_size, sequence_length, self._example)
             step = None
             if forward is not None:
-                step = step_memory(self.model, forward)
+                step = step_memory(self.model, forward, self._repeated, self.device)
         budget = self._report.activations
         activations, gradients_at_peak = step or (0, self._parts["gradients"])
         return MemoryEstimate(
@@ -295,12 +326,19 @@ class PlannedRun:
             host_bytes=budget.host.nbytes if budget is not None else 0,
         )
 
-    def _available(self, gpu_memory: int | None) -> float:
+    def available(self, gpu_memory: int | None) -> float:
         """Bytes that a run may use on the device; infinite if that is not known."""
-        if self._device == "gpu":
+        if self.device == "gpu":
             return math.inf if gpu_memory is None else gpu_memory - DRIVER
         memory = memory_of(torch.device("cpu"))
         return math.inf if memory is None else memory.available
+
+
+def _names_blocks(config: QLoRAConfig) -> bool:
+    """Whether arguments may be of some of like blocks alone, by their numbers."""
+    patterns = config.rank_pattern, config.alpha_pattern
+    names = config.target_modules, config.exclude_modules, config.modules_to_save, patterns
+    return config.adapter is not None or any(letter.isdigit() for letter in repr(names))
 
 
 def _in_fp32(_device: torch.device, dtype: torch.dtype) -> Held | None:
@@ -332,28 +370,35 @@ def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, s
     parts = estimate.parts
     if strategy == "ddp" or devices == 1:
         return estimate.device + parts["decode buffer"]
-    blocks = [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]
-    whole = parameter_bytes(run.model)
+    whole = run.sum(parameter_bytes)
     gathered = whole
-    if blocks:
-        gathered += 2 * max(blocks) - sum(blocks)
+    if sizes := [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]:
+        gathered += 2 * max(sizes) - run.sum(_bytes_of_blocks)
     sharded = whole + parts["gradients"]
     if not estimate.paged:
         sharded += parts["optimizer state"]
     return gathered + parts["activations"] + 2 * parts["decode buffer"] + sharded // devices
 
 
+def _bytes_of_blocks(part: nn.Module) -> int:
+    return sum(map(parameter_bytes, transformers_checkpointing_layers(part)))
+
+
+def usable_bytes(gpu_memory: int) -> int:
+    return int(gpu_memory * (1 - FRAGMENTATION) - DRIVER)
+
+
 def fits(needed: int, gpu_memory: int, config: QLoRAConfig) -> str:
-    usable = int(gpu_memory * (1 - FRAGMENTATION) - DRIVER)
-    available = (
-        f"{both_units(usable)} of {both_units(gpu_memory)} (the driver takes up to {size_text(DRIVER)}, fragmentation "
-        f"{FRAGMENTATION:.0%})"
+    available = usable_bytes(gpu_memory)
+    text = (
+        f"{both_units(available)} of {both_units(gpu_memory)} (the driver takes up to {size_text(DRIVER)}, "
+        f"fragmentation {FRAGMENTATION:.0%})"
     )
-    if needed <= usable:
-        return f"It fits: it needs {both_units(needed)}, and there are {available}."
+    if needed <= available:
+        return f"It fits: it needs {both_units(needed)}, and there are {text}."
     changes = [f"{name}={value}" for name, value in SAVING.items() if getattr(config, name) is False]
     changes += ["a smaller batch_size, sequence_length or r", "more devices with FSDP2 (--devices)"]
-    return f"It does not fit: it needs {both_units(needed)}, and there are {available}. Try {', '.join(changes)}."
+    return f"It does not fit: it needs {both_units(needed)}, and there are {text}. Try {', '.join(changes)}."
 
 
 def both_units(count: int) -> str:

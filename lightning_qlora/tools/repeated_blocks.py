@@ -1,0 +1,187 @@
+"""In a plan, the first and the last of like blocks compute; those between only keep what a recomputed block keeps.
+
+In the backward pass of a block live what it computes, what the blocks before it keep, and the gradients of those after
+it. The first is the same for like blocks, and the rest grows from one end to the other, so the peak is at an end: a
+step of 80 blocks is counted in the time of three.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lightning_qlora.activations.gradient_checkpointing import RecomputedForward, transformers_checkpointing_layers
+from lightning_qlora.activations.token_tiles import HOOKS
+from lightning_qlora.dtypes.instance_method import InstanceMethod, instance_method
+from lightning_qlora.texts import group
+
+PLAIN = (str, int, float, tuple, type(None))  # attributes by which blocks may differ
+
+
+class RepeatedBlocks:
+    """The like blocks of a model without data.
+
+    Attributes:
+        are_skipped: Whether those between compute nothing: for steps in which all blocks are recomputed.
+        gradients: Of a step, those of the blocks that computed nothing.
+        count_gradient: Is called with each of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.are_skipped = False
+        self.gradients: list[Tensor] = []
+        self.count_gradient: Callable[[Tensor], None] = self.gradients.append
+        for kind in _kinds(_recomputed(model)):
+            outputs: dict[Any, Any] = {}
+            for block in kind[:-1]:
+                method = instance_method(block, RecomputedForward)
+                assert method is not None
+                method.before = _RepeatedForward(self, method, outputs)
+
+
+def share_repeated_blocks(model: nn.Module) -> None:
+    """Let one block, of a transformers model, take the places of all like ones between the second and the last.
+
+    So a model of 80 blocks is converted in the time of four. Its steps have to skip blocks.
+    """
+    layers = set(transformers_checkpointing_layers(model))
+    for container in model.modules():
+        for kind in _kinds(child for child in enumerate(container.children()) if child[1] in layers):
+            middle = set(kind[3:-1])
+            for key, child in container._modules.items():
+                if child in middle:
+                    container._modules[key] = kind[2]
+
+
+def more_of_each(model: nn.Module) -> dict[nn.Module, int]:
+    """The blocks that stand in several places: in how many more than one."""
+    counts = (Counter(container._modules.values()) for container in model.modules())
+    return {block: count - 1 for each in counts for block, count in each.items() if block is not None and count > 1}
+
+
+def _recomputed(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The blocks that are recomputed, with their first positions."""
+    for container in model.modules():
+        first = {block: index for index, block in reversed([*enumerate(container._modules.values())])}
+        for block, index in reversed(first.items()):
+            if block is not None and instance_method(block, RecomputedForward) is not None:
+                yield index, block
+
+
+def _kinds(blocks: Iterable[tuple[int, nn.Module]]) -> list[list[nn.Module]]:
+    kinds: list[list[_Block]] = []
+    for index, block in blocks:
+        described = _Block(block, index, _values(block))
+        kind = next((each for each in kinds if described.is_like(each[0])), None)
+        if kind is None:
+            kinds.append([described])
+        else:
+            kind.append(described)
+    return [[described.block for described in kind] for kind in kinds]
+
+
+class _Block(NamedTuple):
+    """A block, its position among the children of its parent, and values that are the same in a block that is like it.
+
+    The names of modules, and a number that is the position, may differ.
+    """
+
+    block: nn.Module
+    index: int
+    values: list[Any]
+
+    def is_like(self, other: "_Block") -> bool:
+        if len(self.values) != len(other.values):
+            return False
+        pairs = zip(self.values, other.values, strict=True)
+        return all(own == its or (own, its) == (self.index, other.index) for own, its in pairs)
+
+
+class _RepeatedForward(InstanceMethod):
+    """The forward method of a block, unless one before it had like inputs."""
+
+    def __init__(self, blocks: RepeatedBlocks, recomputed: RecomputedForward, outputs: dict[Any, Any]) -> None:
+        super().__init__(recomputed.module)
+        self.before = recomputed.before
+        self.blocks = blocks
+        self.outputs = outputs  # of this kind: what inputs are like -> what the output is like
+        self.first: set[Any] = set()  # what inputs are like that this block was the first to get
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.blocks.are_skipped:
+            return self.original(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        key = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs)
+        if key in self.first or key not in self.outputs or not any(tensor.requires_grad for tensor in inputs):
+            self.first.add(key)
+            output = self.original(*args, **kwargs)
+            leaves, structure = tree_flatten(output)
+            self.outputs[key] = [_described(leaf, inputs) for leaf in leaves], structure
+            return output
+        leaves, structure = self.outputs[key]
+        made = [leaf for leaf in leaves if isinstance(leaf, _Made)]
+        tensors = iter(_Skipped.apply(self, made, *inputs))  # type: ignore[no-untyped-call]
+        values = [next(tensors) if isinstance(leaf, _Made) else leaf for leaf in leaves]
+        values = [inputs[leaf.position] if isinstance(leaf, _Input) else leaf for leaf in values]
+        return tree_unflatten(values, structure)
+
+    def add_gradients(self, x: Tensor) -> None:
+        """Hold as many bytes as the gradients of the block take."""
+        nbytes = sum(parameter.nbytes for parameter in self.module.parameters() if parameter.requires_grad)
+        gradients = x.new_empty(nbytes, dtype=torch.uint8)
+        self.blocks.gradients.append(gradients)
+        self.blocks.count_gradient(gradients)
+
+
+class _Made(NamedTuple):
+    """A tensor that a block made."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Input(NamedTuple):
+    """A tensor that a block got and returns."""
+
+    position: int
+
+
+def _described(leaf: Any, inputs: list[Tensor]) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    position = next((number for number, tensor in enumerate(inputs) if tensor is leaf), None)
+    return _Made(leaf.shape, leaf.dtype) if position is None else _Input(position)
+
+
+class _Skipped(torch.autograd.Function):
+    """A block that keeps its first input; its outputs and gradients have no values."""
+
+    @staticmethod
+    def forward(ctx: Any, block: _RepeatedForward, outputs: list[_Made], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(inputs[0])
+        ctx.block = block
+        ctx.inputs = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        return tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.block.add_gradients(x)
+        needed = zip(ctx.inputs, ctx.needs_input_grad[2:], strict=True)
+        gradients = (x.new_empty(shape, dtype=dtype) if is_needed else None for (shape, dtype), is_needed in needed)
+        return None, None, *gradients
+
+
+def _values(block: nn.Module) -> list[Any]:
+    values: list[Any] = []
+    for name, part in block.named_modules():
+        tensors = [*part._parameters.items(), *part._buffers.items()]
+        values += [name, type(part), *(getattr(part, hooks) for hooks in HOOKS)]
+        for key, value in sorted(vars(part).items()):
+            if isinstance(value, PLAIN):
+                values += [key, group(value) if isinstance(value, str) else value]
+        values += [(key, t.shape, t.dtype, t.requires_grad) for key, t in tensors if t is not None]
+    return values

@@ -102,9 +102,9 @@ def plan(
         config = replace(config, deferred_logits=False, gradient_checkpointing=bool(config.gradient_checkpointing))
     if sys.stderr.isatty():
         _say(f"Running a step of {model} without weights ...", sys.stderr)
-    is_longest = sequence_length == "longest"
-    run = PlannedRun(model, optimizer, config, device=device, card=card, in_short=is_longest)
-    if is_longest:
+    in_short = isinstance(sequence_length, str)
+    run = PlannedRun(model, optimizer, config, device=device, card=card, in_short=in_short)
+    if isinstance(sequence_length, str):
         host = None if host_memory is None else parse_memory("host_memory", host_memory)
         _plan_longest(run, batch_size, memory, host, devices, strategy, json)
         return

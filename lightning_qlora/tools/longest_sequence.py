@@ -55,7 +55,9 @@ def _longest(
     run.set_gradient_checkpointing(setting)
     positions = positions_of(run.model)
     longest = LongestSequence(setting, 0, DEVICE, 0)
-    shorter = longer = None  # lengths that fit and do not fit, with their bytes
+    # Lengths that fit and do not fit, with their bytes:
+    shorter: tuple[int, float] | None = None
+    longer: tuple[int, float] | None = None
     length = min(FIRST, positions or FIRST)
     for _ in range(MOST_COUNTS):
         estimate = run.estimate(batch_size, length)

@@ -90,14 +90,14 @@ class _Block(NamedTuple):
     """
 
     block: nn.Module
-    index: int
+    place: int
     values: list[Any]
 
     def is_like(self, other: "_Block") -> bool:
         if len(self.values) != len(other.values):
             return False
         pairs = zip(self.values, other.values, strict=True)
-        return all(own == its or (own, its) == (self.index, other.index) for own, its in pairs)
+        return all(own == its or (own, its) == (self.place, other.place) for own, its in pairs)
 
 
 class _RepeatedForward(InstanceMethod):

@@ -115,8 +115,8 @@ export(checkpoint, output, base='quantized', weights_only=True)
 inspect(path, weights_only=True, json=False)
 merge_adapter(adapter, output, base_model=None, dtype='auto', base='quantized', weights_only=True, \
 trust_remote_code=False, json=False)
-plan(model, batch_size=1, sequence_length=512, optimizer='adamw', gpu_memory=None, devices=1, strategy='fsdp', \
-device='gpu', gpu=None, json=False)
+plan(model, batch_size=1, sequence_length=512, optimizer='adamw', gpu_memory=None, host_memory=None, devices=1, \
+strategy='fsdp', device='gpu', gpu=None, json=False)
 """
 
 

@@ -51,9 +51,9 @@ def share_repeated_blocks(model: nn.Module) -> None:
     for container in model.modules():
         for kind in _kinds(child for child in enumerate(container.children()) if child[1] in layers):
             middle = set(kind[3:-1])
-            for key, child in container._modules.items():
+            for key, child in [*container._modules.items()]:
                 if child in middle:
-                    container._modules[key] = kind[2]
+                    container.add_module(key, kind[2])
 
 
 def more_of_each(model: nn.Module) -> dict[nn.Module, int]:

@@ -114,7 +114,7 @@ def sample(tensor: Tensor) -> Values:
 
 def moved_towards(before: Values, after: Values, target: Values) -> bool:
     """Whether samples of a tensor moved straight to those of another one, as in an average; None are zeros."""
-    start, end, goal = (torch.tensor(values or [0.0] * SAMPLES) for values in (before, after, target))
+    start, end, goal = (torch.tensor(values or [0.0] * SAMPLES, device="cpu") for values in (before, after, target))
     return float(torch.cosine_similarity(end - start, goal - start, dim=0)) > ALIKE
 
 

@@ -221,7 +221,7 @@ def test_the_help_of_the_plugin_and_of_plan_has_every_description_type_and_defau
     plugin = help_of(lambda: parser.parse_args(["--plugin.help", "lightning_qlora.QLoRAPrecision"]), capsys)
     plan = help_of(lambda: main(["plan", "--help"]), capsys)
     of_plan = {"config", "print_config", "batch_size", "sequence_length", "optimizer", "gpu_memory", "json"}
-    of_plan |= {"devices", "strategy", "device", "gpu"}
+    of_plan |= {"devices", "strategy", "device", "gpu", "host_memory"}
     assert set(plan) == {*plugin, *of_plan}
     assert list(plugin) == list(described()) == [field.name for field in dataclasses.fields(QLoRAConfig)]
     for field in dataclasses.fields(QLoRAConfig):

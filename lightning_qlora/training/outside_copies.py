@@ -35,7 +35,7 @@ from lightning_qlora.training.report import say
 KINDS = (Tensor, nn.Parameter)
 AVERAGES = {"ema", "swa", "average", "averaged", "averaging", "polyak", "shadow"}  # words in names of classes
 FEWEST = 16  # elements of a tensor that is compared
-MOST = 50_000  # objects that are searched, those nearest to running code first
+MOST = 50_000  # objects that are searched, those nearest to running code first; a module is one
 MANY = 10_000  # entries of a container that is data
 CONTAINERS = (list, tuple, dict, set)
 LEAVES = {str, bytes, int, float, bool, complex, type(None), torch.device, torch.dtype, torch.Size}
@@ -212,21 +212,27 @@ def _search() -> tuple[list[Tensor], list[Any]]:
     tensors: list[Tensor] = []
     averages = []
     is_average: dict[type, bool] = {}
-    limit = len(seen) + MOST
-    while queue and len(seen) < limit:
+    left = MOST
+    while queue and left:
         value = queue.popleft()
         kind = type(value)
         if kind in LEAVES or id(value) in seen or issubclass(kind, (type, ModuleType)):
             continue
         seen.add(id(value))
-        if kind in KINDS:
-            tensors.append(value)
-        elif kind not in CONTAINERS or len(value) <= MANY:
-            queue.extend(gc.get_referents(value))
+        left -= 1
         if kind not in is_average:
             is_average[kind] = _is_average(kind.__name__)
+        if kind in KINDS:
+            tensors.append(value)
+            continue
         if is_average[kind]:
             averages.append(value)
+        if is_average[kind] or issubclass(kind, nn.Module):  # before all else that is as near
+            held = [tensor for tensor in tensors_in(value) if type(tensor) in KINDS and id(tensor) not in seen]
+            tensors.extend(held)
+            seen.update(map(id, held))
+        if kind not in CONTAINERS or len(value) <= MANY:
+            queue.extend(gc.get_referents(value))
     return tensors, averages
 
 

@@ -122,7 +122,7 @@ def large_qwen3_moe():
 def test_memory_is_the_4_bit_model_and_an_expert_or_a_layer(build, largest, folder):
     """Beside the tensors of one stack in the files, which are memory-mapped, but counted here."""
     path = folder(build)
-    with _Allocated([]) as memory:
+    with _Allocated([], "cpu") as memory:
         model = loaded(path)
     parameters = parameter_bytes(model)
     numels = [layer.weight_bytes.numel for layer in adapted_layers(model).values()]

@@ -206,7 +206,7 @@ def test_memory_is_the_4_bit_model_and_less_than_a_stack_of_experts(format, fold
     """The dense model, of 4 layers with two stacks each, is never in memory."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16, "num_hidden_layers": 4}
     published, _ = folders(format, lambda: qwen3_moe(**sizes))
-    with _Allocated([]) as memory:
+    with _Allocated([], "cpu") as memory:
         model = loaded(published)
     size = sum(parameter.nbytes for parameter in model.parameters())
     size += sum(weight.nbytes for layer in adapted_layers(model).values() for weight in layer.packed_weights)

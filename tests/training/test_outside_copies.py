@@ -94,6 +94,14 @@ def train(net, average, steps=3, before=True):
     return plugin
 
 
+@pytest.mark.parametrize("make", [copy.deepcopy, OfWeights, EMA])
+def test_a_copy_is_found_beside_many_objects_of_other_code(make):
+    """As in a notebook with data, or a process of pytest."""
+    crowd = [[[number] for number in range(100)] for _ in range(2000)]
+    report = train(body(), make, steps=0).report
+    assert len(crowd) == 2000 and (report.copied == ["0", "3"] or report.notes)
+
+
 HOLDERS = {EMA: "EMA", AveragedModel: "AveragedModel", copy.deepcopy: None}
 
 

@@ -61,7 +61,7 @@ def classes(module):
 
 
 def assert_same_conversion(ours, theirs, convert_ours=convert, **arguments):
-    differ = {"seconds": 0, "notes": {}}  # copies are known by their float weights
+    differ = {"seconds": 0, "notes": {}, "copied": []}  # copies are known by their float weights
     if "Linear4bit" in repr(theirs):
         differ["bytes_before"] = 0  # bitsandbytes' layers were in 4 bits; ours count as floats
     arguments = {"r": 2, **arguments}

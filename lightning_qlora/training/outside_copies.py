@@ -177,9 +177,9 @@ def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
 
 def _copies_of(module: nn.Module) -> Iterator[_Copy]:
     """The tensors that have the shape and values of a parameter of a module."""
-    tensors, averages = _search()
-    holders = {id(tensor): type(value).__name__ for value in averages for tensor in tensors_in(value)}
     modules = list(module.named_modules())
+    tensors, averages = _search({id(part) for _, part in modules})
+    holders = {id(tensor): type(value).__name__ for value in averages for tensor in tensors_in(value)}
     inside = {id(tensor) for _, tensor in tensors_of(modules)}
     of_shape: dict[object, list[tuple[str, Tensor]]] = {}
     for name, parameter in tensors_of(modules, ["_parameters"]):
@@ -197,8 +197,11 @@ def _copies_of(module: nn.Module) -> Iterator[_Copy]:
             yield _Copy(names[tensor.shape][values], ref(tensor), holders.get(id(tensor)))
 
 
-def _search() -> tuple[list[Tensor], list[Any]]:
-    """The tensors and averages that the functions which run can reach; a walk over all objects takes 0.3 s."""
+def _search(own: set[int]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors and averages that the functions which run can reach; a walk over all objects takes 0.3 s.
+
+    `own`: ids of the modules that are converted, whose tensors are no copies.
+    """
     seen = {id(vars(module)) for module in [*sys.modules.values()] if isinstance(module, ModuleType)}
     of_modules: dict[int, dict[str, Any]] = {}
     queue = deque[Any]()
@@ -227,7 +230,7 @@ def _search() -> tuple[list[Tensor], list[Any]]:
             continue
         if is_average[kind]:
             averages.append(value)
-        if is_average[kind] or issubclass(kind, nn.Module):  # before all else that is as near
+        if is_average[kind] or (issubclass(kind, nn.Module) and id(value) not in own):  # before all that is as near
             held = [tensor for tensor in tensors_in(value) if type(tensor) in KINDS and id(tensor) not in seen]
             tensors.extend(held)
             seen.update(map(id, held))

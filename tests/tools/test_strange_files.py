@@ -159,7 +159,7 @@ def test_errors_of_checkpoints_and_models_are_lines_of_text(write, tmp_path, pri
 
 
 @pytest.fixture
-def pipe(tmp_path):
+def pipe(monkeypatch):
     """Puts a pipe or a socket in the place of a file; reading a pipe has no end."""
 
     def put(path, kind="pipe"):
@@ -167,8 +167,9 @@ def pipe(tmp_path):
         if kind == "pipe":
             os.mkfifo(path)
         else:
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(os.path.relpath(path))
+            with socket.socket(socket.AF_UNIX) as server, monkeypatch.context() as here:
+                here.chdir(path.parent)  # the address of a socket has 107 bytes at most
+                server.bind(path.name)
 
     return put
 

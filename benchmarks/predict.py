@@ -85,16 +85,22 @@ def matmul(card: Card, m: int, n: int, k: int, adds: bool = False) -> float:
     return card.seconds(2 * (m * k + n * k + m * n) + read, 0, 0, 2 * m * n * k) + read / 2 / (0.85 * card.bandwidth)
 
 
+def project(card: Card, m: int, k: int, instructions: float) -> float:
+    """x A^T, or dY B, for x [m, k]."""
+    shares = 64 * m * RANK  # sums in fp32 of the programs that share a product
+    again = ceil(m / 64) * 4 * RANK * k  # tiles of 64 rows read A or B in fp32 again
+    return card.seconds(2 * m * k + 4 * RANK * k, 2 * m * k + again + shares, instructions * m * k)
+
+
 def ours(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
     """Seconds forward and backward of a layer [n, k] with m rows and dropout."""
     r = RANK
-    shares = 64 * m * r  # sums in fp32 of the programs that share a product
-    again = ceil(m / 64) * 4 * r  # tiles of 64 rows read A or B in fp32 again
+    again = ceil(m / 64) * 4 * r  # as in `project`
     decode = card.seconds(2.516 * n * k, 0, 5.9 * n * k)
-    forward = card.seconds(2 * m * k + 4 * r * k, 2 * m * k + again * k + shares, (6 + DROPPED) * m * k)
+    forward = project(card, m, k, 6 + DROPPED)
     forward += card.seconds(2 * m * n + 4 * r * n, 2 * m * n + again * n + ceil(n / 128) * 2 * m * r, 10 * m * n)
     forward += decode + matmul(card, m, n, k, adds=True)
-    backward = card.seconds(2 * m * n + 4 * r * n, 2 * m * n + again * n + shares, 6 * m * n)
+    backward = project(card, m, n, 6)
     gradients = 2 * m * (n + k)
     backward += card.seconds(
         gradients + 4 * r * (n + k),
@@ -182,12 +188,7 @@ class Method:
         block = 2 * forward + backward
         if self.layer is ours and not turing:
             # The recomputation of a block ends before the product of its last layer.
-            down = card.seconds(
-                2 * tokens * 11008 + 4 * RANK * 11008,
-                2 * tokens * 11008 + ceil(tokens / 64) * 4 * RANK * 11008 + 64 * tokens * RANK,
-                (6 + DROPPED) * tokens * 11008,
-            )
-            block -= ours(card, tokens, 4096, 11008)[0] - down
+            block -= times[-1][0] - project(card, tokens, LAYERS[-1][1], 6 + DROPPED)
         moved = 2 * VOCABULARY * (WIDTH + tokens)
         head = max(card.seconds(moved), self._dense(card, fp32, 2 * tokens * VOCABULARY * WIDTH))
         return BLOCKS * block + 2 * head + card.seconds(self.of_logits * tokens * VOCABULARY)

@@ -36,7 +36,7 @@ def is_shards(path: str | os.PathLike[str]) -> bool:
 
 
 def check_dense(key: str, value: Any) -> None:
-    """Raise ValueError for what is no tensor with values of its own in memory, though torch.load makes it of a file.
+    """Raise ValueError if a value of a file is no tensor that stores each of its values.
 
     A copy of an expanded tensor has another size than the file, and the bytes of a quantized one are not its values.
     """

@@ -156,7 +156,7 @@ def _base_keys(prefix: str) -> list[str]:
 
 
 def check_tensors_of_layer(state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Raise ValueError if an entry of a layer, in a state dict of a file, is no tensor with values of its own."""
+    """Raise ValueError if an entry of a layer in a state dict is no tensor that stores each of its values."""
     for key in (*_base_keys(prefix), *(prefix + name for name in (*ADAPTER, *INITIAL))):
         if key in state_dict:
             check_dense(key, state_dict[key])

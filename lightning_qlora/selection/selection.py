@@ -119,7 +119,7 @@ RULES = (
     Rule("new: without pretrained values", TRAIN, None, lambda case: case.new),
     Rule("not in target_modules", SKIP, None, lambda case: not case.config.all_linear),
     Rule("no linear layer", None, REFUSE, Case.is_not_linear),
-    Rule("of a class with a method of its own named as one of a 4-bit layer", SKIP, REFUSE, Case.has_member),
+    Rule("of a class that defines a name which a 4-bit layer would replace", SKIP, REFUSE, Case.has_member),
     Rule("tied, parametrized, or not in floats", SKIP, IN_VAIN, Case.cannot_convert),
     Rule("an output embedding, a router, or frozen by the module", SKIP, None, Case.not_by_default),
     Rule("not larger than its adapter", TRAIN, None, lambda case: case.can_train and case.too_small()),

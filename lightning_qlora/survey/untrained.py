@@ -33,9 +33,7 @@ class _Part(NamedTuple):
     name: str
     parameters: list[nn.Parameter]
     values: list[Values]
-    bias: (
-        Look | None
-    )  # that of its bias, or of the weight of a norm without one; None: there is none, or it is not asked
+    bias: Look | None  # of its bias, or of the weight of a norm without one; None: there is none, or it is not asked
 
     @property
     def looks(self) -> set[Look]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lightning_qlora.config import StrategyName
 from lightning_qlora.texts import size_text
 from lightning_qlora.tools.activations import positions_of
-from lightning_qlora.tools.memory_estimate import LIBRARIES, PlannedRun, bytes_on_each
+from lightning_qlora.tools.memory_estimate import PlannedRun, bytes_of_process
 
 FIRST = 16_384  # the first length that is counted
 CLOSE = 0.005  # share by which an answer may be too short
@@ -63,7 +63,7 @@ def _longest(
         estimate = run.estimate(batch_size, length)
         if not estimate.counted_activations:
             raise ValueError("sequence_length='longest': the activations of this model can't be counted.")
-        needed = estimate.total + LIBRARIES if run.device == "cpu" else bytes_on_each(run, estimate, devices, strategy)
+        needed = bytes_of_process(run, estimate, devices, strategy)
         before = longer
         shorter = start = shorter or (0, needed - estimate.parts["activations"])
         if needed <= available:

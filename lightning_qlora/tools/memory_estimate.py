@@ -297,10 +297,7 @@ class PlannedRun:
         is_known = budget.limit is not None or available != math.inf
         if budget.offloads or not estimate.counted_activations or not is_known:
             return estimate
-        needed = estimate.total + LIBRARIES
-        if self.device == "gpu":
-            needed = bytes_on_each(self, estimate)
-        budget.set_capacity(available, needed)
+        budget.set_capacity(available, bytes_of_process(self, estimate))
         self._repeated.are_skipped = False
         estimate = self._step(batch_size, sequence_length)
         kept = {"blocks": budget.blocks, "kept_blocks": budget.kept_blocks, "kept_bytes": budget.kept_bytes}
@@ -358,6 +355,15 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
         for dtype in dtypes:
             largest[dtype] = max(largest.get(dtype, 0), math.prod(layer._shape[-2:]))
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())
+
+
+def bytes_of_process(
+    run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp"
+) -> float:
+    """As `bytes_on_each`; on a CPU with the libraries, which are in the same memory."""
+    if run.device == "cpu":
+        return estimate.total + LIBRARIES
+    return bytes_on_each(run, estimate, devices, strategy)
 
 
 def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp") -> int:

@@ -178,8 +178,7 @@ def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
 def _copies_of(module: nn.Module) -> Iterator[_Copy]:
     """The tensors that have the shape and values of a parameter of a module."""
     modules = list(module.named_modules())
-    tensors, averages = _search({id(part) for _, part in modules})
-    holders = {id(tensor): type(value).__name__ for value in averages for tensor in tensors_in(value)}
+    tensors, holders = _search({id(part) for _, part in modules})
     inside = {id(tensor) for _, tensor in tensors_of(modules)}
     of_shape: dict[object, list[tuple[str, Tensor]]] = {}
     for name, parameter in tensors_of(modules, ["_parameters"]):
@@ -197,10 +196,10 @@ def _copies_of(module: nn.Module) -> Iterator[_Copy]:
             yield _Copy(names[tensor.shape][values], ref(tensor), holders.get(id(tensor)))
 
 
-def _search(own: set[int]) -> tuple[list[Tensor], list[Any]]:
-    """The tensors and averages that the functions which run can reach; a walk over all objects takes 0.3 s.
+def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str]]:
+    """The tensors that the functions which run can reach, and ids of those in averages -> the class of the average.
 
-    `own`: ids of the modules that are converted, whose tensors are no copies.
+    A walk over all objects takes 0.3 s. `known`: ids of the modules that are converted; those that are found join them.
     """
     seen = {id(vars(module)) for module in [*sys.modules.values()] if isinstance(module, ModuleType)}
     of_modules: dict[int, dict[str, Any]] = {}
@@ -213,7 +212,7 @@ def _search(own: set[int]) -> tuple[list[Tensor], list[Any]]:
     for variables in of_modules.values():
         queue.extend(variables.values())
     tensors: list[Tensor] = []
-    averages = []
+    holders: dict[int, str] = {}
     is_average: dict[type, bool] = {}
     left = MOST
     while queue and left:
@@ -228,15 +227,17 @@ def _search(own: set[int]) -> tuple[list[Tensor], list[Any]]:
         if kind in KINDS:
             tensors.append(value)
             continue
-        if is_average[kind]:
-            averages.append(value)
-        if is_average[kind] or (issubclass(kind, nn.Module) and id(value) not in own):  # before all that is as near
-            held = [tensor for tensor in tensors_in(value) if type(tensor) in KINDS and id(tensor) not in seen]
-            tensors.extend(held)
-            seen.update(map(id, held))
+        if is_average[kind] or (issubclass(kind, nn.Module) and id(value) not in known):  # before all that is as near
+            held = {id(tensor): tensor for tensor in tensors_in(value) if type(tensor) in KINDS}
+            tensors.extend(tensor for number, tensor in held.items() if number not in seen)
+            seen.update(held)
+            if is_average[kind]:
+                holders.update(dict.fromkeys(held, kind.__name__))
+            if issubclass(kind, nn.Module) and "_modules" in vars(value):  # else its __init__ has not ended
+                known.update(map(id, value.modules()))
         if kind not in CONTAINERS or len(value) <= MANY:
             queue.extend(gc.get_referents(value))
-    return tensors, averages
+    return tensors, holders
 
 
 def _variables(frame: FrameType) -> list[Any]:

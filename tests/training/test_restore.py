@@ -18,20 +18,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_qlora import QLoRAPrecision, load_from_checkpoint
 from tests.conftest import Classifier, launch, loader, raises_in_one_line
+from tests.files.test_lightning_checkpoint import Code, ran
 from tests.toys import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 HAS_ARGUMENT = "weights_only" in inspect.signature(Trainer.fit).parameters
-ran = []
-
-
-def run(what):
-    ran.append(what)
-
-
-class Code:
-    def __reduce__(self):
-        return run, ("code",)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """A whole training step of a small Llama on the CPU: time, and memory at its peak.
 
-    python -m benchmarks.cpu_step [--steps 15] [--threads 2] [--r 16] [--write]
+    python -m benchmarks.cpu_step [--steps 15] [--threads 2] [--r 16] [--dtype float32] [--write]
 
 One process for each variant, so that each has a peak of its own; they take turns, one step each, so that what else the
 machine does falls on all of them.
@@ -23,7 +23,7 @@ LENGTH = 512
 WARMUP = 2
 
 
-def work(variant: str, threads: int, r: int) -> None:
+def work(variant: str, threads: int, r: int, dtype: torch.dtype) -> None:
     """Build the model; then for each line read, make a step and print its seconds, its loss and the peak so far."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +31,7 @@ def work(variant: str, threads: int, r: int) -> None:
     read = measure.clock()
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, num_attention_heads=8, num_key_value_heads=8, use_cache=False)
-    model = peers.build(variant, LlamaForCausalLM(config).to(torch.bfloat16), r).train()
+    model = peers.build(variant, LlamaForCausalLM(config).to(dtype), r).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
     generator = torch.Generator().manual_seed(1)
@@ -75,15 +75,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model")
     parser.add_argument("--write", action="store_true", help="keep the JSON and refresh docs/benchmarks.md")
     parser.add_argument("--variant", choices=list(peers.VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.variant:
-        return work(options.variant, options.threads, options.r)
+        return work(options.variant, options.threads, options.r, getattr(torch, options.dtype))
     torch.set_num_threads(options.threads)
     results = steps_in_turns(
         "benchmarks.cpu_step",
-        ["--threads", str(options.threads), "--r", str(options.r)],
+        ["--threads", str(options.threads), "--r", str(options.r), "--dtype", options.dtype],
         peers.installed(),
         WARMUP + options.steps,
         options.threads,

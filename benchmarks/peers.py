@@ -41,14 +41,14 @@ def linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def bnb_linear(layer: nn.Linear) -> nn.Module:
-    """bitsandbytes' own 4-bit layer: NF4 with double quantization, computing in bf16."""
+    """bitsandbytes' own 4-bit layer: NF4 with double quantization, computing in the type of the weight."""
     import bitsandbytes as bnb
 
     made = bnb.nn.Linear4bit(  # type: ignore[attr-defined]
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
-        compute_dtype=torch.bfloat16,
+        compute_dtype=layer.weight.dtype,
         quant_type="nf4",
         device="meta",  # random weights on the host, only to replace them, would take half a minute for an 8B model
     )

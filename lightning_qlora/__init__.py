@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from lightning_qlora.adapters.merge import merge as merge
     from lightning_qlora.adapters.save_load import load_adapter as load_adapter
     from lightning_qlora.adapters.save_load import save_adapter as save_adapter
+    from lightning_qlora.calibration.calibration import calibrate as calibrate
     from lightning_qlora.config import QLoRAConfig as QLoRAConfig
+    from lightning_qlora.conversion.convert import convert as convert
+    from lightning_qlora.conversion.load_from_checkpoint import load_from_checkpoint as load_from_checkpoint
+    from lightning_qlora.conversion.report import ConversionReport as ConversionReport
     from lightning_qlora.huggingface.load_weights import load_weights as load_weights
     from lightning_qlora.kernels.ops import quantize as quantize
     from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_qlora.optim.adamw import PagedAdamW8bit as PagedAdamW8bit
     from lightning_qlora.optim.loraplus import loraplus_groups as loraplus_groups
     from lightning_qlora.optim.pager import PagedOptimizer as PagedOptimizer
+    from lightning_qlora.plugin.precision import QLoRAPrecision as QLoRAPrecision
     from lightning_qlora.quantization.packed_weight import PackedWeight as PackedWeight
     from lightning_qlora.tools.memory_estimate import (
         MemoryEstimate as MemoryEstimate,
@@ -30,11 +35,6 @@ if TYPE_CHECKING:
     from lightning_qlora.tools.memory_estimate import (
         estimate_memory as estimate_memory,
     )
-    from lightning_qlora.training.calibration import calibrate as calibrate
-    from lightning_qlora.training.convert import convert as convert
-    from lightning_qlora.training.load_from_checkpoint import load_from_checkpoint as load_from_checkpoint
-    from lightning_qlora.training.precision import QLoRAPrecision as QLoRAPrecision
-    from lightning_qlora.training.report import ConversionReport as ConversionReport
 
 __version__ = "0.1.0"
 _PLACES = {
@@ -67,7 +67,7 @@ __all__ = list(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.training.precision")  # its changes to Lightning answer files of ours everywhere
+    import_module(f"{__name__}.plugin.precision")  # its changes to Lightning answer files of ours everywhere
     value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     if name in ("PagedOptimizer", "QLoRAPrecision"):
         value = inherit_from_copies(value)

@@ -40,7 +40,7 @@ ALLOWED = {
     "lightning_copies.py": {"kind.__bases__"},
     # A class that is derived from that of the user's module, and back; an object of such a class.
     "layers/derived.py": {"instance.__class__"},
-    "training/load_from_checkpoint.py": {"module.__class__"},
+    "conversion/load_from_checkpoint.py": {"module.__class__"},
     # Modules, tensors and functions that the code itself made.
     "dtypes/instance_method.py": {"function.__wrapped__", "function.__signature__"},
     "layers/trainable_tokens.py": {"view.__dict__.update(self.__dict__, **changed)"},
@@ -50,7 +50,7 @@ ALLOWED = {
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
     "tensors/held_types.py": {"tensor.grad"},
     "dtypes/compute_in.py": {"object.__setattr__(value, name, new)"},  # of a copy of a dataclass
-    "training/calibration.py": {"parameter.grad"},
+    "calibration/calibration.py": {"parameter.grad"},
     "layers/lora_layer.py": {"parameter.grad"},
     # Marks that transformers sets while it loads.
     "survey/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},

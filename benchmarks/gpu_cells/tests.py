@@ -27,7 +27,7 @@ class Results:
 
 def training(device: torch.device, small: bool) -> Iterator[Row]:
     """Tests of the plugin."""
-    yield from _run("tests/training/test_gpu.py", "tests/training/test_gpu_bytes.py")
+    yield from _run("tests/plugin/test_gpu.py", "tests/plugin/test_gpu_bytes.py")
 
 
 def kernels(device: torch.device, small: bool) -> Iterator[Row]:

@@ -7,6 +7,12 @@ from torch import Tensor, nn
 
 from lightning_qlora.activations.gradient_checkpointing import disable_gradient_checkpointing
 from lightning_qlora.adapters.module_adapter import check_adapters_finite, inference_mode_of
+from lightning_qlora.checkpoints.conversion import (
+    check_layers_of_conversions,
+    conversion_of,
+    forget_conversion,
+    mark_as_merged,
+)
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
@@ -20,12 +26,6 @@ from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, QLoRALinear, to_
 from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER, TrainableTokens, merge_tokens
 from lightning_qlora.logits.deferred_head import compute_logits
 from lightning_qlora.starts.input_statistics import stop_waiting
-from lightning_qlora.state.conversion import (
-    check_layers_of_conversions,
-    conversion_of,
-    forget_conversion,
-    mark_as_merged,
-)
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
 from lightning_qlora.survey.records import undo

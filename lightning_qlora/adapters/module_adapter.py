@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qlora.checkpoints.base_model import describe_base, tied_names, trained_modules
+from lightning_qlora.checkpoints.conversion import check_layers_of_conversions, conversion_of
 from lightning_qlora.checks import NOT_FINITE, check_converted, shown
 from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
@@ -20,8 +22,6 @@ from lightning_qlora.peft.base_compatibility import check_required_base, record_
 from lightning_qlora.peft.peft_config import ranks_and_alphas
 from lightning_qlora.peft.peft_layers import from_peft, refuse, to_peft
 from lightning_qlora.starts.input_statistics import stop_waiting
-from lightning_qlora.state.base_model import describe_base, tied_names, trained_modules
-from lightning_qlora.state.conversion import check_layers_of_conversions, conversion_of
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like

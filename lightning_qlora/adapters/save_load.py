@@ -9,6 +9,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from lightning_qlora.adapters.module_adapter import get_adapter, inference_mode_of, set_adapter
+from lightning_qlora.checkpoints.base_model import trained_modules
+from lightning_qlora.checkpoints.conversion import conversion_of, float_buffers
+from lightning_qlora.checkpoints.recorded_origins import convert_as_recorded
 from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
@@ -17,9 +20,6 @@ from lightning_qlora.layers.names import join, owner_name, without_wrappers
 from lightning_qlora.peft.base_compatibility import required_base
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from lightning_qlora.peft.peft_layers import taken_for_experts
-from lightning_qlora.state.base_model import trained_modules
-from lightning_qlora.state.conversion import conversion_of, float_buffers
-from lightning_qlora.state.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.dtensor import reshard
 from lightning_qlora.tensors.fingerprint import fingerprint

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qlora.checkpoints.base_model import tied_names
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_files, file_in
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
@@ -20,7 +21,6 @@ from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.peft.adapter import Adapter, State
 from lightning_qlora.peft.peft_layers import expert_parameter
-from lightning_qlora.state.base_model import tied_names
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import OutputEmbeddings
 

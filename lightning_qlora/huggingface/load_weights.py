@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from lightning_qlora.adapters.module_adapter import set_adapter
+from lightning_qlora.checkpoints.conversion import conversion_of
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.without_data import NO_VALUES
@@ -30,7 +31,6 @@ from lightning_qlora.layers.names import is_transformers_model, join, named
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter
-from lightning_qlora.state.conversion import conversion_of
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import renew
 from lightning_qlora.tensors.dtensor import is_sharded, local_part, of_all_ranks

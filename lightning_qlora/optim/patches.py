@@ -16,6 +16,6 @@ def call_on_setup_optimizer(original: Any, self: Any, optimizer: Any, strategy: 
     """
     original(self, optimizer, strategy, callbacks)
     for listener in (getattr(strategy, "precision", None), *(callbacks or [])):  # a mocked strategy may have none
-        hook = getattr(listener, "_on_setup_optimizer", None)  # of training/precision.py and pager.py
+        hook = getattr(listener, "_on_setup_optimizer", None)  # of plugin/precision.py and pager.py
         if callable(hook):
             hook(optimizer)

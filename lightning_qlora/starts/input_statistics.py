@@ -1,7 +1,7 @@
 """InputStatistics: what an adapter that is initialized from data ("calibrated") needs until then.
 
 The layer and its copies share one: a copy is the same layer, so it begins with the same values, which
-`training/calibration.py` computes.
+`calibration/calibration.py` computes.
 """
 
 from typing import Any

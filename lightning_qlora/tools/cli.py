@@ -326,9 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _adapter(path: str, weights_only: bool, base: Base) -> "Adapter":
+    from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
     from lightning_qlora.files.lightning_checkpoint import is_shards
     from lightning_qlora.peft.peft_folder import read_adapter
-    from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 
     if os.path.isdir(path) and not is_shards(path):
         return read_adapter(path, base)

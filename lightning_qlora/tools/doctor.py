@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from lightning_qlora.checks import install
+from lightning_qlora.conversion.convert import convert
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels.cpu import build, library
 from lightning_qlora.kernels.cpu.matmul_16bit import products
 from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.optim.host_memory import why_not_managed
 from lightning_qlora.texts import size_text
-from lightning_qlora.training.convert import convert
 
 PACKAGES = {  # package -> the extra that installs it; "": it is always installed; None: this package does not need it
     "torch": "",

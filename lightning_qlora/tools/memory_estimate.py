@@ -27,6 +27,9 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.conversion.convert import Run, convert_module
+from lightning_qlora.conversion.convert_checks import check_initialized
+from lightning_qlora.conversion.parameter_counts import count_parameters, packed_bytes, packed_layers, parameter_bytes
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS, Held
@@ -36,9 +39,6 @@ from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
 from lightning_qlora.tools.repeated_blocks import RepeatedBlocks, more_of_each, share_repeated_blocks
-from lightning_qlora.training.convert import Run, convert_module
-from lightning_qlora.training.convert_checks import check_initialized
-from lightning_qlora.training.parameter_counts import count_parameters, packed_bytes, packed_layers, parameter_bytes
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.

@@ -14,6 +14,7 @@ from lightning_qlora.adapters.merge import merge_onto
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
+from lightning_qlora.conversion.convert import convert_module
 from lightning_qlora.files.folder_writer import atomic_folder, check_free
 from lightning_qlora.files.hub import check_files, copy_files
 from lightning_qlora.files.safetensors_folder import read_config
@@ -25,7 +26,6 @@ from lightning_qlora.layers.names import named
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_layers import from_peft
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.training.convert import convert_module
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 LARGEST_FILE = "5GB"

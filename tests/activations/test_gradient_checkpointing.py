@@ -8,7 +8,7 @@ from lightning_qlora import QLoRAPrecision, convert, merge
 from lightning_qlora.activations import activation_budget
 from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.audit import Audit
+from lightning_qlora.plugin.audit import Audit
 from tests.toys import NAMES, Lit, ids, perturb, pretrain, toy
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from lightning_qlora import convert
+from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.peft.peft_config import CONFIG_FILE
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
-from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from tests.files.test_lightning_checkpoint import STATE, save_shards
 from tests.peft.test_peft_folder import adapter, content
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRAConfig, convert, estimate_memory, load_adapter, merge, save_adapter
+from lightning_qlora.conversion.convert import Run, convert_module
 from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.survey.records import record_rounded
 from lightning_qlora.tensors.device_types import Held
 from lightning_qlora.tensors.held_types import in_types_before
-from lightning_qlora.training.convert import Run, convert_module
 from tests.toys import ARGUMENTS, assert_equal, ids, perturb, toy
 from tests.twin import dense_twin
 

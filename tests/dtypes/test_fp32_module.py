@@ -24,8 +24,8 @@ from lightning_qlora import (
 )
 from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.plugin import converted_modules
 from lightning_qlora.tensors.device_types import Held
-from lightning_qlora.training import converted_modules
 from tests.conftest import tensors
 from tests.machines.products import FAST, SLOW, stated
 from tests.toys import ARGUMENTS, assert_equal, ids, perturb, pretrain, toy

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, merge, save_adapter
+from lightning_qlora.conversion.notes import IN_16
 from lightning_qlora.dtypes.instance_method import METHODS
+from lightning_qlora.plugin.audit import LOST
 from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters
-from lightning_qlora.training.audit import LOST
-from lightning_qlora.training.notes import IN_16
 from tests.conftest import Classifier, loader
 from tests.toys import ARGUMENTS, Lit, assert_equal, ids, toy
 from tests.twin import dense_twin, error

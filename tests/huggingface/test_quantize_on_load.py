@@ -21,11 +21,11 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
+from lightning_qlora.conversion.notes import READ_DENSE
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.tensor_parallel import unknown_style
-from lightning_qlora.training.notes import READ_DENSE
 from tests.conftest import Classifier, loader, raises_before_teardown, raises_in_one_line
 from tests.huggingface.test_experts_on_load import assert_same_conversion, same_modules, same_parameters
 from tests.huggingface.test_experts_on_load import loaded as load

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import QLoRALinear, convert, disable_adapter, merge
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.training.audit import READ, adapters_without_gradient
+from lightning_qlora.plugin.audit import READ, adapters_without_gradient
 from tests.toys import delta
 from tests.twin import dense_twin, matched
 

@@ -19,11 +19,11 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
+from lightning_qlora.checkpoints.conversion import CONVERSION, entry_of, text_of
+from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.peft.base_compatibility import quantization_of, required_base, trained_on
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
-from lightning_qlora.state.conversion import CONVERSION, entry_of, text_of
-from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
 from tests.conftest import elsewhere, raises_in_one_line

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora import convert
-from lightning_qlora.training.notes import COPY
+from lightning_qlora.conversion.notes import COPY
 from tests.conftest import every_pair
 from tests.experts.test_experts import made, qwen3_moe
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge, save_adapter
-from lightning_qlora.training.notes import LARGE
+from lightning_qlora.conversion.notes import LARGE
 from tests.conftest import make_trainer
 from tests.toys import BERT, LLAMA, Lit, ids, needs, toy
 

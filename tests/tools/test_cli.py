@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import lightning_qlora
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, estimate_memory, save_adapter
+from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checks import install
 from lightning_qlora.kernels.cpu.matmul_16bit import products
-from lightning_qlora.state.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.texts import size_text
 from lightning_qlora.tools import doctor
 from lightning_qlora.tools.cli import main

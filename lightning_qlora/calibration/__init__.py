@@ -1,0 +1,1 @@
+"""Adapters that are initialized from the inputs of the first step."""

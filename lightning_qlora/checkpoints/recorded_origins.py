@@ -1,0 +1,79 @@
+"""What a file says of new parts decides, in a module that was converted before the file was read.
+
+Which parts are new follows from their values. Those of a run that is resumed may be others: what a checkpoint holds was
+not loaded again, or its version did not ask values.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from lightning.fabric.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_qlora.dtypes.full_precision import release, undo_full_precision
+from lightning_qlora.experts.experts import expert_stacks
+from lightning_qlora.layers.names import owner_name
+from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
+from lightning_qlora.checkpoints.conversion import Conversion, forget_conversion
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import origins_by_name
+from lightning_qlora.survey.records import own_parameters, undo
+from lightning_qlora.survey.untrained import BY_VALUES, ORIGINS
+from lightning_qlora.tensors.dtensor import is_sharded
+from lightning_qlora.tensors.held_types import full_precision_parameters
+from lightning_qlora.texts import groups
+
+Convert = Callable[[nn.Module], object]
+
+
+def convert_as_recorded(
+    parts: Parts, origins: Mapping[str, str], conversion: Conversion, convert: Convert | None = None
+) -> Parts:
+    """Convert those parts again of which a file says otherwise; returns the parts of the module then.
+
+    Args:
+        parts: Those of a converted module.
+        origins: Name of each parameter that the file knows -> why it was new by its values, "" if it was not.
+        conversion: That of the module.
+        convert: Converts what in the module is not converted; None: with the arguments of the conversion.
+    """
+    changed: dict[nn.Module, str] = {}
+    for name, owner, key, origin in [*origins_by_name(parts)]:
+        recorded = origins.get(name, origin)
+        if origin.startswith(BY_VALUES) != recorded.startswith(BY_VALUES):
+            changed[owner] = owner_name(name)
+            same = [key] if owner._modules else [*vars(owner)[ORIGINS]]  # what has no parts is decided as a whole
+            vars(owner)[ORIGINS] |= dict.fromkeys(same, recorded)
+    if not changed or any(is_sharded(tensor) for owner in changed for tensor in own_parameters(owner).values()):
+        return parts
+    values = _undo(parts, list(changed))
+    if convert is None:
+        conversion.convert_again(parts.root, conversion.config)
+    else:
+        convert(parts.root)
+    for parameter, value in values:
+        parameter.data.copy_(value)
+    rank_zero_info(f"QLoRA: as in the file that is loaded, and not by their values: {groups(changed.values())}.")
+    return Parts.of(parts.root)
+
+
+@torch.no_grad()
+def _undo(parts: Parts, owners: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Let modules be as before conversion; the weights of 4-bit layers are decoded.
+
+    Returns the parameters that are held in fp32, with their values: they have their types before now.
+    """
+    release(parts.modules)
+    values = []
+    for _, parameter, dtype in full_precision_parameters(parts.named):
+        values.append((parameter, parameter.data))
+        parameter.data = parameter.data.to(dtype)
+    undo_full_precision(parts.modules)
+    for owner in owners:
+        if isinstance(owner, QLoRALinear):
+            to_dense(owner, nn.Parameter(owner.decode()))
+        for _, _, key, stack in expert_stacks([("", owner)]):
+            stack.restore(owner, key, stack.decode())
+    undo(owners)
+    forget_conversion(parts.root)
+    return values

@@ -1,0 +1,260 @@
+"""Convert a module in place: choose linear layers, quantize them one after another, freeze the rest, report."""
+
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import Unpack
+
+from lightning_qlora.activations.gradient_checkpointing import (
+    budget_of,
+    enable_gradient_checkpointing,
+)
+from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter, set_origins_of_base
+from lightning_qlora.arguments import QLoRAArguments
+from lightning_qlora.calibration.calibration import waiting_in
+from lightning_qlora.checkpoints.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
+from lightning_qlora.checkpoints.module_state import record_conversion
+from lightning_qlora.checks import check_module
+from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.conversion.convert_checks import (
+    check_any,
+    check_has_data,
+    check_initialized,
+    check_loaded,
+    differing_arguments,
+)
+from lightning_qlora.conversion.mapped_files import copy_from_files
+from lightning_qlora.conversion.notes import (
+    CONVERTED_BEFORE,
+    note_after_conversion,
+    note_before_conversion,
+    note_before_first_conversion,
+    note_other_arguments,
+    note_outside_copies,
+)
+from lightning_qlora.conversion.outside_copies import OutsideCopies
+from lightning_qlora.conversion.parameter_counts import dense_bytes
+from lightning_qlora.conversion.report import ConversionReport
+from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_precision
+from lightning_qlora.huggingface.patches import forget_quantizer
+from lightning_qlora.lightning_runs.guards import refuse_old_wrappers
+from lightning_qlora.lightning_runs.patches import shard_bytes
+from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.peft.adapter import Adapter
+from lightning_qlora.peft.peft_folder import read_adapter
+from lightning_qlora.selection.apply import add_tokens, convert_layers, freeze
+from lightning_qlora.selection.copies import find_copies, forget_copies, share_seeds
+from lightning_qlora.selection.selection import SavedLayers, Selection, decide
+from lightning_qlora.selection.selection_checks import check_selection
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import remember_origins
+from lightning_qlora.survey.records import record, record_rounded, unrecorded
+from lightning_qlora.survey.snapshot import Snapshot
+from lightning_qlora.survey.survey import Agree, Survey, survey
+from lightning_qlora.tensors.device_types import held_type
+from lightning_qlora.tensors.dtensor import world_size
+from lightning_qlora.upstream_changes import make_changes
+
+
+def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> ConversionReport:
+    """Turn a module's linear layers into frozen 4-bit layers with LoRA adapters, in place.
+
+    Args:
+        module: Any module, its weights loaded. If it was converted before, its layers stay as they are,
+            and only layers that were added since are converted.
+        **arguments: Those of `QLoRAPrecision` (see `QLoRAConfig`).
+
+    Returns:
+        What was converted, what was not and why, parameters and bytes before and after.
+
+    Raises:
+        TypeError, ValueError: If an argument is wrong, no layer can be converted, or a weight can't be quantized.
+
+    Example:
+        ```python
+        import torch
+        from lightning_qlora import convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        print(convert(model, r=4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)  # trains the adapters
+        ```
+    """
+    check_module("module", module)
+    config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
+    outside = None if is_converted(module) else OutsideCopies(module)
+    report = convert_module(module, config)
+    if outside is not None:
+        note_outside_copies(report, outside)
+    if report.notes:  # the caller may not print the report
+        rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=5)
+    return report
+
+
+class Run(NamedTuple):
+    """What the loop that a module runs in decides of its conversion."""
+
+    device: torch.device | None = None  # where to quantize, and where it will be; None: where each weight is
+    sharded: bool = False  # whether a strategy shards it afterwards: its logits are not deferred
+    evaluating: bool = False  # whether it will not train, so that layers which were added later stay as they are
+    decide: Decide = held_type  # in which type its device should hold another one
+    is_one_of_several: bool = False  # whether it may be: Fabric sets up each module of a GAN, or an actor and a critic
+    agree: Agree = lambda origins: origins  # whose random values decide what is new, if several ranks convert
+
+
+OWN_LOOP = Run()
+
+
+@torch.inference_mode(False)  # a parameter that is made in it can never train
+def convert_module(
+    module: nn.Module, config: QLoRAConfig, run: Run = OWN_LOOP, saved: SavedLayers | None = None
+) -> ConversionReport:
+    """`convert` with a config. `saved`: convert these layers of a checkpoint; None: those that the arguments choose.
+
+    Layers that an earlier conversion made, of this module or of a part of it, stay as they are. Layers that were added
+    since are converted.
+    """
+    start = time.perf_counter()
+    parts = Parts.of(module, wrappers=())
+    check_initialized(parts.named)
+    report = ConversionReport(bytes_before=dense_bytes(parts.modules))
+    conversion = conversion_of(parts.root)
+    if conversion is not None and (run.evaluating or not unrecorded(parts.modules)):
+        with Snapshot(parts.modules):
+            _convert_again(parts, conversion, config)
+            report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
+            record_rounded(parts.named)
+        report.deferred_logits = deferred_heads(parts)
+        report.count(parts)
+    else:
+        parts = _convert_new(parts, config, run, saved, report)
+    waiting = waiting_in(parts.modules, run.sharded)
+    report.calibration = waiting[0].report if waiting else None
+    report.activations = budget_of(parts.modules)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _convert_new(
+    parts: Parts, config: QLoRAConfig, run: Run, saved: SavedLayers | None, report: ConversionReport
+) -> Parts:
+    """Convert what no conversion has seen, and fill the report; returns the parts with those that it made."""
+    given = config
+    adapter = None
+    if config.adapter:
+        adapter = read_adapter(config.adapter)
+        set_origins_of_base(parts, adapter)
+    seen = _survey(parts, run)
+    if adapter is not None:
+        config = config_of_adapter(parts, adapter, config)
+    choice = _decide(seen, parts, config, saved, report, run)
+    with Snapshot(parts.modules) as before:
+        parts = _apply(seen, parts, choice, config, run, report, before)
+        _load_adapter_once(parts, given.adapter, adapter)
+        record_conversion(parts, config, given, convert_module)
+        report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
+    report.take(choice)
+    report.count(parts)
+    note_after_conversion(report, parts, choice, run.device)
+    if seen.was_converted or seen.was_interrupted:
+        note_other_arguments(report, parts, config)
+    return parts
+
+
+def _survey(parts: Parts, run: Run) -> Survey:
+    """Survey a module, and refuse one that can't be converted whatever the arguments are."""
+    seen = survey(parts, run.agree)
+    check_layers_of_conversions(parts)
+    check_has_data(parts.named, later=run.sharded or dist.is_initialized())
+    return seen
+
+
+def _decide(
+    seen: Survey,
+    parts: Parts,
+    config: QLoRAConfig,
+    saved: SavedLayers | None,
+    report: ConversionReport,
+    run: Run,
+) -> Selection:
+    """Decide what happens with each part, refuse what can't be meant, and note what a user should look at."""
+    if not seen.was_converted:
+        check_output_embeddings(parts, config.deferred_logits)
+    choice = decide(seen, config, saved)
+    check_selection(seen, config, choice, of_checkpoint=saved is not None)
+    report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.origins.is_pretrained
+    if not seen.was_converted:
+        check_any(choice, config, run.is_one_of_several)
+        note_before_first_conversion(report, seen, choice, config)
+    check_loaded(seen, choice)
+    copies = find_copies(seen, choice)
+    share_seeds(choice, copies)
+    note_before_conversion(report, seen, choice, copies)
+    return choice
+
+
+def _apply(
+    seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport,
+    before: Snapshot,
+) -> Parts:  # fmt: skip
+    """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
+    new = unrecorded(parts.modules)
+    remember_origins(parts, seen.origins)
+    converted = convert_layers(seen, choice, run.device, before)
+    for part in parts.modules:
+        forget_merge(part)
+    forget_copies(parts.root)
+    forget_quantizer(parts.modules)
+    report.frozen = freeze(seen, choice, new, converted)
+    add_tokens(seen, choice.tokens)
+    module = parts.root
+    parts = Parts.of(module, wrappers=())  # with the experts and the rows that train
+    record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there
+    train_in_full_precision(parts.modules)
+    report.held = hold(parts.modules, config.compute_dtype, run.device, run.decide)
+    record_rounded(parts.named)
+    if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
+        copy_from_files(parts.named)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
+    if world_size() > 1:
+        refuse_old_wrappers(module)
+    make_changes("torch", "transformers")
+    shard_bytes()
+    return parts
+
+
+def is_converted(module: nn.Module) -> bool:
+    return conversion_of(module) is not None and not unrecorded(module.modules())
+
+
+def _load_adapter_once(parts: Parts, folder: str | None, adapter: Adapter | None) -> None:
+    """Load an adapter folder that an argument names; layers that had it last were trained since and stay.
+
+    `adapter` is its content, if it was read before. On the meta device nothing happens: the folder is loaded when the
+    layers have values, by `load_weights` or the next call.
+    """
+    if folder is None:
+        return
+    layers = parts.layers.values()
+    if all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
+        return
+    set_adapter(parts, adapter or read_adapter(folder))
+    for layer in layers:
+        layer.adapter_folder = folder
+    rank_zero_info(f"QLoRA: the adapters of this {type(parts.root).__name__} are now those of {folder}.")
+
+
+def _convert_again(parts: Parts, conversion: Conversion, config: QLoRAConfig) -> None:
+    _load_adapter_once(parts, config.adapter, None)
+    names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
+    other = differing_arguments(conversion.given[-1], config, names)
+    if other and config not in (conversion.config, *conversion.given):
+        rank_zero_warn(f"{type(parts.root).__name__} {CONVERTED_BEFORE.format(', '.join(other))}.")
+    if config not in conversion.given:
+        conversion.given.insert(0, config)  # the last one is that of the conversion

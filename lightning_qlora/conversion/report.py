@@ -1,0 +1,260 @@
+"""ConversionReport: the status of every layer after conversion, with what a user should look at."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lightning_qlora.calibration.calibration_report import CalibrationReport
+from lightning_qlora.conversion.parameter_counts import count_parameters
+from lightning_qlora.dtypes.compute_in import compute_types
+from lightning_qlora.selection.selection import FROZEN, Selection
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.tensors.device_types import Held
+from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
+from lightning_qlora.texts import ROOT, group, groups, size_text
+
+BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
+BY_SIZE = (
+    "no weights are known to be loaded: linear layers larger than their adapter get\n"
+    "4 bits, smaller ones train in full; name a new head in modules_to_save"
+)
+KEPT_IN = {
+    torch.float32: "fp32 and computes in it ({} more)",
+    torch.bfloat16: "bf16, which rounds each value to 8 of its 11 bits, and computes in it",
+}
+COPIED = (
+    "outside of the module are copies of {}, from before conversion: an average in one\n"
+    "can't follow the adapters, so make it in on_fit_start, or after fabric.setup; any other copy may stay"
+)
+NOTHING_PRETRAINED = (
+    "nothing looks pretrained: its values are those of an initialization, and QLoRA freezes them at random. Load the "
+    "weights in __init__ or configure_model, before fit; or train it without the plugin"
+)
+MARK = "! "  # of a row that a user should look at
+
+
+@dataclass(repr=False)
+class ConversionReport:
+    """The status of every layer after conversion, and the numbers of parameters and bytes.
+
+    Attributes:
+        converted: Names of the layers that are 4-bit with an adapter, and of the parameters of experts.
+        trained_in_full: Name -> reason, of modules that train without 4 bits and without an adapter.
+        skipped: Name -> reason, of linear layers that are not converted and frozen.
+        trainable_parameters: Number of parameters that train.
+        total_parameters: Number of all parameters, adapters included; a 4-bit weight counts as its weights.
+        bytes_before: Bytes of the parameters before conversion.
+        bytes_after: Bytes of the parameters now, adapters included.
+        seconds: Time of the conversion.
+        shapes: Name -> (out_features, in_features) of the converted layers; of experts, their number comes first.
+        frozen: Names of modules and parameters that conversion froze, without the linear layers.
+        adapter_parameters: Number of parameters of all adapters, and of the rows that train.
+        trained_rows: Name of an embedding -> how many of its rows train; tied ones by the first name.
+        frozen_by_module: Bytes of the layers that the module itself froze before conversion.
+        bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
+        deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
+            1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred, because a strategy shards the weight
+            or its adapter has dropout.
+        full_precision_bytes: Bytes of the parameters that train in full, are kept in fp32 and compute in 16 bits.
+        full_precision_computes_in: The types that they compute in: "bfloat16", "float16"; without those below.
+        held: The type that the module is kept in and computes in, with the reason, for each 16-bit type that it had;
+            empty: its own.
+        held_bytes: Bytes that this takes more.
+        calibration: Status of adapters that are initialized from the first step; None if none are.
+        by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
+            pretrained.
+        unused: Name -> reason, of layers whose adapters got no gradient; known after the second step.
+        copied: Names of layers whose weights have copies outside of the module, which were made before conversion.
+        computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
+            of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
+        activations: With gradient_checkpointing="auto" or bytes the `ActivationBudget`, whose text says how many blocks
+            of the last step kept their activations; None: all blocks are recomputed, or none.
+        notes: What a user should look at -> names of the modules and parameters that it is about. These rows stand
+            first, with a mark.
+
+    Example:
+        ```python
+        from lightning_qlora import convert
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        report = convert(model, r=4, target_modules=["0"])
+        print(report)  # a table
+        print(report.converted, report.skipped, report.trainable_parameters)
+        ```
+    """
+
+    converted: list[str] = field(default_factory=list)
+    trained_in_full: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
+    adapter_parameters: int = 0
+    trained_rows: dict[str, int] = field(default_factory=dict)
+    frozen_by_module: int = 0
+    bytes_4_bits_would_save: int = 0
+    deferred_logits: dict[str, int] = field(default_factory=dict)
+    full_precision_bytes: int = 0
+    full_precision_computes_in: list[str] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    held_bytes: int = 0
+    calibration: CalibrationReport | None = None
+    by_size: bool = False
+    unused: dict[str, str] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
+    computes_in: dict[str, str] = field(default_factory=dict)
+    activations: Any = None
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def count(self, parts: Parts) -> None:
+        """Count the layers, parameters and bytes of the module that was converted."""
+        self.trainable_parameters, self.total_parameters, self.bytes_after = count_parameters(parts.modules)
+        self.converted = list(parts.layers)
+        self.shapes = {name: layer._shape for name, layer in parts.layers.items()}
+        self.trained_rows = {name: len(adapter.token_indices) for name, adapter in parts.tokens.items()}
+        adapters: list[Any] = [*parts.layers.values(), *parts.tokens.values()]
+        self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
+        self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(parts.named))
+        types_of = compute_types(parts.named)
+        self.computes_in = {name: str(dtype).removeprefix("torch.") for name, dtype in types_of.items()}
+        types = sorted({*self.computes_in.values()} - {"float32"})
+        self.full_precision_computes_in = types if self.full_precision_bytes else []
+        self.held_bytes = held_bytes(parts.named)
+
+    def note(self, text: str, names: Iterable[str] = ("",)) -> list[str]:
+        """Add rows with a mark, and return the names that this text did not have; "" is the module itself."""
+        known = dict.fromkeys(self.notes.get(text, ()))
+        new = [name for name in names if name not in known]
+        if new:
+            self.notes[text] = [*known, *new]
+        return new
+
+    def tell(self, text: str, names: Iterable[str] = ("",)) -> None:
+        """Add rows with a mark after the report was printed, and print a line with them."""
+        new = self.note(text, names)
+        if new:
+            say(f"{groups(new)}: {text}.")
+
+    def marked_rows(self) -> str:
+        """The rows with a mark, a line each; "" if there are none."""
+        return _lines(row for row in self.rows() if row[1].startswith(MARK))
+
+    def take(self, choice: Selection) -> None:
+        """Take the rows of what is not converted, and count what naming the layers that the module froze would save."""
+        self.trained_in_full = choice.train
+        self.skipped = choice.skip
+        weights = [row.owner._parameters[row.key] for row in choice.rows.values() if row.reason == FROZEN]
+        self.frozen_by_module = sum(weight.nbytes for weight in weights)
+        self.bytes_4_bits_would_save = sum(w.nbytes - round(w.numel() * BITS_OF_NF4 / 8) for w in weights)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, status and number of layers or parameters whose names differ only in a number."""
+        rows_of: dict[tuple[str, str], list[str]] = {}
+
+        def add(name: str, status: str) -> None:
+            rows_of.setdefault((group(name), status), []).append(name or ROOT)
+
+        for text, names in self.notes.items():
+            for name in names:
+                add(name, MARK + text)
+        for name, reason in self.unused.items():
+            add(name, f"{MARK}no gradient in the first steps: {reason}")
+        for name in sorted(self.converted, key=lambda name: -len(self.shapes[name])):  # experts first
+            *experts, rows, columns = self.shapes[name]
+            prefix = "".join(f"{number} experts of " for number in experts)
+            add(name, f"4-bit + adapter, {prefix}{rows}x{columns}")
+        for name, reason in self.trained_in_full.items():
+            add(name, f"trains in full: {reason}")
+        for name, reason in self.skipped.items():
+            add(name, f"skipped: {reason}")
+        for name, count in self.trained_rows.items():
+            add(name, f"{count} rows train, the others are frozen")
+        for name in self.frozen:
+            add(name, "frozen by conversion")
+        for name, dtype in self.computes_in.items():
+            add(name, f"computes in {dtype}, {'16-bit inputs are cast' if dtype == 'float32' else 'by autocast'}")
+        table = []
+        for (name, status), names in rows_of.items():
+            if len(names) == 1:
+                name = names[0]
+            table.append((name, status, str(len(names))))
+        return table
+
+    def summary(self) -> str:
+        """Parameters, bytes, time, deferred logits, and the calibration."""
+        share = 100 * self.trainable_parameters / self.total_parameters
+        first = f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.2f}%)"
+        in_full = self.trainable_parameters - self.adapter_parameters
+        if in_full > 0:
+            first += f": {self.adapter_parameters:,} in adapters and {in_full:,} in full"
+        lines = [first]
+        for dtype in dict.fromkeys(held.dtype for held in self.held):
+            lines.append(
+                f"{'; '.join(held.reason for held in self.held if held.dtype is dtype)}: so all but the 4-bit weights "
+                f"is kept in {KEPT_IN[dtype].format(size_text(self.held_bytes))}; files and merged weights have the "
+                "types of before"
+            )
+        if self.full_precision_computes_in:
+            lines.append(
+                f"what trains in full is kept in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
+                f"{' and '.join(self.full_precision_computes_in)}"
+            )
+        if self.frozen_by_module:
+            lines.append(
+                f"layers that the module froze take {size_text(self.frozen_by_module)}; naming them in target_modules "
+                f"would save {size_text(self.bytes_4_bits_would_save)}"
+            )
+        lines.append(
+            f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
+            f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
+        )
+        for name, count in self.deferred_logits.items():
+            how = "not deferred (sharded, or its adapter has lora_dropout)"
+            if count:
+                how = f"deferred, saves {size_text(count)} for each 1,000 tokens"
+            lines.append(f"logits of {name or ROOT}: {how}")
+        if self.activations is not None:
+            lines.append(f"gradient checkpointing: {self.activations}")
+        if self.by_size and NOTHING_PRETRAINED not in self.notes:
+            lines.append(BY_SIZE)
+        if self.copied:
+            lines.append(COPIED.format(groups(self.copied)))
+        if self.calibration is not None:
+            lines.append(str(self.calibration))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"ConversionReport({len(self.converted)} layers in 4 bits, {len(self.trained_in_full)} trained in full, "
+            f"{len(self.skipped)} skipped, {self.trainable_parameters:,} of {self.total_parameters:,} parameters train)"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        table = "<tr><th>layer</th><th>status</th><th>layers</th></tr>"
+        for row in self.rows():
+            table += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        return f"<table>{table}</table><pre>{escape(self.summary())}</pre>"
+
+    def __str__(self) -> str:
+        return "\n".join(["QLoRA", _lines(self.rows()), self.summary()])
+
+
+def _lines(rows: Iterable[tuple[str, str, str]]) -> str:
+    rows = [*rows]
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return "\n".join(f"{name:{width}}  x{count:3} {status}" for name, status, count in rows)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    print(f"QLoRA: {text}")

@@ -1,0 +1,1 @@
+"""The Lightning plugin: each hook calls a file of the folders above."""

@@ -1,1 +1,0 @@
-"""What a run adds to a module: the Lightning plugin and conversion."""

@@ -38,7 +38,7 @@ ORDER = [
     "adapters",
     "huggingface",
     "calibration",
-    "lightning_runs",
+    "runs",
     "conversion",
     "plugin",
     "tools",

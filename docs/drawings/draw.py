@@ -248,10 +248,10 @@ STOPS = {
         ("layers/layer_state.py", "pop_base", "what has a fingerprint is left out"),
         ("checkpoints/conversion.py", "entry_of", "one entry: arguments, base model, fingerprints"),
         ("checkpoints/run_state.py", "torch_rng_states", "the random generators, in the plugin's state"),
-        ("lightning_runs/guards.py", "check_checkpoint", "no NaN, no adapter missing"),
+        ("runs/guards.py", "check_checkpoint", "no NaN, no adapter missing"),
     ),
     "stops_load": (
-        ("lightning_runs/patches.py", "convert_before_checkpoint_is_restored", "the module is converted first"),
+        ("runs/patches.py", "convert_before_checkpoint_is_restored", "the module is converted first"),
         ("checkpoints/module_state.py", "_before_load", "the hook of the module that was converted"),
         ("checkpoints/module_state.py", "_take_arguments", "the arguments by which the adapters compute are the same"),
         ("checkpoints/module_state.py", "_check_base", "the same base, by its fingerprints"),

@@ -41,11 +41,11 @@ from lightning_qlora.conversion.parameter_counts import dense_bytes
 from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_precision
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.lightning_runs.guards import refuse_old_wrappers
-from lightning_qlora.lightning_runs.patches import shard_bytes
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter
+from lightning_qlora.runs.guards import refuse_old_wrappers
+from lightning_qlora.runs.patches import shard_bytes
 from lightning_qlora.selection.apply import add_tokens, convert_layers, freeze
 from lightning_qlora.selection.copies import find_copies, forget_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide

@@ -49,7 +49,7 @@ def check_dense(key: str, value: Any) -> None:
 
 @contextmanager
 def reading(weights_only: bool) -> Iterator[None]:
-    """Within this Lightning reads checkpoints so, if its caller does not say how (lightning_runs/patches.py)."""
+    """Within this Lightning reads checkpoints so, if its caller does not say how (runs/patches.py)."""
     token = ONLY_WEIGHTS.set(weights_only)
     try:
         yield

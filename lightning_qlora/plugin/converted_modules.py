@@ -17,8 +17,8 @@ from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.dtypes.compute_in import compute_in
 from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.lightning_runs.guards import advice_on_types
 from lightning_qlora.plugin.audit import Audit
+from lightning_qlora.runs.guards import advice_on_types
 from lightning_qlora.starts.input_statistics import InputStatistics
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record_rounded

@@ -44,8 +44,6 @@ from lightning_qlora.kernels.backends import agree, describe
 from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
-from lightning_qlora.lightning_runs import guards
-from lightning_qlora.lightning_runs.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.optim.optimizer_parameters import (
     adapters_in_no_optimizer,
     check_loss,
@@ -57,6 +55,8 @@ from lightning_qlora.optim.optimizer_parameters import (
 from lightning_qlora.optim.pager import Pager
 from lightning_qlora.plugin.converted_modules import ConvertedModules
 from lightning_qlora.plugin.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
+from lightning_qlora.runs import guards
+from lightning_qlora.runs.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import Origins
 from lightning_qlora.tensors.device_types import Held, held_type

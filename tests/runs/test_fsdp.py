@@ -35,8 +35,8 @@ from lightning_qlora import (
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.lightning_runs.guards import check_fsdp_groups
-from lightning_qlora.lightning_runs.patches import keep_frozen_while_distributed, load_whole_tensors, shard_bytes
+from lightning_qlora.runs.guards import check_fsdp_groups
+from lightning_qlora.runs.patches import keep_frozen_while_distributed, load_whole_tensors, shard_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, dataset, fingerprints, loader, raises_before_teardown, raises_in_one_line

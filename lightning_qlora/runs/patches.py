@@ -44,9 +44,9 @@ from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.tensor_parallel import split
 from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
-from lightning_qlora.lightning_runs.base_of_rank_0 import use_base_of_rank_0
-from lightning_qlora.lightning_runs.guards import check_checkpoint
 from lightning_qlora.optim.adamw import load_whole_state
+from lightning_qlora.runs.base_of_rank_0 import use_base_of_rank_0
+from lightning_qlora.runs.guards import check_checkpoint
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.held_types import in_types_before
 from lightning_qlora.upstream_changes import replaces, wrap_once

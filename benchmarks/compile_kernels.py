@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
-from benchmarks.products import add_matmul_, lora_down, lora_gradients, lora_up
+from benchmarks.products import add_matmul_, add_products, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
@@ -154,40 +154,34 @@ def _half_cases(target: str) -> Iterator[Case]:
         per_thread = tile["SIZE"] / threads
         yield Case("largest of fp32", partial(to_half, x), per_thread, 12, place=0)
         yield Case("fp32 to fp16 and a power of two", partial(to_half, x), per_thread, 12)
-        if not _tiles("lora_up_add", target):  # torch multiplies, and one launch adds the sums
-            for p in (0.0, 0.1):
-                name = f"sum of two products{', dropout' * bool(p)}"
-                yield Case(name, _lora("lora_up_add", 64, 64, HALF, p), tile["SIZE"] / threads, 12 + 24 * bool(p))
+        for p in (0.0, 0.1):
+            seed = torch.tensor([7]) if p else None
+            add = partial(add_products, x, x, (torch.ones(1),) * 4, p, seed)
+            yield Case(f"sum of two products{', dropout' * bool(p)}", add, per_thread, 12 + 24 * bool(p))
 
 
 def _lora_cases(target: str) -> Iterator[Case]:
     # The hash of the dropout mask takes about 21 instructions per element.
-    # `lora_up_add` also loads, scales and adds an fp32 number for each element.
-    budgets = {"lora_down": (22, 9), "lora_up": (38, 14), "lora_up_add": (38, 23), "lora_gradients": (9, 9)}
+    budgets = {"lora_down": (22, 9), "lora_up": (38, 14), "lora_gradients": (9, 9)}
     for kernel, (few, many) in budgets.items():
         for tile, threads in _tiles(kernel, target):
             m, elements = tile.get("up_to", 4096), tile["M"] * tile.get("K", tile.get("N", 0)) / threads
-            kinds = (HALF,) if kernel == "lora_up_add" else KINDS
-            for kind, r, p in product(kinds, (16, 64), (0.0, 0.1)):
+            for dtype, r, p in product(KINDS[:2], (16, 64), (0.0, 0.1)):
                 yield Case(
-                    f"{kernel} {_name(kind)}, {m} rows, rank {r}{', dropout' * bool(p)}, per element",
-                    _lora(kernel, m, r, kind, p), elements, (few if m <= 16 else many) + 24 * bool(p),
-                    loop=not kernel.startswith("lora_up"), short=kind == kinds[0] and r == 64,
+                    f"{kernel} {_name(dtype)}, {m} rows, rank {r}{', dropout' * bool(p)}, per element",
+                    _lora(kernel, m, r, dtype, p), elements, (few if m <= 16 else many) + 24 * bool(p),
+                    loop=kernel != "lora_up", short=dtype == torch.bfloat16 and r == 64,
                 )  # fmt: skip
 
 
-def _lora(kernel: str, m: int, r: int, kind: Kind, p: float) -> Callable[[], object]:
-    x, h, seed = _matrix(m, 512, kind), _matrix(m, r, kind), torch.tensor([7]) if p else None
-    a, grad_a = _matrix(r, 512, torch.float32), torch.zeros(r, 512)
-    if kind == HALF:
-        a = _matrix(r, 512, HALF)
+def _lora(kernel: str, m: int, r: int, dtype: Kind, p: float) -> Callable[[], object]:
+    x, h, seed = _matrix(m, 512, dtype), _matrix(m, r, dtype), torch.tensor([7]) if p else None
+    a = torch.zeros(r, 512)
     if kernel == "lora_down":
         return partial(lora_down, x, a, p=p, seed=seed)
-    if kernel.startswith("lora_up"):
-        out = torch.zeros(m, 512) if kind == HALF else x
-        factors = (torch.ones(1), torch.ones(1)) if kernel == "lora_up_add" else None
-        return partial(lora_up, h, a.T, out, p=p, seed=seed, factors=factors)
-    return partial(lora_gradients, h, x, grad_a, h, x, torch.zeros(512, r), 1.0, p, seed)
+    if kernel == "lora_up":
+        return partial(lora_up, h, a.T, x, p=p, seed=seed)
+    return partial(lora_gradients, h, x, a, h, x, torch.zeros(512, r), 1.0, p, seed)
 
 
 def _adamw_cases(target: str) -> Iterator[Case]:

@@ -26,7 +26,6 @@ from lightning_qlora.kernels import eager, ops
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.kernels.triton.half import to_half
 from lightning_qlora.kernels.triton.launch import Tile
 from lightning_qlora.kernels.triton.quantize import dequantize_into
 from lightning_qlora.quantization.packed_weight import stack_bytes
@@ -38,7 +37,7 @@ RANK = 64
 # also used for more rows, except that of `matmul`.
 ROWS = {
     "dequantize": (1,), "matmul": (16, 32, 64, 128), "lora_down": (16, 4096), "lora_up": (16, 4096),
-    "lora_up_add": (16, 4096), "lora_gradients": (4096,), "grouped": (16, 128),
+    "lora_gradients": (4096,), "grouped": (16, 128),
 }  # fmt: skip
 
 
@@ -60,13 +59,9 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
         sizes = [{"M": m, "K": k, "num_warps": 4} for m, k in product((16,) if few else (32, 64, 128), (64, 128))]
         programs = (256, 512, 1024)
     else:
-        widths = (32, 64) if kernel == "lora_up_add" else (64, 128)
-        sizes = [
-            {"M": m, "N": n, "num_warps": 2 if n == 32 else 4}
-            for m, n in product((16,) if few else (32, 64, 128), widths)
-        ]
+        sizes = [{"M": m, "N": n, "num_warps": 4} for m, n in product((16,) if few else (32, 64, 128), (64, 128))]
         programs = (256, 512, 1024) if kernel == "lora_gradients" else (0,)
-    stages = (1, 2) if kernel.startswith("lora_up") else (2, 3)  # its loop over the ranks has one step up to rank 64
+    stages = (1, 2) if kernel == "lora_up" else (2, 3)  # its loop over the ranks has one step up to rank 64
     return [Tile(size, PROGRAMS=p, num_stages=s) for size, p, s in product(sizes, programs, stages)]
 
 
@@ -81,9 +76,6 @@ def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) 
         return [partial(lora_down, x, a, 1.0, 0.05, seed)]
     if kernel == "lora_up":
         return [partial(lora_up, h, a.T, x)]
-    if kernel == "lora_up_add":
-        one = torch.ones(1, device=device)
-        return [partial(lora_up, to_half(h.float()), to_half(a).T, x.float(), factors=(one, one))]
     if kernel == "lora_gradients":
         y, b = torch.randn(rows, n, device=device, dtype=torch.bfloat16), torch.randn(n, RANK, device=device)
         return [partial(lora_gradients, h, x, a, h, y, b, 0.5, 0.05, seed)]

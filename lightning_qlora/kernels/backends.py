@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qlora.kernels import eager, scratch
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA, check_operands
-from lightning_qlora.kernels.verdict import KERNELS, verdict
+from lightning_qlora.kernels.verdict import KERNELS, is_out_of_memory, verdict
 from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -52,7 +52,7 @@ class Backend:
     def new_plan(self, x: Tensor, lora: LoRA, weight: PackedBytes) -> eager.Plan:
         plan: eager.Plan = self.kernels.plan(x, lora, weight)
         if self.kernels is not eager:
-            plain = eager.plan(x, lora)
+            plain = eager.plan(x, lora._replace(in_fp16=plan.in_fp16))
             guarded = {op: self._guarded(op, getattr(plan, op), getattr(plain, op)) for op in PLANNED}
             plan.replace(to_half=self.to_half, **guarded)
         return plan
@@ -95,7 +95,7 @@ class Backend:
     ) -> Any:
         if isinstance(error, torch.OutOfMemoryError) or scratch.is_capturing(self.device):
             raise error
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             torch.cuda.empty_cache()
             return kernel(*arguments)
         result = plain(*arguments)  # raises as well if the arguments are wrong or the device is lost
@@ -230,7 +230,7 @@ def _make(device: torch.device, repeat: bool = False) -> Backend:
     try:
         result = _checked(device, repeat)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             torch.cuda.empty_cache()
             result = _checked(device, repeat)
         else:
@@ -250,16 +250,6 @@ def _checked(device: torch.device, repeat: bool) -> Backend:
     kernels = import_module(KERNELS)
     kernels.check_launch(device)
     found = {op: why for op, why in verdict(device, repeat).items() if why}
-    if any("out of memory" in why for why in found.values()):
-        raise torch.OutOfMemoryError(
-            f"{device} has no memory for the check of the kernels at their first use. Make the batch smaller, or use "
-            "4-bit layers on it before the rest of its memory is taken."
-        )
     result = Backend(device, kernels)
     result.fall_back(found)
     return result
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of torch's allocator, or of the driver, which loads a kernel beside it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

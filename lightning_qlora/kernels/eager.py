@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight, take_out
+from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
@@ -75,6 +75,8 @@ class Plan:
     `reference` says what they compute. A plan depends on shapes, types and devices alone, and holds no tensor.
     """
 
+    in_fp16 = False  # whether the factors of products are those of `half.Half`
+
     def __init__(self, x: Tensor | Half, lora: LoRA) -> None:
         a, b, *_ = lora
         lead = x.shape[:-1]
@@ -82,14 +84,14 @@ class Plan:
         self.r, self.k = a.shape
         self.n = b.shape[0]
         self.is_matrix = len(lead) == 1
-        self.takes_x = self.is_matrix and not lora.in_fp16  # as it is; else what `rows` makes of it
+        self.takes_x = self.is_matrix and not self.in_fp16  # as it is; else what `rows` makes of it
         self.shape = *lead, self.n  # of y
         of_xa = torch.Size((self.m, self.r)), x.dtype
         self.operands = x.shape, x.dtype, *of_xa, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
         self.device = x.device
         self.kind = x.device.type
         self.dtype = x.dtype  # of y too
-        self.decoded_dtype = torch.float16 if lora.in_fp16 else x.dtype
+        self.decoded_dtype = torch.float16 if self.in_fp16 else x.dtype
         self.p = lora.p
         library = _library(self.device, self.dtype)
         decoder = _library(self.device, self.decoded_dtype)
@@ -97,7 +99,7 @@ class Plan:
         self.dropout_into = dropout_in_chunks if library is None else library.dropout_into
         self.dequantize_into = dequantize_into if decoder is None else decoder.dequantize_into
         # Whether C has the layer in one call, which decodes W inside of the product.
-        self.in_one_call = library is not None and library.is_fast_for(self.m, self.dtype) and not lora.in_fp16
+        self.in_one_call = library is not None and library.is_fast_for(self.m, self.dtype) and not self.in_fp16
 
     def replace(self, **functions: Any) -> None:
         self.__dict__.update(functions)
@@ -111,7 +113,7 @@ class Plan:
         return self.matrix(x)
 
     def lora_project(self, x: Any, lora: LoRA) -> Tensor:
-        return self.product(self.dropped(x, lora.seed), lora.a.T)
+        return self.product(self.dropped(x, lora.seed), self.factor(lora.a).T)
 
     def linear_into(
         self, out: Tensor, x: Any, xa: Tensor | None, weight: PackedBytes, bias: Tensor | None, lora: LoRA
@@ -128,15 +130,18 @@ class Plan:
     def linear_backward(
         self, grad: Any, x: Any, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        grad_xa = self.product(grad, lora.b, lora.scaling)
+        grad_xa = self.factor(self.product(grad, lora.b, lora.scaling))
         grad_b = self.product(grad.T, xa, lora.scaling).to(lora.b.dtype)
         grad_a = self.product(grad_xa.T, self.dropped(x, lora.seed)).to(lora.a.dtype)
-        if not needs_x:
-            return None, grad_a, grad_b
+        grad_x = self.input_gradient(grad, grad_xa, weight, lora) if needs_x else None
+        return grad_x, grad_a, grad_b
+
+    def input_gradient(self, grad: Any, grad_xa: Any, weight: PackedBytes, lora: LoRA) -> Tensor:
+        """dY W + drop(dXA A)."""
         grad_x = self.product(grad_xa, lora.a)
         if lora.seed is not None:
             self.dropout_into(grad_x, grad_x, self.p, lora.seed)
-        return self.product(grad, self.decoded(weight)[0], out=grad_x, adds=True), grad_a, grad_b
+        return self.product(grad, self.decoded(weight)[0], out=grad_x, adds=True)
 
     def gradients(
         self, grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
@@ -151,6 +156,10 @@ class Plan:
         if grad_x is not None:
             grad_x = grad_x.view(x.shape)
         return grad_x, grad_a, grad_b
+
+    def factor(self, matrix: Any) -> Any:
+        """A matrix as `product` takes it."""
+        return matrix
 
     def product(self, a: Any, b: Any, s: float = 1.0, out: Tensor | None = None, adds: bool = False) -> Tensor:
         """s a b, b rounded as a is: a [m, k], b [k, n]. It is written to `out`, or added to it, and rounded once."""
@@ -179,6 +188,7 @@ class Plan:
 class HalfPlan(Plan):
     """The same with factors of fp16 and a power of two for each (`half.py`); x, y and all results are fp32."""
 
+    in_fp16 = True
     to_half = staticmethod(to_half)
     scaled = staticmethod(scaled)
 
@@ -192,8 +202,12 @@ class HalfPlan(Plan):
         a = self.factor(a)
         b = self.factor(b)
         sums = multiply(a.values, b.values, None if adds else out)
-        result = take_out(sums, a.factor, b.factor).mul_(s)
+        result = self.take_out(sums, a.factor, b.factor, s)
         return out.add_(result) if adds and out is not None else result
+
+    def take_out(self, sums: Tensor, first: Tensor, second: Tensor, s: float) -> Tensor:
+        """The sums times two powers of two and s, in place: the smaller power first, so only the result overflows."""
+        return sums.mul_(torch.minimum(first, second)).mul_(torch.maximum(first, second)).mul_(s)
 
     def decoded(self, weight: PackedBytes) -> tuple[Half, Half]:
         divided, power = scaled_weight(weight, self.scaled)

@@ -46,9 +46,8 @@ def verdict(device: torch.device, repeat: bool = False) -> Verdict:
             found = None if repeat else _read(file)  # it may be there now
             if found is None:
                 found = examine(device)
-                if not any("out of memory" in (why or "") for why in found.values()):  # the next process may have some
-                    with atomic_files(file.parent) as folder:
-                        (folder / file.name).write_text(json.dumps({"setup": facts, "ops": found}, indent=1) + "\n")
+                with atomic_files(file.parent) as folder:
+                    (folder / file.name).write_text(json.dumps({"setup": facts, "ops": found}, indent=1) + "\n")
     except OSError as error:  # no private folder, or no space
         _log.warning("The kernels are checked again in each process: %s", error)
     return found or examine(device)
@@ -86,14 +85,29 @@ def _read(file: Path) -> Verdict | None:
 
 
 def examine(device: torch.device) -> Verdict:
-    """Check every op now. After a wrong op another child checks the rest, because a fault ends the use of a device."""
+    """Check every op now. After a wrong op another child checks the rest, because a fault ends the use of a device.
+
+    Raises:
+        torch.OutOfMemoryError: If the device has no memory for the check, which is no verdict.
+    """
     found: Verdict = {}
     while left := [op for op in OPS if op not in found]:
         answers = _ask(device, left)
         if not answers:  # a card for one process, or without memory for a second one: here, without a time limit
-            return faults(import_module(KERNELS), device)
+            found = faults(import_module(KERNELS), device)
+            break
         found |= zip(left, answers, strict=False)
+    if any(map(is_out_of_memory, found.values())):
+        raise torch.OutOfMemoryError(
+            f"{device} has no memory for the check of the kernels at their first use. Make the batch smaller, or use "
+            "4-bit layers on it before the rest of its memory is taken."
+        )
     return found
+
+
+def is_out_of_memory(error: object) -> bool:
+    """Whether an error, or its text, is that of torch's allocator, or of the driver, which loads a kernel beside it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _ask(device: torch.device, ops: list[str]) -> list[str | None]:

@@ -97,16 +97,18 @@ def test_a_first_use_on_a_full_card_does_not_lose_the_kernels(monkeypatch, kerne
     """The driver loads kernels outside of torch's allocator."""
     calls = []
 
-    def out_of_memory(*_):
-        calls.append(where)
-        return "Triton Error [CUDA]: out of memory" if len(calls) <= full else None
+    def check(name, error):
+        if where == name:
+            calls.append(name)
+            if len(calls) <= full:
+                raise error
 
     def check_launch(device):
-        if where == "check_launch" and (error := out_of_memory()):
-            raise RuntimeError(error)
+        check("check_launch", RuntimeError("Triton Error [CUDA]: out of memory"))
 
     def verdict(device, repeat):
-        return dict.fromkeys(backends.OPS) | ({"quantize": out_of_memory()} if where == "verdict" else {})
+        check("verdict", torch.OutOfMemoryError("no memory for the check"))
+        return dict.fromkeys(backends.OPS)
 
     monkeypatch.setattr(kernels, "check_launch", check_launch)
     monkeypatch.setattr(backends, "verdict", verdict)

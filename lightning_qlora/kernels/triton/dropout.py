@@ -16,7 +16,7 @@ from lightning_qlora.kernels.scratch import is_capturing
 from lightning_qlora.kernels.triton.launch import find_tile, launch_of
 
 MASK = ["low", "high", "least_kept"]  # arguments that differ in every call
-NO_DROPOUT = (0, 0, 0), 1.0
+NO_DROPOUT = 0, 0, 0, 1.0
 
 
 @triton.jit
@@ -40,22 +40,17 @@ def _dropout_kernel(x, out, n, low, high, least_kept, scale, SIZE: tl.constexpr)
     tl.store(out + i, tl.where(is_kept(i, low, high, least_kept), values, 0.0).to(out.dtype.element_ty), mask=i < n)
 
 
-def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[tuple[int, int, int], float]:
-    """What the kernels take: the halves of the seed and the smallest hash, and the factor 1 / (1 - p)."""
+def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tuple[int, int, int, float]:
+    """What the kernels take: the halves of the seed, the smallest hash, and the factor 1 / (1 - p)."""
     if seed is None:
         return NO_DROPOUT
-    least_kept, scale = dropout_threshold(p)
-    return (*halves(seed, device), least_kept), scale
-
-
-def halves(seed: Tensor, device: torch.device) -> tuple[int, int]:
     if is_capturing(device):
         raise RuntimeError(
             "lora_dropout cannot be captured in a CUDA graph: every replay would drop the same inputs. Set "
             "lora_dropout=0, or call eval() first."
         )
     number = int(seed.item())
-    return as_int32(number), as_int32(number >> 32)
+    return as_int32(number), as_int32(number >> 32), *dropout_threshold(p)
 
 
 def dropout_into(out: Tensor, x: Tensor, p: float, seed: Tensor, scales: bool = True) -> Tensor:
@@ -63,7 +58,7 @@ def dropout_into(out: Tensor, x: Tensor, p: float, seed: Tensor, scales: bool = 
 
     Without `scales` what is kept is not divided by 1 - p.
     """
-    mask, scale = dropout_arguments(p, seed, x.device)
+    *mask, scale = dropout_arguments(p, seed, x.device)
     if not scales:
         scale = 1.0
     n = x.numel()

@@ -235,7 +235,7 @@ class Group:
         drops: bool, s: float, **constants: Any,
     ) -> None:  # fmt: skip
         dropout = drops and self.has_dropout
-        mask, scale = self.dropout if dropout else NO_DROPOUT
+        *mask, scale = self.dropout if dropout else NO_DROPOUT
         constants |= {"DROPOUT": dropout, "HALF": self.half, "R": self.rank}
         types = tuple([tensor.dtype for tensor in tensors])
         launch_of(types, kernel, self.device, grid, numbers, self.tile, **constants)(tensors, (*mask, s * scale))

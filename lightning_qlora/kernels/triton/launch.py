@@ -80,7 +80,7 @@ class Launch:
 
     The parameters of a kernel are tensors, numbers, unspecialized, constants, in this order. Triton specializes for
     `numbers` (sizes and strides). `tile` has constants and launch options; other entries are ignored. `fuse`: a * b + c
-    may be rounded once (FMA) and not twice. `unread`: how many tensors after those of a call the kernel does not read.
+    may be rounded once (FMA) and not twice.
     """
 
     def __init__(
@@ -91,7 +91,6 @@ class Launch:
         numbers: tuple[int, ...],
         tile: Tile,
         fuse: bool = False,
-        unread: int = 0,
         **constants: Any,
     ) -> None:
         names = kernel.arg_names
@@ -101,7 +100,6 @@ class Launch:
         self._kernel = kernel
         self._index = device.index
         self._grid = grid
-        self._unread = unread
         self._numbers = numbers
         self._keywords = {**constants, **options, "enable_fp_fusion": fuse}
         self._constants = tuple(constants[name] for name in names if name in constants)
@@ -133,7 +131,6 @@ class Launch:
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self._index):  # Triton launches on the current device
                 return self._launch_by_triton(tensors, unspecialized)
-        tensors += tensors[:1] * self._unread
         return self._kernel[self._grid](*tensors, *self._numbers, *unspecialized, **self._keywords)
 
     def _compile(self, tensors: tuple[Tensor, ...], unspecialized: tuple[int | float, ...] = ()) -> None:
@@ -150,7 +147,7 @@ class Launch:
         index = self._index
         grid = self._grid
         fixed = variant.function, variant.packed_metadata, None, None, None
-        sizes = *[0] * self._unread, *self._numbers
+        numbers = self._numbers
         constants = self._constants
 
         def launch(tensors: tuple[Tensor, ...], unspecialized: tuple[int | float, ...] = ()) -> None:
@@ -158,7 +155,7 @@ class Launch:
                 with torch.cuda.device(index):
                     return launch(tensors, unspecialized)
             stream = driver.active.get_current_stream(index)
-            run(*grid, stream, *fixed, *map(address_of, tensors), *sizes, *unspecialized, *constants)
+            run(*grid, stream, *fixed, *map(address_of, tensors), *numbers, *unspecialized, *constants)
             return None
 
         return launch

@@ -24,11 +24,10 @@ from torch import Tensor
 from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.half import Half, multiply
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.reference import dropout_threshold
-from lightning_qlora.kernels.triton.dropout import dropout_into, halves
+from lightning_qlora.kernels.triton.dropout import dropout_arguments, dropout_into
 from lightning_qlora.kernels.triton.half import scaled, to_half
 from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, shared_launch
-from lightning_qlora.kernels.triton.lora_products import MAX_GRID, lora_combine, lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import MAX_GRID, add_products, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import (
     dequantize_into,
     levels_of_codes,
@@ -44,16 +43,11 @@ def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> "Pl
     return HalfPlan(x, lora, weight) if lora.in_fp16 else Plan(x, lora, weight)
 
 
-NO_NUMBERS = (0, 0, 0, 1.0)
-
-
 class Plan(eager.Plan):
     """The layer with a launch for each product, made at its first use; without tiles the products are torch's.
 
     Kernels read by address, so their matrices are contiguous.
     """
-
-    half = False  # whether matrices are those of `Half`
 
     def __init__(self, x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> None:
         super().__init__(x, lora)
@@ -62,41 +56,39 @@ class Plan(eager.Plan):
         self.dropout_into = dropout_into
         self.dequantize_into = dequantize_into
         self.drops = lora.seed is not None
-        self.threshold = dropout_threshold(lora.p)
         tiles = [find_tile(name, self.device, self.m) for name in ("lora_down", "lora_up", "lora_gradients")]
-        fits = self.m > 0 and (self.half or self.dtype is not torch.float32)
-        self.has_kernels = fits and self.r > 0 and all(tiles) and self.m <= MAX_GRID * tiles[1]["M"]
+        in_16_bits = self.dtype is not torch.float32
+        has_sums = self.m > 0 and self.r > 0
+        self.has_kernels = in_16_bits and has_sums and all(tiles) and self.m <= MAX_GRID * tiles[1]["M"]
         self.few_rows = False  # whether W is decoded inside of the product
-        if weight is not None and fits and self.k % min(weight.block_size, 64) == 0:
-            self.few_rows = bool(find_tile("matmul", self.device, self.m))
+        if weight is not None and self.m and self.k % min(weight.block_size, 64) == 0:
+            self.few_rows = (in_16_bits or self.in_fp16) and bool(find_tile("matmul", self.device, self.m))
         self.of_weight: Launch | None = None  # x W^T
 
     @cached_property
     def of_x(self) -> Launch:
         """x A^T."""
-        return lora_down(self.device, self.m, self.k, self.r, (self.k, 1), self.drops, self.half)
+        return lora_down(self.device, self.m, self.k, self.r, (self.k, 1), self.drops)
 
     @cached_property
     def of_xa(self) -> Launch:
         """(x A^T) B^T."""
-        adds = self.half and not self.few_rows
-        return lora_up(self.device, self.m, self.n, self.r, (self.r, 1), False, self.half, adds)
+        return lora_up(self.device, self.m, self.n, self.r, (self.r, 1), False)
 
     @cached_property
     def of_grad(self) -> Launch:
         """dY B."""
-        return lora_down(self.device, self.m, self.n, self.r, (1, self.r), False, self.half)
+        return lora_down(self.device, self.m, self.n, self.r, (1, self.r), False)
 
     @cached_property
     def of_grad_xa(self) -> Launch:
         """(dY B) A."""
-        return lora_up(self.device, self.m, self.k, self.r, (1, self.k), self.drops, self.half, self.half)
+        return lora_up(self.device, self.m, self.k, self.r, (1, self.k), self.drops)
 
     @cached_property
     def of_adapter(self) -> Launch:
         """The gradients of A and B."""
-        strides = self.k, 1, self.r, 1
-        return lora_gradients(self.device, self.m, self.k, self.n, self.r, strides, self.drops, self.half)
+        return lora_gradients(self.device, self.m, self.k, self.n, self.r, (self.k, 1, self.r, 1), self.drops)
 
     def lora_project(self, x: Any, lora: LoRA) -> Tensor:
         if not self.has_kernels:
@@ -107,7 +99,7 @@ class Plan(eager.Plan):
         launch = self.of_x
         memory = launch.memory(xa) if launch.sums else xa
         run = launch if (x.data_ptr() | a.data_ptr()) & 15 else launch.aligned
-        run((x, a, xa, memory), NO_NUMBERS if lora.seed is None else self.numbers(lora.seed))
+        run((x, a, xa, memory), dropout_arguments(self.p, lora.seed, self.device))
         return xa
 
     def linear_into(self, out: Tensor, x: Any, xa: Any, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
@@ -118,7 +110,7 @@ class Plan(eager.Plan):
         else:
             self.product(xa, lora.b.T, lora.scaling, out)
         if self.few_rows:
-            self.add_matmul_(out, x, (), weight, bias)
+            self.add_matmul_(out, x, out, weight, bias)
             return
         out.addmm_(x, self.decoded(weight)[1])
         if bias is not None:
@@ -134,7 +126,7 @@ class Plan(eager.Plan):
         xa = xa.contiguous()
         a = lora.a.contiguous()
         b = lora.b.contiguous()
-        numbers = NO_NUMBERS if lora.seed is None else self.numbers(lora.seed)
+        numbers = dropout_arguments(self.p, lora.seed, self.device)
         s = float(lora.scaling)  # Triton would compile another kernel for an int
         grad_xa = of_x.new_empty(self.m, self.r)
         places = of_grad.data_ptr() | of_x.data_ptr() | xa.data_ptr() | a.data_ptr() | b.data_ptr()
@@ -152,14 +144,10 @@ class Plan(eager.Plan):
         up((grad_xa, a, grad_x), numbers)
         return grad_x.addmm_(grad, self.decoded(weight)[0]), grad_a, grad_b
 
-    def numbers(self, seed: Tensor) -> tuple[int, int, int, float]:
-        """What the kernels take for dropout; see `dropout_arguments`."""
-        return halves(seed, self.device) + self.threshold
-
-    def add_matmul_(self, y: Tensor, x: Tensor, power: Any, weight: PackedBytes, bias: Tensor | None) -> None:
-        """y += x W^T + bias, rounded once; of `half` x W^T times the power of two in this tuple."""
+    def add_matmul_(self, y: Tensor, x: Tensor, power: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
+        """y += x W^T + bias, rounded once; of `half` x W^T times the power of two, which is not read else."""
         if self.of_weight is None:
-            self.of_weight = matmul(self.m, weight, bias is not None, self.half)
+            self.of_weight = matmul(self.m, weight, bias is not None, self.in_fp16)
         addend = y
         if bias is not None:
             addend = bias.contiguous()
@@ -169,80 +157,55 @@ class Plan(eager.Plan):
         launch = self.of_weight
         is_aligned = is_aligned and not (x.data_ptr() | addend.data_ptr() | y.data_ptr()) & 15
         run = launch.aligned if is_aligned else launch
-        run((*tensors, x, addend, y, launch.memory(y), *power))
+        run((*tensors, x, addend, y, launch.memory(y), power))
 
 
 class HalfPlan(Plan, eager.HalfPlan):
-    """The same with factors of fp16 and their powers of two: torch multiplies with W, and a launch adds the adapter."""
+    """The same with factors of fp16 and their powers of two: torch multiplies, and one launch adds two products.
 
-    half = True
+    The cards that need it have tensor cores that Triton does not use (Turing, Volta).
+    """
+
     to_half = staticmethod(to_half)
     scaled = staticmethod(scaled)
 
-    def lora_project(self, x: Half, lora: LoRA) -> Tensor:
-        if not self.has_kernels:
-            return super().lora_project(x, lora)
-        a = self.to_half(lora.a)
-        xa = x.factor.new_empty(self.m, self.r)
-        memory = self.of_x.memory(xa)
-        numbers = NO_NUMBERS if lora.seed is None else self.numbers(lora.seed)
-        self.of_x((x.values.contiguous(), a.values, xa, memory, x.factor, a.factor), numbers)
-        return xa
-
     def linear_into(self, out: Tensor, x: Half, xa: Any, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
-        h = self.factor(xa)
-        b = self.factor(lora.b)
-        numbers = 0, 0, 0, float(lora.scaling)
-        if not self.few_rows:
-            _, transposed = self.decoded(weight)
-            multiply(x.values, transposed.values, out)
-            self._add(out, h, b.T, numbers, (x.factor, transposed.factor), backward=False)
-            if bias is not None:
-                out.add_(bias)
-            return
-        if self.has_kernels:
-            self.of_xa((h.values, b.values, out, h.factor, b.factor, out, out), numbers)
-        else:
-            self.product(h, b.T, lora.scaling, out)
-        self.add_matmul_(out, x.values, (x.factor,), weight, bias)
-
-    def linear_backward(
-        self, grad: Half, x: Half, xa: Any, weight: PackedBytes, lora: LoRA, needs_x: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        numbers = NO_NUMBERS if lora.seed is None else self.numbers(lora.seed)
-        s = float(lora.scaling)
         xa = self.factor(xa)
-        b = self.factor(lora.b)
-        if self.has_kernels:
-            of_grad = grad.values.contiguous()
-            of_x = x.values.contiguous()
-            grad_xa = x.factor.new_empty(self.m, self.r)
-            memory = self.of_grad.memory(grad_xa)
-            self.of_grad((of_grad, b.values, grad_xa, memory, grad.factor, b.factor), (0, 0, 0, s))
-            h = self.to_half(grad_xa)
-            grad_a = lora.a.new_empty(self.r, self.k)
-            grad_b = lora.b.new_empty(self.n, self.r)
-            tensors = h.values, of_x, grad_a, xa.values, of_grad, grad_b, self.of_adapter.memory(grad_xa)
-            self.of_adapter((*tensors, h.factor, x.factor, xa.factor, grad.factor), (*numbers, s))
-        else:
-            h = self.to_half(self.product(grad, b, s))
-            grad_b = self.product(grad.T, xa, s).to(lora.b.dtype)
-            grad_a = self.product(h.T, self.dropped(x, lora.seed)).to(lora.a.dtype)
-        if not needs_x:
-            return None, grad_a, grad_b
-        dense, _ = self.decoded(weight)
-        grad_x = multiply(grad.values, dense.values)
-        self._add(grad_x, h, self.factor(lora.a), numbers, (grad.factor, dense.factor), backward=True)
-        return grad_x, grad_a, grad_b
+        b = self.factor(lora.b).T
+        if self.few_rows:
+            self.product(xa, b, lora.scaling, out)
+            self.add_matmul_(out, x.values, x.factor, weight, bias)
+            return
+        self.sum_into(out, (xa, b), lora.scaling, None, (x, self.decoded(weight)[1]))
+        if bias is not None:
+            out.add_(bias)
 
-    def _add(self, out: Tensor, h: Half, w: Half, numbers: Any, powers: tuple[Tensor, Tensor], backward: bool) -> None:
-        """out = out times two powers of two + s h w, or its dropout: w is B^T, or A in the backward pass."""
-        if self.has_kernels:
-            run = self.of_grad_xa if backward else self.of_xa
-            run((h.values, w.values, out, h.factor, w.factor, *powers), numbers)
-        elif out.numel():
-            run = lora_combine(self.device, out.numel(), self.drops and backward, True)
-            run((multiply(h.values, w.values), out, h.factor, w.factor, *powers), numbers)
+    def input_gradient(self, grad: Half, grad_xa: Half, weight: PackedBytes, lora: LoRA) -> Tensor:
+        out = grad.factor.new_empty(self.m, self.k)
+        self.sum_into(out, (grad_xa, self.factor(lora.a)), 1.0, lora.seed, (grad, self.decoded(weight)[0]))
+        return out
+
+    def sum_into(
+        self, out: Tensor, first: tuple[Half, Half], s: float, seed: Tensor | None, second: tuple[Half, Half]
+    ) -> None:
+        """out = s drop(a b) + c d."""
+        a, b = first
+        c, d = second
+        multiply(c.values, d.values, out)
+        powers = a.factor, b.factor, c.factor, d.factor
+        self._add(multiply(a.values, b.values), out, s, seed, powers)
+
+    def take_out(self, sums: Tensor, first: Tensor, second: Tensor, s: float) -> Tensor:
+        self._add(sums, sums, s, None, (first, second))
+        return sums
+
+    def _add(self, sums: Tensor, out: Tensor, s: float, seed: Tensor | None, powers: tuple[Tensor, ...]) -> None:
+        """out = s drop(sums) times the first two powers, and what is there times the others, if there are four."""
+        if not out.numel():
+            return
+        *mask, scale = dropout_arguments(self.p, seed, self.device)
+        run = add_products(self.device, out.numel(), seed is not None, len(powers) == 4)
+        run((sums, out, *powers, *powers[: 4 - len(powers)]), (*mask, scale * s))
 
     def dropped(self, x: Half, seed: Tensor | None) -> Half:
         """The values divided by 1 - p could pass the end of fp16: the factor is."""
@@ -309,7 +272,7 @@ def _matmul_kernel(
 
 
 def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool) -> Launch:
-    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, with `half` the power of x."""
+    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, power of x (`half`) or any."""
     device = weight.packed.device
     n, k = weight.shape
     n_nested = place_of_offset(weight.nested.numel())
@@ -328,5 +291,4 @@ def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool) -> Launch:
         BIAS=has_bias,
         HALF=half,
         RUN=run,
-        unread=0 if half else 1,
     )

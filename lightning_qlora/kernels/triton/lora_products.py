@@ -8,8 +8,6 @@ One side of these products is the rank, so they are bound by memory: x is read o
 type inside, a gradient is written in the adapter's type. The functions give the launch for some sizes.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,8 +22,8 @@ MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
 
 @triton.jit(do_not_specialize=MASK)
 def _down_kernel(
-    x, w, out, memory, x_factor, w_factor, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    x, w, out, memory, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """A program computes M x R sums over its share of the columns of x."""
     row = tl.program_id(0) * M + tl.arange(0, M)
@@ -43,38 +41,32 @@ def _down_kernel(
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, M, R)
         write &= is_last
-    if HALF:
-        total = take_out(total, x_factor, w_factor)
     place = row.to(tl.int64)[:, None] * r + rank[None, :]
     tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
 
 
 @triton.jit(do_not_specialize=MASK)
 def _up_kernel(
-    h, w, out, h_factor, w_factor, first, second, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, HALF: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    h, w, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program computes M x N elements of the output, or adds them to what is there times two powers of two."""
+    """A program computes M x N elements of the output."""
     row = tl.program_id(1) * M + tl.arange(0, M)
     column = tl.program_id(0) * N + tl.arange(0, N)
     total = sum_over_ranks(h, w, row, m, column, n, r, w_rank_stride, w_stride, R, M, N)
-    if HALF:
-        total = take_out(total, h_factor, w_factor)
     total *= s
     place = row.to(tl.int64)[:, None] * n + column[None, :]
     if DROPOUT:
         total = tl.where(is_kept(place, low, high, least_kept), total, 0.0)
     inside = (row < m)[:, None] & (column < n)[None, :]
-    if ADD:
-        total += take_out(tl.load(out + place, mask=inside, other=0.0), first, second)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gradient(
-    tile, h, x, out, memory, h_factor, x_factor, m, n, r, out_rank_stride, out_stride, shares,
+    tile, h, x, out, memory, m, n, r, out_rank_stride, out_stride, shares,
     low, high, least_kept, s,
-    DROPOUT: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """A program computes the R x N sums of one tile of columns over its share of the rows of x."""
     column = tile * N + tl.arange(0, N)
@@ -90,35 +82,33 @@ def _gradient(
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, R, N)
         write &= is_last
-    if HALF:
-        total = take_out(total, h_factor, x_factor)
     place = rank.to(tl.int64)[:, None] * out_rank_stride + column[None, :].to(tl.int64) * out_stride
     tl.store(out + place, (total * s).to(out.dtype.element_ty), mask=write)
 
 
 @triton.jit(do_not_specialize=MASK)
 def _gradients_kernel(
-    grad_xa, x, grad_a, xa, grad, grad_b, memory, grad_xa_factor, x_factor, xa_factor, grad_factor,
-    m, k, n, r, a_rank_stride, a_stride, b_rank_stride, b_stride, shares, low, high, least_kept, s_a, s_b,
-    DROPOUT: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    grad_xa, x, grad_a, xa, grad, grad_b, memory, m, k, n, r, a_rank_stride, a_stride, b_rank_stride, b_stride, shares,
+    low, high, least_kept, s_a, s_b,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The first programs compute the gradient of A, the others that of B."""
     tile = tl.program_id(0)
     tiles_of_a = tl.cdiv(k, N)
     if tile < tiles_of_a:
         _gradient(
-            tile, grad_xa, x, grad_a, memory, grad_xa_factor, x_factor, m, k, r, a_rank_stride, a_stride, shares,
-            low, high, least_kept, s_a, DROPOUT, HALF, SPLIT, R, M, N,
+            tile, grad_xa, x, grad_a, memory, m, k, r, a_rank_stride, a_stride, shares,
+            low, high, least_kept, s_a, DROPOUT, SPLIT, R, M, N,
         )  # fmt: skip
     else:
         _gradient(
-            tile - tiles_of_a, xa, grad, grad_b, memory, xa_factor, grad_factor, m, n, r, b_rank_stride, b_stride,
-            shares, 0, 0, 0, s_b, False, HALF, SPLIT, R, M, N,
+            tile - tiles_of_a, xa, grad, grad_b, memory, m, n, r, b_rank_stride, b_stride,
+            shares, 0, 0, 0, s_b, False, SPLIT, R, M, N,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=MASK)
-def _combine_kernel(
+def _add_kernel(
     added, out, h_factor, w_factor, first, second, n, low, high, least_kept, s,
     DROPOUT: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -132,43 +122,36 @@ def _combine_kernel(
     tl.store(out + i, total, mask=i < n)
 
 
-def lora_down(
-    device: torch.device, m: int, k: int, r: int, strides: tuple[int, int], dropout: bool, half: bool
-) -> Launch:
-    """Tensors: x [m, k], w [r, k] of these strides, out [m, r], memory, with `half` the powers of two of x and w."""
+def lora_down(device: torch.device, m: int, k: int, r: int, strides: tuple[int, int], dropout: bool) -> Launch:
+    """Tensors: x [m, k], w [r, k] of these strides, out [m, r], memory."""
     tile = find_tile("lora_down", device, m)
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
-    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank, "unread": 0 if half else 2}
+    numbers = m, k, r, *strides
     steps = -(-k // tile["K"])
-    return shared_launch(_down_kernel, device, grid, (m, k, r, *strides), tile, steps, tile["M"] * rank, **constants)
+    sums = tile["M"] * rank
+    return shared_launch(_down_kernel, device, grid, numbers, tile, steps, sums, DROPOUT=dropout, R=rank)
 
 
-def lora_up(
-    device: torch.device, m: int, n: int, r: int, strides: tuple[int, int], dropout: bool, half: bool, adds: bool
-) -> Launch:
-    """Tensors: h [m, r], w [n, r] of these strides, out [m, n], and with `half` the powers of two of h and w, and two.
-
-    If it `adds`, then to out times the last two powers of two.
-    """
-    # What is added to takes registers, so its tiles are smaller.
-    tile = find_tile("lora_up_add" if adds else "lora_up", device, m)
+def lora_up(device: torch.device, m: int, n: int, r: int, strides: tuple[int, int], dropout: bool) -> Launch:
+    """Tensors: h [m, r], w [n, r] of these strides, out [m, n]."""
+    tile = find_tile("lora_up", device, m)
     grid = -(-n // tile["N"]), -(-m // tile["M"]), 1
-    constants: Any = {"DROPOUT": dropout, "HALF": half, "ADD": adds, "R": rank_tile(r), "unread": 0 if half else 4}
-    return Launch(_up_kernel, device, grid, (m, n, r, *strides[::-1]), tile, fuse=True, **constants)
+    numbers = m, n, r, *strides[::-1]
+    return Launch(_up_kernel, device, grid, numbers, tile, fuse=True, DROPOUT=dropout, R=rank_tile(r))
 
 
-def lora_combine(device: torch.device, n: int, dropout: bool, adds: bool) -> Launch:
-    """The same for n sums that torch computed. Tensors: these, out, the powers of two of h and w, and two more."""
+def add_products(device: torch.device, n: int, dropout: bool, adds: bool) -> Launch:
+    """Tensors: n sums of products of `Half`, out, the powers of two of their factors, and two of what is in out."""
     tile = find_tile("dropout", device)
     grid = -(-n // tile["SIZE"]), 1, 1
-    return launch_of((), _combine_kernel, device, grid, (n,), tile, DROPOUT=dropout, ADD=adds)
+    return launch_of((), _add_kernel, device, grid, (n,), tile, DROPOUT=dropout, ADD=adds)
 
 
 def lora_gradients(
-    device: torch.device, m: int, k: int, n: int, r: int, strides: tuple[int, int, int, int], dropout: bool, half: bool
+    device: torch.device, m: int, k: int, n: int, r: int, strides: tuple[int, int, int, int], dropout: bool
 ) -> Launch:
-    """Tensors: dXA [m, r], x [m, k], dA [r, k], xa [m, r], dY [m, n], dB [n, r], memory, with `half` 4 powers of two.
+    """Tensors: dXA [m, r], x [m, k], dA [r, k], xa [m, r], dY [m, n], dB [n, r], memory.
 
     `strides`: of dA and dB, whose types are the adapter's.
     """
@@ -176,9 +159,9 @@ def lora_gradients(
     rank = rank_tile(r)
     grid = -(-k // tile["N"]) + -(-n // tile["N"]), -(-r // rank)
     numbers = m, k, n, r, *strides[:2], *strides[:1:-1]
-    constants: Any = {"DROPOUT": dropout, "HALF": half, "R": rank, "unread": 0 if half else 4}
     steps = -(-m // tile["M"])
-    return shared_launch(_gradients_kernel, device, grid, numbers, tile, steps, rank * tile["N"], **constants)
+    sums = rank * tile["N"]
+    return shared_launch(_gradients_kernel, device, grid, numbers, tile, steps, sums, DROPOUT=dropout, R=rank)
 
 
 def rank_tile(r: int) -> int:

@@ -84,7 +84,7 @@ def test_the_check_of_a_card_reaches_both_values_of_each_choice_of_a_kernel():
                     if isinstance(value, bool):
                         seen[name, key].add(value)
     alone = {key for key, values in seen.items() if "types" not in key and len(values) < 2}
-    assert alone == {("_combine_kernel", "ADD")}  # True
+    assert not alone
     for name in (
         "_down_kernel",
         "_up_kernel",

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_qlora.config import ComputeDtype
+from lightning_qlora.dtypes import patches
+from lightning_qlora.dtypes.attention import attend
 from lightning_qlora.dtypes.compute_in import (
     ComputeIn,
     FollowCasts,
@@ -36,7 +38,7 @@ from lightning_qlora.dtypes.compute_in import (
 from lightning_qlora.dtypes.instance_method import remove
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.tensors.device_types import IN_16_BITS, Held, held_type
+from lightning_qlora.tensors.device_types import IN_16_BITS, Held, held_type, multiplies_in_fp16
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.held_types import (
     TYPES,
@@ -184,6 +186,8 @@ def hold(
         release(modules)
     for dtype, (other, _) in held.items():
         _hold_type(modules, dtype, other)
+    if held and multiplies_in_fp16(device.type):
+        patches.replace_attention(attend)
     _take_16_bit_inputs(modules)
     return [*held.values()]
 

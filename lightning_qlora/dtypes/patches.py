@@ -1,6 +1,8 @@
-"""A change to the user's modules: a method of one of them, where torch has no hook that does the same."""
+"""Changes to the user's modules and to transformers, where there is no hook that does the same."""
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,3 +22,19 @@ def replace_method(module: nn.Module, name: str, method: Callable[..., Any] | No
         vars(module).pop(name, None)
     else:
         vars(module)[name] = method
+
+
+def replace_attention(attend: Callable[..., Any]) -> None:
+    """Let models of transformers compute their "sdpa" attention by `attend(original, module, ...)`, once.
+
+    Upstream: transformers/modeling_utils.py: `AttentionInterface.register` is the supported way to add a function, in
+    which the modules of a model look up the name in their config at each call.
+    Supported ways tried: a name of our own in the config: transformers compares the name with "sdpa" to make masks.
+    Removed by: fused attention in torch that multiplies fp32 tensors in fp16 without overflow.
+    """
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return
+    original = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if getattr(original, "func", None) is not attend:
+        modeling.AttentionInterface.register("sdpa", partial(attend, original))

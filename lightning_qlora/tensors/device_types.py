@@ -29,7 +29,7 @@ def held_type(device: torch.device, dtype: torch.dtype) -> Held | None:
         measured = products(dtype)
         if measured.is_slow:
             return Held(torch.float32, f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})")
-    if device.type == "cuda" and not has_bf16("cuda"):
+    if multiplies_in_fp16(device.type):
         card = torch.cuda.get_device_name(device)
         return Held(torch.float32, f"{card} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32")
     if device.type in ("cuda", "xpu") and dtype is torch.float16:
@@ -41,6 +41,11 @@ def held_type(device: torch.device, dtype: torch.dtype) -> Held | None:
 def has_bf16(device: str) -> bool:
     """Whether GPUs of a type compute in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
     return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
+
+
+def multiplies_in_fp16(device: str) -> bool:
+    """Whether products of fp32 in a module that is held in fp32 are in fp16, with powers of two."""
+    return device == "cuda" and not has_bf16(device)
 
 
 @cache

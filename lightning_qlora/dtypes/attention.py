@@ -1,0 +1,58 @@
+"""Attention of transformers' models that conversion holds in fp32 for a card without bf16, computed in fp16.
+
+`kernels/half_attention.py` says how. Of few queries, as in generation, it stays in fp32: it reads keys and values once,
+and a cast reads them too.
+"""
+
+from collections.abc import Callable
+from math import ceil
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qlora.kernels.half_attention import attention_in_half
+from lightning_qlora.layers.packed_layer import PackedLayer
+from lightning_qlora.tensors.device_types import multiplies_in_fp16
+
+MANY = 16  # queries
+LEAST = torch.finfo(torch.float16).min
+
+
+def attend(
+    original: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """In place of `original`, transformers' "sdpa" attention of a module: [batch, queries, heads, width], and None."""
+    options |= {"attention_mask": attention_mask}
+    added = {name: tensor for name, tensor in options.items() if isinstance(tensor, Tensor)}
+    if not _is_in_half(module, query) or any(tensor.requires_grad for tensor in added.values()):
+        return original(module, query, key, value, **options)
+    for name, tensor in added.items():
+        if tensor.is_floating_point():
+            options[name] = tensor.clamp(min=LEAST).to(torch.float16)
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    groups = query.shape[1] // key.shape[1]  # heads that share a key, which the fused attention of these cards lacks
+    caller = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+
+    def attend_16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if groups > 1:
+            k, v = (each.repeat_interleave(groups, 1) for each in (k, v))
+        y: Tensor = original(caller, q, k, v, **{**options, "scaling": scale})[0]
+        return y
+
+    sums = ceil(groups * query.shape[-2] / (1 - options.get("dropout", 0.0)))
+    return attention_in_half(attend_16, query, key, value, scale, sums), None
+
+
+def _is_in_half(module: nn.Module, query: Tensor) -> bool:
+    device = query.device.type
+    return (
+        query.dtype is torch.float32
+        and query.shape[-2] >= MANY
+        and multiplies_in_fp16(device)
+        and not torch.is_autocast_enabled(device)
+        and not torch.compiler.is_compiling()
+        and any(isinstance(part, PackedLayer) and part.is_held for part in module._modules.values())
+    )

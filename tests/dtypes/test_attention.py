@@ -1,0 +1,109 @@
+"""Attention of a module that is held in fp32 for a card without bf16. The CPU stands in for such a card."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_qlora import convert
+from lightning_qlora.dtypes import attention, full_precision, patches
+from lightning_qlora.tensors import device_types
+from tests.toys import ids, perturb, toy
+
+modeling = pytest.importorskip("transformers.modeling_utils")
+LENGTH = 24
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch):
+    """A T4's answer, and models whose attention asks for it; the function of transformers comes back."""
+    monkeypatch.setattr(attention, "multiplies_in_fp16", lambda device: True)
+    before = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    patches.replace_attention(attention.attend)
+    yield
+    modeling.AttentionInterface.register("sdpa", before)
+
+
+@pytest.fixture
+def types(monkeypatch):
+    """The types that fused attention gets."""
+    seen = []
+    fused = nn.functional.scaled_dot_product_attention
+
+    def record(q, *args, **kwargs):
+        seen.append(q.dtype)
+        return fused(q, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", record)
+    return seen
+
+
+def held(name="llama", dtype=torch.bfloat16, **changes):
+    module = toy(name, **changes).to(dtype)
+    convert(module, r=4, lora_dropout=0.0, compute_dtype="fp16")
+    return perturb(module)
+
+
+def inputs():
+    return ids()[:, :1].repeat(1, LENGTH) + torch.arange(LENGTH) % 7
+
+
+def step(module, **arguments):
+    module.zero_grad()
+    tokens = inputs()
+    loss = module(input_ids=tokens, labels=tokens, **arguments).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+def assert_near(ours, theirs, limit=3e-3):
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() <= limit * other.norm() + 1e-9
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_is_that_of_fp32(types, monkeypatch, name, padded):
+    module = held(name)
+    mask = torch.ones(len(inputs()), LENGTH, dtype=torch.long)
+    if padded:
+        mask[0, :9] = 0
+    arguments = {"attention_mask": mask} if padded else {}
+    ours = step(module, **arguments)
+    assert {*types} <= {torch.float16} and (types or name == "t5")
+    types.clear()
+    monkeypatch.setattr(attention, "multiplies_in_fp16", lambda device: False)
+    # Scores of T5 are not divided by the root of the width, and have a bias, so that they are larger.
+    assert_near(ours, step(module, **arguments), 2e-2 if name == "t5" else 3e-3)
+    assert {*types} <= {torch.float32}
+
+
+def test_recomputed_blocks_and_dropout(types):
+    module = held(attention_dropout=0.2).train()
+    results = []
+    for recompute in (False, True):
+        if recompute:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        results.append(step(module))
+    assert {*types} == {torch.float16}
+    assert_near(*results)
+
+
+def test_what_stays_in_fp32(types):
+    """One query; a module that the user holds in fp32; one that is not converted; another type of device."""
+    module = held()
+    with torch.no_grad():
+        module(input_ids=inputs()[:, :1])
+        held(dtype=torch.float32)(input_ids=inputs())
+        toy("llama")(input_ids=inputs())
+    assert {*types} == {torch.float32}
+
+
+def test_a_card_without_bf16_gets_it_when_a_module_is_held_for_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(full_precision.patches, "replace_attention", asked.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        full_precision.hold([*toy("llama").bfloat16().modules()], "auto", torch.device("cuda"))
+        assert asked == [] if has_bf16 else [attention.attend]

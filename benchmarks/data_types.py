@@ -30,7 +30,7 @@ from benchmarks.measure import table
 from benchmarks.multiple_choice import correct, read_tasks
 from benchmarks.starts import feed, load_model, load_tokenizer, windows
 from lightning_qlora import calibrate, convert
-from lightning_qlora.layers.qlora_linear import adapted_layers, to_dense
+from lightning_qlora.layers.qlora_linear import adapted_layers
 
 REFERENCE = "bf16"
 TYPES: dict[str, dict[str, Any]] = {  # without an initialization from data B = 0, so the rank has no effect
@@ -74,7 +74,7 @@ def decode(model: PreTrainedModel) -> PreTrainedModel:
     """Make every 4-bit layer dense, once, with its adapter beside it: the same function, faster for many batches."""
     for layer in adapted_layers(model).values():
         a, b = (p.detach().to(layer.weight_dtype) for p in (layer.lora_A, layer.scaling * layer.lora_B))
-        to_dense(layer, nn.Parameter(layer.decode(), requires_grad=False))
+        layer.become_dense(nn.Parameter(layer.decode(), requires_grad=False))
         if b.any():
             layer.register_forward_hook(partial(add_adapter, a, b))
     return model

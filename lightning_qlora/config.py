@@ -53,9 +53,9 @@ def _check_block_size(name: str, value: Any) -> None:
 class Argument(NamedTuple):
     """What an argument means beside its value: metadata of its field."""
 
-    check: Callable[[str, Any], None]  # what its value must be
+    check: Callable[[str, Any], None]  # what its value must be, if it is not the default
+    default: Any
     empty: type[Any] | None = None  # type of the empty value that None stands for
-    may_be_none: bool = False
     of_layer: bool = False  # layers of a module may differ in it
     at_loading: bool = False  # a layer that is quantized while its model loads uses it then
     of_base: bool = False  # it decides the bytes of the 4-bit weights; adapter folders have it in `quantization`
@@ -64,7 +64,7 @@ class Argument(NamedTuple):
 
 
 def _argument(default: Any, check: Callable[[str, Any], None], **meaning: Any) -> Any:
-    return field(default=default, metadata={"argument": Argument(check, **meaning)})
+    return field(default=default, metadata={"argument": Argument(check, default, **meaning)})
 
 
 def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
@@ -78,7 +78,8 @@ def _refuses_unknown_arguments(cls: type["QLoRAConfig"]) -> type["QLoRAConfig"]:
                 f"{shown(args[0])}: arguments are passed by name, such as r=16. The values of a LoraConfig have the "
                 "same names here: r=config.r, lora_alpha=config.lora_alpha, target_modules=..."
             )
-        refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)
+        if not kwargs.keys() <= cls.__dataclass_fields__.keys():
+            refuse_unknown_arguments(kwargs, cls.__dataclass_fields__)
         init(self, **kwargs)
 
     cls.__init__ = checked  # type: ignore[assignment, method-assign]
@@ -153,7 +154,7 @@ class QLoRAConfig:
     exclude_modules: str | list[str] | None = _argument(None, _check_expression, empty=list)
     modules_to_save: list[str] | None = _argument(None, check_names, empty=list, in_peft=True)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _argument(
-        None, check_token_indices, may_be_none=True, in_peft=True
+        None, check_token_indices, in_peft=True
     )
     init_lora_weights: InitLoRAWeights = _argument(
         "default", partial(check_initialization, allowed=get_args(InitLoRAWeights)), at_loading=True
@@ -169,7 +170,7 @@ class QLoRAConfig:
     paged_optimizer: bool | Literal["auto"] = _argument("auto", check_auto)
     gradient_checkpointing: bool | int | str = _argument(False, check_gradient_checkpointing)
     checkpoint: Checkpoint = _argument("adapter", partial(check_choice, allowed=get_args(Checkpoint)))
-    adapter: str | None = _argument(None, check_string, may_be_none=True)
+    adapter: str | None = _argument(None, check_string)
     deferred_logits: bool | Literal["auto"] = _argument("auto", check_auto)
 
     def __post_init__(self) -> None:
@@ -179,7 +180,7 @@ class QLoRAConfig:
             value = getattr(self, name)
             if value is None and argument.empty is not None:
                 object.__setattr__(self, name, argument.empty())
-            elif not (value is None and argument.may_be_none):
+            elif value is not argument.default:
                 argument.check(name, value)
         if self.target_modules in ("", []):
             raise ValueError(

@@ -28,9 +28,6 @@ ALLOWED = {
         "setattr(owner, name, wrapper if is_function else type(descriptor)(wrapper))",
     },
     # Conversion: the user's linear layer becomes a QLoRALinear in place, or a bitsandbytes layer a dense one, and back.
-    "layers/qlora_linear.py": {
-        "layer.__dict__[name]", "layer._parameters.clear()", "layer._parameters.update(others)",
-    },
     "layers/packed_layer.py": {"layer._parameters[name]", "layer.__dict__[name]"},
     # What an interrupted conversion changed becomes what it was.
     "survey/snapshot.py": {"self._part.__class__", "tensor.grad"},
@@ -45,7 +42,6 @@ ALLOWED = {
     "dtypes/instance_method.py": {"function.__wrapped__", "function.__signature__"},
     "layers/trainable_tokens.py": {"view.__dict__.update(self.__dict__, **changed)"},
     "layers/readable_weight.py": {"weight._is_detached", "weight._is_param"},
-    "huggingface/load_weights.py": {"new.is_stack"},
     "huggingface/quantizer.py": {"copied.quantization_operation"},
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
     "tensors/held_types.py": {"tensor.grad"},

@@ -42,6 +42,7 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import ROOT, PackageElsewhere, make_trainer
 from tests.machines.products import FAST, SLOW, Products, state, stated
@@ -987,7 +988,7 @@ def resume_fit(pair, n):
 @action
 def read_weights(pair, n):
     """Code that reads `layer.weight`: values, and a product with it."""
-    layers = {name: layer for name, layer in adapted_layers(pair.ours).items() if not layer.is_stack}
+    layers = {name: layer for name, layer in adapted_layers(pair.ours).items() if not isinstance(layer, QLoRAExperts)}
     name = [*layers][n % len(layers)]
     weight, expected = layers[name].weight, pair.dense.get_submodule(name).weight
     pair.close(weight + 0, expected, "weight")

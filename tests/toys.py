@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lightning_qlora import convert
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dora import dora_scale
+from lightning_qlora.layers.names import join, parameter_name
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -213,3 +215,12 @@ def pretrain(module, seed: int = 0):
             values = 0.1 * values + parameter.float().mean().round()  # about 1 in norms
         parameter.copy_(values)
     return module
+
+
+def expert_stacks(modules):
+    """Full name, owner, key and experts of every stack in modules."""
+    for name, owner in modules:
+        for key, part in owner._modules.items():
+            if isinstance(part, QLoRAExperts):
+                key = parameter_name(key)
+                yield join(name, key), owner, key, part

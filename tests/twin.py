@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.kernels.reference import dropout
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens
@@ -76,8 +77,8 @@ def dense_twin(converted, plain):
     plain.float()
     for name, layer in adapted_layers(converted).items():
         path, _, key = name.rpartition(".")
-        owner = plain.get_submodule(path) if layer.is_stack else plain.get_submodule(name)
-        key = key if layer.is_stack else "weight"
+        owner = plain.get_submodule(path) if isinstance(layer, QLoRAExperts) else plain.get_submodule(name)
+        key = key if isinstance(layer, QLoRAExperts) else "weight"
         weight = layer.decode().float()
         setattr(owner, key, nn.Parameter(weight, requires_grad=False))
         parametrize.register_parametrization(owner, key, Adapted(layer), unsafe=True)
@@ -103,8 +104,8 @@ def matched(converted, twin):
     seen = set()
     for name, layer in layers.items():
         path, _, key = name.rpartition(".")
-        owner = twin.get_submodule(path) if layer.is_stack else twin.get_submodule(name)
-        adapted = owner.parametrizations[key if layer.is_stack else "weight"][0]
+        owner = twin.get_submodule(path) if isinstance(layer, QLoRAExperts) else twin.get_submodule(name)
+        adapted = owner.parametrizations[key if isinstance(layer, QLoRAExperts) else "weight"][0]
         for part in ADAPTER:
             ours = getattr(layer, part, None)
             if ours is not None:

@@ -268,7 +268,7 @@ STOPS = {
         ("dtypes/full_precision.py", "release", "values that are kept in another type get their own back"),
         ("adapters/merge.py", "merged_weight", "W is decoded, s B A added in fp32, DoRA's scale"),
         ("kernels/rounding.py", "round_stochastically", "rounded once, so that small updates stay on average"),
-        ("layers/qlora_linear.py", "to_dense", "the layer is of its class again"),
+        ("layers/qlora_linear.py", "become_dense", "the layer is of its class again"),
         ("dtypes/full_precision.py", "undo_full_precision", "dense modules compute as their class does again"),
         ("survey/records.py", "undo", "what trained before conversion can train again"),
     ),

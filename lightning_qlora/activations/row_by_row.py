@@ -90,7 +90,7 @@ def _output(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, s
         raise NotRowByRow("its output is not one row for each row of its input")
     rows = x[..., 0].numel()
     for stand_in in stand_ins:
-        if not stand_in.rows or (min(stand_in.rows) < rows and not stand_in.layer.is_stack):
+        if not stand_in.rows or (min(stand_in.rows) < rows and len(stand_in.layer._shape) == 2):
             raise NotRowByRow("not all of its layers see all tokens")
     if not {id(leaf) for leaf in _leaves(y)} <= known:
         raise NotRowByRow("it uses parameters of other modules")

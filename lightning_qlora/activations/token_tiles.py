@@ -111,7 +111,7 @@ class TokenTiles(InstanceMethod):
             return "other code replaced the forward method of a module in it"
         if any(parameter._backward_hooks or is_sharded(parameter) for parameter in self.module.parameters()):
             return "its parameters have hooks, or are split over ranks"
-        if any(isinstance(part, LoRALayer) and part.input_statistics is not None for part in inner):
+        if any(isinstance(part, LoRALayer) and part.input_observer is not None for part in inner):
             return "its layers wait for inputs"
         return None
 

@@ -1,6 +1,7 @@
 """Merge adapters into the weights of a module: each QLoRALinear becomes the dense layer it was."""
 
-from typing import Any, TypeVar, get_args
+from collections.abc import Mapping
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,13 @@ from lightning_qlora.checkpoints.conversion import (
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
-from lightning_qlora.layers.dora import TINY
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, stack_name
-from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, QLoRALinear, to_dense
-from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER, TrainableTokens, merge_tokens
+from lightning_qlora.layers.names import last_part, owner_name
+from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER
+from lightning_qlora.layers.trainable_tokens import merge_tokens
 from lightning_qlora.logits.deferred_head import compute_logits
-from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
 from lightning_qlora.survey.records import undo
@@ -93,8 +91,9 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
     if all(conversion_of(part) is None for part in parts.modules):  # else an earlier call may have merged all layers
         check_converted(module, layers)
     reshard(parts.modules)
-    stacks = list(expert_stacks(parts.named))
-    names = {layer: name for name, layer in parts.base.layers.items()}
+    float_weights: dict[LoRALayer, Tensor] = {}
+    if weights:
+        float_weights = {layer: weights.pop(name) for name, layer in parts.base.layers.items() if name in weights}
     for name, layer in layers.items():
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
@@ -103,23 +102,19 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         release(parts.modules)
 
     def merged(layer: LoRALayer) -> Tensor:
-        stop_waiting(layer)
+        layer.stop_observing()
         weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
-        return merged_weight(layer, weight_dtype, weights.pop(names[layer], None))
+        return merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
 
     parameters = []
+    modules = dict(parts.named)
     try:
         with Snapshot(parts.modules) as before:
-            _mark_adapters(parts, stacks)
-            for layer in layers.values():
-                if isinstance(layer, QLoRALinear):
-                    to_dense(layer, nn.Parameter(merged(layer), requires_grad=False))
-                    parameters.append(layer.weight)
-                    before.keep(layer)
-            for _, owner, key, stack in stacks:
-                stack.restore(owner, key, merged(stack))
-                parameters.append(owner.get_parameter(key))
-                before.keep(owner)
+            _mark_adapters(parts, modules)
+            for name, layer in layers.items():
+                parameter = nn.Parameter(merged(layer), requires_grad=False)
+                parameters.append(parameter)
+                before.keep(layer.become_dense(parameter, modules[owner_name(name)], last_part(name)))
             _restore_dense_parts(parts, dtype)
     finally:
         mark_as_loaded(module, parameters)
@@ -143,16 +138,12 @@ def _restore_dense_parts(parts: Parts, dtype: MergeDtype) -> None:
                 parameter.data = parameter.data.to(DTYPES[dtype])
 
 
-def _mark_adapters(parts: Parts, stacks: list[Any]) -> None:
+def _mark_adapters(parts: Parts, modules: Mapping[str, nn.Module]) -> None:
     """Let an optimizer that holds these adapters find those of a later conversion."""
-    places: list[tuple[nn.Module, str, nn.Module]] = [
-        (layer, "", layer) for layer in parts.layers.values() if not layer.is_stack
-    ]
-    places += [(owner, stack_name(key), stack) for _, owner, key, stack in stacks]
-    places += [(part, TOKEN_ADAPTER, part.token_adapter) for part in parts.modules if isinstance(part, TrainableTokens)]
-    for owner, name, adapter in places:
-        for key, parameter in adapter.named_parameters(recurse=False):
-            setattr(parameter, MERGED_ADAPTER, (owner, join(name, key)))
+    for name, adapter in parts.adapters.items():
+        holder = modules[name if name in modules else owner_name(name)]  # of a stack, the owner of the parameter
+        for key, parameter in adapter.trains_instead().items():
+            setattr(parameter, MERGED_ADAPTER, (holder, key))
 
 
 def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:
@@ -173,9 +164,5 @@ def merged_weight(layer: LoRALayer, dtype: torch.dtype, weight: Tensor | None) -
             dense = ops.dequantize(matrix.weight, layer.weight_dtype)
         else:
             dense = float_weights[matrix.number].contiguous()
-        total = dense.float() + matrix.product(layer.scaling)
-        if matrix.lora_magnitude_vector is not None:
-            scale = matrix.lora_magnitude_vector.float() / total.norm(dim=1).clamp_min(TINY)
-            total *= scale[:, None]
-        merged.append(round_stochastically(total, dtype))
+        merged.append(round_stochastically(matrix.merged(dense.float(), layer.scaling), dtype))
     return layer.as_dense(merged).contiguous()

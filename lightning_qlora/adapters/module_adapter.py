@@ -21,7 +21,6 @@ from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import check_required_base, record_initialization
 from lightning_qlora.peft.peft_config import ranks_and_alphas
 from lightning_qlora.peft.peft_layers import from_peft, refuse, to_peft
-from lightning_qlora.starts.input_statistics import stop_waiting
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, shard_like
@@ -37,9 +36,8 @@ def check_adapters_finite(parts: Parts) -> None:
 
     Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
     """
-    layers: dict[str, Any] = {**parts.layers, **parts.tokens}
-    parameters = {name: list(layer.adapter_parameters()) for name, layer in layers.items()}
-    bad = [name for name in layers if not all(torch.isfinite(local(p.detach())).all() for p in parameters[name])]
+    parameters = {name: adapter.adapter_parameters() for name, adapter in parts.adapters.items()}
+    bad = [name for name, of_one in parameters.items() if not all(_is_finite(p) for p in of_one)]
     if any(map(is_sharded, chain.from_iterable(parameters.values()))):
         bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
     if bad:
@@ -49,10 +47,14 @@ def check_adapters_finite(parts: Parts) -> None:
             step = f" after step {trainer.global_step}"
         raise ValueError(
             f"{bad[0] or type(parts.root).__name__}: its adapter {NOT_FINITE}{step}, as those of {len(bad)} of "
-            f"{len(layers)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from an "
-            "earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for NaN "
-            "in the batches."
+            f"{len(parameters)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from "
+            "an earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for "
+            "NaN in the batches."
         )
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    return bool(torch.isfinite(local(parameter.detach())).all())
 
 
 def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
@@ -103,7 +105,7 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
     _check_fits(base, adapter, loaded)
     check_required_base(adapter, layers)
     for name, layer in layers.items():
-        stop_waiting(layer)
+        layer.stop_observing()
         layer.set_initial(None)
         record_initialization(layer, adapter.quantization)
         layer.set_config(replace(layer.config, use_rslora=adapter.config["use_rslora"]))

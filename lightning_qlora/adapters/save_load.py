@@ -17,6 +17,7 @@ from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.peft.base_compatibility import required_base
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from lightning_qlora.peft.peft_layers import taken_for_experts
@@ -107,8 +108,10 @@ def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
     """
     names = []
     for name, layer in layers.items():
+        if not isinstance(layer, QLoRALinear):
+            continue
         has_own_forward = original_class(type(layer)).forward is not nn.Linear.forward
-        if not layer.is_stack and (layer.was_read_alone or (layer.weight_was_called and not has_own_forward)):
+        if layer.was_read_alone or (layer.weight_was_called and not has_own_forward):
             names.append(name)
     return names
 

@@ -1,7 +1,7 @@
 """Calibration: `init_lora_weights="calibrated"` initializes adapters from the batches of the first step.
 
 Until then B is 0, so the module computes what its 4-bit base computes, and its own forward passes show the inputs of
-every layer (`layers/input_statistics.py`). After the backward passes of the first step and before the step, the
+every layer (`starts/input_statistics.py`). After the backward passes of the first step and before the step, the
 adapters are initialized: in the Trainer and Fabric by the plugin's `optimizer_step`, from the batches of all ranks; in
 a loop of your own by a call of `calibrate`. Their gradients belong to the values before and are dropped, so the first
 step does not change them.
@@ -28,7 +28,7 @@ from lightning_qlora.calibration.calibration_report import CalibrationReport
 from lightning_qlora.checks import check_module
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.optim.optimizer_parameters import optimizer_parameters
-from lightning_qlora.starts.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics, stop_waiting
+from lightning_qlora.starts.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics
 from lightning_qlora.tensors.dtensor import gather, is_sharded, world_size
 
 ALL_RANKS = "Call it on all ranks with replicas=torch.distributed.group.WORLD"
@@ -109,7 +109,7 @@ def waiting_in(modules: Iterable[nn.Module], sharded: bool = False) -> list[Inpu
     `sharded`: a strategy splits the layers over all ranks, which then share the work.
     """
     layers = [module for module in modules if isinstance(module, LoRALayer)]
-    statistics = dict.fromkeys(layer.input_statistics for layer in layers)
+    statistics = dict.fromkeys(layer.input_observer for layer in layers)
     waiting = [each for each in statistics if each is not None]
     new = [each for each in waiting if each.report is None]
     if new:
@@ -173,7 +173,7 @@ def _initialize(
     name = statistics.name
     layers = []
     for layer in statistics.layers:
-        stop_waiting(layer)
+        layer.stop_observing()
         if gather(layer.lora_B).any():
             warnings.warn(
                 f"init_lora_weights='calibrated': {name} was trained before its calibration, so its adapter is not "

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, name_endings, owner_name, without_wrappers
-from lightning_qlora.layers.qlora_linear import adapted_layers_of
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
 from lightning_qlora.peft.base_compatibility import quantization_of_layer
 from lightning_qlora.peft.peft_layers import stacks_of, taken_for_experts
@@ -23,7 +23,7 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     `trained` are the names in `trained_modules` of the base model.
     """
     base = parts.base
-    layers = adapted_layers_of(base.places)
+    layers = {part.reported_name(name): part for name, part in base.places if isinstance(part, LoRALayer)}
     quantization = None
     if layers:
         quantization = quantization_of_layer(next(iter(layers.values())))
@@ -34,7 +34,7 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
         "prefix": without_wrappers(parts.base_name),
         "task_type": _task_type(base.root),
         "base_model": getattr(getattr(base.root, "config", None), "_name_or_path", None),
-        "fan_in_fan_out": any(layer._transposed and not layer.is_stack for layer in layers.values()),
+        "fan_in_fan_out": any(layer._transposed for layer in layers.values() if isinstance(layer, QLoRALinear)),
         "quantization": quantization,
         "target_modules": target_modules_of(base, without=parameters),
         "trained_in_full": list(trained),
@@ -110,7 +110,7 @@ def _task_type(base: nn.Module) -> str | None:
 def target_modules_of(base: Parts, without: Collection[str]) -> str | list[str]:
     """PEFT's target_modules for exactly the converted linear layers: last names, full names, or an expression."""
     modules = [name for name, _ in base.named]
-    names = [name for name, layer in base.layers.items() if not layer.is_stack]
+    names = [name for name, layer in base.layers.items() if isinstance(layer, QLoRALinear)]
     layers = [name for name in names if name not in without]
     for endings in ({last_part(name) for name in layers}, set(layers)):
         matches = {name for name in modules if not endings.isdisjoint(name_endings(name))}

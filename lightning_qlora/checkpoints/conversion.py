@@ -24,8 +24,8 @@ from lightning_qlora.checks import (
 )
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.lightning_checkpoint import check_dense
+from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
-from lightning_qlora.layers.trainable_tokens import TrainableTokens
 from lightning_qlora.peft.base_compatibility import read_quantization
 from lightning_qlora.survey.parts import Parts
 
@@ -103,7 +103,7 @@ def check_no_layer_resized(conversion: Conversion, parts: Parts) -> None:
     layers = {without_wrappers(name): part for name, part in parts.named}
     for name, shape in conversion.layers.items():
         layer = layers.get(name)
-        if layer is None or isinstance(layer, TrainableTokens):
+        if layer is None or isinstance(layer, Derived):
             continue
         weight = layer._parameters.get("weight")
         if weight is not None and weight.shape != shape:
@@ -123,8 +123,8 @@ def check_layers_of_conversions(parts: Parts) -> None:
 
 
 def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:
-    layers: dict[str, Any] = parts.layers
-    layers = layers | {name: part for name, part in parts.named if isinstance(part, TrainableTokens)}
+    """Of layers and embeddings whose weight is computed when code reads it."""
+    layers: dict[str, Any] = {name: part for name, part in parts.named if hasattr(type(part), "weight_metadata")}
     return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
 
 

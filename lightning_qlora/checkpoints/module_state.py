@@ -16,6 +16,7 @@ from torch import nn
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.dtypes.full_precision import hold_assigned
+from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.layer_state import (
     LOAD_THE_BASE,
     CheckpointMismatchError,
@@ -28,7 +29,6 @@ from lightning_qlora.layers.layer_state import (
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
-from lightning_qlora.layers.trainable_tokens import DELTA, TrainableTokens
 from lightning_qlora.peft.base_compatibility import record_initialization, required_base
 from lightning_qlora.checkpoints.base_model import config_of_layer, describe_base, trained_modules
 from lightning_qlora.checkpoints.conversion import (
@@ -209,20 +209,13 @@ def _before_load(
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
             missing_keys.append(prefix + CONVERSION)
     else:
-        _begin_with_rows_of_dense_module(parts, state_dict, prefix)
+        for name, part in parts.places:
+            if isinstance(part, Derived):
+                part.complete_dense_state(state_dict, prefix + _prefix(name))
     for name, _, _, parameter in parts.parameters:
         key = prefix + name
         if key in state_dict:  # the whole parameter, also if the module has a shard
             state_dict[key] = shard_like(state_dict[key], parameter)
-
-
-def _begin_with_rows_of_dense_module(parts: Parts, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let the rows that train begin with the values in a state of the dense module."""
-    for name, part in parts.places:
-        key = prefix + join(name, "weight")
-        if isinstance(part, TrainableTokens) and key in state_dict:
-            rows = state_dict[key][part.token_adapter.token_indices]
-            state_dict.setdefault(prefix + join(name, DELTA), rows)
 
 
 def _check_base(parts: Parts, saved: SavedConversion) -> tuple[list[str], list[str]]:

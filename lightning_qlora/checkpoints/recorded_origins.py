@@ -11,10 +11,10 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.experts.experts import expert_stacks
-from lightning_qlora.layers.names import owner_name
-from lightning_qlora.layers.qlora_linear import QLoRALinear, to_dense
 from lightning_qlora.checkpoints.conversion import Conversion, forget_conversion
+from lightning_qlora.experts.experts import QLoRAExperts
+from lightning_qlora.layers.names import owner_name, parameter_name
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import origins_by_name
 from lightning_qlora.survey.records import own_parameters, undo
@@ -71,9 +71,11 @@ def _undo(parts: Parts, owners: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
     undo_full_precision(parts.modules)
     for owner in owners:
         if isinstance(owner, QLoRALinear):
-            to_dense(owner, nn.Parameter(owner.decode()))
-        for _, _, key, stack in expert_stacks([("", owner)]):
-            stack.restore(owner, key, stack.decode())
+            owner.become_dense(nn.Parameter(owner.decode()))
+        for key, stack in [*owner._modules.items()]:
+            if isinstance(stack, QLoRAExperts):
+                weight = nn.Parameter(stack.decode(), requires_grad=False)
+                stack.become_dense(weight, owner, parameter_name(key))
     undo(owners)
     forget_conversion(parts.root)
     return values

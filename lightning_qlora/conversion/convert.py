@@ -32,14 +32,14 @@ from lightning_qlora.conversion.notes import (
     CONVERTED_BEFORE,
     note_after_conversion,
     note_before_conversion,
-    note_before_first_conversion,
     note_other_arguments,
     note_outside_copies,
 )
 from lightning_qlora.conversion.outside_copies import OutsideCopies
-from lightning_qlora.conversion.parameter_counts import dense_bytes
+from lightning_qlora.conversion.parameter_counts import count_parameters
 from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_precision
+from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
 from lightning_qlora.peft.adapter import Adapter
@@ -47,7 +47,7 @@ from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.runs.guards import refuse_old_wrappers
 from lightning_qlora.runs.patches import shard_bytes
 from lightning_qlora.selection.apply import add_tokens, convert_layers, freeze
-from lightning_qlora.selection.copies import find_copies, forget_copies, share_seeds
+from lightning_qlora.selection.copies import COPIES, find_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.survey.parts import Parts
@@ -122,20 +122,23 @@ def convert_module(
     start = time.perf_counter()
     parts = Parts.of(module, wrappers=())
     check_initialized(parts.named)
-    report = ConversionReport(bytes_before=dense_bytes(parts.modules))
+    report = ConversionReport(bytes_before=count_parameters(parts.modules).bytes_before)
     conversion = conversion_of(parts.root)
     if conversion is not None and (run.evaluating or not unrecorded(parts.modules)):
         with Snapshot(parts.modules):
             _convert_again(parts, conversion, config)
-            report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
-            record_rounded(parts.named)
+            if parts.has_16_bits:
+                report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
+                record_rounded(parts.named)
         report.deferred_logits = deferred_heads(parts)
         report.count(parts)
     else:
         parts = _convert_new(parts, config, run, saved, report)
-    waiting = waiting_in(parts.modules, run.sharded)
-    report.calibration = waiting[0].report if waiting else None
-    report.activations = budget_of(parts.modules)
+    if any(layer.input_observer is not None for layer in parts.layers.values()):
+        waiting = waiting_in(parts.modules, run.sharded)
+        report.calibration = waiting[0].report
+    if any(METHODS in vars(part) for part in parts.modules):
+        report.activations = budget_of(parts.modules)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -155,7 +158,8 @@ def _convert_new(
     choice = _decide(seen, parts, config, saved, report, run)
     with Snapshot(parts.modules) as before:
         parts = _apply(seen, parts, choice, config, run, report, before)
-        _load_adapter_once(parts, given.adapter, adapter)
+        if given.adapter is not None:
+            _load_adapter_once(parts, given.adapter, adapter)
         record_conversion(parts, config, given, convert_module)
         report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
     report.take(choice)
@@ -169,7 +173,8 @@ def _convert_new(
 def _survey(parts: Parts, run: Run) -> Survey:
     """Survey a module, and refuse one that can't be converted whatever the arguments are."""
     seen = survey(parts, run.agree)
-    check_layers_of_conversions(parts)
+    if not parts.is_new:
+        check_layers_of_conversions(parts)
     check_has_data(parts.named, later=run.sharded or dist.is_initialized())
     return seen
 
@@ -183,18 +188,19 @@ def _decide(
     run: Run,
 ) -> Selection:
     """Decide what happens with each part, refuse what can't be meant, and note what a user should look at."""
-    if not seen.was_converted:
-        check_output_embeddings(parts, config.deferred_logits)
+    if config.deferred_logits is True and not seen.was_converted:
+        check_output_embeddings(parts)
     choice = decide(seen, config, saved)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
     report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.origins.is_pretrained
     if not seen.was_converted:
         check_any(choice, config, run.is_one_of_several)
-        note_before_first_conversion(report, seen, choice, config)
-    check_loaded(seen, choice)
+    if not parts.is_new:
+        check_loaded(seen, choice)
     copies = find_copies(seen, choice)
-    share_seeds(choice, copies)
-    note_before_conversion(report, seen, choice, copies)
+    if copies:
+        share_seeds(choice, copies)
+    note_before_conversion(report, seen, choice, config, copies)
     return choice
 
 
@@ -206,18 +212,22 @@ def _apply(
     new = unrecorded(parts.modules)
     remember_origins(parts, seen.origins)
     converted = convert_layers(seen, choice, run.device, before)
-    for part in parts.modules:
-        forget_merge(part)
-    forget_copies(parts.root)
-    forget_quantizer(parts.modules)
+    if not parts.is_new:
+        for part in parts.modules:
+            forget_merge(part)
+    vars(parts.root).pop(COPIES, None)
+    if parts.models:
+        forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)
-    add_tokens(seen, choice.tokens)
+    if choice.tokens:
+        add_tokens(seen, choice.tokens)
     module = parts.root
     parts = Parts.of(module, wrappers=())  # with the experts and the rows that train
     record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there
-    train_in_full_precision(parts.modules)
-    report.held = hold(parts.modules, config.compute_dtype, run.device, run.decide)
-    record_rounded(parts.named)
+    if parts.has_16_bits:
+        train_in_full_precision(parts.modules)
+        report.held = hold(parts.modules, config.compute_dtype, run.device, run.decide)
+        record_rounded(parts.named)
     if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
         copy_from_files(parts.named)
     if config.gradient_checkpointing:
@@ -233,14 +243,12 @@ def is_converted(module: nn.Module) -> bool:
     return conversion_of(module) is not None and not unrecorded(module.modules())
 
 
-def _load_adapter_once(parts: Parts, folder: str | None, adapter: Adapter | None) -> None:
+def _load_adapter_once(parts: Parts, folder: str, adapter: Adapter | None = None) -> None:
     """Load an adapter folder that an argument names; layers that had it last were trained since and stay.
 
     `adapter` is its content, if it was read before. On the meta device nothing happens: the folder is loaded when the
     layers have values, by `load_weights` or the next call.
     """
-    if folder is None:
-        return
     layers = parts.layers.values()
     if all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
         return
@@ -251,7 +259,8 @@ def _load_adapter_once(parts: Parts, folder: str | None, adapter: Adapter | None
 
 
 def _convert_again(parts: Parts, conversion: Conversion, config: QLoRAConfig) -> None:
-    _load_adapter_once(parts, config.adapter, None)
+    if config.adapter is not None:
+        _load_adapter_once(parts, config.adapter)
     names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
     other = differing_arguments(conversion.given[-1], config, names)
     if other and config not in (conversion.config, *conversion.given):

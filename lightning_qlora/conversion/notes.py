@@ -1,10 +1,10 @@
 """What a user should look at after a conversion: rows of the report with a mark."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig, arguments_that
@@ -53,16 +53,27 @@ LARGE = (
 )
 
 
-def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selection, copies: Iterable[Copy]) -> None:
+def note_before_conversion(
+    report: ConversionReport, seen: Survey, choice: Selection, config: QLoRAConfig, copies: Sequence[Copy]
+) -> None:
+    if not seen.was_converted:
+        if seen.origins.is_pretrained is False and choice.convert:
+            report.note(NOTHING_PRETRAINED)
+        if not choice.convert:
+            advice = ""
+            if FROZEN in choice.skip.values():
+                advice = "; target_modules converts frozen layers that it names"
+            report.note(f"no layer is in 4 bits ({no_layer(config)}){advice}")
     late = [part.names.full for part in seen.parts if part.is_read_dense]
     convert = choice.convert
     report.note(READ_DENSE, [name for name in late if name in convert])
     for name, why in choice.reasons(IN_VAIN).items():
         report.note(f"target_modules names it, and it stays dense and frozen: {why}", [name])
     weights = {name: row.owner._parameters.get(row.key) for name, row in convert.items()}
-    report.note(HOOKS, [name for name, weight in weights.items() if _has_hooks(weight)])
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    report.note(HOOKS, [name for name, weight in weights.items() if any(getattr(weight, key, None) for key in hooks)])
     originals = defaultdict[str, dict[str, None]](dict)
-    arguments = {row.weight_name: row.config for row in convert.values()}
+    arguments = {row.weight_name: row.config for row in convert.values()} if copies else {}
     for copy in copies:
         if copy.name in arguments and arguments[copy.name] == arguments.get(copy.original):
             continue  # both have the same adapters and 4-bit weights, so an average is right
@@ -70,18 +81,6 @@ def note_before_conversion(report: ConversionReport, seen: Survey, choice: Selec
         originals[name][original] = None
     for name, of_copy in originals.items():
         report.note(f"copy of {groups(of_copy)}: {COPY}", [name])
-
-
-def note_before_first_conversion(
-    report: ConversionReport, seen: Survey, choice: Selection, config: QLoRAConfig
-) -> None:
-    if seen.origins.is_pretrained is False and choice.convert:
-        report.note(NOTHING_PRETRAINED)
-    if not choice.convert:
-        advice = ""
-        if FROZEN in choice.skip.values():
-            advice = "; target_modules converts frozen layers that it names"
-        report.note(f"no layer is in 4 bits ({no_layer(config)}){advice}")
 
 
 def note_after_conversion(
@@ -97,11 +96,12 @@ def note_after_conversion(
             report.note(LARGE, new)
     if not parts.layers:
         return
-    try:
-        check_one_folder({name: layer.config for name, layer in parts.layers.items()})
-    except ValueError as error:
-        report.note(f"save_adapter will refuse it: {error}")
-    layer = next(iter(parts.layers.values()))
+    layer, *others = parts.layers.values()
+    if any(other.config is not layer.config for other in others):
+        try:
+            check_one_folder({name: layer.config for name, layer in parts.layers.items()})
+        except ValueError as error:
+            report.note(f"save_adapter will refuse it: {error}")
     if layer.config.compute_dtype == "bf16":
         held = held_type(device or layer.packed.device, torch.bfloat16)
         if held is not None:
@@ -126,10 +126,6 @@ def note_outside_copies(report: ConversionReport, outside: OutsideCopies) -> Non
         report.note(HELD.format(holder), [outside.place])
     if not outside.holders:
         report.copied = outside.layers
-
-
-def _has_hooks(weight: Tensor | None) -> bool:
-    return any(getattr(weight, key, None) for key in ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 def _note_what_stayed(report: ConversionReport, parts: Parts, choice: Selection) -> None:

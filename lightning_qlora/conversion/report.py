@@ -11,10 +11,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning_qlora.calibration.calibration_report import CalibrationReport
 from lightning_qlora.conversion.parameter_counts import count_parameters
 from lightning_qlora.dtypes.compute_in import compute_types
+from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.selection.selection import FROZEN, Selection
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import Held
-from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
+from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters, held_bytes
 from lightning_qlora.texts import ROOT, group, groups, size_text
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
@@ -117,18 +118,21 @@ class ConversionReport:
 
     def count(self, parts: Parts) -> None:
         """Count the layers, parameters and bytes of the module that was converted."""
-        self.trainable_parameters, self.total_parameters, self.bytes_after = count_parameters(parts.modules)
+        self.trainable_parameters, self.total_parameters, self.bytes_after, *_ = count_parameters(parts.modules)
         self.converted = list(parts.layers)
         self.shapes = {name: layer._shape for name, layer in parts.layers.items()}
         self.trained_rows = {name: len(adapter.token_indices) for name, adapter in parts.tokens.items()}
-        adapters: list[Any] = [*parts.layers.values(), *parts.tokens.values()]
-        self.adapter_parameters = sum(p.numel() for adapter in adapters for p in adapter.adapter_parameters())
-        self.full_precision_bytes = sum(parameter.nbytes for _, parameter, _ in full_precision_parameters(parts.named))
-        types_of = compute_types(parts.named)
-        self.computes_in = {name: str(dtype).removeprefix("torch.") for name, dtype in types_of.items()}
+        parameters = [p for adapter in parts.adapters.values() for p in adapter.adapter_parameters()]
+        self.adapter_parameters = sum(parameter.numel() for parameter in parameters)
+        self.computes_in = {}
+        self.full_precision_bytes = self.held_bytes = 0
+        if any({TYPES, METHODS} & vars(part).keys() for part in parts.modules):
+            types_of = compute_types(parts.named)
+            self.computes_in = {name: str(dtype).removeprefix("torch.") for name, dtype in types_of.items()}
+            self.full_precision_bytes = sum(value.nbytes for _, value, _ in full_precision_parameters(parts.named))
+            self.held_bytes = held_bytes(parts.named)
         types = sorted({*self.computes_in.values()} - {"float32"})
         self.full_precision_computes_in = types if self.full_precision_bytes else []
-        self.held_bytes = held_bytes(parts.named)
 
     def note(self, text: str, names: Iterable[str] = ("",)) -> list[str]:
         """Add rows with a mark, and return the names that this text did not have; "" is the module itself."""

@@ -11,7 +11,7 @@ only if code reads it in a way that is not in this list. The module that held th
 subclass of its class.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,12 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_plain_call
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.names import join, parameter_name, stack_name, stack_of
+from lightning_qlora.layers.names import join, last_part, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.prepared_call import cast_input
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.layers.readable_weight import ReadableStack
+from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
+from lightning_qlora.starts.starts import first_adapter
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
 VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
@@ -67,8 +69,6 @@ class QLoRAExperts(SavedLayer):
     `packed`, `absmax` and `nested` have a row for each expert; lora_A is [experts, r, in], lora_B [experts, out, r].
     """
 
-    is_stack = True
-
     def __init__(self, transposed: bool, flat: bool) -> None:
         super().__init__()
         self._transposed = transposed  # one expert of the parameter was [in, out]
@@ -103,6 +103,49 @@ class QLoRAExperts(SavedLayer):
 
     def __len__(self) -> int:
         return self.matrix_count
+
+    def reported_name(self, name: str) -> str:
+        return parameter_name(name)
+
+    def trains_instead(self) -> dict[str, nn.Parameter]:
+        prefix = stack_name(last_part(self.full_name))
+        return {join(prefix, name): parameter for name, parameter in super().trains_instead().items()}
+
+    def seed_name_of(self, number: int) -> str:
+        return f"{self.seed_name}.{number}"
+
+    def reset_adapter(self) -> None:
+        names = map(self.seed_name_of, range(len(self)))
+        adapters = [first_adapter(self.weight_bytes, self.config, name) for name in names]
+        self.set_adapter(*(torch.stack(values) for values in zip(*adapters, strict=True)))
+
+    def without_weight(self) -> "QLoRAExperts":
+        return QLoRAExperts(self._transposed, self.flat)
+
+    def set_matrices(self, matrices: Sequence[PackedBytes], dtype: torch.dtype) -> None:
+        self.set_bytes(stack_bytes(matrices), dtype)
+
+    @property
+    def matrix_count(self) -> int:
+        return self._shape[0]
+
+    def join_matrices(self, matrices: Sequence[Tensor]) -> Tensor:
+        return torch.stack([*matrices])
+
+    def split_matrices(self, values: Any) -> Sequence[Tensor]:
+        """As in PackedLayer; an iterator, which reads one expert at a time, stays one.
+
+        Autograd stacks the gradients of `unbind` once; those of indexing would be as many tensors of the whole size.
+        """
+        if isinstance(values, Tensor):
+            if values.shape == self.weight_shape:
+                values = values.view(len(self), -1, values.shape[-1])
+            values = values.unbind()
+        matrices: Sequence[Tensor] = values
+        return matrices
+
+    def bytes_of(self, weight: PackedBytes, number: int) -> PackedBytes:
+        return weight.expert(number)
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
@@ -159,9 +202,9 @@ class QLoRAExperts(SavedLayer):
             self.__dict__["was_called"] = True
             if self.lora_dropout and self.training:
                 lora = lora._replace(seed=torch.randint(1 << 62, (1,), device="cpu"))
-        if self.input_statistics is not None:
+        if self.input_observer is not None:
             for number, part in zip(*rows_of_experts(x, ends), strict=True):
-                self.input_statistics.add(self, number, part, self.lora_B[number])
+                self.input_observer.add(self, number, part, self.lora_B[number])
         y = grouped_linear(rows, ends, self.weight_bytes, lora)
         return y if y.dtype is of_y else y.to(of_y)
 
@@ -193,13 +236,15 @@ class QLoRAExperts(SavedLayer):
         super()._apply(fn, recurse)
         return self
 
-    def restore(self, owner: nn.Module, key: str, parameter: Tensor) -> None:
-        """Replace this layer by a dense, frozen parameter, in place. After the last, the owner has its old class."""
+    def become_dense(self, weight: nn.Parameter, owner: nn.Module | None = None, key: str = "") -> nn.Module:
+        """Be replaced by a parameter of the owner, which has its old class after its last stack."""
+        assert owner is not None
         del owner._modules[stack_name(key)]
-        owner.register_parameter(key, nn.Parameter(parameter, requires_grad=False))
+        owner.register_parameter(key, weight)
         _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))
         if not any(isinstance(part, QLoRAExperts) for part in owner._modules.values()):
             restore(owner, _WithExperts)
+        return owner
 
     def extra_repr(self) -> str:
         return f"experts={len(self)}, {super().extra_repr()}"
@@ -232,12 +277,3 @@ class _WithExperts(Derived):
             if isinstance(stack, QLoRAExperts) and key in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
-
-
-def expert_stacks(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module, str, QLoRAExperts]]:
-    """Full name, owner, key and experts of every stack in modules."""
-    for name, owner in modules:
-        for key, part in owner._modules.items():
-            if isinstance(part, QLoRAExperts):
-                key = parameter_name(key)
-                yield join(name, key), owner, key, part

@@ -145,19 +145,17 @@ def _share(layer: LoRALayer, whole: LoRALayer | None, source: int, device: torch
         values[key] = value
     if layer.initial is not None:
         layer.set_initial((values["lora_A"], values["lora_B"]))
-    if whole is not None and whole.input_statistics is not None and layer.input_statistics is not None:
+    if whole is not None and whole.input_observer is not None and layer.input_observer is not None:
         # The calibrated adapter is computed on this rank.
-        layer.input_statistics.dense_weight = whole.input_statistics.dense_weight
+        layer.input_observer.dense_weight = whole.input_observer.dense_weight
 
 
 def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.device) -> LoRALayer:
-    new = LoRALayer()
-    new.is_stack = layer.is_stack
-    new._transposed = layer._transposed
+    new = layer.without_weight()
     new.set_arguments(layer.config, name, layer.seed_name)
     weights: Any = (weight.to(layer.dtype_before) for weight in _read_matrices(name, layer, folder))
     with named(name):
-        if layer.is_stack:
+        if isinstance(layer, QLoRAExperts):
             new.initialize(weights, device)
         else:
             new.initialize(next(weights), device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import ConversionOps, MergeModulelist
 
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import single_tensor
 from lightning_qlora.layers.kinds import decode_as_stored, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -214,7 +215,7 @@ class Place:
         # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
         layer._is_hf_initialized = bias is None  # type: ignore[assignment]
         name = owner_name(self.key)
-        if layer.is_stack:
+        if isinstance(layer, QLoRAExperts):
             name = stack_name(self.key)
         parameters = layer.named_parameters(name, recurse=False)
         # Of a distributed parameter, transformers takes the part of this rank.

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.layers.names import join, named_tensors, parameter_name
+from lightning_qlora.layers.names import join, named_tensors
 from lightning_qlora.layers.packed_layer import PackedLayer, to_parameters
 from lightning_qlora.selection.apply import convert_layer
 from lightning_qlora.selection.selection import Row
@@ -40,8 +41,8 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
     for name, part in model.named_modules():
         if isinstance(part, PackedLayer):
             weight = join(name, "weight")
-            if part.is_stack:
-                weight = parameter_name(name)
+            if isinstance(part, QLoRAExperts):
+                weight = part.reported_name(name)
             part.dtype_before = dense.get_parameter(weight).dtype
             part.weight_dtype = part.dtype_before
             part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]

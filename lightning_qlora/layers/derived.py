@@ -25,6 +25,17 @@ class Derived:
             "those that a module has; for a new one call the class that they had before, such as torch.nn.Linear."
         )
 
+    def frozen_values(self, parameter: Any) -> Any:
+        """What of a parameter conversion froze."""
+        return parameter
+
+    def complete_dense_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Add what the state of a dense module lacks of this part."""
+
+    def split_over(self, mesh: Any, by_inputs: bool) -> None:
+        """Let each rank of a mesh keep its part, by inputs or by outputs: tensor parallelism."""
+        raise NotImplementedError
+
     @classmethod
     def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
         return cls, before
@@ -52,7 +63,6 @@ def derive(mixin: Any, instance: Any, before: Any = None) -> Any:
 
 
 def restore(instance: Any, mixin: Any) -> None:
-    """Take a mixin out of the class of a module, in place."""
     mixins = list(instance.classes_before)
     number = mixins.index(mixin)
     instance.__class__ = _class_of(instance.classes_before[mixin], mixins[number + 1 :])

@@ -4,34 +4,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
 
 from torch import nn
 
 from lightning_qlora.checks import check_converted, first_of
+from lightning_qlora.layers.with_adapter import DISABLED, WithAdapter
 
-DISABLED = "_qlora_disabled"  # attribute: how many contexts a part is in; absent in none, which torch.compile guards on
 _lock = Lock()  # for the numbers of contexts
-
-
-class WithAdapter(nn.Module):
-    """A part of a module that computes with an adapter, or without it in a context of `disable_adapter`."""
-
-    _qlora_disabled: int = 0
-
-    def __getstate__(self) -> Any:
-        """The attributes of a copy or pickle: the contexts are those of this object, and a copy is in none."""
-        of_class = getattr(super(), "__getstate__", None)  # object has it from Python 3.11 on
-        state: Any = vars(self) if of_class is None else of_class()
-        if self._qlora_disabled:
-            state = {**state}
-            state.pop(DISABLED, None)  # another thread may have left the context
-            warnings.warn(
-                "A copy, or a pickle, that is made inside disable_adapter has its adapter enabled. A reference model "
-                "needs no copy: call the module itself inside disable_adapter.",
-                stacklevel=2,
-            )
-        return state
 
 
 @contextmanager

@@ -17,10 +17,8 @@ from lightning_qlora.config import BLOCK_SIZES
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import grad_bias, lora_linear, refuse_second_derivative
-from lightning_qlora.layers.matrix import Matrix
+from lightning_qlora.layers.matrix import TINY, Matrix
 from lightning_qlora.quantization.packed_weight import PackedBytes
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()

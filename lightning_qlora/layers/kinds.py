@@ -65,7 +65,8 @@ def kind_of(layer_class: type[nn.Module]) -> LayerKind:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is of one of the kinds, in 4 bits or not, or computes what nn.Linear does."""
-    return isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR or _computes_linear(layer)
+    is_kind = isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR
+    return is_kind or ("weight" in layer._parameters and _computes_linear(layer))
 
 
 def _computes_linear(layer: nn.Module) -> bool:

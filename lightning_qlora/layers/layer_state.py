@@ -24,8 +24,7 @@ from lightning_qlora.quantization.bnb_entries import (
     read_bnb_meta,
 )
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
-from lightning_qlora.starts.input_statistics import stop_waiting
-from lightning_qlora.starts.starts import corrects_error
+from lightning_qlora.starts.starts import corrects_error, start_of
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 
 SAME_FUNCTION = arguments_that("of_function")
@@ -118,18 +117,11 @@ class SavedLayer(LoRALayer):
 
         `initial`: what this layer was initialized with, if it was, and begins with again.
         """
-        if not corrects_error(self.config) or self.initial is not None or gather(self.lora_B).any():
-            stop_waiting(self)
-        elif initial is not None:
-            self.set_adapter(*initial)
-            self.set_initial(initial)
-        elif self.input_statistics is None:
-            warnings.warn(
-                f"{self.full_name}: the loaded state dict was saved before the calibration of the adapter "
-                "(init_lora_weights='calibrated'), and its float weight is freed, so it has the default initialization "
-                "now. Load it into a newly built module instead.",
-                stacklevel=2,
-            )
+        begin_again = start_of(self.config).begin_again
+        if begin_again is None or self.initial is not None or gather(self.lora_B).any():
+            self.stop_observing()
+        else:
+            begin_again(self, initial)
 
 
 def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
@@ -140,7 +132,7 @@ def base_entries(layer: LoRALayer, prefix: str) -> dict[str, Tensor]:
     """
     key = f"{prefix}weight"
     entries = {prefix + ADAPTER_ARGUMENTS: json_bytes({name: getattr(layer.config, name) for name in SAME_FUNCTION})}
-    if not layer.is_stack and not is_sharded(layer.packed):
+    if len(layer._shape) == 2 and not is_sharded(layer.packed):
         return entries | PackedWeight.from_bytes(layer.weight_bytes, layer.dtype_before).bnb_state_dict(key)
     entries |= {prefix + name: getattr(layer, name).detach() for name in BASE}
     return entries | bnb_meta(key, layer._shape, layer.quant_type, layer.block_size, layer.dtype_before, {})
@@ -273,7 +265,7 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
         layer.set_bytes(weight.to(device, copy=not assign), dtype)
         return True
     dense = entries[key]
-    if not with_adapter and (layer.config.use_dora or layer.input_statistics is not None):
+    if not with_adapter and (layer.config.use_dora or layer.input_observer is not None):
         if corrects_error(layer.config) and not assign:
             dense = dense.clone()  # it is kept until then
         layer.initialize(dense, device)

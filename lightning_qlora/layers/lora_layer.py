@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
-from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.dora import dora_scale, row_norm
 from lightning_qlora.layers.matrix import ADAPTER, Matrix
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.prepared_call import PreparedCall
-from lightning_qlora.starts.input_statistics import InputStatistics
+from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.starts.starts import first_adapter, start_of
 from lightning_qlora.tensors.device_types import DTYPES, has_bf16, is_our_autocast
 from lightning_qlora.tensors.dtensor import gather, shard_like
@@ -48,12 +47,17 @@ class LoRALayer(WithAdapter, PackedLayer):
     adapter_folder: str | None = None  # the last one that an argument named and that was loaded
     loaded: bool = False  # whether no conversion of a module with it has ended: its model was loaded, or an error came
     quantized_by_conversion: bool = False  # whether a conversion chose it; else it was quantized while its model loaded
-    input_statistics: InputStatistics | None = None  # "calibrated": until the adapter is initialized
+    input_observer: Any = None  # sees the inputs until the adapter is computed from them; in most layers None
     initial_A: Tensor | None = None  # what A and B began with, if B was not 0; in host memory
     initial_B: Tensor | None = None
     was_called: bool = False  # whether the op of the layer ran
     weight_was_read: bool = False  # whether other code read the weight
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
+
+    def without_weight(self) -> "LoRALayer":
+        layer = LoRALayer()
+        layer._transposed = self._transposed
+        return layer
 
     def set_arguments(self, config: QLoRAConfig, name: str, seed_name: str) -> None:
         self.set_config(config)
@@ -87,23 +91,27 @@ class LoRALayer(WithAdapter, PackedLayer):
                 weights.append(rows)
         self.set_matrices(bases, rows.dtype)
         if observer is not None:
-            self.input_statistics = observer(self, self.join_matrices(weights))
+            self.input_observer = observer(self, self.join_matrices(weights))
         self.reset_adapter()
 
     def __setstate__(self, state: Any) -> None:
-        """A copy waits for inputs together with this layer."""
+        """A copy is observed together with this layer."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.input_statistics is not None:
-            self.input_statistics.join(self)
+        if self.input_observer is not None:
+            self.input_observer.join(self)
+
+    def stop_observing(self) -> None:
+        """The adapter has its values."""
+        observer = vars(self).pop("input_observer", None)  # absent, and not None: torch.compile guards on it
+        if observer is not None:
+            observer.leave(self)
 
     def reset_adapter(self) -> None:
         """Set A to random values and B to 0."""
-        names = map(self.seed_name_of, range(self.matrix_count))
-        adapters = [first_adapter(self.weight_bytes, self.config, name) for name in names]
-        self.set_adapter(*(self.join_matrices(values) for values in zip(*adapters, strict=True)))
+        self.set_adapter(*first_adapter(self.weight_bytes, self.config, self.seed_name))
 
     def seed_name_of(self, number: int) -> str:
-        return f"{self.seed_name}.{number}" if self.is_stack else self.seed_name
+        return self.seed_name
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
         """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
@@ -131,7 +139,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         adapter = self._adapter_of_each_matrix()
         matrices = []
         for number in range(self.matrix_count) if numbers is None else numbers:
-            base = weight.expert(number) if self.is_stack else weight
+            base = self.bytes_of(weight, number)
             matrices.append(Matrix._make((base, *(values[number] for values in adapter), number)))
         return matrices
 
@@ -140,7 +148,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         return [[None] * self.matrix_count if p is None else self.split_matrices(gather(p)) for p in parameters]
 
     def write(self, name: str, value: Tensor) -> None:
-        """Set a parameter of the adapter, and create it if it does not exist."""
         parameter = self._parameters.get(name)
         if parameter is None:
             self.register_parameter(name, nn.Parameter(value.to(self.packed.device)))
@@ -160,6 +167,10 @@ class LoRALayer(WithAdapter, PackedLayer):
         arguments = config.quant_type, config.block_size, config.double_quant
         self.set_matrices([ops.quantize_bytes(matrix, *arguments) for matrix in rows], weight.dtype)
 
+    def become_dense(self, weight: nn.Parameter, owner: nn.Module | None = None, key: str = "") -> nn.Module:
+        """Become what it was, at `owner.key`, with this weight; returns the module that holds the weight then."""
+        raise NotImplementedError
+
     @property
     def was_read_alone(self) -> bool:
         """Whether other code read the weight, and nothing called the layer."""
@@ -173,6 +184,9 @@ class LoRALayer(WithAdapter, PackedLayer):
     def adapter_parameters(self) -> list[nn.Parameter]:
         parameters = [self._parameters.get(name) for name in ADAPTER]
         return [parameter for parameter in parameters if parameter is not None]
+
+    def trains_instead(self) -> dict[str, nn.Parameter]:
+        return dict(zip(ADAPTER, self.adapter_parameters(), strict=False))
 
     @property
     def r(self) -> int:
@@ -201,8 +215,8 @@ class LoRALayer(WithAdapter, PackedLayer):
         return self.prepare(x, matrix, bias).run(self, x, rank)
 
     def prepare(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> PreparedCall:
-        if self.input_statistics is not None:
-            self.input_statistics.add(self, matrix.number, x, matrix.lora_B)
+        if self.input_observer is not None:
+            self.input_observer.add(self, matrix.number, x, matrix.lora_B)
         if not self._qlora_disabled and not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
         return PreparedCall(self, x, matrix, bias)
@@ -257,6 +271,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         super()._apply(fn, recurse)
         for parameter, value in zip(self.adapter_parameters(), values, strict=False):
             parameter.data = value.to(parameter.device)
-        if self.input_statistics is not None:
-            self.input_statistics.to(self.packed.device)
+        if self.input_observer is not None:
+            self.input_observer.to(self.packed.device)
         return self

@@ -79,7 +79,7 @@ def parameter_name(stack: str) -> str:
 def stack_of(owner: nn.Module, key: str) -> Any:
     """The `QLoRAExperts` that the parameter `key` of a module became; None if it is dense."""
     stack = owner.__dict__["_modules"].get(stack_name(key))
-    return stack if isinstance(stack, PackedLayer) and stack.is_stack else None
+    return stack if isinstance(stack, PackedLayer) and len(stack._shape) == 3 else None
 
 
 def inside(name: str, outer: str) -> bool:

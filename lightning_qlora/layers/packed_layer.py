@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import ops
-from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, stack_bytes
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 from lightning_qlora.tensors.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.tensors.fingerprint import fingerprint
 from lightning_qlora.tensors.held_types import follow_cast, type_after
@@ -36,7 +36,6 @@ class PackedLayer(nn.Module):
     dtype_before: torch.dtype  # of the float weight
     _shape: tuple[int, ...]
     _transposed = False  # whether the dense layer stores its weight as [in, out]
-    is_stack = False  # whether it has several matrices
     _fingerprint: int | None  # computed at the first use
     base_of_conversion: int | None = None  # fingerprint of the base that conversion made, if it was replaced since
     _base_squares: dict[int, Tensor]  # DoRA: number of a matrix -> sums of squares of its rows, from their first use
@@ -52,7 +51,7 @@ class PackedLayer(nn.Module):
 
     def set_matrices(self, matrices: Sequence[PackedBytes], dtype: torch.dtype) -> None:
         """Replace the 4-bit weight of each matrix; it decodes to `dtype`."""
-        self.set_bytes(stack_bytes(matrices) if self.is_stack else in_rows(*matrices), dtype)
+        self.set_bytes(in_rows(*matrices), dtype)
 
     def set_bytes(self, stored: PackedBytes, dtype: torch.dtype) -> None:
         """Replace the three tensors, whole or split as those of the layer are; the weight decodes to `dtype`."""
@@ -77,7 +76,7 @@ class PackedLayer(nn.Module):
 
     @property
     def matrix_count(self) -> int:
-        return self._shape[0] if self.is_stack else 1
+        return 1
 
     @property
     def weight_bytes(self) -> PackedBytes:
@@ -121,20 +120,16 @@ class PackedLayer(nn.Module):
 
     def join_matrices(self, matrices: Sequence[Tensor]) -> Tensor:
         """The values of the one matrix; of a stack, those of its matrices in one tensor."""
-        if self.is_stack:
-            return torch.stack([*matrices])
-        return matrices[0]
+        (matrix,) = matrices
+        return matrix
 
     def split_matrices(self, values: Any) -> Sequence[Tensor]:
-        """The reverse, also of values in the shape of the dense weight, or that are split already.
+        """The reverse, also of values in the shape of the dense weight, or that are split already."""
+        return [values]
 
-        Autograd stacks the gradients of `unbind` once; those of indexing would be as many tensors of the whole size.
-        """
-        if not self.is_stack:
-            return [values]
-        if isinstance(values, Tensor) and values.shape == self.weight_shape:
-            values = values.view(self._shape[0], -1, values.shape[-1])
-        return values.unbind() if isinstance(values, Tensor) else values
+    def bytes_of(self, weight: PackedBytes, number: int) -> PackedBytes:
+        """Those of one matrix, of the bytes of the layer."""
+        return weight
 
     def _as_stored(self, weight: Tensor) -> Tensor:
         return weight.mT if self._transposed else weight

@@ -35,7 +35,7 @@ class PreparedCall:
         self._of_x, in_fp16, self._of_y = layer.types_of_call(self._kind, x.dtype)
         p = layer.lora_dropout
         # `functional_call` brings an A of its own, whose graph would be kept.
-        is_kept = type(a) is nn.Parameter and magnitude is None and layer.input_statistics is None
+        is_kept = type(a) is nn.Parameter and magnitude is None and layer.input_observer is None
         if layer._qlora_disabled:
             is_kept = False
             a = x.new_empty(0, a.shape[1], dtype=self._of_x)  # rank 0
@@ -106,7 +106,7 @@ class PreparedCall:
             layer.dtype_before,
             layer.scaling,
             layer.lora_dropout,
-            layer.input_statistics,
+            layer.input_observer,
             layer._qlora_disabled,
             (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if _has_autocast(kind) else None,
             _tracing_state(),

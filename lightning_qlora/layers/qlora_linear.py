@@ -7,7 +7,6 @@
 `kernels/reference.py` specifies this, and the gradient. `kernels/lora_linear.py` is the op that `forward` calls.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER, Matrix
-from lightning_qlora.layers.names import parameter_name
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
-from lightning_qlora.layers.tensor_parallel import split_linear, unknown_style
+from lightning_qlora.layers.tensor_parallel import split, split_linear, unknown_style
+from lightning_qlora.layers.with_adapter import adapters_of
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.starts.starts import check_packed_start
 from lightning_qlora.tensors.dtensor import is_sharded
@@ -90,7 +89,8 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         """
         weight: Any = layer._parameters.pop("weight")
         setattr(weight, REPLACED, layer)  # for an optimizer that was created before conversion
-        new = QLoRALinear._become(layer, type(layer), config, name, seed_name)
+        new: QLoRALinear = derive(QLoRALinear, layer)
+        new.set_arguments(config, name, seed_name)
         new.initialize(weight, device)
         new.out_features, new.in_features = new._shape
         return new
@@ -114,18 +114,11 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         """
         check_packed_start(config)
         layer._parameters.pop("weight", None)
-        new = QLoRALinear._become(layer, dense_class, config, name, seed_name)
+        new: QLoRALinear = derive(QLoRALinear, layer, dense_class)
+        new.set_arguments(config, name, seed_name)
         new.set_packed_weights([weight])
         new.out_features, new.in_features = new._shape
         new.reset_adapter()
-        return new
-
-    @staticmethod
-    def _become(
-        layer: nn.Module, dense_class: type[nn.Module], config: QLoRAConfig, name: str, seed_name: str
-    ) -> "QLoRALinear":
-        new: QLoRALinear = derive(QLoRALinear, layer, dense_class)
-        new.set_arguments(config, name, seed_name)
         return new
 
     @property
@@ -187,6 +180,25 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
             return TypeError(f"{name}: {error}")
         return ValueError(f"{name}: {error}")
 
+    def become_dense(self, weight: nn.Parameter, owner: nn.Module | None = None, key: str = "") -> nn.Module:
+        """Hooks and the user's attributes stay."""
+        names: set[str] = set()  # that a layer has while it is in 4 bits
+        for kind in type(self).__mro__:
+            if issubclass(kind, PackedLayer):
+                names |= kind.__annotations__.keys()
+        names -= {*kind_of(self.classes_before[QLoRALinear]).sizes}
+        others = {key: value for key, value in self._parameters.items() if key not in names}
+        for name in names & self.__dict__.keys():
+            del self.__dict__[name]
+        self._parameters.clear()
+        restore(self, QLoRALinear)
+        self.register_parameter("weight", weight)
+        self._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added
+        return self
+
+    def split_over(self, mesh: Any, by_inputs: bool) -> None:
+        split(self, mesh, by_inputs)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; refuses a dense weight, and the parts that a style of another kind registers."""
         if is_sharded(param) and self._split is None:
@@ -214,22 +226,6 @@ def _forward_of(before: type[Any]) -> Any:
     return forward
 
 
-def to_dense(layer: QLoRALinear, weight: nn.Parameter) -> None:
-    """Make a layer the dense layer it was, with this weight, in place; hooks and the user's attributes stay."""
-    names: set[str] = set()  # that a layer has while it is in 4 bits
-    for kind in type(layer).__mro__:
-        if issubclass(kind, PackedLayer):
-            names |= kind.__annotations__.keys()
-    names -= {*kind_of(layer.classes_before[QLoRALinear]).sizes}
-    others = {key: value for key, value in layer._parameters.items() if key not in names}
-    for name in names & layer.__dict__.keys():
-        del layer.__dict__[name]
-    layer._parameters.clear()
-    restore(layer, QLoRALinear)
-    layer.register_parameter("weight", weight)
-    layer._parameters.update(others)  # the bias, and parameters that a subclass of nn.Linear added
-
-
 # Names that a layer has in 4 bits and nn.Linear lacks; and methods that make a copy from a call of the class.
 MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
 for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
@@ -239,15 +235,5 @@ MEMBERS -= nn.Linear.__annotations__.keys()
 
 def adapted_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Name -> converted layer, in the order of the module; a stack of experts by the name of its parameter."""
-    return adapted_layers_of(module.named_modules())
-
-
-def adapted_layers_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, LoRALayer]:
-    """The same for all modules in a module, by their names."""
-    layers = {}
-    for name, part in modules:
-        if isinstance(part, LoRALayer):
-            if part.is_stack:
-                name = parameter_name(name)
-            layers[name] = part
-    return layers
+    adapters = adapters_of(module.named_modules())
+    return {name: part for name, part in adapters.items() if isinstance(part, LoRALayer)}

@@ -80,11 +80,8 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of whole "
             "rows at every step. Set use_dora=False, or leave the layer out of the plan."
         )
-    if layer.input_statistics is not None:
-        raise ValueError(
-            f"{layer.full_name}: init_lora_weights='calibrated' is computed in the first step, from whole layers, and "
-            "this layer is split over ranks before it. Use 'default' or 'gaussian' with tensor parallelism."
-        )
+    if layer.input_observer is not None:
+        layer.input_observer.refuse_split()
     side = "outputs"
     step = size
     if by_inputs:

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.layers.derived import Derived, derive, original_class, restore
-from lightning_qlora.layers.disable_adapter import WithAdapter
 from lightning_qlora.layers.readable_weight import readable_parameter
+from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 
 TOKEN_ADAPTER = "token_adapter"
 DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
-ROWS = "_qlora_rows"  # attribute of a weight: its delta, for an optimizer that was created before conversion
+ROWS = "_qlora_rows"  # attribute of a weight: its adapter, for an optimizer that was created before conversion
 SPLIT_TOKENS = (
     "trainable_token_indices: an embedding with rows that train can't be split over ranks. In configure_model, call "
     "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, which splits it then. Leave it, and "
@@ -50,6 +50,13 @@ class TokenAdapter(WithAdapter):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         return [self.trainable_tokens_delta]
+
+    def trains_instead(self) -> dict[str, nn.Parameter]:
+        return {DELTA: self.trainable_tokens_delta}
+
+    def reported_name(self, name: str) -> str:
+        """That of the embedding; for tied weights of the first one."""
+        return name.removesuffix(TOKEN_ADAPTER)[:-1]
 
 
 class TrainableTokens(Derived):
@@ -85,6 +92,21 @@ class TrainableTokens(Derived):
         if isinstance(source, TrainableTokens):
             param = source._parameters.get(name, param)
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    def frozen_values(self, parameter: Tensor) -> Tensor:
+        """With zeros in the rows that train: W has values there that are not used, random for new tokens."""
+        if parameter.ndim < 2 or not len(parameter):
+            return parameter
+        return gather(parameter.detach()).index_fill(0, self.token_adapter.token_indices, 0)
+
+    def split_over(self, mesh: Any, by_inputs: bool) -> None:
+        raise ValueError(SPLIT_TOKENS)
+
+    def complete_dense_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """The rows that train begin with the values there."""
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None:
+            state_dict.setdefault(prefix + DELTA, weight[self.token_adapter.token_indices])
 
     @property
     def _qlora_disabled(self) -> int:
@@ -169,19 +191,10 @@ def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
     if is_sharded(weight):
         raise ValueError(SPLIT_TOKENS)
     adapter = TokenAdapter(weight, indices)
-    setattr(weight, ROWS, adapter.trainable_tokens_delta)
+    setattr(weight, ROWS, adapter)
     for layer in layers:
         derive(TrainableTokens, layer)
         layer.register_module(TOKEN_ADAPTER, adapter)
-
-
-def token_adapters(module: nn.Module) -> dict[str, TokenAdapter]:
-    return token_adapters_of(module.named_modules())
-
-
-def token_adapters_of(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, TokenAdapter]:
-    """Name of an embedding -> its `TokenAdapter`; for tied weights the first name only."""
-    return {name.removesuffix(TOKEN_ADAPTER)[:-1]: part for name, part in parts if isinstance(part, TokenAdapter)}
 
 
 def merge_tokens(modules: Iterable[nn.Module]) -> None:
@@ -194,10 +207,3 @@ def merge_tokens(modules: Iterable[nn.Module]) -> None:
     with torch.no_grad():
         for layer, (indices, values) in zip(layers, rows, strict=True):
             layer.weight[indices] = values
-
-
-def without_tokens(owner: nn.Module, parameter: Tensor) -> Tensor:
-    """A parameter, with zeros in the rows that train: W has values there that are not used, random for new tokens."""
-    if not isinstance(owner, TrainableTokens) or parameter.ndim < 2 or not len(parameter):
-        return parameter
-    return gather(parameter.detach()).index_fill(0, owner.token_adapter.token_indices, 0)

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.dtypes.compute_in import output_dtype
-from lightning_qlora.dtypes.instance_method import InstanceMethod, add, has_other_forward, instance_method, remove
+from lightning_qlora.dtypes.instance_method import (
+    METHODS,
+    InstanceMethod,
+    add,
+    has_other_forward,
+    instance_method,
+    remove,
+)
 from lightning_qlora.layers.derived import original_class
-from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import without_numbers
+from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import OUTPUT_EMBEDDINGS, OutputEmbeddings
@@ -109,8 +116,8 @@ def _is_plain(layer: nn.Module) -> bool:
     return original_class(type(layer)) is nn.Linear or is_packed(layer)
 
 
-def check_output_embeddings(parts: Parts, setting: bool | Literal["auto"]) -> None:
-    if setting is True and not output_embeddings(parts):
+def check_output_embeddings(parts: Parts) -> None:
+    if not output_embeddings(parts):
         raise ValueError(
             f"deferred_logits=True: {type(parts.root).__name__} has no output embedding: no get_output_embeddings() "
             f"that returns an nn.Linear, no nn.Linear named {', '.join(OUTPUT_EMBEDDINGS)}, and none with as many "
@@ -128,10 +135,10 @@ def defer_output_embeddings(parts: Parts, setting: bool | Literal["auto"], shard
         Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`, or if its adapter has
         dropout.
     """
-    heads = output_embeddings(parts) if setting else {}
-    chosen = {
-        name: head for name, head in heads.items() if setting is True or head.out_features >= LARGE * head.in_features
-    }
+    chosen: dict[str, Any] = {}
+    if setting is True or (setting and any(map(_is_large, parts.modules))):
+        heads = output_embeddings(parts).items()
+        chosen = {name: head for name, head in heads if setting is True or _is_large(head)}
     if sharded:
         return dict.fromkeys(chosen, 0)
     for head in chosen.values():
@@ -139,8 +146,13 @@ def defer_output_embeddings(parts: Parts, setting: bool | Literal["auto"], shard
     return deferred_heads(parts)
 
 
+def _is_large(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and layer.out_features >= LARGE * layer.in_features
+
+
 def deferred_heads(parts: Parts) -> dict[str, int]:
-    heads = {name: part for name, part in parts.named if instance_method(part, DeferredForward)}
+    changed = [(name, part) for name, part in parts.named if METHODS in vars(part)]
+    heads = {name: part for name, part in changed if instance_method(part, DeferredForward)}
     return {name: saved_bytes(head) for name, head in heads.items()}
 
 

@@ -25,8 +25,8 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.dtypes.instance_method import InstanceMethod
-from lightning_qlora.layers.disable_adapter import DISABLED
 from lightning_qlora.layers.readable_weight import METADATA, Readable, writes
+from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.piecewise_cross_entropy import piecewise_cross_entropy
 
 Function = Callable[[Tensor], Tensor]

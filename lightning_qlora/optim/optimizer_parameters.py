@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_qlora.checks import TRAIN_IN_FULL
-from lightning_qlora.experts.experts import QLoRAExperts
-from lightning_qlora.layers.matrix import ADAPTER
-from lightning_qlora.layers.names import join, last_part, owner_name, stack_name
+from lightning_qlora.layers.names import join, owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, REPLACED, adapted_layers
-from lightning_qlora.layers.trainable_tokens import DELTA, ROWS, token_adapters
+from lightning_qlora.layers.trainable_tokens import ROWS
+from lightning_qlora.layers.with_adapter import WithAdapter, adapters_of
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
@@ -69,18 +68,11 @@ def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def _replacements(param: Any) -> dict[str, Any]:
     """The adapter of a weight that conversion replaced, by name endings; {"": param} for another parameter."""
-    if hasattr(param, ROWS):
-        return {DELTA: getattr(param, ROWS)}
-    layer: nn.Module | None = getattr(param, REPLACED, None)
-    if layer is None:
-        return {"": param}
-    prefix = ""
-    if isinstance(layer, QLoRAExperts):
-        prefix = stack_name(last_part(layer.full_name))
-    adapter = {}
-    for name, parameter in layer.named_parameters():
-        if last_part(name) in (*ADAPTER, last_part(DELTA)):
-            adapter[join(prefix, name)] = parameter
+    part: nn.Module | None = getattr(param, ROWS, getattr(param, REPLACED, None))
+    adapter: dict[str, nn.Parameter] = {}
+    for each in part.modules() if part is not None else ():
+        if isinstance(each, WithAdapter):
+            adapter |= each.trains_instead()
     return adapter or {"": param}  # no adapter: the layer was merged
 
 
@@ -116,15 +108,15 @@ def adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> 
     Without copies of layers that train, which follow them by an average.
     """
     held = {id(parameter) for optimizer in optimizers for parameter in optimizer_parameters(optimizer)}
-    layers: dict[str, Any] = adapted_layers(module) | token_adapters(module) if optimizers else {}
+    adapters = adapters_of(module.named_modules()) if optimizers else {}
     free = [
         name
-        for name, layer in layers.items()
-        if any(p.requires_grad and id(p) not in held for p in layer.adapter_parameters())
+        for name, adapter in adapters.items()
+        if any(p.requires_grad and id(p) not in held for p in adapter.adapter_parameters())
     ]
     if not free:
         return []
-    copies = layers_with_base_of(layers.keys() - {*free}, layers)
+    copies = layers_with_base_of(adapters.keys() - {*free}, adapters)
     return [name for name in free if name not in copies]
 
 

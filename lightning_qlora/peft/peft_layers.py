@@ -22,6 +22,7 @@ from lightning_qlora.layers.kinds import is_linear, sizes_of
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.peft.adapter import BASE_LAYER, MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import (
     check_one_folder,
@@ -121,7 +122,11 @@ def without_place(layers: Iterable[str], stacks: Mapping[str, ExpertStack], conf
 
 def taken_for_experts(base: Parts) -> list[str]:
     """Names of converted linear layers that PEFT takes for those of experts, and adapts only as `target_parameters`."""
-    names = [name for name, layer in base.layers.items() if last_part(name) in TAKEN_FOR_EXPERTS and not layer.is_stack]
+    names = [
+        name
+        for name, layer in base.layers.items()
+        if last_part(name) in TAKEN_FOR_EXPERTS and isinstance(layer, QLoRALinear)
+    ]
     if not names:
         return []
     parameters = [*(parameter.name for parameter in base.dense_parameters), *base.layers]

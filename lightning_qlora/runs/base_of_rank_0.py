@@ -62,8 +62,8 @@ def _send_weight(layer: LoRALayer, group: Any) -> None:
         return
     layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
     layer.set_initial(initial)
-    if layer.input_statistics is not None:
-        layer.input_statistics.leave_to_another_rank()
+    if layer.input_observer is not None:
+        layer.input_observer.leave_to_another_rank()
 
 
 def _send_parameter(frozen: Frozen, group: Any) -> None:

@@ -39,11 +39,9 @@ from lightning_qlora.files.lightning_checkpoint import (
     read_checkpoint,
     reading,
 )
+from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.names import join, outer_names, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
-from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.tensor_parallel import split
-from lightning_qlora.layers.trainable_tokens import SPLIT_TOKENS, TrainableTokens
 from lightning_qlora.optim.adamw import load_whole_state
 from lightning_qlora.runs.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.runs.guards import check_checkpoint
@@ -156,10 +154,8 @@ def split_4_bit_layers_of_plans(original: Any, style: Any, name: str, module: nn
     Supported ways tried: a ParallelStyle of our own, which users would have to write into their plans.
     Removed by: a method of nn.Linear that splits its parameters.
     """
-    if isinstance(module, QLoRALinear):
-        split(module, mesh, isinstance(style, RowwiseParallel))
-    elif isinstance(module, TrainableTokens):
-        raise ValueError(SPLIT_TOKENS)
+    if isinstance(module, Derived):
+        module.split_over(mesh, isinstance(style, RowwiseParallel))
     else:
         original(style, name, module, mesh)
 

@@ -1,7 +1,6 @@
 """What the rows of a selection do to a module: 4-bit layers, which parameters train, and single rows that train."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -25,6 +24,13 @@ IN_INIT = (
     "and call load_from_checkpoint within plugin.init() of a plugin with the arguments of the training."
 )
 
+SHARDED = (
+    "its weight is sharded already (a DTensor), and a shard can't be quantized. In configure_model, call "
+    "self.trainer.precision_plugin.convert_module(self.model) before fully_shard or parallelize_module; in a "
+    "loop of your own, lightning_qlora.convert(model). A model that configure_model loads with from_pretrained "
+    "of transformers is in 4 bits already; pass no plan to it (tp_plan, distributed_config) elsewhere."
+)
+
 
 def convert_layers(seen: Survey, choice: Selection, device: torch.device | None, before: Snapshot) -> list[LoRALayer]:
     """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense.
@@ -37,8 +43,8 @@ def convert_layers(seen: Survey, choice: Selection, device: torch.device | None,
     for row in tqdm(rows, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(row.name or type(row.owner).__name__):
             layers.append(_convert_row(row, device))
-        before.keep(layers[-1])
-        before.keep(row.owner)
+        for part in {layers[-1], row.owner}:  # of a linear layer both are the same
+            before.keep(part)
     for part in seen.parts:
         if part.kind is Kind.PACKED and not isinstance(part.owner, LoRALayer):
             decode_packed_layer(part.owner)
@@ -49,15 +55,16 @@ def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
     """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
     loaded = row.owner if row.stack is None else row.stack.loaded
     if isinstance(loaded, LoRALayer):
-        if not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
-            _check_not_sharded(loaded.lora_A)
+        if is_sharded(loaded.lora_A) and not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
+            raise ValueError(SHARDED)
         assert row.config is not None
         loaded.set_arguments(row.config, row.name, loaded.seed_name)
         return loaded
     weight = row.owner._parameters.get(row.key)
     if weight is None:  # the parameters of another quantized format
         raise ValueError(f"has no float weight to quantize, but {', '.join(row.owner._parameters)}. {IN_INIT}")
-    _check_not_sharded(weight)
+    if is_sharded(weight):
+        raise ValueError(SHARDED)
     trained = weight.requires_grad
     dtype = weight.dtype
     layer = convert_layer(row, device)
@@ -67,16 +74,6 @@ def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
     for parameter in layer.adapter_parameters():  # until the conversion ends, it counts as the layer that it was
         parameter.requires_grad_(trained)
     return layer
-
-
-def _check_not_sharded(weight: Any) -> None:
-    if is_sharded(weight):
-        raise ValueError(
-            "its weight is sharded already (a DTensor), and a shard can't be quantized. In configure_model, call "
-            "self.trainer.precision_plugin.convert_module(self.model) before fully_shard or parallelize_module; in a "
-            "loop of your own, lightning_qlora.convert(model). A model that configure_model loads with from_pretrained "
-            "of transformers is in 4 bits already; pass no plan to it (tp_plan, distributed_config) elsewhere."
-        )
 
 
 def convert_layer(row: Row, device: torch.device | None = None, weights: Iterable[Tensor] | None = None) -> LoRALayer:

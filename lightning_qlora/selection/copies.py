@@ -3,7 +3,6 @@
 After conversion the module trains adapters, and code that pairs the parameters of both averages others than before.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,34 +38,39 @@ class Copy(NamedTuple):
 
 
 def find_copies(seen: Survey, choice: Selection) -> list[Copy]:
-    """`_find_copies`; the module knows them until `forget_copies`, because their originals may be in 4 bits then."""
-    known: dict[str, list[Copy]] = vars(seen.parts[0].owner)
-    copies = [*dict.fromkeys([*known.get(COPIES, []), *_find_copies(seen, choice)])]
-    known[COPIES] = copies
-    return copies
-
-
-def forget_copies(module: nn.Module) -> None:
-    """Its conversion has ended."""
-    vars(module).pop(COPIES, None)
-
-
-def _find_copies(seen: Survey, choice: Selection) -> list[Copy]:
     """The tensors of a module that are equal, where one of them is the weight of a layer to convert.
 
     Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone
-    (`nn.TransformerEncoder` makes its layers as copies of one).
+    (`nn.TransformerEncoder` makes its layers as copies of one). The module knows the copies until its conversion has
+    ended: after an interrupt their originals are in 4 bits.
     """
+    known: dict[str, list[Copy]] = vars(seen.parts[0].owner)
+    copies = known.get(COPIES, [])
+    if tensors := _tensors_to_compare(seen):
+        copies = [*dict.fromkeys([*copies, *_equal_tensors(tensors, choice)])]
+    if copies:
+        known[COPIES] = copies
+    return copies
+
+
+def _tensors_to_compare(seen: Survey) -> list[tuple[str, Tensor]]:
+    """The dense matrices, and stacks of them, of which others of their shape may be copies; on this rank as a whole."""
+    matrices = [(name, each) for name, each in tensors_of([*seen.modules]) if is_comparable(each) and each.ndim >= 2]
+    of_shape: dict[torch.Size, set[str]] = {}
+    for name, tensor in matrices:
+        of_shape.setdefault(tensor.shape, set()).add(without_numbers(name))
+    return [(name, tensor) for name, tensor in matrices if len(of_shape[tensor.shape]) > 1]
+
+
+def _equal_tensors(tensors: list[tuple[str, Tensor]], choice: Selection) -> list[Copy]:
     targets = {row.weight_name for row in choice.convert.values()}
     groups: dict[object, list[tuple[str, Tensor]]] = {}
-    for name, tensor in _matrices(seen):
+    for name, tensor in tensors:
         key = sample(tensor)
         if key is not None:
             groups.setdefault((tensor.shape, *key), []).append((name, tensor))
     copies = []
     for tensors in groups.values():
-        if len({without_numbers(name) for name, _ in tensors}) == 1:
-            continue
         for place, (name, tensor) in enumerate(tensors):
             earlier = [each for each in tensors[:place] if without_numbers(each[0]) != without_numbers(name)]
             if not earlier:
@@ -86,13 +90,6 @@ def share_seeds(choice: Selection, copies: list[Copy]) -> None:
         if copy.name in names and copy.original in names:
             name = names[copy.name]
             choice.rows[name] = choice.rows[name]._replace(seed_name=choice.rows[names[copy.original]].seed_name)
-
-
-def _matrices(seen: Survey) -> Iterator[tuple[str, Tensor]]:
-    """The dense matrices and stacks of matrices of a module, on this rank as a whole; each tensor once."""
-    for name, tensor in tensors_of(list(seen.modules)):
-        if is_comparable(tensor) and tensor.ndim >= 2:
-            yield name, tensor
 
 
 def is_comparable(tensor: Tensor) -> bool:

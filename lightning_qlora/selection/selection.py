@@ -99,8 +99,6 @@ class Case:
 
 
 class Rule(NamedTuple):
-    """What happens with a layer, or with a stack of experts."""
-
     when: str  # as in docs/layers.md
     by_default: str | None  # what happens if target_modules does not name it; None: the rule does not apply
     if_named: str | None  # the same if target_modules names it; in ["all-linear", "lm_head"] it names "lm_head"
@@ -193,10 +191,14 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
 
 def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
     arguments = _Arguments(config, saved, seen.trains)
-    tokens = select_tokens(seen, config.trainable_token_indices)
-    in_full = Patterns(config.modules_to_save)
-    modules = (part for part in seen.parts if part.kind not in STACKS)
-    rows = [_whole(part, TRAIN, IN_MODULES_TO_SAVE) for part in modules if in_full.match(part.names.for_patterns)]
+    tokens: dict[str, list[int]] = {}
+    if config.trainable_token_indices:
+        tokens = select_tokens(seen, config.trainable_token_indices)
+    rows = []
+    if config.modules_to_save:
+        in_full = Patterns(config.modules_to_save)
+        modules = (part for part in seen.parts if part.kind not in STACKS)
+        rows = [_whole(part, TRAIN, IN_MODULES_TO_SAVE) for part in modules if in_full.match(part.names.for_patterns)]
     whole = {row.name for row in rows}  # decided with all that is in them
     for part in seen.parts:
         name = part.names.full
@@ -248,23 +250,28 @@ class _Arguments:
         self._config = config
         self._saved = saved
         self._trains = trains
-        self._named = Patterns(config.named_targets)
-        self._excluded = Patterns(config.exclude_modules)
-        self._ranks = Patterns(config.rank_pattern)
-        self._alphas = Patterns(config.alpha_pattern)
+        given = {
+            "target_modules": config.named_targets,
+            "exclude_modules": config.exclude_modules,
+            "r": config.rank_pattern,
+            "lora_alpha": config.alpha_pattern,
+        }
+        self._patterns = {argument: Patterns(value) for argument, value in given.items() if value}
         self._configs: dict[str, QLoRAConfig] = {}  # by the arguments that differ: each is checked once
 
     def case(self, part: Part) -> Case:
         names = part.names.for_patterns
         saved = None if self._saved is None else self._saved.get(part.names.in_state_dicts)
+        named = self._patterns.get("target_modules")
+        excluded = self._patterns.get("exclude_modules")
         reasons = (each.new for each in part.parameters.values() if each.new and not part.has_parts)
         if part.kind in STACKS:  # what transformers did not find in the files is in 4 bits
             reasons = (reason for reason in reasons if reason.startswith(BY_VALUES))
         return Case(
             part=part,
             config=self._config_of(names, saved),
-            is_named=part.names.full != "" and self._named.match(names),
-            is_excluded=self._excluded.match_outer(names),
+            is_named=named is not None and part.names.full != "" and named.match(names),
+            is_excluded=excluded is not None and excluded.match_outer(names),
             trains=self._trains,
             new=next(reasons, None),
             saved=saved,
@@ -272,11 +279,11 @@ class _Arguments:
         )
 
     def _config_of(self, names: tuple[str, ...], saved: Mapping[str, Any] | None) -> QLoRAConfig:
-        own: dict[str, Any] = {}
-        if self._config.rank_pattern or self._config.alpha_pattern:
-            own["r"] = self._ranks.value(names, self._config.r)
-            own["lora_alpha"] = self._alphas.value(names, self._config.lora_alpha)
+        arguments = self._patterns.keys() & {"r", "lora_alpha"}
+        own = {each: self._patterns[each].value(names, getattr(self._config, each)) for each in sorted(arguments)}
         own |= saved or {}
+        if not own:
+            return self._config
         key = repr(own)
         if key not in self._configs:
             self._configs[key] = self._config.with_own(own)

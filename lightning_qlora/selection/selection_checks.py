@@ -35,12 +35,12 @@ def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_che
     """
     if not of_checkpoint:
         _check_patterns(seen, config, choice)
-    check_tokens(seen, config.trainable_token_indices, choice.train)
-    excluded = Patterns(config.exclude_modules)
+    if config.trainable_token_indices:
+        check_tokens(seen, config.trainable_token_indices, choice.train)
     for part in seen.parts:
         name = part.names.full
         kind = None if part.stack is not None else foreign_adapter(part.owner)
-        if kind is None or excluded.match_outer(part.names.for_patterns):
+        if kind is None or Patterns(config.exclude_modules).match_outer(part.names.for_patterns):
             continue
         if choice.train.keys().isdisjoint(outer_names(name)):
             raise ValueError(
@@ -58,12 +58,14 @@ def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> Non
                 f"target_modules={config.target_modules!r} names {row.name!r}, a {type(row.owner).__name__}: "
                 f"{row.reason}. To train it, {TRAIN_IN_FULL}."
             )
-    earlier = [part.names.full for part in seen.parts if part.kind is Kind.CONVERTED]
-    converted = dict.fromkeys([*choice.convert, *earlier])
-    for argument in ARGUMENTS:
-        value = config.named_targets if argument == "target_modules" else getattr(config, argument)
-        for text, names in _matches(seen, argument, Patterns(value or ())).items():
+    patterns = {argument: getattr(config, argument) for argument in ARGUMENTS} | {
+        "target_modules": config.named_targets
+    }
+    for argument, value in patterns.items():
+        for text, names in _matches(seen, argument, value).items() if value else ():
             if argument in ("rank_pattern", "alpha_pattern"):
+                earlier = [part.names.full for part in seen.parts if part.kind is Kind.CONVERTED]
+                converted = dict.fromkeys([*choice.convert, *earlier])
                 if converted.keys().isdisjoint(names):
                     dense = choice.reasons(TRAIN, SKIP, IN_VAIN)
                     reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in names if n in dense][:3])
@@ -73,10 +75,11 @@ def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> Non
                 _refuse_pattern(argument, text, getattr(config, argument), seen)
 
 
-def _matches(seen: Survey, argument: str, patterns: Patterns) -> dict[str, list[str]]:
+def _matches(seen: Survey, argument: str, value: Any) -> dict[str, list[str]]:
     """Each pattern -> names of the parts that it matches, of exclude_modules also by the modules around them."""
+    patterns = Patterns(value)
     matches: dict[str, list[str]] = {text: [] for text in patterns.texts}
-    for part in seen.parts if matches else ():
+    for part in seen.parts:
         if part.stack is not None and argument == "modules_to_save":
             continue
         names: Iterable[str] = part.names.for_patterns

@@ -20,7 +20,7 @@ ARGUMENT = "trainable_token_indices"
 TokenIndices = list[int] | dict[str, list[int]]
 
 
-def select_tokens(seen: Survey, tokens: TokenIndices | None) -> dict[str, list[int]]:
+def select_tokens(seen: Survey, tokens: TokenIndices) -> dict[str, list[int]]:
     """Name of each layer whose rows train, tied ones included -> their indices; without those of earlier conversions.
 
     A key that fits no layer has no effect here, see `check_tokens`.
@@ -37,10 +37,8 @@ def select_tokens(seen: Survey, tokens: TokenIndices | None) -> dict[str, list[i
     return {name: indices for name, indices in chosen.items() if indices is not None and name not in earlier}
 
 
-def check_tokens(seen: Survey, tokens: TokenIndices | None, in_full: Mapping[str, Any]) -> None:
+def check_tokens(seen: Survey, tokens: TokenIndices, in_full: Mapping[str, Any]) -> None:
     """Raise ValueError if the argument names no layer, rows beyond a weight, or layers that train in full."""
-    if tokens is None:
-        return
     named = _named_layers(seen, tokens)
     embeddings = [name for name, layer in seen.modules if isinstance(layer, nn.Embedding)]
     text = f"{seen.class_name} has no nn.Embedding"
@@ -102,9 +100,7 @@ def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
     return weight
 
 
-def _named_layers(seen: Survey, tokens: TokenIndices | None) -> list[tuple[Part, list[int]]]:
-    if tokens is None:
-        return []
+def _named_layers(seen: Survey, tokens: TokenIndices) -> list[tuple[Part, list[int]]]:
     parts = [part for part in seen.parts if part.kind not in STACKS]
     if isinstance(tokens, list):
         embeddings = _input_embeddings(seen)

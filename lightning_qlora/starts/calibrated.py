@@ -6,6 +6,7 @@ W is the weight [out, in], Q its 4 bits, s the scaling of the adapter, SVD_r the
 root mean square of each input in the first step: the approximate form of QERA (Zhang et al., ICLR 2025).
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from lightning_qlora.starts import default
-from lightning_qlora.starts.input_statistics import InputStatistics, solver_device, stop_waiting
+from lightning_qlora.starts.input_statistics import InputStatistics, solver_device
 from lightning_qlora.starts.seeds import generator_of
 
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
@@ -25,15 +26,32 @@ Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the ma
 def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
     """ValueError if the rank is larger than the number of singular values."""
     _check_rank(dense_weight, layer.config)
-    previous: InputStatistics | None = layer.input_statistics
+    previous: InputStatistics | None = layer.input_observer
     statistics = InputStatistics(dense_weight, layer.matrix_count, dense_weight.shape[-1], layer.packed.device)
     statistics.join(layer)
     if previous is not None:  # the copies keep the weight that this layer had
         statistics.report = previous.report
         if statistics.report is not None:
             statistics.report.waiting.append(layer.full_name)
-        stop_waiting(layer)
+        layer.stop_observing()
     return statistics
+
+
+def begin_again(layer: Any, initial: tuple[Tensor, Tensor] | None) -> None:
+    """Let a layer wait for inputs, whose loaded adapter was saved before it was initialized from them.
+
+    `initial`: what this layer was initialized with, if it was.
+    """
+    if initial is not None:
+        layer.set_adapter(*initial)
+        layer.set_initial(initial)
+    elif layer.input_observer is None:
+        warnings.warn(
+            f"{layer.full_name}: the loaded state dict was saved before the calibration of the adapter "
+            "(init_lora_weights='calibrated'), and its float weight is freed, so it has the default initialization "
+            "now. Load it into a newly built module instead.",
+            stacklevel=2,
+        )
 
 
 def _check_rank(weight: Tensor, config: QLoRAConfig) -> None:

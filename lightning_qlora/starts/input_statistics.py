@@ -54,7 +54,6 @@ class InputStatistics:
         self._layers.append(ref(layer))
 
     def leave(self, layer: Any) -> None:
-        """Remove a layer, whose adapter got its values."""
         self._layers = [each for each in self._layers if each() not in (layer, None)]
         if not self._layers and self.report is not None:
             self.report.waiting.remove(layer.full_name)
@@ -62,6 +61,12 @@ class InputStatistics:
     def leave_to_another_rank(self) -> None:
         """Free the weight: another rank has it, and computes the values of the adapter."""
         self.dense_weight = self.dense_weight.to("meta")
+
+    def refuse_split(self) -> None:
+        raise ValueError(
+            f"{self.name}: init_lora_weights='calibrated' is computed in the first step, from whole layers, and this "
+            "layer is split over ranks before it. Use 'default' or 'gaussian' with tensor parallelism."
+        )
 
     def to(self, device: torch.device) -> None:
         """Move the sums with a layer, whose weight may have been read after it was on the meta device."""
@@ -113,14 +118,6 @@ def add_input(sums: Tensor, number: int, x: Tensor, lora_b: Tensor, in_training:
 @add_input.register_fake
 def _(sums: Tensor, number: int, x: Tensor, lora_b: Tensor, in_training: bool, name: str) -> None:
     pass
-
-
-def stop_waiting(layer: nn.Module) -> None:
-    """Let a layer wait for no inputs any more: its adapter has its values."""
-    # Absent, and not None: torch.compile guards on it.
-    statistics: InputStatistics | None = vars(layer).pop("input_statistics", None)
-    if statistics is not None:
-        statistics.leave(layer)
 
 
 def solver_device(device: torch.device) -> torch.device:

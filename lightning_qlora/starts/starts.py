@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from lightning_qlora.starts import default, gaussian
-from lightning_qlora.starts.calibrated import wait_for_inputs
+from lightning_qlora.starts.calibrated import begin_again, wait_for_inputs
 from lightning_qlora.starts.seeds import generator_of
 from lightning_qlora.tensors.fingerprint import has_values
 
@@ -21,12 +21,14 @@ class Start(NamedTuple):
     fill: Callable[[Tensor, torch.Generator], None]  # sets A, fp32 [r, in], on the CPU
     # From a layer and its float weight: what sees its inputs, until a correction of the quantization error is computed.
     observer: Callable[[Any, Tensor], Any] | None = None
+    # What a layer does whose loaded adapter was saved before that.
+    begin_again: Callable[[Any, Any], None] | None = None
 
 
 STARTS = {
     "default": Start(default.fill),
     "gaussian": Start(gaussian.fill),
-    "calibrated": Start(default.fill, wait_for_inputs),
+    "calibrated": Start(default.fill, wait_for_inputs, begin_again),
 }
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 
+from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     CHECKPOINTED,
@@ -15,17 +16,18 @@ from lightning_qlora.layers.names import (
     is_transformers_model,
     join,
     only_child_of,
+    tensors_of,
     without_wrappers,
 )
-from lightning_qlora.layers.qlora_linear import adapted_layers_of
-from lightning_qlora.layers.trainable_tokens import TokenAdapter, token_adapters_of
+from lightning_qlora.layers.trainable_tokens import TokenAdapter
+from lightning_qlora.layers.with_adapter import WithAdapter, adapters_of
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
+from lightning_qlora.tensors.device_types import IN_16_BITS
+from lightning_qlora.tensors.held_types import TYPES
 
 
 class NamedParameter(NamedTuple):
-    """A parameter under one of its names."""
-
     name: str
     owner: nn.Module
     key: str
@@ -38,10 +40,21 @@ class Parts:
     Attributes:
         places: Name and module, a shared module under each of its names, in the order of `named_modules`, without these
             names of wrappers. State dicts have torch.compile's, and not checkpoint_wrapper's.
+        named: The same, each module once.
+        modules: The modules of these.
+        root: The first one.
     """
 
     def __init__(self, places: Iterable[tuple[str, nn.Module]], wrappers: Collection[str]) -> None:
-        self.places = [(without_wrappers(name, wrappers), module) for name, module in places]
+        self.places = [*places]
+        if wrappers:
+            self.places = [(without_wrappers(name, wrappers), module) for name, module in self.places]
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for name, module in self.places:
+            first.setdefault(id(module), (name, module))
+        self.named = [*first.values()]
+        self.modules = [module for _, module in self.named]
+        self.root = self.modules[0]
 
     @classmethod
     def of(cls, module: nn.Module, wrappers: Collection[str] = (CHECKPOINTED,)) -> "Parts":
@@ -50,26 +63,27 @@ class Parts:
             module = module.module
         return cls(module.named_modules(remove_duplicate=False), wrappers)
 
+    @cached_property
+    def is_new(self) -> bool:
+        """Whether this package left nothing in the modules: no layer, and no mark on one."""
+        return not (self.adapters or any(key.startswith("_qlora_") for part in self.modules for key in vars(part)))
+
     @property
-    def root(self) -> nn.Module:
-        return self.places[0][1]
+    def has_16_bits(self) -> bool:
+        """Whether a value, a 4-bit weight before, or what a module computes in, has a type of 16 bits."""
+        types = {tensor.dtype for _, tensor in tensors_of(self.named)}
+        types.update(layer.dtype_before for layer in self.layers.values())
+        return not types.isdisjoint(IN_16_BITS) or any({TYPES, METHODS} & vars(part).keys() for part in self.modules)
 
     @cached_property
-    def named(self) -> list[tuple[str, nn.Module]]:
-        """Name and module, each module once."""
-        first: dict[int, tuple[str, nn.Module]] = {}
-        for name, module in self.places:
-            first.setdefault(id(module), (name, module))
-        return list(first.values())
-
-    @cached_property
-    def modules(self) -> list[nn.Module]:
-        return [module for _, module in self.named]
+    def adapters(self) -> dict[str, WithAdapter]:
+        """Name -> what has an adapter, each once: layers, stacks of experts, and embeddings of which rows train."""
+        return adapters_of(self.named)
 
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:
-        """Name -> converted layer, each once; a stack of experts by the name of its parameter."""
-        return adapted_layers_of(self.named)
+        """The converted layers among them; a stack of experts by the name of its parameter."""
+        return {name: part for name, part in self.adapters.items() if isinstance(part, LoRALayer)}
 
     @cached_property
     def layers_by_key(self) -> dict[str, LoRALayer]:
@@ -78,8 +92,8 @@ class Parts:
 
     @cached_property
     def tokens(self) -> dict[str, TokenAdapter]:
-        """Name of an embedding with rows that train -> its adapter; for tied weights the first name only."""
-        return token_adapters_of(self.named)
+        """The rows of embeddings among them; for tied weights the first name only."""
+        return {name: part for name, part in self.adapters.items() if isinstance(part, TokenAdapter)}
 
     @property
     def token_indices(self) -> dict[str, list[int]]:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, parameter_name
 from lightning_qlora.layers.packed_layer import BASE
-from lightning_qlora.layers.trainable_tokens import without_tokens
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprints_of
 
@@ -31,8 +31,6 @@ class Record(NamedTuple):
 
 
 class Unrecorded(NamedTuple):
-    """A parameter that no conversion has seen, before conversion."""
-
     owner: nn.Module
     key: str
     trained: bool
@@ -48,13 +46,9 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
     """The parameters in modules of which no conversion has ended; also weights that are in 4 bits already."""
     result = []
     for part in modules:
-        parameters = own_parameters(part)
-        if isinstance(part, LoRALayer):
-            parameters = {}
-            if part.loaded:
-                parameters = {key: value for key, value in own_parameters(part).items() if key not in OF_LAYERS}
-        for key, parameter in parameters.items():
-            if key not in _records(part):
+        for key, parameter in own_parameters(part).items():
+            is_of_layer = isinstance(part, LoRALayer) and (key in OF_LAYERS or not part.loaded)
+            if not is_of_layer and key not in _records(part):
                 result.append(Unrecorded(part, key, parameter.requires_grad, parameter.dtype))
         for key, layer in _loaded_layers(part):
             known = _records(part).get(key) or Record(layer.lora_A.requires_grad, layer.lora_A.dtype, None)
@@ -64,10 +58,10 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
 
 def _loaded_layers(part: Any) -> Iterator[tuple[str, LoRALayer]]:
     """The key of each weight that is in 4 bits before a conversion has ended, and its layer."""
-    if isinstance(part, LoRALayer) and part.loaded and not part.is_stack:
+    if isinstance(part, LoRALayer) and part.loaded and len(part._shape) == 2:
         yield "weight", part
     for key, child in part._modules.items():
-        if isinstance(child, LoRALayer) and child.loaded and child.is_stack:
+        if isinstance(child, LoRALayer) and child.loaded and len(child._shape) == 3:
             yield parameter_name(key), child
 
 
@@ -182,5 +176,5 @@ def _fingerprints(parameters: Iterable[tuple[nn.Module, Tensor]]) -> dict[int, i
     first: dict[int, Tensor] = {}
     for owner, parameter in parameters:
         if id(parameter) not in first:
-            first[id(parameter)] = without_tokens(owner, parameter)
+            first[id(parameter)] = owner.frozen_values(parameter) if isinstance(owner, Derived) else parameter
     return dict(zip(first, fingerprints_of(first.values()), strict=True))

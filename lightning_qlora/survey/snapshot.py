@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.instance_method import METHODS
+from lightning_qlora.layers.names import tensors_of
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.fingerprint import is_strided
-from lightning_qlora.tensors.held_types import own_tensors
 
 CONTAINERS = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 
@@ -40,8 +40,6 @@ class Snapshot:
 
 
 class _State:
-    """The class, the attributes and the tensors of one module."""
-
     def __init__(self, part: nn.Module) -> None:
         self._part = part
         self._class = type(part)
@@ -50,7 +48,7 @@ class _State:
         containers += [vars(method) for method in vars(part).get(METHODS, ())]
         containers += [value for key, value in vars(part).items() if key.startswith("_qlora") and type(value) is dict]
         self._containers = list(map(_Content, containers))
-        self._tensors = [_Tensor(tensor) for tensor in own_tensors(part).values()]
+        self._tensors = [_Tensor(tensor) for _, tensor in tensors_of([("", part)])]
 
     def restore(self) -> None:
         if type(self._part) is not self._class:

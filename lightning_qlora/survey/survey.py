@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.experts.expert_selection import Routers, expert_parameters
+from lightning_qlora.experts.expert_selection import Routers, expert_parameters, know_experts
 from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.kinds import LINEAR as LINEAR_KIND
 from lightning_qlora.layers.kinds import is_linear, is_packed, kind_of
@@ -47,8 +47,6 @@ from lightning_qlora.survey.records import is_recorded
 
 
 class Kind(Enum):
-    """What a part of a module is."""
-
     LINEAR = "a linear layer, with a weight in floats"
     PACKED = "a linear layer of another library, with a weight in 4 bits"
     STACK = "the experts of one parameter"
@@ -68,11 +66,8 @@ DECIDED = (Kind.EXPERTS, Kind.CONVERTED, Kind.TOKENS)  # by others, or before
 
 
 class Parameter(NamedTuple):
-    """A parameter that a part holds itself."""
-
     trains: bool = True
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
     new: str | None = None  # why its value is random
     ties: tuple[str, ...] = ()  # names of the same parameter in other modules
 
@@ -136,8 +131,6 @@ Agree = Callable[[Origins], Origins]
 
 @dataclass
 class Survey:
-    """A module before it is converted."""
-
     parts: list[Part]  # the modules in the order of `named_modules`, each followed by the experts that it holds
     trains: bool = True
     origins: Origins = NOTHING_KNOWN
@@ -148,7 +141,6 @@ class Survey:
 
     @property
     def was_converted(self) -> bool:
-        """Whether it has layers of an earlier conversion."""
         return any(part.kind is Kind.CONVERTED for part in self.parts)
 
     @property
@@ -175,16 +167,16 @@ def survey(modules: Parts, agree: Agree = lambda origins: origins) -> Survey:
 
 
 class _Facts:
-    """What is known of single modules and parameters, by their ids."""
-
     def __init__(self, modules: Parts, new: Mapping[str, str]) -> None:
         self.modules = dict(modules.named)
         self.names = _names(modules)
-        self.new = {id(value): new[name] for name, _, _, value in modules.parameters if name in new}
+        parameters = modules.parameters
+        self.new = {id(value): new[name] for name, _, _, value in parameters if name in new}
         self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
-        for name, owner, _, parameter in modules.parameters:
+        for name, owner, _, parameter in parameters:
             self.holders[id(parameter)][name] = id(owner)
-        self.routers = Routers(self.modules)
+        self.is_new = modules.is_new
+        self.routers = Routers(self.modules) if know_experts(modules.modules) else None
         self.members_of: Callable[[Any], frozenset[str]] = cache(_members_of_class)
         self.output_embeddings = OutputEmbeddings(self.modules.values())
         self.in_frozen_models: set[int] = set()
@@ -201,7 +193,7 @@ class _Facts:
 
     def parts(self) -> Iterator[Part]:
         for name, module in self.modules.items():
-            stacks = expert_parameters(module)
+            stacks = [] if self.routers is None else expert_parameters(module)
             kind = _kind(module)
             yield Part(
                 names=self.names[id(module)],
@@ -210,8 +202,8 @@ class _Facts:
                 parameters=self._parameters(module, module._parameters),
                 has_parts=bool(module._modules),
                 has_stacks=bool(stacks),
-                is_recorded=is_recorded(module),
-                config=_config_of_unfinished(module),
+                is_recorded=not self.is_new and is_recorded(module),
+                config=None if self.is_new else _config_of_unfinished(module),
                 **(self._facts_of_linear(name, module, kind) if kind in LINEAR else {}),
             )
             yield from map(self._stack, stacks)
@@ -225,7 +217,7 @@ class _Facts:
             "computed": () if kind is Kind.QUANTIZED else tuple(computed),
             "member": self._replaced_member(layer) if is_dense else None,
             "is_output_embedding": self.output_embeddings.has(name, layer),
-            "is_router": self.routers.has(name, layer),
+            "is_router": self.routers is not None and self.routers.has(name, layer),
             "is_left_dense": is_dense and id(layer) in self.left_dense,
             "is_read_dense": is_dense and id(layer) in self.read_dense,
             "is_in_frozen_model": id(layer) in self.in_frozen_models,
@@ -266,7 +258,7 @@ class _Facts:
                 holders = self.holders[id(parameter)]
                 ties = tuple(name for name, owner in holders.items() if owner != id(holder))
                 new = self.new.get(id(parameter))
-                result[key] = Parameter(parameter.requires_grad, parameter.dtype, parameter.device, new, ties)
+                result[key] = Parameter(parameter.requires_grad, parameter.dtype, new, ties)
         return result
 
 
@@ -278,7 +270,7 @@ def _kind(module: nn.Module) -> Kind:
     if isinstance(module, LoRALayer):
         if not module.loaded:
             return Kind.CONVERTED
-        return Kind.EXPERTS if module.is_stack else Kind.QUANTIZED
+        return Kind.EXPERTS if len(module._shape) == 3 else Kind.QUANTIZED
     if not is_linear(module):
         return Kind.OTHER
     return Kind.PACKED if is_packed(module) else Kind.LINEAR
@@ -304,7 +296,7 @@ def _shape(module: Any, kind: Kind) -> tuple[int, int]:
 
 def _names(modules: Parts) -> dict[int, Names]:
     is_lightning = isinstance(modules.root, classes(LightningModule))
-    only_child = only_child_of(modules.root)
+    only_child = only_child_of(modules.root) if is_lightning else None
     model: str | None = None
     seeds: dict[int, str] = {}
     full: dict[int, list[str]] = defaultdict(list)

@@ -45,7 +45,8 @@ def fingerprints_of(tensors: Iterable[Tensor]) -> list[int]:
     numbers: dict[int, int] = {}
     groups = defaultdict[tuple[int, torch.dtype, torch.device], list[int]](list)
     for place, tensor in enumerate(values):
-        if _is_small(tensor):
+        is_whole = has_values(tensor) and is_strided(tensor) and not isinstance(tensor, DTensor)
+        if is_whole and tensor.dtype in _FLOATS and 0 < tensor.numel() <= 2 * _PIECE:  # one sum
             groups[tensor.numel(), tensor.dtype, tensor.device].append(place)
         else:
             numbers[place] = fingerprint(tensor)
@@ -53,23 +54,12 @@ def fingerprints_of(tensors: Iterable[Tensor]) -> list[int]:
         step = max(_TOGETHER // size, 1)
         for begin in range(0, len(places), step):
             some = places[begin : begin + step]
-            sums = _sums_of_rows(torch.stack([values[place].detach().reshape(-1) for place in some]))
-            for place, total in zip(some, sums, strict=True):
+            rows = torch.stack([values[place].detach().reshape(-1) for place in some]).float()
+            words = F.pad(rows, (0, size % 2)).contiguous().view(torch.int64)
+            words = words * _odd_numbers(words.shape[1], words.device)
+            for place, total in zip(some, (words ^ (words >> 32)).sum(1).tolist(), strict=True):
                 numbers[place] = _mix(_mix(total) + size)
     return [numbers[place] for place in range(len(values))]
-
-
-def _is_small(tensor: Tensor) -> bool:
-    """Whether the fingerprint of a tensor is made of one sum over floats."""
-    is_plain = has_values(tensor) and is_strided(tensor) and not isinstance(tensor, DTensor)
-    return is_plain and tensor.dtype in _FLOATS and 0 < tensor.numel() <= 2 * _PIECE
-
-
-def _sums_of_rows(rows: Tensor) -> list[int]:
-    rows = rows.float()
-    words = F.pad(rows, (0, rows.shape[1] % 2)).contiguous().view(torch.int64)
-    words = words * _odd_numbers(words.shape[1], words.device)
-    return (words ^ (words >> 32)).sum(1).tolist()
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -29,7 +29,7 @@ from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_a
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.conversion.convert import Run, convert_module
 from lightning_qlora.conversion.convert_checks import check_initialized
-from lightning_qlora.conversion.parameter_counts import count_parameters, packed_bytes, packed_layers, parameter_bytes
+from lightning_qlora.conversion.parameter_counts import count_parameters, packed_layers, parameter_bytes
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS, Held
@@ -248,10 +248,10 @@ class PlannedRun:
             run_without_data(self.model)
         self._repeated = RepeatedBlocks(self.model)
         self._more = more_of_each(self.model) if in_short else {}
-        packed = self.sum(lambda part: packed_bytes(packed_layers(part)))
+        packed = self.sum(lambda part: count_parameters(part.modules()).packed_bytes)
         trained = self.sum(lambda part: sum(p.nbytes for p in part.parameters() if p.requires_grad))
         if optimizer == "adamw8bit":
-            state = int(self.sum(lambda part: count_parameters(part.modules())[0]) * STATE_8BIT)
+            state = int(self.sum(lambda part: count_parameters(part.modules()).trainable) * STATE_8BIT)
         else:
             state = int(trained * STATE[optimizer])
         self._parts = {

@@ -472,7 +472,7 @@ def test_a_layer_that_waits_for_its_inputs_sees_each_once():
         convert(module, **ARGUMENTS, init_lora_weights="calibrated", gradient_checkpointing=setting)
         gradients(module)
         layers = [module.model.layers[0].mlp.up_proj, module.model.layers[0].mlp.down_proj]
-        reports.append([layer.input_statistics.sums[0, -3:] for layer in layers])
+        reports.append([layer.input_observer.sums[0, -3:] for layer in layers])
     assert whole(module) == {"its layers wait for inputs"}
     assert reports[0][0][-2] == 2 * TOKENS and reports[1][0][-2] == 4 * TOKENS  # recomputed once, as with True
 

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
 from lightning_qlora import QLoRAConfig, QLoRAPrecision, convert, load_adapter, merge, save_adapter
-from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part
@@ -24,7 +23,7 @@ from lightning_qlora.tools.merge_folder import merge_folder
 from tests.architectures.classes import build_class
 from tests.architectures.models import ALL, build, inputs_of
 from tests.peft.folders import adapter_of
-from tests.toys import ids, perturb
+from tests.toys import expert_stacks, ids, perturb
 
 # Without two blocks of one class that hold linear layers: gradient checkpointing warns.
 WITHOUT_BLOCKS = {"albert", "ibert", "squeezebert"}

@@ -149,7 +149,7 @@ def test_the_first_step_calibrates_every_layer_on_its_own_inputs(monkeypatch):
     assert (report.calibrated, report.waiting, report.unseen, report.rows) == (LAYERS, [], [], 200)
     assert 0 < report.seconds < 60 and printed == [f"QLoRA: {report}"]
     for module in net.modules():
-        assert not module._forward_pre_hooks and getattr(module, "input_statistics", None) is None
+        assert not module._forward_pre_hooks and getattr(module, "input_observer", None) is None
     before = adapters(net)
     step(net, 100 * x)
     assert_equal(adapters(net), before)
@@ -205,7 +205,7 @@ def test_parts_are_calibrated_one_after_another_and_a_merged_one_is_not():
     report = convert(nets, **{**CALIBRATED, "target_modules": LAYERS}).calibration
     x = torch.randn(4, 64)
     merge(nets[2])
-    assert not hasattr(nets[2].layers[0], "input_statistics")
+    assert not hasattr(nets[2].layers[0], "input_observer")
     step(nets[0], x)
     assert report.waiting == ["1.layers.0", "1.layers.2"]
     step(nets[1], x[:2])
@@ -234,7 +234,7 @@ def test_a_layer_without_input_keeps_the_default_initialization_and_is_named():
     del before["used.lora_A"], before["used.lora_B"]
     assert_equal({name: net.get_parameter(name) for name in before}, before)
     assert "because the first step had no input for them: zeros, unused" in str(report)
-    assert net.unused.input_statistics is None
+    assert net.unused.input_observer is None
 
 
 def test_rows_that_are_not_finite_do_not_count_and_an_error_names_a_layer_that_has_no_others():
@@ -259,11 +259,11 @@ def test_a_copy_gets_the_values_of_the_module(of, first, tmp_path):
     report = convert(net, **CALIBRATED)
     layers = net.layers
     copied = copy.deepcopy(net).layers if of == "the module" else copy.deepcopy(layers)
-    assert copied[0].input_statistics.dense_weight is layers[0].input_statistics.dense_weight
+    assert copied[0].input_observer.dense_weight is layers[0].input_observer.dense_weight
     step((layers if first == "module" else copied), x * net.sizes)
     assert (report.calibration.waiting, report.calibration.calibrated) == ([], LAYERS)
     for one, other in ((layers[0], copied[0]), (layers[2], copied[2])):
-        assert one.input_statistics is None and other.input_statistics is None
+        assert one.input_observer is None and other.input_observer is None
         assert one.lora_B.any()
         assert_equal([*one.parameters()], [*other.parameters()])
         assert_equal(one.initial, other.initial)
@@ -539,7 +539,7 @@ def test_a_loaded_state_or_adapter_ends_the_waiting(tmp_path):
 
 def test_the_op_of_inputs_follows_the_rules_of_torch():
     net, x, _ = waiting()
-    sums = net.layers[0].input_statistics.sums
+    sums = net.layers[0].input_observer.sums
     torch.library.opcheck(add_input, (sums.clone(), 0, x, net.layers[0].lora_B.detach(), True, "a"))
     assert all(tag in torch.ops.lightning_qlora.add_input.default.tags for tag in ops.TAGS)
 

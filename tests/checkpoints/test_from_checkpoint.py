@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import write_adapter
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
@@ -159,7 +160,7 @@ def test_a_checkpoint_with_the_bytes_of_experts(saved, tmp_path):
     path = saved(lit, checkpoint="full")
     adapter = same_folders(lit, path, tmp_path)
     for name, layer in adapted_layers(lit.model).items():
-        if layer.is_stack:
+        if isinstance(layer, QLoRAExperts):
             weights = [weight.dequantize() for weight in adapter.bases[name]]
             assert torch.equal(torch.stack(weights), layer.decode())
     content = torch.load(path)

@@ -6,9 +6,9 @@ from torch import nn
 
 from lightning_qlora import QLoRAConfig, QLoRALinear, convert
 from lightning_qlora.experts.expert_selection import expert_parameters
-from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.selection.selection import select_layers
 from tests.experts.test_experts import MODELS, made, qwen3_moe
+from tests.toys import expert_stacks
 
 pytest.importorskip("transformers", minversion="5")
 

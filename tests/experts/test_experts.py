@@ -11,12 +11,12 @@ from torch.testing import assert_close
 
 from lightning_qlora import QLoRAConfig, convert, disable_adapter, merge
 from lightning_qlora.experts import experts
-from lightning_qlora.experts.experts import QLoRAExperts, expert_stacks
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.kernels import reference
 from lightning_qlora.layers.readable_weight import ReadableWeight
 from lightning_qlora.selection.apply import convert_layer
 from lightning_qlora.selection.selection import select_layers
-from tests.toys import assert_equal, perturb
+from tests.toys import assert_equal, expert_stacks, perturb
 from tests.twin import dense_twin
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -295,7 +295,7 @@ def test_the_inputs_of_each_expert_count_for_a_calibration_in_one_launch_too(mon
         model = made(qwen3_moe)
         convert(model, r=2, lora_dropout=0.0, init_lora_weights="calibrated")
         outputs(model.train())
-        sums.append([stack.input_statistics.sums for stack in stacks_of(model)])
+        sums.append([stack.input_observer.sums for stack in stacks_of(model)])
     assert all(each[:, -1].sum() == 32 for each in sums[0])  # 16 tokens have two experts each
     assert_close(*sums, rtol=1e-4, atol=1e-6)
 

@@ -8,11 +8,10 @@ import torch
 
 from lightning_qlora import QLoRAPrecision, convert, save_adapter
 from lightning_qlora.conversion.parameter_counts import parameter_bytes
-from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.activations import _LivingTensors
 from tests.experts.test_experts import SMALL, architecture, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
-from tests.toys import assert_equal, needs, perturb
+from tests.toys import assert_equal, expert_stacks, needs, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

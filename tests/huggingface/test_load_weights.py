@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.without_data import mark_as_found
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.survey.provenance import LOADED_TENSOR
@@ -192,7 +193,7 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank,
             torch.testing.assert_close(gather(held.grad), parameter.grad)
     if start == "calibrated":
         for name in arguments["target_modules"]:
-            sums = [model.get_submodule(name).input_statistics.sums for model in (net.module, alone)]
+            sums = [model.get_submodule(name).input_observer.sums for model in (net.module, alone)]
             torch.testing.assert_close(*sums)
     if start == "adapter":
         save_adapter(perturb(alone, seed=1), folder / "other")
@@ -228,7 +229,7 @@ def test_experts_that_a_folder_has_as_a_stack_or_one_by_one(build, tmp_path, one
             part._parameters[key] = nn.Parameter(parameter.to("meta")) if parameter is not None else None
     net = sharded_by_fabric(tmp_path, build=lambda: empty)[1].module
     convert(model, **ARGUMENTS)
-    assert any(layer.is_stack for layer in adapted_layers(net).values())
+    assert any(isinstance(layer, QLoRAExperts) for layer in adapted_layers(net).values())
     check_equal(tensors(net), tensors(model))
 
 

@@ -20,7 +20,6 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.tools.cli import main
@@ -37,7 +36,7 @@ from tests.huggingface.test_experts_on_load import (
 )
 from tests.huggingface.test_quantize_on_load import InConfigureModel
 from tests.peft.folders import adapter_of
-from tests.toys import assert_equal, ids, needs, perturb, save_in_4_bits
+from tests.toys import assert_equal, expert_stacks, ids, needs, perturb, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")
 of_5_23 = needs("transformers", "5.23", "does not dequantize compressed-tensors while it loads")

@@ -8,13 +8,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRAPrecision, calibrate, convert, estimate_memory, merge
-from lightning_qlora.experts.experts import expert_stacks
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import make_trainer
 from tests.experts.test_experts import gpt_oss, made, outputs, qwen3_moe
-from tests.toys import assert_equal, delta, perturb
+from tests.toys import assert_equal, delta, expert_stacks, perturb
 
 transformers = pytest.importorskip("transformers", minversion="5")
 

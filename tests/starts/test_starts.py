@@ -152,7 +152,7 @@ def resumed(net, name):
     other.load_state_dict(net.state_dict())
     other(X).square().mean().backward()
     torch.optim.SGD(other.parameters(), lr=0.0).step()
-    assert torch.equal(other(X), net(X)) and all(layer.input_statistics is None for layer in layers(other))
+    assert torch.equal(other(X), net(X)) and all(layer.input_observer is None for layer in layers(other))
     return other
 
 

@@ -69,7 +69,7 @@ def test_each_part_has_its_place_and_kind_and_what_it_holds():
     assert parts["body.0"].names.others == ("again.0",) and parts["fp16"].shape == (3, 2)
     assert parts["body.0"].parameters == {"weight": Parameter(ties=("tied.weight",)), "bias": Parameter()}
     assert parts["body.1"].parameters == {"weight": Parameter(), "bias": Parameter(trains=False)}
-    assert parts["fp16"].weight == Parameter(dtype=torch.float16, device=torch.device("meta"))
+    assert parts["fp16"].weight == Parameter(dtype=torch.float16)
     assert parts["body"].has_parts and not parts["fp16"].has_parts and seen.trains
     assert not survey(Parts.of(module.requires_grad_(False), wrappers=())).trains
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, merge, save_adapter
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.peft.peft_folder import read_adapter
@@ -397,7 +398,7 @@ def test_experts_beside_linear_layers(build, kind, tmp_path, out):
     merge_folder(tmp_path / "base", read_adapter(tmp_path / "adapter"), out, base=kind)
     merged = model_class.from_pretrained(out).state_dict()
     for name, layer in adapted_layers(model).items():
-        key = name if layer.is_stack else f"{name}.weight"
+        key = name if isinstance(layer, QLoRAExperts) else f"{name}.weight"
         base = layer.decode() if kind == "quantized" else weights[key]
         torch.testing.assert_close(merged[key], base + delta(layer))
 

@@ -1,0 +1,45 @@
+"""WithAdapter: a part of a module that has an adapter. It says what of it trains, and can compute without."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+DISABLED = "_qlora_disabled"  # attribute: how many contexts a part is in; absent in none, which torch.compile guards on
+
+
+class WithAdapter(nn.Module):
+    """A part of a module that computes with an adapter, or without it in a context of `disable_adapter`."""
+
+    _qlora_disabled: int = 0
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        raise NotImplementedError
+
+    def trains_instead(self) -> dict[str, nn.Parameter]:
+        """What trains in place of the weight: by its name in the module that had the weight."""
+        raise NotImplementedError
+
+    def reported_name(self, name: str) -> str:
+        """What reports and files call the module of this name."""
+        return name
+
+    def __getstate__(self) -> Any:
+        """The attributes of a copy or pickle: the contexts are those of this object, and a copy is in none."""
+        of_class = getattr(super(), "__getstate__", None)  # object has it from Python 3.11 on
+        state: Any = vars(self) if of_class is None else of_class()
+        if self._qlora_disabled:
+            state = {**state}
+            state.pop(DISABLED, None)  # another thread may have left the context
+            warnings.warn(
+                "A copy, or a pickle, that is made inside disable_adapter has its adapter enabled. A reference model "
+                "needs no copy: call the module itself inside disable_adapter.",
+                stacklevel=2,
+            )
+        return state
+
+
+def adapters_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, WithAdapter]:
+    """Name -> adapter, among modules by their names: of layers, and of embeddings of which rows train."""
+    return {part.reported_name(name): part for name, part in modules if isinstance(part, WithAdapter)}

@@ -25,9 +25,9 @@ import torch
 from benchmarks.compiled import Report, compile_launch, recorded
 from benchmarks.products import add_matmul_, add_products, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels import reference
+from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.reference import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dropout import dropout_into

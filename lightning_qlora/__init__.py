@@ -17,24 +17,20 @@ if TYPE_CHECKING:
     from lightning_qlora.conversion.convert import convert as convert
     from lightning_qlora.conversion.load_from_checkpoint import load_from_checkpoint as load_from_checkpoint
     from lightning_qlora.conversion.report import ConversionReport as ConversionReport
-    from lightning_qlora.huggingface.load_weights import load_weights as load_weights
+    from lightning_qlora.huggingface.sharded.load_weights import load_weights as load_weights
     from lightning_qlora.kernels.ops import quantize as quantize
     from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter
     from lightning_qlora.layers.layer_state import CheckpointMismatchError as CheckpointMismatchError
     from lightning_qlora.layers.packed_layer import to_parameters as to_parameters
     from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
     from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
-    from lightning_qlora.optim.adamw import PagedAdamW8bit as PagedAdamW8bit
+    from lightning_qlora.optim.adamw8bit import PagedAdamW8bit as PagedAdamW8bit
     from lightning_qlora.optim.loraplus import loraplus_groups as loraplus_groups
     from lightning_qlora.optim.pager import PagedOptimizer as PagedOptimizer
     from lightning_qlora.plugin.precision import QLoRAPrecision as QLoRAPrecision
     from lightning_qlora.quantization.packed_weight import PackedWeight as PackedWeight
-    from lightning_qlora.tools.memory_estimate import (
-        MemoryEstimate as MemoryEstimate,
-    )
-    from lightning_qlora.tools.memory_estimate import (
-        estimate_memory as estimate_memory,
-    )
+    from lightning_qlora.tools.memory_estimate import MemoryEstimate as MemoryEstimate
+    from lightning_qlora.tools.memory_estimate import estimate_memory as estimate_memory
 
 __version__ = "0.1.0"
 _PLACES = {
@@ -43,7 +39,7 @@ _PLACES = {
     "MemoryEstimate": "tools.memory_estimate",
     "PackedWeight": "quantization.packed_weight",
     "PagedAdamW": "optim.adamw",
-    "PagedAdamW8bit": "optim.adamw",
+    "PagedAdamW8bit": "optim.adamw8bit",
     "PagedOptimizer": "optim.pager",
     "QLoRAConfig": "config",
     "QLoRALinear": "layers.qlora_linear",
@@ -54,7 +50,7 @@ _PLACES = {
     "estimate_memory": "tools.memory_estimate",
     "load_adapter": "adapters.save_load",
     "load_from_checkpoint": "conversion.load_from_checkpoint",
-    "load_weights": "huggingface.load_weights",
+    "load_weights": "huggingface.sharded.load_weights",
     "loraplus_groups": "optim.loraplus",
     "merge": "adapters.merge",
     "quantize": "kernels.ops",

@@ -21,7 +21,7 @@ PATCHES = sorted(PACKAGE.rglob("patches.py"))
 ALLOWED = {
     # Decorators of our own functions.
     "arguments.py": {"shown.__signature__", "shown.__doc__"},
-    "tools/cli.py": {"command.__signature__", "command.__annotations__", "command.__doc__"},
+    "tools/plan.py": {"command.__signature__", "command.__annotations__", "command.__doc__"},
     # The mechanism: it puts what the files named patches.py register in its place.
     "upstream_changes.py": {
         "setattr(wrapper, mark, True)",
@@ -51,7 +51,7 @@ ALLOWED = {
     # Marks that transformers sets while it loads.
     "survey/provenance.py": {"setattr(parameter, LOADED_TENSOR, True)"},
     "huggingface/operations.py": {"layer._is_hf_initialized", "owner._parameters[inner]"},  # as it was, after an error
-    "huggingface/without_data.py": {
+    "huggingface/sharded/without_data.py": {
         "part._is_hf_initialized", "part._parameters[key]", "setattr(tensor, LOADED_TENSOR, True)",
     },
     # ctypes: types of functions in our own compiled library.

@@ -11,10 +11,10 @@ import torch
 from benchmarks.gpu_cells import Row
 from benchmarks.measure import ROOT
 from lightning_qlora.kernels import ops
+from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.reference import AdamWStep
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
 SHAPES = ((3, 5), (128, 64), (257, 192))  # [out, in]
@@ -62,10 +62,10 @@ def run_kernels(device: torch.device) -> None:
     sizes = (5, 4096, 70_001)
     params, grads = ([torch.randn(size, device=device) for size in sizes] for _ in range(2))
     moments = [[torch.zeros(size, device=device) for size in sizes] for _ in range(2)]
-    ops.adamw_step(params, grads, moments[0], moments[1], scalars)
+    ops.write_in_place("adamw_step", params, grads, moments[0], moments[1], scalars)
     codes = [[torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes] for _ in range(2)]
     scales = [[torch.zeros(-(-size // 256), device=device) for size in sizes] for _ in range(2)]
-    ops.adamw8bit_step(params, grads, *zip(codes, scales, strict=True), scalars)
+    ops.write_in_place("adamw8bit_step", params, grads, *zip(codes, scales, strict=True), scalars)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

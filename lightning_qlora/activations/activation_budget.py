@@ -21,11 +21,18 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.activations.device_memory import Memory, memory_of, reset_peak
-from lightning_qlora.activations.host_inputs import HostInputs
-from lightning_qlora.activations.token_tiles import TokenTiles, describe_tiles, is_long, recomputed_in_tiles
+from lightning_qlora.activations.host_inputs import HostInputs, PlannedHostMemory
+from lightning_qlora.activations.recomputed import recomputed
+from lightning_qlora.activations.token_tiles import (
+    TokenTiles,
+    describe_tiles,
+    is_long,
+    let_run_in_tiles,
+    recomputed_in_tiles,
+)
+from lightning_qlora.checks import memory_limit
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.texts import size_text
 
@@ -92,6 +99,18 @@ class ActivationBudget:
             f"({size_text(self.kept_bytes, 1024)} of {size_text(max(self.capacity, 0), 1024)})"
         )
         return f"{text}; {INSIDE_HOOKS}" if self.is_inside_hooks else text
+
+    def add(self, block: nn.Module, name: str) -> None:
+        """Let the parts of a block that is recomputed run in tiles."""
+        let_run_in_tiles(block, name)
+
+    def plan(self, host_room: float | None) -> None:
+        """Begin again, for steps without data. `host_room`: bytes of the host for inputs of blocks; None: on a CPU."""
+        self.host = HostInputs()
+        self.memory_of = None
+        self.capacity = None
+        if host_room is not None:
+            self.host.memory_on = partial(PlannedHostMemory, room=host_room)
 
     def call(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The output of a block, which keeps its activations if they fit."""
@@ -201,9 +220,10 @@ class _Call:
         self._budget.begin_backward(self)
 
 
-def recomputed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The output of a call that is recomputed; `checkpoint` has keywords of its own, which a forward may have too."""
-    return checkpoint(partial(forward, **kwargs) if kwargs else forward, *args, use_reentrant=False)
+def budget_for(setting: int | str, is_shared: bool) -> ActivationBudget:
+    """What decides with a value of `gradient_checkpointing` other than True."""
+    limit = None if setting in ("auto", "offload") else memory_limit(setting)
+    return ActivationBudget(limit, is_shared, setting == "offload")
 
 
 def _is_in_backward_pass() -> bool:

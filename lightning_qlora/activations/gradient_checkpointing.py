@@ -18,16 +18,15 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_qlora.activations import patches
-from lightning_qlora.activations.activation_budget import ActivationBudget, recomputed
-from lightning_qlora.activations.token_tiles import TokenTiles, let_run_in_tiles
-from lightning_qlora.checks import memory_limit
-from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method, remove
+from lightning_qlora.activations.activation_budget import budget_for
+from lightning_qlora.activations.recomputed import OfRecomputation, recomputed
+from lightning_qlora.dtypes.instance_method import add, instance_method, remove
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.texts import group
 
 
-class RecomputedForward(InstanceMethod):
+class RecomputedForward(OfRecomputation):
     """The forward method of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
 
     Attributes:
@@ -36,7 +35,7 @@ class RecomputedForward(InstanceMethod):
     """
 
     ran = False
-    budget: ActivationBudget | None = None
+    budget: Any = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -72,12 +71,11 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     blocks = [layer for layer in layers if not any(transformers_checkpointing_layers(*layer.children()))]
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
-    budget = None
     if setting is True and any(map(_offloads, layers)):
         setting = "offload"
+    budget: Any = None
     if setting is not True:
-        limit = None if setting in ("auto", "offload") else memory_limit(setting)
-        budget = ActivationBudget(limit, is_shared, setting == "offload")
+        budget = budget_for(setting, is_shared)
     names = {part: name for name, part in module.named_modules()}
     for layer in layers:
         patches.leave_recomputation_to_us(layer, True)
@@ -86,7 +84,7 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
         method.budget = budget
         add(method)
         if budget is not None:
-            let_run_in_tiles(block, names[block])
+            budget.add(block, names[block])
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing={setting!r}: {type(module).__name__} has no repeated blocks (two or more modules "
@@ -98,8 +96,7 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
 def disable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
     """Undo `enable_gradient_checkpointing` for all blocks and models among modules."""
     for part in modules:
-        remove(part, RecomputedForward)
-        remove(part, TokenTiles)
+        remove(part, OfRecomputation)
         if _is_transformers_layer(part):
             patches.leave_recomputation_to_us(part, False)
         for key, hook in [*vars(part).get("_forward_pre_hooks", {}).items()]:
@@ -108,7 +105,7 @@ def disable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
                 part._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def budget_of(parts: Iterable[nn.Module]) -> ActivationBudget | None:
+def budget_of(parts: Iterable[nn.Module]) -> Any:
     """What decides which blocks of a module with these parts are recomputed; None: all are, or none."""
     methods = (instance_method(part, RecomputedForward) for part in parts)
     return next((method.budget for method in methods if method is not None), None)

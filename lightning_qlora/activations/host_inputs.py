@@ -92,6 +92,35 @@ class HostMemory:
         return self.nbytes + SEGMENT <= (self.nbytes + free) // 2 // ranks
 
 
+class PlannedHostMemory(HostMemory):
+    """Host memory that is counted: nothing is copied."""
+
+    def __init__(self, device: torch.device, room: float = math.inf) -> None:
+        super().__init__(device)
+        self._used = 0
+        self._room = room  # bytes
+
+    def take(self, nbytes: int) -> list[Tensor] | None:
+        count = math.ceil(nbytes / CHUNK)
+        if self._used + count * CHUNK > self._room:
+            return None
+        self._used += count * CHUNK
+        self.nbytes = max(self.nbytes, self._used)
+        return [torch.empty(0, dtype=torch.uint8, device="meta")] * count
+
+    def give(self, chunks: list[Tensor]) -> None:
+        self._used -= len(chunks) * CHUNK
+
+    def save(self, x: Tensor, chunks: list[Tensor]) -> None:
+        pass
+
+    def load(self, x: Tensor, chunks: list[Tensor]) -> None:
+        pass
+
+    def wait(self, event: Any) -> None:
+        pass
+
+
 def _parts(x: Tensor) -> list[Tensor]:
     return list(torch.split(x.view(-1).view(torch.uint8), CHUNK))
 

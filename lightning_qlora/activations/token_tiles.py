@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
+from lightning_qlora.activations.recomputed import HOOKS, OfRecomputation
 from lightning_qlora.activations.row_by_row import NotRowByRow, values_per_input
 from lightning_qlora.activations.tiled_function import CallState, Tiles, compute_in_tiles
 from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
@@ -31,13 +32,12 @@ from lightning_qlora.texts import groups
 
 LEAST_ROWS = 1024  # of a tile: each decodes the weights again, which takes about as long as the products of 300 rows
 OF_A_NORM = 8.0  # values that it computes for each of its input: it computes in fp32
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SAVED = "its block saves its output"
 
 Recompute = Callable[[Callable[..., Any], Any, Any], Any]  # takes a forward, its args and kwargs
 
 
-class TokenTiles(InstanceMethod):
+class TokenTiles(OfRecomputation):
     """The forward method of a part of a block that is recomputed.
 
     Attributes:

@@ -166,10 +166,10 @@ def add(method: InstanceMethod) -> None:
 
 
 def remove(module: nn.Module, kind: type[InstanceMethod]) -> None:
-    """Give a module back what its instance methods of a class replaced."""
+    """Give a module back what its instance methods of a class, and of its subclasses, replaced."""
     methods: list[InstanceMethod] = vars(module).pop(METHODS, [])
     for method in methods:
-        if type(method) is not kind:
+        if not isinstance(method, kind):
             continue
         method.is_removed = True
         if vars(module).get(method.name) is method:

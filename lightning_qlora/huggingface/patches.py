@@ -43,22 +43,6 @@ def default_quantizer(
     return quantizer_for(config, device_map, kwargs.get("gguf_file"), ask)
 
 
-@replaces("transformers.modeling_utils:PreTrainedModel._load_pretrained_model")
-def load_without_data(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let a quantizer say what the files of a model have, where their values are read after the model is sharded.
-
-    Upstream: transformers/modeling_utils.py, PreTrainedModel._load_pretrained_model, reads all values at once.
-    Supported ways tried: an HfQuantizer's operations, which get the values; device_map="meta", which leaves buffers
-    and new heads without data.
-    Removed by: from_pretrained returning a model whose values are read later.
-    """
-    arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-    quantizer: Any = getattr(arguments.get("load_config"), "hf_quantizer", None)  # transformers 4 has no load_config
-    if getattr(quantizer, "folder", None) is None:
-        return original(*args, **kwargs)
-    return quantizer.load_without_data(original, arguments)  # quantizer.py
-
-
 def forget_quantizer(modules: Iterable[nn.Module]) -> None:
     """Remove the marks of quantization that transformers and `QLoRAQuantizer` left on models among these modules.
 

@@ -7,9 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.huggingface.load_weights import read_weights
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR
-from lightning_qlora.huggingface.without_data import NO_VALUES, check_unwritten
 from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.upstream_changes import make_changes
 
@@ -39,15 +37,14 @@ def quantize_while_loading(
     try:
         with _one_after_another():
             yield
-            for model, folder, versions in loading.on_meta:
-                check_unwritten(versions)
-                read_weights(model, folder)
+            for weights in loading.later:
+                weights.read()
     except RuntimeError as error:
         # transformers names neither file nor shapes in this one
         if loading.mismatches and "ignore_mismatched_sizes" in str(error):
             raise loading.mismatches[0] from error
-        if loading.on_meta and "meta" in str(error):
-            raise RuntimeError(f"{error} {NO_VALUES}") from error
+        for weights in loading.later:
+            weights.explain(error)
         raise
     finally:
         QUANTIZER_FOR.reset(token)

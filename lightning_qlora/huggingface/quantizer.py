@@ -13,7 +13,6 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,9 @@ from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
-from lightning_qlora.huggingface.load_weights import read_weights
-from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import LOAD_WHOLE, Compose, LoadPacked, Nothing, Quantize, wrong_shape
 from lightning_qlora.huggingface.patches import Choice, forget_quantizer
-from lightning_qlora.huggingface.without_data import Version, convert_without_data, mark_as_found, versions
+from lightning_qlora.huggingface.sharded.without_data import LaterWeights
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.peft.adapter import Adapter
@@ -42,7 +39,6 @@ from lightning_qlora.selection.selection import Row, select_layers
 from lightning_qlora.starts.starts import check_packed_start
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import LOADED, keep_marks
-from lightning_qlora.tensors.dtensor import is_sharded
 
 COMPOSES = can_compose()
 SHARD = re.compile(r"model-\d+-of-\d+")  # name of one of several files of weights
@@ -60,14 +56,14 @@ class Loading:
     """What the models that load within one `quantize_while_loading` have in common.
 
     Attributes:
-        on_meta: Models whose values are read at the end, their folders, and the versions of their tensors.
+        later: Weights that are read at the end.
         mismatches: Errors for weights with a wrong shape in the last load, which may `ignore_mismatched_sizes`.
     """
 
     def __init__(self, config: QLoRAConfig, sharding: bool, adapter: Adapter | None) -> None:
         self.config = config
         self.sharding = sharding
-        self.on_meta: list[tuple[nn.Module, ModelFolder, list[Version]]] = []
+        self.later: list[Any] = []
         self.mismatches: list[ValueError] = []
         if config.adapter is not None:
             adapter = read_adapter(config.adapter)
@@ -124,7 +120,7 @@ class QLoRAQuantizer(HfQuantizer):
     Attributes:
         chosen: Name of each parameter that becomes 4-bit layers -> what they are.
         errors: Those of single weights: the first one is raised when all weights were read.
-        folder: That of a model whose weights are read after it is sharded; None for other models.
+        later: The weights of a model that are read after it is sharded (`LaterWeights`); None for other models.
     """
 
     pre_quantized = False  # whether transformers reads tensors in the type of the files
@@ -135,7 +131,7 @@ class QLoRAQuantizer(HfQuantizer):
         self.chosen: dict[str, Row] = {}
         self.file_of: dict[str, Path] = {}  # by key in the files
         self.errors: list[ValueError] = []
-        self.folder: ModelFolder | None = None
+        self.later: Any = None
         self._shapes: dict[str, torch.Size] = {}  # of the model's tensors before they are loaded
 
     def __deepcopy__(self, _: Any) -> "QLoRAQuantizer":
@@ -167,8 +163,7 @@ class QLoRAQuantizer(HfQuantizer):
         is_folder = bool(self.file_of) and (in_shards or [path.name for path in paths] == [WEIGHTS])
         needs_values = self.pre_quantized or splits or config.trainable_token_indices
         if (shards or self.loading.sharding) and is_folder and not needs_values:
-            self.folder = ModelFolder(paths[0].parent, copy.deepcopy(model))
-            convert_without_data(model, self.folder, self.chosen, self._shapes)
+            self.later = LaterWeights(self, model, paths[0].parent, self._shapes)
 
     def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, Row]:
         chosen = {each.weight_name: each for each in select_layers(model, config).convert.values()}
@@ -187,7 +182,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)  # type: ignore
-        if self.folder is None:
+        if self.later is None:
             conversions = self.followed_by_ours(conversions)
         return conversions
 
@@ -212,20 +207,6 @@ class QLoRAQuantizer(HfQuantizer):
             result.append(copied)
         return result
 
-    def load_without_data(self, load: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """What `PreTrainedModel._load_pretrained_model` returns, for a model whose values are read later."""
-        assert self.folder is not None
-        folder = self.folder
-        load_config = replace(arguments["load_config"], device_map={"": "meta"}, hf_quantizer=None)
-        empty = {key: torch.empty(entry.shape, device="meta") for key, entry in folder.stored.entries.items()}
-        of_copy = {"model": folder.model, "state_dict": empty, "checkpoint_files": None, "load_config": load_config}
-        result = load(**{**arguments, **of_copy})
-        mark_as_found(arguments["model"], folder)
-        for name, shape, expected in result[0].mismatched_keys:
-            key = folder.key_of.get(name, name)
-            self.loading.mismatches.append(self.error(key, wrong_shape(key, shape, expected)))
-        return result
-
     # ---------------------------------------------------------------- the model after its weights were read
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -240,15 +221,12 @@ class QLoRAQuantizer(HfQuantizer):
                 raise self.error(name, wrong_shape(name, tensor.shape, expected))
         forget_quantizer([model])
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
-        if self.loading.sharding or self.folder is not None:
+        if self.loading.sharding or self.later is not None:
             keep_marks(model)
-        if self.folder is None:
-            if self.loading.sharding:
-                to_parameters(model)
-        elif any(map(is_sharded, model.parameters())):
-            read_weights(model, self.folder)
-        else:
-            self.loading.on_meta.append((model, self.folder, versions(model)))
+        if self.later is not None:
+            self.later.take(model)
+        elif self.loading.sharding:
+            to_parameters(model)
         return model
 
     def error(self, key: str, message: str) -> ValueError:

@@ -14,11 +14,10 @@ from lightning_qlora.kernels import eager, scratch
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.kernels.verdict import KERNELS, is_out_of_memory, verdict
-from lightning_qlora.kernels.verify import OPS, faults
+from lightning_qlora.kernels.verify import OPS, STEPS, faults, function_of
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
-IN_PLACE = ("adamw_step", "adamw8bit_step")  # all other ops return new tensors, or write all of one
 PLANNED = ("lora_project", "linear_into", "linear_backward")  # methods of a plan
 MAX_PLANS = 4096  # that are kept: one for every shape of an input and of a layer
 
@@ -36,8 +35,6 @@ class Backend:
     grouped_linear: Callable[..., tuple[Tensor, Tensor]]
     grouped_linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast
-    adamw_step: Callable[..., None]
-    adamw8bit_step: Callable[..., None]
 
     def __init__(self, device: torch.device, kernels: Any = eager) -> None:
         self.device = device
@@ -46,7 +43,7 @@ class Backend:
         self.plans: dict[tuple[Any, ...], eager.Plan] = {}
         for op in OPS:
             if op not in PLANNED:
-                setattr(self, op, self._guarded(op, getattr(kernels, op), getattr(eager, op)))
+                setattr(self, op, self._guarded(op, function_of(kernels, op), function_of(eager, op)))
         self.can_group = kernels.can_group
 
     def new_plan(self, x: Tensor, lora: LoRA, weight: PackedBytes) -> eager.Plan:
@@ -83,7 +80,7 @@ class Backend:
 
         if self.kernels is eager:
             return plain
-        return run_in_place if op in IN_PLACE else run
+        return run_in_place if op in STEPS else run  # all other ops return new tensors, or write all of one
 
     def _repeat(
         self,

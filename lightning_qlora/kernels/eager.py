@@ -16,8 +16,6 @@ from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, 
 from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.reference import adamw8bit_step as adamw8bit_step
-from lightning_qlora.kernels.reference import adamw_step as adamw_step
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward

@@ -1,7 +1,7 @@
 """The op table: schema and shape function (fake) of every op; `backends` chooses who computes it.
 
 Quantizing, decoding, the scales, the layer and its gradients are `torch.library` ops, so torch.compile sees each as one
-opaque node and `torch.library.opcheck` can test them. The steps of AdamW are plain functions. Call `quantize` and
+opaque node and `torch.library.opcheck` can test them. Those of an optimizer are plain functions. Call `quantize` and
 `dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
 """
 
@@ -227,15 +227,10 @@ def _(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return x.new_empty(x.shape if needs_x else 0), lora.a.new_empty(lora.a.shape), lora.b.new_empty(lora.b.shape)
 
 
-def adamw_step(params: list[Tensor], *rest: Any) -> None:
-    """See `reference.adamw_step`.
+def write_in_place(op: str, params: list[Tensor], *rest: Any) -> None:
+    """A step of `verify.STEPS`.
 
     The parameters have one device and one type, and so have the gradients: a backend takes one launch, so that nothing
     is written if that fails.
     """
-    backend(params[0].device).adamw_step(params, *rest)
-
-
-def adamw8bit_step(params: list[Tensor], *rest: Any) -> None:
-    """The same; see `reference.adamw8bit_step`."""
-    backend(params[0].device).adamw8bit_step(params, *rest)
+    getattr(backend(params[0].device), op)(params, *rest)

@@ -15,10 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels import reference, scratch
+from lightning_qlora.kernels.adamw import ADAMW
 from lightning_qlora.kernels.half import to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 
+# Steps of optimizers, which write in place: name -> the specification, and what gives its cases.
+STEPS: dict[str, Any] = {
+    **ADAMW,
+}
 OPS = (
     "quantize",
     "dequantize",
@@ -28,11 +33,9 @@ OPS = (
     "linear_backward",
     "grouped_linear",
     "grouped_linear_backward",
-    "adamw_step",
-    "adamw8bit_step",
+    *STEPS,
 )
 EXACT = ("quantize", "dequantize", "to_half")  # the same bits everywhere
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Largest difference, as a share of the largest value; half of it for the norm. Of floats, that of the coarsest type.
 LIMITS = {torch.uint8: 5e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 BORDER = 1 << 14  # bytes before and after each tensor; a multiple of 16, so that tensors stay aligned
@@ -55,8 +58,13 @@ EXPERTS: tuple[tuple[Any, ...], ...] = (  # rows of each expert, then as above
     ((3, 0, 7), 66, 96, 70, 32, False, 0.3),  # two tiles of ranks
 )
 HALVES: tuple[tuple[Any, ...], ...] = (((90, 1500), 1e5), ((7,), 1e-42), ((70, 75), 0.0))  # shape, size of the values
-SIZES = ((300,), (1,), (20, 70)), ((512,), (16, 64)), ((512,), (16, 64))  # of parameters, for each type
-STEP = reference.AdamWStep(3, lr=0.5, beta1=0.9, beta2=0.99, eps=1e-3, weight_decay=0.1)
+
+
+def specification(op: str) -> Callable[..., Any]:
+    """What an op computes, in plain torch."""
+    if op in STEPS:
+        return STEPS[op][0]  # type: ignore[no-any-return]
+    return getattr(reference, op)  # type: ignore[no-any-return]
 
 
 def faults(kernels: ModuleType, device: torch.device) -> dict[str, str | None]:
@@ -87,7 +95,7 @@ def fault_in(
 ) -> str | None:
     """The same for one of `cases`; `memory` gets each tensor that the op can reach, with its borders."""
     theirs = _copy(arguments, torch.device("cpu"), [])
-    expected = getattr(reference, op)(*theirs)
+    expected = specification(op)(*theirs)
     scratch.release()  # so that the op allocates its buffers again
     try:
         ours = _copy(arguments, device, memory)
@@ -112,6 +120,8 @@ def function_of(kernels: Any, op: str) -> Callable[..., Any]:
     """An op of a module by its name. Those of a layer are methods of a plan, made at the first call for its shapes."""
     if hasattr(kernels, op):
         return getattr(kernels, op)  # type: ignore[no-any-return]
+    if op in STEPS:
+        return specification(op)
     plans: list[Any] = []
 
     def call(*arguments: Any) -> Any:
@@ -131,9 +141,6 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-
-    def codes(like: Tensor) -> Tensor:
-        return torch.randint(256, like.shape, generator=generator, dtype=torch.uint8, device="cpu")
 
     def factor(m: int, n: int, kind: torch.dtype | None, size: float) -> Any:
         """A matrix in a type; None: a `Half` of values that fp16 does not have."""
@@ -157,16 +164,8 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
     elif op == "dequantize":
         for (n, k, _, *form), dtype in _in_types(WEIGHTS):
             yield layer(n, k, 1, *form)[0], dtype
-    elif op.startswith("adamw"):
-        for sizes, dtype in zip(SIZES, TYPES, strict=True):
-            params, grads = ([normal(*size, dtype=dtype) for size in sizes] for _ in range(2))
-            m = [normal(*size) for size in sizes]
-            v = [normal(*size).square() for size in sizes]
-            scales = [normal(-(-param.numel() // 256)).abs() for param in params]
-            if op == "adamw_step":
-                yield params, grads, m, v, STEP
-            else:
-                yield params, grads, ([*map(codes, m)], scales), ([*map(codes, v)], scales), STEP
+    elif op in STEPS:
+        yield from STEPS[op][1](normal, generator)
     elif op.startswith("grouped"):
         for (counts, *shape, p), kind in _in_types(EXPERTS, 1):
             weights, a, b = zip(*(layer(*shape) for _ in counts), strict=True)

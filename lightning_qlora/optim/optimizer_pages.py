@@ -20,7 +20,7 @@ from lightning_qlora.optim.closure import before_update
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
 from lightning_qlora.optim.paged_state import PagedState, tensors_in
 from lightning_qlora.optim.pool import Pool
-from lightning_qlora.optim.state_8bit import saved_parameters, to_32bit
+from lightning_qlora.optim.saved_state import states_for_torch
 
 
 class OptimizerPages:
@@ -31,7 +31,7 @@ class OptimizerPages:
         self._min_numel = max(min_numel, 1)
         self._pools: dict[torch.device, Pool | None] = {}
         self._in_update = False
-        self._deferred: list[tuple[Pool, Tensor, str, Tensor]] = []
+        self._large: list[tuple[Pool, Tensor, str, Tensor]] = []
         if optimizer.state:
             self._observe(optimizer)
         self._hooks = [
@@ -141,7 +141,7 @@ class OptimizerPages:
 
     def _begin_update(self, optimizer: Optimizer) -> None:
         self._in_update = True
-        if not getattr(optimizer, "steps_in_windows", False):  # as PagedAdamW8bit (adamw.py), which calls `windows`
+        if not getattr(optimizer, "steps_in_windows", False):  # as PagedAdamW8bit, which calls `windows`
             self.prefetch()
             self.wait_prefetch()
 
@@ -161,31 +161,28 @@ class OptimizerPages:
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Remove large tensors from the state dict: torch would put all of them on the device at once.
 
-        8-bit moments are decoded: only PagedAdamW8bit can use them, and it loads its state itself.
+        8-bit moments are decoded: PagedAdamW8bit, which alone can use them, loads its state itself.
         """
         states = dict(state_dict["state"])
-        self._deferred = []
-        for index, param, betas in saved_parameters(optimizer, state_dict):
-            state = states.get(index)
+        self._large = []
+        for index, param, state in states_for_torch(optimizer, state_dict):
             pool = self._pool(param.device)
-            if not isinstance(state, dict):
-                continue
             states[index] = {}
-            for key, value in to_32bit(state, betas).items():
+            for key, value in state.items():
                 if pool is not None and key != "step" and type(value) is Tensor and self._is_large(value):
-                    self._deferred.append((pool, param, key, value))
+                    self._large.append((pool, param, key, value))
                 else:
                     states[index][key] = value
         return {**state_dict, "state": states}
 
     def _after_load(self, optimizer: Optimizer) -> None:
         self._observe(optimizer)
-        for pool, param, key, value in self._deferred:
+        for pool, param, key, value in self._large:
             dtype = value.dtype
             if param.is_floating_point():
                 dtype = param.dtype  # torch's rule (Optimizer.load_state_dict)
             optimizer.state[param][key] = pool.new_tensor(value, dtype)
-        self._deferred = []
+        self._large = []
 
 
 _PAGES: weakref.WeakKeyDictionary[Optimizer, OptimizerPages] = weakref.WeakKeyDictionary()

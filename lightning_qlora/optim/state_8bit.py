@@ -8,16 +8,14 @@ like the parameter, and torch's distributed checkpoints save every rank's part. 
 `shards`: for another number the moments are decoded and quantized again.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from lightning_qlora.kernels.reference import LARGEST, STATE_BLOCK_SIZE, dequantize_state, quantize_state
+from lightning_qlora.kernels.adamw import LARGEST, STATE_BLOCK_SIZE, dequantize_state, quantize_state
 from lightning_qlora.tensors.dtensor import local, shard_like
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the first is signed
@@ -54,36 +52,21 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
     return state
 
 
-def saved_parameters(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, Tensor, Any]]:
-    """Yield each index in a state dict, its parameter, and its betas: None for an optimizer without 8-bit state.
-
-    Parameters are matched by their order, as in torch.
-    """
-    saved = ((index, group.get("betas")) for group in state_dict["param_groups"] for index in group["params"])
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for (index, betas), param in zip(saved, params, strict=False):  # torch checks the lengths, with a better message
-        yield index, param, betas
-
-
-def split_like(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Whole state, split as its parameter is: scales, and tensors of its shape."""
-    state = dict(state)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and (value.shape == param.shape or str(key).endswith("_absmax")):
-            state[key] = shard_like(value, param)
-    return state
+def split_scales(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """State with the scales of whole moments split as their parameter is."""
+    return {key: shard_like(value, param) if str(key).endswith("_absmax") else value for key, value in state.items()}
 
 
 def quantize_like(new: dict[str, Any], state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """8-bit state that was saved in another number of shards, quantized in the blocks of `new`."""
-    whole = split_like(param, decode(state))
+    decoded = decode(state)
     for signed, moment in zip((True, False), MOMENTS, strict=True):
-        values = local(whole[moment]).to(param.device)
+        values = local(shard_like(decoded[moment], param)).to(param.device)
         codes = local(new[f"{moment}_codes"])
         absmax = local(new[f"{moment}_absmax"])
         if values.numel():
             quantize_state(values, codes, absmax[: block_count(values.numel())], signed)
-    return {**new, "step": whole["step"]}
+    return {**new, "step": decoded["step"]}
 
 
 def _decode(codes: Tensor, absmax: Tensor, shards: int, signed: bool) -> Tensor:

@@ -19,7 +19,6 @@ from lightning_qlora.conversion.outside_copies import WRITTEN, OutsideCopies, pa
 from lightning_qlora.conversion.report import ConversionReport, say
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.optim.adamw import PagedAdamW8bit
 from lightning_qlora.optim.optimizer_parameters import layers_with_base_of, optimizer_parameters
 from lightning_qlora.selection.copies import is_comparable, moved_towards, sample
 from lightning_qlora.survey.records import frozen_parameters
@@ -27,7 +26,7 @@ from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import local, world_size
 from lightning_qlora.texts import groups, size_text
 
-ADAM = (torch.optim.Adam, torch.optim.AdamW, PagedAdamW8bit)
+ADAM = (torch.optim.Adam, torch.optim.AdamW)
 UNUSED = "not used in the loss"
 READ = f"the weight was read, but no gradient came back: call the layer, or {KEEP_DENSE}"
 NOT_RECOMPUTED = (
@@ -186,8 +185,10 @@ def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]
 
 def _parameters_that_do_not_move(optimizer: Optimizer, names: Mapping[int, str]) -> list[str]:
     """Names of 16-bit parameters in which a step of Adam, about a learning rate, is lost: p + lr, rounded, is p."""
-    lost = []
-    for group in optimizer.param_groups if isinstance(optimizer, ADAM) else ():
+    lost: list[str] = []
+    if not (isinstance(optimizer, ADAM) or getattr(optimizer, "steps_by_learning_rate", False)):
+        return lost
+    for group in optimizer.param_groups:
         step = max(float(group["lr"]), float(group.get("initial_lr", 0)))  # at the end of a warmup
         for parameter in group["params"]:
             if parameter.dtype in IN_16_BITS and parameter.grad is not None and step > 0 and id(parameter) in names:

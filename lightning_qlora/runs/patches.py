@@ -42,7 +42,7 @@ from lightning_qlora.files.lightning_checkpoint import (
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.names import join, outer_names, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
-from lightning_qlora.optim.adamw import load_whole_state
+from lightning_qlora.optim.saved_state import load_whole_state
 from lightning_qlora.runs.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.runs.guards import check_checkpoint
 from lightning_qlora.survey.parts import Parts

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_qlora.activations import host_inputs
 from lightning_qlora.checks import one_line
 from lightning_qlora.config import DeviceName
 from lightning_qlora.layers.names import is_transformers_model
@@ -134,35 +133,6 @@ def _loss(output: Tensor) -> Tensor:
 
 def _device(tensor: Tensor) -> torch.device:
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device  # faster: `.device` is dispatched
-
-
-class PlannedHostMemory(host_inputs.HostMemory):
-    """Host memory that is counted: nothing is copied."""
-
-    def __init__(self, device: torch.device, room: float = math.inf) -> None:
-        super().__init__(device)
-        self._used = 0
-        self._room = room  # bytes
-
-    def take(self, nbytes: int) -> list[Tensor] | None:
-        count = math.ceil(nbytes / host_inputs.CHUNK)
-        if self._used + count * host_inputs.CHUNK > self._room:
-            return None
-        self._used += count * host_inputs.CHUNK
-        self.nbytes = max(self.nbytes, self._used)
-        return [torch.empty(0, dtype=torch.uint8, device="meta")] * count
-
-    def give(self, chunks: list[Tensor]) -> None:
-        self._used -= len(chunks) * host_inputs.CHUNK
-
-    def save(self, x: Tensor, chunks: list[Tensor]) -> None:
-        pass
-
-    def load(self, x: Tensor, chunks: list[Tensor]) -> None:
-        pass
-
-    def wait(self, event: Any) -> None:
-        pass
 
 
 def _flash_workspace(query: Tensor, key: Tensor) -> int:

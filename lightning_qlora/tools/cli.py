@@ -3,24 +3,18 @@
 A command imports what it runs, so that help and mistakes are answered without torch.
 """
 
-import inspect as signatures
-import json as json_format
-import logging
 import os
 import re
-import shutil
 import signal
 import sys
-import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.checks import OTHER_ARGUMENTS, check_integer, install, parse_memory
-from lightning_qlora.config import Base, DeviceName, MergeDtype, OptimizerName, QLoRAConfig, StrategyName
-from lightning_qlora.texts import printable
+from lightning_qlora.checks import OTHER_ARGUMENTS, install
+from lightning_qlora.config import Base, MergeDtype
+from lightning_qlora.tools.output import print_json, say, show
+from lightning_qlora.tools.plan import plan
 
 if TYPE_CHECKING:
     from lightning_qlora.peft.adapter import Adapter
@@ -29,121 +23,6 @@ if TYPE_CHECKING:
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
 FLAGS = ("--check", "--json", "--trust_remote_code")  # true without a value
 BOOLEANS = ("true", "false", "yes", "no", "on", "off")  # of YAML, by which jsonargparse reads values
-WRAPPED: Any = {"subsequent_indent": 31 * " ", "break_long_words": False, "break_on_hyphens": False}
-
-
-def _with_arguments_of_config(command: Any) -> Any:
-    """Give a command the arguments of QLoRAConfig. jsonargparse could find them itself, but would import torch."""
-    parameters = [p for p in signatures.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for parameter in signatures.signature(QLoRAConfig).parameters.values():
-        parameters.append(parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY))
-    command.__signature__ = signatures.Signature(parameters)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    # Python 3.13 and newer remove the indentation of docstrings themselves.
-    of_config, of_command = (signatures.cleandoc(each.__doc__ or "") for each in (QLoRAConfig, command))
-    descriptions = re.split(r"\n(?:Args|Raises):\n", of_config)[1]
-    command.__doc__ = re.sub(r"    \*\*arguments: .*", lambda _: descriptions.strip("\n"), of_command)
-    return command
-
-
-@_with_arguments_of_config
-def plan(
-    model: str,
-    batch_size: int = 1,
-    sequence_length: int | Literal["longest"] = 512,
-    optimizer: OptimizerName = "adamw",
-    gpu_memory: str | None = None,
-    host_memory: str | None = None,
-    devices: int = 1,
-    strategy: StrategyName = "fsdp",
-    device: DeviceName = "gpu",
-    gpu: str | None = None,
-    json: bool = False,
-    **arguments: Any,
-) -> None:
-    """Estimate the memory of a training run without loading the model.
-
-    Args:
-        model: Folder or hub name of a transformers model; only its config.json is read.
-        batch_size: Sequences per step.
-        sequence_length: Tokens per sequence; "longest": find the longest that fits on the GPU, for
-            gradient_checkpointing true, auto and offload, whatever that argument says.
-        optimizer: Optimizer whose state is counted.
-        gpu_memory: Memory of a GPU, 24GiB for a card of 24 GB (24GB is 7% less): also say whether the run fits, and
-            else what to change; with gradient_checkpointing=auto also how many blocks keep their activations.
-        host_memory: With "longest", free memory of the host, of which a run takes half at most; by default there is
-            enough.
-        devices: Number of devices: also say what each holds.
-        strategy: Strategy on several devices.
-        device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
-        gpu: A card such as T4, V100 or RTX4090: its memory, and whether it has bf16. Others are planned by gpu_memory.
-        json: Print JSON.
-        **arguments: The arguments of `QLoRAPrecision`.
-    """
-    from lightning_qlora.tools.cards import find_card
-    from lightning_qlora.tools.memory_estimate import PlannedRun, both_units, bytes_on_each, fits
-
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
-    if find_spec("transformers") is not None:
-        import transformers
-
-        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
-    check_integer("devices", devices, at_least=1)
-    memory = None
-    card = None
-    if gpu is not None:
-        card = find_card(gpu, device)
-        memory = card.memory
-    if gpu_memory is not None:
-        memory = parse_memory("gpu_memory", gpu_memory)
-    config = QLoRAConfig(**arguments)
-    if devices > 1 and strategy == "fsdp":
-        # The output embedding is in shards, and ranks that share blocks recompute all of them.
-        config = replace(config, deferred_logits=False, gradient_checkpointing=bool(config.gradient_checkpointing))
-    if sys.stderr.isatty():
-        _say(f"Running a step of {model} without weights ...", sys.stderr)
-    in_short = isinstance(sequence_length, str)
-    run = PlannedRun(model, optimizer, config, device=device, card=card, in_short=in_short)
-    if isinstance(sequence_length, str):
-        host = None if host_memory is None else parse_memory("host_memory", host_memory)
-        _plan_longest(run, batch_size, memory, host, devices, strategy, json)
-        return
-    estimate = run.estimate(batch_size, sequence_length, memory)
-    needed = bytes_on_each(run, estimate, devices, strategy)
-    answer = None
-    if memory is not None:
-        answer = "It is not known whether it fits: the activations could not be counted."
-        if estimate.counted_activations:
-            answer = fits(needed, memory, config)
-    if json:
-        totals = {"total": estimate.total, "device": estimate.device, "on_each_device": needed, "fits": answer}
-        _print_json({**vars(estimate), **totals})
-        return
-    print(estimate)
-    if devices > 1:
-        print(f"Each of {devices} devices ({strategy}) needs {both_units(needed)}.")
-    if answer is not None:
-        print(answer)
-
-
-def _plan_longest(
-    run: Any, batch_size: int, memory: int | None, host: int | None, devices: int, strategy: StrategyName, json: bool
-) -> None:
-    from lightning_qlora.tools.longest_sequence import longest_sequences
-    from lightning_qlora.tools.memory_estimate import both_units, usable_bytes
-
-    if memory is None and run.device == "gpu":
-        raise ValueError("sequence_length='longest': on which card? Pass gpu=RTX4090 or gpu_memory=24GiB.")
-    available = run.available(None) if memory is None else usable_bytes(memory)
-    if host is not None:
-        run.host_memory = host / 2 / devices
-    rows = longest_sequences(run, batch_size, available, devices, strategy)
-    if json:
-        _print_json({"available": available, "longest": [row._asdict() for row in rows]})
-        return
-    print(f"The longest sequence for {both_units(available)}, batch_size={batch_size}:")
-    for row in rows:
-        print(row)
 
 
 def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:
@@ -159,9 +38,9 @@ def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:
 
     lines = inspect_path(path, weights_only)
     if json:
-        _print_json(dict(lines))
+        print_json(dict(lines))
     else:
-        _show(lines)
+        show(lines)
 
 
 def merge_adapter(
@@ -205,11 +84,11 @@ def merge_adapter(
     files = {path.name: path.stat().st_size for path in sorted(Path(output).iterdir())}
     reads_text = "vocab_size" in (Path(output) / "config.json").read_text(encoding="utf-8")
     if reads_text and not any(re.search("token|vocab|piece", name) for name in files):
-        _say(f"lightning-qlora: warning: {source} has no tokenizer, so {output} has none: copy one there", sys.stderr)
+        say(f"lightning-qlora: warning: {source} has no tokenizer, so {output} has none: copy one there", sys.stderr)
     if json:
-        _print_json({"output": output, "base_model": source, "adapter": adapter, "files": files})
+        print_json({"output": output, "base_model": source, "adapter": adapter, "files": files})
         return
-    _say(f"{output}: {source} with {adapter} merged; {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB")
+    say(f"{output}: {source} with {adapter} merged; {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB")
 
 
 def export(
@@ -235,11 +114,11 @@ def export(
     adapter = _adapter(checkpoint, weights_only, base)
     requirement = required_base(adapter.quantization)
     if requirement:
-        _say(f"lightning-qlora: warning: {requirement}", sys.stderr)
+        say(f"lightning-qlora: warning: {requirement}", sys.stderr)
     write_adapter(adapter, output)
     base_model = adapter.config["base_model_name_or_path"] or "a base that is not named"
-    _say(f"{output}: {len(adapter.layers)} layers for {base_model}")
-    _say(f"trained on: {trained_on(adapter.quantization)}")
+    say(f"{output}: {len(adapter.layers)} layers for {base_model}")
+    say(f"trained on: {trained_on(adapter.quantization)}")
 
 
 def doctor(check: bool = False, json: bool = False) -> None:
@@ -257,11 +136,11 @@ def doctor(check: bool = False, json: bool = False) -> None:
         if not good:
             text += "  <-- wrong"
         if not json:
-            _show([(name, text)])
+            show([(name, text)])
     if json:
-        _print_json({"checks": checks, "environment": environment()})
+        print_json({"checks": checks, "environment": environment()})
     else:
-        _show(list(environment().items()))
+        show(list(environment().items()))
     if not all(check["good"] for check in checks.values()):
         raise SystemExit(1)
 
@@ -321,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not isinstance(error, EXPECTED) and type(error).__name__ != "CheckpointMismatchError":  # which imports torch
             raise
-        _say(f"lightning-qlora: error: {' '.join(str(error).split())}", sys.stderr)
+        say(f"lightning-qlora: error: {' '.join(str(error).split())}", sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -333,24 +212,6 @@ def _adapter(path: str, weights_only: bool, base: Base) -> "Adapter":
     if os.path.isdir(path) and not is_shards(path):
         return read_adapter(path, base)
     return read_adapter_from_checkpoint(path, weights_only, base)
-
-
-def _say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line that may have texts of a file in it."""
-    print(printable(text), file=stream, flush=True)
-
-
-def _show(lines: list[tuple[str, str]]) -> None:
-    width = shutil.get_terminal_size().columns
-    for name, value in lines:
-        text = printable(f"{name:30} {value}")
-        if sys.stdout.isatty() and len(text) > width > 60:  # a file or a pipe gets whole lines
-            text = textwrap.fill(text, width, **WRAPPED)
-        print(text)
-
-
-def _print_json(values: Any) -> None:
-    print(json_format.dumps(values, indent=2, default=str))
 
 
 def _plain(message: str) -> str:

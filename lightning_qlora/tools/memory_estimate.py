@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -22,7 +21,6 @@ from lightning_qlora.activations.gradient_checkpointing import (
     enable_gradient_checkpointing,
     transformers_checkpointing_layers,
 )
-from lightning_qlora.activations.host_inputs import HostInputs
 from lightning_qlora.adapters.module_adapter import config_of_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
@@ -34,7 +32,7 @@ from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS, Held
 from lightning_qlora.texts import size_text
-from lightning_qlora.tools.activations import PlannedHostMemory, fake_example, forward_function, step_memory
+from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
 from lightning_qlora.tools.cards import Card, find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
@@ -286,12 +284,8 @@ class PlannedRun:
         self._repeated.are_skipped = True
         if budget is None:
             return self._step(batch_size, sequence_length)
-        budget.host = HostInputs()
         # As in a run: first all blocks are recomputed, then a step decides by what that needed.
-        budget.memory_of = None
-        if self.device == "gpu":
-            budget.host.memory_on = partial(PlannedHostMemory, room=self.host_memory)
-        budget.capacity = None
+        budget.plan(self.host_memory if self.device == "gpu" else None)
         estimate = self._step(batch_size, sequence_length)
         available = self.available(gpu_memory)
         is_known = budget.limit is not None or available != math.inf

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_qlora.activations.gradient_checkpointing import RecomputedForward, transformers_checkpointing_layers
-from lightning_qlora.activations.token_tiles import HOOKS
+from lightning_qlora.activations.recomputed import HOOKS
 from lightning_qlora.dtypes.instance_method import InstanceMethod, instance_method
 from lightning_qlora.texts import group
 

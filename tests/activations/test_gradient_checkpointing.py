@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert, merge
-from lightning_qlora.activations import activation_budget
+from lightning_qlora.activations import recomputed
 from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.plugin.audit import Audit
@@ -118,8 +118,8 @@ def test_a_module_without_blocks_warns(module):
 @pytest.fixture
 def count_recomputed(monkeypatch):
     calls = []
-    original = activation_budget.checkpoint
-    monkeypatch.setattr(activation_budget, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = recomputed.checkpoint
+    monkeypatch.setattr(recomputed, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_weights, merge, quantize, save_adapter
 from lightning_qlora.experts.experts import QLoRAExperts
-from lightning_qlora.huggingface.without_data import mark_as_found
+from lightning_qlora.huggingface.sharded.without_data import mark_as_found
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.survey.provenance import LOADED_TENSOR
 from lightning_qlora.tensors.dtensor import gather, reshard
@@ -178,7 +178,7 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank,
         bars.append((text, arguments))
         return groups
 
-    monkeypatch.setattr("lightning_qlora.huggingface.load_weights.tqdm", bar)
+    monkeypatch.setattr("lightning_qlora.huggingface.sharded.load_weights.tqdm", bar)
     fabric, net = sharded_by_fabric(folder, **arguments)
     assert bars == [("Quantizing", {"leave": False, "delay": 2, "unit": " x 1 layers", "disable": None})]
     alone = loaded_alone(folder, **arguments)

@@ -22,7 +22,7 @@ from lightning_qlora import QLoRAPrecision
 from lightning_qlora.kernels import backends, eager, reference, verdict, verify
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from tests.kernels.forks import in_forks, start_in_fork
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ START = verdict.start
 def fresh(tmp_path, monkeypatch):
     """A cache without a verdict, kernels of which the tests replace some, and checks in forks."""
     module = ModuleType("kernels_of_a_test")
-    vars(module).update({op: getattr(reference, op) for op in verify.OPS})
+    vars(module).update({op: verify.specification(op) for op in verify.OPS})
     vars(module).update(can_group=lambda *_: True, check_launch=lambda device: None)
 
     def plan(*operands):
@@ -296,7 +296,7 @@ def test_a_variant_that_fails_in_mid_run_falls_back_without_a_change_of_the_run(
     """The fourth call and all later ones; of AdamW that is the second of two types of parameters."""
     found(monkeypatch)
     expected = train_by_eager()
-    right = getattr(reference, op)
+    right = verify.specification(op)
     calls = []
 
     def fails_later(*arguments):
@@ -320,7 +320,7 @@ def test_a_step_that_raises_is_repeated_only_if_it_wrote_nothing(monkeypatch, ke
 
     def raises(params, *rest):
         if writes:
-            getattr(reference, op)(params, *rest)
+            verify.specification(op)(params, *rest)
         raise RuntimeError("an error of the launch")
 
     setattr(kernels, op, raises)

@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_qlora.kernels.reference import dequantize_state, quantize_state
-from lightning_qlora.optim import adamw
-from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
+from lightning_qlora.kernels.adamw import dequantize_state, quantize_state
+from lightning_qlora.optim import adamw8bit
+from lightning_qlora.optim.adamw import PagedAdamW
+from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.state_8bit import MOMENTS, to_32bit
 from tests.optim.stand_in import assert_all_paged
 from tests.optim.test_optimizer_pages import assert_equal_parameters, attached, model, train
@@ -342,8 +343,8 @@ def test_what_is_no_number_of_its_range_is_refused(name, value, error, found):
 def test_numbers_may_be_tensors_and_betas_a_list(monkeypatch):
     """The kernels of a GPU get floats: Triton would take a tensor as an address."""
     given = []
-    step = adamw.adamw_step
-    monkeypatch.setattr(adamw, "adamw_step", lambda *args: given.append(args[-1]) or step(*args))
+    step = adamw8bit.adamw_step
+    monkeypatch.setattr(adamw8bit, "adamw_step", lambda *args: given.append(args[-1]) or step(*args))
     param = torch.nn.Parameter(torch.ones(2))
     param.grad = torch.ones(2)
     lr, beta, eps, weight_decay = torch.tensor([0.1, 0.9, 1e-8, 0.0])
@@ -394,8 +395,8 @@ def test_a_launch_has_tensors_of_one_device(monkeypatch):
     def record(*arguments):
         devices.append({tensor.device.type for tensor in tree_leaves(arguments[:-1])})
 
-    monkeypatch.setattr(adamw, "adamw_step", record)
-    monkeypatch.setattr(adamw, "adamw8bit_step", record)
+    monkeypatch.setattr(adamw8bit, "adamw_step", record)
+    monkeypatch.setattr(adamw8bit, "adamw8bit_step", record)
     params = [torch.nn.Parameter(torch.ones(n, device=device)) for n in (16, 5000) for device in ("cpu", "meta")]
     for param in params:
         param.grad = torch.ones_like(param)

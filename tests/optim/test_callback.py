@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.pager import PagedOptimizer, PagingReport
 from tests.attack.processes import ended, start
 from tests.conftest import PORTS, RANKS, TORCHRUN

@@ -9,7 +9,7 @@ import gc
 import pytest
 import torch
 
-from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
 from lightning_qlora.optim.optimizer_pages import open_pool
 from lightning_qlora.optim.pager import Pager

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_qlora.optim import adamw, optimizer_pages
-from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool
 from lightning_qlora.optim.optimizer_pages import open_pool, windows
 from lightning_qlora.optim.pager import Pager

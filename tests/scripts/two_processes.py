@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_qlora.kernels.reference import dequantize_state
+from lightning_qlora.kernels.adamw import dequantize_state
 from lightning_qlora.optim import optimizer_pages
-from lightning_qlora.optim.adamw import PagedAdamW, PagedAdamW8bit
+from lightning_qlora.optim.adamw import PagedAdamW
+from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.pager import PagedOptimizer, Pager
 from tests.optim.runs import Regression, data, fit, parameters
 from tests.optim.stand_in import StandIn

@@ -2,7 +2,7 @@
 
 A LoRA model has hundreds of small tensors, so one launch per tensor would cost more than the arithmetic. The kernels
 get a table of addresses with one row per tensor, and every program finds its row by a binary search for its number.
-The same in torch, with the formulas and a description of the 8-bit state: `kernels/reference.py`.
+The same in torch, with the formulas and a description of the 8-bit state: `kernels/adamw.py`.
 """
 
 import math
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.reference import LARGEST, STATE_BLOCK_SIZE, AdamWStep, Moment
+from lightning_qlora.kernels.adamw import LARGEST, STATE_BLOCK_SIZE, AdamWStep, Moment
 from lightning_qlora.kernels.triton.launch import Launch, find_tile
 from lightning_qlora.quantization.codebooks import dynamic_map
 

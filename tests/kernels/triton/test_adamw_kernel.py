@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lightning_qlora.kernels import ops, reference
-from lightning_qlora.kernels.reference import AdamWStep
+from lightning_qlora.kernels import adamw, ops
+from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
-from lightning_qlora.optim.adamw import PagedAdamW8bit
+from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.state_8bit import MOMENTS
-from tests.kernels.test_reference_adamw import SCALARS, SHAPES, check_8bit_steps, draw
+from tests.kernels.test_adamw import SCALARS, SHAPES, check_8bit_steps, draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -18,7 +18,7 @@ def test_32_bit_steps_equal_the_reference(dtype):
     for step in range(1, 4):
         grads = draw(step, dtype)
         adamw_step(ours, grads, *moments[:2], AdamWStep(step, **SCALARS))
-        reference.adamw_step(theirs, grads, *moments[2:], AdamWStep(step, **SCALARS))
+        adamw.adamw_step(theirs, grads, *moments[2:], AdamWStep(step, **SCALARS))
     for mine, yours in zip([*ours, *moments[0], *moments[1]], [*theirs, *moments[2], *moments[3]], strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
@@ -35,7 +35,7 @@ def test_tensors_of_several_types_and_many_rows(monkeypatch):
     for mine, yours in zip(params, expected, strict=True):
         mine.grad = yours.grad = torch.randn(mine.shape).to(mine.dtype)
     PagedAdamW8bit(params, lr=1e-2).step()
-    monkeypatch.setattr(ops, "backend", lambda device: reference)
+    monkeypatch.setattr(ops, "backend", lambda device: adamw)
     PagedAdamW8bit(expected, lr=1e-2).step()
     for mine, yours in zip(params, expected, strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-2 if mine.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
@@ -47,7 +47,7 @@ def test_state_that_begins_off_a_16_byte_border():
     v.abs_()
     expected = [tensor.clone() for tensor in (p, g, m, v)]
     adamw_step([p], [g], [m], [v], AdamWStep(3, **SCALARS))
-    reference.adamw_step(*[[tensor] for tensor in expected], AdamWStep(3, **SCALARS))
+    adamw.adamw_step(*[[tensor] for tensor in expected], AdamWStep(3, **SCALARS))
     torch.testing.assert_close(p, expected[0], rtol=1e-5, atol=1e-6)
 
 
@@ -58,10 +58,10 @@ def test_parameters_and_state_that_are_not_contiguous(bits):
     params[0].requires_grad_()
     if bits == 32:
         states = [[[torch.zeros(30, 20).T] for _ in MOMENTS] for _ in range(2)]
-        steps = adamw_step, reference.adamw_step
+        steps = adamw_step, adamw.adamw_step
     else:
         states = [[([torch.zeros(30, 20).byte().T], [torch.zeros(3)]) for _ in MOMENTS] for _ in range(2)]
-        steps = adamw8bit_step, reference.adamw8bit_step
+        steps = adamw8bit_step, adamw.adamw8bit_step
     for step in range(1, 4):
         grads = [torch.randn(30, generator=torch.Generator().manual_seed(step)).expand(20, 30)]
         for update, tensors, state in zip(steps, (params, expected), states, strict=True):

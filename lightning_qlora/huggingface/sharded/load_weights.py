@@ -24,7 +24,6 @@ from lightning_qlora.adapters.module_adapter import set_adapter
 from lightning_qlora.checkpoints.conversion import conversion_of
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.huggingface.without_data import NO_VALUES
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import is_transformers_model, join, named
@@ -35,6 +34,11 @@ from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import renew
 from lightning_qlora.tensors.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.tensors.held_types import types_before
+
+NO_VALUES = (
+    "The weights are read after configure_model has sharded the model, so nothing can be computed from them there, as "
+    "resize_token_embeddings does. Save the changed model in a folder first, or load it in __init__."
+)
 
 
 def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lightning_qlora.kernels import reference
-from lightning_qlora.kernels.reference import AdamWStep, dequantize_state, quantize_state
+from lightning_qlora.kernels import adamw
+from lightning_qlora.kernels.adamw import AdamWStep, dequantize_state, quantize_state
 from lightning_qlora.quantization.codebooks import dynamic_map
 
 SCALARS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
@@ -26,7 +26,7 @@ def test_32bit_steps_agree_with_torch(dtype):
         grads = draw(step, dtype)
         for param, grad in zip(theirs, grads, strict=True):
             param.grad = grad.double()
-        reference.adamw_step(ours, grads, m, v, AdamWStep(step, **SCALARS))
+        adamw.adamw_step(ours, grads, m, v, AdamWStep(step, **SCALARS))
         optimizer.step()
     for param, expected, *moments in zip(ours, theirs, m, v, strict=True):
         torch.testing.assert_close(
@@ -76,7 +76,7 @@ def check_8bit_steps(update):
 
 
 def test_8bit_steps_agree_with_the_formula_in_float64():
-    check_8bit_steps(reference.adamw8bit_step)
+    check_8bit_steps(adamw.adamw8bit_step)
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -1,0 +1,20 @@
+"""What is recomputed in the backward pass: a call, and the methods of modules that stand for it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qlora.dtypes.instance_method import InstanceMethod
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # attributes of a module
+
+
+class OfRecomputation(InstanceMethod):
+    """A method that `gradient_checkpointing` puts in place of another one."""
+
+
+def recomputed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The output of a call that is recomputed; `checkpoint` has keywords of its own, which a forward may have too."""
+    return checkpoint(partial(forward, **kwargs) if kwargs else forward, *args, use_reentrant=False)

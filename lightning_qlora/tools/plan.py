@@ -1,0 +1,127 @@
+"""`lightning-qlora plan`."""
+
+import inspect
+import logging
+import re
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from lightning_qlora.checks import check_integer, parse_memory
+from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
+from lightning_qlora.tools.output import print_json, say
+
+
+def _with_arguments_of_config(command: Any) -> Any:
+    """Give a command the arguments of QLoRAConfig. jsonargparse could find them itself, but would import torch."""
+    parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for parameter in inspect.signature(QLoRAConfig).parameters.values():
+        parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    # Python 3.13 and newer remove the indentation of docstrings themselves.
+    of_config, of_command = (inspect.cleandoc(each.__doc__ or "") for each in (QLoRAConfig, command))
+    descriptions = re.split(r"\n(?:Args|Raises):\n", of_config)[1]
+    command.__doc__ = re.sub(r"    \*\*arguments: .*", lambda _: descriptions.strip("\n"), of_command)
+    return command
+
+
+@_with_arguments_of_config
+def plan(
+    model: str,
+    batch_size: int = 1,
+    sequence_length: int | Literal["longest"] = 512,
+    optimizer: OptimizerName = "adamw",
+    gpu_memory: str | None = None,
+    host_memory: str | None = None,
+    devices: int = 1,
+    strategy: StrategyName = "fsdp",
+    device: DeviceName = "gpu",
+    gpu: str | None = None,
+    json: bool = False,
+    **arguments: Any,
+) -> None:
+    """Estimate the memory of a training run without loading the model.
+
+    Args:
+        model: Folder or hub name of a transformers model; only its config.json is read.
+        batch_size: Sequences per step.
+        sequence_length: Tokens per sequence; "longest": find the longest that fits on the GPU, for
+            gradient_checkpointing true, auto and offload, whatever that argument says.
+        optimizer: Optimizer whose state is counted.
+        gpu_memory: Memory of a GPU, 24GiB for a card of 24 GB (24GB is 7% less): also say whether the run fits, and
+            else what to change; with gradient_checkpointing=auto also how many blocks keep their activations.
+        host_memory: With "longest", free memory of the host, of which a run takes half at most; by default there is
+            enough.
+        devices: Number of devices: also say what each holds.
+        strategy: Strategy on several devices.
+        device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.
+        gpu: A card such as T4, V100 or RTX4090: its memory, and whether it has bf16. Others are planned by gpu_memory.
+        json: Print JSON.
+        **arguments: The arguments of `QLoRAPrecision`.
+    """
+    from lightning_qlora.tools.cards import find_card
+    from lightning_qlora.tools.memory_estimate import PlannedRun, both_units, bytes_on_each, fits
+
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
+    if find_spec("transformers") is not None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
+    check_integer("devices", devices, at_least=1)
+    memory = None
+    card = None
+    if gpu is not None:
+        card = find_card(gpu, device)
+        memory = card.memory
+    if gpu_memory is not None:
+        memory = parse_memory("gpu_memory", gpu_memory)
+    config = QLoRAConfig(**arguments)
+    if devices > 1 and strategy == "fsdp":
+        # The output embedding is in shards, and ranks that share blocks recompute all of them.
+        config = replace(config, deferred_logits=False, gradient_checkpointing=bool(config.gradient_checkpointing))
+    if sys.stderr.isatty():
+        say(f"Running a step of {model} without weights ...", sys.stderr)
+    in_short = isinstance(sequence_length, str)
+    run = PlannedRun(model, optimizer, config, device=device, card=card, in_short=in_short)
+    if isinstance(sequence_length, str):
+        host = None if host_memory is None else parse_memory("host_memory", host_memory)
+        _plan_longest(run, batch_size, memory, host, devices, strategy, json)
+        return
+    estimate = run.estimate(batch_size, sequence_length, memory)
+    needed = bytes_on_each(run, estimate, devices, strategy)
+    answer = None
+    if memory is not None:
+        answer = "It is not known whether it fits: the activations could not be counted."
+        if estimate.counted_activations:
+            answer = fits(needed, memory, config)
+    if json:
+        totals = {"total": estimate.total, "device": estimate.device, "on_each_device": needed, "fits": answer}
+        print_json({**vars(estimate), **totals})
+        return
+    print(estimate)
+    if devices > 1:
+        print(f"Each of {devices} devices ({strategy}) needs {both_units(needed)}.")
+    if answer is not None:
+        print(answer)
+
+
+def _plan_longest(
+    run: Any, batch_size: int, memory: int | None, host: int | None, devices: int, strategy: StrategyName, json: bool
+) -> None:
+    from lightning_qlora.tools.longest_sequence import longest_sequences
+    from lightning_qlora.tools.memory_estimate import both_units, usable_bytes
+
+    if memory is None and run.device == "gpu":
+        raise ValueError("sequence_length='longest': on which card? Pass gpu=RTX4090 or gpu_memory=24GiB.")
+    available = run.available(None) if memory is None else usable_bytes(memory)
+    if host is not None:
+        run.host_memory = host / 2 / devices
+    rows = longest_sequences(run, batch_size, available, devices, strategy)
+    if json:
+        print_json({"available": available, "longest": [row._asdict() for row in rows]})
+        return
+    print(f"The longest sequence for {both_units(available)}, batch_size={batch_size}:")
+    for row in rows:
+        print(row)

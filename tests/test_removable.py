@@ -1,0 +1,215 @@
+"""Each of some features can be taken out: its files and a few lines, after which the package does the rest.
+
+A change that ties a feature to other files fails here: the feature then has one more line outside of its files.
+"""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_qlora
+from lightning_qlora import convert
+from tests.scripts.plain_flow import Layers
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(lightning_qlora.__file__).parent
+MOST_LINES = 8  # outside of the files of a feature
+
+
+@dataclass
+class Feature:
+    files: list[str]  # paths in the package; a folder ends with a slash
+    lines: dict[str, list[str | tuple[str, str]]]  # file -> its lines that go, or become others; without indentation
+    # Arguments that only the feature takes; the package refuses a checkpoint with the last ones too.
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # its public names
+
+
+FEATURES = {
+    "8-bit AdamW": Feature(
+        ["optim/adamw8bit.py", "optim/state_8bit.py", "kernels/adamw.py", "kernels/triton/adamw_kernel.py"],
+        {
+            "__init__.py": [
+                "from lightning_qlora.optim.adamw8bit import PagedAdamW8bit as PagedAdamW8bit",
+                '"PagedAdamW8bit": "optim.adamw8bit",',
+            ],
+            "kernels/triton/__init__.py": [
+                "from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step"
+            ],
+            "kernels/verify.py": ["from lightning_qlora.kernels.adamw import ADAMW", "**ADAMW,"],
+            "optim/saved_state.py": [
+                "from lightning_qlora.optim.state_8bit import to_32bit",
+                "state = to_32bit(state, betas)",
+            ],
+        },
+        names=["PagedAdamW8bit"],
+    ),
+    "the planner": Feature(
+        [
+            "tools/activations.py", "tools/cards.py", "tools/fake_model.py", "tools/longest_sequence.py",
+            "tools/memory_estimate.py", "tools/patches.py", "tools/plan.py", "tools/repeated_blocks.py",
+        ],
+        {
+            "__init__.py": [
+                "from lightning_qlora.tools.memory_estimate import MemoryEstimate as MemoryEstimate",
+                "from lightning_qlora.tools.memory_estimate import estimate_memory as estimate_memory",
+                '"MemoryEstimate": "tools.memory_estimate",',
+                '"estimate_memory": "tools.memory_estimate",',
+            ],
+            "tools/cli.py": ["from lightning_qlora.tools.plan import plan", '"plan": plan,'],
+        },
+        names=["MemoryEstimate", "estimate_memory"],
+    ),
+    "sharded loading": Feature(
+        ["huggingface/sharded/"],
+        {
+            "__init__.py": [
+                "from lightning_qlora.huggingface.sharded.load_weights import load_weights as load_weights",
+                '"load_weights": "huggingface.sharded.load_weights",',
+            ],
+            "huggingface/quantizer.py": [
+                "from lightning_qlora.huggingface.sharded.without_data import LaterWeights",
+                "if (shards or self.loading.sharding) and is_folder and not needs_values:",
+                "self.later = LaterWeights(self, model, paths[0].parent, self._shapes)",
+            ],
+        },
+        names=["load_weights"],
+    ),
+    "the activation budget": Feature(
+        [
+            "activations/activation_budget.py", "activations/host_inputs.py", "activations/row_by_row.py",
+            "activations/tiled_function.py", "activations/token_tiles.py",
+        ],
+        {
+            "activations/gradient_checkpointing.py": [
+                "from lightning_qlora.activations.activation_budget import budget_for",
+                "if setting is not True:",
+                "budget = budget_for(setting, is_shared)",
+            ],
+            "config.py": [
+                (
+                    "gradient_checkpointing: bool | int | str = _argument(False, check_gradient_checkpointing)",
+                    "gradient_checkpointing: bool = _argument(False, check_bool)",
+                )
+            ],
+        },
+        refused=[{"gradient_checkpointing": value} for value in ("auto", "offload", "8GiB", 10**10)],
+    ),
+}  # fmt: skip
+
+
+def without(features, folder):
+    """Copy the package into a folder, without features."""
+    package = folder / PACKAGE.name
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for feature in features:
+        for name in feature.files:
+            path = package / name
+            if name.endswith("/"):
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for name, gone in feature.lines.items():
+            change(package / name, dict(line if isinstance(line, tuple) else (line, "") for line in gone))
+    return package
+
+
+def change(path, lines):
+    """Replace lines of a file, without their indentation, by others; by an empty text: remove them."""
+    if not path.is_file():
+        return  # another feature that goes had it
+    left = []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if text not in lines:
+            left.append(line)
+            continue
+        found.append(text)
+        if lines[text]:
+            left.append(line.replace(text, lines[text]))
+    assert sorted(found) == sorted(lines), f"{path}: these lines must be there once"
+    path.write_text("\n".join(left) + "\n", encoding="utf-8")
+
+
+def names_of(tree):
+    """What a file defines or imports at its top."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def missing_imports(package):
+    """What files of the package import from it, and it does not have."""
+    trees = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+            path.read_bytes()
+        )
+        for path in package.rglob("*.py")
+    }
+    defined = {module: names_of(tree) for module, tree in trees.items()}
+    missing = []
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_qlora"):
+                for alias in node.names:
+                    is_there = f"{node.module}.{alias.name}" in trees or alias.name in defined.get(node.module, ())
+                    if not is_there:
+                        missing.append((module, node.module, alias.name))
+    return missing
+
+
+def run_plain_flow(features, folder):
+    """What `tests/scripts/plain_flow.py` does, in a process that finds the package without these features."""
+    package = without(features, folder)
+    refused = [arguments for feature in features for arguments in feature.refused]
+    names = [name for feature in features for name in feature.names]
+    files = []
+    for feature in features:
+        for arguments in feature.refused[-1:]:
+            module = Layers()
+            convert(module, r=4, **arguments)
+            files.append(f"{folder}/{len(files)}.pt")
+            torch.save(module.state_dict(), files[-1])
+    arguments = str(package), names, refused, files
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/scripts/plain_flow.py"), *map(json.dumps, arguments)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_is_its_files_and_a_few_lines(name, tmp_path):
+    feature = FEATURES[name]
+    assert sum(map(len, feature.lines.values())) <= MOST_LINES
+    assert missing_imports(without([feature], tmp_path)) == []
+
+
+def test_the_rest_works_without_all_of_them(tmp_path):
+    run_plain_flow([*FEATURES.values()], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_rest_works_without_a_feature(name, tmp_path):
+    run_plain_flow([FEATURES[name]], tmp_path)

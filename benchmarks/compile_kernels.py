@@ -82,8 +82,8 @@ class Case:
 def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
     for make in (
-        _dequantize_cases, _quantize_cases, _dropout_cases, _half_cases, _lora_cases, _matmul_cases, _grouped_cases,
-        _adamw_cases,
+        _dequantize_cases, _quantize_cases, _dropout_cases, _half_cases, _lora_cases, _matmul_cases, _vector_cases,
+        _grouped_cases, _adamw_cases,
     ):  # fmt: skip
         yield from make(target)
 
@@ -215,6 +215,13 @@ def _matmul_cases(target: str) -> Iterator[Case]:
                 _matmul(rows, kind, block_size, double_quant), run * tile["N"] / threads,
                 13 if run == 64 else 24, loop=True, short=kind == torch.bfloat16 and block_size == 64 and double_quant,
             )  # fmt: skip
+
+
+def _vector_cases(target: str) -> Iterator[Case]:
+    for (tile, threads), double_quant, rows in product(_tiles("vector", target), (True, False), (1, 2)):
+        name = f"product without tensor cores, {rows} rows{', double quantization' * double_quant}"
+        weights = 8 * tile["ROWS"] * tile["WORDS"] / threads
+        yield Case(name, _matmul(rows, torch.float32, 64, double_quant), weights, 13, loop=True)
 
 
 def _matmul(rows: int, kind: Kind, block_size: int, double_quant: bool) -> Callable[[], object]:

@@ -27,6 +27,8 @@ LAYERS = 4 * [(4096, 4096)] + 2 * [(11008, 4096)] + [(4096, 11008)]  # (outputs,
 LAUNCH = 2.5e-6  # seconds
 DROPPED = 20  # instructions for the dropout mask of an element
 ATTENTION_IN_FP32 = 1.4  # fused attention multiplies whole tiles of the causal triangle
+# Passes over q, k, v and the output, and over their gradients, to and from fp16, in hidden states of fp32.
+CASTS_OF_ATTENTION = 9, 7
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Card:
         return max(3e-6, self.seconds(0.516 * numel, 0, self.instructions * numel), in_shared_memory) + LAUNCH
 
 
-T4 = Card("T4", 320e9, 1.2e12, 65e12, 8.1e12, 40, 1.59e9, 10, 3.2)
+T4 = Card("T4", 320e9, 1.2e12, 65e12, 8.1e12, 40, 1.59e9, 10.4, 3.2)
 CARDS = (
     Card("RTX 4090", 1.008e12, 4.5e12, 165e12, 82e12, 128, 2.52e9, 8.9, 3.2),
     Card("A100", 2.039e12, 4.2e12, 312e12, 19.5e12, 108, 1.41e9, 8.5, 3.2),
@@ -112,25 +114,31 @@ def ours(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
     return forward, backward + decode + matmul(card, m, k, n, adds=True)
 
 
+def to_half(card: Card, rows: int, columns: int) -> float:
+    """A matrix in fp32 to fp16 with a power of two."""
+    return card.seconds(4 * rows * columns) + card.seconds(6 * rows * columns, 0, 7 * rows * columns)
+
+
+def in_half(card: Card, rows: int, columns: int, inner: int) -> float:
+    """A product of torch in fp16 whose result is fp32."""
+    moved = 2 * inner * (rows + columns) + 4 * rows * columns
+    return card.seconds(moved, 0, 0, 2 * rows * columns * inner)
+
+
+def project_in_half(card: Card, m: int, k: int) -> float:
+    """drop(x) A^T, with x and A in fp16."""
+    dropout = card.seconds(4 * m * k, 0, (6 + DROPPED) * m * k) + LAUNCH
+    return to_half(card, m, k) + to_half(card, RANK, k) + dropout + in_half(card, m, RANK, k) + LAUNCH
+
+
 def ours_in_half(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
-    """The same on a card without bf16: products in fp16 with powers of two, 22 and 38 launches."""
+    """The same on a card without bf16: products in fp16 with powers of two, 18 and 26 launches."""
     r = RANK
-
-    def to_half(rows: int, columns: int) -> float:
-        return card.seconds(4 * rows * columns) + card.seconds(6 * rows * columns, 0, 7 * rows * columns)
-
-    def product(rows: int, columns: int, inner: int) -> float:
-        return card.seconds(2 * rows * inner + 4 * rows * columns, 0, 0, 2 * rows * columns * inner)
-
-    decode = card.seconds(2.516 * n * k, 0, 6.8 * n * k)
-    dropout = card.seconds(4 * m * k, 0, (6 + DROPPED) * m * k)
-    rest = 11 * LAUNCH
-    forward = to_half(m, k) + to_half(r, k) + to_half(m, r) + to_half(n, r) + dropout + rest
-    forward += product(m, r, k) + product(m, n, r) + decode + card.seconds(12 * m * n)
-    forward += card.seconds(2 * m * k + 2 * n * k + 4 * m * n, 0, 0, 2 * m * n * k)
-    backward = to_half(m, n) + to_half(m, k) + 2 * to_half(m, r) + to_half(n, r) + to_half(r, k) + dropout + rest
-    backward += 2 * product(m, r, n) + product(m, r, k) + product(m, k, r) + decode
-    backward += card.seconds(2 * m * n + 2 * n * k + 4 * m * k, 0, 0, 2 * m * n * k)
+    decode = 2 * LAUNCH + card.seconds(2.516 * n * k, 0, 6.8 * n * k)
+    forward = project_in_half(card, m, k) + to_half(card, m, r) + to_half(card, n, r) + decode
+    forward += in_half(card, m, n, k) + in_half(card, m, n, r) + card.seconds(12 * m * n)
+    backward = to_half(card, m, n) + project_in_half(card, m, k) + 2 * to_half(card, m, r) + to_half(card, n, r)
+    backward += 2 * in_half(card, m, r, n) + in_half(card, m, k, r) + decode + in_half(card, m, k, n) + 3 * LAUNCH
     return forward, backward + card.seconds(12 * m * k, 0, (12 + DROPPED) * m * k)
 
 
@@ -182,13 +190,16 @@ class Method:
         layer = ours_in_half if turing else self.layer
         times = [layer(card, tokens, n, k) for n, k in LAYERS]
         pass_over = (2 if fp32 else 1) * 2 * tokens * WIDTH / (0.85 * card.bandwidth)
-        attention = self._dense(card, fp32, 2 * tokens * tokens * WIDTH, ATTENTION_IN_FP32)
-        forward = sum(forward for forward, _ in times) + self.passes[0] * pass_over + attention
-        backward = sum(backward for _, backward in times) + self.passes[1] * pass_over + 2.5 * attention
+        attention = self._dense(card, self.in_fp32, 2 * tokens * tokens * WIDTH, ATTENTION_IN_FP32)
+        casts = CASTS_OF_ATTENTION if turing and not self.in_fp32 else (0, 0)
+        forward = sum(forward for forward, _ in times) + (self.passes[0] + casts[0]) * pass_over + attention
+        backward = sum(backward for _, backward in times) + (self.passes[1] + casts[1]) * pass_over + 2.5 * attention
         block = 2 * forward + backward
-        if self.layer is ours and not turing:
+        if self.layer is ours:
             # The recomputation of a block ends before the product of its last layer.
-            block -= times[-1][0] - project(card, tokens, LAYERS[-1][1], 6 + DROPPED)
+            width = LAYERS[-1][1]
+            first = project_in_half(card, tokens, width) if turing else project(card, tokens, width, 6 + DROPPED)
+            block -= times[-1][0] - first
         moved = 2 * VOCABULARY * (WIDTH + tokens)
         head = max(card.seconds(moved), self._dense(card, fp32, 2 * tokens * VOCABULARY * WIDTH))
         return BLOCKS * block + 2 * head + card.seconds(self.of_logits * tokens * VOCABULARY)
@@ -230,11 +241,8 @@ def _token(card: Card) -> float:
     total = 39 * LAUNCH + 2 * LAUNCH
     for n, k in LAYERS:
         adapter = max(5e-6, card.seconds(4 * RANK * k)) + max(3e-6, card.seconds(4 * RANK * n))
-        if is_turing(card):
-            total += adapter + card.seconds(2.516 * n * k) + card.seconds(2 * n * k) + 17 * LAUNCH
-        else:
-            total += adapter + card.few_rows(n * k)
-    return BLOCKS * total + card.seconds(2 * VOCABULARY * WIDTH)
+        total += adapter + card.few_rows(n * k)
+    return BLOCKS * total + card.seconds((4 if is_turing(card) else 2) * VOCABULARY * WIDTH)
 
 
 def tokens() -> str:

@@ -13,6 +13,7 @@ from lightning_qlora.kernels.triton import linear, lora_products
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, dropout_into
 from lightning_qlora.kernels.triton.launch import Launch, Tile, find_tile
 from lightning_qlora.kernels.triton.quantize import tables_of_levels, weight_arguments
+from lightning_qlora.kernels.triton.vector import vector
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
@@ -63,7 +64,11 @@ def add_matmul_(y: Tensor, x: Any, weight: PackedBytes, bias: Tensor | None = No
     """y += x W^T + bias, with W decoded inside; returns y."""
     values, power = x if isinstance(x, Half) else (x, x)
     tensors = *weight_arguments(weight)[0], *tables_of_levels(weight.quant_type, y.device)
-    run = linear.matmul(x.shape[0], weight, bias is not None, isinstance(x, Half))
+    m = x.shape[0]
+    if values.dtype is torch.float32:
+        run = vector(m, weight, bias is not None)
+    else:
+        run = linear.matmul(m, weight, bias is not None, isinstance(x, Half))
     run((*tensors, values, y if bias is None else bias, y, run.memory(y), power))
     return y
 

@@ -53,6 +53,10 @@ LAYERS: tuple[tuple[Any, ...], ...] = (  # rows, outputs, inputs, rank, block si
     (20, 66, 128, 8, 256, False, 0.0, False),  # the same, not shared; blocks cross rows
     (650, 520, 70, 70, 64, True, 0.3, True),  # two tiles of ranks; two launches of linear_backward share sums
 )
+VECTORS: tuple[tuple[Any, ...], ...] = (  # the same in fp32, for cards that multiply so few rows without tensor cores
+    (1, 35, 192, 8, 64, True, 0.0, True),
+    (2, 35, 640, 8, 256, False, 0.0, False),  # blocks cross rows
+)
 EXPERTS: tuple[tuple[Any, ...], ...] = (  # rows of each expert, then as above
     ((5, 0, 66), 70, 128, 8, 64, True, 0.0),
     ((3, 0, 7), 66, 96, 70, 32, False, 0.3),  # two tiles of ranks
@@ -179,7 +183,8 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
                 _, xa = reference.grouped_linear(x, *rest)
                 yield grad, x, xa, *rest
     else:
-        for (m, n, k, *form, p, has_bias), kind in _in_types(LAYERS, 2):
+        vectors = [(case, torch.float32) for case in VECTORS]
+        for (m, n, k, *form, p, has_bias), kind in _in_types(LAYERS, 2) + vectors:
             weight, lora_a, lora_b = layer(n, k, *form)
             lora = adapter(lora_a, lora_b, p, kind)
             x = factor(m, k, kind, 1e6)

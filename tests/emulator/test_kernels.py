@@ -34,8 +34,9 @@ FIRST = {
     # Both factors of wgmma in shared memory, one in registers, both transposed, of several experts.
     "sm_90": {"lora_project": (3,), "linear_into": (2,), "linear_backward": (1,), "grouped_linear": (1,)},
     "sm_120": {"linear_into": (2,)},  # f32x2 and add.f32.bf16
-    # To fp16 with a power of two; the sum of two products, with and without dropout, whose products are torch's.
-    "sm_75": {"to_half": (0,), "lora_project": (6,), "linear_into": (6, 7), "linear_backward": (6,)},
+    # To fp16 with a power of two; the sum of two products, with and without dropout, whose products are torch's; then
+    # one row and two.
+    "sm_75": {"to_half": (0,), "lora_project": (6,), "linear_into": (6, 7, 8, 9), "linear_backward": (6,)},
 }
 pytestmark = needs("triton", "3.9", "the emulator knows its PTX")
 

@@ -36,10 +36,15 @@ from lightning_qlora.kernels.triton.quantize import (
     tables_of_levels,
     weight_arguments,
 )
-from lightning_qlora.quantization.packed_weight import PackedBytes
+from lightning_qlora.kernels.triton.vector import vector
+from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
 
 def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> "Plan":
+    if lora.in_fp16 and isinstance(x, Tensor):
+        in_fp32 = Plan(x, lora, weight)
+        if in_fp32.few_rows:  # read as 4 bits, W takes less time than to fp16 and tensor cores
+            return in_fp32
     return HalfPlan(x, lora, weight) if lora.in_fp16 else Plan(x, lora, weight)
 
 
@@ -60,9 +65,11 @@ class Plan(eager.Plan):
         in_16_bits = self.dtype is not torch.float32
         has_sums = self.m > 0 and self.r > 0
         self.has_kernels = in_16_bits and has_sums and all(tiles) and self.m <= MAX_GRID * tiles[1]["M"]
+        # By tensor cores, or by the kernel that needs none, whose factors are fp32.
+        self.matmul = "matmul" if in_16_bits or self.in_fp16 else "vector"
         self.few_rows = False  # whether W is decoded inside of the product
         if weight is not None and self.m and self.k % min(weight.block_size, 64) == 0:
-            self.few_rows = (in_16_bits or self.in_fp16) and bool(find_tile("matmul", self.device, self.m))
+            self.few_rows = bool(find_tile(self.matmul, self.device, self.m))
         self.of_weight: Launch | None = None  # x W^T
 
     @cached_property
@@ -147,10 +154,15 @@ class Plan(eager.Plan):
     def add_matmul_(self, y: Tensor, x: Tensor, power: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
         """y += x W^T + bias, rounded once; of `half` x W^T times the power of two, which is not read else."""
         if self.of_weight is None:
-            self.of_weight = matmul(self.m, weight, bias is not None, self.in_fp16)
+            if self.matmul == "vector":
+                self.of_weight = vector(self.m, weight, bias is not None)
+            else:
+                self.of_weight = matmul(self.m, weight, bias is not None, self.in_fp16)
         addend = y
         if bias is not None:
             addend = bias.contiguous()
+        if self.matmul == "vector":  # it reads eight codes at a time
+            weight = weight._replace(packed=aligned(weight.packed))
         bytes, is_aligned = weight_arguments(weight)
         tensors = *bytes, *tables_of_levels(weight.quant_type, self.device)
         x = x.contiguous()

@@ -6,10 +6,12 @@ from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.lora_linear import lora_linear
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.dropout import dropout_into
 from tests.conftest import every_pair
 from tests.kernels.forward import forward
+from tests.kernels.triton.launches import forget_launches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -95,6 +97,51 @@ def test_every_format_and_block_size(quant_type, double_quant, block_size):
     weight, x, _, _, _, _ = layer(40, 192, 4, torch.float16, 5, quant_type, block_size, double_quant)
     expected = x.double() @ reference.dequantize(weight, torch.float32).double().T
     assert_near(add_matmul_(torch.zeros(5, 40, dtype=x.dtype), x, weight).double(), expected, torch.float16)
+
+
+@pytest.fixture
+def without_tensor_cores(monkeypatch):
+    """The tiles of a T4."""
+    for kernel, table in launch.TABLE.items():
+        monkeypatch.setitem(launch.TABLE, kernel, {"default": table.get("sm_75", table["default"])})
+    forget_launches()
+    yield
+    forget_launches()
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant", "block_size"), every_pair(QUANT_TYPES, [True, False], [32, 64, 256, 4096])
+)
+def test_one_and_two_rows_without_tensor_cores(without_tensor_cores, m, quant_type, double_quant, block_size):
+    """In fp32; outputs that no program divides, and blocks that cross rows."""
+    weight, x, _, bias, _, _ = layer(41, 192, 4, torch.float32, m, quant_type, block_size, double_quant)
+    expected = x.double() @ reference.dequantize(weight, torch.float32).double().T
+    y = torch.randn(m, 41)
+    ours = add_matmul_(y.clone(), x, weight, bias)
+    assert_near(ours.double(), y + expected + bias.double(), torch.float32)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_layer_of_a_t4_is_that_of_fp64_for_any_number_of_rows(without_tensor_cores, p):
+    """One and two rows are multiplied in fp32, more in fp16 with powers of two; the codes begin at any byte."""
+    weight, _, _, bias, a, b = layer(41, 192, 4, torch.float32, 1)
+    bytes = torch.zeros(weight.packed.numel() + 1, dtype=torch.uint8)[1:]
+    weight = weight._replace(packed=bytes.copy_(weight.packed.view(-1)))
+    dense = reference.dequantize(weight, torch.float64)
+    for m, is_vector in ((1, True), (2, True), (3, False), (40, False)):
+        x = 1e5 * torch.randn(m, 192)
+        lora = LoRA(a, b, 0.7, p, torch.tensor([3]) if p else None, in_fp16=True)
+        assert kernels.plan(x, lora, weight).few_rows is is_vector
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+        y = lora_linear(inputs[0], weight, bias, LoRA(*inputs[1:], *lora[2:]))
+        grad = torch.randn_like(y)
+        ours = y, *torch.autograd.grad(y, inputs, grad)
+        x, a64, b64 = (tensor.detach().double().requires_grad_() for tensor in inputs)
+        exact = x @ dense.T + 0.7 * reference.dropout(x, p, lora.seed) @ a64.T @ b64.T + bias.double()
+        theirs = exact, *torch.autograd.grad(exact, (x, a64, b64), grad.double())
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).norm() < (1e-5 if is_vector else 1e-3) * other.norm()
 
 
 def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypatch):

@@ -86,7 +86,7 @@ def _check_alone(waiting: list[InputStatistics]) -> None:
 
 def calibrate_before_step(waiting: list[InputStatistics], optimizer: Optimizer) -> None:
     """Initialize those of the adapters that an optimizer holds, after a backward pass; all ranks must call it."""
-    _calibrate(_held_by(optimizer, waiting), dist.group.WORLD if world_size() > 1 else None)
+    _calibrate(_of_optimizer(optimizer, waiting), dist.group.WORLD if world_size() > 1 else None)
 
 
 def calibrate_before_closure(waiting: list[InputStatistics], optimizer: Optimizer) -> None:
@@ -94,11 +94,11 @@ def calibrate_before_closure(waiting: list[InputStatistics], optimizer: Optimize
 
     Sharpness-aware minimization (SAM) changes the parameters along them before it calls the closure.
     """
-    held = _held_by(optimizer, waiting)
-    parameters = [parameter for each in held for layer in each.layers for parameter in layer.adapter_parameters()]
+    chosen = _of_optimizer(optimizer, waiting)
+    parameters = [parameter for each in chosen for layer in each.layers for parameter in layer.adapter_parameters()]
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    if with_gradient and any(bool(each.sums[:, TRAINING_ROWS].any()) for each in held):
-        calibrate_before_step(held, optimizer)
+    if with_gradient and any(bool(each.sums[:, TRAINING_ROWS].any()) for each in chosen):
+        calibrate_before_step(chosen, optimizer)
         for parameter in with_gradient:
             parameter.grad = torch.zeros_like(parameter)
 
@@ -123,7 +123,7 @@ def waiting_in(modules: Iterable[nn.Module], sharded: bool = False) -> list[Inpu
     return waiting
 
 
-def _held_by(optimizer: Optimizer, waiting: list[InputStatistics]) -> list[InputStatistics]:
+def _of_optimizer(optimizer: Optimizer, waiting: list[InputStatistics]) -> list[InputStatistics]:
     if not waiting:
         return []
     parameters = {id(parameter) for parameter in optimizer_parameters(optimizer)}

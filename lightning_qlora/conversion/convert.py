@@ -46,10 +46,11 @@ from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.runs.guards import refuse_old_wrappers
 from lightning_qlora.runs.patches import shard_bytes
-from lightning_qlora.selection.apply import add_tokens, convert_layers, freeze
+from lightning_qlora.selection.apply import convert_layers, freeze
 from lightning_qlora.selection.copies import COPIES, find_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
+from lightning_qlora.selection.token_selection import add_tokens, check_tokens
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import remember_origins
 from lightning_qlora.survey.records import record, record_rounded, unrecorded
@@ -191,6 +192,8 @@ def _decide(
     if config.deferred_logits is True and not seen.was_converted:
         check_output_embeddings(parts)
     choice = decide(seen, config, saved)
+    if config.trainable_token_indices:
+        check_tokens(seen, config.trainable_token_indices, choice.train)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
     report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.origins.is_pretrained
     if not seen.was_converted:

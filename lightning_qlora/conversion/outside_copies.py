@@ -228,11 +228,11 @@ def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str]]:
             tensors.append(value)
             continue
         if is_average[kind] or (issubclass(kind, nn.Module) and id(value) not in known):  # before all that is as near
-            held = {id(tensor): tensor for tensor in tensors_in(value) if type(tensor) in KINDS}
-            tensors.extend(tensor for number, tensor in held.items() if number not in seen)
-            seen.update(held)
+            inside = {id(tensor): tensor for tensor in tensors_in(value) if type(tensor) in KINDS}
+            tensors.extend(tensor for number, tensor in inside.items() if number not in seen)
+            seen.update(inside)
             if is_average[kind]:
-                holders.update(dict.fromkeys(held, kind.__name__))
+                holders.update(dict.fromkeys(inside, kind.__name__))
             if issubclass(kind, nn.Module) and "_modules" in vars(value):  # else its __init__ has not ended
                 known.update(map(id, value.modules()))
         if kind not in CONTAINERS or len(value) <= MANY:

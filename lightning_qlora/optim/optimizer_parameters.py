@@ -107,12 +107,12 @@ def adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> 
 
     Without copies of layers that train, which follow them by an average.
     """
-    held = {id(parameter) for optimizer in optimizers for parameter in optimizer_parameters(optimizer)}
+    ids = {id(parameter) for optimizer in optimizers for parameter in optimizer_parameters(optimizer)}
     adapters = adapters_of(module.named_modules()) if optimizers else {}
     free = [
         name
         for name, adapter in adapters.items()
-        if any(p.requires_grad and id(p) not in held for p in adapter.adapter_parameters())
+        if any(p.requires_grad and id(p) not in ids for p in adapter.adapter_parameters())
     ]
     if not free:
         return []

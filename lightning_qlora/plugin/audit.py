@@ -55,7 +55,7 @@ class _Idle:
     """Layers whose adapters had no gradient in any step of an optimizer."""
 
     layers: dict[str, LoRALayer]
-    held: set[str]  # names of those that the optimizer holds
+    of_optimizer: set[str]  # names of those that the optimizer holds
     steps: int = 1
     told: bool = False
     values: dict[str, Any] = field(default_factory=dict)  # some of B in the second step, which may initialize adapters
@@ -89,13 +89,13 @@ class Audit:
         if all(parameter.grad is None for parameter in parameters if id(parameter) in names):
             return
         every = adapted_layers(module)
-        held = _held_by(parameters, every)
+        of_optimizer = _layers_of(parameters, every)
         of_others = [parameter for other in self._idle for parameter in optimizer_parameters(other)]
-        idle = adapters_without_gradient(every).keys() - (_held_by(of_others, every) - held)
-        self._idle[optimizer] = _Idle({name: every[name] for name in every if name in idle}, held)
+        idle = adapters_without_gradient(every).keys() - (_layers_of(of_others, every) - of_optimizer)
+        self._idle[optimizer] = _Idle({name: every[name] for name in every if name in idle}, of_optimizer)
         if world_size() > 1:  # the next forward pass of DDP may fail because of them
             self._tell_what_is_unused(self._idle[optimizer], module)
-        self.report.tell(NOT_RECOMPUTED, blocks_not_recomputed(module, [every[name] for name in held]))
+        self.report.tell(NOT_RECOMPUTED, blocks_not_recomputed(module, [every[name] for name in of_optimizer]))
         self.report.tell(LOST, _parameters_that_do_not_move(optimizer, names))
 
     def end(self, module: nn.Module) -> None:
@@ -125,7 +125,9 @@ class Audit:
             return
         idle.told = True
         every = adapted_layers(module)
-        reasons = adapters_without_gradient({name: idle.layers[name] for name in idle.layers if name in idle.held})
+        reasons = adapters_without_gradient(
+            {name: idle.layers[name] for name in idle.layers if name in idle.of_optimizer}
+        )
         copies = layers_with_base_of(every.keys() - idle.layers.keys(), every)
         unused = self.report.unused
         new = {name: reason for name, reason in reasons.items() if name not in unused and name not in copies}
@@ -146,7 +148,7 @@ class Audit:
         self.report.tell(f"{len(thawed)} parameters ({size}) {THAWED}", thawed.values())
 
 
-def _held_by(parameters: Iterable[nn.Parameter], layers: Mapping[str, LoRALayer]) -> set[str]:
+def _layers_of(parameters: Iterable[nn.Parameter], layers: Mapping[str, LoRALayer]) -> set[str]:
     ids = {*map(id, parameters)}
     return {name for name, layer in layers.items() if any(id(each) in ids for each in layer.adapter_parameters())}
 

@@ -1,4 +1,4 @@
-"""What the rows of a selection do to a module: 4-bit layers, which parameters train, and single rows that train."""
+"""What the rows of a selection do to a module: 4-bit layers, and which parameters train."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,6 @@ from lightning_qlora.layers.kinds import decode_packed_layer, is_packed, pop_pac
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, named
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
-from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.selection.selection import IN_MODULES_TO_SAVE, TRAIN, Row, Selection
 from lightning_qlora.survey.records import Unrecorded, own_parameters, record
 from lightning_qlora.survey.snapshot import Snapshot
@@ -118,13 +117,3 @@ def freeze(seen: Survey, choice: Selection, new: Iterable[Unrecorded], converted
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return list(frozen)
-
-
-def add_tokens(seen: Survey, tokens: dict[str, list[int]]) -> None:
-    """Let rows of frozen embeddings train; layers with a tied weight share them."""
-    modules = dict(seen.modules) if tokens else {}
-    tied: dict[int, list[str]] = {}
-    for name in tokens:
-        tied.setdefault(id(modules[name]._parameters.get("weight")), []).append(name)
-    for names in tied.values():
-        train_tokens([modules[name] for name in names], tokens[names[0]])

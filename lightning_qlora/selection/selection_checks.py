@@ -13,7 +13,6 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, outer_names
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.selection.selection import IN_VAIN, REFUSE, SKIP, TRAIN, Selection
-from lightning_qlora.selection.token_selection import check_tokens
 from lightning_qlora.survey.survey import Kind, Survey
 
 # Parameters or modules of a layer with an adapter, by their names in lower case.
@@ -35,8 +34,6 @@ def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_che
     """
     if not of_checkpoint:
         _check_patterns(seen, config, choice)
-    if config.trainable_token_indices:
-        check_tokens(seen, config.trainable_token_indices, choice.train)
     for part in seen.parts:
         name = part.names.full
         kind = None if part.stack is not None else foreign_adapter(part.owner)

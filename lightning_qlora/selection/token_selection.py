@@ -1,4 +1,4 @@
-"""Which embeddings have rows that train, and which rows: what `trainable_token_indices` names.
+"""Rows of embeddings that train: which ones `trainable_token_indices` names, checked and added.
 
 A list of rows is meant for the input embedding, a dict names embeddings. Layers with a tied weight have the same rows.
 """
@@ -13,6 +13,7 @@ from lightning_qlora.checks import TRAIN_IN_FULL, shown
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import join, last_part, outer_names
 from lightning_qlora.layers.packed_layer import PackedLayer
+from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.survey.survey import STACKS, Kind, Part, Survey
 
@@ -78,6 +79,16 @@ def check_tokens(seen: Survey, tokens: TokenIndices, in_full: Mapping[str, Any])
                     f"{type(layer).__name__}, which would not use the rows that train. For such embeddings, "
                     f"{TRAIN_IN_FULL}."
                 )
+
+
+def add_tokens(seen: Survey, tokens: dict[str, list[int]]) -> None:
+    """Let rows of frozen embeddings train; layers with a tied weight share them."""
+    modules = dict(seen.modules)
+    tied: dict[int, list[str]] = {}
+    for name in tokens:
+        tied.setdefault(id(modules[name]._parameters.get("weight")), []).append(name)
+    for names in tied.values():
+        train_tokens([modules[name] for name in names], tokens[names[0]])
 
 
 def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:

@@ -201,7 +201,11 @@ class Method:
             first = project_in_half(card, tokens, width) if turing else project(card, tokens, width, 6 + DROPPED)
             block -= times[-1][0] - first
         moved = 2 * VOCABULARY * (WIDTH + tokens)
-        head = max(card.seconds(moved), self._dense(card, fp32, 2 * tokens * VOCABULARY * WIDTH))
+        head = max(card.seconds(moved), self._dense(card, self.in_fp32, 2 * tokens * VOCABULARY * WIDTH))
+        if turing and not self.in_fp32:
+            # Logits are computed in pieces; for each the weight is cast.
+            pieces = ceil(tokens * VOCABULARY / 2**24)
+            head += pieces * to_half(card, VOCABULARY, WIDTH) + to_half(card, tokens, WIDTH)
         return BLOCKS * block + 2 * head + card.seconds(self.of_logits * tokens * VOCABULARY)
 
     @staticmethod

@@ -47,12 +47,11 @@ def attend(
 
 
 def _is_in_half(module: nn.Module, query: Tensor) -> bool:
-    device = query.device.type
     return (
         query.dtype is torch.float32
         and query.shape[-2] >= MANY
-        and multiplies_in_fp16(device)
-        and not torch.is_autocast_enabled(device)
+        and multiplies_in_fp16(query.device)
+        and not torch.is_autocast_enabled(query.device.type)
         and not torch.compiler.is_compiling()
         and any(isinstance(part, PackedLayer) and part.is_held for part in module._modules.values())
     )

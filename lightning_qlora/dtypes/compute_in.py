@@ -19,12 +19,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
+from lightning_qlora.kernels.half_linear import linear_in_half
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.tensors.device_types import IN_16_BITS, is_our_autocast
+from lightning_qlora.tensors.device_types import IN_16_BITS, is_our_autocast, multiplies_in_fp16
 from lightning_qlora.tensors.held_types import follow_cast, own_tensors, type_after
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+# A product in fp16 takes less time than in fp32, casts of W and x included, from so many elements of W and rows of x.
+LARGE = 1 << 22
+MANY = 128
 # torch has no product of two types for the first two, also under autocast, and a slow one for the third.
 TAKES_FP32 = (nn.Bilinear, nn.EmbeddingBag, nn.RMSNorm)
 
@@ -48,7 +52,10 @@ class ComputeIn(InstanceMethod):
             if _has_16_bits(self.module):  # FSDP cast them
                 return self.original(*args, **kwargs)
             with _without_our_autocast(self.module):
-                return self.original(*in_type(args, torch.float32), **in_type(kwargs, torch.float32))
+                args, kwargs = in_type(args, torch.float32), in_type(kwargs, torch.float32)
+                if len(args) == 1 and not kwargs and self.before is None and _is_in_half(self.module, *args):
+                    return linear_in_half(*args, self.module.weight, self.module.bias)  # type: ignore[arg-type]
+                return self.original(*args, **kwargs)
         dtype = self.autocast_dtype
         if dtype not in IN_16_BITS:
             if self.held is not None:
@@ -153,6 +160,22 @@ def compute_types(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.d
         elif method is not None and method.autocast_dtype in IN_16_BITS:
             types[name] = method.autocast_dtype
     return types
+
+
+def _is_in_half(module: nn.Module, x: Any) -> bool:
+    """Whether a dense layer is large, and gets so many rows, that casts of both to fp16 take less time than fp32."""
+    if type(module) is not nn.Linear or type(x) is not Tensor or x.dtype is not torch.float32:
+        return False
+    weight = module.weight
+    return (
+        type(weight) is nn.Parameter
+        and weight.numel() >= LARGE
+        and x.numel() >= MANY * x.shape[-1]
+        and not any(parameter.requires_grad for parameter in module.parameters())
+        and multiplies_in_fp16(x.device)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _has_16_bits(module: nn.Module) -> bool:

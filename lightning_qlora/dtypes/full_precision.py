@@ -186,7 +186,7 @@ def hold(
         release(modules)
     for dtype, (other, _) in held.items():
         _hold_type(modules, dtype, other)
-    if held and multiplies_in_fp16(device.type):
+    if held and multiplies_in_fp16(device):
         patches.replace_attention(attend)
     _take_16_bit_inputs(modules)
     return [*held.values()]

@@ -189,7 +189,7 @@ class QLoRAExperts(SavedLayer):
 
     def _compute_together(self, x: Tensor, ends: Tensor) -> Tensor | None:
         """All experts in one launch each; None if there are no kernels for them."""
-        of_x, in_fp16, of_y = self.types_of_call(x.device.type, x.dtype)
+        of_x, in_fp16, of_y = self.types_of_call(x.device, x.dtype)
         rows = x
         if x.dtype is not of_x:
             rows = cast_input(x, of_x)

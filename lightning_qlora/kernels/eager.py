@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight
+from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight, take_out
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
@@ -204,8 +204,7 @@ class HalfPlan(Plan):
         return out.add_(result) if adds and out is not None else result
 
     def take_out(self, sums: Tensor, first: Tensor, second: Tensor, s: float) -> Tensor:
-        """The sums times two powers of two and s, in place: the smaller power first, so only the result overflows."""
-        return sums.mul_(torch.minimum(first, second)).mul_(torch.maximum(first, second)).mul_(s)
+        return take_out(sums, first, second).mul_(s)
 
     def decoded(self, weight: PackedBytes) -> tuple[Half, Half]:
         divided, power = scaled_weight(weight, self.scaled)

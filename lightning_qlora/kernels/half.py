@@ -98,3 +98,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)  # the products of fp16 numbers are exact in fp32
+
+
+def take_out(sums: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Multiply sums by two powers of two in place, the smaller first, so that only the result can overflow."""
+    return sums.mul_(torch.minimum(first, second)).mul_(torch.maximum(first, second))

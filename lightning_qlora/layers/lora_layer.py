@@ -221,7 +221,7 @@ class LoRALayer(WithAdapter, PackedLayer):
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
         return PreparedCall(self, x, matrix, bias)
 
-    def types_of_call(self, device: str, given: torch.dtype) -> tuple[torch.dtype, bool, torch.dtype]:
+    def types_of_call(self, device: torch.device, given: torch.dtype) -> tuple[torch.dtype, bool, torch.dtype]:
         """The type of x in a call with x of a `given` type, whether its products are those of `half.py`; the type of y.
 
         It multiplies in the configured type, in autocast's, or in the weight's. A GPU multiplies fp32 weights in bf16,
@@ -232,9 +232,9 @@ class LoRALayer(WithAdapter, PackedLayer):
         autocast = None
         # In a module of 16 bits that this package runs under autocast (`full_precision.py`), a layer in fp32 computes
         # without it.
-        has_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
         if has_autocast and not (self.weight_dtype is torch.float32 and is_our_autocast()):
-            autocast = torch.get_autocast_dtype(device)
+            autocast = torch.get_autocast_dtype(device.type)
         dtype = self.weight_dtype
         if self.config.compute_dtype != "auto":
             dtype = DTYPES[self.config.compute_dtype]
@@ -242,7 +242,7 @@ class LoRALayer(WithAdapter, PackedLayer):
             dtype = autocast
         elif dtype is torch.float64:
             dtype = torch.float32
-        elif device in ("cuda", "xpu") and dtype is not torch.float16:
+        elif device.type in ("cuda", "xpu") and dtype is not torch.float16:
             dtype = torch.bfloat16 if has_bf16(device) else torch.float16
         in_fp16 = dtype is torch.float16 and autocast is not torch.float16
         if in_fp16:
@@ -252,8 +252,8 @@ class LoRALayer(WithAdapter, PackedLayer):
         is_held = self.weight_dtype is not self.dtype_before
         return dtype, in_fp16, dtype if is_held else given
 
-    def compute_dtype(self, device: str) -> torch.dtype:
-        """The type that a call on this type of device multiplies in."""
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The type that a call on this device multiplies in."""
         dtype, in_fp16, _ = self.types_of_call(device, torch.float32)
         return torch.float16 if in_fp16 else dtype
 

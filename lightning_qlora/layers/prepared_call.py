@@ -32,7 +32,7 @@ class PreparedCall:
     def __init__(self, layer: Any, x: Tensor, matrix: Matrix, bias: Tensor | None) -> None:
         weight, a, b, magnitude, _ = matrix
         self._kind = x.device.type
-        self._of_x, in_fp16, self._of_y = layer.types_of_call(self._kind, x.dtype)
+        self._of_x, in_fp16, self._of_y = layer.types_of_call(x.device, x.dtype)
         p = layer.lora_dropout
         # `functional_call` brings an A of its own, whose graph would be kept.
         is_kept = type(a) is nn.Parameter and magnitude is None and layer.input_observer is None

@@ -149,5 +149,5 @@ def _autocast_dtype(module: nn.Module) -> torch.dtype | None:
     if dtypes != {torch.float32}:
         return None
     layer = next(_layers(module))
-    dtype = layer.compute_dtype(layer.packed.device.type)
+    dtype = layer.compute_dtype(layer.packed.device)
     return dtype if dtype is torch.bfloat16 else None

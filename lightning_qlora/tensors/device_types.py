@@ -1,5 +1,6 @@
 """In which types a device computes well, bf16 or not, fp32 better than 16 bits; and whose autocast is on."""
 
+from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def held_type(device: torch.device, dtype: torch.dtype) -> Held | None:
         measured = products(dtype)
         if measured.is_slow:
             return Held(torch.float32, f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})")
-    if multiplies_in_fp16(device.type):
+    if multiplies_in_fp16(device):
         card = torch.cuda.get_device_name(device)
         return Held(torch.float32, f"{card} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32")
     if device.type in ("cuda", "xpu") and dtype is torch.float16:
@@ -38,22 +39,26 @@ def held_type(device: torch.device, dtype: torch.dtype) -> Held | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a question to the driver can't be traced
-def has_bf16(device: str) -> bool:
-    """Whether GPUs of a type compute in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32."""
-    return device == "xpu" or (device == "cuda" and _cuda_has_bf16())
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16. Cards before Ampere (V100, T4, RTX 20) emulate it, slower than fp32.
+
+    A device without an index is the current one.
+    """
+    return device.type == "xpu" or (device.type == "cuda" and _cuda_has_bf16(device.index))
 
 
-def multiplies_in_fp16(device: str) -> bool:
+def multiplies_in_fp16(device: torch.device) -> bool:
     """Whether products of fp32 in a module that is held in fp32 are in fp16, with powers of two."""
-    return device == "cuda" and not has_bf16(device)
+    return device.type == "cuda" and not has_bf16(device)
 
 
 @cache
-def _cuda_has_bf16() -> bool:
+def _cuda_has_bf16(index: int | None) -> bool:
     if torch.version.hip:  # torch says yes for all; GCN before MI100 and RDNA before its third generation have none
-        card = str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName)
+        card = str(torch.cuda.get_device_properties(index).gcnArchName)
         return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    with nullcontext() if index is None else torch.cuda.device(index):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def is_our_autocast() -> bool:

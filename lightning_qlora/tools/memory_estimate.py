@@ -343,7 +343,7 @@ def _on_a_card(_device: torch.device, dtype: torch.dtype) -> Held | None:
 def _decode_buffers(layers: Iterable[Any]) -> int:
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
-        dtypes = {layer.compute_dtype("cpu")}
+        dtypes = {layer.compute_dtype(torch.device("cpu"))}
         if layer.config.use_dora:
             dtypes.add(torch.float32)  # for the norm of the rows
         for dtype in dtypes:

@@ -104,6 +104,6 @@ def test_a_card_without_bf16_gets_it_when_a_module_is_held_for_it(monkeypatch):
     monkeypatch.setattr(full_precision.patches, "replace_attention", asked.append)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     for has_bf16 in (True, False):
-        monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda _, has_bf16=has_bf16: has_bf16)
         full_precision.hold([*toy("llama").bfloat16().modules()], "auto", torch.device("cuda"))
         assert asked == [] if has_bf16 else [attention.attend]

@@ -278,7 +278,7 @@ def assert_dense(net, form, x, ours):
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(ours[0].dtype).double()
         expected += torch.autograd.grad(y, leaves, grad)
     for one, other in zip(ours[:-1], expected, strict=True):
-        types = layer.compute_dtype("cpu"), ours[0].dtype, one.dtype
+        types = layer.compute_dtype(torch.device("cpu")), ours[0].dtype, one.dtype
         assert (one.double() - other).abs().max() <= max(map(TOLERANCE.get, types)) * max(other.abs().max(), 1)
 
 

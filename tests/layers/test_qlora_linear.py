@@ -1,4 +1,5 @@
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -117,11 +118,11 @@ def test_an_input_that_is_not_floating_point_is_refused(dtype, mixed):
 def test_compute_type_follows_weight_argument_and_autocast_and_the_output_the_input():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer, _ = converted(nn.Linear(128, 96, dtype=dtype))
-        assert layer.compute_dtype("cpu") == (torch.float32 if layer.is_held else dtype)
+        assert layer.compute_dtype(torch.device("cpu")) == (torch.float32 if layer.is_held else dtype)
         assert converted()[0](torch.randn(2, 128, dtype=dtype)).dtype == dtype
     x = torch.randn(2, 128)
     layer = converted(compute_dtype="bf16")[0]
-    assert layer.compute_dtype("cpu") == torch.bfloat16
+    assert layer.compute_dtype(torch.device("cpu")) == torch.bfloat16
     assert layer(x).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert converted()[0](x).dtype == torch.bfloat16
@@ -250,19 +251,39 @@ def test_a_model_computes_in_bf16_only_on_a_card_with_bf16_instructions(monkeypa
     supported = lambda including_emulation=True: card or native or including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     monkeypatch.setattr(torch.version, "hip", card and "6.4")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=card))
     device_types._cuda_has_bf16.cache_clear()
     try:
-        dtype = layer.compute_dtype("cuda")
+        dtype = layer.compute_dtype(torch.device("cuda"))
     finally:
         device_types._cuda_has_bf16.cache_clear()
     assert dtype is (torch.bfloat16 if native else torch.float16)
 
 
+def test_each_card_is_asked_whether_it_has_bf16(monkeypatch):
+    """A T4 beside an A100, whichever is the current one."""
+    current = []
+
+    @contextmanager
+    def guard(index):
+        current.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[-1] == 1)
+    device_types._cuda_has_bf16.cache_clear()
+    layer, _ = converted()
+    try:
+        assert [layer.compute_dtype(torch.device("cuda", index)) for index in (0, 1, 0)] == [
+            torch.float16, torch.bfloat16, torch.float16,
+        ]  # fmt: skip
+    finally:
+        device_types._cuda_has_bf16.cache_clear()
+
+
 def test_torch_compile_does_not_trace_the_question_whether_a_card_has_bf16():
-    compiled = torch.compile(lambda x: x + device_types.has_bf16("cuda"), backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)).item() == device_types.has_bf16("cuda")
+    compiled = torch.compile(lambda x: x + device_types.has_bf16(torch.device("cuda")), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == device_types.has_bf16(torch.device("cuda"))
 
 
 OTHER_LAYOUTS = {

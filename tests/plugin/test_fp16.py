@@ -181,7 +181,7 @@ def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monke
     """The rule with a T4's answers; the card itself is asked by `has_bf16`."""
     card = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda: False)
+    monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda _: False)
     for dtype in (torch.bfloat16, torch.float16):
         held = device_types.held_type(card, dtype)
         assert held.dtype is torch.float32 and "Tesla T4 has no bf16" in held.reason
@@ -191,8 +191,8 @@ def test_a_card_without_bf16_holds_a_module_in_fp32_and_multiplies_in_fp16(monke
     full_precision.hold([*model.modules()], "auto", card)
     layer = next(part for part in model.modules() if isinstance(part, QLoRALinear))
     assert layer.weight_dtype is torch.float32 and layer.dtype_before is torch.bfloat16
-    assert layer.compute_dtype("cuda") is torch.float16
-    monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda: True)
+    assert layer.compute_dtype(card) is torch.float16
+    monkeypatch.setattr(device_types, "_cuda_has_bf16", lambda _: True)
     assert device_types.held_type(card, torch.bfloat16) is None
     assert device_types.held_type(card, torch.float16).dtype is torch.bfloat16
     assert report.converted

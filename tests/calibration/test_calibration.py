@@ -9,7 +9,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
-from lightning_qlora.training import calibrated_adapter, calibration
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
+from lightning_qlora.calibration import calibrated_adapter, calibration
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dora import dora_scale
 from lightning_qlora.starts import calibrated

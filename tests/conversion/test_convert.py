@@ -1,4 +1,5 @@
 import copy
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lightning_qlora
 from lightning_qlora import (
     QLoRAConfig,
     QLoRALinear,
@@ -26,6 +28,8 @@ from lightning_qlora import (
 from lightning_qlora.conversion.convert import Run, convert_module, is_converted
 from tests.conftest import elsewhere
 from tests.toys import assert_equal, pretrain
+
+PACKAGE = Path(lightning_qlora.__file__).parent
 
 
 def mlp():
@@ -45,6 +49,40 @@ def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
     state = copy.deepcopy(model.state_dict())
     assert convert(model, r=4).converted == ["1", "3"]
     assert_equal(model.state_dict(), state)
+
+
+def test_what_a_conversion_does_not_use_is_not_run():
+    """One look at the module decides, before the work: types, patterns, experts, transformers, rows of tokens."""
+    used = set()
+
+    def note(frame, event, _):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and file.is_relative_to(PACKAGE):
+            used.add(file.relative_to(PACKAGE).as_posix())
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    previous = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        convert(model, r=4)
+    finally:
+        sys.setprofile(previous)
+    assert {"conversion/convert.py", "selection/selection.py", "layers/lora_layer.py"} <= used
+    rooms = (
+        "activations/",
+        "adapters/",
+        "calibration/",
+        "dtypes/",
+        "huggingface/",
+        "optim/",
+        "peft/",
+        "plugin/",
+        "tools/",
+    )
+    assert not [file for file in used if file.startswith(rooms)]
+    files = {"experts/experts.py", "layers/dora.py", "layers/trainable_tokens.py", "starts/calibrated.py"}
+    files |= {f"selection/{name}.py" for name in ("expression", "patterns", "token_selection")}
+    assert used.isdisjoint(files)
 
 
 def test_rank_0_alone_shows_the_progress(monkeypatch):

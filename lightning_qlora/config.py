@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -232,13 +232,21 @@ class QLoRAConfig:
         """The config of one layer, with these arguments and without patterns."""
         if not arguments:
             return self
-        return replace(self, rank_pattern={}, alpha_pattern={}, **arguments)
+        return self.changed(rank_pattern={}, alpha_pattern={}, **arguments)
 
     def with_initialization(self, init_lora_weights: InitLoRAWeights) -> "QLoRAConfig":
         """The same config with another initialization of the adapters."""
         if self.init_lora_weights == init_lora_weights:
             return self
-        return replace(self, init_lora_weights=init_lora_weights)
+        return self.changed(init_lora_weights=init_lora_weights)
+
+    def changed(self, **arguments: Any) -> "QLoRAConfig":
+        """The same config with other values of arguments whose checks ask for no other argument."""
+        for name, value in arguments.items():
+            CHECKS[name](name, value)
+        config = object.__new__(type(self))
+        vars(config).update(vars(self), **arguments)
+        return config
 
 
 ARGUMENTS: dict[str, Argument] = {each.name: each.metadata["argument"] for each in fields(QLoRAConfig)}

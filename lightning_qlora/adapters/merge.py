@@ -17,6 +17,7 @@ from lightning_qlora.checkpoints.conversion import (
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
+from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -30,7 +31,7 @@ from lightning_qlora.survey.records import undo
 from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
-from lightning_qlora.tensors.held_types import full_precision_parameters
+from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -98,35 +99,43 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         if is_sharded(layer.packed):
             raise ValueError(f"{name}: is sharded, and a shard can't be merged. Save a checkpoint and merge that.")
 
-    with Snapshot(parts.modules):
-        release(parts.modules)
-
-    def merged(layer: LoRALayer) -> Tensor:
-        layer.stop_observing()
-        weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
-        return merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
-
-    parameters = []
     modules = dict(parts.named)
+    is_changed = any(_is_changed(part) for part in parts.modules)
+    if is_changed:
+        with Snapshot(parts.modules):
+            release(parts.modules)
+    parameters = []
     try:
         with Snapshot(parts.modules) as before:
             _mark_adapters(parts, modules)
             for name, layer in layers.items():
-                parameter = nn.Parameter(merged(layer), requires_grad=False)
-                parameters.append(parameter)
-                before.keep(layer.become_dense(parameter, modules[owner_name(name)], last_part(name)))
-            _restore_dense_parts(parts, dtype)
+                layer.stop_observing()
+                weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
+                merged = merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
+                parameters.append(nn.Parameter(merged, requires_grad=False))
+                before.keep(layer.become_dense(parameters[-1], modules[owner_name(name)], last_part(name)))
+            if is_changed:
+                compute_logits(parts.modules)
+                disable_gradient_checkpointing(parts.modules)
+                _round_full_precision(parts, dtype)
+            if parts.tokens:
+                merge_tokens(parts.modules)
+            _forget(parts, dtype)
     finally:
-        mark_as_loaded(module, parameters)
+        if parts.models:
+            mark_as_loaded(module, parameters)
 
 
-def _restore_dense_parts(parts: Parts, dtype: MergeDtype) -> None:
-    """What follows when all layers are dense: types, rows of tokens, what trains, marks."""
+def _is_changed(part: nn.Module) -> bool:
+    """Whether conversion may have changed how a module computes, or in which types."""
+    if isinstance(part, LoRALayer) and part.is_held:
+        return True
+    return not {METHODS, TYPES}.isdisjoint(vars(part)) or bool(vars(part).get("_forward_pre_hooks"))
+
+
+def _forget(parts: Parts, dtype: MergeDtype) -> None:
+    """What follows when all layers are dense: what trains, marks, the type that was asked for."""
     module = parts.root
-    compute_logits(parts.modules)
-    disable_gradient_checkpointing(parts.modules)
-    _round_full_precision(parts, dtype)
-    merge_tokens(parts.modules)
     for part in parts.modules:
         forget_conversion(part)
     undo(parts.modules)

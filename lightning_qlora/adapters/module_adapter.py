@@ -18,7 +18,7 @@ from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import join, only_child_of, owner_name, without_wrappers
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State
-from lightning_qlora.peft.base_compatibility import check_required_base, record_initialization
+from lightning_qlora.peft.base_compatibility import Quantization, check_required_base
 from lightning_qlora.peft.peft_config import ranks_and_alphas
 from lightning_qlora.peft.peft_layers import from_peft, refuse, to_peft
 from lightning_qlora.survey.parts import Parts
@@ -77,10 +77,12 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     saved: State = {}
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
+    first = next(iter(layers.values()))
     return to_peft(
-        describe_base(parts, next(iter(layers.values())).config, trained),
+        describe_base(parts, first.config, trained),
         {name: layer.config for name, layer in layers.items()},
         {name: _state_of_layer(layer) for name, layer in layers.items()},
+        Quantization.of(first),
         base,
         saved=saved,
         fingerprints={name: layer.base_fingerprint() for name, layer in layers.items()},
@@ -104,17 +106,17 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
     loaded = from_peft(adapter, base)
     _check_fits(base, adapter, loaded)
     check_required_base(adapter, layers)
+    initialization = (adapter.quantization or Quantization()).init_lora_weights
     for name, layer in layers.items():
         layer.stop_observing()
         layer.set_initial(None)
-        record_initialization(layer, adapter.quantization)
-        layer.set_config(replace(layer.config, use_rslora=adapter.config["use_rslora"]))
-        state = loaded.get(name)
-        if state is None:
+        arguments = {"init_lora_weights": initialization, "use_rslora": adapter.config["use_rslora"]}
+        state = loaded.get(name, {})
+        if state:
+            arguments |= {"r": state["lora_A"].shape[-2], "lora_alpha": adapter.alpha(name)}
+        layer.set_config(layer.config.changed(**arguments))
+        if not state:
             layer.reset_adapter()
-            continue
-        r = state["lora_A"].shape[-2]
-        layer.set_config(replace(layer.config, r=r, lora_alpha=adapter.alpha(name)))
         for key, value in state.items():
             layer.write(key, value.to(layer.lora_A.dtype).contiguous())
     tensors = _named_tensors(base)
@@ -125,7 +127,7 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
         conversion = conversion_of(part)
         if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
             arguments = _ranks_and_alphas(adapter, loaded) | {"rank_pattern": {}, "alpha_pattern": {}}
-            conversion.config = replace(conversion.config, **arguments, use_rslora=adapter.config["use_rslora"])
+            conversion.config = conversion.config.changed(**arguments, use_rslora=adapter.config["use_rslora"])
 
 
 def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = "") -> dict[str, Any]:

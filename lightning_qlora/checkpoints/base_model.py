@@ -11,10 +11,12 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, name_endings, owner_name, without_wrappers
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
-from lightning_qlora.peft.base_compatibility import quantization_of_layer
-from lightning_qlora.peft.peft_layers import stacks_of, taken_for_experts
+from lightning_qlora.peft.base_compatibility import Quantization
+from lightning_qlora.peft.peft_layers import TAKEN_FOR_EXPERTS, stacks_of, taken_for_experts
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import new_by_values
+
+OF_LAYER = arguments_that("of_layer")
 
 
 def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> dict[str, Any]:
@@ -24,25 +26,30 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     """
     base = parts.base
     layers = {part.reported_name(name): part for name, part in base.places if isinstance(part, LoRALayer)}
-    quantization = None
-    if layers:
-        quantization = quantization_of_layer(next(iter(layers.values())))
+    first = next(iter(layers.values()), None)
+    linear = [layer for layer in layers.values() if isinstance(layer, QLoRALinear)]
+    has_dora = any(layer.config.use_dora for layer in layers.values())  # which PEFT does not have for parameters
     parameters = []
-    if not any(layer.config.use_dora for layer in layers.values()):  # which PEFT does not have for parameters
+    if not (has_dora or TAKEN_FOR_EXPERTS.isdisjoint(map(last_part, layers))):
         parameters = taken_for_experts(base)
+    of_layers = {}
+    for name, layer in layers.items():
+        values = {key: getattr(layer.config, key) for key in OF_LAYER}
+        arguments = {key: value for key, value in values.items() if value != getattr(config, key)}
+        if arguments:
+            of_layers[name] = arguments
     description: dict[str, Any] = {
         "prefix": without_wrappers(parts.base_name),
         "task_type": _task_type(base.root),
         "base_model": getattr(getattr(base.root, "config", None), "_name_or_path", None),
-        "fan_in_fan_out": any(layer._transposed for layer in layers.values() if isinstance(layer, QLoRALinear)),
-        "quantization": quantization,
+        "fan_in_fan_out": any(layer._transposed for layer in linear),
+        "quantization": None if first is None else Quantization.of(first).entry(),
         "target_modules": target_modules_of(base, without=parameters),
         "trained_in_full": list(trained),
-        "layers": {},
+        "layers": of_layers,
     }
-    stacks = stacks_of(dict(base.named))
-    if stacks:
-        description["experts"] = {name: list(stack) for name, stack in stacks.items()}
+    if len(linear) < len(layers):
+        description["experts"] = {name: list(stack) for name, stack in stacks_of(dict(base.named)).items()}
     if parameters:
         description["parameters"] = parameters
     if base.tokens:
@@ -50,16 +57,7 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     new = new_by_values(parts)
     if new:
         description["new"] = new
-    for name, layer in layers.items():
-        arguments = _arguments_of_layer(layer.config, config)
-        if arguments:
-            description["layers"][name] = arguments
     return description
-
-
-def _arguments_of_layer(layer_config: QLoRAConfig, config: QLoRAConfig) -> dict[str, Any]:
-    values = {name: getattr(layer_config, name) for name in arguments_that("of_layer")}
-    return {name: value for name, value in values.items() if value != getattr(config, name)}
 
 
 def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:

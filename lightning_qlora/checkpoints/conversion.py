@@ -5,7 +5,7 @@ Both have the same name, so that torch.distributed.checkpoint, which follows key
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.lightning_checkpoint import check_dense
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
-from lightning_qlora.peft.base_compatibility import read_quantization
+from lightning_qlora.peft.base_compatibility import Quantization, read_quantization
 from lightning_qlora.survey.parts import Parts
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
@@ -59,7 +59,6 @@ class Conversion:
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
         convert_again: Converts what in the module is not converted, with these arguments.
-        left_out: Keys of what that state dict leaves out and has fingerprints of, without checkpoint_wrapper's names.
     """
 
     config: QLoRAConfig
@@ -67,7 +66,6 @@ class Conversion:
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
     convert_again: Callable[[nn.Module, QLoRAConfig], object]
-    left_out: set[str] = field(default_factory=set)
 
 
 def conversion_of(module: nn.Module) -> Conversion | None:
@@ -154,16 +152,17 @@ class SavedConversion:
 
     def text(self) -> str:
         """It as JSON. Fingerprints are decimal digits: a mean over several bases is a text with other digits."""
-        config = asdict(self.config)
-        config["adapter"] = None  # a folder that is read once, at conversion; `from_text` ignores it
         fingerprints = {name: f"{number:019}" for name, number in self.fingerprints.items()}
-        return json.dumps({"config": config, "base": self.base, "fingerprints": fingerprints})
+        return json.dumps({"config": _in_files(self.config), "base": self.base, "fingerprints": fingerprints})
 
     @classmethod
-    def from_text(cls, text: str) -> "SavedConversion":
-        """The reverse; a damaged text may raise any error."""
+    def from_text(cls, text: str, own: QLoRAConfig | None = None) -> "SavedConversion":
+        """The reverse; a damaged text may raise any error. `own`: checked arguments, which the text may have."""
         content = json.loads(text)
-        config = _config(content["config"] | {"adapter": None})
+        if own is not None and json.dumps(content["config"]) == json.dumps(_in_files(own)):
+            config = own
+        else:
+            config = _config(content["config"] | {"adapter": None})
         base = {**content["base"]}
         for name, expected in DESCRIPTION_TYPES.items():
             value = base.get(name)
@@ -199,9 +198,10 @@ class SavedConversion:
         return dict.fromkeys(names, "") | new
 
     @cached_property
-    def quantization(self) -> QLoRAConfig | None:
-        """How the base was quantized and the adapters initialized."""
-        return read_quantization(self.base.get("quantization"), "quantization")
+    def quantization(self) -> Quantization | None:
+        entry = self.base.get("quantization")
+        of_config = Quantization._make(getattr(self.config, name) for name in Quantization._fields)
+        return of_config if entry == of_config.entry() else read_quantization(entry, "quantization")
 
     def arguments_of_layers(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
@@ -236,6 +236,10 @@ class SavedConversion:
         return names
 
 
+def _in_files(config: QLoRAConfig) -> dict[str, Any]:
+    return vars(config) | {"adapter": None}  # a folder that is read once, at conversion
+
+
 def _config(arguments: Mapping[str, Any]) -> QLoRAConfig:
     return QLoRAConfig(**{name: value for name, value in arguments.items() if name != "loftq_config"})  # removed
 
@@ -263,13 +267,15 @@ def text_of(entry: Tensor) -> str:
     return bytes(encoded.tolist()).decode().rstrip()
 
 
-def read_conversion(state_dict: Mapping[str, Any], prefix: str = "") -> SavedConversion | None:
+def read_conversion(
+    state_dict: Mapping[str, Any], prefix: str = "", own: QLoRAConfig | None = None
+) -> SavedConversion | None:
     """The conversion in a state dict; None for that of a module that is not converted. ValueError if it is damaged."""
     key = prefix + CONVERSION
     if key not in state_dict:
         return None
     try:
-        return SavedConversion.from_text(text_of(state_dict[key]))
+        return SavedConversion.from_text(text_of(state_dict[key]), own)
     except RemovedStartError as error:
         raise ValueError(f"{key}: {error}") from None
     except Exception as error:  # a damaged value may raise any error

@@ -72,7 +72,7 @@ def read_adapter_from_checkpoint(
             check_dense(f"{path}: {key}", value)
             saved[without_wrappers(key).removeprefix(outer)] = value
     others = {"saved": saved, "bases": bases, "fingerprints": fingerprints, "source": str(path)}
-    return to_peft(description, configs, layers, base, **others)
+    return to_peft(description, configs, layers, conversion.quantization, base, **others)
 
 
 def _read_converted_state_dict(

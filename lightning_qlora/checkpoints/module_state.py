@@ -6,9 +6,9 @@ has no hooks: its state dict has its base.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,8 +29,8 @@ from lightning_qlora.layers.layer_state import (
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
-from lightning_qlora.peft.base_compatibility import record_initialization, required_base
-from lightning_qlora.checkpoints.base_model import config_of_layer, describe_base, trained_modules
+from lightning_qlora.starts.starts import corrects_error
+from lightning_qlora.checkpoints.base_model import describe_base, trained_modules
 from lightning_qlora.checkpoints.conversion import (
     CONVERSION,
     Conversion,
@@ -45,6 +45,7 @@ from lightning_qlora.checkpoints.conversion import (
 )
 from lightning_qlora.checkpoints.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.provenance import new_by_values
 from lightning_qlora.survey.records import has_fingerprint, was_frozen
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.tensors.fingerprint import fingerprint
@@ -56,20 +57,40 @@ BUILT_ANEW = (
 )
 
 
-_in_file = ContextVar[Collection[str] | None]("_in_file", default=None)
+class _InModule(str):
+    """Goes from the hook before a load to the one after it in torch's list of missing keys: what is not missing."""
+
+    keys: Collection[str] = ()  # of what has a fingerprint, without checkpoint_wrapper's names
 
 
 @contextmanager
-def ask_for(keys: Collection[str]) -> Iterator[None]:
-    """Within this, state dicts have these keys of what has a fingerprint: torch.distributed.checkpoint reads no others.
+def ask_for(keys: Collection[str], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this, state dicts of modules have these keys too: torch.distributed.checkpoint reads no others.
 
     A frozen value that changed since conversion is in the file, and a module built anew would leave it out.
     """
-    token = _in_file.set({without_wrappers(key, (CHECKPOINTED,)) for key in keys})
+    hook = partial(_add_asked, {without_wrappers(key, (CHECKPOINTED,)) for key in keys})
+    converted = [part for module in modules for part in module.modules() if conversion_of(part) is not None]
+    handles = [part.register_state_dict_post_hook(hook) for part in converted]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        _in_file.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def _add_asked(asked: Collection[str], root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    parts = Parts.of(root)
+    for name, layer in parts.layers_by_key.items():
+        key = prefix + _prefix(name)
+        if key + BASE[0] in asked:
+            layer.remember_base()  # the file is read into its tensors
+            state_dict |= base_entries(layer, key)
+    for name, owner, key, parameter in parts.dense_parameters:
+        if prefix + name in asked:
+            state_dict.setdefault(prefix + name, parameter.detach())
+        elif _is_always_saved(owner, key, parameter):
+            state_dict.pop(prefix + name, None)
 
 
 def record_conversion(
@@ -113,15 +134,13 @@ def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> boo
     The module itself froze it, as a momentum teacher, so its code may write to it. Without Lightning
     torch.distributed.checkpoint reads the keys of a new module, whose value is that of conversion.
     """
-    if isinstance(owner, LoRALayer):  # its bias
-        return False
-    return _in_file.get() is None and is_sharded(parameter) and was_frozen(owner, key)
+    return is_sharded(parameter) and was_frozen(owner, key) and not isinstance(owner, LoRALayer)  # with its bias
 
 
 def _before_state_dict(root: nn.Module, prefix: str, _: bool) -> None:
     """Tell layers that their base is left out, which would cost most of the time of a state dict."""
     conversion = conversion_of(root)
-    if conversion is None or conversion.config.checkpoint != "adapter" or _in_file.get():
+    if conversion is None or conversion.config.checkpoint != "adapter":
         return
     for name, layer in root.named_modules(remove_duplicate=False):
         if isinstance(layer, SavedLayer) and layer.has_base_of_conversion():
@@ -142,14 +161,10 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
         return
     saved = saved_conversion(parts, conversion.config)
     _restore_converted_parts(parts, state_dict, prefix)
-    asked = _in_file.get() or ()
     for name in saved.fingerprints:  # of a parameter or a layer
         if name not in layers:
-            if prefix + name not in asked:
-                state_dict.pop(prefix + name, None)
-        elif prefix + _prefix(name) + BASE[0] in asked:
-            layers[name].remember_base()  # the file is read into its tensors
-        else:
+            state_dict.pop(prefix + name, None)
+        elif has_base(state_dict, prefix + _prefix(name)):
             pop_base(state_dict, prefix + _prefix(name))
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
 
@@ -184,6 +199,8 @@ def _before_load(
     conversion = conversion_of(root)
     if conversion is None:
         return
+    in_module = _InModule(prefix + CONVERSION)
+    missing_keys.append(in_module)
     parts = Parts.of(root)
     reshard(parts.modules)  # first: `parts` keeps the parameters that it has read
     adapters = _layers_with_adapter(parts, state_dict, prefix)
@@ -191,19 +208,18 @@ def _before_load(
         if adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
-    saved = read_conversion(state_dict, prefix)
-    if saved is not None:
+    saved = read_conversion(state_dict, prefix, conversion.config)
+    if saved is not None and (saved.base.get("new") or new_by_values(parts)):
         origins = saved.origins(key.removeprefix(prefix) for key in state_dict)
         parts = convert_as_recorded(parts, origins, conversion)
         conversion = conversion_of(root) or conversion
     _check_same_layers(parts, adapters)
-    conversion.left_out = set()
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:
-        _take_arguments(parts.base, conversion, saved)
+        _take_arguments(parts, conversion, saved)
         keys, unknown = _check_base(parts, saved)
         keys += [join(name, CONVERSION) for name in _converted_parts(parts)]
-        conversion.left_out = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
+        in_module.keys = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
         unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
         if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
@@ -214,7 +230,7 @@ def _before_load(
                 part.complete_dense_state(state_dict, prefix + _prefix(name))
     for name, _, _, parameter in parts.parameters:
         key = prefix + name
-        if key in state_dict:  # the whole parameter, also if the module has a shard
+        if is_sharded(parameter) and key in state_dict:  # it may have the whole parameter
             state_dict[key] = shard_like(state_dict[key], parameter)
 
 
@@ -257,7 +273,12 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
         return
     hold_assigned(root.modules())
     missing: list[str] = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if without_wrappers(key, (CHECKPOINTED,)) not in conversion.left_out]
+    marks = [key for key in missing if isinstance(key, _InModule)]  # those of modules around this one come first
+    if marks:
+        is_there = marks[-1].keys
+        missing[:] = [
+            key for key in missing if key is not marks[-1] and without_wrappers(key, (CHECKPOINTED,)) not in is_there
+        ]
 
 
 def _layers_with_adapter(parts: Parts, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
@@ -278,23 +299,27 @@ def _check_same_layers(parts: Parts, saved: set[str]) -> None:
         )
 
 
-def _take_arguments(base: Parts, conversion: Conversion, saved: SavedConversion) -> None:
+def _take_arguments(parts: Parts, conversion: Conversion, saved: SavedConversion) -> None:
     """Refuse arguments that change what the adapters compute, but not their shapes; take those of the initialization.
 
     The initialization decides which base the adapters fit.
     """
     saved_tokens = saved.base.get("tokens", {})
-    if saved_tokens != base.token_indices:
+    if (saved_tokens or parts.tokens) and saved_tokens != parts.base.token_indices:
         raise CheckpointMismatchError(
-            f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(base.token_indices)} here, "
-            "by names of embeddings. Set it to the value of the checkpoint."
+            f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(parts.base.token_indices)} "
+            "here, by names of embeddings. Set it to the value of the checkpoint."
         )
-    arguments = {layer: config_of_layer(saved.base, name, saved.config) for name, layer in base.layers.items()}
+    of_layers = saved.base.get("layers", {})
+    layers = parts.base.layers if of_layers else parts.layers  # their names do not matter if all have the same
+    arguments = {layer: vars(saved.config) | of_layers.get(name, {}) for name, layer in layers.items()}
     for layer, of_layer in arguments.items():
-        check_same_arguments(layer, vars(of_layer))
-    in_folder = required_base(saved.quantization)  # whose initialization the arguments do not name
+        check_same_arguments(layer, of_layer)
+    in_folder = {}  # whose initialization the arguments do not name
+    if saved.quantization is not None and corrects_error(saved.quantization):
+        in_folder = {"init_lora_weights": saved.quantization.init_lora_weights}
     for layer, of_layer in arguments.items():
-        record_initialization(layer, saved.quantization if in_folder else of_layer)
+        layer.config = layer.config.with_initialization((of_layer | in_folder)["init_lora_weights"])
     method = saved.config.init_lora_weights
     config = conversion.config.with_initialization(method)
     if config != conversion.config:

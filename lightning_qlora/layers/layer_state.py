@@ -77,7 +77,7 @@ class SavedLayer(LoRALayer):
             destination.pop(prefix + name, None)  # where they are parameters
         if prefix not in self.base_left_out_at:
             destination |= base_entries(self, prefix)
-        if self.initial is not None:
+        if self.initial_A is not None:
             destination.update({prefix + name: getattr(self, name) for name in INITIAL})
 
     def _load_from_state_dict(
@@ -97,16 +97,18 @@ class SavedLayer(LoRALayer):
             _check_adapter(self, state_dict, prefix)
             values = [state_dict.pop(prefix + key).contiguous() for key in INITIAL if prefix + key in state_dict]
             self.set_initial(values if len(values) == len(INITIAL) else None)
-        has_base = _load_base(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
+        is_base_in_state = has_base(state_dict, prefix)
+        if is_base_in_state:
+            _load_base(self, state_dict, prefix, metadata.get("assign_to_params_buffers", False))
         optional = {*BASE}
         if not any(prefix + key in state_dict for key in ADAPTER):
-            if has_base:
+            if is_base_in_state:
                 optional |= {*ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
             elif prefix + "bias" in state_dict:
                 warnings.warn(BIAS_ALONE, stacklevel=2)
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected_keys, errors)
-        if not has_base:
+        if not is_base_in_state:
             missing.append(prefix + "weight")
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
         if has_adapter:
@@ -196,11 +198,10 @@ def check_same_arguments(layer: LoRALayer, saved: Mapping[str, Any]) -> None:
 
 
 def _check_adapter(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str) -> None:
-    """CheckpointMismatchError if the adapter in a state has another rank, ValueError if it holds NaN or Inf."""
-    for key in (prefix + key for key in (*ADAPTER, *INITIAL) if prefix + key in state_dict):
-        value = state_dict[key].contiguous()
-        if value.numel() and not is_sharded(value):
-            check_finite(f"{key}:", value, DIVERGED)
+    """CheckpointMismatchError if the adapter in a state has another rank, ValueError if it holds NaN or Inf.
+
+    Values of other shapes, which may be expanded to any size, are not read: torch refuses them.
+    """
     lora_a = state_dict[prefix + "lora_A"]
     if lora_a.shape != layer.lora_A.shape:
         raise CheckpointMismatchError(
@@ -208,6 +209,18 @@ def _check_adapter(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str)
             f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
             f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
         )
+    shapes = {name: layer._parameters[name].shape for name in ADAPTER if layer._parameters.get(name) is not None}
+    shapes |= dict(zip(INITIAL, (layer.lora_A.shape, layer.lora_B.shape), strict=True))
+    for name, shape in shapes.items():
+        value = state_dict.get(prefix + name)
+        if value is None:
+            continue
+        if value.shape == shape:
+            value = value.contiguous()
+            if value.numel() and not is_sharded(value):
+                check_finite(f"{prefix}{name}:", value, DIVERGED)
+        elif name in INITIAL:
+            raise ValueError(f"{prefix}{name}: has shape {list(value.shape)}, and must have {list(shape)}. {DAMAGED}")
 
 
 def _restore_bytes(entries: dict[str, Tensor], prefix: str) -> None:
@@ -225,15 +238,13 @@ def _restore_bytes(entries: dict[str, Tensor], prefix: str) -> None:
         entries[name] = bytes_of_mean(name, entries[name])
 
 
-def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> bool:
-    """Replace the base by the dense or 4-bit weight in a state, and remove that; False if there is none.
+def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
+    """Replace the base by the dense or 4-bit weight in a state, and remove that.
 
     Its values may be loaded lazily (Lightning's `_lazy_load`); `contiguous()` loads them. They are copied, except with
     `assign`, the argument of `load_state_dict`.
     """
     key = prefix + "weight"
-    if not has_base(state_dict, prefix):
-        return False
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
     _restore_bytes(entries, prefix)
@@ -263,12 +274,10 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
     if found is not None:
         weight, dtype = found
         layer.set_bytes(weight.to(device, copy=not assign), dtype)
-        return True
-    dense = entries[key]
-    if not with_adapter and (layer.config.use_dora or layer.input_observer is not None):
+    elif with_adapter or not (layer.config.use_dora or layer.input_observer is not None):
+        layer.quantize_weight(entries[key], device)
+    else:
+        dense = entries[key]
         if corrects_error(layer.config) and not assign:
             dense = dense.clone()  # it is kept until then
         layer.initialize(dense, device)
-    else:
-        layer.quantize_weight(dense, device)
-    return True

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite
-from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.names import name_endings
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.selection.patterns import Patterns
@@ -30,8 +29,8 @@ class Adapter:
         config: Content of adapter_config.json, with what `read_peft_config` fills in.
         layers: PEFT's name of a layer -> its tensors; those of experts have PEFT's form (`peft_layers.py`).
         saved: Name of a parameter or buffer -> value, of the modules that trained in full, and of rows of tokens.
-        quantization: How the base of the training was quantized and the adapters initialized, if known; no other
-            argument of it is used.
+        quantization: How the base of the training was quantized and the adapters initialized, a `Quantization`, if
+            known.
         fingerprints: Name of a layer, or of a parameter of experts -> fingerprint of its 4-bit weight, if known; in
             folders, if the checkpoint held it. Of a checkpoint also those of other frozen parameters.
         bases: Name of a layer -> the 4-bit weight of each of its matrices, if the checkpoint has it.
@@ -42,7 +41,7 @@ class Adapter:
     config: dict[str, Any]
     layers: dict[str, State]
     saved: State
-    quantization: QLoRAConfig | None = None
+    quantization: Any = None
     fingerprints: dict[str, int] = field(default_factory=dict)
     bases: dict[str, list[PackedWeight]] = field(default_factory=dict)
     no_place: str = ""

@@ -3,54 +3,65 @@
     default, gaussian     B = 0 at first: also fits the base in 16 or 32 bits, where the outputs differ from training
     calibrated            initialized from the quantization error: fits the base quantized in the same way
 
-Checkpoints and adapter folders store the arguments that decide it (`quantization_of`). Loading an adapter records its
-initialization in the layers (`record_initialization`), so that the module can be saved again.
+Checkpoints and adapter folders store the arguments that decide it (`Quantization`). Loading an adapter records its
+initialization in the layers, so that the module can be saved again.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_qlora.checks import DAMAGED, RemovedStartError
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import CHECKS, InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.peft.adapter import MAGNITUDE, Adapter, State
 from lightning_qlora.starts.starts import corrects_error
 
-BITS = ("quant_type", "block_size", "double_quant")  # the arguments `of_base`, in the order of files
+
+class Quantization(NamedTuple):
+    """How a base is quantized and its adapters are initialized: arguments of `QLoRAConfig`, in the order of files."""
+
+    quant_type: QuantType = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    init_lora_weights: InitLoRAWeights = "default"
+
+    @classmethod
+    def of(cls, layer: LoRALayer) -> "Quantization":
+        """That of a layer, whose weight may have been loaded in 4 bits."""
+        has_nested = layer.nested.numel() > 0
+        return cls(layer.quant_type, layer.block_size, has_nested, layer.config.init_lora_weights)
+
+    def entry(self) -> dict[str, Any]:
+        """Plain values, for files."""
+        return {**self._asdict(), "base_changed": False}  # earlier versions read the last one
+
+    def bits(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in zip(self._fields[:-1], self, strict=False))
 
 
-def quantization_of(config: QLoRAConfig) -> dict[str, Any]:
-    """How the base is quantized and how its adapters are initialized; plain values, stored in files."""
-    quantization = {name: getattr(config, name) for name in (*BITS, "init_lora_weights")}
-    quantization["base_changed"] = False  # earlier versions read it
-    return quantization
-
-
-def read_quantization(quantization: Any, source: str) -> QLoRAConfig | None:
-    """The reverse; None for None, and ValueError, with the source, for another value."""
-    if quantization is None:
+def read_quantization(entry: Any, source: str) -> Quantization | None:
+    """The reverse of `Quantization.entry`; None for None, and ValueError, with the source, for another value."""
+    if entry is None:
         return None
     try:
-        return QLoRAConfig(**{name: quantization[name] for name in (*BITS, "init_lora_weights")})
+        quantization = Quantization._make([entry[name] for name in Quantization._fields])
+        for name, value in quantization._asdict().items():
+            CHECKS[name](name, value)
     except RemovedStartError as error:
         raise RemovedStartError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}. {DAMAGED}") from error
-
-
-def quantization_of_layer(layer: LoRALayer) -> dict[str, Any]:
-    """`quantization_of` a layer, with the type of its weight, which may have been loaded in 4 bits."""
-    return quantization_of(layer.config) | _bits_of(layer)
+    return quantization
 
 
 def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
     """Raise ValueError if layers, by name, differ in an argument that an adapter folder has once."""
     first, first_config = next(iter(configs.items()))
     for name, config in configs.items():
-        for key in (*BITS, "init_lora_weights", "use_dora"):
+        for key in (*Quantization._fields, "use_dora"):
             expected = getattr(first_config, key)
             value = getattr(config, key)
             if value != expected:
@@ -61,24 +72,24 @@ def check_one_folder(configs: Mapping[str, QLoRAConfig]) -> None:
                 )
 
 
-def required_base(quantization: QLoRAConfig | None) -> str | None:
+def required_base(quantization: Quantization | None) -> str | None:
     """A sentence on the base that adapters initialized this way need; None if the float base also fits."""
     if quantization is None or not corrects_error(quantization):
         return None
     return (
         f"These adapters were initialized as {quantization.init_lora_weights!r}, from the quantization error: they fit "
-        f"the model in 4 bits ({_in_words(vars(quantization))}). For a model in 16 bits export their difference from "
-        "the initial values (base='float')."
+        f"the model in 4 bits ({quantization.bits()}). For a model in 16 bits export their difference from the initial "
+        "values (base='float')."
     )
 
 
-def trained_on(quantization: QLoRAConfig | None) -> str:
+def trained_on(quantization: Quantization | None) -> str:
     """A sentence on the base that adapters were trained on, and what to do for another base."""
     if quantization is None:
         return "not recorded"
     return required_base(quantization) or (
-        f"the model in 4 bits ({_in_words(vars(quantization))}). On the model in 16 bits its outputs differ from those "
-        "in training, because the weights do: merge it (lightning-qlora merge) to keep them."
+        f"the model in 4 bits ({quantization.bits()}). On the model in 16 bits its outputs differ from those in "
+        "training, because the weights do: merge it (lightning-qlora merge) to keep them."
     )
 
 
@@ -88,20 +99,13 @@ def check_required_base(adapter: Adapter, layers: Mapping[str, LoRALayer]) -> No
     if trained is None or not corrects_error(trained):
         return
     for name, layer in layers.items():
-        bits = _bits_of(layer)
-        if any(getattr(trained, key) != value for key, value in bits.items()):
+        here = Quantization.of(layer)
+        if here[:-1] != trained[:-1]:
             raise CheckpointMismatchError(
                 f"{adapter.source}: does not fit {name}: the adapter was initialized as {trained.init_lora_weights!r} "
-                f"from the error of quantization to {_in_words(vars(trained))}, and here it is {_in_words(bits)}. Use "
-                "the same quantization, or export the checkpoint that it came from with base='float', for a base in 16 "
-                "bits."
+                f"from the error of quantization to {trained.bits()}, and here it is {here.bits()}. Use the same "
+                "quantization, or export the checkpoint that it came from with base='float', for a base in 16 bits."
             )
-
-
-def record_initialization(layer: LoRALayer, trained: QLoRAConfig | None) -> None:
-    """Store in a layer how its loaded adapter was initialized, for when it is saved again."""
-    trained = trained or QLoRAConfig()
-    layer.config = layer.config.with_initialization(trained.init_lora_weights)
 
 
 def subtract_initial(layers: Mapping[str, State], source: str) -> dict[str, State]:
@@ -134,15 +138,3 @@ def subtract_initial(layers: Mapping[str, State], source: str) -> dict[str, Stat
             )
         differences[name] = {"lora_A": a, "lora_B": b}
     return differences
-
-
-def _bits_of(layer: LoRALayer) -> dict[str, Any]:
-    return {
-        "quant_type": layer.quant_type,
-        "block_size": layer.block_size,
-        "double_quant": layer.nested.numel() > 0,
-    }
-
-
-def _in_words(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={arguments[name]}" for name in BITS)

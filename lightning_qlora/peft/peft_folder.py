@@ -24,7 +24,6 @@ from lightning_qlora.layers.names import check_keys, last_part, named
 from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
 from lightning_qlora.peft.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State, check_state
 from lightning_qlora.peft.base_compatibility import (
-    quantization_of,
     read_quantization,
     required_base,
     subtract_initial,
@@ -33,7 +32,7 @@ from lightning_qlora.peft.peft_config import CONFIG_FILE, MERGE_IN_PEFT, read_pe
 from lightning_qlora.tensors.fingerprint import checksum
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# JSON in the metadata: how the base was quantized and the adapters were initialized (`quantization_of`), and
+# JSON in the metadata: how the base was quantized and the adapters were initialized (`Quantization`), and
 # fingerprints of the 4-bit weights that the checkpoint held.
 BASE = "lightning_qlora"
 CHECKSUMS = "lightning_qlora_checksums"
@@ -51,10 +50,10 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
             tensors[key if part == MAGNITUDE else f"{key}.weight"] = value
     # clone: safetensors refuses tensors that share memory, as the two names of a tied weight do.
     tensors = {PREFIX + key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    base: dict[str, Any] = {"quantization": None, "fingerprints": {}}
+    fingerprints = {name: number for name, number in adapter.fingerprints.items() if name in adapter.bases}
+    base: dict[str, Any] = {"quantization": None, "fingerprints": fingerprints}
     if adapter.quantization is not None:
-        base["quantization"] = quantization_of(adapter.quantization)
-    base["fingerprints"] = {name: number for name, number in adapter.fingerprints.items() if name in adapter.bases}
+        base["quantization"] = adapter.quantization.entry()
     metadata = {"format": "pt", BASE: json.dumps(base, sort_keys=True)}
     metadata[CHECKSUMS] = json.dumps(_checksums(tensors, metadata), sort_keys=True)
     with atomic_files(Path(folder)) as partial:

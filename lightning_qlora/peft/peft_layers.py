@@ -25,8 +25,8 @@ from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.peft.adapter import BASE_LAYER, MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import (
+    Quantization,
     check_one_folder,
-    read_quantization,
     required_base,
     subtract_initial,
 )
@@ -36,7 +36,7 @@ from lightning_qlora.texts import printable
 
 # Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
 # names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
-TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+TAKEN_FOR_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 ELSEWHERE = "Use a Lightning checkpoint, or merge the adapters."
 
 
@@ -137,6 +137,7 @@ def to_peft(
     description: Mapping[str, Any],
     configs: Mapping[str, QLoRAConfig],
     layers: Mapping[str, State],
+    quantization: Quantization | None,
     base: Base = "quantized",
     **others: Any,
 ) -> Adapter:
@@ -146,7 +147,6 @@ def to_peft(
     ValueError if a folder has no place for layers with these arguments.
     """
     check_one_folder(configs)
-    quantization = read_quantization(description["quantization"], others["source"])
     if base == "float" and required_base(quantization) is not None:
         layers = subtract_initial(layers, others["source"])
         quantization = None

@@ -242,7 +242,7 @@ def load_whole_tensors(original: Any, path: Any, state: Any, strict: bool = True
     if is_shards(path):
         file_in(Path(path), META)
         try:
-            with ask_for(keys_of_shards(path, modules, weights_only)), reading(weights_only):
+            with ask_for(keys_of_shards(path, modules, weights_only), modules.values()), reading(weights_only):
                 return original(path, state, strict, *args, **kwargs)
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(in_one_line(path, error)) from error

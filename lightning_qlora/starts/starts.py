@@ -32,11 +32,12 @@ STARTS = {
 }
 
 
-def start_of(config: QLoRAConfig) -> Start:
+def start_of(config: Any) -> Start:
+    """`config`: what has `init_lora_weights`."""
     return STARTS[config.init_lora_weights]
 
 
-def corrects_error(config: QLoRAConfig) -> bool:
+def corrects_error(config: Any) -> bool:
     """Whether adapters begin as a correction of the quantization error, and so belong to the 4-bit base."""
     return start_of(config).observer is not None
 

@@ -15,7 +15,7 @@ from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
 from lightning_qlora.huggingface.base_folder import stored_format
 from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.peft.adapter import Adapter
-from lightning_qlora.peft.base_compatibility import quantization_of, trained_on
+from lightning_qlora.peft.base_compatibility import trained_on
 from lightning_qlora.peft.peft_config import BASE_MODEL, CONFIG_FILE
 from lightning_qlora.peft.peft_folder import WEIGHTS_FILE, read_adapter
 from lightning_qlora.tensors.fingerprint import checksum
@@ -56,7 +56,7 @@ def _adapter_lines(adapter: Adapter) -> list[tuple[str, str]]:
     kinds = {"rsLoRA": adapter.config["use_rslora"], "DoRA": adapter.config["use_dora"]}
     quantization = "unknown"
     if adapter.quantization is not None:
-        quantization = ", ".join(f"{name}={value}" for name, value in quantization_of(adapter.quantization).items())
+        quantization = ", ".join(f"{name}={value}" for name, value in adapter.quantization.entry().items())
     return [
         ("base", adapter.config[BASE_MODEL] or "unknown"),
         ("quantization", quantization),

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +23,7 @@ from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named
 from lightning_qlora.peft.adapter import Adapter
+from lightning_qlora.peft.base_compatibility import Quantization
 from lightning_qlora.peft.peft_layers import from_peft
 from lightning_qlora.survey.parts import Parts
 
@@ -53,8 +53,9 @@ def merge_folder(
     check_choice("base", base, get_args(Base))
     output = Path(output)
     check_free(output)
-    trained = adapter.quantization or QLoRAConfig()
-    config = replace(trained.with_initialization("default"), deferred_logits=False)
+    trained = adapter.quantization or Quantization()
+    bits = trained._replace(init_lora_weights="default")._asdict()
+    config = QLoRAConfig(**bits, deferred_logits=False)
     weights: dict[str, Tensor] = {}
     in_4_bits = stored_format(read_config(Path(base_model))).get("load_in_4bit")
     # Training may have loaded another type than that of the files.

@@ -22,7 +22,7 @@ from lightning_qlora import (
 from lightning_qlora.checkpoints.conversion import CONVERSION, entry_of, text_of
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.config import QLoRAConfig, arguments_that
-from lightning_qlora.peft.base_compatibility import quantization_of, required_base, trained_on
+from lightning_qlora.peft.base_compatibility import Quantization, required_base, trained_on
 from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
@@ -246,7 +246,7 @@ def test_the_base_that_an_adapter_needs():
         ("gaussian", None),
         ("calibrated", f"from the quantization error: they fit the model in 4 bits ({bits})."),
     ):
-        quantization = QLoRAConfig(init_lora_weights=method)
+        quantization = Quantization(init_lora_weights=method)
         text = required_base(quantization)
         if needed is None:
             assert text is None
@@ -258,7 +258,8 @@ def test_the_base_that_an_adapter_needs():
 
 
 def test_files_name_all_arguments_of_the_base():
-    assert quantization_of(QLoRAConfig()).keys() == {*arguments_that("of_base"), "init_lora_weights", "base_changed"}
+    assert Quantization().entry().keys() == {*arguments_that("of_base"), "init_lora_weights", "base_changed"}
+    assert all(value == getattr(QLoRAConfig(), name) for name, value in Quantization()._asdict().items())
 
 
 def test_a_calibrated_adapter_is_exported_as_it_is_before_its_first_step(base, tmp_path):

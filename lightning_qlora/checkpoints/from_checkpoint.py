@@ -4,6 +4,8 @@ import os
 
 from torch import Tensor
 
+from lightning_qlora.checkpoints.base_model import config_of_layer
+from lightning_qlora.checkpoints.conversion import CONVERSION, SavedConversion, read_conversion
 from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import check_dense, read_checkpoint
@@ -13,8 +15,6 @@ from lightning_qlora.layers.matrix import ADAPTER
 from lightning_qlora.layers.names import check_keys, last_part, named, owner_name, without_wrappers
 from lightning_qlora.peft.adapter import Adapter, check_state
 from lightning_qlora.peft.peft_layers import to_peft
-from lightning_qlora.checkpoints.base_model import config_of_layer
-from lightning_qlora.checkpoints.conversion import CONVERSION, SavedConversion, read_conversion
 from lightning_qlora.tensors.fingerprint import fingerprint_of_weights
 
 DESCRIPTION = (

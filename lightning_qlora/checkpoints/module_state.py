@@ -13,6 +13,20 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qlora.checkpoints.base_model import describe_base, trained_modules
+from lightning_qlora.checkpoints.conversion import (
+    CONVERSION,
+    Conversion,
+    SavedConversion,
+    adapter_keys,
+    check_no_layer_resized,
+    conversion_of,
+    entry_of,
+    float_buffers,
+    read_conversion,
+    shapes_of_layers,
+)
+from lightning_qlora.checkpoints.recorded_origins import convert_as_recorded
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.dtypes.full_precision import hold_assigned
@@ -30,20 +44,6 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.starts.starts import corrects_error
-from lightning_qlora.checkpoints.base_model import describe_base, trained_modules
-from lightning_qlora.checkpoints.conversion import (
-    CONVERSION,
-    Conversion,
-    SavedConversion,
-    adapter_keys,
-    check_no_layer_resized,
-    conversion_of,
-    entry_of,
-    float_buffers,
-    read_conversion,
-    shapes_of_layers,
-)
-from lightning_qlora.checkpoints.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import new_by_values
 from lightning_qlora.survey.records import has_fingerprint, was_frozen

@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_qlora.dtypes.full_precision import release, undo_full_precision
 from lightning_qlora.checkpoints.conversion import Conversion, forget_conversion
+from lightning_qlora.dtypes.full_precision import release, undo_full_precision
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.names import owner_name, parameter_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear

@@ -209,7 +209,8 @@ def _check_adapter(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str)
             f"{lora_a.shape[-1]} inputs, this layer's has rank {layer.r} for {layer.in_features}. Set r (or "
             f"rank_pattern) so that it has rank {lora_a.shape[-2]}."
         )
-    shapes = {name: layer._parameters[name].shape for name in ADAPTER if layer._parameters.get(name) is not None}
+    own = {name: layer._parameters.get(name) for name in ADAPTER}
+    shapes = {name: parameter.shape for name, parameter in own.items() if parameter is not None}
     shapes |= dict(zip(INITIAL, (layer.lora_A.shape, layer.lora_B.shape), strict=True))
     for name, shape in shapes.items():
         value = state_dict.get(prefix + name)

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import partial, wraps
 from typing import Any, Literal, NamedTuple, get_args
@@ -242,10 +243,10 @@ class QLoRAConfig:
 
     def changed(self, **arguments: Any) -> "QLoRAConfig":
         """The same config with other values of arguments whose checks ask for no other argument."""
+        config = copy(self)
         for name, value in arguments.items():
             CHECKS[name](name, value)
-        config = object.__new__(type(self))
-        vars(config).update(vars(self), **arguments)
+            object.__setattr__(config, name, value)
         return config
 
 

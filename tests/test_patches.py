@@ -46,6 +46,7 @@ ALLOWED = {
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
     "tensors/held_types.py": {"tensor.grad"},
     "dtypes/compute_in.py": {"object.__setattr__(value, name, new)"},  # of a copy of a dataclass
+    "config.py": {"object.__setattr__(config, name, value)"},  # of a copy
     "calibration/calibration.py": {"parameter.grad"},
     "layers/lora_layer.py": {"parameter.grad"},
     # Marks that transformers sets while it loads.

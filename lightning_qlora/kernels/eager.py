@@ -85,7 +85,8 @@ class Plan:
         self.takes_x = self.is_matrix and not self.in_fp16  # as it is; else what `rows` makes of it
         self.shape = *lead, self.n  # of y
         of_xa = torch.Size((self.m, self.r)), x.dtype
-        self.operands = x.shape, x.dtype, *of_xa, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
+        of_x = torch.Size((self.m, self.k)) if self.in_fp16 else x.shape, x.dtype  # of what the backward pass gets
+        self.operands = *of_x, *of_xa, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
         self.device = x.device
         self.kind = x.device.type
         self.dtype = x.dtype  # of y too
@@ -152,7 +153,7 @@ class Plan:
             return self.linear_backward(grad, x, xa, weight, lora, needs_x)
         grad_x, grad_a, grad_b = self.linear_backward(self.rows(grad), self.rows(x), xa, weight, lora, needs_x)
         if grad_x is not None:
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view(*grad.shape[:-1], self.k)
         return grad_x, grad_a, grad_b
 
     def factor(self, matrix: Any) -> Any:
@@ -190,8 +191,8 @@ class HalfPlan(Plan):
     to_half = staticmethod(to_half)
     scaled = staticmethod(scaled)
 
-    def rows(self, x: Tensor) -> Half:
-        return self.to_half(self.matrix(x))
+    def rows(self, x: Tensor | Half) -> Half:
+        return x if isinstance(x, Half) else self.to_half(x.reshape(-1, x.shape[-1]))
 
     def factor(self, matrix: Any) -> Half:
         return matrix if isinstance(matrix, Half) else self.to_half(matrix)

@@ -10,6 +10,7 @@ from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.backends import plan_of
 from lightning_qlora.kernels.eager import Plan
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -56,7 +57,7 @@ def run_plan(plan: Plan, x: Tensor, weight: PackedBytes, bias: Tensor | None, lo
             torch._C._set_grad_enabled(has_grad_mode)
             # Before the large product: when activation checkpointing recomputes a block, torch stops as soon as all
             # tensors are saved, and skips the decoding and the product of the last layer.
-            y: Tensor = _node(x, bias, lora.a, lora.b, (xa, plan, weight, lora[2:]))
+            y: Tensor = _node(x, bias, lora.a, lora.b, (rows, xa, plan, weight, lora[2:]))
             torch._C._set_grad_enabled(False)
         else:
             y = x.new_empty(plan.shape)
@@ -80,14 +81,19 @@ class _Gradient(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, rest: tuple[Any, ...]
     ) -> Tensor:
         """One argument for all that has no gradient: `apply` and autograd do something for each."""
-        xa, *ctx.rest = rest
-        ctx.save_for_backward(x, xa, lora_a, lora_b)
+        rows, xa, *ctx.rest = rest
+        if isinstance(rows, Half):  # half of the bytes, and no second cast
+            ctx.save_for_backward(rows.values, xa, lora_a, lora_b, rows.factor)
+        else:
+            ctx.save_for_backward(x, xa, lora_a, lora_b)
         shape: tuple[int, ...] = ctx.rest[0].shape
         return x.new_empty(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b = ctx.saved_tensors  # once: a recomputed block does not give them twice
+        x, xa, a, b, *factor = ctx.saved_tensors  # once: a recomputed block does not give them twice
+        if factor:
+            x = Half(x, *factor)
         needs_x, needs_bias, *_ = ctx.needs_input_grad
         plan, weight, choices = ctx.rest
         lora = LoRA(a, b, *choices)

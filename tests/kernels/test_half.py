@@ -203,6 +203,26 @@ def test_the_compiled_op_and_its_schema():
     torch.library.opcheck(torch.ops.lightning_qlora.lora_linear_backward, (grad, x, xa, *weight, *lora, True))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_backward_pass_gets_x_in_fp16_and_an_adapter_that_changed_its_type(p):
+    """The bytes of x are half of those in fp32. `.data =` between the two passes, as FSDP does."""
+    weight, a, b = layer()
+    x = torch.randn(2, 20, 256) * 1e6
+    grad = torch.randn(2, 20, 96)
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+    lora = LoRA(*inputs[1:], 0.5, p, torch.tensor([7]) if p else None, in_fp16=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.shape)) or t, lambda t: t):
+        y = lora_linear(inputs[0], weight, None, lora)
+    assert (torch.float16, (40, 256)) in saved and (torch.float32, x.shape) not in saved
+    expected = run(x, weight, a, b, grad, p=p, seed=lora.seed)[1:]
+    assert_equal(torch.autograd.grad(y, inputs, grad, retain_graph=True), expected)
+    inputs[2].data = inputs[2].data.bfloat16().double()
+    ours = torch.autograd.grad(y, inputs[:2], grad)
+    theirs = run(x, weight, a, b.bfloat16().float(), grad, p=p, seed=lora.seed)[1:3]
+    assert_equal(ours, theirs)
+
+
 def test_a_small_adapter_arrives_beside_a_large_bias():
     """One rounding, to fp32: the share of the adapter's part in y that arrives."""
     weight, a, b = layer()

@@ -160,11 +160,9 @@ class Selection:
         names = [join(name, key) for name in (part.names.full, *part.names.others)]
         if key in part.parameters:
             names += part.parameters[key].ties
-        rows = [self._innermost(name) for name in names]
-        return next((row for row in rows if row and row.action == TRAIN), next(filter(None, rows), None))
-
-    def _innermost(self, name: str) -> Row | None:
-        return next((self.rows[outer] for outer in outer_names(name) if outer in self.rows), None)
+        innermost = (next((outer for outer in outer_names(name) if outer in self.rows), None) for name in names)
+        rows = [self.rows[name] for name in innermost if name is not None]
+        return next((row for row in rows if row.action == TRAIN), next(iter(rows), None))
 
     @property
     def convert(self) -> dict[str, Row]:

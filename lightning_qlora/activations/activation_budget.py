@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.activations.device_memory import Memory, memory_of, reset_peak
 from lightning_qlora.activations.host_inputs import HostInputs, PlannedHostMemory
-from lightning_qlora.activations.recomputed import recomputed
+from lightning_qlora.activations.recomputed import is_in_backward_pass, recomputed
 from lightning_qlora.activations.token_tiles import (
     TokenTiles,
     describe_tiles,
@@ -50,6 +50,7 @@ class ActivationBudget:
         limit: Bytes that the process may use on the device; None: what the device has.
         is_shared: Whether ranks hold parts of the blocks: they must do the same, so all blocks are recomputed.
         offloads: Whether all blocks are recomputed, whatever fits.
+        keeps: Whether the block that is called keeps its activations.
         is_inside_hooks: Whether blocks ran inside saved-tensor hooks of other code, where they are recomputed.
         memory_of: Reads a device; None: `set_capacity` alone decides, as in `plan`.
         rest: Bytes of a step at its peak without kept activations, beyond those when it begins; None: not measured yet.
@@ -63,6 +64,7 @@ class ActivationBudget:
         self.limit = limit
         self.is_shared = is_shared
         self.offloads = offloads
+        self.keeps = False
         self.is_inside_hooks = False
         self.memory_of: Callable[[torch.device], Memory | None] | None = memory_of
         self.rest: int | None = None
@@ -114,7 +116,8 @@ class ActivationBudget:
 
     def call(self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The output of a block, which keeps its activations if they fit."""
-        if _is_in_backward_pass():
+        self.keeps = False
+        if is_in_backward_pass():
             return recomputed(forward, args, kwargs)
         if _are_hooks_on():
             if not self.is_inside_hooks:
@@ -139,6 +142,7 @@ class ActivationBudget:
             size = size if fits else 0
             self.kept_bytes += size
         else:
+            self.keeps = True
             if measured and _is_within(shapes, known):
                 output = forward(*args, **kwargs)
             else:
@@ -150,6 +154,10 @@ class ActivationBudget:
         if node is not None:
             node.register_prehook(_Call(self, size))
         return output
+
+    def size_of(self, block: nn.Module) -> int:
+        """Bytes that a block kept when it was measured; 0: it was not."""
+        return self._sizes.get(block, ([], 0))[1]
 
     def _recomputed(
         self, forward: Callable[..., Any], args: Any, kwargs: Any, inputs: list[Tensor], on_device: bool = False
@@ -224,11 +232,6 @@ def budget_for(setting: int | str, is_shared: bool) -> ActivationBudget:
     """What decides with a value of `gradient_checkpointing` other than True."""
     limit = None if setting in ("auto", "offload") else memory_limit(setting)
     return ActivationBudget(limit, is_shared, setting == "offload")
-
-
-def _is_in_backward_pass() -> bool:
-    is_in_graph_task: bool = torch._C._current_graph_task_id() != -1
-    return is_in_graph_task
 
 
 def _are_hooks_on() -> bool:

@@ -25,6 +25,8 @@ from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.texts import group
 
+FUNCTION = "_gradient_checkpointing_func"  # attribute of layers of transformers: what recomputes them
+
 
 class RecomputedForward(OfRecomputation):
     """The forward method of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
@@ -68,7 +70,9 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     disable_gradient_checkpointing(module.modules())  # that of a conversion before
     layers = list(transformers_checkpointing_layers(module))
     inside = {id(part) for layer in layers for part in layer.modules()}
+    left_out = set(_left_out(layers))
     blocks = [layer for layer in layers if not any(transformers_checkpointing_layers(*layer.children()))]
+    blocks = [block for block in blocks if block not in left_out]
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
     _cache_only_without_gradients(module)
     if setting is True and any(map(_offloads, layers)):
@@ -121,9 +125,17 @@ def _is_transformers_layer(part: nn.Module) -> bool:
     return layers is not None and isinstance(part, layers.GradientCheckpointingLayer)
 
 
+def _left_out(layers: list[Any]) -> list[nn.Module]:
+    """Layers that `every_n_layers` of transformers leaves out: one call gave them and layers that are on a function."""
+    on = [layer for layer in layers if layer.gradient_checkpointing]
+    functions = [function for layer in on if (function := vars(layer).get(FUNCTION)) is not None]
+    inside = {part for layer in on for part in layer.modules()}
+    return [layer for layer in layers if layer not in inside and vars(layer).get(FUNCTION) in functions]
+
+
 def _offloads(layer: Any) -> bool:
     """Whether transformers was told to move inputs to the host: its `checkpoint` runs in `save_on_cpu` then."""
-    function = getattr(getattr(layer, "_gradient_checkpointing_func", None), "func", None)
+    function = getattr(getattr(layer, FUNCTION, None), "func", None)
     names = getattr(getattr(function, "__code__", None), "co_names", ())
     return bool(layer.gradient_checkpointing) and "save_on_cpu" in names
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_qlora.activations.device_memory import memory_of
@@ -25,6 +26,7 @@ from lightning_qlora.texts import size_text
 CHUNK = 2**22  # bytes: an input takes whole chunks, so that memory of a batch fits those of another length
 SEGMENT = 2**28  # bytes of one allocation: torch rounds pinned memory up to a power of two
 LEAST = 2**20  # bytes of an input that is worth a copy
+PLAIN = (Tensor, nn.Parameter, FakeTensor)  # others, such as DTensor, have parts that are tensors
 CHANGED = (
     "a block changed its input in place, so it can't be recomputed from it. Let the block compute out of place, or "
     "pass gradient_checkpointing=False."
@@ -130,30 +132,23 @@ class Input:
 
     def __init__(self, x: Tensor, memory: HostMemory, chunks: list[Tensor]) -> None:
         self.source: Tensor | None = x
-        self.uses = 0  # blocks that have it
         self._memory = memory
         self._chunks = chunks
         self._needs_grad = x.requires_grad
         self._version = x._version
         self._like = x.shape, x.dtype, x.device
-        self._kept: Tensor | None = None  # of several blocks: it is on the device while they run, in both passes
         self._value: Tensor | None = None  # on its way to the device, or there
         self._event = memory.save(x.detach(), chunks)
 
     def leave(self) -> None:
         """The block ended: let go of the tensor as soon as it is copied."""
-        x = self.source
-        if x is None:
-            return
+        x, self.source = self.source, None
         self._memory.wait(self._event)
-        self.source = None
-        if self.uses > 1:
-            self._kept = x.detach()
-        if x._version != self._version:
+        if x is not None and x._version != self._version:
             raise RuntimeError(CHANGED)
 
     def fetch(self) -> None:
-        if self.source is None and self._kept is None and self._value is None:
+        if self.source is None and self._value is None:
             shape, dtype, device = self._like
             self._value = torch.empty(shape, dtype=dtype, device=device)
             self._event = self._memory.load(self._value, self._chunks)
@@ -161,8 +156,6 @@ class Input:
     def get(self) -> Tensor:
         if self.source is not None:
             return self.source
-        if self._kept is not None:
-            return self._kept.detach().requires_grad_(self._needs_grad)
         self.fetch()
         self._memory.wait(self._event)
         value, self._value = self._value, None  # the recomputed graph holds it from here on
@@ -215,7 +208,7 @@ class HostInputs:
         self.is_full = False
         self.inputs: weakref.WeakSet[Input] = weakref.WeakSet()
         self._memories: dict[torch.device, HostMemory | None] = {}
-        self._known: Any = WeakTensorKeyDictionary()  # tensor -> its version, and a reference to its Input
+        self._known: Any = WeakTensorKeyDictionary()  # tensor -> a reference to its Input
         self._last: weakref.ref[Call] | None = None
 
     def __str__(self) -> str:
@@ -257,22 +250,20 @@ class HostInputs:
 
     def _input(self, x: Any, first: Any) -> Any:
         """The input that stands for a tensor; the tensor, if it stays where it is."""
-        if not (needs_grad(x) or (is_float(x) and x is first)) or x.nbytes < LEAST or not x.is_contiguous():
+        if not (needs_grad(x) or (is_float(x) and x is first)) or type(x) not in PLAIN:
             return x
-        version, reference = self._known.get(x, (None, None))
-        known = reference() if reference is not None and version == x._version else None
-        if known is not None:
-            known.source = x
-            known.uses += 1
-            return known
+        if x.nbytes < LEAST or not x.is_contiguous():
+            return x
+        reference = self._known.get(x)
+        if reference is not None and reference() is not None:  # all blocks have it: it is on the device while they run
+            return x
         memory = self.memory(x.device)
         chunks = None if memory is None else memory.take(x.nbytes)
         if memory is None or chunks is None:
             self.is_full = self.is_full or memory is not None
             return x
         item = Input(x, memory, chunks)
-        item.uses = 1
-        self._known[x] = x._version, weakref.ref(item)
+        self._known[x] = weakref.ref(item)
         self.inputs.add(item)
         return item
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.dtypes.instance_method import InstanceMethod
@@ -18,3 +19,8 @@ class OfRecomputation(InstanceMethod):
 def recomputed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The output of a call that is recomputed; `checkpoint` has keywords of its own, which a forward may have too."""
     return checkpoint(partial(forward, **kwargs) if kwargs else forward, *args, use_reentrant=False)
+
+
+def is_in_backward_pass() -> bool:
+    is_in_graph_task: bool = torch._C._current_graph_task_id() != -1
+    return is_in_graph_task

@@ -8,9 +8,9 @@ recomputes a block, torch stops as soon as the last tensor is saved, so the last
 and not three times. Dropout draws other masks than in the whole, and the same ones in both passes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ def compute_in_tiles(
 ) -> tuple[Tensor, Tiles]:
     """f(x) for x [..., rows, width], with gradients for x and for what trains; and what a recomputed call passes."""
     flat = x.reshape(*[1] * (x.ndim - 2), -1, x.shape[-1])
-    parts = flat.detach().tensor_split(count, -2)
+    parts = _split(flat.detach(), count)
     state = CallState(x)
     first = None
     if tiles is None:
@@ -44,16 +44,18 @@ def compute_in_tiles(
         tiles = Tiles(count, first.shape[-1], first.dtype)
     y = x.new_empty(*flat.shape[:-1], tiles.width, dtype=tiles.dtype)
     y = _Gradient.apply(y, flat, (function, count, state), *trained)  # type: ignore[no-untyped-call]
-    for part, output in _each(x, parts, y.detach().tensor_split(count, -2)):
+    for part, output in zip(parts, _split(y.detach(), count), strict=True):
         output.copy_(_value(function, part) if first is None else first)
         first = None
     return y.view(*x.shape[:-1], tiles.width), tiles
 
 
-def _each(x: Tensor, *split: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+def _split(x: Tensor, count: int) -> Sequence[Tensor]:
     """The tiles; without data, as in `plan`, the first two, because the others need the same memory."""
-    tiles = zip(*split, strict=True)
-    return islice(tiles, 2) if isinstance(x, FakeTensor) else tiles
+    if isinstance(x, FakeTensor):
+        size = math.ceil(x.shape[-2] / count)
+        return [x[..., :size, :], x[..., size : 2 * size, :]]
+    return x.tensor_split(count, -2)
 
 
 @torch.no_grad()
@@ -80,14 +82,14 @@ class _Gradient(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         function, count, state = ctx.rest
         sums = _Sums(ctx.trained)
+        parts = _split(x.detach(), count)
         grad_x = None
-        parts_of_grad_x: Sequence[Tensor | None] = [None] * count
+        parts_of_grad_x: Sequence[Tensor | None] = [None] * len(parts)
         if ctx.needs_input_grad[1]:
             grad_x = torch.empty_like(x)
-            parts_of_grad_x = grad_x.tensor_split(count, -2)
-        split = x.detach().tensor_split(count, -2), grad.tensor_split(count, -2), parts_of_grad_x
+            parts_of_grad_x = _split(grad_x, count)
         with state.restored():
-            for part, of_y, of_x in _each(x, *split):
+            for part, of_y, of_x in zip(parts, _split(grad, count), parts_of_grad_x, strict=True):
                 _add_gradients(function, part, of_y, of_x, sums)
         return None, grad_x, None, *sums.values()
 

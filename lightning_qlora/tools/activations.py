@@ -173,9 +173,13 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._gradients += gradient.nbytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return _device(args[0])  # most calls, and slow in the modes below
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.lightning_qlora.lora_linear.default and args[SEED] is not None:
-            self.dropped = max(self.dropped, args[0].nbytes)
+            x, in_fp16 = args[0], args[SEED + 1]
+            if self.device == "cpu" or not (in_fp16 or x.dtype in IN_16_BITS):  # Triton's kernels need no buffer
+                self.dropped = max(self.dropped, x.nbytes)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _device(tensor).type != "meta":  # a meta tensor has no memory
                 self._add(tensor.untyped_storage())

@@ -36,17 +36,14 @@ def longest_sequences(
 ) -> list[LongestSequence]:
     """The longest sequences of a run that may use so many bytes on each device.
 
-    "auto" has that of "offload", because it does the same where nothing else fits. Under FSDP2 neither is counted:
-    parts whose weights are split do not run in tiles.
+    "auto" has that of "offload", because it does the same where nothing else fits.
 
     Raises:
         ValueError: If the activations can't be counted.
     """
-    results = [_longest(run, True, batch_size, available, devices, strategy)]
-    if devices == 1 or strategy == "ddp":
-        offload = _longest(run, "offload", batch_size, available, devices, strategy)
-        results += [offload._replace(gradient_checkpointing="auto"), offload]
-    return results
+    recomputed = _longest(run, True, batch_size, available, devices, strategy)
+    offload = _longest(run, "offload", batch_size, available, devices, strategy)
+    return [recomputed, offload._replace(gradient_checkpointing="auto"), offload]
 
 
 def _longest(

@@ -281,7 +281,6 @@ class PlannedRun:
         check_integer("batch_size", batch_size, at_least=1)
         check_integer("sequence_length", sequence_length, at_least=1)
         budget = self._report.activations
-        self._repeated.are_skipped = True
         if budget is None:
             return self._step(batch_size, sequence_length)
         # As in a run: first all blocks are recomputed, then a step decides by what that needed.
@@ -292,7 +291,6 @@ class PlannedRun:
         if budget.offloads or not estimate.counted_activations or not is_known:
             return estimate
         budget.set_capacity(available, bytes_of_process(self, estimate))
-        self._repeated.are_skipped = False
         estimate = self._step(batch_size, sequence_length)
         kept = {"blocks": budget.blocks, "kept_blocks": budget.kept_blocks, "kept_bytes": budget.kept_bytes}
         return replace(estimate, **kept)

@@ -80,7 +80,10 @@ def plan(
     config = QLoRAConfig(**arguments)
     if devices > 1 and strategy == "fsdp":
         # The output embedding is in shards, and ranks that share blocks recompute all of them.
-        config = replace(config, deferred_logits=False, gradient_checkpointing=bool(config.gradient_checkpointing))
+        recomputes = config.gradient_checkpointing
+        if not isinstance(recomputes, bool):
+            recomputes = "offload"
+        config = replace(config, deferred_logits=False, gradient_checkpointing=recomputes)
     if sys.stderr.isatty():
         say(f"Running a step of {model} without weights ...", sys.stderr)
     in_short = isinstance(sequence_length, str)

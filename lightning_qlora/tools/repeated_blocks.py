@@ -1,4 +1,4 @@
-"""In a plan, the first and the last of like blocks compute; those between only keep what a recomputed block keeps.
+"""In a plan, the first and the last of like blocks compute; those between only keep what the first one keeps.
 
 In the backward pass of a block live what it computes, what the blocks before it keep, and the gradients of those after
 it. The first is the same for like blocks, and the rest grows from one end to the other, so the peak is at an end: a
@@ -7,14 +7,16 @@ step of 80 blocks is counted in the time of three.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_qlora.activations.gradient_checkpointing import RecomputedForward, transformers_checkpointing_layers
-from lightning_qlora.activations.recomputed import HOOKS
+from lightning_qlora.activations.recomputed import HOOKS, is_in_backward_pass
 from lightning_qlora.dtypes.instance_method import InstanceMethod, instance_method
 from lightning_qlora.texts import group
 
@@ -25,13 +27,11 @@ class RepeatedBlocks:
     """The like blocks of a model without data.
 
     Attributes:
-        are_skipped: Whether those between compute nothing: for steps in which all blocks are recomputed.
         gradients: Of a step, those of the blocks that computed nothing.
         count_gradient: Is called with each of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.are_skipped = False
         self.gradients: list[Tensor] = []
         self.count_gradient: Callable[[Tensor], None] = self.gradients.append
         for kind in _kinds(_recomputed(model)):
@@ -105,25 +105,29 @@ class _RepeatedForward(InstanceMethod):
 
     def __init__(self, blocks: RepeatedBlocks, recomputed: RecomputedForward, outputs: dict[Any, Any]) -> None:
         super().__init__(recomputed.module)
+        self.recomputed = recomputed
         self.before = recomputed.before
         self.blocks = blocks
         self.outputs = outputs  # of this kind: what inputs are like -> what the output is like
         self.first: set[Any] = set()  # what inputs are like that this block was the first to get
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.blocks.are_skipped:
-            return self.original(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         key = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs)
         if key in self.first or key not in self.outputs or not any(tensor.requires_grad for tensor in inputs):
             self.first.add(key)
-            output = self.original(*args, **kwargs)
+            with _watched(inputs[0]) as saved:
+                output = self.original(*args, **kwargs)
             leaves, structure = tree_flatten(output)
-            self.outputs[key] = [_described(leaf, inputs) for leaf in leaves], structure
+            self.outputs[key] = [_described(leaf, inputs) for leaf in leaves], structure, self.module, saved
             return output
-        leaves, structure = self.outputs[key]
+        leaves, structure, like, saved = self.outputs[key]
+        budget = self.recomputed.budget
+        kept = None
+        if budget is not None and budget.keeps and not is_in_backward_pass():
+            kept = budget.size_of(like), bool(saved)
         made = [leaf for leaf in leaves if isinstance(leaf, _Made)]
-        tensors = iter(_Skipped.apply(self, made, *inputs))  # type: ignore[no-untyped-call]
+        tensors = iter(_Skipped.apply(self, made, kept, *inputs))  # type: ignore[no-untyped-call]
         values = [next(tensors) if isinstance(leaf, _Made) else leaf for leaf in leaves]
         values = [inputs[leaf.position] if isinstance(leaf, _Input) else leaf for leaf in values]
         return tree_unflatten(values, structure)
@@ -134,6 +138,22 @@ class _RepeatedForward(InstanceMethod):
         gradients = x.new_empty(nbytes, dtype=torch.uint8)
         self.blocks.gradients.append(gradients)
         self.blocks.count_gradient(gradients)
+
+
+@contextmanager
+def _watched(x: Tensor) -> Iterator[list[bool]]:
+    """Notice, once for each time, that a graph saves x; the hooks that are on keep what they keep."""
+    saved: list[bool] = []
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (torch.detach, torch.detach)
+    storage = x.untyped_storage()._cdata
+
+    def watched(tensor: Tensor) -> Any:
+        if tensor.untyped_storage()._cdata == storage:
+            saved.append(True)
+        return pack(tensor)
+
+    with saved_tensors_hooks(watched, unpack):
+        yield saved
 
 
 class _Made(NamedTuple):
@@ -157,22 +177,29 @@ def _described(leaf: Any, inputs: list[Tensor]) -> Any:
 
 
 class _Skipped(torch.autograd.Function):
-    """A block that keeps its first input; its outputs and gradients have no values."""
+    """A block whose outputs and gradients have no values.
+
+    `kept`: the bytes that it keeps, and whether it keeps its first input; None: it is recomputed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, block: _RepeatedForward, outputs: list[_Made], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(inputs[0])
+    def forward(
+        ctx: Any, block: _RepeatedForward, outputs: list[_Made], kept: tuple[int, bool] | None, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        nbytes, saves_input = kept or (0, True)
+        x = inputs[0] if saves_input else inputs[0].new_empty(0)
+        ctx.save_for_backward(x, inputs[0].new_empty(nbytes, dtype=torch.uint8))
         ctx.block = block
         ctx.inputs = [(tensor.shape, tensor.dtype) for tensor in inputs]
         return tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
         ctx.block.add_gradients(x)
-        needed = zip(ctx.inputs, ctx.needs_input_grad[2:], strict=True)
+        needed = zip(ctx.inputs, ctx.needs_input_grad[3:], strict=True)
         gradients = (x.new_empty(shape, dtype=dtype) if is_needed else None for (shape, dtype), is_needed in needed)
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 def _values(block: nn.Module) -> list[Any]:

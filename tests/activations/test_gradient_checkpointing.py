@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -6,7 +7,12 @@ from torch import nn
 
 from lightning_qlora import QLoRAPrecision, convert, merge
 from lightning_qlora.activations import recomputed
-from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed, transformers_checkpointing_layers
+from lightning_qlora.activations.gradient_checkpointing import (
+    RecomputedForward,
+    blocks_not_recomputed,
+    transformers_checkpointing_layers,
+)
+from lightning_qlora.dtypes.instance_method import instance_method
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.plugin.audit import Audit
 from tests.toys import NAMES, Lit, ids, perturb, pretrain, toy
@@ -149,6 +155,27 @@ def test_layers_that_transformers_recomputes_already_are_recomputed_once(count_r
     model(input_ids=ids(), labels=ids()).loss.backward()
     layers = list(transformers_checkpointing_layers(model))
     assert len(count_recomputed) == len(layers) > 1 and not any(layer.gradient_checkpointing for layer in layers)
+
+
+@pytest.mark.parametrize("setting", [True, "offload"])
+def test_layers_that_transformers_leaves_out_keep_their_activations(setting, count_recomputed):
+    """`every_n_layers` of one model says nothing of another one, and a model of which a part is on is recomputed."""
+    model = toy("llama", num_hidden_layers=5)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None or "every_n_layers" not in inspect.signature(enable).parameters:
+        pytest.skip("transformers 5.16 and older do not have it")
+    enable(every_n_layers=2)
+    other = toy("t5")
+    other.encoder.activation_checkpointing_enable()
+    both = nn.ModuleList([model, other])
+    convert(both, **ARGUMENTS, gradient_checkpointing=setting)
+    layers = list(transformers_checkpointing_layers(both))
+    kept = [layer for layer in layers if instance_method(layer, RecomputedForward) is None]
+    assert kept == [model.model.layers[1], model.model.layers[3]]
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    assert len(count_recomputed) == 3
+    merge(both)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False, True]
 
 
 def test_it_ends_with_merge_and_transformers_recompute_again_what_they_did(count_recomputed):

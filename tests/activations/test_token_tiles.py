@@ -523,7 +523,10 @@ def test_two_ranks(tmp_path):
     """DDP, FSDP2 of blocks and of their parts, and tensor parallelism, beside the whole."""
     for rank in launch("tests.scripts.tiles_on_ranks", tmp_path)[1]:
         for strategy in ("ddp", "fsdp2", "fsdp2_of_parts", "tensor_parallel"):
-            expected, _ = rank[strategy, True]
-            ours, text = rank[strategy, "offload"]
+            expected, _ = rank[strategy, True, 16]
+            whole, text = rank[strategy, "offload", 1024]
+            assert_equal(whole, expected)
+            assert text.startswith("all blocks are recomputed; inputs of blocks wait on the host (")
+            ours, text = rank[strategy, "offload", 16]
             close(ours, expected)
             assert ("mlp" in text.partition("whole")[0]) == (strategy != "tensor_parallel"), text

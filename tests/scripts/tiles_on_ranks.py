@@ -1,4 +1,4 @@
-"""Run by test_token_tiles.py on two ranks: DDP, FSDP2 and tensor parallelism with parts in tiles of tokens."""
+"""Run by test_token_tiles.py on two ranks: DDP, FSDP2, tensor parallelism; inputs on the host, with tiles and whole."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora import convert, to_parameters
-from lightning_qlora.activations import token_tiles
+from lightning_qlora.activations import host_inputs, token_tiles
 from lightning_qlora.tensors.dtensor import gather
+from tests.activations.test_host_inputs import LateCopies
 from tests.conftest import run_rank
 from tests.scripts.blocks_on_ranks import ARGUMENTS, ddp, fsdp2, tensor_parallel
 from tests.toys import ids, perturb, toy
@@ -34,17 +35,20 @@ def step(model, seed):
 
 def main(folder):
     dist.init_process_group("gloo")
-    token_tiles.LEAST_ROWS = 16
+    host_inputs.host_memory = LateCopies
+    host_inputs.LEAST = 1
+    host_inputs.CHUNK = 512
     mesh = init_device_mesh("cpu", (2,))
     results = {}
     for strategy in (ddp, fsdp2, fsdp2_of_parts, tensor_parallel):
-        for setting in (True, "offload"):
+        for setting, rows in ((True, 16), ("offload", 16), ("offload", 1024)):
+            token_tiles.LEAST_ROWS = rows
             model = toy("llama").train()
             report = convert(model, **ARGUMENTS, gradient_checkpointing=setting)
             perturb(model)
             seed = 0 if strategy is tensor_parallel else dist.get_rank()
             gradients = step(strategy(model, mesh), seed)
-            results[strategy.__name__, setting] = gradients, str(report.activations)
+            results[strategy.__name__, setting, rows] = gradients, str(report.activations)
     torch.save(results, Path(folder) / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -137,9 +137,10 @@ def test_the_numbers_of_an_estimate():
         assert vars(estimate_memory(module, example=given, r=4, lora_dropout=0.0)) == expected
     run = PlannedRun(module, "adamw", QLoRAConfig(r=4, lora_dropout=0.0), example)
     assert vars(run.estimate(1, 1)) == vars(run.estimate(2, 2)) == expected
-    seed_and_dropped = {"activations": trained + 2624 + 8 + example.nbytes}
-    dropped = {**expected, "parts": {**expected["parts"], **seed_and_dropped}}
-    assert vars(estimate_memory(module, example=example, r=4, lora_dropout=0.1)) == dropped
+    for device, dropped in (("gpu", 0), ("cpu", example.nbytes)):  # Triton's kernels drop inside of the products
+        activations = {"activations": trained + 2624 + 8 + dropped}
+        with_dropout = {**expected, "parts": {**expected["parts"], **activations}}
+        assert vars(estimate_memory(module, example=example, device=device, r=4, lora_dropout=0.1)) == with_dropout
     without = {**expected, "parts": {**expected["parts"], "activations": 0}, "gradients_at_peak": 2 * trained}
     assert vars(estimate_memory(module, r=4, lora_dropout=0.0)) == {**without, "counted_activations": False}
 

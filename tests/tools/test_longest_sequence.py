@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_qlora import estimate_memory
+from lightning_qlora.activations.activation_budget import MARGIN
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.tools import activations, repeated_blocks
 from lightning_qlora.tools.activations import _flash_workspace
@@ -61,6 +62,26 @@ def test_a_count_without_the_blocks_between_is_that_of_all(config, setting, monk
     assert bytes_on_each(short, in_short, 4, "fsdp") == pytest.approx(bytes_on_each(whole, full, 4, "fsdp"), rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [config for config, _ in OTHERS])
+def test_a_count_with_a_limit_is_that_of_all_blocks(config, monkeypatch):
+    """For limits in which none, some and all blocks keep their activations."""
+    arguments = {**R, "batch_size": 2, "sequence_length": 300}
+    least, most = (estimate_memory(config(), **arguments, gradient_checkpointing=how) for how in (True, 2**45))
+    kinds = repeated_blocks._kinds
+    kept = []
+    for share in (-0.1, 0.4, 0.8, 1.2):
+        limit = int((least.device + least.parts["decode buffer"] + share * most.kept_bytes) / (1 - MARGIN))
+        monkeypatch.setattr(repeated_blocks, "_kinds", kinds)
+        few = estimate_memory(config(), **arguments, gradient_checkpointing=limit)
+        monkeypatch.setattr(repeated_blocks, "_kinds", lambda blocks: [])
+        full = estimate_memory(config(), **arguments, gradient_checkpointing=limit)
+        assert few.total == pytest.approx(full.total, rel=0.01)
+        assert (few.blocks, few.kept_blocks, few.kept_bytes) == (full.blocks, full.kept_blocks, full.kept_bytes)
+        kept.append(few.kept_blocks)
+    assert kept[0] == 0 < kept[1] < kept[2] < kept[3] == full.blocks
+
+
 def planned(tmp_path, capsys, *arguments, **changes):
     llama(**{"num_hidden_layers": 4} | changes).save_pretrained(tmp_path)
     command = ["plan", str(tmp_path), "--r", "4", "--lora_dropout", "0", "--sequence_length", "longest"]
@@ -92,7 +113,7 @@ def test_what_limits_it(tmp_path, capsys):
     assert all(line.split()[1:7] == ["100,000", "tokens", "limit:", "positions", "of", "the"] for line in lines[1:])
     assert "on the host" not in lines[1] and lines[3].endswith(" on the host")
     sharded = planned(tmp_path, capsys, "--gpu_memory", "0.8334GB", "--devices", "2")
-    assert sharded.count(" 0 tokens  limit: memory of the device") == 1 and "offload" not in sharded
+    assert sharded.count(" 0 tokens  limit: memory of the device") == 3
 
 
 def test_longest_for_no_card_is_an_error(tmp_path, capsys):

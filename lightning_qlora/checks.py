@@ -44,7 +44,6 @@ TRAIN_IN_FULL = "name the modules in modules_to_save, which trains them in full"
 
 
 def shown(value: Any) -> str:
-    """The value as Python writes it, shortened."""
     try:
         text = repr(value)
     except ValueError:  # an int of more than 4300 digits

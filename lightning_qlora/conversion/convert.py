@@ -172,7 +172,6 @@ def _convert_new(
 
 
 def _survey(parts: Parts, run: Run) -> Survey:
-    """Survey a module, and refuse one that can't be converted whatever the arguments are."""
     seen = survey(parts, run.agree)
     if not parts.is_new:
         check_layers_of_conversions(parts)

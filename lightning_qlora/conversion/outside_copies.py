@@ -127,7 +127,6 @@ class OutsideCopies:
         return next(name for name in first if all(name in outer for outer in others))
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Name of the original and tensor, of those that are alive."""
         return ((copy.name, tensor) for copy in self._copies if (tensor := copy.tensor()) is not None)
 
     def are_written(self, module: nn.Module) -> bool:

@@ -243,7 +243,6 @@ class ConversionReport:
         )
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
         table = "<tr><th>layer</th><th>status</th><th>layers</th></tr>"
         for row in self.rows():
             table += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"

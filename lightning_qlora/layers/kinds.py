@@ -59,12 +59,10 @@ KINDS = {
 
 
 def kind_of(layer_class: type[nn.Module]) -> LayerKind:
-    """The kind of a class of layers; `LINEAR` if it has no row, as nn.Linear and its subclasses."""
     return KINDS.get(f"{layer_class.__module__}.{layer_class.__qualname__}", LINEAR)
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is of one of the kinds, in 4 bits or not, or computes what nn.Linear does."""
     is_kind = isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR
     return is_kind or ("weight" in layer._parameters and _computes_linear(layer))
 
@@ -92,7 +90,6 @@ def _computes_linear(layer: nn.Module) -> bool:
 
 
 def sizes_of(layer: Any) -> tuple[int, int]:
-    """Numbers of outputs and inputs of a linear layer."""
     outputs, inputs = kind_of(type(layer)).sizes
     if isinstance(layer, nn.Linear) or hasattr(layer, outputs):
         return getattr(layer, outputs), getattr(layer, inputs)
@@ -123,7 +120,6 @@ def decode_packed_layer(layer: nn.Module) -> None:
 
 
 def decode_as_stored(layer: nn.Module, weight: PackedWeight) -> Tensor:
-    """A 4-bit weight as the float weight of a dense layer."""
     rows = weight.dequantize(weight.dtype)
     if kind_of(type(layer)).transposed:
         return rows.T.contiguous()

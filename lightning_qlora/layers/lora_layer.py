@@ -101,13 +101,11 @@ class LoRALayer(WithAdapter, PackedLayer):
             self.input_observer.join(self)
 
     def stop_observing(self) -> None:
-        """The adapter has its values."""
         observer = vars(self).pop("input_observer", None)  # absent, and not None: torch.compile guards on it
         if observer is not None:
             observer.leave(self)
 
     def reset_adapter(self) -> None:
-        """Set A to random values and B to 0."""
         self.set_adapter(*first_adapter(self.weight_bytes, self.config, self.seed_name))
 
     def seed_name_of(self, number: int) -> str:
@@ -253,7 +251,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         return dtype, in_fp16, dtype if is_held else given
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """The type that a call on this device multiplies in."""
         dtype, in_fp16, _ = self.types_of_call(device, torch.float32)
         return torch.float16 if in_fp16 else dtype
 

@@ -58,7 +58,6 @@ def name_endings(name: str) -> Iterator[str]:
 
 
 def without_wrappers(name: str, wrappers: Collection[str] = (COMPILED, CHECKPOINTED)) -> str:
-    """A name without what torch.compile and checkpoint_wrapper put into it."""
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
@@ -72,7 +71,6 @@ def stack_name(parameter: str) -> str:
 
 
 def parameter_name(stack: str) -> str:
-    """The reverse of `stack_name`."""
     return stack.removesuffix(_EXPERTS)
 
 

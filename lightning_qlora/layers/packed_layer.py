@@ -50,7 +50,6 @@ class PackedLayer(nn.Module):
         self.set_matrices([weight.to_bytes() for weight in weights], weights[0].dtype)
 
     def set_matrices(self, matrices: Sequence[PackedBytes], dtype: torch.dtype) -> None:
-        """Replace the 4-bit weight of each matrix; it decodes to `dtype`."""
         self.set_bytes(in_rows(*matrices), dtype)
 
     def set_bytes(self, stored: PackedBytes, dtype: torch.dtype) -> None:

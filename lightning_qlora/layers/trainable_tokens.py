@@ -33,8 +33,6 @@ SPLIT_TOKENS = (
 
 
 class TokenAdapter(WithAdapter):
-    """The rows of an embedding that train."""
-
     trainable_tokens_delta: nn.Parameter  # [n, dim], fp32 (fp64 if the weight is fp64); cast to the weight's type
     token_indices: Tensor  # [n], which row of the weight each row of the delta replaces
     order: Tensor  # [n], token_indices.argsort()
@@ -126,7 +124,6 @@ class TrainableTokens(Derived):
         return view
 
     def rows(self) -> Tensor:
-        """delta in the type of the weight."""
         return self.token_adapter.trainable_tokens_delta.to(self.base().weight.dtype)
 
     def _call_with_rows(self, input: Tensor, others: dict[str, Any], **changed: Any) -> Tensor:

@@ -99,7 +99,6 @@ class Audit:
         self.report.tell(LOST, _parameters_that_do_not_move(optimizer, names))
 
     def end(self, module: nn.Module) -> None:
-        """Tell what a run of one step has found."""
         for idle in self._idle.values():
             self._tell_what_is_unused(idle, module)
 

@@ -20,8 +20,6 @@ Values = tuple[float, ...] | None
 
 
 class Copy(NamedTuple):
-    """A tensor that has the values of a weight."""
-
     name: str
     original: str
     is_parameter: bool
@@ -84,7 +82,6 @@ def _equal_tensors(tensors: list[tuple[str, Tensor]], choice: Selection) -> list
 
 
 def share_seeds(choice: Selection, copies: list[Copy]) -> None:
-    """Let a layer that is a copy of another one begin with the same adapter."""
     names = {row.weight_name: name for name, row in choice.convert.items()}
     for copy in copies:
         if copy.name in names and copy.original in names:

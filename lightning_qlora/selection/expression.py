@@ -29,8 +29,6 @@ REPEATS = ("MAX_REPEAT", "MIN_REPEAT")
 
 
 class Steps:
-    """How many steps are left."""
-
     def __init__(self, left: int = MOST_STEPS) -> None:
         self._left = left
 
@@ -164,7 +162,6 @@ class Expression:
         return place >= width and bool(self._sequence(parts, 1 << place - width, flags) >> place & 1)
 
     def _test(self, part: Any, flags: int) -> Any:
-        """`re`'s own test of one part."""
         key = (id(part), flags)
         if key not in self._tests:
             parts = _parser.SubPattern(_parser.State(), [part])

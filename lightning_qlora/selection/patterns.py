@@ -54,7 +54,6 @@ class Patterns:
         return self.first(names) is not None
 
     def match_outer(self, names: Iterable[str]) -> bool:
-        """Whether one of the names, or the name of a module around it, matches."""
         return self.match(outer for name in names for outer in outer_names(name) if outer or not name)
 
     def first(self, names: Iterable[str]) -> str | None:

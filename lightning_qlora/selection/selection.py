@@ -129,8 +129,6 @@ RULES = (
 
 
 class Row(NamedTuple):
-    """What happens with a layer, a stack of experts, a parameter, or a module in modules_to_save."""
-
     name: str
     action: str  # an outcome of a rule
     reason: str
@@ -166,7 +164,6 @@ class Selection:
 
     @property
     def convert(self) -> dict[str, Row]:
-        """The layers to convert, and the parameters with the weights of experts."""
         return {name: row for name, row in self.rows.items() if row.action == CONVERT}
 
     @property

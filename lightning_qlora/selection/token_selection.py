@@ -82,7 +82,6 @@ def check_tokens(seen: Survey, tokens: TokenIndices, in_full: Mapping[str, Any])
 
 
 def add_tokens(seen: Survey, tokens: dict[str, list[int]]) -> None:
-    """Let rows of frozen embeddings train; layers with a tied weight share them."""
     modules = dict(seen.modules)
     tied: dict[int, list[str]] = {}
     for name in tokens:

@@ -137,11 +137,9 @@ class Parts:
         return self.part(self.base_name)
 
     def part(self, outer: str) -> "Parts":
-        """The module of a name, with the names there, without those of wrappers."""
         return Parts(self.inside(outer), (COMPILED, CHECKPOINTED))
 
     def inside(self, outer: str) -> list[tuple[str, nn.Module]]:
-        """The places in the module of a name, with the names there."""
         start = len(outer) + bool(outer)
         return [(name[start:], module) for name, module in self.places if inside(name, outer)]
 

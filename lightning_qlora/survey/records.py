@@ -81,14 +81,11 @@ def is_recorded(owner: nn.Module) -> bool:
 
 
 def was_frozen(owner: nn.Module, key: str) -> bool:
-    """Whether the module itself had frozen a parameter before conversion."""
     record = _records(owner).get(key)
     return record is not None and not record.trained
 
 
 class Frozen(NamedTuple):
-    """A dense parameter that was frozen at the end of conversion."""
-
     name: str
     owner: nn.Module
     key: str
@@ -132,7 +129,6 @@ def has_fingerprint(number: int, owner: nn.Module, key: str, parameter: Tensor, 
 
 
 def record_rounded(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Record the values of frozen parameters that are held in a type which rounds them, too."""
     numbers: dict[int, int] = {}
     for each in frozen_parameters(modules):
         dtype = each.parameter.dtype
@@ -146,13 +142,11 @@ def replace_record(frozen: Frozen, record: Record) -> None:
 
 
 def renew(module: nn.Module) -> None:
-    """Record the present values of frozen parameters as those of the base."""
     frozen = frozen_parameters(module.named_modules())
     record(Unrecorded(owner, key, old.trained, old.dtype) for _, owner, key, _, old in frozen)
 
 
 def undo(modules: Iterable[nn.Module]) -> None:
-    """Let each parameter require a gradient if it did before conversion, and remove all records."""
     for part in modules:
         parameters = own_parameters(part)
         for key, record in vars(part).pop(RECORDS, {}).items():

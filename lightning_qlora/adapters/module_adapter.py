@@ -28,7 +28,8 @@ from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ra
 
 def inference_mode_of(parts: Parts) -> torch.inference_mode:
     """Inference mode if a module was made in it, else none: a parameter that is made in it can never train."""
-    return torch.inference_mode(any(parameter.value.is_inference() for parameter in parts.parameters))
+    values = (value for part in parts.modules for value in part._parameters.values() if value is not None)
+    return torch.inference_mode(any(value.is_inference() for value in values))
 
 
 def check_adapters_finite(parts: Parts) -> None:
@@ -73,7 +74,8 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
             f"A parameter of the {type(base_model.root).__name__} itself trains, and PEFT's modules_to_save can only "
             "name modules inside it. Freeze it, or use a Lightning checkpoint instead of a PEFT folder."
         )
-    _check_endings(list(trained), base_model)
+    if trained:
+        _check_endings(list(trained), base_model)
     saved: State = {}
     for name, part in trained.items():
         saved |= {f"{name}.{key}": value for key, value in _state_of(part).items()}
@@ -109,7 +111,8 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
     initialization = (adapter.quantization or Quantization()).init_lora_weights
     for name, layer in layers.items():
         layer.stop_observing()
-        layer.set_initial(None)
+        if layer.initial_A is not None:
+            layer.set_initial(None)
         arguments = {"init_lora_weights": initialization, "use_rslora": adapter.config["use_rslora"]}
         state = loaded.get(name, {})
         if state:
@@ -119,10 +122,11 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
             layer.reset_adapter()
         for key, value in state.items():
             layer.write(key, value.to(layer.lora_A.dtype).contiguous())
-    tensors = _named_tensors(base)
-    with torch.no_grad():
-        for key, value in adapter.saved.items():
-            tensors[key].copy_(shard_like(value, tensors[key]))
+    if adapter.saved:
+        tensors = _named_tensors(base)
+        with torch.no_grad():
+            for key, value in adapter.saved.items():
+                tensors[key].copy_(shard_like(value, tensors[key]))
     for part in parts.modules:
         conversion = conversion_of(part)
         if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
@@ -214,11 +218,13 @@ def _check_fits(base: Parts, adapter: Adapter, loaded: dict[str, State]) -> None
         dora = layer.lora_magnitude_vector is not None
         if dora != (MAGNITUDE in state):
             refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
-    indices = base.token_indices
     for name, rows in adapter.tokens.items():
-        if rows != indices.get(name):
-            difference = f"has trainable_token_indices={shown(indices.get(name))} there, and the adapter {shown(rows)}"
+        indices = base.token_indices.get(name)
+        if rows != indices:
+            difference = f"has trainable_token_indices={shown(indices)} there, and the adapter {shown(rows)}"
             refuse(adapter, f"{name}.{DELTA}", base, difference)
+    if not adapter.saved:
+        return
     for tied in tied_names(base):
         _check_tie(adapter, tied)
     tensors = _named_tensors(base)

@@ -118,7 +118,7 @@ def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
 
 def _changed_buffers(parts: Parts, saved: Collection[str]) -> list[str]:
     conversion = conversion_of(parts.root)
-    if conversion is None:
+    if conversion is None or not conversion.buffers:
         return []
     before = conversion.buffers
     return [

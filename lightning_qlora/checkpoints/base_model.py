@@ -14,7 +14,6 @@ from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
 from lightning_qlora.peft.base_compatibility import Quantization
 from lightning_qlora.peft.peft_layers import TAKEN_FOR_EXPERTS, stacks_of, taken_for_experts
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import new_by_values
 
 OF_LAYER = arguments_that("of_layer")
 
@@ -52,11 +51,8 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
         description["experts"] = {name: list(stack) for name, stack in stacks_of(dict(base.named)).items()}
     if parameters:
         description["parameters"] = parameters
-    if base.tokens:
+    if len(base.adapters) > len(base.layers):
         description["tokens"] = base.token_indices
-    new = new_by_values(parts)
-    if new:
-        description["new"] = new
     return description
 
 

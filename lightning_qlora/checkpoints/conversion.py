@@ -117,7 +117,7 @@ def check_layers_of_conversions(parts: Parts) -> None:
     for name, module in parts.named:
         conversion = conversion_of(module)
         if conversion is not None:
-            check_no_layer_resized(conversion, Parts(parts.inside(name), ()))
+            check_no_layer_resized(conversion, Parts(parts.inside(name), ()) if name else parts)
 
 
 def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:

@@ -80,7 +80,7 @@ def ask_for(keys: Collection[str], modules: Iterable[nn.Module]) -> Iterator[Non
 
 
 def _add_asked(asked: Collection[str], root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    parts = Parts.of(root)
+    parts = _parts_of(root)
     for name, layer in parts.layers_by_key.items():
         key = prefix + _prefix(name)
         if key + BASE[0] in asked:
@@ -125,7 +125,11 @@ def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
             if (owner, key) in parts.unchanged and not _is_always_saved(owner, key, parameter):
                 fingerprints[name] = parts.unchanged[owner, key]
     trained = trained_modules(parts.base, parts.unchanged)
-    return SavedConversion(config, describe_base(parts, config, trained), fingerprints)
+    description = describe_base(parts, config, trained)
+    new = new_by_values(parts)
+    if new:
+        description["new"] = new
+    return SavedConversion(config, description, fingerprints)
 
 
 def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> bool:
@@ -152,15 +156,17 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     conversion = conversion_of(root)
     if conversion is None:
         return
-    parts = Parts.of(root)
+    parts = _parts_of(root)
     layers = parts.layers_by_key
     for layer in layers.values():
         vars(layer).pop("base_left_out_at", None)
     check_no_layer_resized(conversion, parts)
-    if _is_merged(conversion, parts):
+    if conversion.layers and not parts.layers:  # merged: the state dict is that of a dense module
         return
     saved = saved_conversion(parts, conversion.config)
-    _restore_converted_parts(parts, state_dict, prefix)
+    inner = _converted_parts(parts)
+    if inner:
+        _restore_converted_parts(parts, inner, state_dict, prefix)
     for name in saved.fingerprints:  # of a parameter or a layer
         if name not in layers:
             state_dict.pop(prefix + name, None)
@@ -169,11 +175,9 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     state_dict[prefix + CONVERSION] = entry_of(saved.text())
 
 
-def _restore_converted_parts(parts: Parts, state_dict: dict[str, Any], prefix: str) -> None:
+def _restore_converted_parts(parts: Parts, inner: list[str], state_dict: dict[str, Any], prefix: str) -> None:
     """Add what parts left out that were converted as modules of their own too: this module names its own base."""
-    outer = tuple(_prefix(name) for name in _converted_parts(parts))
-    if not outer:
-        return
+    outer = tuple(map(_prefix, inner))
     for name in outer:
         state_dict.pop(prefix + name + CONVERSION, None)
     for name, layer in parts.layers_by_key.items():
@@ -201,10 +205,10 @@ def _before_load(
         return
     in_module = _InModule(prefix + CONVERSION)
     missing_keys.append(in_module)
-    parts = Parts.of(root)
+    parts = _parts_of(root)
     reshard(parts.modules)  # first: `parts` keeps the parameters that it has read
     adapters = _layers_with_adapter(parts, state_dict, prefix)
-    if _is_merged(conversion, parts):
+    if conversion.layers and not parts.layers:  # merged
         if adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
@@ -331,6 +335,11 @@ def _take_arguments(parts: Parts, conversion: Conversion, saved: SavedConversion
         conversion.config = config
 
 
+def _parts_of(root: nn.Module) -> Parts:
+    """With the names of state dicts, which torch.compile's wrapper is in, and checkpoint_wrapper is not."""
+    return Parts(root.named_modules(remove_duplicate=False), (CHECKPOINTED,))
+
+
 def _prefix(name: str) -> str:
     """What the keys of a module of this name begin with."""
     return f"{name}." if name else ""
@@ -339,8 +348,3 @@ def _prefix(name: str) -> str:
 def _converted_parts(parts: Parts) -> list[str]:
     """Names of the parts that were converted as a module of their own too."""
     return [name for name, part in parts.places if name and conversion_of(part) is not None]
-
-
-def _is_merged(conversion: Conversion, parts: Parts) -> bool:
-    """Whether its layers were merged, so that its state dict is that of a dense module."""
-    return bool(conversion.layers) and not parts.layers

@@ -134,15 +134,18 @@ def hold_assigned(modules: Iterable[nn.Module]) -> None:
     """Hold again what `load_state_dict(assign=True)` replaced by values in 16 bits."""
     assigned: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {torch.float32: [], torch.bfloat16: []}
     for part in modules:
+        if TYPES not in vars(part):
+            continue
         own = own_tensors(part)
         in_bf16 = any(method.held is torch.bfloat16 for method in compute_methods(part))
-        for key in vars(part).get(TYPES, {}):
+        for key in vars(part)[TYPES]:
             value = own.get(key)
             if value is not None and value.dtype in IN_16_BITS:
                 held = torch.bfloat16 if in_bf16 and not value.requires_grad else torch.float32
                 assigned[held].append((part, key, value))
     for held, tensors in assigned.items():
-        hold_tensors(tensors, held)
+        if tensors:
+            hold_tensors(tensors, held)
 
 
 def undo_full_precision(modules: Iterable[nn.Module]) -> None:

@@ -81,6 +81,8 @@ class Adapter:
         return {self.config["r"], *self.config["rank_pattern"].values()}
 
     def _by_pattern(self, pattern: str, name: str, default: str) -> Any:
+        if not self.config[pattern]:
+            return self.config[default]
         if self.is_target(f"{name}.weight"):
             name += ".weight"
         return self._patterns[pattern].value([name], self.config[default])

@@ -185,21 +185,26 @@ def _check_layers(adapter: Adapter) -> None:
 
 def _tokens(entry: Any, saved: State) -> dict[str, list[int]]:
     """Name of each embedding with rows -> their indices; `entry`: trainable_token_indices, by endings of names."""
-    rule = f"trainable_token_indices, {shown(entry)} in {CONFIG_FILE}"
-    if not isinstance(entry, dict):
-        entry = {"": entry}  # for any embedding
+    by_ending = entry if isinstance(entry, dict) else {"": entry}  # for any embedding
     tokens = {}
     for key, rows in saved.items():
         name = key.removesuffix(f".{DELTA}")
         if name == key:
             continue
-        matches = [entry[name]] if name in entry else [entry[end] for end in entry if name.endswith(end)]
+        matches = [indices for end, indices in by_ending.items() if name.endswith(end)]
+        if name in by_ending:
+            matches = [by_ending[name]]
         if len(matches) != 1 or matches[0] is None or rows.ndim != 2 or len(rows) != len(matches[0]):
             shape = list(rows.shape)
             raise ValueError(
-                f"key '{PREFIX}{key}' has shape {shape}: it must have one row for each index in {rule}. {DAMAGED}"
+                f"key '{PREFIX}{key}' has shape {shape}: it must have one row for each index in "
+                f"{_rule(entry)}. {DAMAGED}"
             )
         tokens[name] = matches[0]
-    if any(entry.values()) and not tokens:  # PEFT writes those of tied weights once
-        raise ValueError(f"has no rows for {rule}. {DAMAGED}")
+    if any(by_ending.values()) and not tokens:  # PEFT writes those of tied weights once
+        raise ValueError(f"has no rows for {_rule(entry)}. {DAMAGED}")
     return tokens
+
+
+def _rule(entry: Any) -> str:
+    return f"trainable_token_indices, {shown(entry)} in {CONFIG_FILE}"

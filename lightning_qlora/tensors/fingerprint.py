@@ -33,7 +33,10 @@ def fingerprint(*tensors: Tensor) -> int:
     for tensor in tensors:
         if not has_values(tensor) or not is_strided(tensor):
             return 0
-        for piece in _sums_of_pieces(_with_words(tensor.detach())):
+        values = tensor.detach()
+        if values.is_complex() or values.dtype is torch.float64:
+            values = _with_words(values)
+        for piece in _sums_of_pieces(values):
             total = _mix(total + piece)
         total = _mix(total + tensor.numel())
     return total
@@ -92,11 +95,13 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
     if not tensor.is_floating_point():
         per_word = 8 // tensor.element_size()
     piece = _PIECE * per_word
-    group = None
-    if (rows := own_rows(tensor)) is not None and tensor.stride(0) % per_word == 0:
-        part, first, group = rows
-    else:
-        part, first = gather(tensor), 0
+    part, first, group = tensor, 0, None
+    if isinstance(tensor, DTensor):
+        rows = own_rows(tensor)
+        if rows is not None and tensor.stride(0) % per_word == 0:
+            part, first, group = rows
+        else:
+            part = gather(tensor)
     flat = part.reshape(-1).contiguous()  # of one dimension, reshape keeps its stride
     sums = torch.zeros(-(-tensor.numel() // piece), dtype=torch.int64, device=flat.device)
     step = piece

@@ -436,3 +436,18 @@ def test_a_module_is_walked_over_a_few_times_however_many_parts_it_has(monkeypat
         lambda: merge(module),
     ):
         assert 0 < walks_of(action) <= 2
+
+
+@pytest.mark.parametrize(
+    ("key", "error"),
+    [
+        ("1.lora_A", r"^1: the checkpoint's adapter has rank 2097152 for 2097152 inputs, this layer's has rank 8"),
+        ("1.lora_B", r"size mismatch for 1\.lora_B"),
+        ("1.initial_A", r"^1\.initial_A: has shape \[2097152, 2097152\], and must have \[8, \d+\]"),
+    ],
+)
+def test_an_expanded_adapter_of_another_shape_is_refused_before_it_is_copied(key, error):
+    """A file of some bytes would take 16 TB."""
+    state = trained().state_dict() | {key: torch.zeros(1, 1).expand(1 << 21, 1 << 21)}
+    with pytest.raises((RuntimeError, ValueError), match=error):
+        fresh().load_state_dict(state)

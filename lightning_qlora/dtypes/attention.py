@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.dtypes.compute_in import ComputeIn
+from lightning_qlora.dtypes.instance_method import instance_method
 from lightning_qlora.kernels.half_attention import attention_in_half
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.tensors.device_types import multiplies_in_fp16
@@ -48,10 +50,20 @@ def attend(
 
 def _is_in_half(module: nn.Module, query: Tensor) -> bool:
     return (
-        query.dtype is torch.float32
+        type(query) is Tensor
+        and query.dtype is torch.float32
         and query.shape[-2] >= MANY
         and multiplies_in_fp16(query.device)
         and not torch.is_autocast_enabled(query.device.type)
         and not torch.compiler.is_compiling()
-        and any(isinstance(part, PackedLayer) and part.is_held for part in module._modules.values())
+        and not torch._C._are_functorch_transforms_active()
+        and any(map(_is_held, module._modules.values()))
     )
+
+
+def _is_held(part: nn.Module | None) -> bool:
+    """Whether a layer has another type than before in fp32, by conversion."""
+    if part is None or isinstance(part, PackedLayer):
+        return part is not None and part.is_held
+    method = instance_method(part, ComputeIn)
+    return method is not None and method.held is torch.float32

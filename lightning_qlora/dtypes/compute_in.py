@@ -175,6 +175,7 @@ def _is_in_half(module: nn.Module, x: Any) -> bool:
         and multiplies_in_fp16(x.device)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -37,9 +37,9 @@ def types(monkeypatch):
     return seen
 
 
-def held(name="llama", dtype=torch.bfloat16, **changes):
+def held(name="llama", dtype=torch.bfloat16, target_modules="all-linear", **changes):
     module = toy(name, **changes).to(dtype)
-    convert(module, r=4, lora_dropout=0.0, compute_dtype="fp16")
+    convert(module, r=4, lora_dropout=0.0, compute_dtype="fp16", target_modules=target_modules)
     return perturb(module)
 
 
@@ -87,6 +87,11 @@ def test_recomputed_blocks_and_dropout(types):
         results.append(step(module))
     assert {*types} == {torch.float16}
     assert_near(*results)
+
+
+def test_an_attention_whose_layers_stay_dense(types):
+    step(held(target_modules=["down_proj"]))
+    assert {*types} == {torch.float16}
 
 
 def test_what_stays_in_fp32(types):

@@ -80,7 +80,7 @@ def test_embeddings_are_recognized_and_their_row_of_zeros_is_no_training():
 @pytest.mark.parametrize("look", [nn.init.eye_, nn.init.dirac_])
 def test_identities_are_recognized(look):
     tensor = torch.empty(64, 64, 3) if look is nn.init.dirac_ else torch.empty(64, 64)
-    assert values_of(nn.Parameter(look(tensor)), nn.Module()) == (Look.FRESH, "zeros and 1", tensor.numel(), False)
+    assert values_of(nn.Parameter(look(tensor)), nn.Module()) == (Look.FRESH, "orthogonal", tensor.numel(), False)
 
 
 def test_few_values_and_vectors_are_not_certain():

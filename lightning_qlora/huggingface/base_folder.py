@@ -21,8 +21,8 @@ from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.trainable_tokens import DELTA
 from lightning_qlora.peft.adapter import Adapter, State
 from lightning_qlora.peft.peft_layers import expert_parameter
+from lightning_qlora.survey.output_embeddings import OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import OutputEmbeddings
 
 # Classes for a model that was trained without the head of its folder, or with a new one.
 OTHER_CLASSES = (

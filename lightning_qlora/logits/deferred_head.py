@@ -22,8 +22,8 @@ from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import without_numbers
 from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
+from lightning_qlora.survey.output_embeddings import OUTPUT_EMBEDDINGS, OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import OUTPUT_EMBEDDINGS, OutputEmbeddings
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four

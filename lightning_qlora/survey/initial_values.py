@@ -52,8 +52,8 @@ class Look(IntEnum):
 
 class Values(NamedTuple):
     look: Look = Look.UNKNOWN
-    text: str = ""  # which initialization
     size: int = 0  # how many values; 0 of a vector
+    text: str = ""  # which initialization
     is_usual: bool = False  # whether it is LIKELY without anything beside it
 
 
@@ -118,13 +118,13 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
     count = tensor.numel()
     if data.ndim < 2 and (tensor.ndim < 2 or tensor is not owner._parameters.get("weight")):
         low, high = _ends(data)
-        return Values(Look.BLANK, f"all {low:.3g}") if low == high else Values()
+        return Values(Look.BLANK, 0, f"all {low:.3g}") if low == high else Values()
     data = data.reshape(1, -1) if data.ndim < 2 else data.flatten(1)
     sample = _Sample(data, ROWS)
     if sample.deviation <= 1e-6 * abs(sample.mean):
         low, high = _ends(data)
         if low == high:
-            return Values(Look.FRESH if count >= FEW else Look.BLANK, f"all {low:.3g}", count)
+            return Values(Look.FRESH if count >= FEW else Look.BLANK, count, f"all {low:.3g}")
     if count < FEWEST or not math.isfinite(sample.deviation):
         return Values()
     text = None
@@ -132,15 +132,15 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
         variances = _variances(tensor, owner)
         text = _uniform(data, variances if count >= FEW else variances[:2])  # few values are uniform in any bounds
     if text is not None and count < FEW:
-        return Values(Look.SMALL, text, count)
+        return Values(Look.SMALL, count, text)
     if text is not None and count >= ALONE:
-        return Values(Look.FRESH, text, count)
+        return Values(Look.FRESH, count, text)
     text = text or _cut_normal(sample)  # few steps may leave few values within their bounds
     if text is not None:
-        return Values(Look.LIKELY, text, count, is_usual=True)
+        return Values(Look.LIKELY, count, text, is_usual=True)
     if sample.is_near(NORMAL) and max(sample.spread(), default=0.0) < OFF:
         if count >= FEW and _look_of_rows(data if data.shape[0] <= data.shape[1] else data.T) is Look.FRESH:
-            return Values(Look.FRESH, "orthogonal", count)
+            return Values(Look.FRESH, count, "orthogonal")
         wide = _Sample(data, MORE_ROWS)
         off = [wide.mean / wide.deviation * math.sqrt(wide.count), wide.alignment(), *wide.spread()]
         if wide.is_near(NORMAL) and max(map(abs, off)) < OFF:
@@ -148,7 +148,7 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
     if count < FEW:
         return Values(size=count)
     is_heavy = HEAVY[0] < sample.kurtosis < HEAVY[1]
-    return Values(Look.TRAINED if is_heavy else _look_of_rows(data), "orthogonal", count)
+    return Values(Look.TRAINED if is_heavy else _look_of_rows(data), count, "orthogonal")
 
 
 def _can_be_read(tensor: Tensor) -> bool:
@@ -256,4 +256,4 @@ def _by_deviation(weight: Tensor, owner: nn.Module, data: Tensor) -> Values:
     fitting = [each for each in usual + others if abs(deviation / each - 1) * math.sqrt(2 * some) < STEPS]
     if not fitting:
         return Values(size=count)
-    return Values(Look.LIKELY, f"normal with std {fitting[0]:.2g}", count, fitting[0] in usual and count >= ALONE)
+    return Values(Look.LIKELY, count, f"normal with std {fitting[0]:.2g}", fitting[0] in usual and count >= ALONE)

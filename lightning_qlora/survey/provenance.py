@@ -11,12 +11,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, last_part, without_wrappers
+from lightning_qlora.layers.names import join, without_wrappers
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.untrained import BY_VALUES, INITIAL, ORIGINS, PRETRAINED, find_untrained
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
-OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 CLASSIFIERS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")  # names of transformers' classes
 HEADS = ("score", "classifier", "qa_outputs")  # names of the head where a model does not say which part is its base
 OUTSIDE = "new: outside"  # beginning of a reason
@@ -87,28 +86,6 @@ def origins_by_name(parts: Parts) -> Iterator[tuple[str, nn.Module, str, str]]:
 def new_by_values(parts: Parts) -> dict[str, str]:
     """The parameters that a conversion found to be new by their values: name in state dicts -> reason."""
     return {name: origin for name, _, _, origin in origins_by_name(parts) if origin.startswith(BY_VALUES)}
-
-
-class OutputEmbeddings:
-    """Which layers among some modules are output embeddings: their models say so, or their names.
-
-    Attributes:
-        of_models: Ids of those that models name.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.of_models: set[int] = set()
-        for model in modules:
-            if callable(getattr(model, "get_output_embeddings", None)):
-                try:
-                    embedding = model.get_output_embeddings()  # type: ignore[operator]
-                except (NotImplementedError, AttributeError):  # transformers models without a head
-                    continue
-                if embedding is not None:
-                    self.of_models.add(id(embedding))
-
-    def has(self, name: str, layer: nn.Module) -> bool:
-        return id(layer) in self.of_models or last_part(name) in OUTPUT_EMBEDDINGS
 
 
 def loaded_models(parts: Parts) -> list[list[nn.Module]]:

@@ -34,12 +34,12 @@ from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.qlora_linear import MEMBERS
 from lightning_qlora.layers.trainable_tokens import TrainableTokens
 from lightning_qlora.lightning_copies import classes
+from lightning_qlora.survey.output_embeddings import OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import (
     LOADED,
     NOTHING_KNOWN,
     Origins,
-    OutputEmbeddings,
     origins_of,
     parameters_of,
 )

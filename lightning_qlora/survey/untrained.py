@@ -5,7 +5,7 @@ the parts of its module. What can't say it, as a norm or a layer of few values, 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Untrained(NamedTuple):
 class _Part(NamedTuple):
     owner: str  # name of the module that holds it
     parameters: list[nn.Parameter]
-    values: Values  # of the parameter that says most
+    values: Values  # those that say most
     bias: Look | None  # of its bias, or of the weight of a norm without one; None: there is none, or it is not asked
 
     @property
@@ -96,45 +96,35 @@ def _is_new(part: _Part, is_beside_blank: bool, is_beside_trained: bool) -> bool
 
 
 def _parts(parts: Parts) -> Iterator[_Part]:
-    asked: dict[int, Values] = {}  # tied parameters are asked once
-
-    def ask(owner: nn.Module, parameter: nn.Parameter) -> Values:
-        if id(parameter) not in asked:
-            asked[id(parameter)] = values_of(parameter, owner)
-        return asked[id(parameter)]
-
     for name, owner in parts.named:
         known = {key: _remembered(text) for key, text in vars(owner).get(ORIGINS, {}).items()}
         parameters = {} if isinstance(owner, LoRALayer) else own_parameters(owner)
         if owner._modules:
             for key, parameter in parameters.items():
-                yield _Part(name, [parameter], known.get(key) or ask(owner, parameter), None)
-            continue
-        if known or parameters:
-            values, bias = (list(known.values()), None) if known else _asked(owner, parameters, ask)
-            most = max(values, key=lambda each: (each.look, each.size))
-            yield _Part(owner_name(name), list(parameters.values()), most, bias)
+                yield _Part(name, [parameter], known.get(key) or values_of(parameter, owner), None)
+        elif known:
+            yield _Part(owner_name(name), list(parameters.values()), max(known.values()), None)
+        elif parameters:
+            yield _Part(owner_name(name), list(parameters.values()), *_asked(owner, parameters))
 
 
-def _asked(
-    owner: nn.Module, parameters: Mapping[str, nn.Parameter], ask: Callable[[nn.Module, nn.Parameter], Values]
-) -> tuple[list[Values], Look | None]:
-    """Of a module without parts: the values of its matrices, if it has any, and what its bias says."""
+def _asked(owner: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[Values, Look | None]:
+    """Of a module without parts: the values that say most, of its matrices if it has any, and what its bias says."""
     weight = parameters.get("weight")
     bias = parameters.get("bias")
     if weight is not None and weight.ndim < 2 and look_of_bias(bias, weight) is Look.UNKNOWN:
-        return [Values()], Look.UNKNOWN  # a norm that was trained
+        return Values(), Look.UNKNOWN  # a norm that was trained
     matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
-    values = [ask(owner, parameter) for parameter in matrices or parameters.values()]
-    if weight is None or max(each.look for each in values) >= Look.FRESH:
-        return values, None
-    return values, look_of_bias(bias, weight)
+    most = max(values_of(parameter, owner) for parameter in matrices or parameters.values())
+    if weight is None or most.look >= Look.FRESH:
+        return most, None
+    return most, look_of_bias(bias, weight)
 
 
 def _remembered(text: str) -> Values:
     """What an earlier conversion decided."""
     if text.startswith(BY_VALUES):
-        return Values(Look.FRESH, text)
+        return Values(Look.FRESH, 0, text)
     return Values({PRETRAINED: Look.TRAINED, INITIAL: Look.FRESH}.get(text, Look.UNKNOWN), size=FEW)
 
 

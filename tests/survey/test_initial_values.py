@@ -74,20 +74,20 @@ def test_initializations_are_recognized(name, shape, dtype):
 
 def test_embeddings_are_recognized_and_their_row_of_zeros_is_no_training():
     layer = nn.Embedding(2000, 64, padding_idx=0)
-    assert values_of(layer.weight, layer) == (Look.LIKELY, "normal with std 1", 2000 * 64, True)
+    assert values_of(layer.weight, layer) == (Look.LIKELY, 2000 * 64, "normal with std 1", True)
 
 
 @pytest.mark.parametrize("look", [nn.init.eye_, nn.init.dirac_])
 def test_identities_are_recognized(look):
     tensor = torch.empty(64, 64, 3) if look is nn.init.dirac_ else torch.empty(64, 64)
-    assert values_of(nn.Parameter(look(tensor)), nn.Module()) == (Look.FRESH, "orthogonal", tensor.numel(), False)
+    assert values_of(nn.Parameter(look(tensor)), nn.Module()) == (Look.FRESH, tensor.numel(), "orthogonal", False)
 
 
 def test_few_values_and_vectors_are_not_certain():
     small = nn.Linear(64, 2)
     assert values_of(small.weight, small).look is Look.SMALL
     norm = nn.LayerNorm(512)
-    assert values_of(norm.weight, norm) == (Look.BLANK, "all 1", 0, False)
+    assert values_of(norm.weight, norm) == (Look.BLANK, 0, "all 1", False)
     assert values_of(small.bias, small).look is Look.UNKNOWN
     few = nn.init.normal_(nn.Parameter(torch.empty(4, ALONE // 8)), std=0.02)
     assert not values_of(few, nn.Module()).is_usual

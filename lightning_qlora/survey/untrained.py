@@ -76,9 +76,8 @@ def _new_parts(every: list[_Part]) -> Iterator[_Part]:
             yield part
     for part in unsaid:
         around = next((inside[outer] for outer in outer_names(part.owner) if inside[outer]), set())
-        is_small = part.values.look is Look.SMALL and part.owner not in trained
         is_blank = part.values.look is Look.BLANK and True in around
-        if around == {True} or is_small or is_blank:
+        if around == {True} or is_blank:
             yield part
 
 
@@ -86,7 +85,7 @@ def _is_new(part: _Part, is_beside_blank: bool, is_beside_trained: bool) -> bool
     """What the values of a part say; beside it: whether there are norms that were not trained, and parts that were."""
     if part.is_trained:
         return False
-    if part.values.look is Look.FRESH:
+    if part.values.look is Look.FRESH or (part.values.look is Look.SMALL and not is_beside_trained):
         return True
     if part.values.look is Look.LIKELY:
         is_usual = is_beside_blank or part.bias is Look.SMALL or part.values.is_usual

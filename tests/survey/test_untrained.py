@@ -178,6 +178,7 @@ HEADS = {
     "orthogonal": lambda: _filled(nn.Linear(WIDTH, 100), nn.init.orthogonal_),
     "mlp": lambda: nn.Sequential(nn.Linear(WIDTH, 80), nn.LayerNorm(80), nn.Linear(80, 3)),
     "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(4, 32), nn.Conv2d(32, 1, 1)),
+    "few values": lambda: nn.Sequential(nn.ConvTranspose2d(4, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 1, 1)),
     "recurrent": lambda: nn.LSTM(WIDTH, 32, bidirectional=True),
     "embedding": lambda: nn.Embedding(300, 32),
     "attention": lambda: nn.TransformerEncoderLayer(WIDTH, 4, 128),

@@ -25,8 +25,8 @@ FEW = 256  # values; fewer are never certain
 MANY = 2048  # values of which a uniform distribution is recognized without knowing its bound
 ALONE = 4096  # values of which a uniform distribution is certain, and a normal one needs nothing beside it
 WIDTH = 128  # columns of a sample
-ROWS = 32  # its rows: neighbors in memory are read faster than other values
-MORE_ROWS = 128  # those of a second one, if the first is normal
+HEIGHT = 32  # its rows: neighbors in memory are read faster than other values
+SECOND_HEIGHT = 128  # those of a second one, if the first is normal
 HEAVY = (4, 12)  # kurtosis of many trained weights; that of a formula is smaller, that of an identity larger
 ENOUGH = 1 << 18  # values for the bounds of a uniform distribution
 ALL = 1 << 20  # for a standard deviation, which is then known to 0.07%
@@ -120,7 +120,7 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
         low, high = _ends(data)
         return Values(Look.BLANK, 0, f"all {low:.3g}") if low == high else Values()
     data = data.reshape(1, -1) if data.ndim < 2 else data.flatten(1)
-    sample = _Sample(data, ROWS)
+    sample = _Sample(data, HEIGHT)
     if sample.deviation <= 1e-6 * abs(sample.mean):
         low, high = _ends(data)
         if low == high:
@@ -141,7 +141,7 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
     if sample.is_near(NORMAL) and max(sample.spread(), default=0.0) < OFF:
         if count >= FEW and _look_of_rows(data if data.shape[0] <= data.shape[1] else data.T) is Look.FRESH:
             return Values(Look.FRESH, count, "orthogonal")
-        wide = _Sample(data, MORE_ROWS)
+        wide = _Sample(data, SECOND_HEIGHT)
         off = [wide.mean / wide.deviation * math.sqrt(wide.count), wide.alignment(), *wide.spread()]
         if wide.is_near(NORMAL) and max(map(abs, off)) < OFF:
             return _by_deviation(tensor, owner, data)

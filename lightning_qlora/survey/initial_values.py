@@ -165,7 +165,8 @@ def look_of_bias(bias: Tensor | None, weight: Tensor) -> Look | None:
         bias = weight
     if bias is None or not _can_be_read(bias):
         return None
-    low, high = _ends(bias.detach())
+    bias = bias.detach()
+    low, high = _ends(bias)
     if low == high:
         return Look.BLANK
     if weight.ndim < 2:
@@ -246,7 +247,7 @@ def _rounding(data: Tensor) -> float:
 def _by_deviation(weight: Tensor, owner: nn.Module, data: Tensor) -> Values:
     """Of normal and independent values."""
     usual = [*USUAL, *(variance**0.5 for variance in _variances(weight, owner))]
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or weight is not owner._parameters.get("weight"):
         usual += [1.0, weight.shape[-1] ** -0.5]
     others = [*ROUND, (2 / math.prod(weight.shape[1:])) ** 0.5]  # that of a convolution in groups
     count = weight.numel()

@@ -183,6 +183,7 @@ HEADS = {
     "embedding": lambda: nn.Embedding(300, 32),
     "attention": lambda: nn.TransformerEncoderLayer(WIDTH, 4, 128),
     "parameter": lambda: nn.ParameterList([torch.randn(100, WIDTH) * 0.02]),
+    "queries": lambda: nn.ParameterList([torch.randn(100, WIDTH)]),
     "prompt": lambda: nn.ParameterList([torch.zeros(40, WIDTH)]),
     "layer scale": lambda: _Scaled(),
     "detector": lambda: _detector(),

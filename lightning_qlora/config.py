@@ -26,7 +26,8 @@ from lightning_qlora.checks import (
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
-InitLoRAWeights = Literal["default", "gaussian", "calibrated"]  # the rows of `starts.starts.STARTS`
+# The rows of `starts.starts.STARTS`.
+InitLoRAWeights = Literal["default", "gaussian", "calibrated"]
 Base = Literal["quantized", "float"]  # the base model that adapters are put on: in 4 bits, or in 16 or 32 bits
 Checkpoint = Literal["adapter", "full"]
 MergeDtype = Literal["auto", "bf16", "fp16", "fp32"]  # of the weights that a merge writes

@@ -104,6 +104,49 @@ FEATURES = {
         },
         refused=[{"gradient_checkpointing": value} for value in ("auto", "offload", "8GiB", 10**10)],
     ),
+    "calibration": Feature(
+        ["calibration/", "starts/calibrated.py", "starts/input_statistics.py"],
+        {
+            "__init__.py": [
+                "from lightning_qlora.calibration.calibration import calibrate as calibrate",
+                '"calibrate": "calibration.calibration",',
+            ],
+            "config.py": [
+                (
+                    'InitLoRAWeights = Literal["default", "gaussian", "calibrated"]',
+                    'InitLoRAWeights = Literal["default", "gaussian"]',
+                )
+            ],
+            "conversion/convert.py": [
+                "from lightning_qlora.calibration.calibration import calibration_of",
+                "if any(layer.input_observer is not None for layer in parts.layers.values()):",
+                "report.calibration = calibration_of(parts.modules, run.sharded)",
+            ],
+            "starts/starts.py": [
+                "from lightning_qlora.starts.calibrated import begin_again, wait_for_inputs",
+                '"calibrated": Start(default.fill, wait_for_inputs, begin_again),',
+            ],
+        },
+        refused=[{"init_lora_weights": "calibrated"}],
+        names=["calibrate"],
+    ),
+    "deferred logits": Feature(
+        ["logits/"],
+        {
+            "arguments.py": ['deferred_logits: bool | Literal["auto"]'],
+            "config.py": ['deferred_logits: bool | Literal["auto"] = _argument("auto", check_auto)'],
+            "conversion/convert.py": [
+                "from lightning_qlora.logits.deferred_head import "
+                "check_output_embeddings, defer_output_embeddings, deferred_heads",
+                "if config.deferred_logits is True and not seen.was_converted:",
+                "check_output_embeddings(parts)",
+                "report.deferred_logits = deferred_heads(parts)",
+                "report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)",
+            ],
+            "tools/plan.py": ["config = replace(config, deferred_logits=False)"],
+        },
+        refused=[{"deferred_logits": value} for value in (True, False, "auto")],
+    ),
 }  # fmt: skip
 
 

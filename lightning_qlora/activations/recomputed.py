@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qlora.dtypes.instance_method import InstanceMethod
+from lightning_qlora.dtypes.instance_method import OfTraining
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # attributes of a module
 
 
-class OfRecomputation(InstanceMethod):
+class OfRecomputation(OfTraining):
     """A method that `gradient_checkpointing` puts in place of another one."""
 
 

@@ -17,14 +17,13 @@ from lightning_qlora.checkpoints.conversion import (
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.dtypes.instance_method import METHODS
+from lightning_qlora.dtypes.instance_method import METHODS, OfTraining, remove
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER
 from lightning_qlora.layers.trainable_tokens import merge_tokens
-from lightning_qlora.logits.deferred_head import compute_logits
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
 from lightning_qlora.survey.records import undo
@@ -115,7 +114,8 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
                 parameters.append(nn.Parameter(merged, requires_grad=False))
                 before.keep(layer.become_dense(parameters[-1], modules[owner_name(name)], last_part(name)))
             if is_changed:
-                compute_logits(parts.modules)
+                for part in parts.modules:
+                    remove(part, OfTraining)
                 disable_gradient_checkpointing(parts.modules)
                 _round_full_precision(parts, dtype)
             if parts.tokens:

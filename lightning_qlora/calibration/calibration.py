@@ -68,7 +68,11 @@ def calibrate(module: nn.Module, replicas: Any = None) -> None:
     waiting = waiting_in(module.modules())
     if replicas is None and world_size() > 1:
         _check_alone(waiting)
-    _calibrate(waiting, replicas)
+    conversions: dict[int, list[InputStatistics]] = {}
+    for statistics in waiting:
+        conversions.setdefault(id(statistics.report), []).append(statistics)
+    for of_conversion in conversions.values():
+        _calibrate_together(of_conversion, replicas)
 
 
 def _check_alone(waiting: list[InputStatistics]) -> None:
@@ -84,23 +88,33 @@ def _check_alone(waiting: list[InputStatistics]) -> None:
         )
 
 
-def calibrate_before_step(waiting: list[InputStatistics], optimizer: Optimizer) -> None:
-    """Initialize those of the adapters that an optimizer holds, after a backward pass; all ranks must call it."""
-    _calibrate(_of_optimizer(optimizer, waiting), dist.group.WORLD if world_size() > 1 else None)
+class Calibration(CalibrationReport):
+    """The adapters of one conversion that wait for inputs; the plugin calls it in the first step of an optimizer."""
+
+    def before_step(self, observers: list[InputStatistics], optimizer: Optimizer) -> None:
+        """Initialize those that an optimizer holds, after a backward pass; all ranks must call it."""
+        chosen = _of_optimizer(optimizer, observers)
+        if chosen:
+            _calibrate_together(chosen, dist.group.WORLD if world_size() > 1 else None)
+
+    def before_closure(self, observers: list[InputStatistics], optimizer: Optimizer) -> None:
+        """The same before `step(closure)`, if there are gradients already, which become 0.
+
+        Sharpness-aware minimization (SAM) changes the parameters along them before it calls the closure.
+        """
+        chosen = _of_optimizer(optimizer, observers)
+        parameters = [parameter for each in chosen for layer in each.layers for parameter in layer.adapter_parameters()]
+        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+        if with_gradient and any(bool(each.sums[:, TRAINING_ROWS].any()) for each in chosen):
+            self.before_step(chosen, optimizer)
+            for parameter in with_gradient:
+                parameter.grad = torch.zeros_like(parameter)
 
 
-def calibrate_before_closure(waiting: list[InputStatistics], optimizer: Optimizer) -> None:
-    """The same before `step(closure)`, if there are gradients already, which become 0.
-
-    Sharpness-aware minimization (SAM) changes the parameters along them before it calls the closure.
-    """
-    chosen = _of_optimizer(optimizer, waiting)
-    parameters = [parameter for each in chosen for layer in each.layers for parameter in layer.adapter_parameters()]
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    if with_gradient and any(bool(each.sums[:, TRAINING_ROWS].any()) for each in chosen):
-        calibrate_before_step(chosen, optimizer)
-        for parameter in with_gradient:
-            parameter.grad = torch.zeros_like(parameter)
+def calibration_of(modules: Iterable[nn.Module], sharded: bool) -> Calibration:
+    """That of the layers among these modules, some of which wait for inputs; `sharded`: see `waiting_in`."""
+    calibration: Calibration = waiting_in(modules, sharded)[0].report
+    return calibration
 
 
 def waiting_in(modules: Iterable[nn.Module], sharded: bool = False) -> list[InputStatistics]:
@@ -117,34 +131,23 @@ def waiting_in(modules: Iterable[nn.Module], sharded: bool = False) -> list[Inpu
             keep_weights_of_this_rank(new)
         weights = [each.dense_weight for each in new]
         host_bytes = sum(weight.nbytes for weight in weights if not weight.is_meta)
-        report = CalibrationReport([each.name for each in new], host_bytes)
+        report = Calibration([each.name for each in new], host_bytes)
         for each in new:
             each.report = report
     return waiting
 
 
 def _of_optimizer(optimizer: Optimizer, waiting: list[InputStatistics]) -> list[InputStatistics]:
-    if not waiting:
-        return []
     parameters = {id(parameter) for parameter in optimizer_parameters(optimizer)}
     return [each for each in waiting if any(id(layer.lora_B) in parameters for layer in each.layers)]
 
 
 @torch.no_grad()
-def _calibrate(waiting: list[InputStatistics], group: Any) -> None:
-    """Initialize adapters from the inputs that they had so far, those of one conversion after those of another.
+def _calibrate_together(waiting: list[InputStatistics], group: Any) -> None:
+    """Initialize adapters of one conversion from the inputs that they had so far; without any do nothing.
 
     `group`: the ranks that have the same layers, all of which must call this; None: this rank alone.
     """
-    conversions: dict[int, list[InputStatistics]] = {}
-    for statistics in waiting:
-        conversions.setdefault(id(statistics.report), []).append(statistics)
-    for of_conversion in conversions.values():
-        _calibrate_together(of_conversion, group)
-
-
-def _calibrate_together(waiting: list[InputStatistics], group: Any) -> None:
-    """The same for layers with one report; without any input do nothing."""
     start = perf_counter()
     report: CalibrationReport = waiting[0].report
     sums = _sums_of(waiting, group)

@@ -15,7 +15,7 @@ from lightning_qlora.activations.gradient_checkpointing import (
 )
 from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter, set_origins_of_base
 from lightning_qlora.arguments import QLoRAArguments
-from lightning_qlora.calibration.calibration import waiting_in
+from lightning_qlora.calibration.calibration import calibration_of
 from lightning_qlora.checkpoints.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.checkpoints.module_state import record_conversion
 from lightning_qlora.checks import check_module
@@ -136,8 +136,7 @@ def convert_module(
     else:
         parts = _convert_new(parts, config, run, saved, report)
     if any(layer.input_observer is not None for layer in parts.layers.values()):
-        waiting = waiting_in(parts.modules, run.sharded)
-        report.calibration = waiting[0].report
+        report.calibration = calibration_of(parts.modules, run.sharded)
     if any(METHODS in vars(part) for part in parts.modules):
         report.activations = budget_of(parts.modules)
     report.seconds = time.perf_counter() - start

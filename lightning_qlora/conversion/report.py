@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from lightning_qlora.calibration.calibration_report import CalibrationReport
 from lightning_qlora.conversion.parameter_counts import count_parameters
 from lightning_qlora.dtypes.compute_in import compute_types
 from lightning_qlora.dtypes.instance_method import METHODS
@@ -65,7 +64,8 @@ class ConversionReport:
         held: The type that the module is kept in and computes in, with the reason, for each 16-bit type that it had;
             empty: its own.
         held_bytes: Bytes that this takes more.
-        calibration: Status of adapters that are initialized from the first step; None if none are.
+        calibration: Status of adapters that are initialized from the first step (`CalibrationReport`); None if
+            none are.
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             pretrained.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the second step.
@@ -108,7 +108,7 @@ class ConversionReport:
     full_precision_computes_in: list[str] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     held_bytes: int = 0
-    calibration: CalibrationReport | None = None
+    calibration: Any = None
     by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)

@@ -110,6 +110,10 @@ class InstanceMethod:
         return self.replaced.__code__
 
 
+class OfTraining(InstanceMethod):
+    """A method that stands there until the module is merged."""
+
+
 class CopyWithMethods:
     """`__reduce_ex__` of a module with instance methods: those of a copy belong to the copy, of `copy.copy` too."""
 

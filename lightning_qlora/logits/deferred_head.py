@@ -1,7 +1,6 @@
 """Output embeddings that return deferred logits in training: which layers they are, and their forward pass."""
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -11,11 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_qlora.dtypes.compute_in import output_dtype
 from lightning_qlora.dtypes.instance_method import (
     METHODS,
-    InstanceMethod,
+    OfTraining,
     add,
     has_other_forward,
     instance_method,
-    remove,
 )
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.kinds import is_packed
@@ -31,7 +29,7 @@ from lightning_qlora.survey.parts import Parts
 LARGE = 4
 
 
-class DeferredForward(InstanceMethod):
+class DeferredForward(OfTraining):
     """The forward pass of an output embedding: deferred logits where autograd records, else the real ones."""
 
     def call(self, input: Tensor) -> Tensor:
@@ -81,12 +79,6 @@ def defer_logits(head: nn.Module) -> None:
     """Make an output embedding (an nn.Linear, in 4 bits or not) return deferred logits in training, in place."""
     if instance_method(head, DeferredForward) is None:
         add(DeferredForward(head))
-
-
-def compute_logits(modules: Iterable[nn.Module]) -> None:
-    """Undo `defer_logits` for all output embeddings among modules, in place."""
-    for head in modules:
-        remove(head, DeferredForward)
 
 
 def output_embeddings(parts: Parts) -> dict[str, Any]:

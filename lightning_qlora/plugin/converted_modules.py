@@ -11,7 +11,6 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.calibration.calibration import waiting_in
 from lightning_qlora.conversion.outside_copies import OutsideCopies, add_advice, advice_for
 from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.dtypes.compute_in import compute_in
@@ -19,7 +18,6 @@ from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.plugin.audit import Audit
 from lightning_qlora.runs.guards import advice_on_types
-from lightning_qlora.starts.input_statistics import InputStatistics
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record_rounded
 
@@ -29,7 +27,7 @@ class _Converted:
     report: ConversionReport
     device: str  # the kind of device that it is on
     audit: Audit
-    has_waiting: bool = True  # whether adapters may wait for inputs
+    has_observers: bool = True  # whether adapters may wait for inputs
 
 
 class ConvertedModules:
@@ -87,15 +85,17 @@ class ConvertedModules:
         for module, converted in self._converted.items():
             converted.audit.before_step(module, optimizer)
 
-    def waiting(self) -> list[InputStatistics]:
-        """Those of the layers whose adapters wait for inputs."""
-        waiting = []
+    def observers(self) -> Iterator[tuple[Any, list[Any]]]:
+        """What computes adapters in the first step (`Calibration`), with the observers of the layers that wait."""
+        groups: dict[int, list[Any]] = {}
         for module, converted in self._converted.items():
-            if converted.has_waiting:
-                of_module = waiting_in(module.modules())
-                converted.has_waiting = bool(of_module)
-                waiting += of_module
-        return [*dict.fromkeys(waiting)]
+            if converted.has_observers:
+                found = [layer.input_observer for layer in _layers(module) if layer.input_observer is not None]
+                converted.has_observers = bool(found)
+                for observer in dict.fromkeys(found):
+                    groups.setdefault(id(observer.report), []).append(observer)
+        for observers in groups.values():
+            yield observers[0].report, [*dict.fromkeys(observers)]
 
     def _hold_what_moved(self) -> None:
         """Hold what Fabric moved, after its conversion, in the type that its new device should compute in."""

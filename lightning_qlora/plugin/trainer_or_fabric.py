@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qlora.calibration.calibration import calibrate_before_closure, calibrate_before_step
 from lightning_qlora.lightning_copies import classes, modules
 from lightning_qlora.optim.closure import after_closure
 from lightning_qlora.optim.optimizer_parameters import trainable_inputs
@@ -66,7 +65,8 @@ class TrainerOrFabricPrecision(Precision):
     ) -> Any:
         """See Precision of lightning.pytorch (the Trainer passes the model) or lightning.fabric (it does not)."""
         if closure is not None and not _runs_backward(model, closure):
-            calibrate_before_closure(self._modules.waiting(), optimizer)
+            for start, observers in self._modules.observers():
+                start.before_closure(observers, optimizer)
         if model is not None:
             return Precision.optimizer_step(self, optimizer, model=model, closure=closure, **kwargs)  # type: ignore[arg-type]
         if closure is None:
@@ -77,14 +77,19 @@ class TrainerOrFabricPrecision(Precision):
 
     def _before_step_of_fabric(self, optimizer: Optimizer) -> None:
         self._modules.audit(optimizer)
-        calibrate_before_step(self._modules.waiting(), optimizer)
+        self._compute_adapters(optimizer)
+
+    def _compute_adapters(self, optimizer: Optimizer) -> None:
+        """In the first step, those that are computed from their inputs."""
+        for start, observers in self._modules.observers():
+            start.before_step(observers, optimizer)
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Any) -> None:
         """The Trainer calls this between its backward pass and its step; it clips gradients here."""
         self._modules.audit(optimizer)
         super()._after_closure(model, optimizer)
-        calibrate_before_step(self._modules.waiting(), optimizer)
+        self._compute_adapters(optimizer)
 
     @override
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ class InputStatistics:
     Attributes:
         dense_weight: [out, in], of a stack [experts, out, in], in host memory; on the meta device: another rank has it.
         sums: fp64 [matrices, in + 3]: of each matrix the squares of each input, and three numbers of rows.
-        report: The `CalibrationReport` of the conversion that made the layer.
+        report: The `Calibration` of the conversion that made the layer, which the plugin calls in the first step.
     """
 
     def __init__(self, dense_weight: Tensor, matrices: int, inputs: int, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_qlora.checks import one_line
 from lightning_qlora.config import DeviceName
 from lightning_qlora.layers.names import is_transformers_model
-from lightning_qlora.logits.deferred_logits import DeferredLogits
+from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tools.fake_model import RealIndices
@@ -125,7 +125,7 @@ def _backward(output: Any) -> None:
 
 
 def _loss(output: Tensor) -> Tensor:
-    if not isinstance(output, DeferredLogits):
+    if not isinstance(output, Readable):
         return output
     rows = output.reshape(-1, output.shape[-1])
     return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long, device="cpu"))

@@ -394,7 +394,7 @@ def fits(needed: int, gpu_memory: int, config: QLoRAConfig) -> str:
     )
     if needed <= available:
         return f"It fits: it needs {both_units(needed)}, and there are {text}."
-    changes = [f"{name}={value}" for name, value in SAVING.items() if getattr(config, name) is False]
+    changes = [f"{name}={value}" for name, value in SAVING.items() if vars(config).get(name) is False]
     changes += ["a smaller batch_size, sequence_length or r", "more devices with FSDP2 (--devices)"]
     return f"It does not fit: it needs {both_units(needed)}, and there are {text}. Try {', '.join(changes)}."
 

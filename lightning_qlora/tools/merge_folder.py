@@ -55,7 +55,7 @@ def merge_folder(
     check_free(output)
     trained = adapter.quantization or Quantization()
     bits = trained._replace(init_lora_weights="default")._asdict()
-    config = QLoRAConfig(**bits, deferred_logits=False)
+    config = QLoRAConfig(**bits)
     weights: dict[str, Tensor] = {}
     in_4_bits = stored_format(read_config(Path(base_model))).get("load_in_4bit")
     # Training may have loaded another type than that of the files.

@@ -83,7 +83,8 @@ def plan(
         recomputes = config.gradient_checkpointing
         if not isinstance(recomputes, bool):
             recomputes = "offload"
-        config = replace(config, deferred_logits=False, gradient_checkpointing=recomputes)
+        config = replace(config, deferred_logits=False)
+        config = replace(config, gradient_checkpointing=recomputes)
     if sys.stderr.isatty():
         say(f"Running a step of {model} without weights ...", sys.stderr)
     in_short = isinstance(sequence_length, str)

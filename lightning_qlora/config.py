@@ -35,6 +35,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "sgd", "momentum"]  # whose state 
 DeviceName = Literal["gpu", "cpu"]
 StrategyName = Literal["ddp", "fsdp"]
 
+TokenIndices = list[int] | dict[str, list[int]]
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
 ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
@@ -63,6 +64,7 @@ class Argument(NamedTuple):
     of_base: bool = False  # it decides the bytes of the 4-bit weights; adapter folders have it in `quantization`
     of_function: bool = False  # it changes what an adapter computes
     in_peft: bool = False  # adapter_config.json has it, with the same values
+    needs_values: bool = False  # a model that gets its values after it was sharded can't have it
 
 
 def _argument(default: Any, check: Callable[[str, Any], None], **meaning: Any) -> Any:
@@ -155,9 +157,7 @@ class QLoRAConfig:
     target_modules: str | list[str] = _argument("all-linear", _check_expression)
     exclude_modules: str | list[str] | None = _argument(None, _check_expression, empty=list)
     modules_to_save: list[str] | None = _argument(None, check_names, empty=list, in_peft=True)
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _argument(
-        None, check_token_indices, in_peft=True
-    )
+    trainable_token_indices: TokenIndices | None = _argument(None, check_token_indices, in_peft=True, needs_values=True)
     init_lora_weights: InitLoRAWeights = _argument(
         "default", partial(check_initialization, allowed=get_args(InitLoRAWeights)), at_loading=True
     )

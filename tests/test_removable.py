@@ -18,7 +18,7 @@ import torch
 
 import lightning_qlora
 from lightning_qlora import convert
-from tests.scripts.plain_flow import Layers
+from tests.scripts.plain_flow import llama
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(lightning_qlora.__file__).parent
@@ -103,6 +103,23 @@ FEATURES = {
             ],
         },
         refused=[{"gradient_checkpointing": value} for value in ("auto", "offload", "8GiB", 10**10)],
+    ),
+    "rows of tokens": Feature(
+        ["layers/trainable_tokens.py", "selection/token_selection.py"],
+        {
+            "adapters/module_adapter.py": ["trainable_token_indices=rows or None,"],
+            "arguments.py": ["trainable_token_indices: list[int] | dict[str, list[int]] | None"],
+            "config.py": [
+                "trainable_token_indices: TokenIndices | None = "
+                "_argument(None, check_token_indices, in_peft=True, needs_values=True)"
+            ],
+            "selection/selection.py": [
+                "from lightning_qlora.selection.token_selection import TokenRows",
+                "if config.trainable_token_indices:",
+                "some_rows = TokenRows(seen, config.trainable_token_indices)",
+            ],
+        },
+        refused=[{"trainable_token_indices": [1, 2]}],
     ),
     "calibration": Feature(
         ["calibration/", "starts/calibrated.py", "starts/input_statistics.py"],
@@ -225,7 +242,7 @@ def run_plain_flow(features, folder):
     files = []
     for feature in features:
         for arguments in feature.refused[-1:]:
-            module = Layers()
+            module = llama()
             convert(module, r=4, **arguments)
             files.append(f"{folder}/{len(files)}.pt")
             torch.save(module.state_dict(), files[-1])

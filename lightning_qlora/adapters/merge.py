@@ -23,7 +23,6 @@ from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER
-from lightning_qlora.layers.trainable_tokens import merge_tokens
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
 from lightning_qlora.survey.records import undo
@@ -106,6 +105,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
     parameters = []
     try:
         with Snapshot(parts.modules) as before:
+            of_rows = [adapter for adapter in parts.adapters.values() if adapter.row_count]
             _mark_adapters(parts, modules)
             for name, layer in layers.items():
                 layer.stop_observing()
@@ -118,8 +118,8 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
                     remove(part, OfTraining)
                 disable_gradient_checkpointing(parts.modules)
                 _round_full_precision(parts, dtype)
-            if parts.tokens:
-                merge_tokens(parts.modules)
+            for adapter in of_rows:
+                adapter.end(parts.modules)
             _forget(parts, dtype)
     finally:
         if parts.models:

@@ -15,8 +15,7 @@ from lightning_qlora.config import Base, QLoRAConfig
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
-from lightning_qlora.layers.names import join, only_child_of, owner_name, without_wrappers
-from lightning_qlora.layers.trainable_tokens import DELTA
+from lightning_qlora.layers.names import DELTA, join, only_child_of, owner_name, without_wrappers
 from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import Quantization, check_required_base
 from lightning_qlora.peft.peft_config import ranks_and_alphas
@@ -152,6 +151,7 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
     names = {without_wrappers(name): join(prefix, name) for name, _ in parts.inside(prefix)}
     names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
     owners = {owner_name(key) for key in adapter.saved}
+    rows = {names.get(name, name): indices for name, indices in adapter.tokens.items()}
     return replace(
         config.with_initialization("default"),
         **_ranks_and_alphas(adapter, layers, prefix),
@@ -160,7 +160,7 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),
-        trainable_token_indices={names.get(name, name): indices for name, indices in adapter.tokens.items()} or None,
+        trainable_token_indices=rows or None,
         adapter=None,
     )
 
@@ -219,7 +219,7 @@ def _check_fits(base: Parts, adapter: Adapter, loaded: dict[str, State]) -> None
         if dora != (MAGNITUDE in state):
             refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
     for name, rows in adapter.tokens.items():
-        indices = base.token_indices.get(name)
+        indices = base.rows_that_train.get(name)
         if rows != indices:
             difference = f"has trainable_token_indices={shown(indices)} there, and the adapter {shown(rows)}"
             refuse(adapter, f"{name}.{DELTA}", base, difference)

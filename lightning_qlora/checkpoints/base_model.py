@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import last_part, name_endings, owner_name, without_wrappers
+from lightning_qlora.layers.names import DELTA, last_part, name_endings, owner_name, without_wrappers
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.trainable_tokens import DELTA, TokenAdapter
+from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.peft.base_compatibility import Quantization
 from lightning_qlora.peft.peft_layers import TAKEN_FOR_EXPERTS, stacks_of, taken_for_experts
 from lightning_qlora.survey.parts import Parts
@@ -52,7 +52,7 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     if parameters:
         description["parameters"] = parameters
     if len(base.adapters) > len(base.layers):
-        description["tokens"] = base.token_indices
+        description["tokens"] = base.rows_that_train
     return description
 
 
@@ -71,7 +71,7 @@ def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Mod
     trained = {}
     for name, part, key, parameter in parts.parameters:
         name = owner_name(name)
-        if isinstance(part, LoRALayer) or (isinstance(part, TokenAdapter) and name not in first_names):
+        if isinstance(part, WithAdapter) and not (part.row_count and name in first_names):
             continue
         if parameter.is_floating_point() and (part, key) not in unchanged:
             trained[without_wrappers(name)] = part

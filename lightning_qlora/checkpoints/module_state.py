@@ -309,10 +309,11 @@ def _take_arguments(parts: Parts, conversion: Conversion, saved: SavedConversion
     The initialization decides which base the adapters fit.
     """
     saved_tokens = saved.base.get("tokens", {})
-    if (saved_tokens or parts.tokens) and saved_tokens != parts.base.token_indices:
+    if (saved_tokens or parts.rows_that_train) and saved_tokens != parts.base.rows_that_train:
+        here = shown(parts.base.rows_that_train)
         raise CheckpointMismatchError(
-            f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {shown(parts.base.token_indices)} "
-            "here, by names of embeddings. Set it to the value of the checkpoint."
+            f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {here} here, by names of "
+            "embeddings. Set it to the value of the checkpoint."
         )
     of_layers = saved.base.get("layers", {})
     layers = parts.base.layers if of_layers else parts.layers  # their names do not matter if all have the same

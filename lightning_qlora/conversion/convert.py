@@ -50,7 +50,6 @@ from lightning_qlora.selection.apply import convert_layers, freeze
 from lightning_qlora.selection.copies import COPIES, find_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
-from lightning_qlora.selection.token_selection import add_tokens, check_tokens
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import remember_origins
 from lightning_qlora.survey.records import record, record_rounded, unrecorded
@@ -190,8 +189,8 @@ def _decide(
     if config.deferred_logits is True and not seen.was_converted:
         check_output_embeddings(parts)
     choice = decide(seen, config, saved)
-    if config.trainable_token_indices:
-        check_tokens(seen, config.trainable_token_indices, choice.train)
+    if choice.some_rows is not None:
+        choice.some_rows.check(choice.train)
     check_selection(seen, config, choice, of_checkpoint=saved is not None)
     report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.origins.is_pretrained
     if not seen.was_converted:
@@ -220,8 +219,8 @@ def _apply(
     if parts.models:
         forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)
-    if choice.tokens:
-        add_tokens(seen, choice.tokens)
+    if choice.some_rows is not None:
+        choice.some_rows.apply()
     module = parts.root
     parts = Parts.of(module, wrappers=())  # with the experts and the rows that train
     record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there

@@ -121,7 +121,7 @@ class ConversionReport:
         self.trainable_parameters, self.total_parameters, self.bytes_after, *_ = count_parameters(parts.modules)
         self.converted = list(parts.layers)
         self.shapes = {name: layer._shape for name, layer in parts.layers.items()}
-        self.trained_rows = {name: len(adapter.token_indices) for name, adapter in parts.tokens.items()}
+        self.trained_rows = {name: part.row_count for name, part in parts.adapters.items() if part.row_count}
         parameters = [p for adapter in parts.adapters.values() for p in adapter.adapter_parameters()]
         self.adapter_parameters = sum(parameter.numel() for parameter in parameters)
         self.computes_in = {}

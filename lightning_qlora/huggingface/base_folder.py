@@ -17,8 +17,7 @@ from lightning_qlora.files.hub import check_files, file_in
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
 from lightning_qlora.layers.kinds import kind_of
-from lightning_qlora.layers.names import last_part, owner_name
-from lightning_qlora.layers.trainable_tokens import DELTA
+from lightning_qlora.layers.names import DELTA, last_part, owner_name
 from lightning_qlora.peft.adapter import Adapter, State
 from lightning_qlora.peft.peft_layers import expert_parameter
 from lightning_qlora.survey.output_embeddings import OutputEmbeddings

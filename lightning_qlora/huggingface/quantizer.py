@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_qlora.adapters.module_adapter import config_of_adapter
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
 from lightning_qlora.huggingface.operations import LOAD_WHOLE, Compose, LoadPacked, Nothing, Quantize, wrong_shape
@@ -161,7 +161,8 @@ class QLoRAQuantizer(HfQuantizer):
             return
         self.chosen = self.choose(model, config)
         is_folder = bool(self.file_of) and (in_shards or [path.name for path in paths] == [WEIGHTS])
-        needs_values = self.pre_quantized or splits or config.trainable_token_indices
+        of_values = any(getattr(config, name) for name in arguments_that("needs_values"))
+        needs_values = self.pre_quantized or splits or of_values
         if (shards or self.loading.sharding) and is_folder and not needs_values:
             self.later = LaterWeights(self, model, paths[0].parent, self._shapes)
 

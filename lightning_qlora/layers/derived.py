@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 class Derived:
     """What a mixin inherits from; each gives a module one behaviour."""
 
+    is_decided: ClassVar[bool] = False  # whether a later conversion leaves such a part as it is
     classes_before: ClassVar[dict[type, type[Any]]] = {}  # mixin -> the class without it, in the order of `derive`
 
     def __init_subclass__(cls, **_: Any) -> None:

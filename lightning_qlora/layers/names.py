@@ -23,6 +23,9 @@ from lightning_qlora.texts import printable
 COMPILED = "_orig_mod"  # the name torch.compile gives a module inside its wrapper
 CHECKPOINTED = "_checkpoint_wrapped_module"  # the same of torch's checkpoint_wrapper, which state dicts do not have
 _EXPERTS = "_experts"
+# PEFT's names, below an embedding, of the module with its rows that train and of their values.
+TOKEN_ADAPTER = "token_adapter"
+DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
 MOST_LETTERS = 4096  # of a key in a file of others: what is done with names takes the square of their length
 
 

@@ -27,6 +27,7 @@ from lightning_qlora.starts.starts import check_packed_start
 from lightning_qlora.tensors.dtensor import is_sharded
 
 MERGED_ADAPTER = "_qlora_adapter"  # attribute of a parameter of an adapter that was merged: a module and its key there
+ROWS = "_qlora_rows"  # attribute of a weight of which rows train: their adapter
 REPLACED = "_qlora_layer"  # attribute of a weight that conversion replaced: the layer, or experts, that it became
 
 

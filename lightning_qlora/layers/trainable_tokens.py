@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.layers.derived import Derived, derive, original_class, restore
+from lightning_qlora.layers.names import DELTA, TOKEN_ADAPTER
+from lightning_qlora.layers.qlora_linear import ROWS
 from lightning_qlora.layers.readable_weight import readable_parameter
 from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 
-TOKEN_ADAPTER = "token_adapter"
-DELTA = f"{TOKEN_ADAPTER}.trainable_tokens_delta"
-ROWS = "_qlora_rows"  # attribute of a weight: its adapter, for an optimizer that was created before conversion
 SPLIT_TOKENS = (
     "trainable_token_indices: an embedding with rows that train can't be split over ranks. In configure_model, call "
     "self.trainer.precision_plugin.convert_module(self.model) before fully_shard, which splits it then. Leave it, and "
@@ -52,6 +51,26 @@ class TokenAdapter(WithAdapter):
     def trains_instead(self) -> dict[str, nn.Parameter]:
         return {DELTA: self.trainable_tokens_delta}
 
+    @property
+    def row_count(self) -> int:  # type: ignore[override]
+        return len(self.token_indices)
+
+    def rows_that_train(self) -> list[int]:
+        return self.token_indices.tolist()
+
+    def end(self, modules: Iterable[nn.Module]) -> None:
+        """Write the rows into the weight of each layer that has them."""
+        kinds = (part for part in modules if isinstance(part, TrainableTokens))
+        layers: list[Any] = [part for part in kinds if part.token_adapter is self]
+        rows = [layer.rows().detach() for layer in layers]
+        for layer in layers:
+            vars(layer._parameters.get("weight", layer)).pop(ROWS, None)
+            restore(layer, TrainableTokens)
+            del layer._modules[TOKEN_ADAPTER]
+        with torch.no_grad():
+            for layer, values in zip(layers, rows, strict=True):
+                layer.weight[self.token_indices] = values
+
     def reported_name(self, name: str) -> str:
         """That of the embedding; for tied weights of the first one."""
         return name.removesuffix(TOKEN_ADAPTER)[:-1]
@@ -60,6 +79,7 @@ class TokenAdapter(WithAdapter):
 class TrainableTokens(Derived):
     """What `train_tokens` adds to the class of an embedding or output embedding."""
 
+    is_decided = True
     token_adapter: TokenAdapter  # shared by the layers of a tied weight
     _parameters: dict[str, Any]
 
@@ -192,15 +212,3 @@ def train_tokens(layers: Sequence[Any], indices: list[int]) -> None:
     for layer in layers:
         derive(TrainableTokens, layer)
         layer.register_module(TOKEN_ADAPTER, adapter)
-
-
-def merge_tokens(modules: Iterable[nn.Module]) -> None:
-    layers: list[Any] = [part for part in modules if isinstance(part, TrainableTokens)]
-    rows = [(layer.token_adapter.token_indices, layer.rows().detach()) for layer in layers]
-    for layer in layers:
-        vars(layer._parameters.get("weight", layer)).pop(ROWS, None)
-        restore(layer, TrainableTokens)
-        del layer._modules[TOKEN_ADAPTER]
-    with torch.no_grad():
-        for layer, (indices, values) in zip(layers, rows, strict=True):
-            layer.weight[indices] = values

@@ -13,6 +13,7 @@ class WithAdapter(nn.Module):
     """A part of a module that computes with an adapter, or without it in a context of `disable_adapter`."""
 
     _qlora_disabled: int = 0
+    row_count: int = 0  # of the rows that it trains of a weight; 0: of all
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         raise NotImplementedError
@@ -24,6 +25,13 @@ class WithAdapter(nn.Module):
     def reported_name(self, name: str) -> str:
         """What reports and files call the module of this name."""
         return name
+
+    def rows_that_train(self) -> list[int]:
+        """The indices of these rows."""
+        return []
+
+    def end(self, modules: Iterable[nn.Module]) -> None:
+        """All layers among the modules are dense: let other parts with this adapter be so."""
 
     def __getstate__(self) -> Any:
         """The attributes of a copy or pickle: the contexts are those of this object, and a copy is in none."""

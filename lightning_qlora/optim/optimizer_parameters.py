@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.layers.names import join, owner_name
-from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, REPLACED, adapted_layers
-from lightning_qlora.layers.trainable_tokens import ROWS
+from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, REPLACED, ROWS, adapted_layers
 from lightning_qlora.layers.with_adapter import WithAdapter, adapters_of
 
 

@@ -15,8 +15,7 @@ from lightning_qlora.checks import check_bool, check_choice, check_names, check_
 from lightning_qlora.config import CHECKS as OF_ARGUMENTS
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.safetensors_folder import read_json
-from lightning_qlora.layers.names import join, last_part
-from lightning_qlora.layers.trainable_tokens import TOKEN_ADAPTER
+from lightning_qlora.layers.names import TOKEN_ADAPTER, join, last_part
 from lightning_qlora.peft.adapter import MAGNITUDE, State
 
 CONFIG_FILE = "adapter_config.json"

@@ -20,8 +20,7 @@ from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.hub import file_in
 from lightning_qlora.files.safetensors_folder import open_safetensors, parse_json, write_safetensors
-from lightning_qlora.layers.names import check_keys, last_part, named
-from lightning_qlora.layers.trainable_tokens import DELTA, TOKEN_ADAPTER
+from lightning_qlora.layers.names import DELTA, TOKEN_ADAPTER, check_keys, last_part, named
 from lightning_qlora.peft.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State, check_state
 from lightning_qlora.peft.base_compatibility import (
     read_quantization,

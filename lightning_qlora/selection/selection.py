@@ -16,7 +16,7 @@ from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.names import join, outer_names
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.selection.patterns import Patterns
-from lightning_qlora.selection.token_selection import select_tokens
+from lightning_qlora.selection.token_selection import TokenRows
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
 from lightning_qlora.survey.untrained import BY_VALUES
@@ -148,7 +148,7 @@ class Selection:
     """The rows of a module, by name; what has none, and is in nothing that has one, is frozen."""
 
     rows: dict[str, Row] = field(default_factory=dict)
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # indices of the rows that train
+    some_rows: Any = None  # `TokenRows`: the rows that train of embeddings
 
     def reasons(self, *actions: str) -> dict[str, str]:
         return {name: row.reason for name, row in self.rows.items() if row.action in actions}
@@ -186,9 +186,9 @@ def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | N
 
 def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
     arguments = _Arguments(config, saved, seen.trains)
-    tokens: dict[str, list[int]] = {}
+    some_rows: Any = None
     if config.trainable_token_indices:
-        tokens = select_tokens(seen, config.trainable_token_indices)
+        some_rows = TokenRows(seen, config.trainable_token_indices)
     rows = []
     if config.modules_to_save:
         in_full = Patterns(config.modules_to_save)
@@ -207,13 +207,13 @@ def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) 
         if part.kind is Kind.SCRIPT:
             rows.append(_whole(part, SKIP, "a torch.jit.ScriptModule, which can't be changed"))
             whole.add(name)
-        elif name in tokens:
-            rows.append(_whole(part, SOME_ROWS, f"{len(tokens[name])} rows train"))
+        elif some_rows is not None and name in some_rows:
+            rows.append(_whole(part, SOME_ROWS, f"{len(some_rows[name])} rows train"))
         elif part.is_recorded and part.is_linear:
             rows.append(_whole(part, TRAIN if part.trains else SKIP, "as an earlier conversion left it"))
         elif part.kind not in DECIDED and not part.is_recorded and not part.has_stacks:
             rows += _rows(arguments.case(part))
-    return Selection({row.name: row for row in rows}, tokens)
+    return Selection({row.name: row for row in rows}, some_rows)
 
 
 def _whole(part: Part, action: str, reason: str) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qlora.checks import TRAIN_IN_FULL, shown
+from lightning_qlora.config import TokenIndices
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import join, last_part, outer_names
 from lightning_qlora.layers.packed_layer import PackedLayer
@@ -18,14 +19,33 @@ from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.survey.survey import STACKS, Kind, Part, Survey
 
 ARGUMENT = "trainable_token_indices"
-TokenIndices = list[int] | dict[str, list[int]]
 
 
-def select_tokens(seen: Survey, tokens: TokenIndices) -> dict[str, list[int]]:
+class TokenRows(dict[str, list[int]]):
     """Name of each layer whose rows train, tied ones included -> their indices; without those of earlier conversions.
 
-    A key that fits no layer has no effect here, see `check_tokens`.
+    A key of the argument that fits no layer has no effect here, see `check`.
     """
+
+    def __init__(self, seen: Survey, argument: TokenIndices) -> None:
+        super().__init__(_chosen(seen, argument))
+        self._seen = seen
+        self._argument = argument
+
+    def check(self, in_full: Mapping[str, Any]) -> None:
+        check_tokens(self._seen, self._argument, in_full)
+
+    def apply(self) -> None:
+        """Let rows of frozen embeddings train; layers with a tied weight share them."""
+        modules = dict(self._seen.modules)
+        tied: dict[int, list[str]] = {}
+        for name in self:
+            tied.setdefault(id(modules[name]._parameters.get("weight")), []).append(name)
+        for names in tied.values():
+            train_tokens([modules[name] for name in names], self[names[0]])
+
+
+def _chosen(seen: Survey, tokens: TokenIndices) -> dict[str, list[int]]:
     named = _named_layers(seen, tokens)
     rows: dict[str, list[int]] = {}  # by the name of each tied weight
     for part, indices in named:
@@ -34,7 +54,7 @@ def select_tokens(seen: Survey, tokens: TokenIndices) -> dict[str, list[int]]:
                 rows.setdefault(name, indices)
     tied = {part.names.full: rows.get(join(part.names.full, "weight")) for part in seen.parts} if rows else {}
     chosen = tied | {part.names.full: indices for part, indices in named}
-    earlier = {part.names.full for part in seen.parts if part.kind is Kind.TOKENS}
+    earlier = {part.names.full for part in seen.parts if part.kind is Kind.DECIDED}
     return {name: indices for name, indices in chosen.items() if indices is not None and name not in earlier}
 
 
@@ -57,7 +77,7 @@ def check_tokens(seen: Survey, tokens: TokenIndices, in_full: Mapping[str, Any])
         name, layer = part.names.full, part.owner
         weight = _checked_weight(name, layer, indices)
         previous = by_weight.setdefault(id(weight), indices)
-        if part.kind is Kind.TOKENS and previous == indices:
+        if part.kind is Kind.DECIDED and previous == indices:
             previous = layer.token_adapter.token_indices.tolist()
         if previous != indices:
             raise ValueError(
@@ -79,15 +99,6 @@ def check_tokens(seen: Survey, tokens: TokenIndices, in_full: Mapping[str, Any])
                     f"{type(layer).__name__}, which would not use the rows that train. For such embeddings, "
                     f"{TRAIN_IN_FULL}."
                 )
-
-
-def add_tokens(seen: Survey, tokens: dict[str, list[int]]) -> None:
-    modules = dict(seen.modules)
-    tied: dict[int, list[str]] = {}
-    for name in tokens:
-        tied.setdefault(id(modules[name]._parameters.get("weight")), []).append(name)
-    for names in tied.values():
-        train_tokens([modules[name] for name in names], tokens[names[0]])
 
 
 def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:

@@ -19,7 +19,6 @@ from lightning_qlora.layers.names import (
     tensors_of,
     without_wrappers,
 )
-from lightning_qlora.layers.trainable_tokens import TokenAdapter
 from lightning_qlora.layers.with_adapter import WithAdapter, adapters_of
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
@@ -90,14 +89,10 @@ class Parts:
         """Name -> converted layer, under each of its names in state dicts."""
         return {name: part for name, part in self.places if isinstance(part, LoRALayer)}
 
-    @cached_property
-    def tokens(self) -> dict[str, TokenAdapter]:
-        """The rows of embeddings among them; for tied weights the first name only."""
-        return {name: part for name, part in self.adapters.items() if isinstance(part, TokenAdapter)}
-
     @property
-    def token_indices(self) -> dict[str, list[int]]:
-        return {name: adapter.token_indices.tolist() for name, adapter in self.tokens.items()}
+    def rows_that_train(self) -> dict[str, list[int]]:
+        """Name of an embedding -> its rows that train; for tied weights the first name only."""
+        return {name: part.rows_that_train() for name, part in self.adapters.items() if part.row_count}
 
     @property
     def parameters(self) -> list[NamedParameter]:

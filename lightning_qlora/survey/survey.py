@@ -19,6 +19,7 @@ from torch import nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.experts.expert_selection import Routers, expert_parameters, know_experts
 from lightning_qlora.experts.experts import ExpertParameter
+from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.kinds import LINEAR as LINEAR_KIND
 from lightning_qlora.layers.kinds import is_linear, is_packed, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -32,7 +33,6 @@ from lightning_qlora.layers.names import (
 )
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.qlora_linear import MEMBERS
-from lightning_qlora.layers.trainable_tokens import TrainableTokens
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.output_embeddings import OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
@@ -54,7 +54,7 @@ class Kind(Enum):
     QUANTIZED_STACK = "the same of the experts of one parameter"
     EXPERTS = "the module of such experts: their parameter is decided about"
     CONVERTED = "a layer of an earlier conversion"
-    TOKENS = "a layer with rows that train, of an earlier conversion"
+    DECIDED = "another part that an earlier conversion derived, as an embedding with rows that train"
     SCRIPT = "a torch.jit.ScriptModule"
     OTHER = "any other module"
 
@@ -62,7 +62,7 @@ class Kind(Enum):
 QUANTIZED_KINDS = (Kind.QUANTIZED, Kind.QUANTIZED_STACK)
 STACKS = (Kind.STACK, Kind.QUANTIZED_STACK)
 LINEAR = (Kind.LINEAR, Kind.PACKED, Kind.QUANTIZED, *STACKS)
-DECIDED = (Kind.EXPERTS, Kind.CONVERTED, Kind.TOKENS)  # by others, or before
+DECIDED = (Kind.EXPERTS, Kind.CONVERTED, Kind.DECIDED)  # by others, or before
 
 
 class Parameter(NamedTuple):
@@ -265,8 +265,8 @@ class _Facts:
 def _kind(module: nn.Module) -> Kind:
     if isinstance(module, torch.jit.ScriptModule):
         return Kind.SCRIPT
-    if isinstance(module, TrainableTokens):
-        return Kind.TOKENS
+    if isinstance(module, Derived) and module.is_decided:
+        return Kind.DECIDED
     if isinstance(module, LoRALayer):
         if not module.loaded:
             return Kind.CONVERTED

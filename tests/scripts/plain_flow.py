@@ -131,7 +131,7 @@ def check_file_refused(path):
     """The package refuses a state dict of a module that was converted with such an argument."""
     from lightning_qlora import convert
 
-    module = Layers()
+    module = llama()
     convert(module, r=4)
     text = ""
     try:

@@ -123,7 +123,7 @@ CASES = [  # what a survey says of a layer beside the usual, arguments, and the 
     ({"shape": (0, 64)}, {}, (TRAIN, "its 0x64 weights are too few for 4 bits"), (SKIP, "its 0x64 weight is empty")),
     ({"kind": Kind.SCRIPT}, {}, *2 * [(SKIP, "a torch.jit.ScriptModule, which can't be changed")]),
     ({"kind": Kind.CONVERTED}, {}, None, None),
-    ({"kind": Kind.TOKENS}, {}, None, None),
+    ({"kind": Kind.DECIDED}, {}, None, None),
     ({"is_recorded": True}, {}, *2 * [(TRAIN, EARLIER)]),
     ({"is_recorded": True, "weight": FROZEN}, {}, *2 * [(SKIP, EARLIER)]),
     ({"is_recorded": True, "kind": Kind.OTHER}, {}, None, None),

@@ -88,7 +88,7 @@ def test_experts_follow_the_module_that_holds_them_and_what_was_converted_is_kno
     module["new"] = nn.Linear(64, 64)
     kinds = {name: part.kind for name, part in parts_of(module).items() if name}
     assert kinds == {
-        "tokens": Kind.TOKENS, "tokens.token_adapter": Kind.OTHER, "block": Kind.OTHER, "new": Kind.LINEAR,
+        "tokens": Kind.DECIDED, "tokens.token_adapter": Kind.OTHER, "block": Kind.OTHER, "new": Kind.LINEAR,
         "block.up_experts": Kind.CONVERTED,
     }  # fmt: skip
     assert [name for name, part in parts_of(module).items() if part.is_recorded] == [

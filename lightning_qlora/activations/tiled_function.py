@@ -36,7 +36,8 @@ def compute_in_tiles(
 ) -> tuple[Tensor, Tiles]:
     """f(x) for x [..., rows, width], with gradients for x and for what trains; and what a recomputed call passes."""
     flat = x.reshape(*[1] * (x.ndim - 2), -1, x.shape[-1])
-    parts = _split(flat.detach(), count)
+    is_fake = isinstance(x, FakeTensor)
+    parts = _split(flat.detach(), count, is_fake)
     state = CallState(x)
     first = None
     if tiles is None:
@@ -44,15 +45,15 @@ def compute_in_tiles(
         tiles = Tiles(count, first.shape[-1], first.dtype)
     y = x.new_empty(*flat.shape[:-1], tiles.width, dtype=tiles.dtype)
     y = _Gradient.apply(y, flat, (function, count, state), *trained)  # type: ignore[no-untyped-call]
-    for part, output in zip(parts, _split(y.detach(), count), strict=True):
+    for part, output in zip(parts, _split(y.detach(), count, is_fake), strict=True):
         output.copy_(_value(function, part) if first is None else first)
         first = None
     return y.view(*x.shape[:-1], tiles.width), tiles
 
 
-def _split(x: Tensor, count: int) -> Sequence[Tensor]:
+def _split(x: Tensor, count: int, is_fake: bool) -> Sequence[Tensor]:
     """The tiles; without data, as in `plan`, the first two, because the others need the same memory."""
-    if isinstance(x, FakeTensor):
+    if is_fake:
         size = math.ceil(x.shape[-2] / count)
         return [x[..., :size, :], x[..., size : 2 * size, :]]
     return x.tensor_split(count, -2)
@@ -82,14 +83,15 @@ class _Gradient(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         function, count, state = ctx.rest
         sums = _Sums(ctx.trained)
-        parts = _split(x.detach(), count)
+        is_fake = isinstance(x, FakeTensor)
+        parts = _split(x.detach(), count, is_fake)
         grad_x = None
         parts_of_grad_x: Sequence[Tensor | None] = [None] * len(parts)
         if ctx.needs_input_grad[1]:
             grad_x = torch.empty_like(x)
-            parts_of_grad_x = _split(grad_x, count)
+            parts_of_grad_x = _split(grad_x, count, is_fake)
         with state.restored():
-            for part, of_y, of_x in zip(parts, _split(grad, count), parts_of_grad_x, strict=True):
+            for part, of_y, of_x in zip(parts, _split(grad, count, is_fake), parts_of_grad_x, strict=True):
                 _add_gradients(function, part, of_y, of_x, sums)
         return None, grad_x, None, *sums.values()
 

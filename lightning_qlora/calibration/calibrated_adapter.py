@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.starts.calibrated import calibrated_adapter, calibrated_error
 from lightning_qlora.starts.input_statistics import FINITE_ROWS, TRAINING_ROWS, InputStatistics
-from lightning_qlora.tensors.dtensor import gather, world_size
+from lightning_qlora.tensors.dtensor import gather, of_all_ranks, world_size
 
 
 def adapter_of(
@@ -70,10 +70,7 @@ def keep_weights_of_this_rank(waiting: Iterable[InputStatistics]) -> None:
 def ranks_with_weights(waiting: list[InputStatistics], group: Any) -> list[int]:
     """The rank in the group that computes each adapter: one that has the float weight, so that ranks share the work."""
     has_weight = [not statistics.dense_weight.is_meta for statistics in waiting]
-    of_ranks: list[Any] = [has_weight]
-    if group is not None:
-        of_ranks = [None] * dist.get_world_size(group)
-        dist.all_gather_object(of_ranks, has_weight, group)
+    of_ranks = [has_weight] if group is None else of_all_ranks(has_weight, group)
     ranks = []
     for place in range(len(waiting)):
         candidates = [rank for rank, has in enumerate(of_ranks) if has[place]] or [0]

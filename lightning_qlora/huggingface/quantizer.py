@@ -254,8 +254,6 @@ class QLoRAQuantizer(HfQuantizer):
 
 
 class PackedQuantizer(QLoRAQuantizer):
-    """Loads 4-bit weights of bitsandbytes without requantizing."""
-
     pre_quantized = True
 
     def choose(self, model: nn.Module, config: QLoRAConfig) -> dict[str, Row]:
@@ -274,13 +272,11 @@ class PackedQuantizer(QLoRAQuantizer):
 
 
 class DequantizingQuantizer(QLoRAQuantizer):
-    """Quantizes what `original`, transformers' quantizer of another format, dequantizes."""
-
     pre_quantized = True
 
     def __init__(self, loading: Loading, original: Any) -> None:
         super().__init__(loading)
-        self._original = original
+        self._original = original  # transformers' quantizer
         self.update_dtype = original.update_dtype  # type: ignore[method-assign]
         self.get_new_dtype = original.get_new_dtype  # type: ignore[method-assign]
 

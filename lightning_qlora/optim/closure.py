@@ -4,11 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 
-def closure_of(args: Any, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """The closure among the arguments of a step, as a step pre-hook of torch gets them; args[0] is the optimizer."""
-    return args[1] if len(args) > 1 else kwargs.get("closure")
-
-
 def after_closure(closure: Callable[[], Any], action: Callable[[], Any]) -> Callable[[], Any]:
 
     def run() -> Any:
@@ -22,9 +17,9 @@ def after_closure(closure: Callable[[], Any], action: Callable[[], Any]) -> Call
 def before_update(args: Any, kwargs: dict[str, Any], action: Callable[[], Any]) -> Any:
     """Do something in a step pre-hook, which runs before the closure: now, or after the closure if there is one.
 
-    Returns what the hook returns: the arguments of the step.
+    `args` begin with the optimizer. Returns what the hook returns: the arguments of the step.
     """
-    closure = closure_of(args, kwargs)
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
         action()
         return None

@@ -50,14 +50,14 @@ def _differing(numbers: Mapping[str, int | None], group: Any) -> list[str]:
     return [name for name in numbers if len({other[name] for other in of_ranks}) > 1]
 
 
-def _from_rank_0(values: list[Any], group: Any) -> list[Any]:
+def from_rank_0(values: list[Any], group: Any = None) -> list[Any]:
     source = 0 if group is None else dist.get_global_rank(group, 0)
     dist.broadcast_object_list(values, source, group)
     return values
 
 
 def _send_weight(layer: LoRALayer, group: Any) -> None:
-    weights, initial = _from_rank_0([layer.packed_weights, layer.initial], group)
+    weights, initial = from_rank_0([layer.packed_weights, layer.initial], group)
     if dist.get_rank(group) == 0:
         return
     layer.set_packed_weights([weight.to(layer.packed.device) for weight in weights])
@@ -67,7 +67,7 @@ def _send_weight(layer: LoRALayer, group: Any) -> None:
 
 
 def _send_parameter(frozen: Frozen, group: Any) -> None:
-    value, record = _from_rank_0([frozen.parameter.detach().cpu(), frozen.record], group)
+    value, record = from_rank_0([frozen.parameter.detach().cpu(), frozen.record], group)
     if dist.get_rank(group) != 0:
         frozen.parameter.detach().copy_(value)
         replace_record(frozen, record)

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict
 from lightning.fabric.strategies.strategy import _validate_keys_for_strict_loading
 from lightning.fabric.utilities.load import _move_state_into
@@ -43,7 +42,7 @@ from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.names import join, outer_names, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.optim.saved_state import load_whole_state
-from lightning_qlora.runs.base_of_rank_0 import use_base_of_rank_0
+from lightning_qlora.runs.base_of_rank_0 import from_rank_0, use_base_of_rank_0
 from lightning_qlora.runs.guards import check_checkpoint
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.held_types import in_types_before
@@ -305,12 +304,8 @@ def load_by_the_module(original: Any, model: nn.Module, state_dict: dict[str, An
 def _of_rank_0(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict of rank 0, value by value; all ranks must call it."""
     state: dict[str, Any] = {}
-    keys = [list(state_dict)]
-    dist.broadcast_object_list(keys)
-    for key in keys[0]:
-        value = [tree_map_only(Tensor, Tensor.cpu, state_dict.get(key))]
-        dist.broadcast_object_list(value)
-        (state[key],) = value
+    for key in from_rank_0([list(state_dict)])[0]:
+        (state[key],) = from_rank_0([tree_map_only(Tensor, Tensor.cpu, state_dict.get(key))])
     return state
 
 

@@ -5,7 +5,7 @@ and a cast reads them too.
 """
 
 from collections.abc import Callable
-from math import ceil
+from math import ceil, inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,32 +20,45 @@ from lightning_qlora.tensors.device_types import multiplies_in_fp16
 
 MANY = 16  # queries
 LEAST = torch.finfo(torch.float16).min
+ADDED = ("attention_mask", "position_bias")  # to scores
 
 
 def attend(
     original: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-    **options: Any,
+    *others: Any, **options: Any,
 ) -> Any:  # fmt: skip
     """In place of `original`, transformers' "sdpa" attention of a module: [batch, queries, heads, width], and None."""
-    options |= {"attention_mask": attention_mask}
-    added = {name: tensor for name, tensor in options.items() if isinstance(tensor, Tensor)}
-    if not _is_in_half(module, query) or any(tensor.requires_grad for tensor in added.values()):
-        return original(module, query, key, value, **options)
-    for name, tensor in added.items():
-        if tensor.is_floating_point():
-            options[name] = tensor.clamp(min=LEAST).to(torch.float16)
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    named = {**options, "attention_mask": attention_mask}
+    added = {name: named[name] for name in ADDED if isinstance(named.get(name), Tensor)}
+    scale = options.get("scaling")
+    dropout = options.get("dropout", 0.0)
+    fits = not others and (scale is None or scale > 0) and dropout < 1 and min(map(Tensor.numel, (query, key, value)))
+    if not fits or not _is_in_half(module, query) or any(tensor.requires_grad for tensor in added.values()):
+        return original(module, query, key, value, attention_mask, *others, **options)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    named |= {name: _added_in_half(tensor) for name, tensor in added.items()}
+    named["scaling"] = scale
     groups = query.shape[1] // key.shape[1]  # heads that share a key, which the fused attention of these cards lacks
     caller = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
 
     def attend_16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if groups > 1:
             k, v = (each.repeat_interleave(groups, 1) for each in (k, v))
-        y: Tensor = original(caller, q, k, v, **{**options, "scaling": scale})[0]
+        y: Tensor = original(caller, q, k, v, **named)[0]
         return y
 
-    sums = ceil(groups * query.shape[-2] / (1 - options.get("dropout", 0.0)))
+    sums = ceil(groups * query.shape[-2] / (1 - dropout))
     return attention_in_half(attend_16, query, key, value, scale, sums), None
+
+
+def _added_in_half(added: Tensor) -> Tensor:
+    """What is added to scores, less the largest of its row: probabilities stay, and fp16 is fine near zero."""
+    if not added.is_floating_point():
+        return added
+    largest = added.amax(-1, keepdim=True).clamp(min=torch.finfo(added.dtype).min)
+    half = (added - largest).clamp(min=LEAST).to(torch.float16)
+    return half.masked_fill(added == -inf, -inf)
 
 
 def _is_in_half(module: nn.Module, query: Tensor) -> bool:

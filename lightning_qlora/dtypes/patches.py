@@ -27,6 +27,8 @@ def replace_method(module: nn.Module, name: str, method: Callable[..., Any] | No
 def replace_attention(attend: Callable[..., Any]) -> None:
     """Let models of transformers compute their "sdpa" attention by `attend(original, module, ...)`, once.
 
+    A function that the user registered as "sdpa" stays.
+
     Upstream: transformers/modeling_utils.py: `AttentionInterface.register` is the supported way to add a function, in
     which the modules of a model look up the name in their config at each call.
     Supported ways tried: a name of our own in the config: transformers compares the name with "sdpa" to make masks.
@@ -36,5 +38,5 @@ def replace_attention(attend: Callable[..., Any]) -> None:
     if modeling is None:
         return
     original = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if getattr(original, "func", None) is not attend:
+    if original is modeling.sdpa_attention_forward:
         modeling.AttentionInterface.register("sdpa", partial(attend, original))

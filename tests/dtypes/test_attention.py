@@ -104,6 +104,67 @@ def test_what_stays_in_fp32(types):
     assert {*types} == {torch.float32}
 
 
+def result(attention, module, mask=None, queries=LENGTH, keys=LENGTH, **options):
+    """Of an attention of a model: its output, and the gradients of q, k and v."""
+    draw = torch.Generator().manual_seed(5)
+    shapes = (2, 4, queries, 8), (2, 2, keys, 8), (2, 2, keys, 8)
+    q, k, v = (torch.randn(shape, generator=draw).requires_grad_() for shape in shapes)
+    y, _ = attention(module, q, k, v, mask, **options)
+    y.square().sum().backward()
+    return [y.detach(), q.grad, k.grad, v.grad]
+
+
+def causal(masked, rows=0):
+    """A mask, whose first rows have no key."""
+    visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    visible[:rows] = False
+    return torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(~visible, masked)
+
+
+LOWEST = torch.finfo(torch.float32).min
+PLACES = torch.arange(LENGTH).float()
+ADDED = {
+    "rows without a key": {"mask": causal(-torch.inf, rows=5)},
+    "lowest numbers": {"mask": causal(LOWEST)},
+    "above the numbers of fp16": {"mask": causal(-torch.inf) + 7e4},
+    "large and fine": {"mask": causal(LOWEST) + 1500 + 0.3 * PLACES},
+    "a bias": {"position_bias": 900 + 0.3 * PLACES.expand(1, 4, LENGTH, LENGTH), "is_causal": False},
+    "a bias and a mask": {"position_bias": torch.eye(LENGTH).expand(1, 4, -1, -1), "mask": causal(LOWEST)},
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_what_is_added_to_scores(types, case):
+    module = held().model.layers[0].self_attn
+    ours = result(modeling.ALL_ATTENTION_FUNCTIONS["sdpa"], module, **ADDED[case])
+    assert {*types} == {torch.float16}
+    # fp32 itself rounds scores near 7e4 to 1 / 128.
+    assert_near(ours, result(modeling.sdpa_attention_forward, module, **ADDED[case]), 1e-2)
+
+
+@pytest.mark.parametrize("options", [{"scaling": 0.0}, {"scaling": -0.5}, {"dropout": 1.0}, {"keys": 0}])
+def test_what_fp16_has_no_powers_for_stays_in_fp32(types, options):
+    module = held().model.layers[0].self_attn
+    ours = result(modeling.ALL_ATTENTION_FUNCTIONS["sdpa"], module, is_causal=False, **options)
+    assert {*types} == {torch.float32}
+    assert_near(ours, result(modeling.sdpa_attention_forward, module, is_causal=False, **options))
+
+
+def test_arguments_by_position():
+    q = torch.ones(1, 4, LENGTH, 8)
+    y, _ = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"](nn.Module(), q, q, q, None, 0.0, 0.3)
+    assert torch.equal(y, modeling.sdpa_attention_forward(nn.Module(), q, q, q, None, 0.0, 0.3)[0])
+
+
+def test_an_attention_that_the_user_registered_stays():
+    def own(module, *args, **kwargs):
+        return modeling.sdpa_attention_forward(module.of_user, *args, **kwargs)
+
+    modeling.AttentionInterface.register("sdpa", own)
+    patches.replace_attention(attention.attend)
+    assert modeling.ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+
+
 def test_a_card_without_bf16_gets_it_when_a_module_is_held_for_it(monkeypatch):
     asked = []
     monkeypatch.setattr(full_precision.patches, "replace_attention", asked.append)

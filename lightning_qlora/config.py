@@ -43,8 +43,14 @@ QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
+def _check_number(name: str, value: Any, **limits: float) -> None:
+    check_number(name, value, **limits)
+    if not isinstance(value, int | float):  # JSON, in which checkpoints have it, has no other numbers
+        raise TypeError(f"{name}={shown(value)}: must be an int or a float. Pass it as float(...).")
+
+
 _check_rank = partial(check_integer, at_least=1)
-_check_alpha = partial(check_number, above=0, below=MOST_ALPHA)
+_check_alpha = partial(_check_number, above=0, below=MOST_ALPHA)
 _check_expression = partial(check_names, or_regex=True)
 
 
@@ -153,7 +159,7 @@ class QLoRAConfig:
     )
     r: int = _argument(64, _check_rank, of_layer=True, at_loading=True, in_peft=True)
     lora_alpha: float = _argument(16, _check_alpha, of_layer=True, at_loading=True, of_function=True, in_peft=True)
-    lora_dropout: float = _argument(0.05, partial(check_number, at_least=0, below=1), of_layer=True, in_peft=True)
+    lora_dropout: float = _argument(0.05, partial(_check_number, at_least=0, below=1), of_layer=True, in_peft=True)
     target_modules: str | list[str] = _argument("all-linear", _check_expression)
     exclude_modules: str | list[str] | None = _argument(None, _check_expression, empty=list)
     modules_to_save: list[str] | None = _argument(None, check_names, empty=list, in_peft=True)

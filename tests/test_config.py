@@ -4,6 +4,7 @@ import re
 from functools import partial
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
@@ -95,6 +96,16 @@ def test_a_wrong_entry_of_a_pattern_is_named(name, wrong):
         QLoRAConfig(**{name: {"(": 3}})
     with pytest.raises(TypeError, match=rf"^{name}=\[1\]: must be a dict"):
         QLoRAConfig(**{name: [1]})
+
+
+@pytest.mark.parametrize("name", ["lora_alpha", "lora_dropout", "alpha_pattern"])
+def test_a_number_that_no_checkpoint_could_hold_is_refused_before_training(name):
+    """np.float32 is a number, and JSON has none of it: the first checkpoint of a run failed."""
+    value = np.float32(0.5)
+    arguments = {name: {"0": value} if name == "alpha_pattern" else value}
+    with pytest.raises(TypeError, match=rf"^{name}.*=np.float32\(0\.5\): must be an int or a float\. Pass it as float"):
+        QLoRAConfig(**arguments)
+    QLoRAConfig(lora_alpha=np.float64(16))  # a float
 
 
 @pytest.mark.parametrize("value", ["pissa", "pissa_niter_16", "loftq", "LoftQ"])

@@ -169,10 +169,11 @@ class SavedConversion:
             texts = value if isinstance(value, list) else []
             if name in base and not (isinstance(value, expected) and all(isinstance(text, str) for text in texts)):
                 raise TypeError(f"{name}={shown(value)}: must be a {getattr(expected, '__name__', expected)}.")
-        layers = base.get("layers", {}).values()
-        for arguments in {json.dumps(value): value for value in layers}.values():  # each once
+        layers = base.get("layers", {})
+        for arguments in {json.dumps(value): value for value in layers.values()}.values():  # each once
             refuse_unknown_arguments(arguments, OF_LAYERS)
             _config(arguments)
+        base["layers"] = {name: _without_removed(arguments) for name, arguments in layers.items()}
         stacks = base.get("experts", {})
         for number, wrappers, transposed, swapped, flat in stacks.values():
             check_integer("experts", number, at_least=1)
@@ -201,7 +202,8 @@ class SavedConversion:
     def quantization(self) -> Quantization | None:
         entry = self.base.get("quantization")
         of_config = Quantization._make(getattr(self.config, name) for name in Quantization._fields)
-        return of_config if entry == of_config.entry() else read_quantization(entry, "quantization")
+        is_of_config = json.dumps(entry) == json.dumps(of_config.entry())  # 1 == True, and is refused
+        return of_config if is_of_config else read_quantization(entry, "quantization")
 
     def arguments_of_layers(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
@@ -241,7 +243,11 @@ def _in_files(config: QLoRAConfig) -> dict[str, Any]:
 
 
 def _config(arguments: Mapping[str, Any]) -> QLoRAConfig:
-    return QLoRAConfig(**{name: value for name, value in arguments.items() if name != "loftq_config"})  # removed
+    return QLoRAConfig(**_without_removed(arguments))
+
+
+def _without_removed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "loftq_config"}
 
 
 def adapter_keys(state_dict: Iterable[str]) -> list[str]:

@@ -81,6 +81,23 @@ def test_experts_that_no_model_has_are_refused(stack, write):
         inspect_path(str(path))
 
 
+@pytest.mark.parametrize(("name", "value"), [("double_quant", 1), ("block_size", 64.0)])
+def test_an_equal_value_of_another_type_is_refused(name, value, write):
+    module, path = write(text=lambda content: content["base"]["quantization"].update({name: value}))
+    with raises_in_one_line(ValueError, f"x.ckpt: .*{CONVERSION}: is damaged.*{name}={value}: must be"):
+        inspect_path(str(path))
+    with pytest.raises(ValueError, match=f"{CONVERSION}: is damaged.*{name}={value}: must be"):
+        module.load_state_dict(read_checkpoint(path)["state_dict"])
+
+
+def test_an_argument_of_layers_that_was_removed_is_left_out(write, tmp_path):
+    """It is accepted on loading; reading the file without the module failed with a KeyError."""
+    module, path = write(text=lambda content: content["base"]["layers"].update({"0": {"loftq_config": {}}}))
+    assert inspect_path(str(path))
+    main(["export", str(path), str(tmp_path / "adapter")])
+    module.load_state_dict(read_checkpoint(path)["state_dict"])
+
+
 def test_an_adapter_that_a_checkpoint_names_is_not_read(write, tmp_path, monkeypatch):
     """On Windows the user's credentials would be sent to a computer that it names."""
     module, path = write()

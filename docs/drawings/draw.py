@@ -238,14 +238,14 @@ STOPS = {
         ("optim/optimizer_pages.py", "_begin_update", "on a GPU: its state comes back; then A and B change"),
     ),
     "stops_save": (
-        ("layers/layer_state.py", "_save_to_state_dict", "each layer writes itself whole: A, B and its base"),
+        ("checkpoints/module_state.py", "_before_state_dict", "layers leave out a base that is unchanged"),
+        ("layers/layer_state.py", "_save_to_state_dict", "each layer writes A, B, and a base that is not left out"),
         ("checkpoints/module_state.py", "_after_state_dict", "the hook of the module that was converted"),
         (
             "checkpoints/module_state.py",
             "saved_conversion",
             "fingerprints of the base: in 4 bits, and unchanged",
         ),
-        ("layers/layer_state.py", "pop_base", "what has a fingerprint is left out"),
         ("checkpoints/conversion.py", "entry_of", "one entry: arguments, base model, fingerprints"),
         ("checkpoints/run_state.py", "torch_rng_states", "the random generators, in the plugin's state"),
         ("runs/guards.py", "check_checkpoint", "no NaN, no adapter missing"),
@@ -265,11 +265,9 @@ STOPS = {
     ),
     "stops_merge": (
         ("adapters/merge.py", "merge", "no NaN in an adapter, no layer sharded"),
-        ("dtypes/full_precision.py", "release", "values that are kept in another type get their own back"),
         ("adapters/merge.py", "merged_weight", "W is decoded, s B A added in fp32, DoRA's scale"),
         ("kernels/rounding.py", "round_stochastically", "rounded once, so that small updates stay on average"),
         ("layers/qlora_linear.py", "become_dense", "the layer is of its class again"),
-        ("dtypes/full_precision.py", "undo_full_precision", "dense modules compute as their class does again"),
         ("survey/records.py", "undo", "what trained before conversion can train again"),
     ),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qlora.optim import adamw, optimizer_pages
+from lightning_qlora.optim import adamw8bit, optimizer_pages
 from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool
 from lightning_qlora.optim.optimizer_pages import open_pool, windows
@@ -193,7 +193,7 @@ def test_an_entry_that_was_read_before_the_step_waits_too(pinned):
 
 
 def test_after_a_step_that_raised_the_state_can_be_saved(pinned, monkeypatch):
-    monkeypatch.setattr(adamw, "WINDOW_NUMEL", 4096)
+    monkeypatch.setattr(adamw8bit, "WINDOW_NUMEL", 4096)
     net = model()
     optimizer = PagedAdamW8bit(net.parameters())
     train(net, optimizer, 1)
@@ -342,12 +342,12 @@ def test_an_unpaged_optimizer_gets_its_parameters_in_parts():
     parts = list(windows(torch.optim.SGD(params), params, 10))
     assert [[p.numel() for p in part] for part in parts] == [[6, 4], [20], [1]]
     assert list(windows(torch.optim.SGD(params), [], 10)) == []
-    assert 2 * adamw.WINDOW_NUMEL == 32 * MIB  # two moments of one byte: docs/memory.md
+    assert 2 * adamw8bit.WINDOW_NUMEL == 32 * MIB  # two moments of one byte: docs/memory.md
 
 
 def test_windows_are_double_buffered(pinned, monkeypatch):
     """The copy of the next window starts before this one is updated, and at most two are on the device."""
-    monkeypatch.setattr(adamw, "WINDOW_NUMEL", 4096)
+    monkeypatch.setattr(adamw8bit, "WINDOW_NUMEL", 4096)
     params = [nn.Parameter(torch.randn(64, 64)) for _ in range(4)]
     paged = PagedAdamW8bit(params)
     for _ in range(2):

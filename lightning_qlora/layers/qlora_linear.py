@@ -229,7 +229,7 @@ def _forward_of(before: type[Any]) -> Any:
 
 # Names that a layer has in 4 bits and nn.Linear lacks; and methods that make a copy from a call of the class.
 MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
-for kind in (PackedLayer, LoRALayer, SavedLayer, QLoRALinear):
+for kind in {*QLoRALinear.__mro__} - {*nn.Linear.__mro__}:
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()
 

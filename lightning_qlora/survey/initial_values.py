@@ -79,10 +79,10 @@ class _Sample:
         some = data[::step, : max(WIDTH, wanted * WIDTH * step // rows)]
         self.matrix = np.ascontiguousarray(some.to("cpu", torch.float32).numpy())
         self.count = self.matrix.size
-        self.mean = float(self.matrix.sum()) / self.count
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # of weights without values yet
+            self.mean = float(self.matrix.sum()) / self.count
             self.squares = np.square(self.matrix - self.mean)
-        total = float(self.squares.sum())
+            total = float(self.squares.sum())
         self.deviation = math.sqrt(total / self.count)
         self.kurtosis = self.count * float(np.vdot(self.squares, self.squares)) / total**2 if total else math.nan
 
@@ -174,7 +174,7 @@ def look_of_bias(bias: Tensor | None, weight: Tensor) -> Look | None:
     count = bias.numel()
     bound = math.prod(weight.shape[1:]) ** -0.5
     is_full = 0.002 ** (1 / count) <= max(-low, high) / bound <= 1 + _rounding(bias)  # of 1,000 random ones 998
-    deviation = float(torch.linalg.vector_norm(bias, dtype=torch.float32)) / math.sqrt(count)
+    deviation = float(_norms(bias)) / math.sqrt(count)
     is_uniform = abs(deviation / bound * 3**0.5 - 1) < OFF * math.sqrt(0.2 / count)
     return Look.SMALL if is_full and is_uniform else Look.UNKNOWN
 
@@ -232,12 +232,17 @@ def _look_of_rows(data: Tensor) -> Look:
     """FRESH if they are orthogonal, UNKNOWN if they have one size, by a norm or a formula, else TRAINED."""
     error = 1e-3 + 4 * _rounding(data)
     some = data[:: -(-len(data) // 8)]
-    sizes = [size for size in torch.linalg.vector_norm(some, dim=1, dtype=torch.float32).tolist() if size > 0]
+    sizes = [size for size in _norms(some, 1).tolist() if size > 0]
     if len(sizes) < 4 or max(sizes) - min(sizes) > error * max(sizes):
         return Look.TRAINED
     rows = F.normalize(data[:: -(-len(data) // 64)].float())
     angles = rows @ rows.T - torch.eye(len(rows), dtype=torch.float32, device=rows.device)
     return Look.FRESH if float(angles.abs().max()) < error else Look.UNKNOWN
+
+
+def _norms(data: Tensor, dim: int | None = None) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(data, dim=dim, dtype=torch.promote_types(data.dtype, torch.float32))
+    return norms
 
 
 def _rounding(data: Tensor) -> float:
@@ -251,7 +256,7 @@ def _by_deviation(weight: Tensor, owner: nn.Module, data: Tensor) -> Values:
         usual += [1.0, weight.shape[-1] ** -0.5]
     others = [*ROUND, (2 / math.prod(weight.shape[1:])) ** 0.5]  # that of a convolution in groups
     count = weight.numel()
-    sizes = torch.linalg.vector_norm(data[:: -(-count // ALL)], dim=1, dtype=torch.float32)
+    sizes = _norms(data[:: -(-count // ALL)], 1)
     some = max(int(sizes.count_nonzero()), 1) * data.shape[1]  # the row of a padding token is zero
     deviation = float(sizes.norm()) / math.sqrt(some)
     fitting = [each for each in usual + others if abs(deviation / each - 1) * math.sqrt(2 * some) < STEPS]

@@ -293,7 +293,7 @@ def _called(self, x):
     return nn.Linear.__call__(self, x) * 3
 
 
-@pytest.mark.parametrize("name", ["__call__", "__deepcopy__", "__reduce__", "scaling", "decode", "compute", "r"])
+@pytest.mark.parametrize("name", ["__call__", "__deepcopy__", "__reduce__", "scaling", "decode", "compute", "r", "end"])
 def test_a_subclass_with_a_member_that_4_bits_would_replace_is_skipped(name):
     kind = type("Odd", (nn.Linear,), {name: _called if name == "__call__" else 2})
     model = nn.Sequential(nn.Linear(64, 64), kind(64, 64))

@@ -1,6 +1,7 @@
 """What the values of one tensor say: each initialization is recognized, and trained tensors are no initialization."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_layers_of_torch_are_recognized(name):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", [*INITIALIZATIONS, *NORMAL])
 def test_initializations_are_recognized(name, shape, dtype):
     values = values_of(initialized(name, shape, dtype), nn.Module())
@@ -100,6 +101,10 @@ def test_what_has_no_values_or_others_says_nothing():
     nan = nn.Parameter(layer.weight.detach().clone().fill_(float("nan")))
     for tensor in (layer.weight.to("meta"), layer.weight.to(torch.float8_e4m3fn), nan, layer.weight[:0]):
         assert values_of(tensor, layer).look is Look.UNKNOWN
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in ([torch.inf, -torch.inf], [1e18, -1e18], [3e38, 2e38]):
+            assert values_of(nn.Parameter(torch.tensor(values).repeat(64, 32)), layer).look is Look.UNKNOWN
     rows = torch.arange(1.0, 17.0).log().expand(256, 16)  # A of a state space model
     waves = torch.outer(torch.arange(256.0), torch.arange(1.0, 33.0) / 32)
     for formula in (rows, torch.cat([waves.sin(), waves.cos()], 1)):

@@ -427,3 +427,11 @@ def test_all_ranks_train_the_parts_that_are_new_on_rank_0(tmp_path):
         assert names == second[name][1]
         other = {key: second[name][0][key] for key in state if "running" not in key}  # each had its own last batch
         assert_equal({key: state[key] for key in other}, other)
+
+
+def test_parts_in_fp64_say_what_they_are():
+    """Such a part is read with the others, whatever its values are; a Linear in it stays dense."""
+    model = nn.Sequential(backbone(), backbone().double(), nn.Linear(WIDTH, 100).double())
+    report = convert(model, r=2)
+    assert report.converted == ["0.0", "0.3"] and BY_VALUES in report.trained_in_full["2"]
+    assert not model[1][0].weight.requires_grad and not model[1][0].bias.requires_grad

@@ -1,10 +1,13 @@
 """What is recomputed in the backward pass: a call, and the methods of modules that stand for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.dtypes.instance_method import OfTraining
@@ -24,3 +27,16 @@ def recomputed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def is_in_backward_pass() -> bool:
     is_in_graph_task: bool = torch._C._current_graph_task_id() != -1
     return is_in_graph_task
+
+
+@contextmanager
+def watch_saved_tensors(notice: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `notice` with each tensor that a graph saves; the hooks that are on, as those of `checkpoint`, keep it."""
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (torch.detach, torch.detach)
+
+    def noticed(tensor: Tensor) -> Any:
+        notice(tensor)
+        return pack(tensor)
+
+    with saved_tensors_hooks(noticed, unpack):
+        yield

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
-from lightning_qlora.activations.recomputed import HOOKS, OfRecomputation
+from lightning_qlora.activations.recomputed import HOOKS, OfRecomputation, watch_saved_tensors
 from lightning_qlora.activations.row_by_row import NotRowByRow, values_per_input
 from lightning_qlora.activations.tiled_function import CallState, Tiles, compute_in_tiles
 from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
@@ -134,7 +133,7 @@ class BlockCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._next = 0
-        with _inside(self), nullcontext() if self._has_run else self._watching():
+        with _inside(self), nullcontext() if self._has_run else watch_saved_tensors(self._notice_saved):
             output = self.forward(*args, **kwargs)
         self._has_run = True
         return output
@@ -159,20 +158,12 @@ class BlockCall:
             self._last = part if part.has_layers else None
         return y
 
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Notice what is saved after a part; `checkpoint` keeps what it keeps."""
-        pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-        def watched(tensor: Tensor) -> Any:
-            if self._last is not None:
-                self._last.never = SAVED
-                self.saved.append(self._last)
-                self._last = None
-            return pack(tensor)
-
-        with saved_tensors_hooks(watched, unpack):
-            yield
+    def _notice_saved(self, _: Tensor) -> None:
+        """What is saved after a part is its output."""
+        if self._last is not None:
+            self._last.never = SAVED
+            self.saved.append(self._last)
+            self._last = None
 
 
 _block: ContextVar[BlockCall | None] = ContextVar("block", default=None)

@@ -161,7 +161,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     for layer in layers.values():
         vars(layer).pop("base_left_out_at", None)
     check_no_layer_resized(conversion, parts)
-    if conversion.layers and not parts.layers:  # merged: the state dict is that of a dense module
+    if _is_merged(conversion, parts):
         return
     saved = saved_conversion(parts, conversion.config)
     inner = _converted_parts(parts)
@@ -208,7 +208,7 @@ def _before_load(
     parts = _parts_of(root)
     reshard(parts.modules)  # first: `parts` keeps the parameters that it has read
     adapters = _layers_with_adapter(parts, state_dict, prefix)
-    if conversion.layers and not parts.layers:  # merged
+    if _is_merged(conversion, parts):
         if adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
@@ -349,3 +349,8 @@ def _prefix(name: str) -> str:
 def _converted_parts(parts: Parts) -> list[str]:
     """Names of the parts that were converted as a module of their own too."""
     return [name for name, part in parts.places if name and conversion_of(part) is not None]
+
+
+def _is_merged(conversion: Conversion, parts: Parts) -> bool:
+    """Whether its layers were merged, so that its state dict is that of a dense module."""
+    return bool(conversion.layers) and not parts.layers

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.dtypes.compute_in import ComputeIn
+from lightning_qlora.dtypes.compute_in import ComputeIn, takes_halves
 from lightning_qlora.dtypes.instance_method import instance_method
 from lightning_qlora.kernels.half_attention import attention_in_half
 from lightning_qlora.layers.packed_layer import PackedLayer
-from lightning_qlora.tensors.device_types import multiplies_in_fp16
 
 MANY = 16  # queries
 LEAST = torch.finfo(torch.float16).min
@@ -62,16 +61,7 @@ def _added_in_half(added: Tensor) -> Tensor:
 
 
 def _is_in_half(module: nn.Module, query: Tensor) -> bool:
-    return (
-        type(query) is Tensor
-        and query.dtype is torch.float32
-        and query.shape[-2] >= MANY
-        and multiplies_in_fp16(query.device)
-        and not torch.is_autocast_enabled(query.device.type)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and any(map(_is_held, module._modules.values()))
-    )
+    return takes_halves(query) and query.shape[-2] >= MANY and any(map(_is_held, module._modules.values()))
 
 
 def _is_held(part: nn.Module | None) -> bool:

@@ -162,20 +162,27 @@ def compute_types(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.d
     return types
 
 
-def _is_in_half(module: nn.Module, x: Any) -> bool:
-    """Whether a dense layer is large, and gets so many rows, that casts of both to fp16 take less time than fp32."""
-    if type(module) is not nn.Linear or type(x) is not Tensor or x.dtype is not torch.float32:
-        return False
-    weight = module.weight
+def takes_halves(x: Any) -> bool:
+    """Whether x may be multiplied in fp16 with powers of two: fp32 in eager mode, on a card that has no bf16."""
     return (
-        type(weight) is nn.Parameter
-        and weight.numel() >= LARGE
-        and x.numel() >= MANY * x.shape[-1]
-        and not any(parameter.requires_grad for parameter in module.parameters())
+        type(x) is Tensor
+        and x.dtype is torch.float32
         and multiplies_in_fp16(x.device)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _is_in_half(module: nn.Module, x: Any) -> bool:
+    """Whether a dense layer is large, and gets so many rows, that casts of both to fp16 take less time than fp32."""
+    weight = module.weight if type(module) is nn.Linear else None
+    return (
+        type(weight) is nn.Parameter
+        and weight.numel() >= LARGE
+        and takes_halves(x)
+        and x.numel() >= MANY * x.shape[-1]
+        and not any(parameter.requires_grad for parameter in module.parameters())
     )
 
 

@@ -39,7 +39,7 @@ def start_of(config: Any) -> Start:
 
 def corrects_error(config: Any) -> bool:
     """Whether adapters begin as a correction of the quantization error, and so belong to the 4-bit base."""
-    return STARTS[config.init_lora_weights].observer is not None
+    return start_of(config).observer is not None
 
 
 def first_adapter(base: PackedBytes, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.matrix import ADAPTER
@@ -58,10 +59,10 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
 
 def _loaded_layers(part: Any) -> Iterator[tuple[str, LoRALayer]]:
     """The key of each weight that is in 4 bits before a conversion has ended, and its layer."""
-    if isinstance(part, LoRALayer) and part.loaded and len(part._shape) == 2:
+    if isinstance(part, LoRALayer) and part.loaded and not isinstance(part, QLoRAExperts):
         yield "weight", part
     for key, child in part._modules.items():
-        if isinstance(child, LoRALayer) and child.loaded and len(child._shape) == 3:
+        if isinstance(child, QLoRAExperts) and child.loaded:
             yield parameter_name(key), child
 
 

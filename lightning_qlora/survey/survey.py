@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.experts.expert_selection import Routers, expert_parameters, know_experts
-from lightning_qlora.experts.experts import ExpertParameter
+from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.kinds import LINEAR as LINEAR_KIND
 from lightning_qlora.layers.kinds import is_linear, is_packed, kind_of
@@ -270,7 +270,7 @@ def _kind(module: nn.Module) -> Kind:
     if isinstance(module, LoRALayer):
         if not module.loaded:
             return Kind.CONVERTED
-        return Kind.EXPERTS if len(module._shape) == 3 else Kind.QUANTIZED
+        return Kind.EXPERTS if isinstance(module, QLoRAExperts) else Kind.QUANTIZED
     if not is_linear(module):
         return Kind.OTHER
     return Kind.PACKED if is_packed(module) else Kind.LINEAR

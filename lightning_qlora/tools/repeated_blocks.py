@@ -7,16 +7,14 @@ step of 80 blocks is counted in the time of three.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_qlora.activations.gradient_checkpointing import RecomputedForward, transformers_checkpointing_layers
-from lightning_qlora.activations.recomputed import HOOKS, is_in_backward_pass
+from lightning_qlora.activations.recomputed import HOOKS, is_in_backward_pass, watch_saved_tensors
 from lightning_qlora.dtypes.instance_method import InstanceMethod, instance_method
 from lightning_qlora.texts import group
 
@@ -116,7 +114,9 @@ class _RepeatedForward(InstanceMethod):
         key = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs)
         if key in self.first or key not in self.outputs or not any(tensor.requires_grad for tensor in inputs):
             self.first.add(key)
-            with _watched(inputs[0]) as saved:
+            storage = inputs[0].untyped_storage()._cdata
+            saved: list[bool] = []  # one for each time that a graph saves the first input
+            with watch_saved_tensors(lambda x: saved.extend([True] * (x.untyped_storage()._cdata == storage))):
                 output = self.original(*args, **kwargs)
             leaves, structure = tree_flatten(output)
             self.outputs[key] = [_described(leaf, inputs) for leaf in leaves], structure, self.module, saved
@@ -138,22 +138,6 @@ class _RepeatedForward(InstanceMethod):
         gradients = x.new_empty(nbytes, dtype=torch.uint8)
         self.blocks.gradients.append(gradients)
         self.blocks.count_gradient(gradients)
-
-
-@contextmanager
-def _watched(x: Tensor) -> Iterator[list[bool]]:
-    """Notice, once for each time, that a graph saves x; the hooks that are on keep what they keep."""
-    saved: list[bool] = []
-    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (torch.detach, torch.detach)
-    storage = x.untyped_storage()._cdata
-
-    def watched(tensor: Tensor) -> Any:
-        if tensor.untyped_storage()._cdata == storage:
-            saved.append(True)
-        return pack(tensor)
-
-    with saved_tensors_hooks(watched, unpack):
-        yield saved
 
 
 class _Made(NamedTuple):

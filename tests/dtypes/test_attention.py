@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_qlora import convert
-from lightning_qlora.dtypes import attention, full_precision, patches
+from lightning_qlora.dtypes import attention, compute_in, full_precision, patches
 from lightning_qlora.tensors import device_types
 from tests.toys import ids, perturb, toy
 
@@ -16,7 +16,7 @@ LENGTH = 24
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
     """A T4's answer, and models whose attention asks for it; the function of transformers comes back."""
-    monkeypatch.setattr(attention, "multiplies_in_fp16", lambda device: True)
+    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: True)
     before = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
     patches.replace_attention(attention.attend)
     yield
@@ -71,7 +71,7 @@ def test_a_step_is_that_of_fp32(types, monkeypatch, name, padded):
     ours = step(module, **arguments)
     assert {*types} <= {torch.float16} and (types or name == "t5")
     types.clear()
-    monkeypatch.setattr(attention, "multiplies_in_fp16", lambda device: False)
+    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: False)
     # Scores of T5 are not divided by the root of the width, and have a bias, so that they are larger.
     assert_near(ours, step(module, **arguments), 2e-2 if name == "t5" else 3e-3)
     assert {*types} <= {torch.float32}

@@ -105,7 +105,7 @@ def check(kind, folder):
     lightning_qlora.convert(fresh, r=4)
     lightning_qlora.load_adapter(fresh, folder / "adapter")
 
-    (x,) = [next(iter(data(kind)))]
+    x = next(iter(data(kind)))
     outputs = [module.eval().model(x) for module in (straight, fresh)]
     y, same = [each if kind is Layers else each.logits for each in outputs]
     assert torch.equal(y, same)

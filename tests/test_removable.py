@@ -121,6 +121,48 @@ FEATURES = {
         },
         refused=[{"trainable_token_indices": [1, 2]}],
     ),
+    "DoRA": Feature(
+        ["layers/dora.py"],
+        {
+            "arguments.py": ["use_dora: bool"],
+            "config.py": [
+                "use_dora: bool = "
+                "_argument(False, check_bool, of_layer=True, at_loading=True, of_function=True, in_peft=True)"
+            ],
+            "layers/lora_layer.py": [
+                "from lightning_qlora.layers.dora import DoRAMatrix",
+                "True: DoRAMatrix,",
+                ("return ADAPTERS[self.config.use_dora]", "return ADAPTERS[False]"),
+            ],
+            "peft/base_compatibility.py": [
+                ('for key in (*Quantization._fields, "use_dora"):', "for key in Quantization._fields:")
+            ],
+        },
+        refused=[{"use_dora": True}],
+    ),
+    "tensor parallelism": Feature(
+        ["layers/tensor_parallel.py"],
+        {
+            "huggingface/operations.py": [
+                "from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, unknown_style",
+                ("return SPLIT_EXPERTS", "return LOAD_WHOLE"),
+                (
+                    "return None if type(place.placements[0]) is Shard else "
+                    'unknown_style("a plan for fused layers")',
+                    "return LOAD_WHOLE",
+                ),
+            ],
+            "layers/qlora_linear.py": [
+                "from lightning_qlora.layers.tensor_parallel import split, unknown_style",
+                "def split_over(self, mesh: Any, by_inputs: bool) -> None:",
+                "split(self, mesh, by_inputs)",
+                (
+                    """raise ValueError(f"{self.full_name}: {unknown_style('another style')}")""",
+                    'raise ValueError(f"{self.full_name}: a 4-bit layer can\'t be split by a plan.")',
+                ),
+            ],
+        },
+    ),
     "calibration": Feature(
         ["calibration/", "starts/calibrated.py", "starts/input_statistics.py"],
         {

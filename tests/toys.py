@@ -177,7 +177,7 @@ def delta(layer):
     parts = []
     for matrix in layer.matrices():
         added = layer.scaling * (matrix.lora_B.float() @ matrix.lora_A.float())
-        if matrix.lora_magnitude_vector is not None:
+        if layer.lora_magnitude_vector is not None:
             base = ops.dequantize(matrix.weight, torch.float32)
             added = dora_scale(layer, matrix)[:, None] * (base + added) - base
         parts.append(added)

@@ -15,7 +15,7 @@ from benchmarks.experts import OURS, build
 from benchmarks.gpu_cells import Row
 from benchmarks.timing import Function, call_seconds, seconds
 from lightning_qlora.experts import experts
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER
 
 QWEN3_30B = {"hidden": 2048, "width": 768, "experts": 128, "active": 8}
 MIXTRAL = {"hidden": 4096, "width": 14336, "experts": 8, "active": 2}

@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_qlora.activations.device_memory import memory_of
 from lightning_qlora.tensors.dtensor import world_size
+from lightning_qlora.tensors.values import is_plain
 from lightning_qlora.texts import size_text
 
 CHUNK = 2**22  # bytes: an input takes whole chunks, so that memory of a batch fits those of another length
 SEGMENT = 2**28  # bytes of one allocation: torch rounds pinned memory up to a power of two
 LEAST = 2**20  # bytes of an input that is worth a copy
-PLAIN = (Tensor, nn.Parameter, FakeTensor)  # others, such as DTensor, have parts that are tensors
 CHANGED = (
     "a block changed its input in place, so it can't be recomputed from it. Let the block compute out of place, or "
     "pass gradient_checkpointing=False."
@@ -250,7 +249,9 @@ class HostInputs:
 
     def _input(self, x: Any, first: Any) -> Any:
         """The input that stands for a tensor; the tensor, if it stays where it is."""
-        if not (needs_grad(x) or (is_float(x) and x is first)) or type(x) not in PLAIN:
+        if not (needs_grad(x) or (is_float(x) and x is first)):
+            return x
+        if not is_plain(x) and type(x) is not nn.Parameter:  # DTensor, for example, has parts that are tensors
             return x
         if x.nbytes < LEAST or not x.is_contiguous():
             return x

@@ -11,11 +11,12 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_qlora.activations import patches
 from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.tensors.values import has_values
 
 ROWS = 64  # of the tile; the input has three times as many
 TILE = slice(ROWS + 1, 2 * ROWS + 1)
@@ -51,7 +52,7 @@ def values_per_input(module: nn.Module, forward: Callable[[Tensor], Tensor], x: 
         NotRowByRow: If the module does not compute each row by itself.
     """
     stand_ins = [StandIn(layer) for layer in module.modules() if isinstance(layer, LoRALayer)]
-    has_data = not isinstance(x, FakeTensor)
+    has_data = has_values(x)
     with ExitStack() as stack:
         if not has_data:
             stack.enter_context(unset_fake_temporarily())

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lightning_qlora.kernels.lora_linear import refuse_second_derivative
+from lightning_qlora.tensors.values import has_values
 
 Function = Callable[[Tensor], Tensor]
 
@@ -36,8 +36,7 @@ def compute_in_tiles(
 ) -> tuple[Tensor, Tiles]:
     """f(x) for x [..., rows, width], with gradients for x and for what trains; and what a recomputed call passes."""
     flat = x.reshape(*[1] * (x.ndim - 2), -1, x.shape[-1])
-    is_fake = isinstance(x, FakeTensor)
-    parts = _split(flat.detach(), count, is_fake)
+    parts = _split(flat.detach(), count)
     state = CallState(x)
     first = None
     if tiles is None:
@@ -45,15 +44,15 @@ def compute_in_tiles(
         tiles = Tiles(count, first.shape[-1], first.dtype)
     y = x.new_empty(*flat.shape[:-1], tiles.width, dtype=tiles.dtype)
     y = _Gradient.apply(y, flat, (function, count, state), *trained)  # type: ignore[no-untyped-call]
-    for part, output in zip(parts, _split(y.detach(), count, is_fake), strict=True):
+    for part, output in zip(parts, _split(y.detach(), count), strict=True):
         output.copy_(_value(function, part) if first is None else first)
         first = None
     return y.view(*x.shape[:-1], tiles.width), tiles
 
 
-def _split(x: Tensor, count: int, is_fake: bool) -> Sequence[Tensor]:
+def _split(x: Tensor, count: int) -> Sequence[Tensor]:
     """The tiles; without data, as in `plan`, the first two, because the others need the same memory."""
-    if is_fake:
+    if not has_values(x):
         size = math.ceil(x.shape[-2] / count)
         return [x[..., :size, :], x[..., size : 2 * size, :]]
     return x.tensor_split(count, -2)
@@ -83,15 +82,14 @@ class _Gradient(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         function, count, state = ctx.rest
         sums = _Sums(ctx.trained)
-        is_fake = isinstance(x, FakeTensor)
-        parts = _split(x.detach(), count, is_fake)
+        parts = _split(x.detach(), count)
         grad_x = None
         parts_of_grad_x: Sequence[Tensor | None] = [None] * len(parts)
         if ctx.needs_input_grad[1]:
             grad_x = torch.empty_like(x)
-            parts_of_grad_x = _split(grad_x, count, is_fake)
+            parts_of_grad_x = _split(grad_x, count)
         with state.restored():
-            for part, of_y, of_x in zip(parts, _split(grad, count, is_fake), parts_of_grad_x, strict=True):
+            for part, of_y, of_x in zip(parts, _split(grad, count), parts_of_grad_x, strict=True):
                 _add_gradients(function, part, of_y, of_x, sums)
         return None, grad_x, None, *sums.values()
 

@@ -15,7 +15,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
@@ -27,6 +26,7 @@ from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join
 from lightning_qlora.tensors.dtensor import is_sharded
+from lightning_qlora.tensors.values import is_plain
 from lightning_qlora.texts import groups
 
 LEAST_ROWS = 1024  # of a tile: each decodes the weights again, which takes about as long as the products of 300 rows
@@ -73,7 +73,7 @@ class TokenTiles(OfRecomputation):
 
     def count(self, args: Any, kwargs: Any) -> int:
         """How many tiles a call has; 0: it runs whole."""
-        if len(args) != 1 or kwargs or type(args[0]) not in (Tensor, FakeTensor):
+        if len(args) != 1 or kwargs or not is_plain(args[0]):
             return 0
         x: Tensor = args[0]
         if not x.is_floating_point() or not is_long(x):

@@ -162,7 +162,7 @@ def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:
 
 
 def merged_weight(layer: LoRALayer, dtype: torch.dtype, weight: Tensor | None) -> Tensor:
-    """W + s B A, with DoRA m (W + s B A) / ||W + s B A||, in `dtype` and in the shape of the dense layer.
+    """W + s B A in `dtype` and in the shape of the dense layer.
 
     W: `weight`, [out, in] or for a stack [experts, out, in]; None: the 4-bit weight, decoded to its type.
     """

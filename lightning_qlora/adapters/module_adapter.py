@@ -11,12 +11,11 @@ from torch import nn
 from lightning_qlora.checkpoints.base_model import describe_base, tied_names, trained_modules
 from lightning_qlora.checkpoints.conversion import check_layers_of_conversions, conversion_of
 from lightning_qlora.checks import NOT_FINITE, check_converted, shown
-from lightning_qlora.config import Base, QLoRAConfig
+from lightning_qlora.config import Base, QLoRAConfig, arguments_that
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import DELTA, join, only_child_of, owner_name, without_wrappers
-from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX, Adapter, State
+from lightning_qlora.peft.adapter import PREFIX, Adapter, State
 from lightning_qlora.peft.base_compatibility import Quantization, check_required_base
 from lightning_qlora.peft.peft_config import ranks_and_alphas
 from lightning_qlora.peft.peft_layers import from_peft, refuse, to_peft
@@ -152,11 +151,10 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
     names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
     owners = {owner_name(key) for key in adapter.saved}
     rows = {names.get(name, name): indices for name, indices in adapter.tokens.items()}
+    function = {name: adapter.config[name] for name in arguments_that("of_function")}
     return replace(
         config.with_initialization("default"),
-        **_ranks_and_alphas(adapter, layers, prefix),
-        use_rslora=adapter.config["use_rslora"],
-        use_dora=adapter.config["use_dora"],
+        **(function | _ranks_and_alphas(adapter, layers, prefix)),
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),
@@ -215,9 +213,9 @@ def _check_fits(base: Parts, adapter: Adapter, loaded: dict[str, State]) -> None
                 f"{adapter.source}: key '{PREFIX}{key}' has rank {r}, and the sharded layer keeps its rank {layer.r}. "
                 "Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
             )
-        dora = layer.lora_magnitude_vector is not None
-        if dora != (MAGNITUDE in state):
-            refuse(adapter, key, base, f"has use_dora={dora} there, and the adapter use_dora={not dora}")
+        if state.keys() != {*layer.parameter_names}:
+            given = adapter.config["use_dora"]
+            refuse(adapter, key, base, f"has use_dora={not given} there, and the adapter use_dora={given}")
     for name, rows in adapter.tokens.items():
         indices = base.rows_that_train.get(name)
         if rows != indices:

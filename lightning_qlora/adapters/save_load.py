@@ -75,7 +75,7 @@ def save_adapter(
             f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
             stacklevel=2,
         )
-    dense = taken_for_experts(parts.base) if adapter.config["use_dora"] else []
+    dense = taken_for_experts(parts.base, dora=True) if adapter.config["use_dora"] else []
     if dense:
         warnings.warn(
             f"PEFT can't load the adapters of {len(dense)} layers ({first_of(dense, 1)}): it takes their names for "

@@ -60,7 +60,7 @@ def root_mean_square(name: str, sums: Tensor) -> Tensor:
 def keep_weights_of_this_rank(waiting: Iterable[InputStatistics]) -> None:
     """Sharded layers: each rank keeps the float weights of its share of the layers, and computes their adapters."""
     waiting = list(waiting)
-    if any(statistics.dense_weight.is_meta for statistics in waiting):
+    if not all(statistics.has_weight for statistics in waiting):
         return  # the ranks shared the work of loading
     for place, statistics in enumerate(waiting):
         if place % world_size() != dist.get_rank():
@@ -69,7 +69,7 @@ def keep_weights_of_this_rank(waiting: Iterable[InputStatistics]) -> None:
 
 def ranks_with_weights(waiting: list[InputStatistics], group: Any) -> list[int]:
     """The rank in the group that computes each adapter: one that has the float weight, so that ranks share the work."""
-    has_weight = [not statistics.dense_weight.is_meta for statistics in waiting]
+    has_weight = [statistics.has_weight for statistics in waiting]
     of_ranks = [has_weight] if group is None else of_all_ranks(has_weight, group)
     ranks = []
     for place in range(len(waiting)):

@@ -129,8 +129,7 @@ def waiting_in(modules: Iterable[nn.Module], sharded: bool = False) -> list[Inpu
     if new:
         if sharded and world_size() > 1:
             keep_weights_of_this_rank(new)
-        weights = [each.dense_weight for each in new]
-        host_bytes = sum(weight.nbytes for weight in weights if not weight.is_meta)
+        host_bytes = sum(each.dense_weight.nbytes for each in new if each.has_weight)
         report = Calibration([each.name for each in new], host_bytes)
         for each in new:
             each.report = report

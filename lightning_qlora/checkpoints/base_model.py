@@ -12,7 +12,7 @@ from lightning_qlora.layers.names import DELTA, last_part, name_endings, owner_n
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.peft.base_compatibility import Quantization
-from lightning_qlora.peft.peft_layers import TAKEN_FOR_EXPERTS, stacks_of, taken_for_experts
+from lightning_qlora.peft.peft_layers import stacks_of, taken_for_experts
 from lightning_qlora.survey.parts import Parts
 
 OF_LAYER = arguments_that("of_layer")
@@ -27,10 +27,7 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     layers = {part.reported_name(name): part for name, part in base.places if isinstance(part, LoRALayer)}
     first = next(iter(layers.values()), None)
     linear = [layer for layer in layers.values() if isinstance(layer, QLoRALinear)]
-    has_dora = any(layer.config.use_dora for layer in layers.values())  # which PEFT does not have for parameters
-    parameters = []
-    if not (has_dora or TAKEN_FOR_EXPERTS.isdisjoint(map(last_part, layers))):
-        parameters = taken_for_experts(base)
+    parameters = taken_for_experts(base)
     of_layers = {}
     for name, layer in layers.items():
         values = {key: getattr(layer.config, key) for key in OF_LAYER}

@@ -10,8 +10,7 @@ from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import check_dense, read_checkpoint
 from lightning_qlora.layers.layer_state import check_tensors_of_layer, read_base
-from lightning_qlora.layers.lora_layer import INITIAL
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL
 from lightning_qlora.layers.names import check_keys, last_part, named, owner_name, without_wrappers
 from lightning_qlora.peft.adapter import Adapter, check_state
 from lightning_qlora.peft.peft_layers import to_peft

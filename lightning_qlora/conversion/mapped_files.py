@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.names import tensors_of
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.fingerprint import is_strided
+from lightning_qlora.tensors.values import is_strided
 
 
 def copy_from_files(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
-from lightning_qlora.tensors.fingerprint import is_strided
+from lightning_qlora.tensors.values import is_strided
 
 
 class Counts(NamedTuple):

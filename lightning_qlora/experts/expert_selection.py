@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.kinds import sizes_of
 from lightning_qlora.layers.names import last_part, owner_name, parameter_name
-from lightning_qlora.tensors.fingerprint import is_strided
+from lightning_qlora.tensors.values import is_strided
 
 ROUTERS = ("gate", "router")  # names of routers beside a module `experts`
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.experts.readable_stack import ReadableStack
 from lightning_qlora.experts.routed_experts import is_routed, join_rows, routed_forward, rows_of_experts
 from lightning_qlora.kernels.backends import INTERPRETED
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
@@ -28,9 +29,7 @@ from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.names import join, last_part, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.prepared_call import cast_input
 from lightning_qlora.layers.qlora_linear import REPLACED
-from lightning_qlora.layers.readable_weight import ReadableStack
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
-from lightning_qlora.starts.starts import first_adapter
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
 VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
@@ -107,17 +106,15 @@ class QLoRAExperts(SavedLayer):
     def reported_name(self, name: str) -> str:
         return parameter_name(name)
 
+    def weight_name(self, name: str) -> str:
+        return name
+
     def trains_instead(self) -> dict[str, nn.Parameter]:
         prefix = stack_name(last_part(self.full_name))
         return {join(prefix, name): parameter for name, parameter in super().trains_instead().items()}
 
     def seed_name_of(self, number: int) -> str:
         return f"{self.seed_name}.{number}"
-
-    def reset_adapter(self) -> None:
-        names = map(self.seed_name_of, range(len(self)))
-        adapters = [first_adapter(self.weight_bytes, self.config, name) for name in names]
-        self.set_adapter(*(torch.stack(values) for values in zip(*adapters, strict=True)))
 
     def without_weight(self) -> "QLoRAExperts":
         return QLoRAExperts(self._transposed, self.flat)
@@ -161,14 +158,10 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        rows, columns = self.expert_shape
+        rows, columns = self.matrix_shape
         if self.flat:
             return len(self) * rows, columns
         return super().weight_shape
-
-    @property
-    def expert_shape(self) -> tuple[int, ...]:
-        return super().weight_shape[1:]
 
     def effective_weight(self) -> Tensor:
         return self._as_stored(super().effective_weight()).reshape(self.weight_shape)
@@ -178,7 +171,7 @@ class QLoRAExperts(SavedLayer):
 
         `ends` is int32 [experts]. On a GPU the host does not wait for it.
         """
-        has_kernel = (INTERPRETED or x.is_cuda) and self.lora_magnitude_vector is None
+        has_kernel = (INTERPRETED or x.is_cuda) and not self.matrix_class.reads_weight
         if has_kernel and not torch.compiler.is_compiling():
             y = self._compute_together(x, ends)
             if y is not None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.layers.names import stack_of
+from lightning_qlora.tensors.values import has_values
 
 
 def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _dense_product(owner: Any, stack: Tensor, x: Tensor, ends: Tensor) -> Tensor
 def rows_of_experts(x: Tensor, ends: Tensor) -> tuple[list[int], Sequence[Tensor]]:
     """The experts that rows end at, and their rows; the host waits for the numbers of rows."""
     counts = [len(x)]
-    if not isinstance(ends, FakeTensor):  # without data, as the memory planner runs models, one expert gets all
+    if has_values(ends):  # without data, as the memory planner runs models, one expert gets all
         counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     numbers = [number for number, count in enumerate(counts) if count]
     sizes = [counts[number] for number in numbers]

@@ -24,7 +24,7 @@ from lightning_qlora.layers.kinds import decode_as_stored, kind_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, owner_name, stack_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, split, unknown_style
+from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, unknown_style
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.selection.apply import convert_layer
 from lightning_qlora.selection.selection import Row
@@ -201,7 +201,7 @@ class Place:
                 owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
                 layer = convert_layer(self.chosen, weights=experts)
                 if isinstance(empty, DTensor) and isinstance(owner, QLoRALinear):
-                    split(owner, empty.device_mesh, by_inputs=empty.placements[0].is_shard(1))
+                    owner.split_over(empty.device_mesh, by_inputs=empty.placements[0].is_shard(1))
         except ValueError as error:
             return self.refuse(f"{self.chosen.name}: {error}")
         return self.loaded(layer)
@@ -246,9 +246,7 @@ def _not_splittable(place: DTensor, chosen: Row) -> str | None:
         return SPLIT_EXPERTS
     if place.device_mesh.ndim > 1:
         return LOAD_WHOLE
-    if type(place.placements[0]) is not Shard:
-        return unknown_style("a plan for fused layers")
-    return None
+    return None if type(place.placements[0]) is Shard else unknown_style("a plan for fused layers")
 
 
 def wrong_shape(key: str, shape: Sequence[int], expected: Sequence[int]) -> str:

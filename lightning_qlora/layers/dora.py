@@ -8,7 +8,7 @@ W^T: equal on average, with a second product with W. The norm counts as a consta
 """
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +17,55 @@ from lightning_qlora.config import BLOCK_SIZES
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import grad_bias, lora_linear, refuse_second_derivative
-from lightning_qlora.layers.matrix import TINY, Matrix
+from lightning_qlora.layers.matrix import product
+from lightning_qlora.layers.prepared_call import PreparedCall
 from lightning_qlora.quantization.packed_weight import PackedBytes
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class DoRAMatrix(NamedTuple):
+    """A `Matrix` with the magnitudes m of its rows."""
+
+    weight: PackedBytes
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_magnitude_vector: Tensor
+    number: int = 0
+
+    reads_weight = True  # type: ignore[misc]
+
+    @staticmethod
+    def complete(layer: Any) -> None:
+        """m: the norms of the rows."""
+        norms = [row_norm(layer, matrix) for matrix in layer.matrices()]
+        layer.write("lora_magnitude_vector", layer.join_matrices(norms))
+
+    @staticmethod
+    def check_split(layer: Any, by_inputs: bool) -> None:
+        if by_inputs:
+            raise ValueError(
+                f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of "
+                "whole rows at every step. Set use_dora=False, or leave the layer out of the plan."
+            )
+
+    def prepare(self, layer: Any, x: Tensor, bias: Tensor | None) -> PreparedCall:
+        kind = PreparedCall if layer._qlora_disabled else _DoRACall
+        return kind(layer, x, self, bias)
+
+    def merged(self, weight: Tensor, scaling: float) -> Tensor:
+        """m (W + s B A) / ||W + s B A||, fp32, of this W in fp32."""
+        total = weight + product(self, scaling)
+        total *= (self.lora_magnitude_vector.float() / total.norm(dim=1).clamp_min(TINY)).unsqueeze(1)
+        return total
+
+    def effective(self, layer: Any, weight: Tensor) -> Tensor:
+        """g (W + s B A)."""
+        return dora_scale(layer, self).unsqueeze(1) * (weight + product(self, layer.scaling))
 
 
 @torch.no_grad()
-def row_norm(layer: Any, matrix: Matrix) -> Tensor:
+def row_norm(layer: Any, matrix: Any) -> Tensor:
     """||W + s B A|| of every row of a `Matrix` of a `LoRALayer`, [out], fp32, computed without that sum.
 
     Formula: its square is ||W||^2 + 2 s sum_r B * (W A^T + s/2 B A A^T), and the op of the layer applied to A is
@@ -41,27 +84,29 @@ def row_norm(layer: Any, matrix: Matrix) -> Tensor:
     return norm
 
 
-def dora_scale(layer: Any, matrix: Matrix) -> Tensor:
+def dora_scale(layer: Any, matrix: DoRAMatrix) -> Tensor:
     """g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
-    assert matrix.lora_magnitude_vector is not None
     scale: Tensor = matrix.lora_magnitude_vector / row_norm(layer, matrix).clamp_min(TINY)
     return scale
 
 
-def dora_linear(
-    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, magnitude: Tensor, norm: Tensor
-) -> Tensor:
-    """The layer, differentiable in x, A, B and the magnitudes m [out]; norm: ||W + s B A|| [out], see `lora_linear`."""
-    norm = norm.clamp_min(TINY)
-    factor = (magnitude.detach() / norm).float()
-    scaled = scale_rows(weight, factor)
-    if scaled is None:
-        y = lora_linear(x.float(), weight, None, lora) * (magnitude / norm)
-        if bias is not None:
-            y = y + bias
-        return y.to(x.dtype)
-    y = lora_linear(x, scaled, None, LoRA(lora.a, factor[:, None] * lora.b, *lora[2:]))
-    return cast(Tensor, _WithMagnitude.apply(y, magnitude, bias))  # type: ignore[no-untyped-call]
+class _DoRACall(PreparedCall):
+    """Not kept, because each call computes the norms."""
+
+    def product(self, layer: Any, x: Tensor, lora: LoRA) -> Tensor:
+        """Differentiable in x, A, B and the magnitudes."""
+        weight, _, _, magnitude, _ = self._matrix
+        bias = self._bias
+        norm = row_norm(layer, self._matrix).clamp_min(TINY)
+        factor = (magnitude.detach() / norm).float()
+        scaled = scale_rows(weight, factor)
+        if scaled is None:
+            y: Tensor = lora_linear(x.float(), weight, None, lora) * (magnitude / norm)
+            if bias is not None:
+                y = y + bias
+            return y.to(x.dtype)
+        y = lora_linear(x, scaled, None, LoRA(lora.a, factor[:, None] * lora.b, *lora[2:]))
+        return cast(Tensor, _WithMagnitude.apply(y, magnitude, bias))  # type: ignore[no-untyped-call]
 
 
 def scale_rows(weight: PackedBytes, factor: Tensor) -> PackedBytes | None:

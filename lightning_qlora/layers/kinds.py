@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.tensors.values import has_values
 
 
 class LayerKind(NamedTuple):
@@ -74,8 +74,8 @@ def _computes_linear(layer: nn.Module) -> bool:
     bias = parameters.pop("bias", None)
     if weight is None or parameters or layer._modules or layer._buffers or weight.ndim != 2:
         return False
-    has_values = type(weight) is nn.Parameter and not weight.is_meta and not isinstance(weight, FakeTensor)
-    if not has_values or weight.dtype not in FLOATS or type(layer).__module__.startswith("torch."):
+    is_readable = type(weight) is nn.Parameter and has_values(weight)
+    if not is_readable or weight.dtype not in FLOATS or type(layer).__module__.startswith("torch."):
         return False
     count = 2 * weight.shape[1]
     x = torch.linspace(-1, 1, count, dtype=torch.float32, device=weight.device).view(2, -1).to(weight.dtype)

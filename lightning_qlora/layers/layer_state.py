@@ -11,8 +11,7 @@ from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.config import arguments_that
 from lightning_qlora.files.lightning_checkpoint import check_dense
 from lightning_qlora.files.safetensors_folder import parse_json
-from lightning_qlora.layers.lora_layer import INITIAL, LoRALayer
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE, in_rows
 from lightning_qlora.quantization.bnb_entries import (
     AVERAGED,
@@ -275,7 +274,7 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
     if found is not None:
         weight, dtype = found
         layer.set_bytes(weight.to(device, copy=not assign), dtype)
-    elif with_adapter or not (layer.config.use_dora or layer.input_observer is not None):
+    elif with_adapter or not (layer.matrix_class.reads_weight or layer.input_observer is not None):
         layer.quantize_weight(entries[key], device)
     else:
         dense = entries[key]

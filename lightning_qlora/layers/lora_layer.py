@@ -15,21 +15,27 @@ from torch import Tensor, nn
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
-from lightning_qlora.layers.dora import dora_scale, row_norm
-from lightning_qlora.layers.matrix import ADAPTER, Matrix
+from lightning_qlora.layers.dora import DoRAMatrix
+from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.prepared_call import PreparedCall
 from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.starts.starts import first_adapter, start_of
 from lightning_qlora.tensors.device_types import DTYPES, has_bf16, is_our_autocast
 from lightning_qlora.tensors.dtensor import gather, shard_like
-from lightning_qlora.tensors.fingerprint import has_values
+from lightning_qlora.tensors.values import has_values, moved
+from lightning_qlora.texts import join
 
-INITIAL = ("initial_A", "initial_B")  # their values at the start, if B was not 0
+ADAPTERS: dict[bool, Any] = {
+    False: Matrix,
+    True: DoRAMatrix,
+}  # by `use_dora`
+ADAPTER = (*dict.fromkeys(name for kind in ADAPTERS.values() for name in kind._fields[1:-1]),)  # what may train
+INITIAL = ("initial_A", "initial_B")  # values of A and B at the start, if B was not 0
 
 
 class LoRALayer(WithAdapter, PackedLayer):
-    """A 4-bit weight and the adapter that trains: A, B, and with DoRA the magnitudes of the rows.
+    """A 4-bit weight and the adapter that trains.
 
     The tensors of a stack have a first dimension for the experts.
     """
@@ -39,7 +45,6 @@ class LoRALayer(WithAdapter, PackedLayer):
     out_features: int
     lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type
     lora_B: nn.Parameter  # [out, r], fp32
-    lora_magnitude_vector: nn.Parameter | None  # [out], fp32, with DoRA
     lora_dropout: float  # probability of dropping an input of the adapter in training
     scaling: float  # the factor s
     full_name: str  # in the converted module; not `name`, which a class of the user may have
@@ -80,15 +85,11 @@ class LoRALayer(WithAdapter, PackedLayer):
         observer = start_of(config).observer
         for dense in self.split_matrices(weight):
             rows = self._as_stored(dense.detach())
-            values = rows
-            if not rows.is_meta:  # else they are read later
-                values = rows.to(device or rows.device)
+            values = moved(rows, device or rows.device)
             quantize = ops.quantize_bytes if has_values(values) else ops.quantize_unchecked
             bases.append(quantize(values, config.quant_type, config.block_size, config.double_quant))
             if observer is not None:
-                if not rows.is_meta:
-                    rows = rows.cpu()
-                weights.append(rows)
+                weights.append(moved(rows, "cpu"))
         self.set_matrices(bases, rows.dtype)
         if observer is not None:
             self.input_observer = observer(self, self.join_matrices(weights))
@@ -106,24 +107,34 @@ class LoRALayer(WithAdapter, PackedLayer):
             observer.leave(self)
 
     def reset_adapter(self) -> None:
-        self.set_adapter(*first_adapter(self.weight_bytes, self.config, self.seed_name))
+        names = map(self.seed_name_of, range(self.matrix_count))
+        adapters = [first_adapter(self.weight_bytes, self.config, name) for name in names]
+        self.set_adapter(*map(self.join_matrices, zip(*adapters, strict=True)))
 
     def seed_name_of(self, number: int) -> str:
         return self.seed_name
 
+    @property
+    def matrix_class(self) -> Any:
+        return ADAPTERS[self.config.use_dora]
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Of what trains, in the order of a `Matrix`."""
+        return self.matrix_class._fields[1:-1]  # type: ignore[no-any-return]
+
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Set A and B; with DoRA the magnitudes become the norms of the rows, which leaves the output as it was."""
+        """Set A and B, and what else trains to values that leave the output as it is."""
         self.write("lora_A", lora_a)
         self.write("lora_B", lora_b)
-        if self.config.use_dora:
-            norms = [row_norm(self, matrix) for matrix in self.matrices()]
-            self.write("lora_magnitude_vector", self.join_matrices(norms))
-        else:
-            self.register_parameter("lora_magnitude_vector", None)
+        self.matrix_class.complete(self)
+        for name in ADAPTER:
+            if name not in self.parameter_names:
+                self.register_parameter(name, None)
 
     def set_initial(self, adapter: Sequence[Tensor] | None) -> None:
         """Keep copies of the A and B that training begins with: an adapter for the 16-bit base is the difference."""
-        values = [value if value.is_meta else value.detach().to("cpu", copy=True) for value in adapter or ()]
+        values = [moved(value.detach(), "cpu", copy=True) for value in adapter or ()]
         self.initial_A, self.initial_B = values or (None, None)
 
     @property
@@ -131,18 +142,18 @@ class LoRALayer(WithAdapter, PackedLayer):
         """`initial_A` and `initial_B`; None if training began with B = 0, or from values of another module."""
         return None if self.initial_A is None or self.initial_B is None else (self.initial_A, self.initial_B)
 
-    def matrices(self, numbers: Sequence[int] | None = None) -> list[Matrix]:
+    def matrices(self, numbers: Sequence[int] | None = None) -> list[Any]:
         """The matrices of these numbers, None: all; of a sharded layer gathered, so all ranks must ask for them."""
         weight = self.whole_bytes
         adapter = self._adapter_of_each_matrix()
         matrices = []
         for number in range(self.matrix_count) if numbers is None else numbers:
             base = self.bytes_of(weight, number)
-            matrices.append(Matrix._make((base, *(values[number] for values in adapter), number)))
+            matrices.append(self.matrix_class(base, *(values[number] for values in adapter), number))
         return matrices
 
     def _adapter_of_each_matrix(self) -> list[Sequence[Any]]:
-        parameters = map(self._parameters.get, ADAPTER)
+        parameters = map(self._parameters.get, self.parameter_names)
         return [[None] * self.matrix_count if p is None else self.split_matrices(gather(p)) for p in parameters]
 
     def write(self, name: str, value: Tensor) -> None:
@@ -179,6 +190,10 @@ class LoRALayer(WithAdapter, PackedLayer):
         """Whether other code multiplied with the weight, or read it, in place of a call of the layer."""
         return self.weight_was_called or self.was_read_alone
 
+    def weight_name(self, name: str) -> str:
+        """Of the dense weight, in the module that has a layer of this reported name."""
+        return join(name, "weight")
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         parameters = [self._parameters.get(name) for name in ADAPTER]
         return [parameter for parameter in parameters if parameter is not None]
@@ -191,33 +206,30 @@ class LoRALayer(WithAdapter, PackedLayer):
         return self.lora_A.shape[-2]
 
     def effective_weight(self) -> Tensor:
-        """W + s B A, with DoRA g (W + s B A), [out, in], differentiable in the adapter.
+        """W + s B A, [out, in], differentiable in the adapter.
 
         It is in the weight's type, rounded stochastically (`rounding`), each time in the same way.
         """
         return self.join_matrices([self.effective_matrix(matrix) for matrix in self.matrices()])
 
-    def effective_matrix(self, matrix: Matrix) -> Tensor:
+    def effective_matrix(self, matrix: Any) -> Tensor:
         base = ops.dequantize(matrix.weight, self.weight_dtype)
         if self._qlora_disabled:
             return base
         if not torch.compiler.is_compiling():
             self.__dict__["weight_was_read"] = True
-        total = base.float() + matrix.product(self.scaling)
-        if matrix.lora_magnitude_vector is not None:
-            total = dora_scale(self, matrix).unsqueeze(1) * total
-        return round_stochastically(total, self.weight_dtype)
+        return round_stochastically(matrix.effective(self, base.float()), self.weight_dtype)
 
-    def compute(self, x: Tensor, matrix: Matrix, bias: Tensor | None, rank: int = 0) -> Tensor:
+    def compute(self, x: Tensor, matrix: Any, bias: Tensor | None, rank: int = 0) -> Tensor:
         """The layer with one of its matrices, or a part of it; ranks with other numbers drop others."""
         return self.prepare(x, matrix, bias).run(self, x, rank)
 
-    def prepare(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> PreparedCall:
+    def prepare(self, x: Tensor, matrix: Any, bias: Tensor | None) -> PreparedCall:
         if self.input_observer is not None:
             self.input_observer.add(self, matrix.number, x, matrix.lora_B)
         if not self._qlora_disabled and not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
-        return PreparedCall(self, x, matrix, bias)
+        return matrix.prepare(self, x, bias)  # type: ignore[no-any-return]
 
     def types_of_call(self, device: torch.device, given: torch.dtype) -> tuple[torch.dtype, bool, torch.dtype]:
         """The type of x in a call with x of a `given` type, whether its products are those of `half.py`; the type of y.

@@ -1,35 +1,52 @@
-"""Matrix: what one product of a 4-bit layer needs. A layer has one, a stack one for each expert."""
+"""Matrix: what one product of a 4-bit layer needs. A layer has one, a stack one for each expert.
 
-from typing import NamedTuple
+Another kind of adapter is a class with the same methods (`dora.py`) and a row of `ADAPTERS` in `lora_layer.py`.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_qlora.layers.prepared_call import PreparedCall
 from lightning_qlora.quantization.packed_weight import PackedBytes
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 class Matrix(NamedTuple):
-    """A 4-bit weight [out, in], the parameters of its adapter by their names in a layer, and its number in a stack."""
+    """A 4-bit weight [out, in], the parameters of its adapter by their names in a layer, and its number in a stack.
+
+    All parameters but A have one row for each output.
+    """
 
     weight: PackedBytes
     lora_A: Tensor
     lora_B: Tensor
-    lora_magnitude_vector: Tensor | None = None
     number: int = 0
 
-    def product(self, scaling: float) -> Tensor:
-        """s B A, [out, in], fp32, under autocast too."""
-        with torch.autocast(self.lora_B.device.type, enabled=False):
-            return scaling * (self.lora_B.float() @ self.lora_A.float())
+    reads_weight = False  # type: ignore[misc]  # whether the adapter depends on the values of W, which no kernel reads
+
+    @staticmethod
+    def complete(layer: Any) -> None:
+        """Set the parameters besides A and B, with values that change no output."""
+
+    @staticmethod
+    def check_split(layer: Any, by_inputs: bool) -> None:
+        """Raise ValueError if the ranks of tensor parallelism can't compute parts of it."""
+
+    def prepare(self, layer: Any, x: Tensor, bias: Tensor | None) -> PreparedCall:
+        return PreparedCall(layer, x, self, bias)
 
     def merged(self, weight: Tensor, scaling: float) -> Tensor:
-        """W + s B A, with DoRA m (W + s B A) / ||W + s B A||, fp32, of this W in fp32."""
-        total = weight + self.product(scaling)
-        if self.lora_magnitude_vector is not None:
-            total *= (self.lora_magnitude_vector.float() / total.norm(dim=1).clamp_min(TINY)).unsqueeze(1)
-        return total
+        """W + s B A, fp32, of this W in fp32."""
+        return weight + product(self, scaling)
+
+    def effective(self, layer: Any, weight: Tensor) -> Tensor:
+        """The same of the layer's own W, differentiable in the adapter."""
+        return self.merged(weight, layer.scaling)
 
 
-ADAPTER = Matrix._fields[1:-1]  # the parameters of a layer that train
+def product(matrix: Any, scaling: float) -> Tensor:
+    """s B A, [out, in], fp32, under autocast too."""
+    with torch.autocast(matrix.lora_B.device.type, enabled=False):
+        delta: Tensor = scaling * (matrix.lora_B.float() @ matrix.lora_A.float())
+        return delta

@@ -103,11 +103,15 @@ class PackedLayer(nn.Module):
         return weight
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Of one dense matrix."""
+        rows, columns = self._shape[-2:]
+        return (columns, rows) if self._transposed else (rows, columns)
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
-        *experts, rows, columns = self._shape
-        if self._transposed:
-            return *experts, columns, rows
-        return self._shape
+        """Of the dense weight."""
+        return *self._shape[:-2], *self.matrix_shape
 
     def decode(self) -> Tensor:
         """The base weight in its original type and shape."""
@@ -124,7 +128,8 @@ class PackedLayer(nn.Module):
 
     def split_matrices(self, values: Any) -> Sequence[Tensor]:
         """The reverse, also of values in the shape of the dense weight, or that are split already."""
-        return [values]
+        matrices: Sequence[Tensor] = [values] if isinstance(values, Tensor) else values
+        return matrices
 
     def bytes_of(self, weight: PackedBytes, number: int) -> PackedBytes:
         """Those of one matrix, of the bytes of the layer."""

@@ -14,8 +14,6 @@ from lightning_qlora.kernels.backends import plan_of
 from lightning_qlora.kernels.eager import Plan
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_plain_call, lora_linear, run_plan
-from lightning_qlora.layers.dora import dora_linear, row_norm
-from lightning_qlora.layers.matrix import Matrix
 
 PLAIN = (Tensor, nn.Parameter)
 MAX_SHAPES = 64  # of x, whose plans a layer keeps
@@ -29,23 +27,22 @@ _count_modes = torch._C._len_torch_dispatch_stack
 class PreparedCall:
     """Of a layer with one of its matrices, for x of one type on one device."""
 
-    def __init__(self, layer: Any, x: Tensor, matrix: Matrix, bias: Tensor | None) -> None:
-        weight, a, b, magnitude, _ = matrix
+    def __init__(self, layer: Any, x: Tensor, matrix: Any, bias: Tensor | None) -> None:
+        _, a, b, *_ = matrix
         self._kind = x.device.type
         self._of_x, in_fp16, self._of_y = layer.types_of_call(x.device, x.dtype)
         p = layer.lora_dropout
         # `functional_call` brings an A of its own, whose graph would be kept.
-        is_kept = type(a) is nn.Parameter and magnitude is None and layer.input_observer is None
+        is_kept = type(a) is nn.Parameter and layer.input_observer is None
         if layer._qlora_disabled:
             is_kept = False
             a = x.new_empty(0, a.shape[1], dtype=self._of_x)  # rank 0
             b = x.new_empty(b.shape[0], 0, dtype=self._of_x)
-            matrix = Matrix(weight, a, b)
             p = 0.0
         self._matrix = matrix
         self._bias = bias
         self._lora = LoRA(a, b, layer.scaling, p, None, in_fp16)
-        self._is_plain = is_plain_call(x, a)
+        self._is_plain = not matrix.reads_weight and is_plain_call(x, a)
         self._plans: dict[tuple[torch.Size, bool], Plan] = {}
         self._known = self._facts(layer, x) if is_kept and self._is_plain else None
 
@@ -127,14 +124,14 @@ class PreparedCall:
                 seed ^= rank << 32
             a, b, scaling, p, _, in_fp16 = lora
             lora = LoRA(a, b, scaling, p, seed, in_fp16)
-        weight, _, _, magnitude, _ = self._matrix
-        if magnitude is not None:
-            y = dora_linear(x, weight, self._bias, lora, magnitude, row_norm(layer, self._matrix))
-        elif self._is_plain:
-            y = run_plan(self._plan(x, lora, drops), x, weight, self._bias, lora)
+        if self._is_plain:
+            y = run_plan(self._plan(x, lora, drops), x, self._matrix.weight, self._bias, lora)
         else:
-            y = lora_linear(x, weight, self._bias, lora)
+            y = self.product(layer, x, lora)
         return y if y.dtype is self._of_y else y.to(self._of_y)  # `to` takes as long as a small product
+
+    def product(self, layer: Any, x: Tensor, lora: LoRA) -> Tensor:
+        return lora_linear(x, self._matrix.weight, self._bias, lora)
 
     def _plan(self, x: Tensor, lora: LoRA, drops: bool) -> Plan:
         shape = x.shape, drops

@@ -16,11 +16,10 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.matrix import ADAPTER, Matrix
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
-from lightning_qlora.layers.tensor_parallel import split, split_linear, unknown_style
+from lightning_qlora.layers.tensor_parallel import split, unknown_style
 from lightning_qlora.layers.with_adapter import adapters_of
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.starts.starts import check_packed_start
@@ -147,9 +146,10 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         try:
             if call is None or not call.is_for(self, x, bias):
                 if self._split is not None:
-                    return split_linear(self, x, bias)
-                parameters: Any = self._parameters  # each `self.lora_A` would cost a search through the module
-                call = self.prepare(x, Matrix(self.weight_bytes, *map(parameters.get, ADAPTER)), bias)
+                    return self._split.linear(self, x, bias)  # type: ignore[no-any-return]
+                # Each `self.lora_A` would cost a search through the module.
+                parameters = map(self._parameters.get, self.parameter_names)
+                call = self.prepare(x, self.matrix_class(self.weight_bytes, *parameters), bias)
                 if call.is_kept:
                     self.__dict__["_prepared"] = call
             y: Tensor = call.run(self, x)
@@ -183,7 +183,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
     def become_dense(self, weight: nn.Parameter, owner: nn.Module | None = None, key: str = "") -> nn.Module:
         """Hooks and the user's attributes stay."""
-        names: set[str] = set()  # that a layer has while it is in 4 bits
+        names = {*ADAPTER}  # that a layer has while it is in 4 bits
         for kind in type(self).__mro__:
             if issubclass(kind, PackedLayer):
                 names |= kind.__annotations__.keys()
@@ -228,7 +228,7 @@ def _forward_of(before: type[Any]) -> Any:
 
 
 # Names that a layer has in 4 bits and nn.Linear lacks; and methods that make a copy from a call of the class.
-MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
+MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__", *ADAPTER}
 for kind in {*QLoRALinear.__mro__} - {*nn.Linear.__mro__}:
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()

@@ -3,8 +3,6 @@
     layer.weight.shape, .dtype, .device                     cost nothing
     F.linear(x, layer.weight, bias), x @ layer.weight.T     run the fused op of the layer, adapter dropout included
     any other read                                          W + s B A in the weight's type, with gradients for A and B
-    experts.weight[3]                                       the same of one expert
-    torch.bmm(x, experts.weight)                            runs the fused op of each expert, for [experts, in, out]
 
 A function of torch that gets it is called with a plain tensor, computed for this call, whose gradient autograd knows. A
 read that is not one of the products above keeps the dense weight for the backward pass, as any weight is kept. An
@@ -12,7 +10,7 @@ read that is not one of the products above keeps the dense weight for the backwa
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +33,6 @@ METADATA |= {Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.nu
 IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 MEMORY = {Tensor.data_ptr, Tensor.untyped_storage}  # safetensors compares and reads it
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
-UNBINDS = {Tensor.unbind, torch.unbind}
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
@@ -125,7 +122,7 @@ def writes(func: Any) -> bool:
 READ_BY = ("__iter__", "__invert__", "__int__", "__index__")
 
 
-def _without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool) -> Any:
+def without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool) -> Any:
     """A tensor of a class with the type and device of a source's weight; it needs a gradient if the adapter does."""
     _, dtype, device = source.weight_metadata()
     trains = torch.is_grad_enabled() and not (detached or source._qlora_disabled)
@@ -141,7 +138,7 @@ def _without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool
 class ReadableWeight(Readable):
     """The weight of a source, [out, in], or [in, out] if transposed.
 
-    A source is a layer (`qlora_linear.py`, `trainable_tokens.py`), or an `Expert` of a stack.
+    A source is a layer (`qlora_linear.py`, `trainable_tokens.py`), or one matrix of a stack (`experts/`).
     """
 
     _transposed: bool
@@ -149,7 +146,7 @@ class ReadableWeight(Readable):
     @staticmethod
     def __new__(cls, source: Any, transposed: bool = False, detached: bool = False) -> "ReadableWeight":
         shape = source.weight_metadata()[0]
-        weight: ReadableWeight = _without_memory(cls, source, shape[::-1] if transposed else shape, detached)
+        weight: ReadableWeight = without_memory(cls, source, shape[::-1] if transposed else shape, detached)
         weight._transposed = transposed
         return weight
 
@@ -201,79 +198,3 @@ def readable_parameter(source: Any) -> Tensor:
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
-
-
-class Expert(NamedTuple):
-    """One expert of a stack, as the source of a readable weight."""
-
-    stack: Any  # a `QLoRAExperts`
-    matrix: Any  # its `Matrix`
-
-    def weight_metadata(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
-        shape, dtype, device = self.stack.weight_metadata()
-        return shape[1:], dtype, device
-
-    def adapter_parameters(self) -> list[torch.nn.Parameter]:
-        return self.stack.adapter_parameters()  # type: ignore[no-any-return]
-
-    @property
-    def _qlora_disabled(self) -> int:
-        return self.stack._qlora_disabled  # type: ignore[no-any-return]
-
-    def effective_weight(self) -> Tensor:
-        return self.stack.effective_matrix(self.matrix)  # type: ignore[no-any-return]
-
-    def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.stack.compute(x, self.matrix, bias)  # type: ignore[no-any-return]
-
-
-class ReadableStack(Readable):
-    """The weights of a `QLoRAExperts` in the shape of the parameter that it was."""
-
-    @staticmethod
-    def __new__(cls, source: Any, shape: tuple[int, ...] | None = None, detached: bool = False) -> "ReadableStack":
-        """A tensor without memory. `shape`: that of a view; None: that of the parameter."""
-        return _without_memory(cls, source, shape or source.weight_shape, detached)  # type: ignore[no-any-return]
-
-    def values(self) -> Tensor:
-        weight: Tensor = self._source.effective_weight()
-        return weight.view(self.shape)
-
-    def detach(self) -> "ReadableStack":
-        return ReadableStack(self._source, tuple(self.shape), detached=True)
-
-    def _expert(self, matrix: Any) -> Tensor:
-        weight = readable_weight(Expert(self._source, matrix), self._source._transposed)
-        return weight.detach() if self._is_detached else weight
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        stack = args[0] if args else None
-        if isinstance(stack, ReadableStack):
-            experts = stack._source
-            if func is Tensor.__getitem__ and _is_number(args[1]) and stack.dim() == 3:
-                (matrix,) = experts.matrices([range(len(experts))[int(args[1])]])
-                return stack._expert(matrix)
-            # `for weight in stack` calls unbind(0).
-            if func in UNBINDS and args[1:] in ((), (0,)) and not kwargs and stack.dim() == 3:
-                return tuple(stack._expert(matrix) for matrix in experts.matrices())
-            if func in (Tensor.view, Tensor.reshape) and experts.flat:
-                shape = (len(experts), *experts.expert_shape)
-                sizes = args[1:] if isinstance(args[1], int) else args[1]
-                if tuple(sizes) in (shape, (-1, *shape[1:])):
-                    return ReadableStack(experts, shape, stack._is_detached)
-        elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._source._transposed:
-            x = args[0]
-            experts = args[1]._source
-            ends = torch.arange(1, len(experts) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
-            return experts(x.flatten(0, 1), ends).view(len(experts), -1, experts.out_features)
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def _is_number(index: Any) -> bool:
-    """Whether an index is the number of an expert. Booleans, and bytes in a tensor, are masks for torch."""
-    if isinstance(index, Tensor):
-        is_mask = index.dtype in (torch.bool, torch.uint8)
-        return index.ndim == 0 and not index.dtype.is_floating_point and not is_mask
-    return isinstance(index, int) and not isinstance(index, bool)

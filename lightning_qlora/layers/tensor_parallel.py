@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.kernels import ops
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.matrix import ADAPTER, Matrix
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_layer import BASE, to_parameters
 from lightning_qlora.quantization.packed_weight import PackedBytes
 from lightning_qlora.tensors.dtensor import local
@@ -31,7 +30,7 @@ SPLIT_EXPERTS = (
     f"fully_shard, or {KEEP_DENSE}."
 )
 WHOLE = Replicate()
-BY_OUTPUTS = dict.fromkeys(("packed", "absmax", "lora_B", "lora_magnitude_vector", "bias"), Shard(0))
+BY_OUTPUTS = dict.fromkeys(("packed", "absmax", *ADAPTER[1:], "bias"), Shard(0))
 BY_INPUTS = dict.fromkeys(("packed", "absmax", "lora_A"), Shard(1))
 
 
@@ -58,6 +57,36 @@ class Split(NamedTuple):
         rows = torch.arange(out, device=device)[:, None] * per_row
         return (first + rows + torch.arange(blocks, device=device)).view(-1)
 
+    def linear(self, layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
+        parameters = layer._parameters
+        if isinstance(parameters["lora_A"], DTensor) and not isinstance(x, DTensor):
+            raise RuntimeError(
+                f"{layer.full_name}: is split over ranks, and its weight was multiplied by a plain tensor. Call the "
+                "layer itself, whose plan distributes the input, or leave the layer out of the plan."
+            )
+        bias = local(bias)
+        if self.by_inputs:
+            if self.rank:
+                bias = None  # one rank adds it
+            rank = self.rank
+            parts = BY_INPUTS
+            of_gradient = None
+        else:
+            rank = 0
+            parts = BY_OUTPUTS
+            of_gradient = [Partial()]
+        values = [(name, parameters[name]) for name in layer.parameter_names]
+        adapter = [local(value) if name in parts else _summed_gradient(value) for name, value in values]
+        matrix = layer.matrix_class(_weight_of_rank(layer), *adapter)
+        if not isinstance(x, DTensor):
+            return layer.compute(x, matrix, bias, rank)
+        y: Tensor = layer.compute(x.to_local(grad_placements=of_gradient), matrix, bias, rank)
+        placement: Placement = Shard(y.dim() - 1)
+        if self.by_inputs:
+            placement = Partial()
+        return DTensor.from_local(y, self.mesh, [placement])
+
 
 def unknown_style(style: str) -> str:
     return (
@@ -75,11 +104,7 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
     out, inputs = layer._shape
     ranks = mesh.size()
     size = layer.block_size
-    if by_inputs and layer.lora_magnitude_vector is not None:
-        raise ValueError(
-            f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of whole "
-            "rows at every step. Set use_dora=False, or leave the layer out of the plan."
-        )
+    layer.matrix_class.check_split(layer, by_inputs)
     if layer.input_observer is not None:
         layer.input_observer.refuse_split()
     side = "outputs"
@@ -114,37 +139,6 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
         part = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None).to_local().clone()
         whole = DTensor.from_local(part, mesh, [placement])
         layer.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-
-
-def split_linear(layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
-    split: Split = layer._split
-    parameters = layer._parameters
-    if isinstance(parameters["lora_A"], DTensor) and not isinstance(x, DTensor):
-        raise RuntimeError(
-            f"{layer.full_name}: is split over ranks, and its weight was multiplied by a plain tensor. Call the layer "
-            "itself, whose plan distributes the input, or leave the layer out of the plan."
-        )
-    bias = local(bias)
-    if split.by_inputs:
-        if split.rank:
-            bias = None  # one rank adds it
-        rank = split.rank
-        parts = BY_INPUTS
-        of_gradient = None
-    else:
-        rank = 0
-        parts = BY_OUTPUTS
-        of_gradient = [Partial()]
-    adapter = [local(parameters[name]) if name in parts else _summed_gradient(parameters[name]) for name in ADAPTER]
-    matrix = Matrix(_weight_of_rank(layer), *adapter)
-    if not isinstance(x, DTensor):
-        return layer.compute(x, matrix, bias, rank)
-    y: Tensor = layer.compute(x.to_local(grad_placements=of_gradient), matrix, bias, rank)
-    placement: Placement = Shard(y.dim() - 1)
-    if split.by_inputs:
-        placement = Partial()
-    return DTensor.from_local(y, split.mesh, [placement])
 
 
 @torch.no_grad()

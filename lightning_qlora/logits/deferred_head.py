@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_qlora.dtypes.compute_in import output_dtype
 from lightning_qlora.dtypes.instance_method import (
@@ -22,6 +21,7 @@ from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
 from lightning_qlora.survey.output_embeddings import OUTPUT_EMBEDDINGS, OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.tensors.values import is_plain
 
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
 # transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
@@ -57,13 +57,13 @@ def _can_defer(head: Any, input: Tensor) -> bool:
         DISABLED not in vars(head)
         and torch.is_grad_enabled()
         and not (head.training and _has_dropout(head))
-        and type(input) in (Tensor, FakeTensor)
+        and is_plain(input)
         and input.dim() >= 2
         # FSDP, and hooks that replace `forward` (accelerate's offloading), take the parameters away after the call.
         and "_is_fsdp_managed_module" not in vars(head)
         and not has_other_forward(head)
         # Parameters of other types are sharded (DTensor), or belong to one call of torch.func.functional_call.
-        and all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in head._parameters.values())
+        and all(p is None or is_plain(p, nn.Parameter) for p in head._parameters.values())
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and (input.requires_grad or any(p.requires_grad for p in head.parameters()))

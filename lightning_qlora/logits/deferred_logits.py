@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
@@ -28,6 +27,7 @@ from lightning_qlora.dtypes.instance_method import InstanceMethod
 from lightning_qlora.layers.readable_weight import METADATA, Readable, writes
 from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.piecewise_cross_entropy import piecewise_cross_entropy
+from lightning_qlora.tensors.values import is_plain
 
 Function = Callable[[Tensor], Tensor]
 
@@ -334,7 +334,7 @@ def _cross_entropy(
     """`F.cross_entropy` in pieces of rows; None for anything but the mean or the sum over the rows of a matrix."""
     if not isinstance(input, DeferredLogits) or input.is_computed or input.dim() != 2:
         return None
-    is_index = type(target) in (Tensor, FakeTensor) and not target.is_floating_point()
+    is_index = is_plain(target) and not target.is_floating_point()
     if not is_index or target.shape != input.shape[:1]:
         return None
     if weight is not None or label_smoothing or size_average is not None or reduce is not None:

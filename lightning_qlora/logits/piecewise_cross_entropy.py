@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+from lightning_qlora.tensors.values import has_values
 
 PIECE_ELEMENTS = 1 << 24  # logits in a piece: 64 MiB in fp32
 
@@ -128,9 +129,9 @@ def _losses_and_gradient(logits: Tensor, target: Tensor, ignore_index: int) -> t
 def _pieces(target: Tensor, ignore_index: int, vocabulary: int) -> list[Any]:
     """The rows of each piece; those with an ignored label are left out where their number is known without waiting."""
     size = max(1, PIECE_ELEMENTS // vocabulary)
-    if target.device.type == "cpu" and not isinstance(target, FakeTensor):
+    if target.device.type == "cpu" and has_values(target):
         return [rows for rows in torch.split((target != ignore_index).nonzero().squeeze(1), size) if len(rows)]
     starts = range(0, len(target), size)
-    if isinstance(target, FakeTensor):  # the pieces of `plan` are alike
+    if not has_values(target):  # the pieces of `plan` are alike
         starts = starts[:2]
     return [slice(start, start + size) for start in starts]

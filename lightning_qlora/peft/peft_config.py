@@ -29,8 +29,9 @@ UNSET: dict[str, Any] = {  # what null stands for there, and an entry that is mi
     "alpha_pattern": {},
     BASE_MODEL: None,
 }
-# PEFT's arguments for adapters that QLoRALinear does not compute.
+# PEFT's arguments for adapters that QLoRALinear does not compute, but for those that are arguments of ours as well.
 UNSUPPORTED = (
+    "use_dora",
     "lora_bias",
     "use_qalora",
     "use_bdlora",

@@ -20,7 +20,7 @@ from lightning_qlora.experts.expert_selection import expert_parameters
 from lightning_qlora.experts.experts import PARAMETERS, ExpertParameter
 from lightning_qlora.layers.kinds import is_linear, sizes_of
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.peft.adapter import BASE_LAYER, MAGNITUDE, PREFIX, Adapter, State
@@ -120,12 +120,17 @@ def without_place(layers: Iterable[str], stacks: Mapping[str, ExpertStack], conf
     return ""
 
 
-def taken_for_experts(base: Parts) -> list[str]:
-    """Names of converted linear layers that PEFT takes for those of experts, and adapts only as `target_parameters`."""
+def taken_for_experts(base: Parts, dora: bool = False) -> list[str]:
+    """Names of converted linear layers that PEFT takes for those of experts, and adapts only as `target_parameters`.
+
+    `dora`: those that it cannot adapt, because it has no DoRA for parameters.
+    """
     names = [
         name
         for name, layer in base.layers.items()
-        if last_part(name) in TAKEN_FOR_EXPERTS and isinstance(layer, QLoRALinear)
+        if last_part(name) in TAKEN_FOR_EXPERTS
+        and isinstance(layer, QLoRALinear)
+        and (MAGNITUDE in layer.parameter_names) is dora
     ]
     if not names:
         return []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.names import name_endings, owner_name, tensors_of, without_numbers
 from lightning_qlora.selection.selection import Selection
 from lightning_qlora.survey.survey import Survey
-from lightning_qlora.tensors.fingerprint import has_values, is_strided
+from lightning_qlora.tensors.values import has_values, is_strided
 
 COPIES = "_qlora_copies"  # attribute of a module while it is converted: the copies in it
 SAMPLES = 16  # elements of a weight that are compared first

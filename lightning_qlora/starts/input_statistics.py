@@ -68,6 +68,11 @@ class InputStatistics:
             "layer is split over ranks before it. Use 'default' or 'gaussian' with tensor parallelism."
         )
 
+    @property
+    def has_weight(self) -> bool:
+        """Whether this rank has the float weight."""
+        return not self.dense_weight.is_meta
+
     def to(self, device: torch.device) -> None:
         """Move the sums with a layer, whose weight may have been read after it was on the meta device."""
         device = solver_device(device)

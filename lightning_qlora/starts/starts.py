@@ -14,7 +14,7 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 from lightning_qlora.starts import default, gaussian
 from lightning_qlora.starts.calibrated import begin_again, wait_for_inputs
 from lightning_qlora.starts.seeds import generator_of
-from lightning_qlora.tensors.fingerprint import has_values
+from lightning_qlora.tensors.values import has_values
 
 
 class Start(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.fingerprint import has_values, is_strided
+from lightning_qlora.tensors.values import has_values, is_strided
 
 FEWEST = 32  # values, of which a distribution can be asked
 FEW = 256  # values; fewer are never certain

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.derived import Derived
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import join, parameter_name
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.tensors.device_types import IN_16_BITS

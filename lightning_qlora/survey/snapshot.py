@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.layers.names import tensors_of
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.fingerprint import is_strided
+from lightning_qlora.tensors.values import is_strided
 
 CONTAINERS = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from lightning_qlora.quantization.packed_weight import PackedWeight, stack_bytes
 from lightning_qlora.tensors.dtensor import gather, own_rows
+from lightning_qlora.tensors.values import has_values, is_strided
 
 _PIECE = 1 << 14  # words with one sum: on a CPU torch computes so few on one thread, and they stay in its cache
 _PIECES_ON_GPU = 1 << 6  # at a time
@@ -63,16 +63,6 @@ def fingerprints_of(tensors: Iterable[Tensor]) -> list[int]:
             for place, total in zip(some, (words ^ (words >> 32)).sum(1).tolist(), strict=True):
                 numbers[place] = _mix(_mix(total) + size)
     return [numbers[place] for place in range(len(values))]
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor has values: those on the meta device and those of FakeTensorMode have none."""
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
-
-
-def is_strided(tensor: Tensor) -> bool:
-    """Whether a tensor is elements in memory: not sparse, nested, quantized by torch, or in the layout of mkldnn."""
-    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _with_words(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.fingerprint import has_values, is_strided
+from lightning_qlora.tensors.values import has_values, is_strided
 from lightning_qlora.texts import join
 
 Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast

@@ -342,8 +342,8 @@ def _decode_buffers(layers: Iterable[Any]) -> int:
     largest: dict[torch.dtype, int] = {}
     for layer in layers:
         dtypes = {layer.compute_dtype(torch.device("cpu"))}
-        if layer.config.use_dora:
-            dtypes.add(torch.float32)  # for the norm of the rows
+        if layer.matrix_class.reads_weight:
+            dtypes.add(torch.float32)  # which DoRA reads for the norms of its rows
         for dtype in dtypes:
             largest[dtype] = max(largest.get(dtype, 0), math.prod(layer._shape[-2:]))
     return sum(dtype.itemsize * numel for dtype, numel in largest.items())

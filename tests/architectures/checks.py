@@ -103,7 +103,7 @@ def check_gradients(lit):
     twin = merge(copy.deepcopy(lit))
     for name, _, _, stack in expert_stacks(lit.named_modules()):
         weight = twin.get_parameter(name).requires_grad_(True)
-        shape = len(stack), *stack.expert_shape
+        shape = len(stack), *stack.matrix_shape
         dense_of[stack] = weight, (lambda grad, stack=stack, shape=shape: stack._as_stored(grad.view(shape)))
     for name, layer in layers.items():
         if layer not in dense_of:

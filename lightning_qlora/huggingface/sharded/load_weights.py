@@ -22,10 +22,8 @@ from tqdm import tqdm
 
 from lightning_qlora.adapters.module_adapter import set_adapter
 from lightning_qlora.checkpoints.conversion import conversion_of
-from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.matrix import ADAPTER
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import is_transformers_model, join, named
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -159,21 +157,17 @@ def _read_layer(name: str, layer: LoRALayer, folder: ModelFolder, device: torch.
     new.set_arguments(layer.config, name, layer.seed_name)
     weights: Any = (weight.to(layer.dtype_before) for weight in _read_matrices(name, layer, folder))
     with named(name):
-        if isinstance(layer, QLoRAExperts):
-            new.initialize(weights, device)
-        else:
-            new.initialize(next(weights), device)
+        new.initialize(weights, device)
     return new
 
 
 def _read_matrices(name: str, layer: LoRALayer, folder: ModelFolder) -> Iterator[Tensor]:
-    if not isinstance(layer, QLoRAExperts):
-        yield _read(folder, join(name, "weight"), layer.weight_shape)
-    elif f"{name}.0" in folder.entries:  # of a conversion by transformers
-        for number in range(len(layer)):
-            yield _read(folder, f"{name}.{number}", layer.expert_shape)
+    key = layer.weight_name(name)
+    if f"{key}.0" in folder.entries:  # of a conversion by transformers
+        for number in range(layer.matrix_count):
+            yield _read(folder, f"{key}.{number}", layer.matrix_shape)
     else:
-        yield from _read(folder, name, layer.weight_shape).view(len(layer), *layer.expert_shape)
+        yield from layer.split_matrices(_read(folder, key, layer.weight_shape))
 
 
 def _read(folder: ModelFolder, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.huggingface.operations import wrong_shape
 from lightning_qlora.huggingface.sharded import patches as _patches  # noqa: F401, `make_changes` makes its change
 from lightning_qlora.huggingface.sharded.load_weights import NO_VALUES, read_weights
+from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, named_tensors
-from lightning_qlora.layers.packed_layer import PackedLayer, to_parameters
+from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.selection.apply import convert_layer
 from lightning_qlora.selection.selection import Row
 from lightning_qlora.survey.provenance import LOADED_TENSOR
@@ -86,10 +86,8 @@ def mark_as_found(model: nn.Module, folder: ModelFolder) -> None:
     dense: Any = folder.model
     sources = dict(named_tensors(dense))
     for name, part in model.named_modules():
-        if isinstance(part, PackedLayer):
-            weight = join(name, "weight")
-            if isinstance(part, QLoRAExperts):
-                weight = part.reported_name(name)
+        if isinstance(part, LoRALayer):
+            weight = part.weight_name(part.reported_name(name))
             part.dtype_before = dense.get_parameter(weight).dtype
             part.weight_dtype = part.dtype_before
             part._is_hf_initialized = part._parameters.get("bias") is None  # type: ignore[assignment]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_qlora.lightning_copies import inherit_from_copies
 
 if TYPE_CHECKING:
+    from lightning_qlora.adapters.load import load_adapter as load_adapter
     from lightning_qlora.adapters.merge import merge as merge
-    from lightning_qlora.adapters.save_load import load_adapter as load_adapter
-    from lightning_qlora.adapters.save_load import save_adapter as save_adapter
+    from lightning_qlora.adapters.save import save_adapter as save_adapter
     from lightning_qlora.calibration.calibration import calibrate as calibrate
     from lightning_qlora.config import QLoRAConfig as QLoRAConfig
     from lightning_qlora.conversion.convert import convert as convert
@@ -48,13 +48,13 @@ _PLACES = {
     "convert": "conversion.convert",
     "disable_adapter": "layers.disable_adapter",
     "estimate_memory": "tools.memory_estimate",
-    "load_adapter": "adapters.save_load",
+    "load_adapter": "adapters.load",
     "load_from_checkpoint": "conversion.load_from_checkpoint",
     "load_weights": "huggingface.sharded.load_weights",
     "loraplus_groups": "optim.loraplus",
     "merge": "adapters.merge",
     "quantize": "kernels.ops",
-    "save_adapter": "adapters.save_load",
+    "save_adapter": "adapters.save",
     "to_parameters": "layers.packed_layer",
 }
 __all__ = list(_PLACES)

@@ -17,11 +17,11 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.checkpoints.conversion import CONVERSION
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checks import DAMAGED, DIVERGED, NOT_FINITE
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
+from lightning_qlora.survey.records import CONVERSION
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, make_trainer, run_python
 

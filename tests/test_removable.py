@@ -107,7 +107,7 @@ FEATURES = {
     "rows of tokens": Feature(
         ["layers/trainable_tokens.py", "selection/token_selection.py"],
         {
-            "adapters/module_adapter.py": ["trainable_token_indices=rows or None,"],
+            "adapters/load.py": ["trainable_token_indices=rows or None,"],
             "arguments.py": ["trainable_token_indices: list[int] | dict[str, list[int]] | None"],
             "config.py": [
                 "trainable_token_indices: TokenIndices | None = "
@@ -134,7 +134,7 @@ FEATURES = {
                 "True: DoRAMatrix,",
                 ("return ADAPTERS[self.config.use_dora]", "return ADAPTERS[False]"),
             ],
-            "peft/base_compatibility.py": [
+            "adapters/base_compatibility.py": [
                 ('for key in (*Quantization._fields, "use_dora"):', "for key in Quantization._fields:")
             ],
         },

@@ -246,7 +246,7 @@ STOPS = {
             "saved_conversion",
             "fingerprints of the base: in 4 bits, and unchanged",
         ),
-        ("checkpoints/conversion.py", "entry_of", "one entry: arguments, base model, fingerprints"),
+        ("checkpoints/saved_conversion.py", "entry_of", "one entry: arguments, base model, fingerprints"),
         ("checkpoints/run_state.py", "torch_rng_states", "the random generators, in the plugin's state"),
         ("runs/guards.py", "check_checkpoint", "no NaN, no adapter missing"),
     ),

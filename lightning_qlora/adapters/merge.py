@@ -7,13 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.activations.gradient_checkpointing import disable_gradient_checkpointing
-from lightning_qlora.adapters.module_adapter import check_adapters_finite, inference_mode_of
-from lightning_qlora.checkpoints.conversion import (
-    check_layers_of_conversions,
-    conversion_of,
-    forget_conversion,
-    mark_as_merged,
-)
+from lightning_qlora.adapters.load import inference_mode_of
+from lightning_qlora.adapters.save import check_adapters_finite
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
@@ -25,7 +20,13 @@ from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
-from lightning_qlora.survey.records import undo
+from lightning_qlora.survey.records import (
+    check_layers_of_conversions,
+    conversion_of,
+    forget_conversion,
+    mark_as_merged,
+    undo,
+)
 from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard

@@ -4,16 +4,16 @@ import os
 
 from torch import Tensor
 
-from lightning_qlora.checkpoints.base_model import config_of_layer
-from lightning_qlora.checkpoints.conversion import CONVERSION, SavedConversion, read_conversion
+from lightning_qlora.adapters.adapter import Adapter, check_state
+from lightning_qlora.adapters.peft_layers import to_peft
+from lightning_qlora.checkpoints.saved_conversion import SavedConversion, read_conversion
 from lightning_qlora.checks import DAMAGED
 from lightning_qlora.config import Base
 from lightning_qlora.files.lightning_checkpoint import check_dense, read_checkpoint
 from lightning_qlora.layers.layer_state import check_tensors_of_layer, read_base
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL
 from lightning_qlora.layers.names import check_keys, last_part, named, owner_name, without_wrappers
-from lightning_qlora.peft.adapter import Adapter, check_state
-from lightning_qlora.peft.peft_layers import to_peft
+from lightning_qlora.survey.records import CONVERSION
 from lightning_qlora.tensors.fingerprint import fingerprint_of_weights
 
 DESCRIPTION = (
@@ -52,7 +52,7 @@ def read_adapter_from_checkpoint(
     bases = {}
     for prefix, name in sorted(names.items()):
         name = name.removeprefix(outer)  # in the base model
-        configs[name] = config_of_layer(description, name, conversion.config)
+        configs[name] = conversion.config.with_own(conversion.base["layers"].get(name, {}))
         with named(path):
             check_tensors_of_layer(state, prefix)
         layers[name] = {key: state[prefix + key] for key in (*ADAPTER, *INITIAL) if prefix + key in state}

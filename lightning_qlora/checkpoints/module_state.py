@@ -13,20 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.checkpoints.base_model import describe_base, trained_modules
-from lightning_qlora.checkpoints.conversion import (
-    CONVERSION,
-    Conversion,
-    SavedConversion,
-    adapter_keys,
-    check_no_layer_resized,
-    conversion_of,
-    entry_of,
-    float_buffers,
-    read_conversion,
-    shapes_of_layers,
-)
-from lightning_qlora.checkpoints.recorded_origins import convert_as_recorded
+from lightning_qlora.adapters.peft_layers import describe_base, trained_modules
+from lightning_qlora.checkpoints.saved_conversion import SavedConversion, adapter_keys, entry_of, read_conversion
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.dtypes.full_precision import hold_assigned
@@ -46,7 +34,17 @@ from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.starts.starts import corrects_error
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import new_by_values
-from lightning_qlora.survey.records import has_fingerprint, was_frozen
+from lightning_qlora.survey.recorded_origins import convert_as_recorded
+from lightning_qlora.survey.records import (
+    CONVERSION,
+    Conversion,
+    check_no_layer_resized,
+    conversion_of,
+    float_buffers,
+    has_fingerprint,
+    shapes_of_layers,
+    was_frozen,
+)
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.tensors.fingerprint import fingerprint
 
@@ -105,8 +103,10 @@ def record_conversion(
     parts = Parts(parts.places, (CHECKPOINTED,))  # names as in state dicts
     earlier = [conversion_of(part) for part in parts.modules]
     requests = [request for conversion in earlier if conversion is not None for request in conversion.given]
-    buffers = {name: fingerprint(value) for name, value in float_buffers(parts)}
-    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes_of_layers(parts), buffers, convert_again)
+    buffers = {name: fingerprint(value) for name, value in float_buffers(parts.named)}
+    vars(root)[CONVERSION] = Conversion(
+        config, [*requests, given], shapes_of_layers(parts.named), buffers, convert_again
+    )
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_pre_hook(_before_state_dict)  # type: ignore[no-untyped-call]
@@ -160,7 +160,7 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     layers = parts.layers_by_key
     for layer in layers.values():
         vars(layer).pop("base_left_out_at", None)
-    check_no_layer_resized(conversion, parts)
+    check_no_layer_resized(conversion, parts.named)
     if _is_merged(conversion, parts):
         return
     saved = saved_conversion(parts, conversion.config)
@@ -315,7 +315,7 @@ def _take_arguments(parts: Parts, conversion: Conversion, saved: SavedConversion
             f"trainable_token_indices is {shown(saved_tokens)} in the checkpoint and {here} here, by names of "
             "embeddings. Set it to the value of the checkpoint."
         )
-    of_layers = saved.base.get("layers", {})
+    of_layers = saved.base["layers"]
     layers = parts.base.layers if of_layers else parts.layers  # their names do not matter if all have the same
     arguments = {layer: vars(saved.config) | of_layers.get(name, {}) for name, layer in layers.items()}
     for layer, of_layer in arguments.items():

@@ -14,8 +14,8 @@ from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.checkpoints.conversion import conversion_of
 from lightning_qlora.checks import shown
+from lightning_qlora.survey.records import conversion_of
 from lightning_qlora.tensors.dtensor import of_all_ranks, world_size
 
 INSTANTIATORS = tuple(f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning"))

@@ -13,10 +13,11 @@ from lightning_qlora.activations.gradient_checkpointing import (
     budget_of,
     enable_gradient_checkpointing,
 )
-from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter, set_origins_of_base
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.load import config_of_adapter, set_adapter, set_origins_of_base
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.calibration.calibration import calibration_of
-from lightning_qlora.checkpoints.conversion import Conversion, check_layers_of_conversions, conversion_of, forget_merge
 from lightning_qlora.checkpoints.module_state import record_conversion
 from lightning_qlora.checks import check_module
 from lightning_qlora.config import QLoRAConfig
@@ -42,8 +43,6 @@ from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_pr
 from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
-from lightning_qlora.peft.adapter import Adapter
-from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.runs.guards import refuse_old_wrappers
 from lightning_qlora.runs.patches import shard_bytes
 from lightning_qlora.selection.apply import convert_layers, freeze
@@ -52,7 +51,15 @@ from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import check_selection
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import remember_origins
-from lightning_qlora.survey.records import record, record_rounded, unrecorded
+from lightning_qlora.survey.records import (
+    Conversion,
+    check_layers_of_conversions,
+    conversion_of,
+    forget_merge,
+    record,
+    record_rounded,
+    unrecorded,
+)
 from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.survey.survey import Agree, Survey, survey
 from lightning_qlora.tensors.device_types import held_type

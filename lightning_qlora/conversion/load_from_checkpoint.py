@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.checkpoints.conversion import CONVERSION, adapter_keys, conversion_of, entry_of, read_conversion
 from lightning_qlora.checkpoints.run_state import check_instantiator, check_networks
+from lightning_qlora.checkpoints.saved_conversion import adapter_keys, entry_of, read_conversion
 from lightning_qlora.checks import shown
 from lightning_qlora.conversion.convert import convert_module
 from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint, reading
@@ -19,6 +19,7 @@ from lightning_qlora.layers.layer_state import has_base
 from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import set_origins
+from lightning_qlora.survey.records import CONVERSION, conversion_of
 
 Module = TypeVar("Module", bound=LightningModule)
 LARGE = 1e6  # no difference of two weights is

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.conversion.convert_checks import differing_arguments, no_layer
@@ -14,7 +15,6 @@ from lightning_qlora.conversion.report import NOTHING_PRETRAINED, ConversionRepo
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, tensors_of
 from lightning_qlora.layers.packed_layer import PackedLayer
-from lightning_qlora.peft.base_compatibility import check_one_folder
 from lightning_qlora.selection.copies import Copy
 from lightning_qlora.selection.selection import FROZEN, IN_VAIN, Selection
 from lightning_qlora.survey.parts import Parts

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qlora.checkpoints.base_model import tied_names
+from lightning_qlora.adapters.adapter import Adapter, State
+from lightning_qlora.adapters.load import tied_names
+from lightning_qlora.adapters.peft_experts import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_files, file_in
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import DELTA, last_part, owner_name
-from lightning_qlora.peft.adapter import Adapter, State
-from lightning_qlora.peft.peft_layers import expert_parameter
 from lightning_qlora.survey.output_embeddings import OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.adapters.save_load import save_adapter
+from lightning_qlora.adapters.save import save_adapter
 from lightning_qlora.layers.names import is_transformers_model, last_part
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.survey.provenance import LOADED

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 
+from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR
-from lightning_qlora.peft.adapter import Adapter
 from lightning_qlora.upstream_changes import make_changes
 
 

@@ -23,7 +23,9 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_qlora.adapters.module_adapter import config_of_adapter
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.load import config_of_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.safetensors_folder import WEIGHTS, WeightFolder, read_header
 from lightning_qlora.huggingface.base_folder import CANNOT_DEQUANTIZE, can_compose, stored_format, takes_dequantize
@@ -32,8 +34,6 @@ from lightning_qlora.huggingface.patches import Choice, forget_quantizer
 from lightning_qlora.huggingface.sharded.without_data import LaterWeights
 from lightning_qlora.layers.names import join, last_part, named, named_tensors, owner_name
 from lightning_qlora.layers.packed_layer import to_parameters
-from lightning_qlora.peft.adapter import Adapter
-from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.quantization.codebooks import OF_BITSANDBYTES
 from lightning_qlora.selection.selection import Row, select_layers
 from lightning_qlora.starts.starts import check_packed_start

@@ -15,22 +15,12 @@ from torch.optim import Optimizer
 from typing_extensions import Never, Unpack, override
 
 from lightning_qlora.arguments import QLoRAArguments, shows_arguments
-from lightning_qlora.checkpoints.conversion import (
-    CONVERSION,
-    adapter_keys,
-    conversion_of,
-    entry_of,
-    forget_conversion,
-    read_conversion,
-    text_of,
-    was_merged,
-)
-from lightning_qlora.checkpoints.recorded_origins import convert_as_recorded
 from lightning_qlora.checkpoints.run_state import (
     begin_epoch_of_checkpoint,
     set_torch_rng_state_of_rank,
     torch_rng_states,
 )
+from lightning_qlora.checkpoints.saved_conversion import adapter_keys, entry_of, read_conversion, text_of
 from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.conversion.convert import Run, convert_module, is_converted
@@ -59,6 +49,8 @@ from lightning_qlora.runs import guards
 from lightning_qlora.runs.base_of_rank_0 import use_base_of_rank_0
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import Origins
+from lightning_qlora.survey.recorded_origins import convert_as_recorded
+from lightning_qlora.survey.records import CONVERSION, conversion_of, forget_conversion, was_merged
 from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.upstream_changes import make_changes

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora.adapters.module_adapter import check_adapters_finite
-from lightning_qlora.checkpoints.conversion import adapter_keys
+from lightning_qlora.adapters.save import check_adapters_finite
+from lightning_qlora.checkpoints.saved_conversion import adapter_keys
 from lightning_qlora.checks import TRAIN_IN_FULL, first_of
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import inside, join, name_endings, without_wrappers

@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 
-from lightning_qlora.adapters.module_adapter import check_adapters_finite
-from lightning_qlora.checkpoints.conversion import conversion_of
+from lightning_qlora.adapters.save import check_adapters_finite
 from lightning_qlora.checkpoints.module_state import ask_for
 from lightning_qlora.checkpoints.run_state import leave_out_networks
 from lightning_qlora.files.hub import file_in
@@ -45,6 +44,7 @@ from lightning_qlora.optim.saved_state import load_whole_state
 from lightning_qlora.runs.base_of_rank_0 import from_rank_0, use_base_of_rank_0
 from lightning_qlora.runs.guards import check_checkpoint
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.records import conversion_of
 from lightning_qlora.tensors.held_types import in_types_before
 from lightning_qlora.upstream_changes import replaces, wrap_once
 

@@ -1,26 +1,118 @@
-"""What conversion records of a parameter: whether it trained, its type, and the fingerprint of its frozen value.
+"""What conversion records of a module: its arguments; and of a parameter: whether it trained, its type, a fingerprint.
 
-The record is an attribute of the module that holds the parameter, so it stays valid when that becomes a part of another
+A record is an attribute of the module that holds the parameter, so it stays valid when that becomes a part of another
 module. A parameter without a record has not been part of a conversion. A frozen parameter that was written to since, in
-whatever way, has another fingerprint: each save reads them all.
+whatever way, has another fingerprint: each save reads them all. The record of a module is an entry of its state dict
+too, with the same name, so that torch.distributed.checkpoint, which follows keys as attributes, finds it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import join, parameter_name
+from lightning_qlora.layers.names import join, parameter_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprints_of
 
+CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
+MERGED = "_qlora_merged"  # attribute of a module that was merged
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 OF_LAYERS = (*BASE, *ADAPTER)  # keys of parameters that conversion made
+
+
+@dataclass
+class Conversion:
+    """The conversion of a module.
+
+    Attributes:
+        config: The arguments that checkpoints hold; an adapter that was loaded changes them.
+        given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
+            are those of this conversion.
+        layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
+        buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
+        convert_again: Converts what in the module is not converted, with these arguments.
+    """
+
+    config: QLoRAConfig
+    given: list[QLoRAConfig]
+    layers: dict[str, tuple[int, ...]]
+    buffers: dict[str, int]
+    convert_again: Callable[[nn.Module, QLoRAConfig], object]
+
+
+def conversion_of(module: nn.Module) -> Conversion | None:
+    """The conversion of a module; None if it is not converted, or only as a part of another module."""
+    return vars(module).get(CONVERSION)
+
+
+def forget_conversion(module: nn.Module) -> None:
+    """Remove the record, so that the module can be converted again; converted layers stay."""
+    vars(module).pop(CONVERSION, None)
+
+
+def mark_as_merged(module: nn.Module) -> None:
+    """Let a run that only evaluates the module leave it dense."""
+    vars(module)[MERGED] = True
+
+
+def forget_merge(part: nn.Module) -> None:
+    """The module that it is a part of is converted again."""
+    vars(part).pop(MERGED, None)
+
+
+def was_merged(module: nn.Module) -> bool:
+    """Whether the adapters of a module, or of a part of it, were merged, and it was not converted since."""
+    return any(MERGED in vars(part) for part in module.modules())
+
+
+def check_no_layer_resized(conversion: Conversion, named: Iterable[tuple[str, nn.Module]]) -> None:
+    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
+
+    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
+    """
+    layers = {without_wrappers(name): part for name, part in named}
+    for name, shape in conversion.layers.items():
+        layer = layers.get(name)
+        if layer is None or isinstance(layer, Derived):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.shape != shape:
+            raise RuntimeError(
+                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
+                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
+                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
+            )
+
+
+def check_layers_of_conversions(parts: Any) -> None:
+    """The same for each conversion, of the module or of a part of it; `parts`: a `Parts`."""
+    for name, module in parts.named:
+        conversion = conversion_of(module)
+        if conversion is not None:
+            check_no_layer_resized(conversion, parts.inside(name) if name else parts.named)
+
+
+def shapes_of_layers(named: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, ...]]:
+    """Of layers and embeddings whose weight is computed when code reads it."""
+    layers: dict[str, Any] = {name: part for name, part in named if hasattr(type(part), "weight_metadata")}
+    return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
+
+
+def float_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
+    for name, part in named:
+        for key, value in part.named_buffers(recurse=False):
+            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
+                yield join(name, key), value
 
 
 class Record(NamedTuple):

@@ -17,7 +17,7 @@ from lightning_qlora.tools.output import print_json, say, show
 from lightning_qlora.tools.plan import plan
 
 if TYPE_CHECKING:
-    from lightning_qlora.peft.adapter import Adapter
+    from lightning_qlora.adapters.adapter import Adapter
 
 # Errors that the user can correct are shown on one line. Any other error is a bug of ours and shows its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
@@ -108,8 +108,8 @@ def export(
         weights_only: False also reads checkpoints with hyperparameters of other classes than plain values, and can run
             code of whoever wrote the file.
     """
-    from lightning_qlora.peft.base_compatibility import required_base, trained_on
-    from lightning_qlora.peft.peft_folder import write_adapter
+    from lightning_qlora.adapters.base_compatibility import required_base, trained_on
+    from lightning_qlora.adapters.peft_folder import write_adapter
 
     adapter = _adapter(checkpoint, weights_only, base)
     requirement = required_base(adapter.quantization)
@@ -205,9 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _adapter(path: str, weights_only: bool, base: Base) -> "Adapter":
+    from lightning_qlora.adapters.peft_folder import read_adapter
     from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
     from lightning_qlora.files.lightning_checkpoint import is_shards
-    from lightning_qlora.peft.peft_folder import read_adapter
 
     if os.path.isdir(path) and not is_shards(path):
         return read_adapter(path, base)

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_compatibility import trained_on
+from lightning_qlora.adapters.peft_config import BASE_MODEL, CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.files.hub import resolve_model
 from lightning_qlora.files.lightning_checkpoint import is_shards
 from lightning_qlora.files.safetensors_folder import WeightFolder, read_config
 from lightning_qlora.huggingface.base_folder import stored_format
 from lightning_qlora.layers.names import last_part, owner_name
-from lightning_qlora.peft.adapter import Adapter
-from lightning_qlora.peft.base_compatibility import trained_on
-from lightning_qlora.peft.peft_config import BASE_MODEL, CONFIG_FILE
-from lightning_qlora.peft.peft_folder import WEIGHTS_FILE, read_adapter
 from lightning_qlora.tensors.fingerprint import checksum
 from lightning_qlora.texts import size_text
 

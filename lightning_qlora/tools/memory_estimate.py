@@ -21,14 +21,14 @@ from lightning_qlora.activations.gradient_checkpointing import (
     enable_gradient_checkpointing,
     transformers_checkpointing_layers,
 )
-from lightning_qlora.adapters.module_adapter import config_of_adapter
+from lightning_qlora.adapters.load import config_of_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.conversion.convert import Run, convert_module
 from lightning_qlora.conversion.convert_checks import check_initialized
 from lightning_qlora.conversion.parameter_counts import count_parameters, packed_layers, parameter_bytes
-from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS, Held
 from lightning_qlora.texts import size_text

@@ -9,8 +9,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.base_compatibility import Quantization
+from lightning_qlora.adapters.load import config_of_adapter, set_adapter
 from lightning_qlora.adapters.merge import merge_onto
-from lightning_qlora.adapters.module_adapter import config_of_adapter, set_adapter
+from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import Base, MergeDtype, QLoRAConfig
 from lightning_qlora.conversion.convert import convert_module
@@ -22,9 +25,6 @@ from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import named
-from lightning_qlora.peft.adapter import Adapter
-from lightning_qlora.peft.base_compatibility import Quantization
-from lightning_qlora.peft.peft_layers import from_peft
 from lightning_qlora.survey.parts import Parts
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")

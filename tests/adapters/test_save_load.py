@@ -22,15 +22,15 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.adapters.module_adapter import config_of_adapter
+from lightning_qlora.adapters.load import config_of_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from lightning_qlora.survey.parts import Parts
+from tests.adapters.folders import PLAIN, assert_same_folders, assert_same_tensors, read_config
 from tests.conftest import Classifier, raises_in_one_line
 from tests.experts.test_experts import made, qwen3_moe
-from tests.peft.folders import PLAIN, assert_same_folders, assert_same_tensors, read_config
 from tests.toys import ARGUMENTS, NAMES, Lit, converted, delta, ids, logits, perturb, save_in_4_bits, toy
 
 peft = pytest.importorskip("peft")

@@ -20,9 +20,9 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.tools.merge_folder import merge_folder
+from tests.adapters.folders import adapter_of
 from tests.architectures.classes import build_class
 from tests.architectures.models import ALL, build, inputs_of
-from tests.peft.folders import adapter_of
 from tests.toys import expert_stacks, ids, perturb
 
 # Without two blocks of one class that hold linear layers: gradient checkpointing warns.

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, merge
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import BASE, CHECKSUMS, WEIGHTS_FILE, read_adapter, write_adapter
 from lightning_qlora.config import BLOCK_SIZES, QUANT_TYPES, QLoRAConfig
-from lightning_qlora.peft.peft_config import CONFIG_FILE
-from lightning_qlora.peft.peft_folder import BASE, CHECKSUMS, WEIGHTS_FILE, read_adapter, write_adapter
-from tests.peft.test_peft_folder import adapter
+from tests.adapters.test_peft_folder import adapter
 from tests.toys import perturb
 
 JSON = (type(None), bool, int, float, str, list)

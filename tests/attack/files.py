@@ -15,13 +15,13 @@ from collections import Counter
 import torch
 
 from lightning_qlora import QLoRAPrecision
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.files.folder_writer import INCOMPLETE
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.peft.peft_config import CONFIG_FILE
-from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
+from tests.adapters.test_peft_folder import adapter, content
 from tests.attack.processes import exit_at_line, kill_later, lines_of, run
 from tests.conftest import Classifier, ResumableLoader, make_trainer
-from tests.peft.test_peft_folder import adapter, content
 
 STEPS = 6
 

@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from lightning_qlora import convert
+from lightning_qlora.adapters.peft_config import CONFIG_FILE
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
-from lightning_qlora.peft.peft_config import CONFIG_FILE
-from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
+from tests.adapters.test_peft_folder import adapter, content
 from tests.files.test_lightning_checkpoint import STATE, save_shards
-from tests.peft.test_peft_folder import adapter, content
 
 CLASSES = (Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata, _StorageInfo, torch.Size, PurePath)
 OPCODES = sorted({code for code in vars(pickle).values() if isinstance(code, bytes) and len(code) == 1})

@@ -30,8 +30,8 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.layers.dora import dora_scale
 from lightning_qlora.starts import calibrated
 from lightning_qlora.starts.input_statistics import add_input
+from tests.adapters.folders import adapter_of
 from tests.conftest import loader
-from tests.peft.folders import adapter_of
 from tests.toys import assert_equal, delta
 
 CALIBRATED = {"r": 8, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["0", "2"]}

@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
+from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import write_adapter
 from lightning_qlora.tools.cli import main
+from tests.adapters.folders import adapter_of, assert_same_folders
 from tests.conftest import elsewhere, raises_in_one_line
-from tests.peft.folders import adapter_of, assert_same_folders
 from tests.toys import ARGUMENTS, Lit, assert_equal, converted, perturb, toy
 
 pytest.importorskip("transformers")

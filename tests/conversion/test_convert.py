@@ -75,7 +75,6 @@ def test_what_a_conversion_does_not_use_is_not_run():
         "dtypes/",
         "huggingface/",
         "optim/",
-        "peft/",
         "plugin/",
         "tools/",
     )

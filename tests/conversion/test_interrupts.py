@@ -14,12 +14,11 @@ from torch import nn
 
 import lightning_qlora
 from lightning_qlora import QLoRAPrecision, convert, merge, save_adapter
-from lightning_qlora.checkpoints.conversion import was_merged
 from lightning_qlora.conversion import outside_copies
 from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from lightning_qlora.survey.records import RECORDS
+from lightning_qlora.survey.records import RECORDS, was_merged
 from lightning_qlora.tensors.held_types import TYPES
 from tests.conftest import Classifier, loader
 from tests.toys import assert_equal, perturb

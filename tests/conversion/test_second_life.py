@@ -21,10 +21,10 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.checkpoints.conversion import conversion_of
 from lightning_qlora.config import QUANT_TYPES
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.plugin.precision import MERGED_BEFORE
+from lightning_qlora.survey.records import conversion_of
 from tests.conftest import Classifier, loader
 from tests.toys import perturb
 

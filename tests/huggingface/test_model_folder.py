@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import convert, save_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.peft_layers import from_peft
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import read_adapter
-from lightning_qlora.peft.peft_layers import from_peft
 from lightning_qlora.survey.parts import Parts
 from tests.toys import assert_equal, delta, perturb
 

@@ -20,10 +20,11 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
+from tests.adapters.folders import adapter_of
 from tests.conftest import run_python
 from tests.experts.test_experts import SMALL, gpt_oss, jetmoe, made, outputs, qwen3_moe
 from tests.huggingface.published_formats import CONFIGS, encode, encode_gguf
@@ -35,7 +36,6 @@ from tests.huggingface.test_experts_on_load import (
     same_parameters,
 )
 from tests.huggingface.test_quantize_on_load import InConfigureModel
-from tests.peft.folders import adapter_of
 from tests.toys import assert_equal, expert_stacks, ids, needs, perturb, save_in_4_bits
 
 transformers = pytest.importorskip("transformers", minversion="5.22")

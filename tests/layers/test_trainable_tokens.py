@@ -20,15 +20,15 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.logits.deferred_logits import DeferredLogits
 from lightning_qlora.optim.optimizer_parameters import optimizer_parameters, replace_parameters_by_adapters
-from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.selection.token_selection import check_tokens
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.survey import survey
 from lightning_qlora.tools.merge_folder import merge_folder
-from tests.peft.folders import adapter_of
+from tests.adapters.folders import adapter_of
 from tests.toys import LLAMA, Lit, assert_equal, ids, logits, needs, perturb, pretrain, toy
 
 TOKENS = [7, 100, int(ids()[0, 0]), 3, int(ids()[1, 5])]

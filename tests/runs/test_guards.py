@@ -187,7 +187,7 @@ def test_a_checkpoint_on_an_exception_holds_the_adapters_and_waits_for_no_other_
 
     def fail(*_):
         if module.global_step == 3:
-            for place in ("tensors.dtensor", "checkpoints.run_state", "adapters.module_adapter"):
+            for place in ("tensors.dtensor", "checkpoints.run_state", "adapters.save"):
                 monkeypatch.setattr(f"lightning_qlora.{place}.of_all_ranks", gather)
             raise ZeroDivisionError
 

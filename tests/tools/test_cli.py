@@ -417,7 +417,7 @@ def test_an_error_that_is_none_of_the_user_keeps_its_traceback(tmp_path, monkeyp
 
 
 def test_merge_refuses_an_output_before_it_reads_anything(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr("lightning_qlora.peft.peft_folder.read_adapter", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("lightning_qlora.adapters.peft_folder.read_adapter", lambda *_: pytest.fail("work was done"))
     (tmp_path / "link").symlink_to("nothing")
     assert "symbolic link" in fails("merge", tmp_path, tmp_path / "link")
 

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, merge, save_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import _copy_other_files, merge_folder
+from tests.adapters.folders import adapter_of
 from tests.conftest import elsewhere, raises_in_one_line
 from tests.experts import test_experts as experts
-from tests.peft.folders import adapter_of
 from tests.toys import ARGUMENTS, Lit, assert_equal, converted, delta, logits, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")

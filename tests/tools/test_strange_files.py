@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_qlora import convert, estimate_memory, load_from_checkpoint, save_adapter
-from lightning_qlora.checkpoints.conversion import CONVERSION, entry_of
+from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.checkpoints.saved_conversion import entry_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.huggingface.base_folder import gguf_of
-from lightning_qlora.peft.peft_folder import read_adapter
+from lightning_qlora.survey.records import CONVERSION
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.inspect_path import inspect_path
 from tests.conftest import Classifier, raises_in_one_line

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lightning_qlora.adapters.module_adapter import set_adapter
-from lightning_qlora.checkpoints.conversion import conversion_of
+from lightning_qlora.adapters.load import set_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import is_transformers_model, join, named
 from lightning_qlora.layers.packed_layer import BASE, PackedLayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import read_adapter
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import renew
+from lightning_qlora.survey.records import conversion_of, renew
 from lightning_qlora.tensors.dtensor import is_sharded, local_part, of_all_ranks
 from lightning_qlora.tensors.held_types import types_before
 

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
 from lightning_qlora.tools.inspect_path import inspect_path
+from tests.adapters.folders import assert_same_folders, assert_same_tensors, read_config
 from tests.experts import test_experts as toys
 from tests.huggingface.test_experts_on_load import deepseek_v3, mixtral
-from tests.peft.folders import assert_same_folders, assert_same_tensors, read_config
 from tests.toys import expert_stacks, perturb
 
 peft = pytest.importorskip("peft", minversion="0.21")

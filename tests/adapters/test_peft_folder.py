@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_qlora.peft.adapter import Adapter
-from lightning_qlora.peft.peft_config import CONFIG_FILE, round_alpha
-from lightning_qlora.peft.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
-from tests.peft.folders import PLAIN, assert_same_folders
+from lightning_qlora.adapters.adapter import Adapter
+from lightning_qlora.adapters.peft_config import CONFIG_FILE, round_alpha
+from lightning_qlora.adapters.peft_folder import WEIGHTS_FILE, read_adapter, write_adapter
+from tests.adapters.folders import PLAIN, assert_same_folders
 
 
 def adapter(number: int, r: int = 2, **entries) -> Adapter:

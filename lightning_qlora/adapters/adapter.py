@@ -4,15 +4,18 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite
+from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import name_endings
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.selection.patterns import Patterns
+from lightning_qlora.survey.parts import Parts
+from lightning_qlora.texts import printable
 
 State = dict[str, Tensor]  # the adapter of a layer by its own names: lora_A, lora_B, with DoRA lora_magnitude_vector
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitudes, and that of the layers
@@ -94,6 +97,21 @@ class Adapter:
     @property
     def tokens(self) -> dict[str, list[int]]:
         return self.config.get("trainable_token_indices") or {}
+
+    def check_sizes(self, key: str, base: Parts, what: str, matrices: int, sizes: tuple[int, int]) -> None:
+        """`sizes`: outputs and inputs of `what`, as PEFT counts them; it has the ranks of all matrices in one."""
+        a, b = (list(self.layers[key][part].shape) for part in ("lora_A", "lora_B"))
+        outputs, inputs = sizes
+        if (a[1], b[0]) != (inputs, outputs) or a[0] not in {matrices * rank for rank in self.ranks}:
+            difference = f"has {what} of {inputs} inputs and {outputs} outputs there, the adapter has lora_A {a} and"
+            self.refuse(f"{key}.lora_A.weight", base, f"{difference} lora_B {b}")
+
+    def refuse(self, key: str, base: Parts, difference: str) -> NoReturn:
+        kind = type(base.root).__name__
+        raise CheckpointMismatchError(
+            f"{self.source}: key '{PREFIX}{printable(key)}' does not fit: the {kind} {difference}. An adapter fits the "
+            "architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
+        )
 
     def has_one_value(self, tied: list[str]) -> bool:
         """Whether `saved` has no value for the names of a tied weight, or the same value for all of them."""

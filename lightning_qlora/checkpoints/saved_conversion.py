@@ -1,17 +1,15 @@
-"""What a conversion did, and what the base model was: an attribute of a converted module, one entry of its state dict.
-
-Both have the same name, so that torch.distributed.checkpoint, which follows keys as attributes, finds the entry.
-"""
+"""What a conversion did, and what the base model was: one entry of a state dict, read from files of strangers."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_qlora.adapters.base_compatibility import Quantization, read_quantization
 from lightning_qlora.checks import (
     DAMAGED,
     RemovedStartError,
@@ -24,13 +22,9 @@ from lightning_qlora.checks import (
 )
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.lightning_checkpoint import check_dense
-from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, without_wrappers
-from lightning_qlora.peft.base_compatibility import Quantization, read_quantization
-from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.records import CONVERSION
 
-CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
-MERGED = "_qlora_merged"  # attribute of a module that was merged
 DESCRIPTION_TYPES: dict[str, Any] = {  # types of entries of `describe_base`; of a list, those of its elements are texts
     "prefix": str,
     "trained_in_full": list,
@@ -46,93 +40,6 @@ DESCRIPTION_TYPES: dict[str, Any] = {  # types of entries of `describe_base`; of
 }
 OF_LAYERS = {*arguments_that("of_layer"), "init_lora_weights", "loftq_config"}  # what "layers" has
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
-
-
-@dataclass
-class Conversion:
-    """The conversion of a module.
-
-    Attributes:
-        config: The arguments that checkpoints hold; an adapter that was loaded changes them.
-        given: The arguments of every call that converted the module or a part of it, as they were passed; the last ones
-            are those of this conversion.
-        layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
-        buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
-        convert_again: Converts what in the module is not converted, with these arguments.
-    """
-
-    config: QLoRAConfig
-    given: list[QLoRAConfig]
-    layers: dict[str, tuple[int, ...]]
-    buffers: dict[str, int]
-    convert_again: Callable[[nn.Module, QLoRAConfig], object]
-
-
-def conversion_of(module: nn.Module) -> Conversion | None:
-    """The conversion of a module; None if it is not converted, or only as a part of another module."""
-    return vars(module).get(CONVERSION)
-
-
-def forget_conversion(module: nn.Module) -> None:
-    """Remove the record, so that the module can be converted again; converted layers stay."""
-    vars(module).pop(CONVERSION, None)
-
-
-def mark_as_merged(module: nn.Module) -> None:
-    """Let a run that only evaluates the module leave it dense."""
-    vars(module)[MERGED] = True
-
-
-def forget_merge(part: nn.Module) -> None:
-    """The module that it is a part of is converted again."""
-    vars(part).pop(MERGED, None)
-
-
-def was_merged(module: nn.Module) -> bool:
-    """Whether the adapters of a module, or of a part of it, were merged, and it was not converted since."""
-    return any(MERGED in vars(part) for part in module.modules())
-
-
-def check_no_layer_resized(conversion: Conversion, parts: Parts) -> None:
-    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
-
-    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
-    """
-    layers = {without_wrappers(name): part for name, part in parts.named}
-    for name, shape in conversion.layers.items():
-        layer = layers.get(name)
-        if layer is None or isinstance(layer, Derived):
-            continue
-        weight = layer._parameters.get("weight")
-        if weight is not None and weight.shape != shape:
-            raise RuntimeError(
-                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
-                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
-                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
-            )
-
-
-def check_layers_of_conversions(parts: Parts) -> None:
-    """The same for each conversion, of the module or of a part of it."""
-    for name, module in parts.named:
-        conversion = conversion_of(module)
-        if conversion is not None:
-            check_no_layer_resized(conversion, Parts(parts.inside(name), ()) if name else parts)
-
-
-def shapes_of_layers(parts: Parts) -> dict[str, tuple[int, ...]]:
-    """Of layers and embeddings whose weight is computed when code reads it."""
-    layers: dict[str, Any] = {name: part for name, part in parts.named if hasattr(type(part), "weight_metadata")}
-    return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
-
-
-def float_buffers(parts: Parts) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
-    for name, part in parts.named:
-        for key, value in part.named_buffers(recurse=False):
-            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
-            if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
-                yield join(name, key), value
 
 
 @dataclass(frozen=True)
@@ -208,7 +115,7 @@ class SavedConversion:
     def arguments_of_layers(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""
         prefix = self.base.get("prefix", "")
-        arguments = {join(prefix, name): value for name, value in self.base.get("layers", {}).items()}
+        arguments = {join(prefix, name): value for name, value in self.base["layers"].items()}
         found = {}
         for key, name in self.names_of_layers(state_dict).items():
             rank = state_dict[f"{key}lora_A"].shape[-2]

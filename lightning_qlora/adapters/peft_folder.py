@@ -15,19 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qlora.adapters.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State, check_state
+from lightning_qlora.adapters.base_compatibility import read_quantization, required_base, subtract_initial
+from lightning_qlora.adapters.peft_config import CONFIG_FILE, MERGE_IN_PEFT, read_peft_config
 from lightning_qlora.checks import DAMAGED, DIVERGED, shown
 from lightning_qlora.config import Base
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.hub import file_in
 from lightning_qlora.files.safetensors_folder import open_safetensors, parse_json, write_safetensors
 from lightning_qlora.layers.names import DELTA, TOKEN_ADAPTER, check_keys, last_part, named
-from lightning_qlora.peft.adapter import ADAPTER_DTYPES, MAGNITUDE, PREFIX, Adapter, State, check_state
-from lightning_qlora.peft.base_compatibility import (
-    read_quantization,
-    required_base,
-    subtract_initial,
-)
-from lightning_qlora.peft.peft_config import CONFIG_FILE, MERGE_IN_PEFT, read_peft_config
 from lightning_qlora.tensors.fingerprint import checksum
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_qlora import CheckpointMismatchError, convert, load_adapter, save_adapter
+from lightning_qlora.adapters.adapter import MAGNITUDE, PREFIX
+from lightning_qlora.adapters.peft_folder import BASE
 from lightning_qlora.checks import DAMAGED, DIVERGED
 from lightning_qlora.layers.trainable_tokens import DELTA
-from lightning_qlora.peft.adapter import MAGNITUDE, PREFIX
-from lightning_qlora.peft.peft_folder import BASE
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
+from lightning_qlora.adapters.adapter import MAGNITUDE, State
 from lightning_qlora.checks import check_bool, check_choice, check_names, check_string, shown
 from lightning_qlora.config import CHECKS as OF_ARGUMENTS
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.files.safetensors_folder import read_json
 from lightning_qlora.layers.names import TOKEN_ADAPTER, join, last_part
-from lightning_qlora.peft.adapter import MAGNITUDE, State
 
 CONFIG_FILE = "adapter_config.json"
 BASE_MODEL = "base_model_name_or_path"

@@ -10,14 +10,13 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_qlora.checkpoints.conversion import Conversion, forget_conversion
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
 from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.names import owner_name, parameter_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import origins_by_name
-from lightning_qlora.survey.records import own_parameters, undo
+from lightning_qlora.survey.records import Conversion, forget_conversion, own_parameters, undo
 from lightning_qlora.survey.untrained import BY_VALUES, ORIGINS
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.held_types import full_precision_parameters

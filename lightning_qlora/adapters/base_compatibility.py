@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, State
 from lightning_qlora.checks import DAMAGED, RemovedStartError
 from lightning_qlora.config import CHECKS, InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.peft.adapter import MAGNITUDE, Adapter, State
 from lightning_qlora.starts.starts import corrects_error
 
 

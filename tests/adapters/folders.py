@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from lightning_qlora.adapters.module_adapter import get_adapter
+from lightning_qlora.adapters.save import get_adapter
 from lightning_qlora.survey.parts import Parts
 
 PLAIN = {  # entries of adapter_config.json without dropout, patterns, rsLoRA and DoRA

@@ -19,15 +19,16 @@ from lightning_qlora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_qlora.checkpoints.conversion import CONVERSION, entry_of, text_of
+from lightning_qlora.adapters.base_compatibility import Quantization, required_base, trained_on
+from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.checkpoints.saved_conversion import entry_of, text_of
 from lightning_qlora.config import QLoRAConfig, arguments_that
-from lightning_qlora.peft.base_compatibility import Quantization, required_base, trained_on
-from lightning_qlora.peft.peft_folder import read_adapter, write_adapter
+from lightning_qlora.survey.records import CONVERSION
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.merge_folder import merge_folder
+from tests.adapters.folders import adapter_of, assert_same_tensors, read_config
 from tests.conftest import elsewhere, raises_in_one_line
-from tests.peft.folders import adapter_of, assert_same_tensors, read_config
 from tests.toys import ARGUMENTS, Lit, assert_equal, delta, ids, logits, perturb, save_in_4_bits, toy
 
 pytest.importorskip("transformers")

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from lightning_qlora import convert, save_adapter
-from lightning_qlora.adapters.save_load import layers_that_are_only_read
+from lightning_qlora.adapters.peft_folder import write_adapter
+from lightning_qlora.adapters.save import layers_that_are_only_read
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.peft.peft_folder import write_adapter
+from tests.adapters.folders import adapter_of, assert_same_folders, read_config
+from tests.adapters.test_peft_experts import decoded_base, logits
 from tests.experts import test_experts as toys
-from tests.peft.folders import adapter_of, assert_same_folders, read_config
-from tests.peft.test_peft_experts import decoded_base, logits
 from tests.toys import perturb
 
 peft = pytest.importorskip("peft", minversion="0.21")

@@ -1,6 +1,4 @@
-"""The layers of an adapter in PEFT's form, and the errors if a model has no such layers.
-
-Linear layers have the same tensors there; all experts of a parameter (`target_parameters`) have one pair of matrices:
+"""Adapters of experts in PEFT's form: one pair of matrices for all experts of a parameter (`target_parameters`).
 
     lora_A  [experts * r, in]     the r rows of expert 0, then those of expert 1, ...
     lora_B  [out, r * experts]    the first column of every expert, then the second column of every expert, ...
@@ -10,29 +8,17 @@ a `.base_layer`, so only the model says which parameter an adapter belongs to.
 Source: peft/tuners/lora/layer.py (ParamWrapper, get_delta_weight) and peft/tuners/tuners_utils.py (_inject_parameters).
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_qlora.config import Base, QLoRAConfig
+from lightning_qlora.adapters.adapter import BASE_LAYER, MAGNITUDE, Adapter, State
 from lightning_qlora.experts.expert_selection import expert_parameters
 from lightning_qlora.experts.experts import PARAMETERS, ExpertParameter
-from lightning_qlora.layers.kinds import is_linear, sizes_of
-from lightning_qlora.layers.layer_state import CheckpointMismatchError
-from lightning_qlora.layers.lora_layer import ADAPTER
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear
-from lightning_qlora.peft.adapter import BASE_LAYER, MAGNITUDE, PREFIX, Adapter, State
-from lightning_qlora.peft.base_compatibility import (
-    Quantization,
-    check_one_folder,
-    required_base,
-    subtract_initial,
-)
-from lightning_qlora.peft.peft_config import config_for_peft
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.texts import printable
 
 # Beside stacks of experts PEFT applies these targets to the stacks, and not to dense MLPs and shared experts with these
 # names (peft/utils/transformers_weight_conversion.py), unless target_parameters name them.
@@ -104,10 +90,8 @@ def stacks_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertStack]:
     return stacks
 
 
-def without_place(layers: Iterable[str], stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) -> str:
-    """Why PEFT has no adapter with this config for some of these layers and experts; "" if it has."""
-    if "" in layers:
-        return f"PEFT can't adapt a layer that is the model itself. {ELSEWHERE}"
+def experts_without_place(stacks: Mapping[str, ExpertStack], config: Mapping[str, Any]) -> str:
+    """Why PEFT has no adapter with this config for some of these experts; "" if it has."""
     for name, stack in stacks.items():
         for has_no_place, reason in (
             (stack.flat, "all experts are one matrix there, which PEFT gives one adapter of rank r"),
@@ -138,91 +122,25 @@ def taken_for_experts(base: Parts, dora: bool = False) -> list[str]:
     return names if any(name.endswith("experts.gate_up_proj") for name in parameters) else []
 
 
-def to_peft(
-    description: Mapping[str, Any],
-    configs: Mapping[str, QLoRAConfig],
-    layers: Mapping[str, State],
-    quantization: Quantization | None,
-    base: Base = "quantized",
-    **others: Any,
-) -> Adapter:
-    """An adapter for this base, from `describe_base`, and the arguments and tensors of each layer by its name there.
-
-    `layers` may have the initial values, which are subtracted for base="float". `others` are attributes of the adapter.
-    ValueError if a folder has no place for layers with these arguments.
-    """
-    check_one_folder(configs)
-    if base == "float" and required_base(quantization) is not None:
-        layers = subtract_initial(layers, others["source"])
-        quantization = None
-        others |= {"fingerprints": {}, "bases": {}}
-    stacks = {name: ExpertStack(*stack) for name, stack in description.get("experts", {}).items()}
-    in_peft = {}
-    for name, state in layers.items():
-        if name in stacks:
-            in_peft[stacks[name].key(name)] = stacks[name].to_peft(state)
-        else:
-            in_peft[name] = {key: state[key] for key in ADAPTER if key in state}
-    config = config_for_peft(description, configs, layers)
-    no_place = without_place(layers, stacks, config)
-    return Adapter(config=config, layers=in_peft, quantization=quantization, no_place=no_place, **others)
-
-
-def from_peft(adapter: Adapter, base: Parts) -> dict[str, State]:
-    """Name of a layer, or of a parameter of experts, in a base model -> its tensors in the form of the layer.
-
-    The base is dense or converted. CheckpointMismatchError, with file and key, if it has no such layer, or one of
-    other sizes.
-    """
-    modules = dict(base.named)
-    layers: dict[str, State] = {}
-    for owner, keys in adapter.modules.items():
-        module = modules.get(owner)
-        if module is not None and keys == [owner] and is_linear(module):
-            _check_sizes(adapter, owner, base, "a layer", 1, sizes_of(module))
-            layers[owner] = adapter.layers[owner]
-        elif module is not None and adapter.target_parameters:
-            layers |= _experts(adapter, base, owner, module)
-        else:
-            refuse(adapter, f"{keys[0]}.lora_A.weight", base, "has no such layer")
-    return layers
-
-
-def _experts(adapter: Adapter, base: Parts, owner: str, module: nn.Module) -> dict[str, State]:
+def experts_from_peft(adapter: Adapter, base: Parts, owner: str, module: nn.Module) -> dict[str, State]:
+    """Name of each parameter of a module that the adapter has -> its tensors in the form of the layer."""
     keys = adapter.modules[owner]
     order = vars(module).get(PARAMETERS, module._parameters)  # of its class; with the parameters in 4 bits
     names = [key for key in order if adapter.is_target(join(owner, key))]
     if {owner + BASE_LAYER * number for number in range(len(names))} != set(keys):
         difference = f"has other parameters there that target_parameters names: {', '.join(names) or 'none'}"
-        refuse(adapter, f"{keys[0]}.lora_A.weight", base, difference)
+        adapter.refuse(f"{keys[0]}.lora_A.weight", base, difference)
     layers = {}
     for wrappers, key in enumerate(reversed(names)):
         part = expert_parameter(module, key)
         if part is None:
-            refuse(adapter, f"{owner}.lora_A.weight", base, f"has no stack of experts in {key!r} there")
+            adapter.refuse(f"{owner}.lora_A.weight", base, f"has no stack of experts in {key!r} there")
         stack = ExpertStack.of(part, wrappers)
         name = join(owner, key)
         sizes = part.shape[::-1] if stack.swapped_by_peft else part.shape
         what = f"{stack.number} experts"
         if stack.flat:
             what += " (all in one matrix, with one adapter for each expert)"
-        _check_sizes(adapter, stack.key(name), base, what, stack.number, sizes)
+        adapter.check_sizes(stack.key(name), base, what, stack.number, sizes)
         layers[name] = stack.from_peft(adapter.layers[stack.key(name)])
     return layers
-
-
-def _check_sizes(adapter: Adapter, key: str, base: Parts, what: str, matrices: int, sizes: tuple[int, int]) -> None:
-    """`sizes`: outputs and inputs of `what`, as PEFT counts them; it has the ranks of all matrices in one."""
-    a, b = (list(adapter.layers[key][part].shape) for part in ("lora_A", "lora_B"))
-    outputs, inputs = sizes
-    if (a[1], b[0]) != (inputs, outputs) or a[0] not in {matrices * rank for rank in adapter.ranks}:
-        difference = f"has {what} of {inputs} inputs and {outputs} outputs there, the adapter has lora_A {a} and lora_B"
-        refuse(adapter, f"{key}.lora_A.weight", base, f"{difference} {b}")
-
-
-def refuse(adapter: Adapter, key: str, base: Parts, difference: str) -> NoReturn:
-    kind = type(base.root).__name__
-    raise CheckpointMismatchError(
-        f"{adapter.source}: key '{PREFIX}{printable(key)}' does not fit: the {kind} {difference}. An adapter fits "
-        "the architecture it was trained on, converted with its target_modules (pass adapter=FOLDER to QLoRAPrecision)."
-    )

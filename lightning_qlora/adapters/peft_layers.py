@@ -1,4 +1,7 @@
-"""The base model inside a LightningModule (`Parts.base`): what checkpoints and adapter folders say of it."""
+"""The base model in a module (`Parts.base`) and its layers: what files say of them, and the layers in PEFT's form.
+
+Linear layers have the same tensors there; for experts see `peft_experts.py`.
+"""
 
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
@@ -6,13 +9,29 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qlora.config import QLoRAConfig, arguments_that
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import DELTA, last_part, name_endings, owner_name, without_wrappers
+from lightning_qlora.adapters.adapter import Adapter, State
+from lightning_qlora.adapters.base_compatibility import (
+    Quantization,
+    check_one_folder,
+    required_base,
+    subtract_initial,
+)
+from lightning_qlora.adapters.peft_config import config_for_peft
+from lightning_qlora.adapters.peft_experts import (
+    ELSEWHERE,
+    TAKEN_FOR_EXPERTS,
+    ExpertStack,
+    experts_from_peft,
+    experts_without_place,
+    stacks_of,
+    taken_for_experts,
+)
+from lightning_qlora.config import Base, QLoRAConfig, arguments_that
+from lightning_qlora.layers.kinds import is_linear, sizes_of
+from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.names import last_part, name_endings, owner_name, without_wrappers
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.with_adapter import WithAdapter
-from lightning_qlora.peft.base_compatibility import Quantization
-from lightning_qlora.peft.peft_layers import stacks_of, taken_for_experts
 from lightning_qlora.survey.parts import Parts
 
 OF_LAYER = arguments_that("of_layer")
@@ -27,7 +46,9 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     layers = {part.reported_name(name): part for name, part in base.places if isinstance(part, LoRALayer)}
     first = next(iter(layers.values()), None)
     linear = [layer for layer in layers.values() if isinstance(layer, QLoRALinear)]
-    parameters = taken_for_experts(base)
+    parameters = []
+    if not TAKEN_FOR_EXPERTS.isdisjoint(map(last_part, layers)):
+        parameters = taken_for_experts(base)
     of_layers = {}
     for name, layer in layers.items():
         values = {key: getattr(layer.config, key) for key in OF_LAYER}
@@ -53,10 +74,6 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     return description
 
 
-def config_of_layer(description: Mapping[str, Any], name: str, config: QLoRAConfig) -> QLoRAConfig:
-    return config.with_own(description.get("layers", {}).get(name, {}))
-
-
 def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Module]:
     """Modules by name with a parameter that is no adapter and trains or has changed.
 
@@ -73,15 +90,6 @@ def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Mod
         if parameter.is_floating_point() and (part, key) not in unchanged:
             trained[without_wrappers(name)] = part
     return trained
-
-
-def tied_names(base: Parts) -> list[list[str]]:
-    """The names of each parameter that has several; rows of embeddings that train are excluded, as PEFT ties them."""
-    names: dict[int, list[str]] = {}
-    for name, _, _, parameter in base.parameters:
-        if not name.endswith(DELTA):
-            names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
 
 
 def _task_type(base: nn.Module) -> str | None:
@@ -108,3 +116,57 @@ def target_modules_of(base: Parts, without: Collection[str]) -> str | list[str]:
         if matches == set(layers):
             return sorted(endings)
     return "|".join(re.escape(name) for name in layers)
+
+
+def to_peft(
+    description: Mapping[str, Any],
+    configs: Mapping[str, QLoRAConfig],
+    layers: Mapping[str, State],
+    quantization: Quantization | None,
+    base: Base = "quantized",
+    **others: Any,
+) -> Adapter:
+    """An adapter for this base, from `describe_base`, and the arguments and tensors of each layer by its name there.
+
+    `layers` may have the initial values, which are subtracted for base="float". `others` are attributes of the adapter.
+    ValueError if a folder has no place for layers with these arguments.
+    """
+    check_one_folder(configs)
+    if base == "float" and required_base(quantization) is not None:
+        layers = subtract_initial(layers, others["source"])
+        quantization = None
+        others |= {"fingerprints": {}, "bases": {}}
+    stacks = {name: ExpertStack(*stack) for name, stack in description.get("experts", {}).items()}
+    in_peft = {}
+    for name, state in layers.items():
+        if name in stacks:
+            in_peft[stacks[name].key(name)] = stacks[name].to_peft(state)
+        else:
+            in_peft[name] = {key: state[key] for key in ADAPTER if key in state}
+    config = config_for_peft(description, configs, layers)
+    no_place = ""
+    if "" in layers:
+        no_place = f"PEFT can't adapt a layer that is the model itself. {ELSEWHERE}"
+    elif stacks:
+        no_place = experts_without_place(stacks, config)
+    return Adapter(config=config, layers=in_peft, quantization=quantization, no_place=no_place, **others)
+
+
+def from_peft(adapter: Adapter, base: Parts) -> dict[str, State]:
+    """Name of a layer, or of a parameter of experts, in a base model -> its tensors in the form of the layer.
+
+    The base is dense or converted. CheckpointMismatchError, with file and key, if it has no such layer, or one of
+    other sizes.
+    """
+    modules = dict(base.named)
+    layers: dict[str, State] = {}
+    for owner, keys in adapter.modules.items():
+        module = modules.get(owner)
+        if module is not None and keys == [owner] and is_linear(module):
+            adapter.check_sizes(owner, base, "a layer", 1, sizes_of(module))
+            layers[owner] = adapter.layers[owner]
+        elif module is not None and adapter.target_parameters:
+            layers |= experts_from_peft(adapter, base, owner, module)
+        else:
+            adapter.refuse(f"{keys[0]}.lora_A.weight", base, "has no such layer")
+    return layers

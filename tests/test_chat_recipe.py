@@ -1,11 +1,13 @@
 """examples/chat: which tokens have labels, packs, the loss of a step, and a run with its files."""
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -124,6 +126,14 @@ def test_four_forms_are_read(tmp_path, monkeypatch):
         list(conversations.read(str(file)))
 
 
+@pytest.mark.parametrize("turn", [{"from": "function_call", "value": "{}"}, {"from": "gpt"}, {"role": "user"}])
+def test_a_turn_that_sharegpts_form_has_no_place_for_is_named(turn, tmp_path):
+    file = tmp_path / "talks.jsonl"
+    file.write_text(json.dumps({"conversations": [{"from": "human", "value": "Add."}, turn]}))
+    with pytest.raises(ValueError, match=r"a turn of `conversations` has \{.*expected `from`, one of system, human"):
+        list(conversations.read(str(file)))
+
+
 def test_without_a_path_the_docstrings_of_this_python_are_read():
     assert [message["role"] for message in next(conversations.read(None))] == ["user", "assistant"]
 
@@ -137,6 +147,49 @@ def module_and_data(base, tmp_path, **arguments):
     module.configure_model()
     module.model.float()
     return module, data
+
+
+class Reads(pl.LightningModule):
+    """Takes steps, and keeps what it got."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def training_step(self, batch, _):
+        self.seen.append(batch["input_ids"].tolist())
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": None, "max_steps": 9}])
+def test_a_resumed_run_reads_what_the_uninterrupted_one_does(base, tmp_path, length, pack):
+    file = tmp_path / "talks.jsonl"
+    talks = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "!" * n}] for n in range(1, 13)]
+    file.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+
+    def fit(ckpt_path=None, **arguments):
+        data = conversations.Conversations(str(file), base, held_out=0, pack=pack, max_length=20 if pack else 512)
+        module = Reads()
+        trainer = make_trainer(tmp_path, **length | arguments)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return module.seen
+
+    save = {"dirpath": tmp_path / "files", "save_top_k": -1}
+    steps = pl.callbacks.ModelCheckpoint(**save, filename="{step}", every_n_train_steps=1)
+    callbacks = [steps]
+    if length["max_epochs"]:  # else Lightning trains one more batch there, whatever the loader
+        callbacks.append(pl.callbacks.ModelCheckpoint(**save, filename="{step} of an epoch", every_n_epochs=1))
+    whole = fit(callbacks=callbacks)
+    per_epoch = len(whole) // 3
+    assert per_epoch > 2 and whole[:per_epoch] != whole[per_epoch : 2 * per_epoch]
+    for path in sorted((tmp_path / "files").iterdir()):
+        step = int(re.search(r"step=(\d+)", path.name)[1])
+        assert fit(path, enable_checkpointing=False) == whole[step:], path.name
 
 
 def test_few_conversations_are_enough_and_none_is_an_error(base, tmp_path):

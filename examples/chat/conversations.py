@@ -10,7 +10,7 @@ import torch
 from docstring_qa import read_pairs
 from lightning.pytorch import LightningDataModule
 from smollm2 import load_tokenizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -37,7 +37,7 @@ def read(path: str | None) -> Iterator[Messages]:
         if "messages" in row:  # OpenAI's form
             yield row["messages"]
         elif "conversations" in row:  # ShareGPT's form
-            yield [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+            yield [message(turn, path) for turn in row["conversations"]]
         elif "instruction" in row:  # Alpaca's form
             question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
             yield [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
@@ -46,6 +46,17 @@ def read(path: str | None) -> Iterator[Messages]:
                 f"{path}: a row has {', '.join(row)}; expected `messages`, `conversations`, or `instruction` and "
                 "`output`."
             )
+
+
+def message(turn: dict[str, str], path: str | None) -> dict[str, str]:
+    """A turn of ShareGPT's form in OpenAI's."""
+    role = ROLES.get(turn.get("from", ""))
+    if role is None or "value" not in turn:
+        raise ValueError(
+            f"{path}: a turn of `conversations` has {turn}; expected `from`, one of {', '.join(ROLES)}, and `value`. "
+            "Write such a row as `messages`, with the roles that the model's chat template has."
+        )
+    return {"role": role, "content": turn["value"]}
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -99,6 +110,43 @@ def packs(examples: list[Example], tokens: int) -> list[list[Example]]:
     return packed
 
 
+class Order(Sampler):
+    """The order of a sampler with a seed for each epoch, which a run that resumes there has too."""
+
+    def __init__(self, sampler: RandomSampler | LengthGroupedSampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:  # Lightning calls it
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator.manual_seed(self.seed + self.epoch)
+        yield from self.sampler
+
+
+class Batches(DataLoader):
+    """Batches of which a run that resumes within an epoch gets those that are left: Lightning saves the state."""
+
+    taken = (0, 0)  # the epoch, and how many batches of it
+    before = (0, 0)  # of the run that was interrupted
+
+    def state_dict(self) -> dict[str, tuple[int, int]]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:
+        self.before = state["taken"]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in super().__iter__():
+            epoch, count = self.taken
+            self.taken = (self.sampler.epoch, count + 1 if epoch == self.sampler.epoch else 1)
+            if self.taken > self.before:
+                yield batch
+
+
 class Conversations(LightningDataModule):
     """Conversations from a file or the hub, in batches of similar lengths or in packs.
 
@@ -144,13 +192,14 @@ class Conversations(LightningDataModule):
                 yield cut
 
     def train_dataloader(self) -> DataLoader:
-        order = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator()  # the batches draw nothing from that of dropout
         if self.pack:
             rows = packs(self.train, self.batch_size * self.max_length)
-            return DataLoader(rows, None, shuffle=True, generator=order, collate_fn=DataCollatorWithFlattening())
+            order = Order(RandomSampler(rows, generator=generator), self.seed)
+            return Batches(rows, None, sampler=order, generator=generator, collate_fn=DataCollatorWithFlattening())
         lengths = [len(example["input_ids"]) for example in self.train]
-        grouped = LengthGroupedSampler(self.batch_size, lengths=lengths, generator=order)
-        return DataLoader(self.train, self.batch_size, sampler=grouped, collate_fn=self.pad)
+        order = Order(LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator), self.seed)
+        return Batches(self.train, self.batch_size, sampler=order, generator=generator, collate_fn=self.pad)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, self.batch_size, collate_fn=self.pad)

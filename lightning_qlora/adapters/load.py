@@ -29,8 +29,9 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Load an adapter folder of PEFT or `save_adapter` into a converted module.
 
     Ranks and scalings become those of the folder; layers that are not in the folder get the default initialization,
-    B = 0. What trains in full and is not in it keeps its values, with a warning. To convert exactly the layers of the
-    folder, pass `adapter=folder` to `QLoRAPrecision` or `convert` instead.
+    B = 0, and rows of tokens the values of the base model. What trains in full and is not in it keeps its values, with
+    a warning. To convert exactly the layers of the folder, pass `adapter=folder` to `QLoRAPrecision` or `convert`
+    instead.
 
     Args:
         module: A converted module, LightningModule or not.
@@ -62,7 +63,7 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
             parts = convert_as_recorded(parts, origins, conversion)
         set_adapter(parts, adapter)
     trained = trained_modules(parts.base, parts.base.unchanged)
-    loaded = {trained.get(owner_name(key)) for key in adapter.saved}
+    loaded = {trained.get(owner_name(key)) for key in adapter.saved}.union(parts.base.adapters.values())
     kept = [name for name, part in trained.items() if part not in loaded]
     if kept:
         warnings.warn(
@@ -103,6 +104,8 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
             layer.reset_adapter()
         for key, value in state.items():
             layer.write(key, value.to(layer.lora_A.dtype).contiguous())
+    for each in base.adapters.values():
+        each.reset_rows(base.modules)
     if adapter.saved:
         tensors = _named_tensors(base)
         with torch.no_grad():

@@ -11,8 +11,9 @@ from lightning_qlora.adapters.load import inference_mode_of
 from lightning_qlora.adapters.save import check_adapters_finite
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
+from lightning_qlora.dtypes.compute_in import MergedPart
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.dtypes.instance_method import METHODS, OfTraining, remove
+from lightning_qlora.dtypes.instance_method import METHODS, OfTraining, add, remove
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -88,7 +89,8 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
     module = parts.root
     layers = parts.layers
     check_layers_of_conversions(parts)
-    if all(conversion_of(part) is None for part in parts.modules):  # else an earlier call may have merged all layers
+    is_part = all(conversion_of(part) is None for part in parts.modules)
+    if is_part:  # else an earlier call may have merged all layers
         check_converted(module, layers)
     reshard(parts.modules)
     float_weights: dict[LoRALayer, Tensor] = {}
@@ -100,6 +102,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
 
     modules = dict(parts.named)
     is_changed = any(_is_changed(part) for part in parts.modules)
+    held = {layer.weight_dtype for layer in layers.values() if layer.is_held and is_part}
     if is_changed:
         with Snapshot(parts.modules):
             release(parts.modules)
@@ -122,6 +125,8 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
             for adapter in of_rows:
                 adapter.end(parts.modules)
             _forget(parts, dtype)
+            for other in held:
+                add(MergedPart(module, other))
     finally:
         if parts.models:
             mark_as_loaded(module, parameters)

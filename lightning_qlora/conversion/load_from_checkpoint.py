@@ -3,6 +3,8 @@
 import inspect
 import io
 import os
+import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.survey.records import CONVERSION, conversion_of
 
 Module = TypeVar("Module", bound=LightningModule)
+CLASS_PATH = "_class_path"  # LightningCLI's name of a hyperparameter
 LARGE = 1e6  # no difference of two weights is
 PLUGIN = "QLoRAPrecision"  # key of the plugin's state in a checkpoint of the Trainer
 
@@ -76,6 +79,7 @@ def load_from_checkpoint(
         if weights_only:
             check_instantiator(checkpoint)
         check_networks(checkpoint.get("hyper_parameters"), hyperparameters)
+        module_class, is_named = _take_class(checkpoint.get("hyper_parameters"), module_class)
 
     def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         """After `on_load_checkpoint`, which may edit the state: convert, and load as the class does."""
@@ -94,7 +98,7 @@ def load_from_checkpoint(
         return module.load_state_dict(state, *args, **kwargs)
 
     source: Any = checkpoint_path
-    if not os.path.isfile(checkpoint_path):  # shards, or an address
+    if is_named or not os.path.isfile(checkpoint_path):  # shards, or an address
         source = io.BytesIO()
         torch.save(checkpoint, source)
         source.seek(0)
@@ -108,6 +112,24 @@ def load_from_checkpoint(
     with reading(weights_only):
         module: Module = loading.load_from_checkpoint(source, **arguments, **hyperparameters)
     return module
+
+
+def _take_class(hyperparameters: Any, module_class: type[Module]) -> tuple[type[Module], bool]:
+    """The class that the hyperparameters name, if LightningCLI chose it (subclass_mode_model), and whether they do.
+
+    It is removed from them: Lightning would make that class, and not the one that loads.
+    """
+    if not isinstance(hyperparameters, MutableMapping) or CLASS_PATH not in hyperparameters:
+        return module_class, False
+    path = str(hyperparameters.pop(CLASS_PATH))
+    file, _, name = path.rpartition(".")
+    kind = getattr(sys.modules.get(file), name, None)
+    if not isinstance(kind, type) or not issubclass(kind, module_class):
+        raise ValueError(
+            f"was saved from a {shown(path)}, which is no {module_class.__name__}, or was not imported. Import it, and "
+            "pass it as module_class."
+        )
+    return kind, True
 
 
 @torch.no_grad()

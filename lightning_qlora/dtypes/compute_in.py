@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
+from lightning_qlora.dtypes.instance_method import InstanceMethod, OfTraining, add, instance_method
 from lightning_qlora.kernels.half_linear import linear_in_half
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
@@ -77,6 +77,24 @@ class ComputeIn(InstanceMethod):
         if self.held is not None and self.autocast in IN_16_BITS:
             return self.held
         return self.autocast
+
+
+class MergedPart(OfTraining):
+    """`forward` of a merged part, in 16 bits, of a module that is held in another type: it gets and returns that."""
+
+    def __init__(self, module: nn.Module, held: torch.dtype) -> None:
+        super().__init__(module)
+        self.held = held
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        types = {parameter.dtype for parameter in self.module.parameters()}
+        dtype = next((each for each in IN_16_BITS if each in types and self.held not in types), None)
+        if dtype is None:
+            return self.original(*args, **kwargs)
+        given = (args, kwargs)
+        args, kwargs = inputs = _cast(given, self.held, dtype)
+        output = self.original(*args, **kwargs)
+        return output if inputs is given else _cast(output, dtype, self.held)
 
 
 class FollowCasts(InstanceMethod):

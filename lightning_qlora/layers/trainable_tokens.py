@@ -21,7 +21,7 @@ from lightning_qlora.layers.names import DELTA, TOKEN_ADAPTER
 from lightning_qlora.layers.qlora_linear import ROWS
 from lightning_qlora.layers.readable_weight import readable_parameter
 from lightning_qlora.layers.with_adapter import WithAdapter
-from lightning_qlora.tensors.dtensor import gather, is_sharded
+from lightning_qlora.tensors.dtensor import gather, is_sharded, shard_like
 
 SPLIT_TOKENS = (
     "trainable_token_indices: an embedding with rows that train can't be split over ranks. In configure_model, call "
@@ -58,10 +58,19 @@ class TokenAdapter(WithAdapter):
     def rows_that_train(self) -> list[int]:
         return self.token_indices.tolist()
 
+    def _layers(self, modules: Iterable[nn.Module]) -> list[Any]:
+        kinds = (part for part in modules if isinstance(part, TrainableTokens))
+        return [part for part in kinds if part.token_adapter is self]
+
+    def reset_rows(self, modules: Iterable[nn.Module]) -> None:
+        delta = self.trainable_tokens_delta
+        weight = gather(self._layers(modules)[0].base().weight.detach())
+        with torch.no_grad():
+            delta.copy_(shard_like(weight[self.token_indices].to(delta.dtype), delta))
+
     def end(self, modules: Iterable[nn.Module]) -> None:
         """Write the rows into the weight of each layer that has them."""
-        kinds = (part for part in modules if isinstance(part, TrainableTokens))
-        layers: list[Any] = [part for part in kinds if part.token_adapter is self]
+        layers = self._layers(modules)
         rows = [layer.rows().detach() for layer in layers]
         for layer in layers:
             vars(layer._parameters.get("weight", layer)).pop(ROWS, None)

@@ -30,6 +30,9 @@ class WithAdapter(nn.Module):
         """The indices of these rows."""
         return []
 
+    def reset_rows(self, modules: Iterable[nn.Module]) -> None:
+        """Let these rows begin with the values that the weight in one of the modules has."""
+
     def end(self, modules: Iterable[nn.Module]) -> None:
         """All layers among the modules are dense: let other parts with this adapter be so."""
 

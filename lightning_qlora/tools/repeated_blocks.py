@@ -111,6 +111,8 @@ class _RepeatedForward(InstanceMethod):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not inputs:  # in an object of the user's class
+            return self.original(*args, **kwargs)
         key = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs)
         if key in self.first or key not in self.outputs or not any(tensor.requires_grad for tensor in inputs):
             self.first.add(key)

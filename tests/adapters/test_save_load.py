@@ -202,6 +202,26 @@ def test_what_an_earlier_folder_had_and_this_one_lacks_is_named(tmp_path):
         load_adapter(lit, tmp_path / "without")
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_rows_of_tokens_that_a_folder_lacks_are_those_of_the_base(is_tied, tmp_path):
+    """As in PEFT, where rows belong to the adapter: the module is its base and the folder, and nothing of before."""
+
+    def trained(seed, **arguments):
+        model = toy("llama", tie_word_embeddings=is_tied)
+        convert(model, **ARGUMENTS, **arguments)
+        return perturb(model, seed=seed)
+
+    save_adapter(without := trained(0), tmp_path / "without")
+    model = trained(1, trainable_token_indices=[5, 3, 7])
+    save_adapter(model, tmp_path / "with")
+    trained_rows = logits(model)
+    assert not torch.allclose(trained_rows, logits(without))
+    load_adapter(model, tmp_path / "without")
+    assert_same_logits(model, without, atol=1e-6)
+    load_adapter(model, tmp_path / "with")
+    assert torch.equal(logits(model), trained_rows)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_an_embedding_that_was_resized_after_conversion_is_saved(name, tmp_path):
     """As PEFT does. It is frozen, and the base has no values for its new rows."""

@@ -169,6 +169,37 @@ def test_merged_weights_and_files_have_the_types_of_before_and_state_dicts_share
     assert lit.model(ids()).logits.dtype is BF16
 
 
+class _Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_part_of_a_held_module_is_merged_and_the_rest_computes_with_it(fast):
+    torch.manual_seed(0)
+    module = pretrain(_Blocks()).to(BF16)
+    twin = copy.deepcopy(module).float()
+    convert(module, r=4, lora_dropout=0.0)
+    perturb(module)
+    merge(module.blocks[1])
+    assert {p.dtype for p in module.blocks[1].parameters()} == {BF16}
+    for number, block in enumerate(twin.blocks):
+        layer = module.blocks[number][1]
+        block[1].weight.data = layer.weight.detach().float()
+    x = torch.randn(3, 5, 64).to(BF16)
+    torch.testing.assert_close(module(x).float(), twin(x.float()), rtol=0.02, atol=0.05)
+    module(x).float().square().mean().backward()
+    assert module.blocks[0][1].lora_B.grad.isfinite().all() and module.blocks[0][1].lora_B.grad.any()
+    pickle.loads(pickle.dumps(module))(x)
+    merge(module)
+    assert module(x).dtype is module.blocks[1](x).dtype is BF16 and "forward" not in vars(module.blocks[1])
+
+
 @pytest.mark.parametrize("from_slow", [True, False])
 def test_checkpoints_and_adapters_move_both_ways(from_slow, tmp_path):
     def converted(is_slow):

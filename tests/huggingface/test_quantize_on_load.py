@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
 from lightning_qlora import (
@@ -102,6 +104,57 @@ def packed(model):
 
 def fingerprints(module):
     return {name: layer.base_fingerprint() for name, layer in adapted_layers(module).items()}
+
+
+class WithNewParts(InConfigureModel):
+    """A decoder and a head without pretrained values beside the model."""
+
+    def configure_model(self):
+        if self.model is None:
+            super().configure_model()
+            torch.manual_seed(0)
+            decoder = nn.Sequential(nn.Conv1d(64, 64, 3, padding=1), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(12, 12))
+            self.decoder = decoder.to(self.model.dtype)
+            self.head = nn.Linear(64, 100).to(self.model.dtype)
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.model.model(input_ids=ids()).last_hidden_state
+        logits = self.head(self.decoder(hidden.mT).mT)
+        return F.cross_entropy(logits.float().flatten(0, 1), ids().flatten() % 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_parts_beside_a_model_that_is_quantized_while_it_loads_train_in_full(dtype, folder, trainer, tmp_path):
+    path = folder("llama")
+
+    def fit(epochs, module=None, ckpt_path=None, **arguments):
+        module = module or WithNewParts(path, dtype=dtype)
+        plugin = QLoRAPrecision(**ARGUMENTS, **arguments)
+        run = trainer(plugins=plugin, max_epochs=epochs)
+        run.fit(module, ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "c.ckpt")
+        return module, plugin.report
+
+    loaded = WithNewParts(path, dtype=dtype)
+    loaded.configure_model()
+    expected, as_loaded = fit(2, loaded)
+    fit(1)
+    module, report = fit(2, ckpt_path=tmp_path / "c.ckpt")
+    assert module.quantized and not expected.quantized
+    assert (report.converted, report.trained_in_full) == (as_loaded.converted, as_loaded.trained_in_full)
+    new = {"decoder.0", "decoder.1", "decoder.3", "head"}
+    assert report.trained_in_full == dict.fromkeys(new, "new: outside of the loaded LlamaForCausalLM")
+    assert module.head.weight.dtype is torch.float32
+    assert_equal(module.state_dict(), expected.state_dict())
+    with pytest.warns(UserWarning, match=r"not what trains outside of it: decoder\.0, .*, head"):
+        save_adapter(module, tmp_path / "adapter")
+    again, _ = fit(0, adapter=str(tmp_path / "adapter"))
+    for one, other in zip(adapted_layers(again).values(), adapted_layers(module).values(), strict=True):
+        assert_equal(one.lora_B, other.lora_B)
+    before = module.eval().training_step(None, 0)
+    assert {p.dtype for p in merge(module).parameters()} == {dtype}
+    torch.testing.assert_close(module.training_step(None, 0), before, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

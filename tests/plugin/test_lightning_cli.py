@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
-from lightning_qlora import PagedAdamW8bit, QLoRAPrecision
+from lightning_qlora import PagedAdamW8bit, QLoRAPrecision, load_from_checkpoint
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from tests.conftest import Classifier, loader
+from tests.conftest import Classifier, dataset, loader
+from tests.toys import assert_equal
 
 TRAINER = """
 trainer:
@@ -100,6 +103,30 @@ def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path
     fit(2).trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = fit(4, tmp_path / "half.ckpt")
     assert resumed.model.losses == whole.model.losses[8:]
+
+
+class Wide(Classifier):
+    """A class that the command line chooses, with an argument of its own."""
+
+    def __init__(self, width: int = 64):
+        super().__init__(width)
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("module_class", [Wide, Classifier])
+def test_a_checkpoint_of_a_class_that_the_command_line_chose_is_loaded(module_class, tmp_path):
+    arguments = [f"--model={__name__}.Wide", "--model.width=128", f"--trainer.default_root_dir={tmp_path}"]
+    (tmp_path / "config.yaml").write_text(TRAINER + FORMS["single"])
+    files = ["--config", str(tmp_path / "config.yaml")]
+    options = {"run": False, "save_config_callback": None, "subclass_mode_model": True}
+    cli = LightningCLI(Classifier, args=[*files, *arguments], **options)
+    cli.trainer.fit(cli.model, DataLoader(dataset(width=128), batch_size=8))
+    cli.trainer.save_checkpoint(tmp_path / "c.ckpt")
+    loaded = load_from_checkpoint(module_class, tmp_path / "c.ckpt")
+    assert type(loaded) is Wide and loaded.hparams.width == 128
+    assert_equal(loaded.state_dict(), cli.model.state_dict())
+    with pytest.raises(ValueError, match=r"c\.ckpt: was saved from a '.*\.Wide', which is no BoringModel"):
+        load_from_checkpoint(BoringModel, tmp_path / "c.ckpt")
 
 
 def test_each_form_gives_the_arguments_and_the_command_line_overrides(tmp_path):

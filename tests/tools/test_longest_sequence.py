@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_qlora import estimate_memory
 from lightning_qlora.activations.activation_budget import MARGIN
@@ -80,6 +81,41 @@ def test_a_count_with_a_limit_is_that_of_all_blocks(config, monkeypatch):
         assert (few.blocks, few.kept_blocks, few.kept_bytes) == (full.blocks, full.kept_blocks, full.kept_bytes)
         kept.append(few.kept_blocks)
     assert kept[0] == 0 < kept[1] <= kept[2] <= kept[3]
+
+
+class _Value:
+    def __init__(self, x):
+        self.x = x
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, value):
+        return _Value(value.x + self.down(self.up(value.x).relu()))
+
+
+class _Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block() for _ in range(4))
+
+    def forward(self, x):
+        value = _Value(x)
+        for block in self.blocks:
+            value = block(value)
+        return value.x
+
+
+def test_blocks_that_take_their_tensors_in_an_object_all_compute(monkeypatch):
+    def estimate():
+        return estimate_memory(_Blocks(), example=torch.zeros(32, 64), **R, gradient_checkpointing=True)
+
+    few = estimate()
+    monkeypatch.setattr(repeated_blocks, "_kinds", lambda blocks: [])
+    assert few == estimate() and few.counted_activations
 
 
 def planned(tmp_path, capsys, *arguments, **changes):

@@ -66,7 +66,8 @@ def __getattr__(name: str) -> Any:
     import_module(f"{__name__}.plugin.precision")  # its changes to Lightning answer files of ours everywhere
     value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     if name in ("PagedOptimizer", "QLoRAPrecision"):
-        value = inherit_from_copies(value)
+        return inherit_from_copies(value)
+    globals()[name] = value
     return value
 
 

@@ -37,7 +37,7 @@ StrategyName = Literal["ddp", "fsdp"]
 
 TokenIndices = list[int] | dict[str, list[int]]
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
-ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list
+ALL_LINEAR = "all-linear"  # of target_modules, alone or in a list; no regular expression contains it
 MOST_ALPHA = 1e30  # kernels multiply by lora_alpha / r in fp32
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -214,11 +214,6 @@ class QLoRAConfig:
         defaults = vars(QLoRAConfig())
         arguments = [f"{name}={value!r}" for name, value in vars(self).items() if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(arguments)})"
-
-    @property
-    def all_linear(self) -> bool:
-        """Whether target_modules has all linear layers."""
-        return ALL_LINEAR in self.target_modules  # no regular expression contains it
 
     @property
     def named_targets(self) -> str | list[str]:

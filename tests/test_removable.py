@@ -183,7 +183,7 @@ FEATURES = {
             ],
             "starts/starts.py": [
                 "from lightning_qlora.starts.calibrated import begin_again, wait_for_inputs",
-                '"calibrated": Start(default.fill, wait_for_inputs, begin_again),',
+                '"calibrated": Start(default, wait_for_inputs, begin_again),',
             ],
         },
         refused=[{"init_lora_weights": "calibrated"}],
@@ -196,10 +196,10 @@ FEATURES = {
             "config.py": ['deferred_logits: bool | Literal["auto"] = _argument("auto", check_auto)'],
             "conversion/convert.py": [
                 "from lightning_qlora.logits.deferred_head import "
-                "check_output_embeddings, defer_output_embeddings, deferred_heads",
+                "check_output_embeddings, defer_output_embeddings",
                 "if config.deferred_logits is True and not seen.was_converted:",
                 "check_output_embeddings(parts)",
-                "report.deferred_logits = deferred_heads(parts)",
+                "if config.deferred_logits is True or parts.traits.is_wide:",
                 "report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)",
             ],
             "tools/plan.py": ["config = replace(config, deferred_logits=False)"],

@@ -50,6 +50,9 @@ class RecomputedForward(OfRecomputation):
             return budget.call(self.module, self.original, args, kwargs)
         return recomputed(self.original, args, kwargs)
 
+    def add_to_report(self, report: Any, name: str) -> None:
+        report.activations = self.budget
+
 
 def is_shared(block: nn.Module) -> bool:
     if not dist.is_initialized():

@@ -28,7 +28,7 @@ from lightning_qlora.survey.records import (
     mark_as_merged,
     undo,
 )
-from lightning_qlora.survey.snapshot import Snapshot
+from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
 from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters
@@ -104,11 +104,11 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
     is_changed = any(_is_changed(part) for part in parts.modules)
     held = {layer.weight_dtype for layer in layers.values() if layer.is_held and is_part}
     if is_changed:
-        with Snapshot(parts.modules):
+        with snapshot(parts.modules):
             release(parts.modules)
     parameters = []
     try:
-        with Snapshot(parts.modules) as before:
+        with snapshot(parts.modules) as keep:
             of_rows = [adapter for adapter in parts.adapters.values() if adapter.row_count]
             _mark_adapters(parts, modules)
             for name, layer in layers.items():
@@ -116,7 +116,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
                 weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
                 merged = merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
                 parameters.append(nn.Parameter(merged, requires_grad=False))
-                before.keep(layer.become_dense(parameters[-1], modules[owner_name(name)], last_part(name)))
+                keep(layer.become_dense(parameters[-1], modules[owner_name(name)], last_part(name)))
             if is_changed:
                 for part in parts.modules:
                     remove(part, OfTraining)

@@ -42,7 +42,6 @@ from lightning_qlora.survey.records import (
     conversion_of,
     float_buffers,
     has_fingerprint,
-    shapes_of_layers,
     was_frozen,
 )
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
@@ -103,10 +102,12 @@ def record_conversion(
     parts = Parts(parts.places, (CHECKPOINTED,))  # names as in state dicts
     earlier = [conversion_of(part) for part in parts.modules]
     requests = [request for conversion in earlier if conversion is not None for request in conversion.given]
-    buffers = {name: fingerprint(value) for name, value in float_buffers(parts.named)}
-    vars(root)[CONVERSION] = Conversion(
-        config, [*requests, given], shapes_of_layers(parts.named), buffers, convert_again
-    )
+    buffers = {}
+    if any(part._buffers for part in parts.modules):
+        buffers = {name: fingerprint(value) for name, value in float_buffers(parts.named)}
+    layers: dict[str, Any] = {name: part for name, part in parts.named if hasattr(type(part), "weight_metadata")}
+    shapes = {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
+    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes, buffers, convert_again)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_pre_hook(_before_state_dict)  # type: ignore[no-untyped-call]

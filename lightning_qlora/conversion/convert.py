@@ -1,18 +1,18 @@
 """Convert a module in place: choose linear layers, quantize them one after another, freeze the rest, report."""
 
+import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.torch_version import TorchVersion
 from typing_extensions import Unpack
 
-from lightning_qlora.activations.gradient_checkpointing import (
-    budget_of,
-    enable_gradient_checkpointing,
-)
+from lightning_qlora.activations.gradient_checkpointing import enable_gradient_checkpointing
 from lightning_qlora.adapters.adapter import Adapter
 from lightning_qlora.adapters.load import config_of_adapter, set_adapter, set_origins_of_base
 from lightning_qlora.adapters.peft_folder import read_adapter
@@ -20,13 +20,13 @@ from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.calibration.calibration import calibration_of
 from lightning_qlora.checkpoints.module_state import record_conversion
 from lightning_qlora.checks import check_module
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import ALL_LINEAR, QLoRAConfig
 from lightning_qlora.conversion.convert_checks import (
-    check_any,
     check_has_data,
     check_initialized,
     check_loaded,
     differing_arguments,
+    refuse_nothing,
 )
 from lightning_qlora.conversion.mapped_files import copy_from_files
 from lightning_qlora.conversion.notes import (
@@ -34,7 +34,6 @@ from lightning_qlora.conversion.notes import (
     note_after_conversion,
     note_before_conversion,
     note_other_arguments,
-    note_outside_copies,
 )
 from lightning_qlora.conversion.outside_copies import OutsideCopies
 from lightning_qlora.conversion.parameter_counts import count_parameters
@@ -42,13 +41,13 @@ from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_precision
 from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.huggingface.patches import forget_quantizer
-from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings, deferred_heads
+from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings
 from lightning_qlora.runs.guards import refuse_old_wrappers
 from lightning_qlora.runs.patches import shard_bytes
 from lightning_qlora.selection.apply import convert_layers, freeze
 from lightning_qlora.selection.copies import COPIES, find_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
-from lightning_qlora.selection.selection_checks import check_selection
+from lightning_qlora.selection.selection_checks import FOREIGN, check_patterns, refuse_foreign_adapters
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import remember_origins
 from lightning_qlora.survey.records import (
@@ -60,7 +59,7 @@ from lightning_qlora.survey.records import (
     record_rounded,
     unrecorded,
 )
-from lightning_qlora.survey.snapshot import Snapshot
+from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.survey.survey import Agree, Survey, survey
 from lightning_qlora.tensors.device_types import held_type
 from lightning_qlora.tensors.dtensor import world_size
@@ -97,7 +96,7 @@ def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> Conversio
     outside = None if is_converted(module) else OutsideCopies(module)
     report = convert_module(module, config)
     if outside is not None:
-        note_outside_copies(report, outside)
+        outside.note(report)
     if report.notes:  # the caller may not print the report
         rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=5)
     return report
@@ -128,23 +127,24 @@ def convert_module(
     """
     start = time.perf_counter()
     parts = Parts.of(module, wrappers=())
-    check_initialized(parts.named)
+    if parts.traits.is_lazy:
+        check_initialized(parts.named)
     report = ConversionReport(bytes_before=count_parameters(parts.modules).bytes_before)
     conversion = conversion_of(parts.root)
     if conversion is not None and (run.evaluating or not unrecorded(parts.modules)):
-        with Snapshot(parts.modules):
+        with snapshot(parts.modules):
             _convert_again(parts, conversion, config)
-            if parts.has_16_bits:
+            if parts.traits.has_16_bits:
                 report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
                 record_rounded(parts.named)
-        report.deferred_logits = deferred_heads(parts)
         report.count(parts)
     else:
         parts = _convert_new(parts, config, run, saved, report)
     if any(layer.input_observer is not None for layer in parts.layers.values()):
         report.calibration = calibration_of(parts.modules, run.sharded)
-    if any(METHODS in vars(part) for part in parts.modules):
-        report.activations = budget_of(parts.modules)
+    for name, part in parts.named:
+        for method in vars(part).get(METHODS, ()):
+            method.add_to_report(report, name)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -158,30 +158,27 @@ def _convert_new(
     if config.adapter:
         adapter = read_adapter(config.adapter)
         set_origins_of_base(parts, adapter)
-    seen = _survey(parts, run)
+    seen = survey(parts, run.agree)
+    if not parts.traits.is_new:
+        check_layers_of_conversions(parts)
+    if parts.traits.is_meta:
+        check_has_data(parts.named, later=run.sharded or dist.is_initialized())
     if adapter is not None:
         config = config_of_adapter(parts, adapter, config)
     choice = _decide(seen, parts, config, saved, report, run)
-    with Snapshot(parts.modules) as before:
-        parts = _apply(seen, parts, choice, config, run, report, before)
+    with snapshot(parts.modules) as keep:
+        parts = _apply(seen, parts, choice, config, run, report, keep)
         if given.adapter is not None:
             _load_adapter_once(parts, given.adapter, adapter)
         record_conversion(parts, config, given, convert_module)
-        report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
+        if config.deferred_logits is True or parts.traits.is_wide:
+            report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
     report.take(choice)
     report.count(parts)
     note_after_conversion(report, parts, choice, run.device)
     if seen.was_converted or seen.was_interrupted:
         note_other_arguments(report, parts, config)
     return parts
-
-
-def _survey(parts: Parts, run: Run) -> Survey:
-    seen = survey(parts, run.agree)
-    if not parts.is_new:
-        check_layers_of_conversions(parts)
-    check_has_data(parts.named, later=run.sharded or dist.is_initialized())
-    return seen
 
 
 def _decide(
@@ -198,13 +195,18 @@ def _decide(
     choice = decide(seen, config, saved)
     if choice.some_rows is not None:
         choice.some_rows.check(choice.train)
-    check_selection(seen, config, choice, of_checkpoint=saved is not None)
-    report.by_size = config.all_linear and saved is None and not seen.was_converted and not seen.origins.is_pretrained
-    if not seen.was_converted:
-        check_any(choice, config, run.is_one_of_several)
-    if not parts.is_new:
+    if choice.has_patterns and saved is None:  # the layers of a checkpoint were chosen without patterns
+        check_patterns(seen, config, choice)
+    names = {name.lower() for name in seen.attributes}
+    if "peft" in sys.modules or any(names.issuperset(pair) for pair in FOREIGN):
+        refuse_foreign_adapters(seen, config, choice)
+    by_size = ALL_LINEAR in config.target_modules and saved is None and not seen.was_converted
+    report.by_size = by_size and not seen.origins.is_pretrained
+    if not choice.convert and not seen.was_converted:
+        refuse_nothing(choice, config, run.is_one_of_several)
+    if not parts.traits.is_new:
         check_loaded(seen, choice)
-    copies = find_copies(seen, choice)
+    copies = find_copies(parts, choice)
     if copies:
         share_seeds(choice, copies)
     note_before_conversion(report, seen, choice, config, copies)
@@ -213,13 +215,13 @@ def _decide(
 
 def _apply(
     seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport,
-    before: Snapshot,
+    keep: Callable[[nn.Module], None],
 ) -> Parts:  # fmt: skip
     """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
     new = unrecorded(parts.modules)
     remember_origins(parts, seen.origins)
-    converted = convert_layers(seen, choice, run.device, before)
-    if not parts.is_new:
+    converted = convert_layers(seen, choice, run.device, keep)
+    if not parts.traits.is_new:
         for part in parts.modules:
             forget_merge(part)
     vars(parts.root).pop(COPIES, None)
@@ -231,18 +233,20 @@ def _apply(
     module = parts.root
     parts = Parts.of(module, wrappers=())  # with the experts and the rows that train
     record([*unrecorded(parts.modules), *new])  # what conversion made, and what was there
-    if parts.has_16_bits:
+    if parts.traits.has_16_bits:
         train_in_full_precision(parts.modules)
         report.held = hold(parts.modules, config.compute_dtype, run.device, run.decide)
         record_rounded(parts.named)
-    if run.device is None or run.device.type == "cpu":  # else the strategy copies the module to its device
+    stays = run.device is None or run.device.type == "cpu"  # else the strategy copies the module to its device
+    if stays and parts.traits.is_mapped:
         copy_from_files(parts.named)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
     if world_size() > 1:
         refuse_old_wrappers(module)
     make_changes("torch", "transformers")
-    shard_bytes()
+    if torch.__version__ < TorchVersion("2.12"):
+        shard_bytes()
     return parts
 
 

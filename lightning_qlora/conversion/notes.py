@@ -10,7 +10,6 @@ from lightning_qlora.adapters.base_compatibility import check_one_folder
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.conversion.convert_checks import differing_arguments, no_layer
-from lightning_qlora.conversion.outside_copies import HELD, OutsideCopies
 from lightning_qlora.conversion.report import NOTHING_PRETRAINED, ConversionReport
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, tensors_of
@@ -67,8 +66,9 @@ def note_before_conversion(
     late = [part.names.full for part in seen.parts if part.is_read_dense]
     convert = choice.convert
     report.note(READ_DENSE, [name for name in late if name in convert])
-    for name, why in choice.reasons(IN_VAIN).items():
-        report.note(f"target_modules names it, and it stays dense and frozen: {why}", [name])
+    for name, row in choice.rows.items():
+        if row.action == IN_VAIN:
+            report.note(f"target_modules names it, and it stays dense and frozen: {row.reason}", [name])
     weights = {name: row.owner._parameters.get(row.key) for name, row in convert.items()}
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     report.note(HOOKS, [name for name, weight in weights.items() if any(getattr(weight, key, None) for key in hooks)])
@@ -118,14 +118,6 @@ def note_other_arguments(report: ConversionReport, parts: Parts, config: QLoRACo
         other = differing_arguments(layer.config, config, arguments_that("of_layer"))
         if other:
             report.note(CONVERTED_BEFORE.format(", ".join(other)), [name])
-
-
-def note_outside_copies(report: ConversionReport, outside: OutsideCopies) -> None:
-    outside.keep(report.converted)
-    for holder in dict.fromkeys(outside.holders):
-        report.note(HELD.format(holder), [outside.place])
-    if not outside.holders:
-        report.copied = outside.layers
 
 
 def _note_what_stayed(report: ConversionReport, parts: Parts, choice: Selection) -> None:

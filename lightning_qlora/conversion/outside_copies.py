@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import CO_OPTIMIZED
 from types import FrameType, ModuleType
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qlora.conversion.report import say
+from lightning_qlora.conversion.report import ConversionReport, say
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, outer_names, owner_name, tensors_of
@@ -97,8 +97,7 @@ class OutsideCopies:
     """The tensors outside of a module that have the values of its parameters. Create it before conversion.
 
     Attributes:
-        layers: Names of the converted layers whose weights have copies; known after `keep`.
-        holders: Names of classes of averages that hold copies.
+        layers: Names of the converted layers whose weights have copies; known after `note`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -106,19 +105,20 @@ class OutsideCopies:
         self._watched: list[_Copy] = []
         self._looks = 0
         self.layers: list[str] = []
-        self.holders: list[str] = []
 
-    def keep(self, converted: Iterable[str]) -> None:
-        """Take the names of the converted layers; without a copy of the weight of one there are no copies."""
-        names = {*converted}  # of layers, or of parameters with experts
-        every = sorted(name for copy, _ in self.named() for name in (copy, owner_name(copy)))
-        self.layers = [*dict.fromkeys(name for name in every if name in names)]
+    def note(self, report: ConversionReport) -> None:
+        """Note the copies in the report of the conversion; without a copy of the weight of a layer there are none."""
         alive = [copy for copy in self._copies if copy.tensor() is not None]
-        self.holders = sorted({copy.holder for copy in alive if copy.holder is not None})
+        names = {name for copy in alive for name in (copy.name, owner_name(copy.name))}
+        self.layers = sorted(names.intersection(report.converted))  # of layers, or of parameters with experts
         if not self.layers:
-            self._copies = []
-            self.holders = []
-        self._watched = self._copies
+            alive = []
+        self._copies = self._watched = alive
+        holders = sorted({copy.holder for copy in alive if copy.holder is not None})
+        for holder in holders:
+            report.note(HELD.format(holder), [self.place])
+        if not holders:
+            report.copied = self.layers
 
     @property
     def place(self) -> str:

@@ -162,36 +162,26 @@ class ConversionReport:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, status and number of layers or parameters whose names differ only in a number."""
-        rows_of: dict[tuple[str, str], list[str]] = {}
-
-        def add(name: str, status: str) -> None:
-            rows_of.setdefault((group(name), status), []).append(name or ROOT)
-
-        for text, names in self.notes.items():
-            for name in names:
-                add(name, MARK + text)
-        for name, reason in self.unused.items():
-            add(name, f"{MARK}no gradient in the first steps: {reason}")
+        each = [(name, MARK + text) for text, names in self.notes.items() for name in names]
+        each += [(name, f"{MARK}no gradient in the first steps: {reason}") for name, reason in self.unused.items()]
         for name in sorted(self.converted, key=lambda name: -len(self.shapes[name])):  # experts first
             *experts, rows, columns = self.shapes[name]
             prefix = "".join(f"{number} experts of " for number in experts)
-            add(name, f"4-bit + adapter, {prefix}{rows}x{columns}")
-        for name, reason in self.trained_in_full.items():
-            add(name, f"trains in full: {reason}")
-        for name, reason in self.skipped.items():
-            add(name, f"skipped: {reason}")
-        for name, count in self.trained_rows.items():
-            add(name, f"{count} rows train, the others are frozen")
-        for name in self.frozen:
-            add(name, "frozen by conversion")
+            each.append((name, f"4-bit + adapter, {prefix}{rows}x{columns}"))
+        each += [(name, f"trains in full: {reason}") for name, reason in self.trained_in_full.items()]
+        each += [(name, f"skipped: {reason}") for name, reason in self.skipped.items()]
+        each += [(name, f"{count} rows train, the others are frozen") for name, count in self.trained_rows.items()]
+        each += [(name, "frozen by conversion") for name in self.frozen]
         for name, dtype in self.computes_in.items():
-            add(name, f"computes in {dtype}, {'16-bit inputs are cast' if dtype == 'float32' else 'by autocast'}")
-        table = []
-        for (name, status), names in rows_of.items():
-            if len(names) == 1:
-                name = names[0]
-            table.append((name, status, str(len(names))))
-        return table
+            how = "16-bit inputs are cast" if dtype == "float32" else "by autocast"
+            each.append((name, f"computes in {dtype}, {how}"))
+        names_of: dict[tuple[str, str], list[str]] = {}
+        for name, status in each:
+            names_of.setdefault((group(name), status), []).append(name or ROOT)
+        return [
+            (names[0] if len(names) == 1 else name, status, str(len(names)))
+            for (name, status), names in names_of.items()
+        ]
 
     def summary(self) -> str:
         """Parameters, bytes, time, deferred logits, and the calibration."""

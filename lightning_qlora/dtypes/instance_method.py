@@ -56,6 +56,9 @@ class InstanceMethod:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def add_to_report(self, report: Any, name: str) -> None:
+        """Add to the report of a conversion what this does to the module of this name."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_removed:
             return self.original(*args, **kwargs)

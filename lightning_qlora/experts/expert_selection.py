@@ -3,7 +3,7 @@
 A stack is recognized by the number of experts that its module knows, so no list of architectures is needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -18,14 +18,6 @@ from lightning_qlora.tensors.values import is_strided
 ROUTERS = ("gate", "router")  # names of routers beside a module `experts`
 COUNTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # attributes of modules
 DOWN = ("down", "w2")  # in the names of projections from the experts' width to the model's
-
-
-def know_experts(modules: Sequence[nn.Module]) -> bool:
-    """Whether one of the modules knows of experts, by an attribute or a part; else none has a stack or a router."""
-    names = {name for part in modules for name in (*vars(part), *part._parameters.keys(), *part._modules.keys())}
-    return any("expert" in name for name in names) or any(
-        hasattr(kind, name) for kind in {*map(type, modules)} for name in ("experts", *COUNTS)
-    )
 
 
 def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:

@@ -20,7 +20,6 @@ from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolde
 from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import DELTA, last_part, owner_name
-from lightning_qlora.survey.output_embeddings import OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
 
 # Classes for a model that was trained without the head of its folder, or with a new one.
@@ -175,8 +174,8 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
             *dict(model.named_buffers()),
             *(each.name for each in parts.dense_parameters),
         }:
-            outputs = OutputEmbeddings(parts.modules).of_models
-            trained = {f"{name}.weight" for name, layer in parts.named if id(layer) in outputs} & adapter.saved.keys()
+            outputs = {f"{name}.weight" for name, layer in parts.named if id(layer) in parts.heads_of_models}
+            trained = outputs & adapter.saved.keys()
             pairs = [pair for pair in tied_names(parts) if len(pair) == 2 and trained & {*pair}]
             return model_class, not all(map(adapter.has_one_value, pairs))
     if first is None:

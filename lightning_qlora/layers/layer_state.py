@@ -23,7 +23,7 @@ from lightning_qlora.quantization.bnb_entries import (
     read_bnb_meta,
 )
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
-from lightning_qlora.starts.starts import corrects_error, start_of
+from lightning_qlora.starts.starts import STARTS, corrects_error
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 
 SAME_FUNCTION = arguments_that("of_function")
@@ -118,7 +118,7 @@ class SavedLayer(LoRALayer):
 
         `initial`: what this layer was initialized with, if it was, and begins with again.
         """
-        begin_again = start_of(self.config).begin_again
+        begin_again = STARTS[self.config.init_lora_weights].begin_again
         if begin_again is None or self.initial is not None or gather(self.lora_B).any():
             self.stop_observing()
         else:

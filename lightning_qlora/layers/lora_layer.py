@@ -20,7 +20,7 @@ from lightning_qlora.layers.matrix import Matrix
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.prepared_call import PreparedCall
 from lightning_qlora.layers.with_adapter import WithAdapter
-from lightning_qlora.starts.starts import first_adapter, start_of
+from lightning_qlora.starts.starts import STARTS, first_adapter
 from lightning_qlora.tensors.device_types import DTYPES, has_bf16, is_our_autocast
 from lightning_qlora.tensors.dtensor import gather, shard_like
 from lightning_qlora.tensors.values import has_values, moved
@@ -82,7 +82,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         weights = []
         bases = []
         config = self.config
-        observer = start_of(config).observer
+        observer = STARTS[config.init_lora_weights].observer
         for dense in self.split_matrices(weight):
             rows = self._as_stored(dense.detach())
             values = moved(rows, device or rows.device)

@@ -20,7 +20,6 @@ from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split, unknown_style
-from lightning_qlora.layers.with_adapter import adapters_of
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.starts.starts import check_packed_start
 from lightning_qlora.tensors.dtensor import is_sharded
@@ -85,7 +84,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
         It is quantized on `device`, None: where the weight is. `config` has the rank and lora_alpha of this layer.
         The seed of the adapter is made from `seed_name`, the same on every rank. An error leaves the layer as it is
-        then; callers have a `Snapshot` of it.
+        then; callers have a snapshot of it.
         """
         weight: Any = layer._parameters.pop("weight")
         setattr(weight, REPLACED, layer)  # for an optimizer that was created before conversion
@@ -236,5 +235,4 @@ MEMBERS -= nn.Linear.__annotations__.keys()
 
 def adapted_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Name -> converted layer, in the order of the module; a stack of experts by the name of its parameter."""
-    adapters = adapters_of(module.named_modules())
-    return {name: part for name, part in adapters.items() if isinstance(part, LoRALayer)}
+    return {part.reported_name(name): part for name, part in module.named_modules() if isinstance(part, LoRALayer)}

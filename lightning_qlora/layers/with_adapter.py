@@ -49,8 +49,3 @@ class WithAdapter(nn.Module):
                 stacklevel=2,
             )
         return state
-
-
-def adapters_of(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, WithAdapter]:
-    """Name -> adapter, among modules by their names: of layers, and of embeddings of which rows train."""
-    return {part.reported_name(name): part for name, part in modules if isinstance(part, WithAdapter)}

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lightning_qlora.dtypes.compute_in import output_dtype
 from lightning_qlora.dtypes.instance_method import (
-    METHODS,
     OfTraining,
     add,
     has_other_forward,
@@ -19,14 +18,8 @@ from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import without_numbers
 from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
-from lightning_qlora.survey.output_embeddings import OUTPUT_EMBEDDINGS, OutputEmbeddings
-from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.parts import OUTPUT_EMBEDDINGS, Parts, is_wide
 from lightning_qlora.tensors.values import is_plain
-
-# For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
-# transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
-# times in_features, that is more than a tenth of a step for up to 12 layers, or for any number with checkpointing.
-LARGE = 4
 
 
 class DeferredForward(OfTraining):
@@ -49,6 +42,9 @@ class DeferredForward(OfTraining):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return DeferredLogits(input, Source(input, head, self), dtype).attached()
+
+    def add_to_report(self, report: Any, name: str) -> None:
+        report.deferred_logits[name] = saved_bytes(self.module)
 
 
 def _can_defer(head: Any, input: Tensor) -> bool:
@@ -88,19 +84,17 @@ def output_embeddings(parts: Parts) -> dict[str, Any]:
     and, outside of such models, a linear layer with as many outputs as an nn.Embedding has rows, unless its name and
     that of another one differ only in a number.
     """
-    heads = OutputEmbeddings(parts.modules)
     in_models: set[int] = set()
     for part in parts.modules:
-        if heads.of_models and callable(getattr(part, "get_output_embeddings", None)):
+        if parts.heads_of_models and callable(getattr(part, "get_output_embeddings", None)):
             in_models |= {id(layer) for layer in part.modules()}
     outside = {name: layer for name, layer in parts.named if id(layer) not in in_models}
     sizes = {layer.num_embeddings for layer in outside.values() if isinstance(layer, nn.Embedding)}
     fitting = {name: layer for name, layer in outside.items() if _is_plain(layer) and layer.out_features in sizes}
     repeated = Counter(map(without_numbers, fitting))
     single = {name for name in fitting if repeated[without_numbers(name)] == 1}
-    return {
-        name: layer for name, layer in parts.named if _is_plain(layer) and (name in single or heads.has(name, layer))
-    }
+    heads = {name: layer for name, layer in parts.named if name in single or id(layer) in parts.output_embeddings}
+    return {name: layer for name, layer in heads.items() if _is_plain(layer)}
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -121,31 +115,19 @@ def check_output_embeddings(parts: Parts) -> None:
 def defer_output_embeddings(parts: Parts, setting: bool | Literal["auto"], sharded: bool = False) -> dict[str, int]:
     """Make the output embeddings of a converted module return deferred logits in training, in place.
 
-    With "auto" those with `LARGE` * inputs outputs or more. Nothing is deferred if a strategy shards the parameters.
+    With "auto" the wide ones. Nothing is deferred if a strategy shards the parameters.
 
     Returns:
-        Name -> bytes that a step saves for each 1,000 tokens, see `saved_bytes`; 0 if `sharded`, or if its adapter has
-        dropout.
+        Name -> 0, of those that are not deferred because they are `sharded`.
     """
-    chosen: dict[str, Any] = {}
-    if setting is True or (setting and any(map(_is_large, parts.modules))):
-        heads = output_embeddings(parts).items()
-        chosen = {name: head for name, head in heads if setting is True or _is_large(head)}
+    chosen = output_embeddings(parts) if setting else {}
+    if setting == "auto":
+        chosen = {name: head for name, head in chosen.items() if is_wide(head)}
     if sharded:
         return dict.fromkeys(chosen, 0)
     for head in chosen.values():
         defer_logits(head)
-    return deferred_heads(parts)
-
-
-def _is_large(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and layer.out_features >= LARGE * layer.in_features
-
-
-def deferred_heads(parts: Parts) -> dict[str, int]:
-    changed = [(name, part) for name, part in parts.named if METHODS in vars(part)]
-    heads = {name: part for name, part in changed if instance_method(part, DeferredForward)}
-    return {name: saved_bytes(head) for name, head in heads.items()}
+    return {}
 
 
 def saved_bytes(head: Any) -> int:

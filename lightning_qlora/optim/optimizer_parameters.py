@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.layers.names import join, owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER, REPLACED, ROWS, adapted_layers
-from lightning_qlora.layers.with_adapter import WithAdapter, adapters_of
+from lightning_qlora.layers.with_adapter import WithAdapter
+from lightning_qlora.survey.parts import Parts
 
 
 def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
@@ -107,7 +108,7 @@ def adapters_in_no_optimizer(module: nn.Module, optimizers: list[Optimizer]) -> 
     Without copies of layers that train, which follow them by an average.
     """
     ids = {id(parameter) for optimizer in optimizers for parameter in optimizer_parameters(optimizer)}
-    adapters = adapters_of(module.named_modules()) if optimizers else {}
+    adapters = Parts(module.named_modules(), ()).adapters if optimizers else {}
     free = [
         name
         for name, adapter in adapters.items()

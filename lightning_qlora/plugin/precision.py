@@ -25,7 +25,6 @@ from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.conversion.convert import Run, convert_module, is_converted
 from lightning_qlora.conversion.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
-from lightning_qlora.conversion.notes import note_outside_copies
 from lightning_qlora.conversion.outside_copies import OutsideCopies
 from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
@@ -169,7 +168,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         outside = None if again or self._evaluating else OutsideCopies(root)
         report = convert_module(root, self.config, run)
         if outside is not None:
-            note_outside_copies(report, outside)
+            outside.note(report)
         if merged:
             report.note(MERGED_BEFORE)
         if run.sharded:

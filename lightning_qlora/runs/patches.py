@@ -208,8 +208,6 @@ def shard_bytes() -> None:
     Supported ways tried: bytes stored as floats, as bitsandbytes does; FSDP2 changes some patterns (its issue 1945).
     Removed by: support for torch 2.11 ending.
     """
-    if torch.__version__ >= TorchVersion("2.12"):
-        return
 
     def parameter(data: Any, requires_grad: bool = True) -> nn.Parameter:
         return nn.Parameter(data, requires_grad and data.is_floating_point())

@@ -1,10 +1,10 @@
 """What the rows of a selection do to a module: 4-bit layers, and which parameters train."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_qlora.experts.experts import QLoRAExperts
@@ -14,7 +14,6 @@ from lightning_qlora.layers.names import join, named
 from lightning_qlora.layers.qlora_linear import REPLACED, QLoRALinear
 from lightning_qlora.selection.selection import IN_MODULES_TO_SAVE, TRAIN, Row, Selection
 from lightning_qlora.survey.records import Unrecorded, own_parameters, record
-from lightning_qlora.survey.snapshot import Snapshot
 from lightning_qlora.survey.survey import Kind, Survey
 from lightning_qlora.tensors.dtensor import is_sharded
 
@@ -31,10 +30,12 @@ SHARDED = (
 )
 
 
-def convert_layers(seen: Survey, choice: Selection, device: torch.device | None, before: Snapshot) -> list[LoRALayer]:
+def convert_layers(
+    seen: Survey, choice: Selection, device: torch.device | None, keep: Callable[[nn.Module], None]
+) -> list[LoRALayer]:
     """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense.
 
-    A layer that is done stays in 4 bits whatever comes after it: its float weight is gone.
+    `keep` a layer that is done: it stays in 4 bits whatever comes after it, because its float weight is gone.
     """
     silent = bool(getattr(rank_zero_only, "rank", 0)) or None  # None: also where stderr is no terminal
     rows = choice.convert.values()
@@ -43,7 +44,7 @@ def convert_layers(seen: Survey, choice: Selection, device: torch.device | None,
         with named(row.name or type(row.owner).__name__):
             layers.append(_convert_row(row, device))
         for part in {layers[-1], row.owner}:  # of a linear layer both are the same
-            before.keep(part)
+            keep(part)
     for part in seen.parts:
         if part.kind is Kind.PACKED and not isinstance(part.owner, LoRALayer):
             decode_packed_layer(part.owner)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.layers.names import name_endings, owner_name, tensors_of, without_numbers
 from lightning_qlora.selection.selection import Selection
-from lightning_qlora.survey.survey import Survey
+from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.values import has_values, is_strided
 
 COPIES = "_qlora_copies"  # attribute of a module while it is converted: the copies in it
@@ -35,25 +35,25 @@ class Copy(NamedTuple):
         return name or owners[0], original or owners[1]  # beside the copy, a module has the layers of its original
 
 
-def find_copies(seen: Survey, choice: Selection) -> list[Copy]:
+def find_copies(parts: Parts, choice: Selection) -> list[Copy]:
     """The tensors of a module that are equal, where one of them is the weight of a layer to convert.
 
     Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone
     (`nn.TransformerEncoder` makes its layers as copies of one). The module knows the copies until its conversion has
     ended: after an interrupt their originals are in 4 bits.
     """
-    known: dict[str, list[Copy]] = vars(seen.parts[0].owner)
+    known: dict[str, list[Copy]] = vars(parts.root)
     copies = known.get(COPIES, [])
-    if tensors := _tensors_to_compare(seen):
+    if tensors := _tensors_to_compare(parts):
         copies = [*dict.fromkeys([*copies, *_equal_tensors(tensors, choice)])]
     if copies:
         known[COPIES] = copies
     return copies
 
 
-def _tensors_to_compare(seen: Survey) -> list[tuple[str, Tensor]]:
+def _tensors_to_compare(parts: Parts) -> list[tuple[str, Tensor]]:
     """The dense matrices, and stacks of them, of which others of their shape may be copies; on this rank as a whole."""
-    matrices = [(name, each) for name, each in tensors_of([*seen.modules]) if is_comparable(each) and each.ndim >= 2]
+    matrices = [(name, each) for name, each in tensors_of(parts.named) if is_comparable(each) and each.ndim >= 2]
     of_shape: dict[torch.Size, set[str]] = {}
     for name, tensor in matrices:
         of_shape.setdefault(tensor.shape, set()).add(without_numbers(name))
@@ -86,7 +86,8 @@ def share_seeds(choice: Selection, copies: list[Copy]) -> None:
     for copy in copies:
         if copy.name in names and copy.original in names:
             name = names[copy.name]
-            choice.rows[name] = choice.rows[name]._replace(seed_name=choice.rows[names[copy.original]].seed_name)
+            row = choice.rows[name]._replace(seed_name=choice.rows[names[copy.original]].seed_name)
+            choice.rows[name] = choice.convert[name] = row
 
 
 def is_comparable(tensor: Tensor) -> bool:

@@ -6,12 +6,12 @@ loaded counts as the dense layer that it was.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_qlora.config import QLoRAConfig
+from lightning_qlora.config import ALL_LINEAR, QLoRAConfig
 from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.names import join, outer_names
 from lightning_qlora.quantization.blockwise import FLOATS
@@ -51,10 +51,12 @@ class Case:
         return None if self.part.is_linear else "only linear layers can be converted"
 
     def has_member(self) -> str | None:
-        name = self.part.class_name
+        if self.part.member is None:
+            return None
+        effect = "which a 4-bit layer would replace"
         if self.part.member == "__call__":
-            return f"{name} has a __call__ of its own, which may compute something else"
-        return self.part.member and f"{name} has a {self.part.member} of its own, which a 4-bit layer would replace"
+            effect = "which may compute something else"
+        return f"{self.part.class_name} has a {self.part.member} of its own, {effect}"
 
     def cannot_convert(self) -> str | None:
         part = self.part
@@ -115,7 +117,7 @@ RULES = (
     Rule("in 4 bits in the checkpoint to load", CONVERT, CONVERT, lambda case: case.saved is not None),
     Rule("in exclude_modules", SKIP, SKIP, lambda case: case.is_excluded),
     Rule("new: without pretrained values", TRAIN, None, lambda case: case.new),
-    Rule("not in target_modules", SKIP, None, lambda case: not case.config.all_linear),
+    Rule("not in target_modules", SKIP, None, lambda case: ALL_LINEAR not in case.config.target_modules),
     Rule("no linear layer", None, REFUSE, Case.is_not_linear),
     Rule("of a class that defines a name which a 4-bit layer would replace", SKIP, REFUSE, Case.has_member),
     Rule("tied, parametrized, or not in floats", SKIP, IN_VAIN, Case.cannot_convert),
@@ -147,11 +149,15 @@ class Row(NamedTuple):
 class Selection:
     """The rows of a module, by name; what has none, and is in nothing that has one, is frozen."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, Row]
     some_rows: Any = None  # `TokenRows`: the rows that train of embeddings
+    has_patterns: bool = False  # whether an argument names modules or parameters
 
-    def reasons(self, *actions: str) -> dict[str, str]:
-        return {name: row.reason for name, row in self.rows.items() if row.action in actions}
+    def __post_init__(self) -> None:
+        self.convert = {name: row for name, row in self.rows.items() if row.action == CONVERT}
+        # Name -> reason.
+        self.train = {name: row.reason for name, row in self.rows.items() if row.action == TRAIN}
+        self.skip = {name: row.reason for name, row in self.rows.items() if row.action in (SKIP, IN_VAIN)}
 
     def of_parameter(self, part: Part, key: str) -> Row | None:
         """The row of a parameter, or of the innermost part around it; with several names, one that lets it train."""
@@ -162,23 +168,11 @@ class Selection:
         rows = [self.rows[name] for name in innermost if name is not None]
         return next((row for row in rows if row.action == TRAIN), next(iter(rows), None))
 
-    @property
-    def convert(self) -> dict[str, Row]:
-        return {name: row for name, row in self.rows.items() if row.action == CONVERT}
-
-    @property
-    def train(self) -> dict[str, str]:
-        return self.reasons(TRAIN)
-
-    @property
-    def skip(self) -> dict[str, str]:
-        return self.reasons(SKIP, IN_VAIN)
-
 
 def select_layers(module: nn.Module, config: QLoRAConfig, saved: SavedLayers | None = None) -> Selection:
     """Decide for every linear layer of a module; with `saved`, exactly the layers of a checkpoint are converted.
 
-    The module may be a part of another one, for which a pattern that matches nothing here is meant. `check_selection`
+    The module may be a part of another one, for which a pattern that matches nothing here is meant. `check_patterns`
     refuses such patterns in a whole module.
     """
     return decide(survey(Parts.of(module, wrappers=())), config, saved)
@@ -213,7 +207,8 @@ def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) 
             rows.append(_whole(part, TRAIN if part.trains else SKIP, "as an earlier conversion left it"))
         elif part.kind not in DECIDED and not part.is_recorded and not part.has_stacks:
             rows += _rows(arguments.case(part))
-    return Selection({row.name: row for row in rows}, some_rows)
+    has_patterns = bool(arguments.patterns or config.modules_to_save)
+    return Selection({row.name: row for row in rows}, some_rows, has_patterns)
 
 
 def _whole(part: Part, action: str, reason: str) -> Row:
@@ -251,20 +246,21 @@ class _Arguments:
             "r": config.rank_pattern,
             "lora_alpha": config.alpha_pattern,
         }
-        self._patterns = {argument: Patterns(value) for argument, value in given.items() if value}
+        self.patterns = {argument: Patterns(value) for argument, value in given.items() if value}
+        self._of_parts = [argument for argument in ("lora_alpha", "r") if argument in self.patterns]
         self._configs: dict[str, QLoRAConfig] = {}  # by the arguments that differ: each is checked once
 
     def case(self, part: Part) -> Case:
         names = part.names.for_patterns
         saved = None if self._saved is None else self._saved.get(part.names.in_state_dicts)
-        named = self._patterns.get("target_modules")
-        excluded = self._patterns.get("exclude_modules")
+        named = self.patterns.get("target_modules")
+        excluded = self.patterns.get("exclude_modules")
         reasons = (each.new for each in part.parameters.values() if each.new and not part.has_parts)
         if part.kind in STACKS:  # what transformers did not find in the files is in 4 bits
             reasons = (reason for reason in reasons if reason.startswith(BY_VALUES))
         return Case(
             part=part,
-            config=self._config_of(names, saved),
+            config=self._config_of(names, saved) if saved or self._of_parts else self._config,
             is_named=named is not None and part.names.full != "" and named.match(names),
             is_excluded=excluded is not None and excluded.match_outer(names),
             trains=self._trains,
@@ -274,11 +270,10 @@ class _Arguments:
         )
 
     def _config_of(self, names: tuple[str, ...], saved: Mapping[str, Any] | None) -> QLoRAConfig:
-        arguments = self._patterns.keys() & {"r", "lora_alpha"}
-        own = {each: self._patterns[each].value(names, getattr(self._config, each)) for each in sorted(arguments)}
+        own: dict[str, Any] = {}
+        for argument in self._of_parts:
+            own[argument] = self.patterns[argument].value(names, getattr(self._config, argument))
         own |= saved or {}
-        if not own:
-            return self._config
         key = repr(own)
         if key not in self._configs:
             self._configs[key] = self._config.with_own(own)

@@ -12,7 +12,7 @@ from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, outer_names
 from lightning_qlora.selection.patterns import Patterns
-from lightning_qlora.selection.selection import IN_VAIN, REFUSE, SKIP, TRAIN, Selection
+from lightning_qlora.selection.selection import REFUSE, Selection
 from lightning_qlora.survey.survey import Kind, Survey
 
 # Parameters or modules of a layer with an adapter, by their names in lower case.
@@ -25,15 +25,8 @@ FOREIGN = (
 ARGUMENTS = ("modules_to_save", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
-def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_checkpoint: bool) -> None:
-    """Check the layers of a whole module; those of a checkpoint were chosen without patterns.
-
-    Raises:
-        ValueError: If a pattern matches no module, or one that can't be converted; names the argument and the pattern.
-            If a part of the module has adapters of another library.
-    """
-    if not of_checkpoint:
-        _check_patterns(seen, config, choice)
+def refuse_foreign_adapters(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
+    """Raise ValueError if a part of the module has adapters of another library."""
     for part in seen.parts:
         name = part.names.full
         kind = None if part.stack is not None else foreign_adapter(part.owner)
@@ -48,7 +41,8 @@ def check_selection(seen: Survey, config: QLoRAConfig, choice: Selection, of_che
             )
 
 
-def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
+def check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
+    """Raise ValueError if a pattern matches nothing in a whole module, or what can't be converted."""
     for row in choice.rows.values():
         if row.action == REFUSE:
             raise ValueError(
@@ -64,7 +58,7 @@ def _check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> Non
                 earlier = [part.names.full for part in seen.parts if part.kind is Kind.CONVERTED]
                 converted = dict.fromkeys([*choice.convert, *earlier])
                 if converted.keys().isdisjoint(names):
-                    dense = choice.reasons(TRAIN, SKIP, IN_VAIN)
+                    dense = choice.train | choice.skip
                     reasons = "".join(f" {name}: {dense[name]}." for name in [n for n in names if n in dense][:3])
                     first = first_of(map(repr, converted), 3)
                     raise ValueError(f"{argument}: {text!r} fits none of the layers to convert: [{first}].{reasons}")

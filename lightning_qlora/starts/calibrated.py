@@ -15,9 +15,8 @@ from torch import Tensor
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import ops
 from lightning_qlora.quantization.packed_weight import PackedBytes
-from lightning_qlora.starts import default
 from lightning_qlora.starts.input_statistics import InputStatistics, solver_device
-from lightning_qlora.starts.seeds import generator_of
+from lightning_qlora.starts.random_values import default, generator_of
 
 MIN_INPUT_RMS = 1e-2  # times the mean: calibrated adapters are divided by d, and a dead channel would make them huge
 Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the matrix is about u diag(sigma) v^T
@@ -77,7 +76,7 @@ def calibrated_adapter(
     u, sigma, v = largest_singular(error, config.r)
     root = (sigma / config.scaling).sqrt()  # for A and for B
     random = v.new_empty(v.T.shape, device="cpu")
-    default.fill(random, generator_of(name))
+    default(random, generator_of(name))
     # Where sigma is 0, A = B = 0 would never get a gradient: A is random there.
     zero = (sigma <= torch.finfo(torch.float32).eps * sigma.max()).unsqueeze(1)
     lora_a = torch.where(zero, random.to(v), (v * root).T)

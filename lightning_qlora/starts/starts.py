@@ -1,6 +1,6 @@
 """How an adapter begins (`init_lora_weights`): A is random and B = 0, so the layer computes what its 4-bit base does.
 
-A start is a file here and a row of STARTS.
+A start is a row of STARTS.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.quantization.packed_weight import PackedBytes
-from lightning_qlora.starts import default, gaussian
 from lightning_qlora.starts.calibrated import begin_again, wait_for_inputs
-from lightning_qlora.starts.seeds import generator_of
+from lightning_qlora.starts.random_values import default, gaussian, generator_of
 from lightning_qlora.tensors.values import has_values
 
 
@@ -26,20 +25,18 @@ class Start(NamedTuple):
 
 
 STARTS = {
-    "default": Start(default.fill),
-    "gaussian": Start(gaussian.fill),
-    "calibrated": Start(default.fill, wait_for_inputs, begin_again),
+    "default": Start(default),
+    "gaussian": Start(gaussian),
+    "calibrated": Start(default, wait_for_inputs, begin_again),
 }
 
 
-def start_of(config: Any) -> Start:
-    """`config`: what has `init_lora_weights`."""
-    return STARTS[config.init_lora_weights]
-
-
 def corrects_error(config: Any) -> bool:
-    """Whether adapters begin as a correction of the quantization error, and so belong to the 4-bit base."""
-    return start_of(config).observer is not None
+    """Whether adapters begin as a correction of the quantization error, and so belong to the 4-bit base.
+
+    `config`: what has `init_lora_weights`.
+    """
+    return STARTS[config.init_lora_weights].observer is not None
 
 
 def first_adapter(base: PackedBytes, config: QLoRAConfig, name: str) -> tuple[Tensor, Tensor]:
@@ -50,7 +47,7 @@ def first_adapter(base: PackedBytes, config: QLoRAConfig, name: str) -> tuple[Te
         lora_a, lora_b = (base.packed.new_empty(shape, dtype=torch.float32) for shape in shapes)
         return lora_a, lora_b
     lora_a, lora_b = (torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in shapes)
-    start_of(config).fill(lora_a, generator_of(name))
+    STARTS[config.init_lora_weights].fill(lora_a, generator_of(name))
     return lora_a, lora_b
 
 

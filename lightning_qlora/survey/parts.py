@@ -1,11 +1,13 @@
 """The modules in a module by their names, from one walk over it: what a conversion, a save and a load ask for."""
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
 
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -15,15 +17,35 @@ from lightning_qlora.layers.names import (
     inside,
     is_transformers_model,
     join,
+    last_part,
     only_child_of,
     tensors_of,
     without_wrappers,
 )
-from lightning_qlora.layers.with_adapter import WithAdapter, adapters_of
+from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
 from lightning_qlora.tensors.device_types import IN_16_BITS
+from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.held_types import TYPES
+from lightning_qlora.tensors.values import is_strided
+
+OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
+# For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
+# transformer layer about 34 bytes * in_features (Korthikanti et al. 2022), or 2 with gradient checkpointing. From four
+# times in_features, that is more than a tenth of a step for up to 12 layers, or for any number with checkpointing.
+WIDE = 4
+
+
+class Traits(NamedTuple):
+    """Whether modules have what steps of a conversion are for."""
+
+    is_new: bool = False  # no layer of this package, and no mark
+    is_lazy: bool = False  # a parameter without a shape
+    is_meta: bool = False  # a value on the meta device
+    has_16_bits: bool = False  # a type of 16 bits: of a value, of a 4-bit weight before, or of a computation
+    is_mapped: bool = False  # a value in a mapped file, or in other memory that is not torch's
+    is_wide: bool = False  # a wide linear layer
 
 
 class NamedParameter(NamedTuple):
@@ -63,21 +85,28 @@ class Parts:
         return cls(module.named_modules(remove_duplicate=False), wrappers)
 
     @cached_property
-    def is_new(self) -> bool:
-        """Whether this package left nothing in the modules: no layer, and no mark on one."""
-        return not (self.adapters or any(key.startswith("_qlora_") for part in self.modules for key in vars(part)))
-
-    @property
-    def has_16_bits(self) -> bool:
-        """Whether a value, a 4-bit weight before, or what a module computes in, has a type of 16 bits."""
-        types = {tensor.dtype for _, tensor in tensors_of(self.named)}
-        types.update(layer.dtype_before for layer in self.layers.values())
-        return not types.isdisjoint(IN_16_BITS) or any({TYPES, METHODS} & vars(part).keys() for part in self.modules)
+    def traits(self) -> Traits:
+        """Those that the modules had at the first use."""
+        tensors = [tensor for _, tensor in tensors_of(self.named)]
+        if any(map(is_lazy, tensors)):
+            return Traits(is_lazy=True)
+        types = {tensor.dtype for tensor in tensors} | {layer.dtype_before for layer in self.layers.values()}
+        computes = any({TYPES, METHODS} & vars(part).keys() for part in self.modules)
+        whole = (t for t in tensors if t.device.type == "cpu" and is_strided(t) and not is_sharded(t) and t.numel())
+        storages = [tensor.untyped_storage() for tensor in whole]
+        marked = any(key.startswith("_qlora_") for part in self.modules for key in vars(part))
+        return Traits(
+            is_new=not (marked or self.adapters),
+            is_meta=any(tensor.is_meta for tensor in tensors),
+            has_16_bits=computes or not types.isdisjoint(IN_16_BITS),
+            is_mapped=any(not (storage.resizable() or storage.is_shared()) for storage in storages),
+            is_wide=any(map(is_wide, self.modules)),
+        )
 
     @cached_property
     def adapters(self) -> dict[str, WithAdapter]:
         """Name -> what has an adapter, each once: layers, stacks of experts, and embeddings of which rows train."""
-        return adapters_of(self.named)
+        return {part.reported_name(name): part for name, part in self.named if isinstance(part, WithAdapter)}
 
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:
@@ -139,7 +168,27 @@ class Parts:
         return [(name[start:], module) for name, module in self.places if inside(name, outer)]
 
     @cached_property
+    def output_embeddings(self) -> set[int]:
+        """Ids of the output embeddings, if these layers are linear: their models say so, or their names."""
+        by_name = {id(module) for name, module in self.named if last_part(name) in OUTPUT_EMBEDDINGS}
+        return by_name | self.heads_of_models
+
+    @cached_property
+    def heads_of_models(self) -> set[int]:
+        """Ids of those that models name."""
+        found: set[int] = set()
+        for model in self.modules:
+            if callable(getattr(model, "get_output_embeddings", None)):
+                with suppress(NotImplementedError, AttributeError):  # transformers models without a head
+                    found.add(id(model.get_output_embeddings()))  # type: ignore[operator]
+        return found - {id(None)}
+
+    @cached_property
     def models(self) -> dict[str, list[nn.Module]]:
         """Name of each transformers model -> the modules in it, itself first."""
         names = [name for name, module in self.named if is_transformers_model(module)]
         return {name: [module for _, module in self.inside(name)] for name in names}
+
+
+def is_wide(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and layer.out_features >= WIDE * layer.in_features

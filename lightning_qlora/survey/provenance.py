@@ -35,8 +35,11 @@ NOTHING_KNOWN = Origins({}, None, False)
 
 
 def origins_of(parts: Parts) -> Origins:
-    is_loaded = bool(loaded_models(parts))
-    new = _new_by_loading(parts)
+    is_loaded = False
+    new: dict[int, str] = {}
+    if parts.models:
+        is_loaded = bool(loaded_models(parts))
+        new = _new_by_loading(parts)
     is_pretrained: bool | None = True
     if not is_loaded:
         untrained = find_untrained(parts)

@@ -100,12 +100,6 @@ def check_layers_of_conversions(parts: Any) -> None:
             check_no_layer_resized(conversion, parts.inside(name) if name else parts.named)
 
 
-def shapes_of_layers(named: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, ...]]:
-    """Of layers and embeddings whose weight is computed when code reads it."""
-    layers: dict[str, Any] = {name: part for name, part in named if hasattr(type(part), "weight_metadata")}
-    return {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
-
-
 def float_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
     """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
     for name, part in named:

@@ -1,14 +1,14 @@
-"""Snapshot: what a module was before it is changed, and is again if an error or an interrupt ends the change early.
+"""A snapshot: what modules were before they are changed, and are again if an error or an interrupt ends it early.
 
-    with Snapshot(modules) as before:
-        ...                 # any statement may raise
-        before.keep(part)   # this part is done: from here on it stays as it is now
+    with snapshot(modules) as keep:
+        ...           # any statement may raise
+        keep(part)    # this part is done: from here on it stays as it is now
 
 It has no copies of values. What is cast within it has its memory twice until the end.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -20,62 +20,52 @@ from lightning_qlora.tensors.values import is_strided
 CONTAINERS = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 
 
-class Snapshot:
-    """The modules as they were; an error within the context gives them back their state."""
+@contextmanager
+def snapshot(modules: Iterable[nn.Module]) -> Iterator[Callable[[nn.Module], None]]:
+    """An error within the context gives the modules back their state."""
+    states = {part: _State(part) for part in modules}
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._states = {part: _State(part) for part in modules}
+    def keep(part: nn.Module) -> None:
+        states[part] = _State(part)
 
-    def keep(self, part: nn.Module) -> None:
-        self._states[part] = _State(part)
-
-    def __enter__(self) -> "Snapshot":
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is not None:
-            for state in self._states.values():
-                state.restore()
-        self._states.clear()
+    try:
+        yield keep
+    except BaseException:
+        for state in states.values():
+            state.restore()
+        raise
+    finally:
+        states.clear()
 
 
 class _State:
     def __init__(self, part: nn.Module) -> None:
         self._part = part
         self._class = type(part)
-        self._attributes = _Content(vars(part))
-        containers = [vars(part)[key] for key in CONTAINERS if isinstance(vars(part).get(key), (dict, set))]
-        containers += [vars(method) for method in vars(part).get(METHODS, ())]
-        containers += [value for key, value in vars(part).items() if key.startswith("_qlora") and type(value) is dict]
-        self._containers = list(map(_Content, containers))
-        self._tensors = [_Tensor(tensor) for _, tensor in tensors_of([("", part)])]
+        attributes = vars(part)
+        containers = [attributes[key] for key in CONTAINERS if isinstance(attributes.get(key), (dict, set))]
+        containers += [vars(method) for method in attributes.get(METHODS, ())]
+        containers += [value for key, value in attributes.items() if key.startswith("_qlora") and type(value) is dict]
+        tensors = [tensor for _, tensor in tensors_of([("", part)])]
+        containers += map(vars, tensors)
+        # They stay the same objects, which handles of hooks refer to.
+        self._contents = [(each, each.copy()) for each in (attributes, *containers)]
+        self._tensors = [*map(_Tensor, tensors)]
 
     def restore(self) -> None:
         if type(self._part) is not self._class:
             self._part.__class__ = self._class
-        for content in (self._attributes, *self._containers):
-            content.restore()
+        for container, content in self._contents:
+            container.clear()
+            container.update(content)
         for tensor in self._tensors:
             tensor.restore()
-
-
-class _Content:
-    """What a dict or set holds; it stays the same object, which handles of hooks refer to."""
-
-    def __init__(self, container: Any) -> None:
-        self._container = container
-        self._content = container.copy()
-
-    def restore(self) -> None:
-        self._container.clear()
-        self._container.update(self._content)
 
 
 class _Tensor:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._requires_grad = tensor.requires_grad
-        self._attributes = _Content(vars(tensor))
         self._data = None
         self._grad = None
         if is_strided(tensor) and not is_sharded(tensor):  # else nothing replaces its values
@@ -90,4 +80,3 @@ class _Tensor:
             tensor.grad = self._grad
         if tensor.requires_grad is not self._requires_grad:
             tensor.requires_grad_(self._requires_grad)
-        self._attributes.restore()

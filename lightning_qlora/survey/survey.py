@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.experts.expert_selection import Routers, expert_parameters, know_experts
+from lightning_qlora.experts.expert_selection import COUNTS, Routers, expert_parameters
 from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.kinds import LINEAR as LINEAR_KIND
@@ -34,7 +34,6 @@ from lightning_qlora.layers.names import (
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.qlora_linear import MEMBERS
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.survey.output_embeddings import OutputEmbeddings
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import (
     LOADED,
@@ -134,19 +133,15 @@ class Survey:
     parts: list[Part]  # the modules in the order of `named_modules`, each followed by the experts that it holds
     trains: bool = True
     origins: Origins = NOTHING_KNOWN
+    attributes: set[str] = field(default_factory=set)  # the names of attributes, parameters and parts of all modules
+
+    def __post_init__(self) -> None:
+        self.was_converted = any(part.kind is Kind.CONVERTED for part in self.parts)
+        self.was_interrupted = any(part.config is not None for part in self.parts)  # a conversion ended early
 
     @property
     def class_name(self) -> str:
         return self.parts[0].class_name
-
-    @property
-    def was_converted(self) -> bool:
-        return any(part.kind is Kind.CONVERTED for part in self.parts)
-
-    @property
-    def was_interrupted(self) -> bool:
-        """Whether it has layers of a conversion that ended early."""
-        return any(part.config is not None for part in self.parts)
 
     @property
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -159,11 +154,8 @@ def survey(modules: Parts, agree: Agree = lambda origins: origins) -> Survey:
     `agree`: which of the origins that the ranks see are those of all.
     """
     origins = agree(origins_of(modules))
-    return Survey(
-        parts=list(_Facts(modules, origins.new).parts()),
-        trains=any(parameter.requires_grad for parameter in parameters_of(modules.modules)),
-        origins=origins,
-    )
+    facts = _Facts(modules, origins.new)
+    return Survey(list(facts.parts()), facts.trains, origins, facts.attributes)
 
 
 class _Facts:
@@ -171,14 +163,22 @@ class _Facts:
         self.modules = dict(modules.named)
         self.names = _names(modules)
         parameters = modules.parameters
+        self.trains = any(parameter.requires_grad for _, _, _, parameter in parameters)
         self.new = {id(value): new[name] for name, _, _, value in parameters if name in new}
         self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
         for name, owner, _, parameter in parameters:
             self.holders[id(parameter)][name] = id(owner)
-        self.is_new = modules.is_new
-        self.routers = Routers(self.modules) if know_experts(modules.modules) else None
+        self.is_new = modules.traits.is_new
+        self.attributes = set[str]()
+        for part in modules.modules:  # ScriptModules need keys()
+            self.attributes.update(vars(part), part._parameters.keys(), part._modules.keys())
+        kinds = {*map(type, modules.modules)}
+        knows_experts = any("expert" in name for name in self.attributes) or any(
+            hasattr(kind, name) for kind in kinds for name in ("experts", *COUNTS)
+        )
+        self.routers = Routers(self.modules) if knows_experts else None  # else there is no stack and no router
         self.members_of: Callable[[Any], frozenset[str]] = cache(_members_of_class)
-        self.output_embeddings = OutputEmbeddings(self.modules.values())
+        self.output_embeddings = modules.output_embeddings
         self.in_frozen_models: set[int] = set()
         for inside_model in modules.models.values():
             if not any(parameter.requires_grad for parameter in parameters_of(inside_model)):
@@ -216,7 +216,7 @@ class _Facts:
             "shape": _shape(layer, kind),
             "computed": () if kind is Kind.QUANTIZED else tuple(computed),
             "member": self._replaced_member(layer) if is_dense else None,
-            "is_output_embedding": self.output_embeddings.has(name, layer),
+            "is_output_embedding": id(layer) in self.output_embeddings,
             "is_router": self.routers is not None and self.routers.has(name, layer),
             "is_left_dense": is_dense and id(layer) in self.left_dense,
             "is_read_dense": is_dense and id(layer) in self.read_dense,

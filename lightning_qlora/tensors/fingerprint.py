@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ def fingerprints_of(tensors: Iterable[Tensor]) -> list[int]:
             some = places[begin : begin + step]
             rows = torch.stack([values[place].detach().reshape(-1) for place in some]).float()
             words = F.pad(rows, (0, size % 2)).contiguous().view(torch.int64)
-            words = words * _odd_numbers(words.shape[1], words.device)
+            words = words * _odd_numbers(words.device)[: words.shape[1]]
             for place, total in zip(some, (words ^ (words >> 32)).sum(1).tolist(), strict=True):
                 numbers[place] = _mix(_mix(total) + size)
     return [numbers[place] for place in range(len(values))]
@@ -99,7 +100,7 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
         step *= _PIECES_ON_GPU
     step = min(step, piece * len(sums))
     width = min(_PIECE, -(-tensor.numel() // per_word))
-    odd = _odd_numbers(width, flat.device)
+    odd = _odd_numbers(flat.device)[:width]
     # Buffers: new memory would cost more time than the sums.
     floats = torch.empty(step, dtype=torch.float32, device=flat.device)
     buffers = torch.empty(2, step // per_word, dtype=torch.int64, device=flat.device)
@@ -132,9 +133,11 @@ def _words(values: Tensor, before: int, width: int) -> Tensor:
     return words
 
 
-def _odd_numbers(count: int, device: torch.device) -> Tensor:
-    """Pseudorandom odd 64-bit numbers, always the same."""
-    numbers = torch.arange(1, count + 1, device=device) * _ODD_1
+@cache
+@torch.inference_mode(False)
+def _odd_numbers(device: torch.device) -> Tensor:
+    """Pseudorandom odd 64-bit numbers, always the same, one for each word of a piece."""
+    numbers = torch.arange(1, _PIECE + 1, device=device) * _ODD_1
     numbers ^= numbers >> 31
     numbers *= _ODD_2
     numbers ^= numbers >> 29

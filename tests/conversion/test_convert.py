@@ -51,8 +51,9 @@ def test_layers_are_converted_in_place_and_only_adapters_train_and_once():
     assert_equal(model.state_dict(), state)
 
 
-def test_what_a_conversion_does_not_use_is_not_run():
-    """One look at the module decides, before the work: types, patterns, experts, transformers, rows of tokens."""
+def test_what_a_conversion_does_not_use_is_not_run(monkeypatch):
+    """One look at the module decides, before the work: types, files, patterns, experts, heads, transformers, rows."""
+    monkeypatch.delitem(sys.modules, "peft", raising=False)  # if it is loaded, its layers are searched for
     used = set()
 
     def note(frame, event, _):
@@ -68,20 +69,11 @@ def test_what_a_conversion_does_not_use_is_not_run():
     finally:
         sys.setprofile(previous)
     assert {"conversion/convert.py", "selection/selection.py", "layers/lora_layer.py"} <= used
-    rooms = (
-        "activations/",
-        "adapters/",
-        "calibration/",
-        "dtypes/",
-        "huggingface/",
-        "optim/",
-        "plugin/",
-        "tools/",
-    )
-    assert not [file for file in used if file.startswith(rooms)]
-    files = {"experts/experts.py", "layers/dora.py", "layers/trainable_tokens.py", "starts/calibrated.py"}
-    files |= {f"selection/{name}.py" for name in ("expression", "patterns", "token_selection")}
-    assert used.isdisjoint(files)
+    rooms = ["activations", "adapters", "calibration", "dtypes", "experts", "huggingface", "logits", "optim"]
+    assert not [file for file in used if file.partition("/")[0] in [*rooms, "plugin", "runs", "tools"]]
+    files = {f"conversion/{name}.py" for name in ("convert_checks", "mapped_files")}
+    files |= {f"selection/{name}.py" for name in ("expression", "patterns", "selection_checks", "token_selection")}
+    assert used.isdisjoint({*files, "layers/dora.py", "layers/trainable_tokens.py", "starts/calibrated.py"})
 
 
 def test_rank_0_alone_shows_the_progress(monkeypatch):

@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,6 +20,12 @@ _TOGETHER = 1 << 20  # elements of small tensors
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ODD_1 = 0x1E3779B97F4A7C15
 _ODD_2 = 0x3F58476D1CE4E5B9
+# Pseudorandom odd numbers, one for each word of a piece; no tensor, which a mode of torch may change.
+_ODD = np.arange(1, _PIECE + 1, dtype=np.int64) * _ODD_1
+_ODD ^= _ODD >> 31
+_ODD *= _ODD_2
+_ODD ^= _ODD >> 29
+_ODD |= 1
 
 
 def fingerprint(*tensors: Tensor) -> int:
@@ -60,7 +66,7 @@ def fingerprints_of(tensors: Iterable[Tensor]) -> list[int]:
             some = places[begin : begin + step]
             rows = torch.stack([values[place].detach().reshape(-1) for place in some]).float()
             words = F.pad(rows, (0, size % 2)).contiguous().view(torch.int64)
-            words = words * _odd_numbers(words.device)[: words.shape[1]]
+            words = words * torch.from_numpy(_ODD[: words.shape[1]]).to(words.device)
             for place, total in zip(some, (words ^ (words >> 32)).sum(1).tolist(), strict=True):
                 numbers[place] = _mix(_mix(total) + size)
     return [numbers[place] for place in range(len(values))]
@@ -100,7 +106,7 @@ def _sums_of_pieces(tensor: Tensor) -> list[int]:
         step *= _PIECES_ON_GPU
     step = min(step, piece * len(sums))
     width = min(_PIECE, -(-tensor.numel() // per_word))
-    odd = _odd_numbers(flat.device)[:width]
+    odd = torch.from_numpy(_ODD[:width]).to(flat.device)
     # Buffers: new memory would cost more time than the sums.
     floats = torch.empty(step, dtype=torch.float32, device=flat.device)
     buffers = torch.empty(2, step // per_word, dtype=torch.int64, device=flat.device)
@@ -131,17 +137,6 @@ def _words(values: Tensor, before: int, width: int) -> Tensor:
     if before or after:
         words = F.pad(words, (before, after))
     return words
-
-
-@cache
-@torch.inference_mode(False)
-def _odd_numbers(device: torch.device) -> Tensor:
-    """Pseudorandom odd 64-bit numbers, always the same, one for each word of a piece."""
-    numbers = torch.arange(1, _PIECE + 1, device=device) * _ODD_1
-    numbers ^= numbers >> 31
-    numbers *= _ODD_2
-    numbers ^= numbers >> 29
-    return numbers | 1
 
 
 def fingerprint_of_weights(weights: Sequence[PackedWeight]) -> int:

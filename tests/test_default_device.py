@@ -32,7 +32,7 @@ from lightning_qlora import (
     quantize,
 )
 from lightning_qlora.config import QUANT_TYPES
-from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
+from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.logits.deferred_head import defer_logits
 from lightning_qlora.quantization import codebooks
@@ -169,9 +169,7 @@ def step_in_checkpoint_and_autocast():
 def experts(transposed):
     owner = nn.Module()
     owner.register_parameter("stack", nn.Parameter(inputs(3, 64, 32).detach(), requires_grad=False))
-    layer = QLoRAExperts.from_parameter(
-        ExpertParameter(owner, "stack", 3, transposed), QLoRAConfig(**SMALL), "stack", None, "stack"
-    )
+    layer = ExpertParameter(owner, "stack", 3, transposed).convert(QLoRAConfig(**SMALL), "stack", None, "stack")
     layer.lora_B.data.add_(0.01)
     loss = layer.effective_weight().square().sum() + layer.weight[1].sum()
     loss.backward()

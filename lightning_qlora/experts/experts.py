@@ -61,6 +61,31 @@ class ExpertParameter(NamedTuple):
             return columns, rows
         return rows, columns
 
+    def convert(
+        self, config: QLoRAConfig, name: str, device: torch.device | None, seed_name: str,
+        weights: Iterable[Tensor] | None = None,
+    ) -> "QLoRAExperts":  # fmt: skip
+        """Replace the parameter by a 4-bit layer with adapters, in place.
+
+        The experts are quantized on `device`, None: where the parameter is. The seed of expert i is made from
+        `seed_name.i`. If the parameter has no data, `weights` yields the weight of each expert in its layout.
+        """
+        owner, key, experts, transposed = self
+        vars(owner).setdefault(PARAMETERS, list(owner._parameters))
+        parameter: Any = owner._parameters[key]
+        stack = QLoRAExperts(transposed, flat=parameter.ndim == 2)
+        setattr(parameter, REPLACED, stack)  # for an optimizer that was created before conversion
+        stack.set_arguments(config, name, seed_name)
+        if weights is None:
+            weights = parameter.detach().view(experts, -1, parameter.shape[-1]).unbind()
+        stack.initialize(weights, device)
+        stack.train(owner.training)
+        del owner._parameters[key]  # last: while `weights` yields, transformers reads its type
+        owner.register_module(stack_name(key), stack)
+        _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
+        derive(_WithExperts, owner)
+        return stack
+
 
 class QLoRAExperts(SavedLayer):
     """The experts of one parameter, in 4 bits, each with an adapter.
@@ -72,33 +97,6 @@ class QLoRAExperts(SavedLayer):
         super().__init__()
         self._transposed = transposed  # one expert of the parameter was [in, out]
         self.flat = flat  # the parameter was [experts * width, in] (DBRX)
-
-    @staticmethod
-    def from_parameter(
-        part: ExpertParameter, config: QLoRAConfig, name: str, device: torch.device | None, seed_name: str,
-        weights: Iterable[Tensor] | None = None,
-    ) -> "QLoRAExperts":  # fmt: skip
-        """Replace a parameter of a module by a 4-bit layer with adapters, in place.
-
-        The experts are quantized on `device`, None: where the parameter is. The seed of expert i is made from
-        `seed_name.i`. If the parameter has no data, `weights` yields the weight of each expert in its layout.
-        """
-        owner: nn.Module = part.owner
-        key = part.key
-        vars(owner).setdefault(PARAMETERS, list(owner._parameters))
-        parameter: Any = owner._parameters[key]
-        stack = QLoRAExperts(part.transposed, flat=parameter.ndim == 2)
-        setattr(parameter, REPLACED, stack)  # for an optimizer that was created before conversion
-        stack.set_arguments(config, name, seed_name)
-        if weights is None:
-            weights = parameter.detach().view(part.experts, -1, parameter.shape[-1]).unbind()
-        stack.initialize(weights, device)
-        stack.train(owner.training)
-        del owner._parameters[key]  # last: while `weights` yields, transformers reads its type
-        owner.register_module(stack_name(key), stack)
-        _restore_order(owner._modules, [stack_name(name) for name in vars(owner)[PARAMETERS]])
-        derive(_WithExperts, owner)
-        return stack
 
     def __len__(self) -> int:
         return self.matrix_count

@@ -7,7 +7,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed, pop_packed_weight
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, named
@@ -77,10 +76,10 @@ def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
 
 
 def convert_layer(row: Row, device: torch.device | None = None, weights: Iterable[Tensor] | None = None) -> LoRALayer:
-    """Convert a layer, or a stack of experts, in place. For the arguments see `QLoRAExperts.from_parameter`."""
+    """Convert a layer, or a stack of experts, in place. For the arguments see `ExpertParameter.convert`."""
     assert row.config is not None
     if row.stack is not None:
-        return QLoRAExperts.from_parameter(row.stack, row.config, row.name, device, row.seed_name, weights)
+        return row.stack.convert(row.config, row.name, device, row.seed_name, weights)
     layer = row.owner
     if is_packed(layer):
         setattr(layer.weight, REPLACED, layer)  # for an optimizer that was created before conversion

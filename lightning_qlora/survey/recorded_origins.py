@@ -4,16 +4,14 @@ Which parts are new follows from their values. Those of a run that is resumed ma
 not loaded again, or its version did not ask values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.experts.experts import QLoRAExperts
-from lightning_qlora.layers.names import owner_name, parameter_name
-from lightning_qlora.layers.qlora_linear import QLoRALinear
+from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import origins_by_name
 from lightning_qlora.survey.records import Conversion, forget_conversion, own_parameters, undo
@@ -45,7 +43,7 @@ def convert_as_recorded(
             vars(owner)[ORIGINS] |= dict.fromkeys(same, recorded)
     if not changed or any(is_sharded(tensor) for owner in changed for tensor in own_parameters(owner).values()):
         return parts
-    values = _undo(parts, list(changed))
+    values = _undo(parts, changed.keys())
     if convert is None:
         conversion.convert_again(parts.root, conversion.config)
     else:
@@ -57,7 +55,7 @@ def convert_as_recorded(
 
 
 @torch.no_grad()
-def _undo(parts: Parts, owners: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+def _undo(parts: Parts, owners: Collection[nn.Module]) -> list[tuple[Tensor, Tensor]]:
     """Let modules be as before conversion; the weights of 4-bit layers are decoded.
 
     Returns the parameters that are held in fp32, with their values: they have their types before now.
@@ -68,13 +66,12 @@ def _undo(parts: Parts, owners: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
         values.append((parameter, parameter.data))
         parameter.data = parameter.data.to(dtype)
     undo_full_precision(parts.modules)
-    for owner in owners:
-        if isinstance(owner, QLoRALinear):
-            owner.become_dense(nn.Parameter(owner.decode()))
-        for key, stack in [*owner._modules.items()]:
-            if isinstance(stack, QLoRAExperts):
-                weight = nn.Parameter(stack.decode(), requires_grad=False)
-                stack.become_dense(weight, owner, parameter_name(key))
+    modules = dict(parts.named)
+    for name, layer in parts.layers.items():
+        key = layer.weight_name(name)
+        owner = modules[owner_name(key)]
+        if owner in owners:
+            layer.become_dense(nn.Parameter(layer.decode(), requires_grad=False), owner, last_part(key))
     undo(owners)
     forget_conversion(parts.root)
     return values

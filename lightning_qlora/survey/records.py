@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.experts.experts import QLoRAExperts
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import join, parameter_name, without_wrappers
+from lightning_qlora.layers.names import join, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprints_of
@@ -144,11 +143,11 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
 
 def _loaded_layers(part: Any) -> Iterator[tuple[str, LoRALayer]]:
     """The key of each weight that is in 4 bits before a conversion has ended, and its layer."""
-    if isinstance(part, LoRALayer) and part.loaded and not isinstance(part, QLoRAExperts):
-        yield "weight", part
-    for key, child in part._modules.items():
-        if isinstance(child, QLoRAExperts) and child.loaded:
-            yield parameter_name(key), child
+    for name, layer in [("", part), *part._modules.items()]:
+        if isinstance(layer, LoRALayer) and layer.loaded:
+            key = layer.weight_name(layer.reported_name(name))
+            if key and not owner_name(key):  # else it is a weight of another module
+                yield key, layer
 
 
 def record(parameters: Iterable[Unrecorded]) -> None:

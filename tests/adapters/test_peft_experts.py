@@ -178,7 +178,7 @@ def test_the_order_of_conversion_does_not_matter(tmp_path):
         for key in ("down_proj", "gate_up_proj"):
             if key in owner._parameters and owner._parameters[key].ndim == 3:
                 part = ExpertParameter(owner, key, 6, False)
-                toys.QLoRAExperts.from_parameter(part, toys.CONFIG, f"{name}.{key}", None, f"{name}.{key}")
+                part.convert(toys.CONFIG, f"{name}.{key}", None, f"{name}.{key}")
     unfreeze(reverse)
     convert(reverse, r=2, lora_alpha=4)
     save_adapter(model, tmp_path)

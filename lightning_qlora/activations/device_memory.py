@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 
@@ -33,7 +34,7 @@ def memory_of(device: torch.device) -> Memory | None:
     """What a process has of a device; None where it can't be read (CPUs without /proc)."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        available = free + torch.cuda.memory_reserved(device)
+        available = free + torch.cuda.memory_reserved(device) + _managed_on(device)
         return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), available)
     if device.type != "cpu":
         return None
@@ -48,6 +49,31 @@ def memory_of(device: torch.device) -> Memory | None:
         files = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
         free = min(free, limit - current + int(files[1] if files else 0))
     return Memory(max(row["VmRSS"] - _held_back(), 0), row["VmHWM"], row["VmRSS"] + free)
+
+
+# Of each device: pools of unified memory (`nbytes`), and what others than torch had before the pools had any.
+_managed: dict[torch.device, tuple[WeakSet[Any], int]] = {}
+
+
+def count_managed(pool: Any, device: torch.device) -> None:
+    """Count the pages of a pool as available, before its first ones: the driver moves them when torch needs memory."""
+    pools, _ = _managed.get(device, (WeakSet(), 0))
+    if not pools:
+        _managed[device] = pools, _of_others(device)
+    pools.add(pool)
+
+
+def _of_others(device: torch.device) -> int:
+    """Bytes that torch has not: the driver's, those of other processes, unified memory that is on the device."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def _managed_on(device: torch.device) -> int:
+    """Bytes of unified memory that are on the device, as far as one can see: CUDA does not say where a page is."""
+    pools, before = _managed.get(device, (WeakSet(), 0))
+    nbytes = int(sum(pool.nbytes for pool in pools))
+    return nbytes and max(0, min(nbytes, _of_others(device) - before))
 
 
 def _held_back() -> int:

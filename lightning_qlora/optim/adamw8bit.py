@@ -147,6 +147,7 @@ class PagedAdamW8bit(Optimizer):
                 self.state[param][key] = value.detach().to(device, copy=True)
 
     def _update(self, params: list[Any], group: dict[str, Any]) -> None:
+        states: list[Any] = []
         for param in params:
             if param.grad.layout != torch.strided:
                 raise TypeError(
@@ -156,6 +157,7 @@ class PagedAdamW8bit(Optimizer):
             if not self.state[param]:
                 self.state[param].update(_new_state(param))
             state = self.state[param]
+            states.append(state)
             moment = state[f"{MOMENTS[0]}_codes" if is_8bit(state) else MOMENTS[0]]
             if local(moment).numel() != local(param).numel():  # a kernel would write beyond the state
                 raise ValueError(
@@ -163,33 +165,37 @@ class PagedAdamW8bit(Optimizer):
                     f"{list(moment.shape)}: it changed since the last step, as by load_adapter with another rank. Make "
                     "the optimizer again."
                 )
-        groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)  # one kernel launch each
-        for param in params:
-            state = self.state[param]
-            state["step"] += 1
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        groups: dict[tuple[Any, ...], list[tuple[Tensor, Any]]] = defaultdict(list)  # one kernel launch each
+        for param, state, step in zip(params, states, map(int, steps), strict=True):
             # The last ranks may have no rows of a small sharded parameter.
             if local(param).numel():
-                key = (int(state["step"]), is_8bit(state), param.device, param.dtype, param.grad.dtype)
-                groups[key].append(param)
+                groups[step, is_8bit(state), param.device, param.dtype, param.grad.dtype].append((param, state))
         beta1, beta2 = group["betas"]
         numbers = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"]]
         for (step, in_8bit, *_), members in groups.items():
             scalars = AdamWStep(step, *map(float, numbers))  # they may be tensors
-            params = [local(param) for param in members]
-            grads = [local(param.grad) for param in members]
+            params = [local(param) for param, _ in members]
+            grads = [local(param.grad) for param, _ in members]
+            states = [state for _, state in members]
             if in_8bit:
-                adamw8bit_step(params, grads, *(self._local_8bit(members, moment) for moment in MOMENTS), scalars)
+                adamw8bit_step(params, grads, *(_local_8bit(states, moment) for moment in MOMENTS), scalars)
             else:
-                adamw_step(params, grads, *(self._local_state(members, moment) for moment in MOMENTS), scalars)
+                adamw_step(params, grads, *(_local(states, moment) for moment in MOMENTS), scalars)
 
-    def _local_state(self, params: list[Tensor], key: str) -> list[Tensor]:
-        return [local(self.state[param][key]) for param in params]
 
-    def _local_8bit(self, params: list[Tensor], moment: str) -> Moment:
-        """Local codes and scales; a DTensor has as many scales on all ranks as the largest shard has blocks."""
-        codes = self._local_state(params, f"{moment}_codes")
-        scales = self._local_state(params, f"{moment}_absmax")
-        return codes, [absmax[: block_count(part.numel())] for part, absmax in zip(codes, scales, strict=True)]
+def _local(states: list[Any], key: str) -> list[Tensor]:
+    return [local(state[key]) for state in states]
+
+
+def _local_8bit(states: list[Any], moment: str) -> Moment:
+    """Local codes and scales; a DTensor has as many scales on all ranks as the largest shard has blocks."""
+    codes = _local(states, f"{moment}_codes")
+    scales = _local(states, f"{moment}_absmax")
+    counts = [block_count(part.numel()) for part in codes]
+    # To cut where nothing is left out would take as long as all else of a parameter.
+    return codes, [each if each.numel() == n else each[:n] for each, n in zip(scales, counts, strict=True)]
 
 
 def _check_numbers(numbers: dict[str, Any]) -> None:

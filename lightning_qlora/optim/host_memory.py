@@ -20,6 +20,8 @@ makes this stream wait, so that the next forward pass can use the memory. `recor
 the CPU sees the end of the copy, and the CPU launches kernels up to a step ahead.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
+from lightning_qlora.activations.device_memory import count_managed
 from lightning_qlora.checks import install
 from lightning_qlora.optim.pool import ALIGNMENT, SEGMENT_BYTES, Pool
 
@@ -67,9 +70,14 @@ class ManagedPool(Pool):
         return bool(self._ranges([tensor]))
 
     def _ranges(self, tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-        segments = [(segment.address, segment.address + segment.nbytes) for segment in self._segments]
-        ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
-        return [(a, b) for a, b in ranges if any(start <= a < end for start, end in segments)]
+        ends = sorted((segment.address + segment.nbytes, segment.address) for segment in self._segments)
+        ranges = []
+        for tensor in tensors:
+            start = tensor.data_ptr()
+            place = bisect_right(ends, (start, math.inf))
+            if place < len(ends) and ends[place][1] <= start:
+                ranges.append((start, start + tensor.nbytes))
+        return ranges
 
     @override
     def prefetch(self, tensors: Iterable[Tensor]) -> None:
@@ -84,6 +92,8 @@ class ManagedPool(Pool):
     @override
     def _allocate(self, nbytes: int) -> int:
         runtime = self._runtime
+        if not self._segments:
+            count_managed(self, self._memory_device)
         with torch.cuda.device(self._memory_device):  # makes torch's context current: the memory belongs to it
             error, address = runtime.cudaMallocManaged(nbytes, runtime.cudaMemAttachGlobal)
         if error == runtime.cudaError_t.cudaErrorMemoryAllocation:

@@ -59,33 +59,31 @@ class OptimizerPages:
                     pool.evict([tensor])
 
     def paged(self) -> Iterator[tuple[Pool, list[Tensor]]]:
-        tensors = self._tensors()
         for pool in self.pools:
-            yield pool, [tensor for tensor in tensors if pool.owns(tensor)]
+            yield pool, [tensor for tensor in self._tensors() if pool.owns(tensor)]
 
     def prefetch(self, params: list[Tensor] | None = None) -> None:
-        tensors = self._tensors(params)
         for pool in self.pools:
-            pool.prefetch(tensors)
+            pool.prefetch(self._tensors(params))
 
     def wait_prefetch(self) -> None:
         for pool in self.pools:
             pool.wait_prefetch()
 
     def evict(self, params: list[Tensor] | None = None) -> None:
-        tensors = self._tensors(params)
         for pool in self.pools:
-            pool.evict(tensors)
+            pool.evict(self._tensors(params))
 
-    def _tensors(self, params: list[Tensor] | None = None) -> list[Tensor]:
+    def _tensors(self, params: list[Tensor] | None = None) -> Iterator[Tensor]:
+        """Searched for as they are asked for: in unified memory nothing is evicted."""
         optimizer = self._optimizer()
-        if optimizer is None or not self.pools:
-            return []
+        if optimizer is None:
+            return
         if params is None:
-            states = list(optimizer.state.values())
+            states = list(dict.values(optimizer.state))
         else:
             states = [optimizer.state.get(param) for param in params]
-        return [tensor for tensor in tensors_in(states) if tensor.numel() >= self._min_numel]
+        yield from (tensor for tensor in tensors_in(states) if tensor.numel() >= self._min_numel)
 
     def close(self) -> None:
         optimizer = self._optimizer()
@@ -148,10 +146,8 @@ class OptimizerPages:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.pools:  # nothing is paged, so a step does not read all of its state
             return
-        for param, state in optimizer.state.items():
-            values = [state]
-            if isinstance(state, dict):
-                values = list(state.values())
+        for param, state in dict.items(optimizer.state):
+            values = dict.values(state) if isinstance(state, dict) else [state]
             for value in values:
                 if not isinstance(value, Tensor):  # a list in the state may have grown since it was set
                     self.page(param, value)

@@ -24,7 +24,7 @@ class _ObservedDict(dict[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         self.on_read()
-        return super().__getitem__(key)
+        return dict.__getitem__(self, key)  # which calls `__missing__`
 
     def __iter__(self) -> Iterator[Any]:
         """As in dict. `dict(state)` and `{**state}` copy without `__getitem__` from a class that does not have it."""
@@ -133,8 +133,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if type(value) is Tensor:
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        # Of the dicts above without their hook: nothing reads the values.
+        items = dict.values(value) if isinstance(value, dict) else value.values()
+        for item in items:
+            if type(item) is Tensor:
+                yield item
+            else:
+                yield from tensors_in(item)
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             yield from tensors_in(item)

@@ -118,6 +118,7 @@ def _divisibility(number: int) -> list[Any]:
 
 def compile_launch(launch: Launch, target: str) -> Report:
     """Compile for "sm_90", "gfx942", ... and read the result; raises what the compiler raises."""
+    target = target.split()[0]  # without the name of a card
     if target.startswith("sm_"):
         arch = int(target[3:])
         compiled = triton.compile(source(launch, target), target=GPUTarget("cuda", arch, 32), options=launch.options)

@@ -30,7 +30,7 @@ from lightning_qlora.kernels.backends import Backend
 from lightning_qlora.kernels.triton import launch
 
 SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 150, 5
-HEADS = "launches forward", "us forward", "launches backward", "us backward"
+HEADS = "launches forward", "us forward", "launches backward", "us backward", "us without gradients"
 # Ops that run one kernel on a GPU.
 KERNELS = {
     "mm", "addmm", "addmm_", "copy_", "mul", "mul_", "add", "add_", "sum", "native_dropout", "bernoulli_", "div_",
@@ -96,7 +96,7 @@ def launches(call: Callable[[], object]) -> int:
 
 
 def measure(layers: nn.Module, x: Tensor, count: int = LAYERS) -> list[str]:
-    """Cells of the table: launches and microseconds of one of `count` layers, forward and backward."""
+    """Cells of the table: launches and microseconds of one of `count` layers, forward, backward, without gradients."""
     x = x.bfloat16().requires_grad_()
     trained = [x, *(parameter for parameter in layers.parameters() if parameter.requires_grad)]
     grad = torch.randn_like(x)
@@ -107,8 +107,13 @@ def measure(layers: nn.Module, x: Tensor, count: int = LAYERS) -> list[str]:
     def both() -> None:
         torch.autograd.grad(forward(), trained, grad)
 
-    counted, took = [launches(forward), launches(both)], [microseconds(forward), microseconds(both)]
-    cells = counted[0], took[0], counted[1] - counted[0], took[1] - took[0]
+    def without_gradients() -> None:
+        with torch.no_grad():
+            layers(x)
+
+    counted = [launches(forward), launches(both)]
+    took = [microseconds(call) for call in (forward, both, without_gradients)]
+    cells = counted[0], took[0], counted[1] - counted[0], took[1] - took[0], took[2]
     return [f"{cell / count:.0f}" for cell in cells]
 
 
@@ -123,7 +128,7 @@ def ours(dropout: float, few_rows: bool = False) -> nn.Module:
     use(eager)
     convert(layers, r=RANK, lora_dropout=dropout, compute_dtype="bf16")
     use(kernels)
-    tile = launch.Tile(M=16, N=64, PROGRAMS=256, num_warps=4, num_stages=3)
+    tile = launch.Tile(M=16, N=64, num_warps=4, num_stages=3)
     launch.TABLE["matmul"] = {"default": [tile] if few_rows else []}
     return layers.train()
 

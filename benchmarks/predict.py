@@ -25,6 +25,7 @@ from benchmarks.measure import table
 WIDTH, VOCABULARY, BLOCKS, RANK = 4096, 32000, 32, 64
 LAYERS = 4 * [(4096, 4096)] + 2 * [(11008, 4096)] + [(4096, 11008)]  # (outputs, inputs) of the layers of a block
 LAUNCH = 2.5e-6  # seconds
+ONE_ROW = 11e-6  # seconds on the host of a layer with one row and without gradients
 DROPPED = 20  # instructions for the dropout mask of an element
 ATTENTION_IN_FP32 = 1.4  # fused attention multiplies whole tiles of the causal triangle
 # Passes over q, k, v and the output, and over their gradients, to and from fp16, in hidden states of fp32.
@@ -253,8 +254,10 @@ def _token(card: Card) -> float:
 def tokens() -> str:
     """One token of generation, in ms, beside the time in which the weights are read once."""
     read = 0.516 * BLOCKS * sum(n * k for n, k in LAYERS) + 2 * VOCABULARY * WIDTH
+    host = BLOCKS * (len(LAYERS) * ONE_ROW + 5e-6 * OURS.launches[0])
     rows = [
         ["on the device", *(f"{1e3 * _token(card):.1f}" for card in CARDS)],
+        ["on the host", *(f"{1e3 * host:.1f}" for _ in CARDS)],
         ["the weights are read", *(f"{1e3 * read / 0.85 / card.bandwidth:.1f}" for card in CARDS)],
     ]
     return table(["a token, ms", *(card.name for card in CARDS)], rows)

@@ -68,8 +68,9 @@ def add_matmul_(y: Tensor, x: Any, weight: PackedBytes, bias: Tensor | None = No
     if values.dtype is torch.float32:
         run = vector(m, weight, bias is not None)
     else:
-        run = linear.matmul(m, weight, bias is not None, isinstance(x, Half))
-    run((*tensors, values, y if bias is None else bias, y, run.memory(y), power))
+        types = values.dtype, (y if bias is None else bias).dtype, y.dtype
+        run = linear.matmul(m, weight, bias is not None, isinstance(x, Half), types)
+    run((*tensors, values, y if bias is None else bias, y, run.memory(y), power if isinstance(x, Half) else y))
     return y
 
 
@@ -81,7 +82,10 @@ def _plan(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> linear.Plan:
 def _launch(name: str, tensors: tuple[Tensor, ...], sizes: Any, seed: Tensor | None) -> Launch:
     tile = find_tile(name, tensors[0].device, sizes[0])
     types = tuple(tensor.dtype for tensor in tensors)
-    return _kept(tile, types, getattr(lora_products, name), tensors[0].device, *sizes, seed is not None)
+    arguments = tensors[0].device, *sizes, seed is not None
+    if name != "lora_up":
+        arguments = *arguments, types
+    return _kept(tile, types, getattr(lora_products, name), *arguments)
 
 
 @lru_cache

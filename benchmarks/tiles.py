@@ -48,21 +48,17 @@ def candidates(kernel: str, rows: int) -> list[Tile]:
         return [Tile(WEIGHTS=n, num_warps=w) for n, w in product((1024, 2048, 4096, 8192), (1, 2, 4))]
     if kernel == "matmul":
         sizes = [{"M": min(rows, 64), "N": n, "num_warps": w} for n, w in ((64, 4), (128, 4), (128, 8))]
-        programs = (256, 512, 1024)
     elif kernel == "grouped":
         sizes = [
             {"M": m, "N": n, "K": 64, "num_warps": w}
             for m, n, w in product((16,) if few else (32, 64), (64, 128), (4, 8))
         ]
-        programs = (0,)
-    elif kernel == "lora_down":
-        sizes = [{"M": m, "K": k, "num_warps": 4} for m, k in product((16,) if few else (32, 64, 128), (64, 128))]
-        programs = (256, 512, 1024)
     else:
-        sizes = [{"M": m, "N": n, "num_warps": 4} for m, n in product((16,) if few else (32, 64, 128), (64, 128))]
-        programs = (256, 512, 1024) if kernel == "lora_gradients" else (0,)
+        other = "K" if kernel == "lora_down" else "N"
+        rows_of_tile = ((16, 4),) if few else ((32, 4), (64, 4), (128, 4), (128, 8))
+        sizes = [{"M": m, other: n, "num_warps": w} for (m, w), n in product(rows_of_tile, (32, 64, 128))]
     stages = (1, 2) if kernel == "lora_up" else (2, 3)  # its loop over the ranks has one step up to rank 64
-    return [Tile(size, PROGRAMS=p, num_stages=s) for size, p, s in product(sizes, programs, stages)]
+    return [Tile(size, num_stages=s) for size, s in product(sizes, stages)]
 
 
 def calls(kernel: str, rows: int, shape: tuple[int, int], device: torch.device) -> list[Callable[[], Any]]:

@@ -19,7 +19,7 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
-from lightning_qlora.kernels.scratch import scratch_matrix
+from lightning_qlora.kernels.scratch import Buffer, lend, scratch_matrix
 from lightning_qlora.quantization.blockwise import CHUNK
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -122,7 +122,8 @@ class Plan:
             self.library.lora_linear(out, x, weight, bias, lora, xa)
             return
         self.product(xa, lora.b.T, lora.scaling, out)
-        self.product(x, self.decoded(weight)[1], out=out, adds=True)
+        with self.decoded(weight) as (_, transposed):
+            self.product(x, transposed, out=out, adds=True)
         if bias is not None:
             out.add_(bias)
 
@@ -140,7 +141,8 @@ class Plan:
         grad_x = self.product(grad_xa, lora.a)
         if lora.seed is not None:
             self.dropout_into(grad_x, grad_x, self.p, lora.seed)
-        return self.product(grad, self.decoded(weight)[0], out=grad_x, adds=True)
+        with self.decoded(weight) as (dense, _):
+            return self.product(grad, dense, out=grad_x, adds=True)
 
     def gradients(
         self, grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
@@ -170,11 +172,11 @@ class Plan:
             out = a.new_empty(a.shape[0], b.shape[1])
         return out.addmm_(a, b, beta=1 if adds else 0, alpha=s)
 
-    def decoded(self, weight: PackedBytes) -> tuple[Any, Any]:
-        """W and W^T in the reused buffer, valid until the next weight is decoded."""
-        matrices = scratch_matrix((self.n, self.k), self.decoded_dtype, self.device)
-        self.dequantize_into(matrices[0], weight)
-        return matrices
+    def decoded(self, weight: PackedBytes) -> Buffer:
+        """W and W^T in a reused buffer, for `with`."""
+        buffer = lend((self.n, self.k), self.decoded_dtype, self.device)
+        self.dequantize_into(buffer.matrices[0], weight)
+        return buffer
 
     def dropped(self, x: Any, seed: Tensor | None) -> Any:
         """drop(x) in a reused buffer, valid until the next call; x itself without a seed."""
@@ -207,10 +209,11 @@ class HalfPlan(Plan):
     def take_out(self, sums: Tensor, first: Tensor, second: Tensor, s: float) -> Tensor:
         return take_out(sums, first, second).mul_(s)
 
-    def decoded(self, weight: PackedBytes) -> tuple[Half, Half]:
+    def decoded(self, weight: PackedBytes) -> Buffer:
         divided, power = scaled_weight(weight, self.scaled)
-        dense, transposed = super().decoded(divided)
-        return Half(dense, power), Half(transposed, power)
+        buffer = super().decoded(divided)
+        buffer.matrices = tuple(Half(matrix, power) for matrix in buffer.matrices)
+        return buffer
 
     def dropped(self, x: Half, seed: Tensor | None) -> Half:
         if seed is None:

@@ -35,7 +35,10 @@ def lora_linear(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA)
                 "4-bit layers do not support the transforms of torch.func (grad, vjp, jvp, vmap, ...). Use backward(), "
                 "torch.autograd.grad or torch.autograd.functional.vjp."
             )
-        y: Tensor = torch.ops.lightning_qlora.lora_linear(x, *weight, bias, *lora)[0]
+        op = torch.ops.lightning_qlora.lora_linear
+        if lora.seed is not None:
+            op = torch.ops.lightning_qlora.lora_linear_dropout
+        y: Tensor = op(x, *weight, bias, *lora)[0]
         return y
     return run_plan(plan_of(x, weight, bias, lora), x, weight, bias, lora)
 
@@ -189,7 +192,10 @@ def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     form, scaling, p, in_fp16 = ctx.choices
     needs_x = ctx.needs_input_grad[0]
     needs_bias = ctx.needs_input_grad[7]
-    grad_x, grad_a, grad_b = torch.ops.lightning_qlora.lora_linear_backward(
+    op = torch.ops.lightning_qlora.lora_linear_backward
+    if seed is not None:
+        op = torch.ops.lightning_qlora.lora_linear_backward_dropout
+    grad_x, grad_a, grad_b = op(
         grad, x, xa, packed, absmax, nested, *form, lora_a, lora_b, scaling, p, seed, in_fp16, needs_x
     )
     of_bias = None
@@ -198,7 +204,8 @@ def _backward_of_op(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
     return grad_x if needs_x else None, *[None] * 6, of_bias, grad_a, grad_b, *[None] * 4
 
 
-ops.lora_linear_op.register_autograd(_backward_of_op, setup_context=_save_for_op)
+for op in ops.LAYER_OPS:
+    op.register_autograd(_backward_of_op, setup_context=_save_for_op)
 
 
 def grad_bias(grad: Tensor) -> Tensor:

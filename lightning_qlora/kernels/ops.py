@@ -100,8 +100,7 @@ def scales(weight: PackedBytes, numbers: Tensor | None = None) -> Tensor:
     return cast(Tensor, torch.ops.lightning_qlora.scales(weight.absmax, weight.nested, numbers))
 
 
-# Not inside a CUDA graph (torch.compile's "reduce-overhead"): replays would repeat one dropout mask, because the seed
-# is read on the host. torch 2.8 lacks the tag.
+# Not inside a CUDA graph (torch.compile's "reduce-overhead"). torch 2.8 lacks the tag.
 TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 
@@ -141,7 +140,7 @@ def _weight_of(fields: Sequence[Any]) -> PackedBytes:
 
 
 @torch.library.custom_op(
-    "lightning_qlora::dequantize", mutates_args=(), tags=TAGS, schema=f"({WEIGHT}, ScalarType dtype) -> Tensor"
+    "lightning_qlora::dequantize", mutates_args=(), schema=f"({WEIGHT}, ScalarType dtype) -> Tensor"
 )
 def _dequantize(*arguments: Any) -> Tensor:
     _refuse_onnx()
@@ -174,13 +173,7 @@ def _(absmax: Tensor, nested: Tensor, _: Tensor | None) -> Tensor:
     return absmax.new_empty(blocks, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "lightning_qlora::lora_linear",
-    mutates_args=(),
-    tags=TAGS,
-    schema=f"(Tensor x, {WEIGHT}, Tensor? bias, {LORA}) -> (Tensor, Tensor)",
-)
-def lora_linear_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """y, and drop(x) A^T for the backward pass; see `lora_linear.lora_linear`."""
     _refuse_onnx()
     weight = _weight_of(rest)
@@ -195,21 +188,14 @@ def lora_linear_op(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y, xa
 
 
-@lora_linear_op.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _shapes(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _refuse_onnx()
     lora = LoRA(*rest[WEIGHT_FIELDS + 1 :])
     out_features = _weight_of(rest).shape[0]
     return x.new_empty(*x.shape[:-1], out_features), x.new_empty(math.prod(x.shape[:-1]), lora.a.shape[0])
 
 
-@torch.library.custom_op(
-    "lightning_qlora::lora_linear_backward",
-    mutates_args=(),
-    tags=TAGS,
-    schema=f"(Tensor grad, Tensor x, Tensor xa, {WEIGHT}, {LORA}, bool needs_x) -> (Tensor, Tensor, Tensor)",
-)
-def lora_linear_backward_op(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _lora_linear_backward(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x (empty if it is not needed), A and B."""
     *fields, needs_x = rest[WEIGHT_FIELDS:]
     weight = _weight_of(rest)
@@ -220,11 +206,32 @@ def lora_linear_backward_op(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> 
     return grad_x, grad_a, grad_b
 
 
-@lora_linear_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes_of_backward(grad: Tensor, x: Tensor, xa: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, needs_x = rest[WEIGHT_FIELDS:]
     lora = LoRA(*fields)
     return x.new_empty(x.shape if needs_x else 0), lora.a.new_empty(lora.a.shape), lora.b.new_empty(lora.b.shape)
+
+
+def _with_and_without_dropout(name: str, run: Any, fake: Any, schema: str) -> list[Any]:
+    """The op `name` and another one with "_dropout", whose replays would repeat one mask: the host reads its seed."""
+    ops = []
+    for suffix, tags in (("", ()), ("_dropout", TAGS)):
+        name_of_op = f"lightning_qlora::{name}{suffix}"
+        op = torch.library.custom_op(name_of_op, run, mutates_args=(), tags=tags, schema=schema)
+        op.register_fake(fake)
+        ops.append(op)
+    return ops
+
+
+LAYER_OPS = _with_and_without_dropout(
+    "lora_linear", _lora_linear, _shapes, f"(Tensor x, {WEIGHT}, Tensor? bias, {LORA}) -> (Tensor, Tensor)"
+)
+_with_and_without_dropout(
+    "lora_linear_backward",
+    _lora_linear_backward,
+    _shapes_of_backward,
+    f"(Tensor grad, Tensor x, Tensor xa, {WEIGHT}, {LORA}, bool needs_x) -> (Tensor, Tensor, Tensor)",
+)
 
 
 def write_in_place(op: str, params: list[Tensor], *rest: Any) -> None:

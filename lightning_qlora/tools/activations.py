@@ -176,7 +176,7 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.prim.device.default:
             return _device(args[0])  # most calls, and slow in the modes below
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.lightning_qlora.lora_linear.default and args[SEED] is not None:
+        if func is torch.ops.lightning_qlora.lora_linear_dropout.default:
             x, in_fp16 = args[0], args[SEED + 1]
             if self.device == "cpu" or not (in_fp16 or x.dtype in IN_16_BITS):  # Triton's kernels need no buffer
                 self.dropped = max(self.dropped, x.nbytes)

@@ -361,13 +361,12 @@ def bytes_of_process(
 def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, strategy: StrategyName = "ddp") -> int:
     """Bytes that a run needs on each device.
 
-    DDP: all, and a second decode buffer for the thread of the backward pass. FSDP2, with `fully_shard` on each block
-    and on the model: the device's part of weights, gradients and optimizer state, the activations, and two whole
-    blocks, the one that runs and the next.
+    DDP: all. FSDP2, with `fully_shard` on each block and on the model: the device's part of weights, gradients and
+    optimizer state, the activations, and two whole blocks, the one that runs and the next.
     """
     parts = estimate.parts
     if strategy == "ddp" or devices == 1:
-        return estimate.device + parts["decode buffer"]
+        return estimate.device
     whole = run.sum(parameter_bytes)
     gathered = whole
     if sizes := [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]:
@@ -375,7 +374,7 @@ def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, s
     sharded = whole + parts["gradients"]
     if not estimate.paged:
         sharded += parts["optimizer state"]
-    return gathered + parts["activations"] + 2 * parts["decode buffer"] + sharded // devices
+    return gathered + parts["activations"] + parts["decode buffer"] + sharded // devices
 
 
 def _bytes_of_blocks(part: nn.Module) -> int:

@@ -65,8 +65,9 @@ def test_a_case_of_each_kernel(target, op, number):
 @pytest.mark.parametrize("op", ["lora_project", "linear_into", "linear_backward"])
 def test_ranks_of_two_tiles_and_gradients_that_programs_share(op, monkeypatch):
     """As in the largest case, which takes long."""
-    tile = launch.Tile(M=16, N=64, PROGRAMS=64, num_warps=4, num_stages=2)
+    tile = launch.Tile(M=16, N=64, num_warps=4, num_stages=2)
     monkeypatch.setitem(launch.TABLE, "lora_gradients", {"default": [tile]})
+    monkeypatch.setattr(launch, "PROGRAMS", 64)
     monkeypatch.setattr(verify, "LAYERS", ((130, 66, 96, 70, 32, False, 0.3, True),))
     assert fault("sm_80", op, 1) is None
 

@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import convert, quantize
 from lightning_qlora.config import QUANT_TYPES
-from lightning_qlora.kernels import eager, reference, scratch
+from lightning_qlora.kernels import eager, ops, reference, scratch
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
@@ -318,13 +319,32 @@ def test_autocast_around_the_op_or_its_backward_changes_nothing(m):
     assert_equal(gradients, expected)
 
 
-def test_no_op_is_captured_in_a_cuda_graph():
-    """A replay would repeat one dropout mask."""
-    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
-    if tag is None:
-        pytest.skip("this torch has no such tag")
-    names = ["quantize", "dequantize", "lora_linear", "lora_linear_backward"]
-    assert all(tag in getattr(torch.ops.lightning_qlora, name).default.tags for name in names)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_cuda_graph_of_torch_compile_has_the_layers_that_drop_nothing(p):
+    """A replay would repeat one dropout mask. What Inductor asks of each node before it captures a graph of them."""
+    if not ops.TAGS:
+        pytest.skip("this torch has no tag for it")
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    unsafe = []
+
+    def compiler(graph, _):
+        unsafe.append(get_first_incompatible_cudagraph_node(graph))
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    module = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    convert(module, r=4, lora_dropout=p)
+    compiled = torch.compile(module, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    compiled(torch.randn(3, 64)).sum().backward()
+    assert len(unsafe) == 2, "a forward and a backward pass"
+    names = [str(node and node.target) for node in unsafe]
+    if p:
+        assert "lora_linear_dropout" in names[0] and "lora_linear_backward_dropout" in names[1]
+    else:
+        assert names == ["None", "None"]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

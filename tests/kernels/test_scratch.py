@@ -1,9 +1,16 @@
+import weakref
 from threading import Thread
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_qlora.kernels import scratch
+from lightning_qlora import convert
+from lightning_qlora.kernels import eager, reference, scratch
+from lightning_qlora.kernels.lora import LoRA
+
+CARDS = [torch.device("cuda", index) for index in (0, 1)]
+FLOATS = torch.float32
 
 
 @pytest.fixture
@@ -18,28 +25,142 @@ def made(monkeypatch):
     scratch.release()
 
 
-def test_each_thread_device_stream_and_purpose_has_a_buffer(made, monkeypatch):
-    """Kernels of two streams run at the same time; those of one stream run one after the other."""
-    cards = [torch.device("cuda", index) for index in (0, 1)]
-    first = scratch.scratch(8, torch.float32, cards[0])
-    assert scratch.scratch(4, torch.float32, cards[0]).data_ptr() == first.data_ptr() and len(made) == 1
-    scratch.scratch(8, torch.float32, cards[1])
-    scratch.scratch(8, torch.float32, cards[0], "dropped")
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 8)
-    scratch.scratch(8, torch.float32, cards[0])
-    thread = Thread(target=scratch.scratch, args=(8, torch.float32, cards[0]))
+def in_a_thread(function, *arguments):
+    results = []
+    thread = Thread(target=lambda: results.append(function(*arguments)))
     thread.start()
     thread.join()
+    return results[0]
+
+
+def test_each_thread_device_stream_and_purpose_has_a_buffer(made, monkeypatch):
+    """Kernels of two streams run at the same time; those of one stream run one after the other."""
+    first = scratch.scratch(8, FLOATS, CARDS[0], "shares")
+    assert scratch.scratch(4, FLOATS, CARDS[0], "shares").data_ptr() == first.data_ptr() and len(made) == 1
+    scratch.scratch(8, FLOATS, CARDS[1], "shares")
+    scratch.scratch(8, FLOATS, CARDS[0], "dropped")
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 8)
+    scratch.scratch(8, FLOATS, CARDS[0], "shares")
+    in_a_thread(scratch.scratch, 8, FLOATS, CARDS[0], "shares")
     assert len(made) == len({buffer.data_ptr() for buffer in made}) == 5
 
 
 def test_a_captured_graph_gets_memory_of_its_own(made, monkeypatch):
     """Its replays would use a buffer that was freed or whose counters are not zero; sums are not set to zero."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    card = torch.device("cuda", 0)
+    card = CARDS[0]
     ones = [scratch.scratch(4, torch.int32, card, "shares", 2) for _ in range(2)]
     assert ones[0] is not ones[1] and ones[0] is made[0] and ones[1].tolist() == [0, 0, 1, 1]
+    captured = [decode(card) for _ in range(2)]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     others = [scratch.scratch(4, torch.int32, card, "shares", 2) for _ in range(2)]
     assert others[0] is others[1] and all(others[0] is not one for one in ones)
     assert [(one.dtype, one.shape) for one in (*ones, others[0])] == 3 * [(torch.int32, (4,))]
+    assert len({*captured, decode(card)}) == 3
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_no_memory_of_a_graph_is_kept_and_the_values_are_the_same(monkeypatch, is_captured):
+    """Memory of a graph that outlives its capture is an error of torch; `release` frees at once."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    convert(net, r=4, lora_dropout=0.0)
+    inputs = [torch.randn(80, 64, requires_grad=True), *(p for p in net.parameters() if p.requires_grad)]
+
+    def step():
+        y = net(inputs[0])
+        return y.detach(), *torch.autograd.grad(y.square().sum(), inputs)
+
+    expected = step()
+    scratch.release()
+    memory = []
+    new_memory = scratch.Buffer.__init__
+
+    def record(buffer, *arguments):
+        new_memory(buffer, *arguments)
+        memory.append(weakref.ref(buffer.memory))
+
+    monkeypatch.setattr(scratch.Buffer, "__init__", record)
+    if is_captured:
+        monkeypatch.setattr(scratch, "_place", lambda *_: None)
+    assert all(map(torch.equal, step(), expected))
+    assert len(memory) == (4 if is_captured else 1)
+    if not is_captured:
+        scratch.release()
+    assert all(each() is None for each in memory)
+
+
+def decode(card=CARDS[0], shape=(2, 3), then=lambda: None):
+    """The address of the buffer in which a weight is decoded; `then` comes before it is given back."""
+    with scratch.lend(shape, FLOATS, card) as (dense, transposed):
+        assert dense.shape == shape and dense.T.equal(transposed)
+        then()
+        return dense.data_ptr()
+
+
+def test_the_threads_of_both_passes_have_one_buffer_for_decoded_weights(made):
+    """All kernels that read it were launched on the same stream before it is given back."""
+    forward = decode()
+    assert in_a_thread(decode) == in_a_thread(decode, CARDS[0], (3, 2)) == decode() == forward
+    assert len(made) == 1
+    assert decode(CARDS[1]) != forward
+
+
+def test_a_thread_that_decodes_before_another_one_has_multiplied_gets_a_second_buffer(made, monkeypatch):
+    """On one stream the second weight would replace the first one, before the product reads it."""
+    others = []
+    first = decode(then=lambda: others.append(in_a_thread(decode)))
+    assert others[0] != first and len(made) == 2
+    assert in_a_thread(decode) in (first, others[0]) and len(made) == 2
+    streams = iter([1, 2, 1, 2])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: next(streams))
+    places = [in_a_thread(decode) for _ in range(4)]
+    assert places[:2] == places[2:] and places[0] != places[1] and len(made) == 4
+
+
+def test_a_larger_weight_replaces_the_buffer_and_an_error_keeps_it(made):
+    small = decode()
+    assert decode(shape=(4, 4)) == decode() and len(made) == 2
+    with pytest.raises(RuntimeError, match="no product"), scratch.lend((2, 2), FLOATS, CARDS[0]):
+        raise RuntimeError("no product")
+    assert decode() == made[-1].data_ptr() and len(made) == 2
+    scratch.release()
+    decode()
+    assert [buffer.numel() for buffer in made] == [6, 16, 6] and small == made[0].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_that_compute_at_the_same_time_get_what_each_gets_alone(dtype):
+    """Layers of two sizes, forward and backward, in four threads."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(256, size), nn.Linear(size, 256)).to(dtype) for size in (512, 320)]
+    for net in nets:
+        convert(net, r=4, lora_dropout=0.0)
+    inputs = [torch.randn(80, 256).to(dtype).requires_grad_() for _ in nets]
+
+    def step(number):
+        results = []
+        for _ in range(4):
+            y = nets[number % 2](inputs[number % 2])
+            results.append((y.detach(), *torch.autograd.grad(y.float().square().sum(), [inputs[number % 2]])))
+        return results
+
+    expected = [step(number)[0] for number in range(2)]
+    results = {}
+    threads = [Thread(target=lambda number=number: results.update({number: step(number)})) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(4):
+        for result in results[number]:
+            assert all(map(torch.equal, result, expected[number % 2]))
+
+
+def test_decoding_inside_of_a_product_does_not_change_what_is_multiplied():
+    """A layer that a mode of torch calls in another one's product."""
+    weights = [reference.quantize(torch.randn(64, 64), "nf4", 64, True) for _ in range(2)]
+    plan = eager.plan(torch.empty(80, 64), LoRA(torch.empty(4, 64), torch.empty(64, 4)))
+    with plan.decoded(weights[0]) as (outer, _), plan.decoded(weights[1]) as (inner, _):
+        for decoded, weight in zip((outer, inner), weights, strict=True):
+            assert torch.equal(decoded, reference.dequantize(weight, torch.float32))

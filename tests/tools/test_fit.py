@@ -84,11 +84,11 @@ def test_what_each_device_holds():
     assert few - many == pytest.approx(parts[2] - parts[8], rel=0.01)
     sharded = whole + estimate.parts["gradients"] + estimate.parts["optimizer state"]
     gathered = whole - sum(blocks) + 2 * max(blocks)
-    buffers = estimate.parts["activations"] + 2 * estimate.parts["decode buffer"]
+    buffers = estimate.parts["activations"] + estimate.parts["decode buffer"]
     assert many == gathered + buffers + sharded // 8
     paged = replace(estimate, paged=True)
     assert bytes_on_each(run, paged, 2, "fsdp") == few - estimate.parts["optimizer state"] // 2
-    assert bytes_on_each(run, paged, 1, "fsdp") == paged.device + estimate.parts["decode buffer"]
+    assert bytes_on_each(run, paged, 1, "fsdp") == paged.device
 
 
 def test_the_lines_of_the_command(tmp_path, capsys, monkeypatch):
@@ -103,7 +103,7 @@ def test_the_lines_of_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     main([*plan, "--devices", "2", "--strategy", "ddp", "--batch-size", "2", "--optimizer", "sgd", "--device", "cpu"])
     whole = estimate_memory(str(tmp_path), 2, 16, "sgd", device="cpu", r=4)
-    needed = both_units(whole.device + whole.parts["decode buffer"])
+    needed = both_units(whole.device)
     progress = f"Running a step of {tmp_path} without weights ...\n"
     assert capsys.readouterr() == (f"{whole}\nEach of 2 devices (ddp) needs {needed}.\n", progress)
 

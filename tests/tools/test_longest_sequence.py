@@ -72,7 +72,7 @@ def test_a_count_with_a_limit_is_that_of_all_blocks(config, monkeypatch):
     kinds = repeated_blocks._kinds
     kept = []
     for share in (-0.1, 0.4, 0.8, 1.2):
-        limit = int((least.device + least.parts["decode buffer"] + share * most.kept_bytes) / (1 - MARGIN))
+        limit = int((least.device + share * most.kept_bytes) / (1 - MARGIN))
         monkeypatch.setattr(repeated_blocks, "_kinds", kinds)
         few = estimate_memory(config(), **arguments, gradient_checkpointing=limit)
         monkeypatch.setattr(repeated_blocks, "_kinds", lambda blocks: [])

@@ -7,7 +7,8 @@ one kernel, grid and set of constants, and takes 2.
 `tiles.json` has the tile sizes. Nothing is timed while a model trains: `python -m benchmarks.tiles` measures them. Its
 form is {kernel: {target: [{"up_to": size, constants of the kernel, "num_warps", ...}]}}, where the size is the number
 of rows of x, and the block size for `quantize`. The first entry with size <= up_to is used. For a larger size there is
-no tile. A target without an entry has that of its family, as sm_103 has that of sm_100, or else "default".
+no tile. A target is a card ("sm_89 NVIDIA L4"), as it was measured, or else all of its architecture ("sm_89"), or of
+its family, as sm_103 has the tiles of sm_100, or "default".
 """
 
 import json
@@ -29,6 +30,8 @@ OPTIONS = frozenset({"num_warps", "num_stages", "maxnreg", "waves_per_eu"})  # e
 address_of = Tensor.data_ptr
 ODD = (15).__and__  # what an address has beyond a multiple of 16
 MAX_LAUNCHES = 4096  # of each kernel that are kept: one for every shape, and for every number of rows
+PROGRAMS = 512  # that run at the same time, where the kernel and the card do not say it
+REGISTERS = 65536  # of a multiprocessor, of every NVIDIA card with Triton
 
 
 class Tile(dict[str, int]):
@@ -50,21 +53,23 @@ NO_TILE = Tile()
 
 @cache
 def target(device: torch.device) -> str:
-    """The name of a device's instruction set: "sm_90", "gfx942"; "interpreter" for a CPU under TRITON_INTERPRET=1."""
+    """A device's instruction set and name: "sm_89 NVIDIA L4", "gfx942"; "interpreter" under TRITON_INTERPRET=1."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor} {torch.cuda.get_device_name(device)}"
 
 
 def tiles_of(kernel: str, name: str) -> list[Tile]:
     """The entries of the table for a target."""
     targets = TABLE[kernel]
-    if name not in targets and name.startswith("sm_1"):
-        name = f"{name[:-1]}0"  # from sm_100 on, the cards of one major version are a family
-    return targets.get(name, targets["default"])
+    instructions = name.split()[0]
+    names = [name, instructions]
+    if name.startswith("sm_1"):
+        names.append(f"{instructions[:-1]}0")  # from sm_100 on, the cards of one major version are a family
+    return next((targets[each] for each in names if each in targets), targets["default"])
 
 
 def find_tile(kernel: str, device: torch.device, size: int = 0) -> Tile:
@@ -144,18 +149,19 @@ class Launch:
         Of a tensor the launcher would ask the address, and then the driver about it.
         """
         run = variant.run
+        current_stream = driver.active.get_current_stream
         index = self._index
+        current_device = None if index is None else torch._C._cuda_getDevice  # torch.cuda's asks more than it
         grid = self._grid
         fixed = variant.function, variant.packed_metadata, None, None, None
         numbers = self._numbers
         constants = self._constants
 
         def launch(tensors: tuple[Tensor, ...], unspecialized: tuple[int | float, ...] = ()) -> None:
-            if index is not None and index != torch.cuda.current_device():
+            if current_device is not None and index != current_device():
                 with torch.cuda.device(index):
                     return launch(tensors, unspecialized)
-            stream = driver.active.get_current_stream(index)
-            run(*grid, stream, *fixed, *map(address_of, tensors), *numbers, *unspecialized, *constants)
+            run(*grid, current_stream(index), *fixed, *map(address_of, tensors), *numbers, *unspecialized, *constants)
             return None
 
         return launch
@@ -167,12 +173,30 @@ class Launch:
         """
         return scratch(self.sums, torch.float32, out.device, "shares", COUNTERS.value) if self.sums else out
 
-    def _load(self, arguments: tuple[Any, ...]) -> None:
+    def _load(self, arguments: tuple[Any, ...]) -> CompiledKernel | None:
         """Compile and load the kernel for these arguments, so that errors of both come before it writes."""
         if isinstance(self._kernel, triton.JITFunction):  # the interpreter has nothing to compile
             variant = self._kernel.warmup(*arguments, grid=self._grid, **self._keywords)
             if isinstance(variant, CompiledKernel):
                 _ = variant.run  # the property loads it
+                return variant
+        return None
+
+    def programs_at_once(self, types: Sequence[torch.dtype], unspecialized: tuple[int | float, ...]) -> int:
+        """How many programs run at the same time with aligned tensors of these types: what a multiprocessor has for."""
+        variant = None
+        if self._index is not None:
+            variant = self._load((*types, *self._numbers, *unspecialized))
+        if variant is None:
+            return PROGRAMS
+        card: Any = driver.active.utils.get_device_properties(self._index)
+        threads = torch.cuda.get_device_properties(self._index).max_threads_per_multi_processor
+        warps = variant.metadata.num_warps
+        # Each quarter of a multiprocessor gives its registers to warps, 256 at a time.
+        by_registers = REGISTERS // 4 // (-(-32 * variant.n_regs // 256) * 256) * 4 // warps
+        by_memory = (card["max_shared_mem"] + 1024) // (variant.metadata.shared + 1024)  # 1 KiB is the driver's
+        at_once = max(1, min(by_registers, by_memory, threads // (32 * warps)))
+        return int(card["multiprocessor_count"] * at_once)
 
 
 @lru_cache(4 * MAX_LAUNCHES)
@@ -221,16 +245,20 @@ def add_shares(total, memory, share, shares, ROWS: tl.constexpr, COLUMNS: tl.con
     return total, place * 0 + before == shares - 1
 
 
-def number_of_shares(tiles: int, programs: int, steps: int) -> int:
-    """Enough shares that all programs are busy, with about four of the `steps` of the loop for each; none is empty.
+def number_of_shares(tiles: int, at_once: int, steps: int) -> int:
+    """How many programs share the `steps` of the loop of each tile, so that all end soonest; none is without a step.
 
-    One on AMD: on CDNA (MI200, MI300) Triton 3.6 to 3.9 compiles the barrier to `s_barrier` alone, and the wave that
-    counts waits for its own stores only, so the last program could read a share before another wave's part of it is
-    there. LLVM says that its fences do not cover the stores of other waves (llvm-project pull request 161638).
+    A program takes as long as its steps and about four more, and one that starts later than the first `at_once` waits
+    for one of these.
+
+    One share on AMD: on CDNA (MI200, MI300) Triton 3.6 to 3.9 compiles the barrier to `s_barrier` alone, and the wave
+    that counts waits for its own stores only, so the last program could read a share before another wave's part of it
+    is there. LLVM says that its fences do not cover the stores of other waves (llvm-project pull request 161638).
     """
     if torch.version.hip or tiles > COUNTERS.value:
         return 1
-    shares = max(1, min(programs // tiles, steps // 4))
+    most = max(1, min(2 * at_once // tiles, steps // 4))
+    shares = min(range(1, most + 1), key=lambda n: -(-tiles * n // at_once) * (4 - (-steps // n)))
     per_share = -(-steps // shares)
     return -(-steps // per_share)
 
@@ -243,17 +271,26 @@ def shared_launch(
     tile: Tile,
     steps: int,
     numel: int,
+    types: Sequence[torch.dtype],
+    unspecialized: tuple[int | float, ...] = (),
     **constants: Any,
 ) -> Launch:
-    """A launch of a kernel that adds shares, in its `memory`.
+    """A launch of a kernel that adds shares, in its `memory`, with tensors of these types.
 
     Several programs share the `steps` of a loop, for each tile of `numel` elements of a result. Their number is the
     third dimension of the grid and the last of the numbers.
     """
     tiles = grid[0] * grid[1]
-    shares = number_of_shares(tiles, tile["PROGRAMS"], steps)
-    constants |= {"SPLIT": shares > 1}
-    launch = Launch(kernel, device, (*grid, shares), (*numbers, shares), tile, fuse=True, **constants)
-    if shares > 1:
-        launch.sums = COUNTERS.value + shares * tiles * numel
+
+    def with_shares(shares: int) -> Launch:
+        split = {**constants, "SPLIT": shares > 1}
+        launch = Launch(kernel, device, (*grid, shares), (*numbers, shares), tile, fuse=True, **split)
+        if shares > 1:
+            launch.sums = COUNTERS.value + shares * tiles * numel
+        return launch
+
+    launch = with_shares(number_of_shares(tiles, PROGRAMS, steps))
+    if launch.sums:
+        at_once = launch.programs_at_once(types, unspecialized)
+        launch = with_shares(number_of_shares(tiles, at_once, steps))
     return launch

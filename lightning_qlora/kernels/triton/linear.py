@@ -13,7 +13,7 @@ Launches: 4 forward (few rows: 3; many rows with a bias: 5), 5 backward, with or
 needs no 16-bit copies.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -59,8 +59,9 @@ class Plan(eager.Plan):
         self.library = None
         self.in_one_call = False
         self.dropout_into = dropout_into
-        self.dequantize_into = dequantize_into
+        self.dequantize_into = partial(dequantize_into, tile=find_tile("dequantize", self.device))
         self.drops = lora.seed is not None
+        self.types = x.dtype, lora.a.dtype, lora.b.dtype
         tiles = [find_tile(name, self.device, self.m) for name in ("lora_down", "lora_up", "lora_gradients")]
         in_16_bits = self.dtype is not torch.float32
         has_sums = self.m > 0 and self.r > 0
@@ -75,7 +76,7 @@ class Plan(eager.Plan):
     @cached_property
     def of_x(self) -> Launch:
         """x A^T."""
-        return lora_down(self.device, self.m, self.k, self.r, (self.k, 1), self.drops)
+        return lora_down(self.device, self.m, self.k, self.r, (self.k, 1), self.drops, self.types[:2])
 
     @cached_property
     def of_xa(self) -> Launch:
@@ -85,7 +86,7 @@ class Plan(eager.Plan):
     @cached_property
     def of_grad(self) -> Launch:
         """dY B."""
-        return lora_down(self.device, self.m, self.n, self.r, (1, self.r), False)
+        return lora_down(self.device, self.m, self.n, self.r, (1, self.r), False, self.types[::2])
 
     @cached_property
     def of_grad_xa(self) -> Launch:
@@ -95,7 +96,8 @@ class Plan(eager.Plan):
     @cached_property
     def of_adapter(self) -> Launch:
         """The gradients of A and B."""
-        return lora_gradients(self.device, self.m, self.k, self.n, self.r, (self.k, 1, self.r, 1), self.drops)
+        strides = self.k, 1, self.r, 1
+        return lora_gradients(self.device, self.m, self.k, self.n, self.r, strides, self.drops, self.types)
 
     def lora_project(self, x: Any, lora: LoRA) -> Tensor:
         if not self.has_kernels:
@@ -119,7 +121,8 @@ class Plan(eager.Plan):
         if self.few_rows:
             self.add_matmul_(out, x, out, weight, bias)
             return
-        out.addmm_(x, self.decoded(weight)[1])
+        with self.decoded(weight) as (_, transposed):
+            out.addmm_(x, transposed)
         if bias is not None:
             out.add_(bias)
 
@@ -149,15 +152,12 @@ class Plan(eager.Plan):
             return None, grad_a, grad_b
         grad_x = of_x.new_empty(self.m, self.k)
         up((grad_xa, a, grad_x), numbers)
-        return grad_x.addmm_(grad, self.decoded(weight)[0]), grad_a, grad_b
+        with self.decoded(weight) as (dense, _):
+            grad_x.addmm_(grad, dense)
+        return grad_x, grad_a, grad_b
 
     def add_matmul_(self, y: Tensor, x: Tensor, power: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
         """y += x W^T + bias, rounded once; of `half` x W^T times the power of two, which is not read else."""
-        if self.of_weight is None:
-            if self.matmul == "vector":
-                self.of_weight = vector(self.m, weight, bias is not None)
-            else:
-                self.of_weight = matmul(self.m, weight, bias is not None, self.in_fp16)
         addend = y
         if bias is not None:
             addend = bias.contiguous()
@@ -165,6 +165,12 @@ class Plan(eager.Plan):
             weight = weight._replace(packed=aligned(weight.packed))
         bytes, is_aligned = weight_arguments(weight)
         tensors = *bytes, *tables_of_levels(weight.quant_type, self.device)
+        if self.of_weight is None:
+            if self.matmul == "vector":
+                self.of_weight = vector(self.m, weight, bias is not None)
+            else:
+                types = x.dtype, addend.dtype, y.dtype
+                self.of_weight = matmul(self.m, weight, bias is not None, self.in_fp16, types)
         x = x.contiguous()
         launch = self.of_weight
         is_aligned = is_aligned and not (x.data_ptr() | addend.data_ptr() | y.data_ptr()) & 15
@@ -188,13 +194,15 @@ class HalfPlan(Plan, eager.HalfPlan):
             self.product(xa, b, lora.scaling, out)
             self.add_matmul_(out, x.values, x.factor, weight, bias)
             return
-        self.sum_into(out, (xa, b), lora.scaling, None, (x, self.decoded(weight)[1]))
+        with self.decoded(weight) as (_, transposed):
+            self.sum_into(out, (xa, b), lora.scaling, None, (x, transposed))
         if bias is not None:
             out.add_(bias)
 
     def input_gradient(self, grad: Half, grad_xa: Half, weight: PackedBytes, lora: LoRA) -> Tensor:
         out = grad.factor.new_empty(self.m, self.k)
-        self.sum_into(out, (grad_xa, self.factor(lora.a)), 1.0, lora.seed, (grad, self.decoded(weight)[0]))
+        with self.decoded(weight) as (dense, _):
+            self.sum_into(out, (grad_xa, self.factor(lora.a)), 1.0, lora.seed, (grad, dense))
         return out
 
     def sum_into(
@@ -283,8 +291,11 @@ def _matmul_kernel(
     tl.store(place, total.to(y.dtype.element_ty), mask=write)
 
 
-def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool) -> Launch:
-    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, power of x (`half`) or any."""
+def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool, types: tuple[torch.dtype, ...]) -> Launch:
+    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, power of x (`half`) or y.
+
+    `types`: of x, bias or y, and y.
+    """
     device = weight.packed.device
     n, k = weight.shape
     n_nested = place_of_offset(weight.nested.numel())
@@ -298,6 +309,7 @@ def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool) -> Launch:
         tile,
         k // run,
         tile["N"] * tile["M"],
+        (*[torch.uint8] * 3, *[torch.float32] * 2, *types, torch.float32, torch.float32 if half else types[-1]),
         BLOCK_SIZE=weight.block_size,
         DOUBLE_QUANT=n_nested >= 0,
         BIAS=has_bias,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
-from lightning_qlora.kernels.triton.dropout import MASK, is_kept
+from lightning_qlora.kernels.triton.dropout import MASK, NO_DROPOUT, is_kept
 from lightning_qlora.kernels.triton.half import take_out
 from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, launch_of, shared_launch
 
@@ -122,15 +122,24 @@ def _add_kernel(
     tl.store(out + i, total, mask=i < n)
 
 
-def lora_down(device: torch.device, m: int, k: int, r: int, strides: tuple[int, int], dropout: bool) -> Launch:
-    """Tensors: x [m, k], w [r, k] of these strides, out [m, r], memory."""
+Types = tuple[torch.dtype, ...]
+
+
+def lora_down(
+    device: torch.device, m: int, k: int, r: int, strides: tuple[int, int], dropout: bool, types: Types
+) -> Launch:
+    """Tensors: x [m, k], w [r, k] of these strides, out [m, r], memory. `types`: of x and w."""
     tile = find_tile("lora_down", device, m)
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     numbers = m, k, r, *strides
     steps = -(-k // tile["K"])
     sums = tile["M"] * rank
-    return shared_launch(_down_kernel, device, grid, numbers, tile, steps, sums, DROPOUT=dropout, R=rank)
+    of_x, of_w = types
+    types = of_x, of_w, of_x, torch.float32
+    return shared_launch(
+        _down_kernel, device, grid, numbers, tile, steps, sums, types, NO_DROPOUT, DROPOUT=dropout, R=rank
+    )
 
 
 def lora_up(device: torch.device, m: int, n: int, r: int, strides: tuple[int, int], dropout: bool) -> Launch:
@@ -149,11 +158,18 @@ def add_products(device: torch.device, n: int, dropout: bool, adds: bool) -> Lau
 
 
 def lora_gradients(
-    device: torch.device, m: int, k: int, n: int, r: int, strides: tuple[int, int, int, int], dropout: bool
+    device: torch.device,
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    strides: tuple[int, int, int, int],
+    dropout: bool,
+    types: Types,
 ) -> Launch:
     """Tensors: dXA [m, r], x [m, k], dA [r, k], xa [m, r], dY [m, n], dB [n, r], memory.
 
-    `strides`: of dA and dB, whose types are the adapter's.
+    `strides`: of dA and dB, whose types are the adapter's. `types`: of x, A and B.
     """
     tile = find_tile("lora_gradients", device, m)
     rank = rank_tile(r)
@@ -161,7 +177,12 @@ def lora_gradients(
     numbers = m, k, n, r, *strides[:2], *strides[:1:-1]
     steps = -(-m // tile["M"])
     sums = rank * tile["N"]
-    return shared_launch(_gradients_kernel, device, grid, numbers, tile, steps, sums, DROPOUT=dropout, R=rank)
+    of_x, of_a, of_b = types
+    types = of_x, of_x, of_a, of_x, of_x, of_b, torch.float32
+    scales = *NO_DROPOUT, 1.0
+    return shared_launch(
+        _gradients_kernel, device, grid, numbers, tile, steps, sums, types, scales, DROPOUT=dropout, R=rank
+    )
 
 
 def rank_tile(r: int) -> int:

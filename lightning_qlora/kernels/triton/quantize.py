@@ -213,11 +213,11 @@ def weight_arguments(weight: PackedBytes) -> tuple[tuple[Tensor, ...], bool]:
     return (packed, absmax, nested), is_aligned
 
 
-def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
+def dequantize_into(out: Tensor, weight: PackedBytes, tile: Tile | None = None) -> Tensor:
     """Decode into `out`, contiguous [numel] or [out, in], of any of the three float types; returns it."""
     bytes, is_aligned = weight_arguments(weight)
     has_words = is_aligned or bytes[0].data_ptr() % 4 == 0
-    tile = find_tile("dequantize", out.device)
+    tile = tile or find_tile("dequantize", out.device)
     form = weight.quant_type, weight.block_size, bytes[2].numel()
     launch, tables = _launch_of_dequantize(out.device, tile, out.dtype, out.numel(), *form, has_words)
     run = launch.aligned if is_aligned else launch

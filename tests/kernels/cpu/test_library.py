@@ -270,9 +270,12 @@ def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(l
 def test_decoding_allocates_nothing():
     weight = reference.quantize(torch.randn(256, 256), "nf4", 64, True)
     plan = eager.plan(torch.empty(2, 256).bfloat16(), LoRA(torch.empty(4, 256), torch.empty(256, 4)))
-    first = plan.decoded(weight)[0].data_ptr()
-    assert plan.decoded(weight)[0].data_ptr() == first
-    assert scratch(1, torch.bfloat16, torch.device("cpu")).data_ptr() == first
+    places = []
+    for _ in range(2):
+        with plan.decoded(weight) as (dense, transposed):
+            places.append(dense.data_ptr())
+            assert torch.equal(dense.T, transposed) and torch.equal(dense, eager.dequantize(weight, torch.bfloat16))
+    assert places[0] == places[1]
 
 
 def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone():
@@ -282,7 +285,7 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
     buffers = []
 
     def work():
-        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"))))
+        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"), "rows")))
         made.set()
         released.wait(60)
 
@@ -296,7 +299,7 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
     finally:
         released.set()
         thread.join()
-    ended = threading.Thread(target=lambda: scratch(1000, torch.float32, torch.device("cpu")))
+    ended = threading.Thread(target=lambda: scratch(1000, torch.float32, torch.device("cpu"), "rows"))
     ended.start()
     ended.join()
     assert len(_all_threads) <= threading.active_count()

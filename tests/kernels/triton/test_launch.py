@@ -20,7 +20,7 @@ from lightning_qlora.kernels import backends, reference
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.half import Half, to_half
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.triton import dropout, launch
+from lightning_qlora.kernels.triton import dropout, launch, lora_products
 from lightning_qlora.kernels.triton.adamw_kernel import adamw_step
 from lightning_qlora.kernels.triton.grouped import can_group
 from lightning_qlora.kernels.triton.launch import Launch, Tile, number_of_shares
@@ -61,12 +61,61 @@ def test_programs_are_shared_only_where_the_loop_is_long_enough(monkeypatch):
         (100, 512, 100, 5),
         (600, 512, 100, 1),
         (1, 512, 3, 1),
+        (64, 396, 64, 6),  # an H100: 8 shares would take two rounds
+        (172, 324, 64, 3),  # an A100: two rounds of 22 steps end before one of 64
         (1024, 1 << 20, 100, 25),
         (1025, 1 << 20, 100, 1),  # counters
     ):
         assert number_of_shares(tiles, programs, steps) == shares
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert number_of_shares(tiles=2, programs=512, steps=100) == 1
+    assert number_of_shares(2, 512, 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "threads", "card", "programs"),
+    [
+        (153, 24, 4, 2048, (132, 227), 132 * 3),  # H100: by registers
+        (168, 36, 4, 2048, (108, 163), 108 * 3),  # A100
+        (80, 36, 4, 1536, (128, 99), 128 * 2),  # RTX 4090: by shared memory
+        (32, 0, 4, 1536, (128, 99), 128 * 12),  # by threads
+        (255, 99, 8, 1536, (128, 99), 128),
+    ],
+)
+def test_programs_that_run_at_the_same_time(monkeypatch, registers, shared, warps, threads, card, programs):
+    properties = {"multiprocessor_count": card[0], "max_shared_mem": card[1] * 1024}
+    compiled = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=shared * 1024, num_warps=warps))
+    monkeypatch.setattr(Launch, "_load", lambda *_: compiled)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(utils=SimpleNamespace())))
+    launch.driver.active.utils.get_device_properties = lambda index: properties
+    of_torch = SimpleNamespace(max_threads_per_multi_processor=threads)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: of_torch)
+    assert up(torch.device("cuda", 0)).programs_at_once((torch.float32,), ()) == programs
+
+
+def test_a_product_has_as_many_programs_as_its_card_runs_at_once(driven, monkeypatch):
+    """In place of 512, of which 116 would wait for the other 396 of an H100. On each card the same bits each time."""
+    x = torch.zeros(4096, 4096).bfloat16()
+    loaded = []
+
+    def load(*_):
+        loaded.append(1)
+        return 1, 1, 150, 0, 1024  # with 150 registers
+
+    monkeypatch.setattr(driver.active.utils, "load_binary", staticmethod(load))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    of_torch = SimpleNamespace(max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: of_torch)
+    card = torch.device("cuda", 0)
+    grids = []
+    for device in (card, torch.device("cpu")):
+        run = lora_products.lora_down(device, 4096, 4096, 64, (4096, 1), True, (x.dtype, torch.float32))
+        memory = torch.zeros(run.sums)
+        run((x, torch.zeros(64, 4096), x[:, :64].contiguous(), memory), (1, 2, 3, 1.0))
+        grids.append(driven[-1][:3])
+        assert driven[-1][:3] == run._grid
+    assert grids == [(64, 1, 6), (64, 1, 8)]
+    assert len(loaded) == 1  # the kernel that is asked is launched
 
 
 def test_the_tile_of_ranks():
@@ -77,10 +126,12 @@ def test_the_tile_of_a_size_and_a_card(monkeypatch):
     monkeypatch.setattr(launch, "target", launch.target.__wrapped__)
     card = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 NVL")
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx942:sramecc+")
     )
-    assert [launch.target(device) for device in (card, torch.device("cpu"))] == ["sm_91", "interpreter"]
+    targets = [launch.target(device) for device in (card, torch.device("cpu"))]
+    assert targets == ["sm_91 NVIDIA H100 NVL", "interpreter"]
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert launch.target(card) == "gfx942"
     for target, sizes in {"sm_80": (16, 32, 64), "sm_90": (16, 32, 64), "sm_100": (16, 32, 64), "sm_75": ()}.items():
@@ -156,8 +207,18 @@ def test_what_the_kernels_leave_to_torch(monkeypatch):
 @pytest.mark.parametrize("kernel", launch.TABLE)
 def test_a_card_has_the_tiles_of_its_family(kernel):
     table = launch.TABLE[kernel]
-    for name, family in {"sm_103": "sm_100", "sm_121": "sm_120", "sm_86": "sm_86", "gfx942": "gfx942"}.items():
+    families = {"sm_103": "sm_100", "sm_121": "sm_120", "sm_86": "sm_86", "gfx942": "gfx942", "sm_103 B300": "sm_100"}
+    for name, family in families.items():
         assert launch.tiles_of(kernel, name) is table.get(family, table["default"])
+
+
+def test_a_card_that_was_measured_has_tiles_of_its_own(monkeypatch):
+    """An L4 has a third of the bandwidth of an RTX 4090, and the same instructions."""
+    tiles = {"sm_89 NVIDIA L4": [], "sm_89": [], "default": []}
+    monkeypatch.setitem(launch.TABLE, "matmul", tiles)
+    names = {"sm_89 NVIDIA L4": "sm_89 NVIDIA L4", "sm_89 NVIDIA GeForce RTX 4090": "sm_89", "sm_90 H100": "default"}
+    for name, expected in names.items():
+        assert launch.tiles_of("matmul", name) is tiles[expected]
 
 
 @pytest.fixture
@@ -279,6 +340,7 @@ def test_a_tensor_on_another_device_makes_that_device_current_for_its_launch(dri
 
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
     monkeypatch.setattr(driver.active, "get_current_device", lambda: 2000 + current[-1], raising=False)
     monkeypatch.setattr(driver.active, "get_current_stream", lambda index: 70 + index % 2000, raising=False)
     for index in (1, 0):

@@ -145,7 +145,8 @@ def test_a_layer_of_a_t4_is_that_of_fp64_for_any_number_of_rows(without_tensor_c
 
 
 def test_shares_give_the_same_bits_every_time_and_nothing_past_the_end(monkeypatch):
-    monkeypatch.setitem(launch.TABLE, "matmul", {"default": [launch.Tile(M=16, N=64, PROGRAMS=64, num_warps=4)]})
+    monkeypatch.setitem(launch.TABLE, "matmul", {"default": [launch.Tile(M=16, N=64, num_warps=4)]})
+    monkeypatch.setattr(launch, "PROGRAMS", 64)
     weight, x, _, _, _, _ = layer(130, 1024, 4, torch.bfloat16, 20)  # three tiles times two
     memory = torch.zeros(20 * 130 + 50, dtype=x.dtype)
     first = add_matmul_(memory[:2600].view(20, 130), x, weight).clone()

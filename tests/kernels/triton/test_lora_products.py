@@ -82,8 +82,9 @@ def test_sums_of_several_programs_have_the_same_bits_every_time(monkeypatch):
     long = draw(8, 800)
     results = []
     for programs in (1, 64, 64):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
         for kernel, size in (("lora_down", "K"), ("lora_gradients", "N")):
-            tile = launch.Tile({"M": 16, size: 64, "PROGRAMS": programs, "num_warps": 4})
+            tile = launch.Tile({"M": 16, size: 64, "num_warps": 4})
             monkeypatch.setitem(launch.TABLE, kernel, {"default": [tile]})
         grad_a = torch.empty(8, 64)
         grad_b = torch.empty(64, 8)

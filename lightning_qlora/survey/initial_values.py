@@ -156,7 +156,7 @@ def _can_be_read(tensor: Tensor) -> bool:
     return tensor.dtype in (*FLOATS, torch.float64) and tensor.numel() > 0 and has_values(tensor) and is_plain
 
 
-def look_of_bias(bias: Tensor | None, weight: Tensor) -> Look | None:
+def look_of_bias(bias: Tensor | None, weight: Tensor, owner: nn.Module | None = None) -> Look | None:
     """BLANK, or SMALL if it is uniform as layers of torch begin, or UNKNOWN, as after a training; None without one.
 
     Of a norm without a bias, its weight.
@@ -172,16 +172,21 @@ def look_of_bias(bias: Tensor | None, weight: Tensor) -> Look | None:
     if weight.ndim < 2:
         return Look.UNKNOWN
     count = bias.numel()
-    bound = math.prod(weight.shape[1:]) ** -0.5
+    bound = _inputs(weight, owner) ** -0.5
     is_full = 0.002 ** (1 / count) <= max(-low, high) / bound <= 1 + _rounding(bias)  # of 1,000 random ones 998
     deviation = float(_norms(bias)) / math.sqrt(count)
     is_uniform = abs(deviation / bound * 3**0.5 - 1) < OFF * math.sqrt(0.2 / count)
     return Look.SMALL if is_full and is_uniform else Look.UNKNOWN
 
 
+def _inputs(weight: Tensor, owner: nn.Module | None) -> int:
+    """Of one output; of a Bilinear its first ones, as torch counts them."""
+    return weight.shape[1] if isinstance(owner, nn.Bilinear) else math.prod(weight.shape[1:])
+
+
 def _variances(weight: Tensor, owner: nn.Module) -> list[float]:
     """Those that initializations compute from a shape: torch's in its layers, LeCun's, Xavier's and Kaiming's."""
-    inputs = math.prod(weight.shape[1:])
+    inputs = _inputs(weight, owner)
     outputs = weight.numel() // weight.shape[1]
     hidden = owner.hidden_size if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) else inputs
     return [1 / 3 / inputs, 1 / 3 / hidden, 1 / inputs, 2 / inputs, 2 / (inputs + outputs), 1 / outputs, 2 / outputs]

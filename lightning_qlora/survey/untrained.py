@@ -117,7 +117,7 @@ def _asked(owner: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[Va
     most = max(values_of(parameter, owner) for parameter in matrices or parameters.values())
     if weight is None or most.look >= Look.FRESH:
         return most, None
-    return most, look_of_bias(bias, weight)
+    return most, look_of_bias(bias, weight, owner)
 
 
 def _remembered(text: str) -> Values:

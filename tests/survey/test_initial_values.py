@@ -20,6 +20,7 @@ LAYERS = {
     "gru": nn.GRU(16, 24),
     "attention": nn.MultiheadAttention(64, 4),
     "bilinear": nn.Bilinear(16, 16, 8),
+    "few bilinear": nn.Bilinear(32, 16, 1),
     "bf16": nn.Linear(256, 256).bfloat16(),
     "fp16": nn.Linear(256, 256).half(),
     "fp64": nn.Linear(64, 64).double(),

@@ -174,6 +174,8 @@ HEADS = {
     "linear": lambda: nn.Linear(WIDTH, 100),
     "wide": lambda: nn.Linear(2048, 2048),
     "few outputs": lambda: nn.Linear(512, 1),
+    "bilinear": lambda: nn.Bilinear(WIDTH, 16, 1),
+    "two bilinear": lambda: nn.Sequential(nn.Bilinear(32, 32, 2), nn.Linear(2, 64), nn.Linear(64, 2)),
     "normal": lambda: _filled(nn.Linear(WIDTH, 20), nn.init.normal_, std=0.01),
     "zeros": lambda: _filled(nn.Linear(WIDTH, 20), nn.init.zeros_),
     "orthogonal": lambda: _filled(nn.Linear(WIDTH, 100), nn.init.orthogonal_),

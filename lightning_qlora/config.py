@@ -237,14 +237,11 @@ class QLoRAConfig:
             return self
         return self.changed(rank_pattern={}, alpha_pattern={}, **arguments)
 
-    def with_initialization(self, init_lora_weights: InitLoRAWeights) -> "QLoRAConfig":
-        """The same config with another initialization of the adapters."""
-        if self.init_lora_weights == init_lora_weights:
-            return self
-        return self.changed(init_lora_weights=init_lora_weights)
-
     def changed(self, **arguments: Any) -> "QLoRAConfig":
         """The same config with other values of arguments whose checks ask for no other argument."""
+        own = {name: getattr(self, name) for name in arguments}
+        if own == arguments and [*map(type, own.values())] == [*map(type, arguments.values())]:  # 1 == True == 1.0
+            return self
         config = copy(self)
         for name, value in arguments.items():
             CHECKS[name](name, value)

@@ -18,6 +18,7 @@ from lightning_qlora import (
     save_adapter,
 )
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
+from lightning_qlora.checkpoints.saved_conversion import entry_of, text_of
 from lightning_qlora.checks import DAMAGED, DIVERGED, NOT_FINITE
 from lightning_qlora.files.folder_writer import atomic_files
 from lightning_qlora.files.safetensors_folder import WeightFolder
@@ -137,6 +138,12 @@ def test_a_module_whose_layers_were_built_anew_refuses_adapters(files):
 STATE, A = "net.0.weight.quant_state.bitsandbytes__nf4", "net.0.lora_A"
 
 
+def name_another_argument(state):
+    content = json.loads(text_of(state[CONVERSION]))
+    content["base"]["layers"] = {"net.0": {"nonsense": 1}}
+    state[CONVERSION] = entry_of(json.dumps(content))
+
+
 def flip_a_bit(state):
     state[STATE] = state[STATE].clone()
     state[STATE][3] ^= 128
@@ -162,6 +169,12 @@ def flip_a_bit(state):
             "adapter",
             lambda state: state.update({A: torch.full((4, 64), torch.nan)}),
             [A, NOT_FINITE, DIVERGED],
+            ValueError,
+        ),
+        (
+            "adapter",
+            name_another_argument,
+            ["nonsense: there is no such argument", "are quant_type, double_quant, block_size, compute_dtype"],
             ValueError,
         ),
     ],

@@ -54,7 +54,7 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     parts = Parts.of(module)
     reshard(parts.modules)
-    with inference_mode_of(parts):
+    with parts.inference_mode():
         adapter = read_adapter(folder)
         conversion = conversion_of(parts.root)
         if conversion is not None and new_by_values(parts):
@@ -71,12 +71,6 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
             "are, which may be those of an earlier adapter. For the pretrained ones build the module again.",
             stacklevel=2,
         )
-
-
-def inference_mode_of(parts: Parts) -> torch.inference_mode:
-    """Inference mode if a module was made in it, else none: a parameter that is made in it can never train."""
-    values = (value for part in parts.modules for value in part._parameters.values() if value is not None)
-    return torch.inference_mode(any(value.is_inference() for value in values))
 
 
 def set_adapter(parts: Parts, adapter: Adapter) -> None:
@@ -205,7 +199,7 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
     rows = {names.get(name, name): indices for name, indices in adapter.tokens.items()}
     function = {name: adapter.config[name] for name in arguments_that("of_function")}
     return replace(
-        config.with_initialization("default"),
+        config.changed(init_lora_weights="default"),
         **(function | _ranks_and_alphas(adapter, layers, prefix)),
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.activations.gradient_checkpointing import disable_gradient_checkpointing
-from lightning_qlora.adapters.load import inference_mode_of
 from lightning_qlora.adapters.save import check_adapters_finite
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
@@ -74,7 +73,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     check_module("module", module)
     parts = Parts.of(module)
     check_adapters_finite(parts)
-    with inference_mode_of(parts):
+    with parts.inference_mode():
         merge_onto(parts, {}, dtype)
     return module
 

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from typing import get_args
 
@@ -63,45 +63,49 @@ def save_adapter(
     parts = Parts.of(module)
     reshard(parts.modules)
     adapter = get_adapter(parts, base)
+    for text in _warnings(parts, adapter):
+        warnings.warn(text, stacklevel=2)
+    rank_zero_only(write_adapter)(adapter, folder)
+
+
+def _warnings(parts: Parts, adapter: Adapter) -> Iterator[str]:
+    """What the folder of an adapter does not hold, and which base and which code it needs."""
     requirement = required_base(adapter.quantization)
     if requirement:
-        warnings.warn(requirement, stacklevel=2)
+        yield requirement
+    base = parts.base
     prefix = parts.base_name
-    kind = type(parts.base.root).__name__
+    kind = type(base.root).__name__
     outside = []
     if prefix:
-        inside = set(parts.base.modules)
+        inside = set(base.modules)
         outside = [name for name, part in trained_modules(parts, parts.unchanged).items() if part not in inside]
     if outside:
-        warnings.warn(
-            f"The folder gets the adapters of {prefix!r}, a {kind}, and not what trains outside of it: "
-            f"{', '.join(name or type(module).__name__ for name in outside)}. A Lightning checkpoint has all of it.",
-            stacklevel=2,
+        names = ", ".join(name or type(parts.root).__name__ for name in outside)
+        yield (
+            f"The folder gets the adapters of {prefix!r}, a {kind}, and not what trains outside of it: {names}. A "
+            "Lightning checkpoint has all of it."
         )
-    dense = taken_for_experts(parts.base, dora=True) if adapter.config["use_dora"] else []
+    dense = taken_for_experts(base, dora=True) if adapter.config["use_dora"] else []
     if dense:
-        warnings.warn(
+        yield (
             f"PEFT can't load the adapters of {len(dense)} layers ({first_of(dense, 1)}): it takes their names for "
             "those of the experts, and has no DoRA for these. Merge the adapter, or load the folder with "
-            "lightning_qlora (adapter=FOLDER).",
-            stacklevel=2,
+            "lightning_qlora (adapter=FOLDER)."
         )
     changed = _changed_buffers(parts, {join(prefix, owner_name(key)) for key in adapter.saved})
     if changed:
-        warnings.warn(
+        yield (
             f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
-            f"checkpoint has them; or {TRAIN_IN_FULL}.",
-            stacklevel=2,
+            f"checkpoint has them; or {TRAIN_IN_FULL}."
         )
-    layers = layers_that_are_only_read(parts.base.layers)
+    layers = layers_that_are_only_read(base.layers)
     if layers:
-        warnings.warn(
-            f"PEFT would load the adapters of {len(layers)} layers of this {kind} "
-            f"({first_of(layers, 3)}), but not use them in this way: other code than nn.Linear's reads the weights of "
-            "these layers. Merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER).",
-            stacklevel=2,
+        yield (
+            f"PEFT would load the adapters of {len(layers)} layers of this {kind} ({first_of(layers, 3)}), but not use "
+            "them in this way: other code than nn.Linear's reads the weights of these layers. Merge the adapter, or "
+            "load the folder with lightning_qlora (adapter=FOLDER)."
         )
-    rank_zero_only(write_adapter)(adapter, folder)
 
 
 def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:

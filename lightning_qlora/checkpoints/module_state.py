@@ -325,9 +325,9 @@ def _take_arguments(parts: Parts, conversion: Conversion, saved: SavedConversion
     if saved.quantization is not None and corrects_error(saved.quantization):
         in_folder = {"init_lora_weights": saved.quantization.init_lora_weights}
     for layer, of_layer in arguments.items():
-        layer.config = layer.config.with_initialization((of_layer | in_folder)["init_lora_weights"])
+        layer.config = layer.config.changed(init_lora_weights=(of_layer | in_folder)["init_lora_weights"])
     method = saved.config.init_lora_weights
-    config = conversion.config.with_initialization(method)
+    config = conversion.config.changed(init_lora_weights=method)
     if config != conversion.config:
         warnings.warn(
             f"The adapters of the checkpoint were initialized as {method!r}, so init_lora_weights="

@@ -38,7 +38,7 @@ DESCRIPTION_TYPES: dict[str, Any] = {  # types of entries of `describe_base`; of
     "tokens": dict,
     "new": dict,
 }
-OF_LAYERS = {*arguments_that("of_layer"), "init_lora_weights", "loftq_config"}  # what "layers" has
+OF_LAYERS = (*arguments_that("of_layer"), "init_lora_weights", "loftq_config")  # what "layers" has
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
 
 

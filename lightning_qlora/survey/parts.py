@@ -5,6 +5,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -103,6 +104,11 @@ class Parts:
             is_wide=any(map(is_wide, self.modules)),
         )
 
+    def inference_mode(self) -> torch.inference_mode:
+        """Inference mode if a module was made in it, else none: a parameter that is made in it can never train."""
+        values = (value for part in self.modules for value in part._parameters.values() if value is not None)
+        return torch.inference_mode(any(value.is_inference() for value in values))
+
     @cached_property
     def adapters(self) -> dict[str, WithAdapter]:
         """Name -> what has an adapter, each once: layers, stacks of experts, and embeddings of which rows train."""
@@ -158,7 +164,9 @@ class Parts:
     @cached_property
     def base(self) -> "Parts":
         """The base model. Its names are those in adapter files, without those of wrappers."""
-        return self.part(self.base_name)
+        if self.base_name or any(COMPILED in name or CHECKPOINTED in name for name, _ in self.places):
+            return self.part(self.base_name)
+        return self
 
     def part(self, outer: str) -> "Parts":
         return Parts(self.inside(outer), (COMPILED, CHECKPOINTED))

@@ -225,7 +225,7 @@ class PlannedRun:
             if in_short and not _names_blocks(config):
                 share_repeated_blocks(model)
         check_initialized(model.named_modules())
-        config = config.with_initialization("default")  # there is no weight, and the adapter has the same shape
+        config = config.changed(init_lora_weights="default")  # there is no weight, and the adapter has the same shape
         without_bf16 = card is not None and not card.bf16
         if without_bf16 and config.compute_dtype == "auto":
             config = replace(config, compute_dtype="fp16")

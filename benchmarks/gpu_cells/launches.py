@@ -5,6 +5,7 @@ torch's profiler counts the kernels of forward and backward separately. Linear l
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import llama, peers
 from benchmarks.gpu_cells import Row
 from benchmarks.gpu_cells.layer import layers
-from benchmarks.timing import Function, host_seconds, synchronize, times
+from benchmarks.timing import Function, call_seconds, host_seconds, synchronize, times
 
 TOP = 12  # kernels of a decoder layer that are listed by name
 
@@ -27,6 +28,7 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
             x = torch.randn(m, shape[1], device=device, dtype=torch.bfloat16, requires_grad=True)
             part = {"part": "linear layer", "variant": name, "dropout": dropout}
             yield {**part, **_passes(layer.train(), lambda layer=layer, x=x: layer(x), x, device)}
+    yield from _in_a_graph(shape[0], r, device)
     sizes = {**(llama.SMALL if small else llama.LLAMA_8B), "num_hidden_layers": 1, "vocab_size": 128}
     for name, variant in llama.VARIANTS.items():
         if reason := peers.why_missing(*variant.packages):
@@ -37,6 +39,21 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
         hidden = lambda model=model, tokens=tokens: model.model(input_ids=tokens).last_hidden_state  # noqa: E731
         part = {"part": "decoder layer, checkpointed", "variant": name, "dropout": llama.DROPOUT}
         yield {**part, **_passes(model, hidden, None, device, top=TOP)}
+
+
+def _in_a_graph(width: int, r: int, device: torch.device) -> Iterator[Row]:
+    """One row through layers that Python launches, and in a CUDA graph of torch.compile, as in generation."""
+    net = nn.Sequential(*(layers((width, width), r, 0.0, device)[peers.OURS] for _ in range(8))).eval()
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "aot_eager"}
+    x = torch.randn(1, width, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        functions: dict[str, Function] = {
+            name: lambda run=run: run(x)
+            for name, run in {"launched": net, "in a graph": torch.compile(net, **options)}.items()
+        }
+        took = call_seconds(functions, device)
+    for name, value in took.items():
+        yield {"part": "eight layers, one row", "variant": name, "dropout": 0.0, "call_us": 1e6 * value}
 
 
 def _passes(

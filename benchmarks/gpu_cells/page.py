@@ -225,9 +225,9 @@ def _paging(rows: list[Row]) -> str:
 
 
 def _launches(rows: list[Row]) -> str:
-    names = ["forward_kernels", "backward_kernels", "forward_host_us", "both_host_us", "both_device_us"]
+    names = ["forward_kernels", "backward_kernels", "forward_host_us", "both_host_us", "both_device_us", "call_us"]
     lines = [
-        [row["part"], row["variant"], str(row["dropout"]), *(_figure(row[name]) for name in names)]
+        [row["part"], row["variant"], str(row["dropout"]), *(_figure(row.get(name)) for name in names)]
         for row in rows
         if "skipped" not in row
     ]

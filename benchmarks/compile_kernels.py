@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.compiled import Report, compile_launch, recorded
-from benchmarks.products import add_matmul_, add_products, lora_down, lora_gradients, lora_up
+from benchmarks.products import add_matmul_, finish, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.half import Half
@@ -32,7 +32,7 @@ from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dropout import dropout_into
 from lightning_qlora.kernels.triton.grouped import Group
-from lightning_qlora.kernels.triton.half import to_half
+from lightning_qlora.kernels.triton.half import rows_to_half, take_out_
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
@@ -52,7 +52,7 @@ def _name(kind: Kind) -> str:
 def _matrix(rows: int, columns: int, kind: Kind) -> Any:
     """Zeros of a kind."""
     if isinstance(kind, str):
-        return Half(torch.zeros(rows, columns, dtype=torch.float16), torch.ones(1))
+        return Half(torch.zeros(rows, columns, dtype=torch.float16), torch.ones(rows, 1))
     return torch.zeros(rows, columns, dtype=kind)
 
 
@@ -149,15 +149,25 @@ def _dropout_cases(target: str) -> Iterator[Case]:
 
 
 def _half_cases(target: str) -> Iterator[Case]:
-    for tile, threads in _tiles("dropout", target):
-        x = torch.randn(64, 4096)
-        per_thread = tile["SIZE"] / threads
-        yield Case("largest of fp32", partial(to_half, x), per_thread, 12, place=0)
-        yield Case("fp32 to fp16 and a power of two", partial(to_half, x), per_thread, 12)
-        for p in (0.0, 0.1):
-            seed = torch.tensor([7]) if p else None
-            add = partial(add_products, x, x, (torch.ones(1),) * 4, p, seed)
-            yield Case(f"sum of two products{', dropout' * bool(p)}", add, per_thread, 12 + 24 * bool(p))
+    seed = torch.tensor([7])
+    for tile, threads in _tiles("rows_to_half", target):
+        size, per_thread = tile["SIZE"], tile["SIZE"] / threads
+        rows, long = torch.randn(64, size), torch.randn(2, 2 * size)
+        name = f"rows to fp16, {size} numbers"
+        yield Case(name, partial(rows_to_half, rows), per_thread, 14)
+        yield Case(f"{name}, dropout", partial(rows_to_half, rows, None, 0.1, seed), per_thread, 38)
+        yield Case(f"{name}, factors", partial(rows_to_half, rows.T.contiguous().T, torch.ones(size)), per_thread, 28)
+    yield Case("rows to fp16, any length", partial(rows_to_half, long, torch.ones(2 * size)), per_thread, 40)
+    x = torch.randn(64, 4096)
+    for tile, threads in _tiles("finish", target):
+        take_out = partial(take_out_, x, torch.ones(64, 1), torch.ones(1, 4096), 1.0)
+        yield Case("powers taken out", take_out, tile["M"] * tile["N"] / threads, 14)
+    for (tile, threads), r, p, forward in product(_tiles("finish", target), (16, 64), (0.0, 0.1), (True, False)):
+        # In fp32, so a step of the loop has RANKS multiplications for each element.
+        w, seed = torch.zeros(4096, r), torch.tensor([7]) if p else None
+        add = partial(finish, x, torch.zeros(64, r), w if forward else torch.zeros(r, 4096).T, p, seed)
+        name = f"adapter and powers, rank {r}{', dropout' * bool(p)}{', transposed' * (not forward)}, per element"
+        yield Case(name, add, tile["M"] * tile["N"] / threads, 1.5 * min(r, tile["RANKS"]) + 12 + 24 * bool(p))
 
 
 def _lora_cases(target: str) -> Iterator[Case]:

@@ -12,6 +12,7 @@ launch). Launches are counted: kernels of Triton, and ops of torch and bitsandby
 import argparse
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from lightning_qlora.experts import experts as stacks
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.backends import Backend
-from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton import launch, linear
 
 SIZE, RANK, LAYERS, REPEATS, CALLS = 64, 16, 8, 150, 5
 HEADS = "launches forward", "us forward", "launches backward", "us backward", "us without gradients"
@@ -51,9 +52,10 @@ class Launcher:
 
 
 class Driver:
-    """What Triton asks of a driver, for one H100 that is not there."""
+    """What Triton asks of a driver, for one card that is not there: an H100, or a T4."""
 
     launcher_cls = Launcher
+    architecture = 90
 
     class utils:
         """Loads nothing."""
@@ -64,7 +66,7 @@ class Driver:
 
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda _: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", Driver.architecture, 32))
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
 
 
@@ -95,9 +97,9 @@ def launches(call: Callable[[], object]) -> int:
     return ran
 
 
-def measure(layers: nn.Module, x: Tensor, count: int = LAYERS) -> list[str]:
+def measure(layers: nn.Module, x: Tensor, count: int = LAYERS, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Cells of the table: launches and microseconds of one of `count` layers, forward, backward, without gradients."""
-    x = x.bfloat16().requires_grad_()
+    x = x.to(dtype).requires_grad_()
     trained = [x, *(parameter for parameter in layers.parameters() if parameter.requires_grad)]
     grad = torch.randn_like(x)
 
@@ -131,6 +133,29 @@ def ours(dropout: float, few_rows: bool = False) -> nn.Module:
     tile = launch.Tile(M=16, N=64, num_warps=4, num_stages=3)
     launch.TABLE["matmul"] = {"default": [tile] if few_rows else []}
     return layers.train()
+
+
+def without_bf16(dropout: float) -> nn.Module:
+    """Our layers as a T4 launches them, from here on."""
+    layers = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(LAYERS)))
+    use(eager)
+    convert(layers, r=RANK, lora_dropout=dropout, compute_dtype="fp16")
+    use(kernels)
+    Driver.architecture = 75
+    vars(launch)["target"] = lambda device: "sm_75"
+    launch.TABLE["matmul"] = {"default": []}
+    vars(eager)["multiply"] = vars(linear)["multiply"] = _multiply
+    return layers.train()
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """In place of `half.multiply`, which on a CPU casts the factors."""
+    return torch.mm(_zeros(a.shape), _zeros(b.shape), out=out)
+
+
+@cache
+def _zeros(shape: torch.Size) -> Tensor:
+    return torch.zeros(shape)
 
 
 def experts(number: int) -> nn.Module:
@@ -179,6 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
         cases["PEFT + bitsandbytes, dropout"] = lambda: peft_with_bitsandbytes(0.05)
         cases["PEFT + bitsandbytes, no dropout"] = lambda: peft_with_bitsandbytes(0.0)
     rows = [[name, *measure(make(), torch.randn(1, SIZE))] for name, make in cases.items()]
+    cells = measure(without_bf16(0.05), torch.randn(4, SIZE), dtype=torch.float32)
+    rows.append(["ours on a T4, dropout", *cells])
     print(table(["", *HEADS], rows))
 
 

@@ -115,9 +115,14 @@ def ours(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
     return forward, backward + decode + matmul(card, m, k, n, adds=True)
 
 
-def to_half(card: Card, rows: int, columns: int) -> float:
-    """A matrix in fp32 to fp16 with a power of two."""
-    return card.seconds(4 * rows * columns) + card.seconds(6 * rows * columns, 0, 7 * rows * columns)
+def rows_to_half(card: Card, rows: int, columns: int, strided: bool = False, dropout: bool = False) -> float:
+    """To fp16 with a power of two for each row, of which a program keeps 16,384 numbers, and reads the others twice.
+
+    `strided`: of the rows of a transposed matrix each number is a sector of 32 bytes, read and written in the cache.
+    """
+    numel = rows * columns
+    moved = (6 + 2 * dropout) * numel + 4 * rows * max(0, columns - 16384)
+    return card.seconds(moved, 64 * numel if strided else 0, (10 + DROPPED * dropout) * numel)
 
 
 def in_half(card: Card, rows: int, columns: int, inner: int) -> float:
@@ -126,22 +131,29 @@ def in_half(card: Card, rows: int, columns: int, inner: int) -> float:
     return card.seconds(moved, 0, 0, 2 * rows * columns * inner)
 
 
+def finish(card: Card, m: int, n: int, instructions: float = 0) -> float:
+    """Sums of fp16 to a result in fp32: their powers of two and the adapter's second product in fp32, in one launch."""
+    moved = 8 * m * n + 4 * RANK * (m + n)
+    return card.seconds(moved, 0, (22 + 1.1 * RANK + instructions) * m * n, 0, 2 * m * n * RANK)
+
+
 def project_in_half(card: Card, m: int, k: int) -> float:
-    """drop(x) A^T, with x and A in fp16."""
-    dropout = card.seconds(4 * m * k, 0, (6 + DROPPED) * m * k) + LAUNCH
-    return to_half(card, m, k) + to_half(card, RANK, k) + dropout + in_half(card, m, RANK, k) + LAUNCH
+    """drop(x) A^T, with x and drop(x) cast in one launch."""
+    casts = rows_to_half(card, m, k, dropout=True) + rows_to_half(card, RANK, k)
+    return casts + in_half(card, m, RANK, k) + card.seconds(8 * m * RANK)
 
 
 def ours_in_half(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
-    """The same on a card without bf16: products in fp16 with powers of two, 18 and 24 launches."""
+    """The same on a card without bf16: products in fp16 with powers of two, 8 and 14 launches."""
     r = RANK
-    decode = 2 * LAUNCH + card.seconds(2.516 * n * k, 0, 6.8 * n * k)
-    forward = project_in_half(card, m, k) + to_half(card, m, r) + to_half(card, n, r) + decode
-    forward += in_half(card, m, n, k) + in_half(card, m, n, r) + card.seconds(12 * m * n)
-    backward = to_half(card, m, n) + project_in_half(card, m, k) + 2 * to_half(card, m, r) + to_half(card, n, r)
-    backward -= to_half(card, m, k)  # x is saved in fp16
-    backward += 2 * in_half(card, m, r, n) + in_half(card, m, k, r) + decode + in_half(card, m, k, n) + 3 * LAUNCH
-    return forward, backward + card.seconds(12 * m * k, 0, (12 + DROPPED) * m * k)
+    decode = LAUNCH + card.seconds(2.516 * n * k, 0, 6.8 * n * k)
+    forward = project_in_half(card, m, k) + decode + in_half(card, m, n, k) + finish(card, m, n)
+    of_a = in_half(card, r, k, m) + card.seconds(8 * r * k)  # drop(x) is saved in fp16
+    of_b = in_half(card, m, r, n) + card.seconds(8 * n * r)
+    casts = rows_to_half(card, m, n) + rows_to_half(card, r, n, True) + 2 * rows_to_half(card, r, m, True)
+    grad_xa = in_half(card, m, r, n) + card.seconds(8 * m * r)
+    backward = casts + grad_xa + of_a + of_b + decode + in_half(card, m, k, n)
+    return forward, backward + finish(card, m, k, DROPPED)
 
 
 def peft(card: Card, m: int, n: int, k: int, decoded: bool = True) -> tuple[float, float]:
@@ -180,8 +192,9 @@ class Method:
     name: str
     layer: Callable[[Card, int, int, int], tuple[float, float]]
     host: tuple[float, float]  # seconds of a layer, forward and backward
-    passes: tuple[int, int] = (90, 165)  # over a hidden state in 16 bits, forward and backward
-    launches: tuple[int, int] = (39, 59)
+    passes: tuple[int, int] = (76, 155)  # over a hidden state in 16 bits, forward and backward
+    passes_in_fp32: tuple[int, int] = (54, 109)  # in fp32, without casts
+    launches: tuple[int, int] = (30, 52)
     of_logits: int = 32  # bytes moved for each logit
     in_fp32: bool = False  # what stays dense computes in fp32
 
@@ -191,11 +204,12 @@ class Method:
         fp32 = self.in_fp32 or turing
         layer = ours_in_half if turing else self.layer
         times = [layer(card, tokens, n, k) for n, k in LAYERS]
-        pass_over = (2 if fp32 else 1) * 2 * tokens * WIDTH / (0.85 * card.bandwidth)
+        passes = self.passes_in_fp32 if fp32 else self.passes
+        pass_over = (4 if fp32 else 2) * tokens * WIDTH / (0.85 * card.bandwidth)
         attention = self._dense(card, self.in_fp32, 2 * tokens * tokens * WIDTH, ATTENTION_IN_FP32)
         casts = CASTS_OF_ATTENTION if turing and not self.in_fp32 else (0, 0)
-        forward = sum(forward for forward, _ in times) + (self.passes[0] + casts[0]) * pass_over + attention
-        backward = sum(backward for _, backward in times) + (self.passes[1] + casts[1]) * pass_over + 2.5 * attention
+        forward = sum(forward for forward, _ in times) + (passes[0] + casts[0]) * pass_over + attention
+        backward = sum(backward for _, backward in times) + (passes[1] + casts[1]) * pass_over + 2.5 * attention
         block = 2 * forward + backward
         if self.layer is ours:
             # The recomputation of a block ends before the product of its last layer.
@@ -205,9 +219,9 @@ class Method:
         moved = 2 * VOCABULARY * (WIDTH + tokens)
         head = max(card.seconds(moved), self._dense(card, self.in_fp32, 2 * tokens * VOCABULARY * WIDTH))
         if turing and not self.in_fp32:
-            # Logits are computed in pieces; for each the weight is cast.
+            # In pieces, for each of which the weight is cast; then powers are taken out, or gradients are cast.
             pieces = ceil(tokens * VOCABULARY / 2**24)
-            head += pieces * to_half(card, VOCABULARY, WIDTH) + to_half(card, tokens, WIDTH)
+            head += pieces * rows_to_half(card, VOCABULARY, WIDTH) + card.seconds(8 * tokens * VOCABULARY)
         return BLOCKS * block + 2 * head + card.seconds(self.of_logits * tokens * VOCABULARY)
 
     @staticmethod
@@ -221,13 +235,14 @@ class Method:
         return BLOCKS * (layers + small)
 
 
+FUSED = (22, 40), (22, 40), (12, 16), 8  # norms, RoPE and SwiGLU: passes, launches, and bytes of a logit
 OURS = Method("this package", ours, (30e-6, 40e-6))
 METHODS = (
     OURS,
     Method("PEFT + bitsandbytes", peft, (190e-6, 150e-6)),
-    Method("Unsloth", unsloth, (40e-6, 70e-6), (22, 40), (12, 16), 8),
+    Method("Unsloth", unsloth, (40e-6, 70e-6), *FUSED),
     Method("LoRA in 16 bits (PEFT)", dense, (85e-6, 80e-6)),
-    replace(OURS, name="this package, norms, RoPE and SwiGLU fused", passes=(22, 40), launches=(12, 16), of_logits=8),
+    Method("this package, norms, RoPE and SwiGLU fused", OURS.layer, OURS.host, *FUSED),
     replace(OURS, name="this package, all that is dense in fp32", in_fp32=True),
 )
 
@@ -244,7 +259,7 @@ def steps(tokens: tuple[int, ...] = (512, 4096)) -> str:
 
 def _token(card: Card) -> float:
     """Seconds on the card for one token; each launch of a layer waits for the one before."""
-    total = 39 * LAUNCH + 2 * LAUNCH
+    total = 30 * LAUNCH + 2 * LAUNCH
     for n, k in LAYERS:
         adapter = max(5e-6, card.seconds(4 * RANK * k)) + max(3e-6, card.seconds(4 * RANK * n))
         total += adapter + card.few_rows(n * k)

@@ -38,10 +38,12 @@ def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, s
     return out
 
 
-def add_products(sums: Tensor, out: Tensor, powers: tuple[Tensor, ...], p: float, seed: Tensor | None) -> None:
-    """out = the dropout of n sums, plus what is there, each times two of four `powers` of two."""
-    run = lora_products.add_products(out.device, out.numel(), seed is not None, adds=True)
-    run((sums, out, *powers), _numbers(1.0, p, seed, out.device))
+def finish(sums: Tensor, h: Tensor, w: Tensor, p: float, seed: Tensor | None) -> None:
+    """Sums times two powers of two, plus the dropout of h w^T: sums [m, n], h [m, r], w [n, r]."""
+    sizes = *sums.shape, w.shape[1], w.stride(), seed is not None, False
+    run = lora_products.finish((w.dtype, sums.dtype), sums.device, *sizes)
+    power = torch.ones(1, device=sums.device)
+    run((h, w, sums, power.expand(len(sums)).contiguous(), power, sums), _numbers(1.0, p, seed, sums.device))
 
 
 def lora_gradients(
@@ -62,7 +64,7 @@ def lora_gradients(
 
 def add_matmul_(y: Tensor, x: Any, weight: PackedBytes, bias: Tensor | None = None) -> Tensor:
     """y += x W^T + bias, with W decoded inside; returns y."""
-    values, power = x if isinstance(x, Half) else (x, x)
+    values, power = (x.values, x.factor) if isinstance(x, Half) else (x, x)
     tensors = *weight_arguments(weight)[0], *tables_of_levels(weight.quant_type, y.device)
     m = x.shape[0]
     if values.dtype is torch.float32:

@@ -31,7 +31,8 @@ class Backend:
     failures: dict[str, str]  # the ops that `eager` computes, each with what its kernels do wrong
     quantize: Callable[..., PackedBytes]
     dequantize: Callable[..., Tensor]
-    to_half: Callable[[Tensor], Half]
+    rows_to_half: Callable[..., Half]
+    take_out: Callable[..., Tensor]
     grouped_linear: Callable[..., tuple[Tensor, Tensor]]
     grouped_linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast
@@ -51,7 +52,7 @@ class Backend:
         if self.kernels is not eager:
             plain = eager.plan(x, lora._replace(in_fp16=plan.in_fp16))
             guarded = {op: self._guarded(op, getattr(plan, op), getattr(plain, op)) for op in PLANNED}
-            plan.replace(to_half=self.to_half, **guarded)
+            plan.replace(rows_to_half=self.rows_to_half, **guarded)
         return plan
 
     def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

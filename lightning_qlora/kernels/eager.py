@@ -13,12 +13,13 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight, take_out
-from lightning_qlora.kernels.half import to_half as to_half
+from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight
+from lightning_qlora.kernels.half import take_out as take_out
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
+from lightning_qlora.kernels.reference import rows_to_half as rows_to_half
 from lightning_qlora.kernels.scratch import Buffer, lend, scratch_matrix
 from lightning_qlora.quantization.blockwise import CHUNK
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -107,12 +108,12 @@ class Plan:
         """x [..., in], y or dY as a matrix; they are one if `is_matrix`."""
         return x if self.is_matrix else x.reshape(self.m, x.shape[-1])
 
-    def rows(self, x: Tensor) -> Any:
-        """x, or dY, as the three functions take it."""
+    def rows(self, x: Tensor, seed: Tensor | None = None) -> Any:
+        """x, or dY, as the three functions take it; x with the seed of its dropout."""
         return self.matrix(x)
 
     def lora_project(self, x: Any, lora: LoRA) -> Tensor:
-        return self.product(self.dropped(x, lora.seed), self.factor(lora.a).T)
+        return self.product(self.dropped(x, lora.seed), lora.a.T)
 
     def linear_into(
         self, out: Tensor, x: Any, xa: Tensor | None, weight: PackedBytes, bias: Tensor | None, lora: LoRA
@@ -130,9 +131,9 @@ class Plan:
     def linear_backward(
         self, grad: Any, x: Any, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        grad_xa = self.factor(self.product(grad, lora.b, lora.scaling))
-        grad_b = self.product(grad.T, xa, lora.scaling).to(lora.b.dtype)
-        grad_a = self.product(grad_xa.T, self.dropped(x, lora.seed)).to(lora.a.dtype)
+        grad_xa = self.product(grad, lora.b, lora.scaling)
+        grad_b = self.sum_over_rows(grad, xa, lora.scaling).to(lora.b.dtype)
+        grad_a = self.sum_over_rows(grad_xa, self.dropped(x, lora.seed)).to(lora.a.dtype)
         grad_x = self.input_gradient(grad, grad_xa, weight, lora) if needs_x else None
         return grad_x, grad_a, grad_b
 
@@ -153,14 +154,12 @@ class Plan:
                 return self.gradients(grad, x, xa, weight, lora, needs_x)
         if self.takes_x:
             return self.linear_backward(grad, x, xa, weight, lora, needs_x)
-        grad_x, grad_a, grad_b = self.linear_backward(self.rows(grad), self.rows(x), xa, weight, lora, needs_x)
+        grad_x, grad_a, grad_b = self.linear_backward(
+            self.rows(grad), self.rows(x, lora.seed), xa, weight, lora, needs_x
+        )
         if grad_x is not None:
             grad_x = grad_x.view(*grad.shape[:-1], self.k)
         return grad_x, grad_a, grad_b
-
-    def factor(self, matrix: Any) -> Any:
-        """A matrix as `product` takes it."""
-        return matrix
 
     def product(self, a: Any, b: Any, s: float = 1.0, out: Tensor | None = None, adds: bool = False) -> Tensor:
         """s a b, b rounded as a is: a [m, k], b [k, n]. It is written to `out`, or added to it, and rounded once."""
@@ -171,6 +170,10 @@ class Plan:
         if out is None:
             out = a.new_empty(a.shape[0], b.shape[1])
         return out.addmm_(a, b, beta=1 if adds else 0, alpha=s)
+
+    def sum_over_rows(self, a: Any, b: Any, s: float = 1.0) -> Tensor:
+        """s a^T b: a [m, k], b [m, n]."""
+        return self.product(a.T, b, s)
 
     def decoded(self, weight: PackedBytes) -> Buffer:
         """W and W^T in a reused buffer, for `with`."""
@@ -187,27 +190,35 @@ class Plan:
 
 
 class HalfPlan(Plan):
-    """The same with factors of fp16 and a power of two for each (`half.py`); x, y and all results are fp32."""
+    """The same with factors of fp16 and powers of two for their rows (`half.py`); x, y and all results are fp32.
+
+    The adapter's second product, (x A^T) B^T or (dY B) A, stays in fp32: it takes little time.
+    """
 
     in_fp16 = True
-    to_half = staticmethod(to_half)
+    rows_to_half = staticmethod(rows_to_half)
     scaled = staticmethod(scaled)
+    take_out = staticmethod(take_out)
 
-    def rows(self, x: Tensor | Half) -> Half:
-        return x if isinstance(x, Half) else self.to_half(x.reshape(-1, x.shape[-1]))
-
-    def factor(self, matrix: Any) -> Half:
-        return matrix if isinstance(matrix, Half) else self.to_half(matrix)
+    def rows(self, x: Tensor | Half, seed: Tensor | None = None) -> Half:
+        return x if isinstance(x, Half) else self.rows_to_half(x.reshape(-1, x.shape[-1]))
 
     def product(self, a: Any, b: Any, s: float = 1.0, out: Tensor | None = None, adds: bool = False) -> Tensor:
-        a = self.factor(a)
-        b = self.factor(b)
+        if not isinstance(a, Half):
+            return super().product(a, b, s, out, adds)
+        if not isinstance(b, Half):
+            b = self.rows_to_half(b.mT).T
         sums = multiply(a.values, b.values, None if adds else out)
         result = self.take_out(sums, a.factor, b.factor, s)
         return out.add_(result) if adds and out is not None else result
 
-    def take_out(self, sums: Tensor, first: Tensor, second: Tensor, s: float) -> Tensor:
-        return take_out(sums, first, second).mul_(s)
+    def sum_over_rows(self, a: Any, b: Any, s: float = 1.0) -> Tensor:
+        """With one factor in fp32, which is multiplied by the powers of the other one's rows."""
+        if isinstance(a, Half):
+            columns = self.rows_to_half(b.mT, a.factor).T
+            return self.take_out(multiply(a.values.T, columns.values), None, columns.factor, s)
+        columns = self.rows_to_half(a.mT, b.factor)
+        return self.take_out(multiply(columns.values, b.values), columns.factor, None, s)
 
     def decoded(self, weight: PackedBytes) -> Buffer:
         divided, power = scaled_weight(weight, self.scaled)
@@ -215,11 +226,13 @@ class HalfPlan(Plan):
         buffer.matrices = tuple(Half(matrix, power) for matrix in buffer.matrices)
         return buffer
 
-    def dropped(self, x: Half, seed: Tensor | None) -> Half:
+    def dropped(self, x: Half, seed: Tensor | None) -> Any:
         if seed is None:
             return x
-        values = x.to_fp32().contiguous()  # with a power of its own: dividing by 1 - p can pass the end of fp16
-        return self.to_half(self.dropout_into(values, values, self.p, seed))
+        if x.dropped is not None:
+            return x.dropped
+        values = x.to_fp32().contiguous()  # with powers of its own: dividing by 1 - p can pass the end of fp16
+        return self.rows_to_half(self.dropout_into(values, values, self.p, seed))
 
 
 def dropout_in_chunks(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.half import Half
+from lightning_qlora.kernels.half import Half, to_half
 from lightning_qlora.kernels.lora import LoRA, check_devices
 from lightning_qlora.kernels.lora_linear import is_plain_call, refuse_second_derivative
 from lightning_qlora.quantization.blockwise import FLOATS
@@ -71,4 +71,4 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _factor(rows: Tensor, lora: LoRA) -> Tensor | Half:
-    return backend(rows.device).to_half(rows) if lora.in_fp16 else rows
+    return to_half(rows) if lora.in_fp16 else rows

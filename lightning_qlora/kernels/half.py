@@ -1,6 +1,6 @@
-"""Half: a matrix in fp16 with a power of two beside it, whose products neither overflow nor lose small values.
+"""Half: a matrix in fp16 with powers of two beside it, whose products neither overflow nor lose small values.
 
-    x = 2^e values          the largest magnitude of `values` is from 2^13 to 2^14
+    x = 2^e values          the largest magnitude of `values`, or of each row, is from 2^13 to 2^14
     x W^T = 2^e 2^f (values_x values_W^T)          fp16 times fp16, summed in fp32, and the powers taken out there
 
 A card without bf16 has tensor cores for fp16, whose numbers begin at 6e-8 and end at 65504. Activations can be larger,
@@ -8,6 +8,9 @@ and gradients are smaller. With the power of two of the largest value, values th
 bits (bf16 has 8), and those up to 2^38 times smaller have fewer. So nothing overflows, and a loss needs no scale. The
 power changes no digit, and the host does not wait for it. NaN and Inf stay what and where they are, because only finite
 values decide about the power.
+
+Rows with powers of their own are cast in one pass over memory, and a row does not depend on the others. A product that
+sums over rows multiplies its other factor by their powers before that is cast.
 """
 
 from typing import Any, NamedTuple
@@ -23,15 +26,16 @@ MANTISSA = 23
 
 
 class Half(NamedTuple):
-    """A matrix: fp16 values times a power of two."""
+    """A matrix: fp16 values times a power of two, or one for each row."""
 
     values: Tensor  # fp16 [m, n]
-    factor: Tensor  # fp32 [1], on the device of the values
+    factor: Tensor  # fp32 [1] or [m, 1], on the device of the values; transposed [1, m]
+    dropped: Any = None  # its dropout, a `Half` with the same values and zeros, and factors divided by 1 - p
 
     @property
     def T(self) -> "Half":
         """The transposed matrix, without a copy."""
-        return Half(self.values.mT, self.factor)
+        return Half(self.values.mT, self.factor.t())
 
     @property
     def shape(self) -> torch.Size:
@@ -55,20 +59,28 @@ def to_half(x: Tensor) -> Half:
     return Half(*scaled(x, torch.float16))
 
 
-def scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x 2^-e in a type, and 2^e, fp32 [1]; a result of fp32 is exact."""
+def rows_to_half(x: Tensor, times: Tensor | None = None) -> Half:
+    """The same for each row of a matrix, whose columns are multiplied by `times`, [n] or [1], before."""
+    x = x.float()
+    return Half(*scaled(x if times is None else x * times.view(1, -1), torch.float16, by_row=True))
+
+
+def scaled(x: Tensor, dtype: torch.dtype, by_row: bool = False) -> tuple[Tensor, Tensor]:
+    """x 2^-e in a type, and 2^e, fp32 [1] or [m, 1]; a result of fp32 is exact."""
     x = x.float()
     # From the bits of an fp32 number, since a logarithm is rounded. Numbers below 2^-126 have the exponent 0.
-    exponent = (_largest(x).view(torch.int32) >> MANTISSA).sub_(MIDDLE).clamp_(min=1)
+    exponent = (_largest(x, by_row).view(torch.int32) >> MANTISSA).sub_(MIDDLE).clamp_(min=1)
     inverse = ((2 * BIAS - exponent) << MANTISSA).view(torch.float32)
     return (x * inverse).to(dtype), (exponent << MANTISSA).view(torch.float32)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """The largest finite magnitude, [1]; 0 if there is none."""
+def _largest(x: Tensor, by_row: bool) -> Tensor:
+    """The largest finite magnitude, [1], or of each row, [m, 1]; 0 if there is none."""
+    shape = (x.shape[0], 1) if by_row else (1,)
     if not x.numel():
-        return x.new_zeros(1)
-    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).abs().amax().view(1)
+        return x.new_zeros(shape)
+    magnitudes = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).abs()
+    return (magnitudes.amax(1) if by_row else magnitudes.amax()).view(shape)
 
 
 def scaled_weight(weight: PackedBytes, scale: Any = scaled) -> tuple[PackedBytes, Tensor]:
@@ -100,6 +112,15 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)  # the products of fp16 numbers are exact in fp32
 
 
-def take_out(sums: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Multiply sums by two powers of two in place, the smaller first, so that only the result can overflow."""
-    return sums.mul_(torch.minimum(first, second)).mul_(torch.maximum(first, second))
+def take_out(sums: Tensor, rows: Tensor | None, columns: Tensor | None, s: float = 1.0) -> Tensor:
+    """Multiply sums in place by the powers of two of their rows, [m, 1] or [1], and columns, [1, n] or [1], and by s.
+
+    The smaller one comes first, so that only the result can overflow.
+    """
+    if rows is None or columns is None:
+        powers = [power for power in (rows, columns) if power is not None]
+    else:
+        powers = [torch.minimum(rows, columns), torch.maximum(rows, columns)]
+    for power in powers:
+        sums.mul_(power)
+    return sums if s == 1.0 else sums.mul_(s)

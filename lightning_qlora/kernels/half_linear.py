@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.kernels.half import multiply, take_out
+from lightning_qlora.kernels.half import multiply
 from lightning_qlora.kernels.lora_linear import refuse_second_derivative
 
 
@@ -34,10 +34,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    to_half = backend(x.device).to_half
-    rows = to_half(x.reshape(-1, x.shape[-1]))
-    matrix = to_half(weight)
+    computes = backend(x.device)
+    matrix = computes.rows_to_half(weight)
+    times = None
     if transposed:
         matrix = matrix.T
+    else:  # a sum over the rows of W
+        times = matrix.factor
+    rows = computes.rows_to_half(x.reshape(-1, x.shape[-1]), times)
     sums = multiply(rows.values, matrix.values)
-    return take_out(sums, rows.factor, matrix.factor).view(*x.shape[:-1], -1)
+    return computes.take_out(sums, rows.factor, matrix.factor if transposed else None).view(*x.shape[:-1], -1)

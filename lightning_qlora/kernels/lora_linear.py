@@ -52,7 +52,7 @@ def run_plan(plan: Plan, x: Tensor, weight: PackedBytes, bias: Tensor | None, lo
         torch._C._set_grad_enabled(False)
         if has_autocast:  # kernels write x's type by address, so it must not give torch's products another type
             torch.set_autocast_enabled(plan.kind, False)
-        rows = x if plan.takes_x else plan.rows(x)
+        rows = x if plan.takes_x else plan.rows(x, lora.seed)
         xa = None
         if has_graph or lora.seed is not None or not plan.in_one_call:
             xa = plan.lora_project(rows, lora)
@@ -85,7 +85,11 @@ class _Gradient(torch.autograd.Function):
     ) -> Tensor:
         """One argument for all that has no gradient: `apply` and autograd do something for each."""
         rows, xa, *ctx.rest = rest
+        ctx.is_dropped = False
         if isinstance(rows, Half):  # half of the bytes, and no second cast
+            ctx.is_dropped = rows.dropped is not None
+            if ctx.is_dropped:  # it alone has a gradient to compute
+                rows = rows.dropped
             ctx.save_for_backward(rows.values, xa, lora_a, lora_b, rows.factor)
         else:
             ctx.save_for_backward(x, xa, lora_a, lora_b)
@@ -97,6 +101,8 @@ class _Gradient(torch.autograd.Function):
         x, xa, a, b, *factor = ctx.saved_tensors  # once: a recomputed block does not give them twice
         if factor:
             x = Half(x, *factor)
+            if ctx.is_dropped:
+                x = x._replace(dropped=x)
         needs_x, needs_bias, *_ = ctx.needs_input_grad
         plan, weight, choices = ctx.rest
         lora = LoRA(a, b, *choices)

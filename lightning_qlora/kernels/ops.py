@@ -182,7 +182,7 @@ def _lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     plan = plan_of(x, weight, bias, lora)
     y = x.new_empty(plan.shape)
     with torch.autocast(plan.kind, enabled=False):
-        rows = plan.rows(x)
+        rows = plan.rows(x, lora.seed)
         xa = plan.lora_project(rows, lora)
         plan.linear_into(plan.matrix(y), rows, xa, weight, bias, lora)
     return y, xa

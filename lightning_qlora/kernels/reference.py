@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_qlora.config import QuantType
+from lightning_qlora.kernels import half
 from lightning_qlora.kernels.half import Half, scaled_weight
+from lightning_qlora.kernels.half import take_out as take_out
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization import blockwise
@@ -80,6 +82,16 @@ def as_int32(word: int) -> int:
     return ((word + 2**31) & 0xFFFFFFFF) - 2**31
 
 
+def rows_to_half(x: Tensor, times: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None) -> Half:
+    """See `half.rows_to_half`; with a seed also its dropout."""
+    rows = half.rows_to_half(x, times)
+    if seed is None:
+        return rows
+    keep = dropout_kept(0, x.numel(), p, seed, x.device)
+    kept = torch.where(keep.view(x.shape), rows.values, 0)
+    return rows._replace(dropped=Half(kept, rows.factor * dropout_threshold(p)[1]))
+
+
 def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
     """drop(X) A^T: [m, in] -> [m, r], with A [r, in]."""
     return _rounded(_product(_dropped(x, lora), lora.a.T), x)
@@ -89,7 +101,7 @@ def linear_into(
     out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
     """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
-    y = _product(x, _decoded(weight, x).T) + lora.scaling * _product(_factor(xa, x), lora.b.T)
+    y = _product(x, _decoded(weight, x).T) + lora.scaling * _product(xa, lora.b.T)
     if bias is not None:
         y = y + bias
     out.copy_(y)
@@ -111,7 +123,7 @@ def linear_backward(
 def adapter_backward(grad: Tensor | Half, x: Tensor | Half, xa: Tensor, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
     """The adapter's part of dX in fp32, s drop(dY B A), and the gradients of A and B."""
     grad_xa, grad_a, grad_b = _adapter_gradients(grad, _dropped(x, lora), xa, lora)
-    return dropout(_product(_factor(grad_xa, grad), lora.a), lora.p, lora.seed), grad_a, grad_b
+    return dropout(_product(grad_xa, lora.a), lora.p, lora.seed), grad_a, grad_b
 
 
 def _adapter_gradients(
@@ -153,7 +165,7 @@ def grouped_linear_backward(
         adapter = LoRA(lora.a[e], lora.b[e], lora.scaling)
         of_rows = _part(grad, rows)
         grad_xa, grad_a[e], grad_b[e] = _adapter_gradients(of_rows, _part(dropped, rows), xa[rows], adapter)
-        total[rows] = _product(_factor(grad_xa, grad), adapter.a)
+        total[rows] = _product(grad_xa, adapter.a)
     total = dropout(total, lora.p, lora.seed)  # its mask depends on the index among all rows
     for rows, matrix in zip(_groups(ends), weight.unbind(), strict=True):
         total[rows] += _product(_part(grad, rows), _decoded(matrix, grad))
@@ -199,7 +211,9 @@ def _dropped(x: Tensor | Half, lora: LoRA) -> Any:
 
 
 def _part(x: Tensor | Half, rows: slice) -> Any:
-    return Half(x.values[rows], x.factor) if isinstance(x, Half) else x[rows]
+    if not isinstance(x, Half):
+        return x[rows]
+    return Half(x.values[rows], x.factor if x.factor.numel() == 1 else x.factor[rows])
 
 
 def _groups(ends: Tensor) -> list[slice]:

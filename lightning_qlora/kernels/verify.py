@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels import reference, scratch
 from lightning_qlora.kernels.adamw import ADAMW
-from lightning_qlora.kernels.half import to_half
+from lightning_qlora.kernels.half import rows_to_half, to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 
@@ -27,7 +27,8 @@ STEPS: dict[str, Any] = {
 OPS = (
     "quantize",
     "dequantize",
-    "to_half",
+    "rows_to_half",
+    "take_out",
     "lora_project",
     "linear_into",
     "linear_backward",
@@ -35,7 +36,7 @@ OPS = (
     "grouped_linear_backward",
     *STEPS,
 )
-EXACT = ("quantize", "dequantize", "to_half")  # the same bits everywhere
+EXACT = ("quantize", "dequantize", "rows_to_half")  # the same bits everywhere
 # Largest difference, as a share of the largest value; half of it for the norm. Of floats, that of the coarsest type.
 LIMITS = {torch.uint8: 5e-3, torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 BORDER = 1 << 14  # bytes before and after each tensor; a multiple of 16, so that tensors stay aligned
@@ -61,7 +62,11 @@ EXPERTS: tuple[tuple[Any, ...], ...] = (  # rows of each expert, then as above
     ((5, 0, 66), 70, 128, 8, 64, True, 0.0),
     ((3, 0, 7), 66, 96, 70, 32, False, 0.3),  # two tiles of ranks
 )
-HALVES: tuple[tuple[Any, ...], ...] = (((90, 1500), 1e5), ((7,), 1e-42), ((70, 75), 0.0))  # shape, size of the values
+ROWS: tuple[tuple[Any, ...], ...] = (  # shape, whether it is transposed, whether columns are multiplied, dropout
+    ((13, 700), False, False, 0.3),
+    ((6, 515), True, True, 0.0),
+    ((2, 17000), False, True, 0.3),  # rows longer than a program holds
+)
 
 
 def specification(op: str) -> Callable[..., Any]:
@@ -146,10 +151,10 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
-    def factor(m: int, n: int, kind: torch.dtype | None, size: float) -> Any:
+    def factor(m: int, n: int, kind: torch.dtype | None, size: float, cast: Any = rows_to_half) -> Any:
         """A matrix in a type; None: a `Half` of values that fp16 does not have."""
         rows = normal(m, n)
-        return to_half(rows * size) if kind is None else rows.to(kind)
+        return cast(rows * size) if kind is None else rows.to(kind)
 
     def layer(n: int, k: int, r: int, block_size: int, double_quant: bool) -> tuple[PackedBytes, Tensor, Tensor]:
         weight = reference.quantize(normal(n, k) / k**0.5, "nf4", block_size, double_quant)
@@ -159,9 +164,15 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
         seed = torch.tensor([2**40 + 7], device="cpu") if p else None
         return LoRA(a, b, 0.7, p, seed, kind is None)
 
-    if op == "to_half":
-        for shape, size in HALVES:
-            yield (normal(*shape) * size,)
+    if op == "rows_to_half":
+        for (m, n), is_transposed, has_times, p in ROWS:
+            x = normal(m, n) * 10 ** torch.linspace(-42, 30, m)[:, None]
+            seed = torch.tensor([2**40 + 7], device="cpu") if p else None
+            yield x.mT.contiguous().mT if is_transposed else x, normal(n) if has_times else None, p, seed
+    elif op == "take_out":
+        powers = torch.ldexp(torch.ones(2, 75), torch.arange(-75, 75).view(2, 75).int())
+        for rows, columns in ((powers[0][:70, None], powers[1:]), (None, powers[1:]), (powers[0][:70, None], None)):
+            yield normal(70, 75), rows, columns, 0.7
     elif op == "quantize":
         for (n, k, *form), dtype in _in_types(WEIGHTS):
             yield normal(n, k, dtype=dtype), *form
@@ -174,8 +185,8 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
         for (counts, *shape, p), kind in _in_types(EXPERTS, 1):
             weights, a, b = zip(*(layer(*shape) for _ in counts), strict=True)
             lora = adapter(torch.stack(a), torch.stack(b), p, kind)
-            x = factor(sum(counts) + 2, shape[1], kind, 1e6)
-            grad = factor(sum(counts) + 2, shape[0], kind, 1e-9)
+            x = factor(sum(counts) + 2, shape[1], kind, 1e6, to_half)
+            grad = factor(sum(counts) + 2, shape[0], kind, 1e-9, to_half)
             rest = torch.tensor(counts, device="cpu").cumsum(0).int(), stack_bytes(weights), lora
             if op == "grouped_linear":
                 yield x, *rest

@@ -72,8 +72,9 @@ def test_a_step_is_that_of_fp32(types, monkeypatch, name, padded):
     assert {*types} <= {torch.float16} and (types or name == "t5")
     types.clear()
     monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: False)
-    # Scores of T5 are not divided by the root of the width, and have a bias, so that they are larger.
-    assert_near(ours, step(module, **arguments), 2e-2 if name == "t5" else 3e-3)
+    # Scores of T5 are not divided by the root of the width, and have a bias, so that they are larger; what a rounding
+    # does to the sign of an input of ReLU is larger still (fp16 layers beside fp32 ones: up to 4e-2).
+    assert_near(ours, step(module, **arguments), 6e-2 if name == "t5" else 3e-3)
     assert {*types} <= {torch.float32}
 
 

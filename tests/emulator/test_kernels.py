@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels import verify
-from lightning_qlora.kernels.half import to_half
+from lightning_qlora.kernels.half import rows_to_half
 from lightning_qlora.kernels.triton import launch
 from tests.emulator import amd
 from tests.emulator.driver import emulated
@@ -22,7 +22,7 @@ FIRST = {
     "sm_80": {
         "quantize": (0, 2, 3, 4),
         "dequantize": (0, 1, 2, 3),
-        "to_half": (1, 2),
+        "rows_to_half": (0,),
         "lora_project": (0, 1, 2),
         "linear_into": (0, 1, 2, 7),
         "linear_backward": (0, 1, 5, 7),
@@ -34,9 +34,14 @@ FIRST = {
     # Both factors of wgmma in shared memory, one in registers, both transposed, of several experts.
     "sm_90": {"lora_project": (3,), "linear_into": (2,), "linear_backward": (1,), "grouped_linear": (1,)},
     "sm_120": {"linear_into": (2,)},  # f32x2 and add.f32.bf16
-    # To fp16 with a power of two; the sum of two products, with and without dropout, whose products are torch's; then
-    # one row and two.
-    "sm_75": {"to_half": (0,), "lora_project": (6,), "linear_into": (6, 7, 8, 9), "linear_backward": (6,)},
+    # To fp16 with powers of two; what follows torch's products, with and without dropout; then one row and two.
+    "sm_75": {
+        "rows_to_half": (0, 1),
+        "take_out": (0, 1),
+        "lora_project": (6,),
+        "linear_into": (6, 7, 8, 9),
+        "linear_backward": (6,),
+    },
 }
 pytestmark = needs("triton", "3.9", "the emulator knows its PTX")
 
@@ -74,8 +79,8 @@ def test_ranks_of_two_tiles_and_gradients_that_programs_share(op, monkeypatch):
 
 def test_a_matrix_without_elements():
     with emulated("sm_80"):
-        ours = kernels.to_half(torch.empty(0, 4))
-    theirs = to_half(torch.empty(0, 4))
+        ours = kernels.rows_to_half(torch.empty(0, 4))
+    theirs = rows_to_half(torch.empty(0, 4))
     assert torch.equal(ours.values, theirs.values) and torch.equal(ours.factor, theirs.factor)
 
 

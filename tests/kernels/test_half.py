@@ -128,6 +128,23 @@ def test_one_huge_value_or_column_leaves_the_others_their_digits():
     assert error(y, dense(rest, weight, a, b, torch.zeros(8, 96))[0]) < ERROR
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_rows_of_any_size_keep_their_digits_beside_each_other(p):
+    """Of y and dX. To the gradients of A and B all of these rows give as much."""
+    weight, a, b = layer()
+    sizes = torch.logspace(-18, 18, 40)[:, None]
+    x = torch.randn(40, 256) * sizes
+    grad = torch.randn(40, 96) / sizes
+    seed = torch.tensor([7]) if p else None
+    keep = reference.dropout(torch.ones_like(x), p, seed).double()
+    ours = run(x, weight, a, b, grad, p=p, seed=seed)
+    theirs = dense(x, weight, a, b, grad, keep=keep)
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        assert ((one - other).norm(dim=1) < ERROR * other.norm(dim=1)).all()
+    for one, other in zip(ours[2:], theirs[2:], strict=True):
+        assert error(one, other) < 2 * ERROR
+
+
 @pytest.mark.parametrize("values", [torch.zeros(3, 4), torch.empty(0, 4), torch.full((2, 2), torch.nan)])
 def test_a_matrix_without_finite_values_other_than_zero(values):
     half = to_half(values)

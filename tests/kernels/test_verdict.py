@@ -79,11 +79,11 @@ def said(recorded):
 def test_a_wrong_value_an_error_a_hang_and_an_end_are_each_found_and_the_others_are_used(monkeypatch, kernels, recwarn):
     kernels.quantize = lambda *_: [].undefined
     kernels.dequantize = lambda *arguments: reference.dequantize(*arguments) * 2
-    kernels.to_half = lambda x: print("noise") or reference.to_half(x)
+    kernels.rows_to_half = lambda *given: print("noise") or reference.rows_to_half(*given)
     kernels.adamw_step = lambda *_: ctypes.PyDLL(None).sleep(3600)  # with the interpreter locked
     kernels.adamw8bit_step = lambda *_: os._exit(3)
     monkeypatch.setattr(verdict, "LIMIT", 4.0)
-    quick = ("quantize", "dequantize", "to_half", "adamw_step", "adamw8bit_step")
+    quick = ("quantize", "dequantize", "rows_to_half", "adamw_step", "adamw8bit_step")
     only(monkeypatch, *quick)
     started = []
     ended = []
@@ -438,7 +438,7 @@ def test_the_process_that_checks(monkeypatch, tmp_path, kernels, capfd):
     exec("\n".join(code), {})
     assert capfd.readouterr() == ("@verdict null\n@verdict null\n", "")
     kernels.adamw_step = lambda *_: 1 / 0
-    verdict.check("cpu", ["dequantize", "adamw_step", "to_half"], sys.stdout)
+    verdict.check("cpu", ["dequantize", "adamw_step", "rows_to_half"], sys.stdout)
     text = "ZeroDivisionError: division by zero, with float32 [300]"
     expected = f'@verdict null\n@verdict null\n@verdict "{text}"\n'
     assert capfd.readouterr().out == expected, "after a fault another child goes on"

@@ -53,14 +53,9 @@ def dropout_arguments(p: float, seed: Tensor | None, device: torch.device) -> tu
     return as_int32(number), as_int32(number >> 32), *dropout_threshold(p)
 
 
-def dropout_into(out: Tensor, x: Tensor, p: float, seed: Tensor, scales: bool = True) -> Tensor:
-    """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`.
-
-    Without `scales` what is kept is not divided by 1 - p.
-    """
+def dropout_into(out: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Write dropped x, contiguous and of any shape, to `out`, which may be x; returns `out`."""
     *mask, scale = dropout_arguments(p, seed, x.device)
-    if not scales:
-        scale = 1.0
     n = x.numel()
     tile = find_tile("dropout", x.device)
     run = launch_of((x.dtype,), _dropout_kernel, x.device, (-(-n // tile["SIZE"]), 1, 1), (n,), tile)

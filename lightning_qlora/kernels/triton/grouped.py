@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_qlora.kernels.half import Half, scaled_weight
+from lightning_qlora.kernels.half import Half, scaled_weight, to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
 from lightning_qlora.kernels.triton.dropout import MASK, NO_DROPOUT, dropout_arguments, is_kept
-from lightning_qlora.kernels.triton.half import scaled, take_out, to_half
+from lightning_qlora.kernels.triton.half import take_out
 from lightning_qlora.kernels.triton.launch import find_tile, launch_of
 from lightning_qlora.kernels.triton.lora_products import rank_tile
 from lightning_qlora.kernels.triton.quantize import levels_of_codes, load_scales, tables_of_levels
@@ -183,7 +183,7 @@ class Group:
         weight = self.weight
         w_factor = x.factor
         if self.half:
-            weight, w_factor = scaled_weight(weight, scaled)
+            weight, w_factor = scaled_weight(weight)
         _, n, k = weight.shape
         run = min(weight.block_size, 64)
         n_nested = weight.nested.shape[1] // 4 - 1

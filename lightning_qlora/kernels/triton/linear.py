@@ -25,9 +25,9 @@ from lightning_qlora.kernels import eager
 from lightning_qlora.kernels.half import Half, multiply
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, dropout_into
-from lightning_qlora.kernels.triton.half import scaled, to_half
+from lightning_qlora.kernels.triton.half import rows_to_half, scaled, take_out_
 from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, shared_launch
-from lightning_qlora.kernels.triton.lora_products import MAX_GRID, add_products, lora_down, lora_gradients, lora_up
+from lightning_qlora.kernels.triton.lora_products import MAX_GRID, finish, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels.triton.quantize import (
     dequantize_into,
     levels_of_codes,
@@ -157,7 +157,7 @@ class Plan(eager.Plan):
         return grad_x, grad_a, grad_b
 
     def add_matmul_(self, y: Tensor, x: Tensor, power: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
-        """y += x W^T + bias, rounded once; of `half` x W^T times the power of two, which is not read else."""
+        """y += x W^T + bias, rounded once; of `half` x W^T times the powers of rows, which are not read else."""
         addend = y
         if bias is not None:
             addend = bias.contiguous()
@@ -179,61 +179,46 @@ class Plan(eager.Plan):
 
 
 class HalfPlan(Plan, eager.HalfPlan):
-    """The same with factors of fp16 and their powers of two: torch multiplies, and one launch adds two products.
+    """The same with factors of fp16 and their powers of two: torch multiplies, and one launch does what is left.
 
     The cards that need it have tensor cores that Triton does not use (Turing, Volta).
     """
 
-    to_half = staticmethod(to_half)
-    scaled = staticmethod(scaled)
+    rows_to_half = staticmethod(rows_to_half)
+    scaled = staticmethod(scaled)  # type: ignore[assignment]
+    take_out = staticmethod(take_out_)
+
+    def rows(self, x: Tensor | Half, seed: Tensor | None = None) -> Half:
+        return x if isinstance(x, Half) else self.rows_to_half(x.reshape(-1, x.shape[-1]), None, self.p, seed)
 
     def linear_into(self, out: Tensor, x: Half, xa: Any, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
-        xa = self.factor(xa)
-        b = self.factor(lora.b).T
         if self.few_rows:
-            self.product(xa, b, lora.scaling, out)
+            self.product(xa, lora.b.T, lora.scaling, out)
             self.add_matmul_(out, x.values, x.factor, weight, bias)
             return
         with self.decoded(weight) as (_, transposed):
-            self.sum_into(out, (xa, b), lora.scaling, None, (x, transposed))
-        if bias is not None:
-            out.add_(bias)
+            self.sum_into(out, (x, transposed), xa, lora.b, bias, None, lora.scaling)
 
-    def input_gradient(self, grad: Half, grad_xa: Half, weight: PackedBytes, lora: LoRA) -> Tensor:
+    def input_gradient(self, grad: Half, grad_xa: Any, weight: PackedBytes, lora: LoRA) -> Tensor:
         out = grad.factor.new_empty(self.m, self.k)
         with self.decoded(weight) as (dense, _):
-            self.sum_into(out, (grad_xa, self.factor(lora.a)), 1.0, lora.seed, (grad, dense))
+            self.sum_into(out, (grad, dense), grad_xa, lora.a.T, None, lora.seed)
         return out
 
     def sum_into(
-        self, out: Tensor, first: tuple[Half, Half], s: float, seed: Tensor | None, second: tuple[Half, Half]
-    ) -> None:
-        """out = s drop(a b) + c d."""
-        a, b = first
-        c, d = second
-        multiply(c.values, d.values, out)
-        powers = a.factor, b.factor, c.factor, d.factor
-        self._add(multiply(a.values, b.values), out, s, seed, powers)
-
-    def take_out(self, sums: Tensor, first: Tensor, second: Tensor, s: float) -> Tensor:
-        self._add(sums, sums, s, None, (first, second))
-        return sums
-
-    def _add(self, sums: Tensor, out: Tensor, s: float, seed: Tensor | None, powers: tuple[Tensor, ...]) -> None:
-        """out = s drop(sums) times the first two powers, and what is there times the others, if there are four."""
+        self, out: Tensor, factors: tuple[Half, Half], h: Tensor, w: Tensor, bias: Tensor | None, seed: Tensor | None,
+        s: float = 1.0,
+    ) -> None:  # fmt: skip
+        """out = the product of `factors` + s drop(h w^T) + bias, the second product in fp32."""
+        x, matrix = factors
+        multiply(x.values, matrix.values, out)
         if not out.numel():
             return
         *mask, scale = dropout_arguments(self.p, seed, self.device)
-        run = add_products(self.device, out.numel(), seed is not None, len(powers) == 4)
-        run((sums, out, *powers, *powers[: 4 - len(powers)]), (*mask, scale * s))
-
-    def dropped(self, x: Half, seed: Tensor | None) -> Half:
-        """The values divided by 1 - p could pass the end of fp16: the factor is."""
-        if seed is None:
-            return x
-        values = x.values.contiguous()
-        kept = dropout_into(torch.empty_like(values), values, self.p, seed, scales=False)
-        return Half(kept, x.factor / (1 - self.p))
+        added = out if bias is None else bias.contiguous()
+        sizes = *out.shape, self.r, w.stride(), seed is not None, bias is not None
+        run = finish((w.dtype, added.dtype), self.device, *sizes)
+        run((h.contiguous(), w, added, x.factor, matrix.factor, out), (*mask, scale * s))
 
 
 @triton.jit
@@ -283,7 +268,7 @@ def _matmul_kernel(
         total, is_last = add_shares(total, memory, share, shares, N, M)
         write &= is_last
     if HALF:
-        total *= tl.load(factor)
+        total *= tl.load(factor + column, mask=column < m, other=1.0)[None, :]
     place = y + column.to(tl.int64)[None, :] * n + row[:, None]
     total += tl.load(place, mask=write, other=0.0).to(tl.float32)
     if BIAS:
@@ -292,7 +277,7 @@ def _matmul_kernel(
 
 
 def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool, types: tuple[torch.dtype, ...]) -> Launch:
-    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, power of x (`half`) or y.
+    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, powers of x (`half`) or y.
 
     `types`: of x, bias or y, and y.
     """

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lightning_qlora.kernels.triton.adapter_sums import sum_over_columns, sum_over_ranks, sum_over_rows
 from lightning_qlora.kernels.triton.dropout import MASK, NO_DROPOUT, is_kept
-from lightning_qlora.kernels.triton.half import take_out
+from lightning_qlora.kernels.triton.half import times_powers
 from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, launch_of, shared_launch
 
 MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
@@ -108,18 +108,23 @@ def _gradients_kernel(
 
 
 @triton.jit(do_not_specialize=MASK)
-def _add_kernel(
-    added, out, h_factor, w_factor, first, second, n, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr,
+def _finish_kernel(
+    h, w, bias, first, second, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """SIZE elements of s `added`, or its dropout, plus what is there, each times its two powers of two."""
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    total = take_out(tl.load(added + i, mask=i < n, other=0.0), h_factor, w_factor) * s
+    """A program adds M x N elements of it in fp32, and a bias, to sums of two `Half`, whose powers it takes out."""
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    total = sum_over_ranks(h, w, row, m, column, n, r, w_rank_stride, w_stride, R, M, N) * s
+    place = row.to(tl.int64)[:, None] * n + column[None, :]
     if DROPOUT:
-        total = tl.where(is_kept(i, low, high, least_kept), total, 0.0)
-    if ADD:
-        total += take_out(tl.load(out + i, mask=i < n, other=0.0), first, second)
-    tl.store(out + i, total, mask=i < n)
+        total = tl.where(is_kept(place, low, high, least_kept), total, 0.0)
+    if BIAS:
+        total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    of_row = tl.load(first + row, mask=row < m, other=1.0)[:, None]
+    total += times_powers(tl.load(out + place, mask=inside, other=0.0), of_row, tl.load(second))
+    tl.store(out + place, total, mask=inside)
 
 
 Types = tuple[torch.dtype, ...]
@@ -150,11 +155,19 @@ def lora_up(device: torch.device, m: int, n: int, r: int, strides: tuple[int, in
     return Launch(_up_kernel, device, grid, numbers, tile, fuse=True, DROPOUT=dropout, R=rank_tile(r))
 
 
-def add_products(device: torch.device, n: int, dropout: bool, adds: bool) -> Launch:
-    """Tensors: n sums of products of `Half`, out, the powers of two of their factors, and two of what is in out."""
-    tile = find_tile("dropout", device)
-    grid = -(-n // tile["SIZE"]), 1, 1
-    return launch_of((), _add_kernel, device, grid, (n,), tile, DROPOUT=dropout, ADD=adds)
+def finish(
+    types: tuple[torch.dtype, ...], device: torch.device, m: int, n: int, r: int, strides: tuple[int, int],
+    dropout: bool, has_bias: bool,
+) -> Launch:  # fmt: skip
+    """Tensors: h [m, r] in fp32, w [n, r] of these strides, bias or any, powers of rows, a power, sums.
+
+    `types`: of w and the bias. The sums become the output. It needs no tensor cores: beside the bytes of the sums a
+    rank of 64 takes little time.
+    """
+    tile = find_tile("finish", device)
+    grid = -(-m // tile["M"]), -(-n // tile["N"]), 1
+    constants = {"DROPOUT": dropout, "BIAS": has_bias, "R": min(rank_tile(r), tile["RANKS"])}
+    return launch_of(types, _finish_kernel, device, grid, (m, n, r, *strides[::-1]), tile, fuse=True, **constants)
 
 
 def lora_gradients(

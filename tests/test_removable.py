@@ -132,7 +132,7 @@ FEATURES = {
             "layers/lora_layer.py": [
                 "from lightning_qlora.layers.dora import DoRAMatrix",
                 "True: DoRAMatrix,",
-                ("return ADAPTERS[self.config.use_dora]", "return ADAPTERS[False]"),
+                ("self.matrix_class = ADAPTERS[config.use_dora]", "self.matrix_class = Matrix"),
             ],
             "adapters/base_compatibility.py": [
                 ('for key in (*Quantization._fields, "use_dora"):', "for key in Quantization._fields:")

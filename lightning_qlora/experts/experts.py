@@ -30,6 +30,7 @@ from lightning_qlora.layers.names import join, last_part, parameter_name, stack_
 from lightning_qlora.layers.prepared_call import cast_input
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
+from lightning_qlora.starts.starts import first_adapter
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
 VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
@@ -113,6 +114,11 @@ class QLoRAExperts(SavedLayer):
 
     def seed_name_of(self, number: int) -> str:
         return f"{self.seed_name}.{number}"
+
+    def reset_adapter(self) -> None:
+        names = map(self.seed_name_of, range(len(self)))
+        adapters = [first_adapter(self.weight_bytes, self.config, name) for name in names]
+        self.set_adapter(*map(self.join_matrices, zip(*adapters, strict=True)))
 
     def without_weight(self) -> "QLoRAExperts":
         return QLoRAExperts(self._transposed, self.flat)

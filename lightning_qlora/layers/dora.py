@@ -24,6 +24,25 @@ from lightning_qlora.quantization.packed_weight import PackedBytes
 TINY = torch.finfo(torch.float32).tiny
 
 
+class _DoRACall(PreparedCall):
+    """Not kept, because each call computes the norms."""
+
+    def product(self, layer: Any, x: Tensor, lora: LoRA) -> Tensor:
+        """Differentiable in x, A, B and the magnitudes."""
+        weight, _, _, magnitude, _ = self._matrix
+        bias = self._bias
+        norm = row_norm(layer, self._matrix).clamp_min(TINY)
+        factor = (magnitude.detach() / norm).float()
+        scaled = scale_rows(weight, factor)
+        if scaled is None:
+            y: Tensor = lora_linear(x.float(), weight, None, lora) * (magnitude / norm)
+            if bias is not None:
+                y = y + bias
+            return y.to(x.dtype)
+        y = lora_linear(x, scaled, None, LoRA(lora.a, factor[:, None] * lora.b, *lora[2:]))
+        return cast(Tensor, _WithMagnitude.apply(y, magnitude, bias))  # type: ignore[no-untyped-call]
+
+
 class DoRAMatrix(NamedTuple):
     """A `Matrix` with the magnitudes m of its rows."""
 
@@ -33,25 +52,14 @@ class DoRAMatrix(NamedTuple):
     lora_magnitude_vector: Tensor
     number: int = 0
 
+    call = _DoRACall  # type: ignore[misc]
     reads_weight = True  # type: ignore[misc]
 
     @staticmethod
     def complete(layer: Any) -> None:
-        """m: the norms of the rows."""
+        """Let the magnitudes be the norms of the rows, which leaves the output of a layer as it is."""
         norms = [row_norm(layer, matrix) for matrix in layer.matrices()]
         layer.write("lora_magnitude_vector", layer.join_matrices(norms))
-
-    @staticmethod
-    def check_split(layer: Any, by_inputs: bool) -> None:
-        if by_inputs:
-            raise ValueError(
-                f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of "
-                "whole rows at every step. Set use_dora=False, or leave the layer out of the plan."
-            )
-
-    def prepare(self, layer: Any, x: Tensor, bias: Tensor | None) -> PreparedCall:
-        kind = PreparedCall if layer._qlora_disabled else _DoRACall
-        return kind(layer, x, self, bias)
 
     def merged(self, weight: Tensor, scaling: float) -> Tensor:
         """m (W + s B A) / ||W + s B A||, fp32, of this W in fp32."""
@@ -88,25 +96,6 @@ def dora_scale(layer: Any, matrix: DoRAMatrix) -> Tensor:
     """g = m / ||W + s B A||, [out], fp32; the norm has no gradient."""
     scale: Tensor = matrix.lora_magnitude_vector / row_norm(layer, matrix).clamp_min(TINY)
     return scale
-
-
-class _DoRACall(PreparedCall):
-    """Not kept, because each call computes the norms."""
-
-    def product(self, layer: Any, x: Tensor, lora: LoRA) -> Tensor:
-        """Differentiable in x, A, B and the magnitudes."""
-        weight, _, _, magnitude, _ = self._matrix
-        bias = self._bias
-        norm = row_norm(layer, self._matrix).clamp_min(TINY)
-        factor = (magnitude.detach() / norm).float()
-        scaled = scale_rows(weight, factor)
-        if scaled is None:
-            y: Tensor = lora_linear(x.float(), weight, None, lora) * (magnitude / norm)
-            if bias is not None:
-                y = y + bias
-            return y.to(x.dtype)
-        y = lora_linear(x, scaled, None, LoRA(lora.a, factor[:, None] * lora.b, *lora[2:]))
-        return cast(Tensor, _WithMagnitude.apply(y, magnitude, bias))  # type: ignore[no-untyped-call]
 
 
 def scale_rows(weight: PackedBytes, factor: Tensor) -> PackedBytes | None:

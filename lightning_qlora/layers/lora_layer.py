@@ -41,6 +41,7 @@ class LoRALayer(WithAdapter, PackedLayer):
     """
 
     config: QLoRAConfig  # the arguments of the conversion, with this layer's r and lora_alpha and without patterns
+    matrix_class: Any  # of its adapter: a row of `ADAPTERS`
     in_features: int
     out_features: int
     lora_A: nn.Parameter  # [r, in], fp32; computed in the compute type
@@ -73,6 +74,7 @@ class LoRALayer(WithAdapter, PackedLayer):
     def set_config(self, config: QLoRAConfig) -> None:
         self.config = config
         self.scaling = config.scaling
+        self.matrix_class = ADAPTERS[config.use_dora]
 
     def initialize(self, weight: Tensor | Iterable[Tensor], device: torch.device | None = None) -> None:
         """Quantize a float weight and initialize the adapter; both are computed on `device`.
@@ -85,8 +87,11 @@ class LoRALayer(WithAdapter, PackedLayer):
         observer = STARTS[config.init_lora_weights].observer
         for dense in self.split_matrices(weight):
             rows = self._as_stored(dense.detach())
-            values = moved(rows, device or rows.device)
-            quantize = ops.quantize_bytes if has_values(values) else ops.quantize_unchecked
+            quantize = ops.quantize_unchecked
+            values = rows
+            if has_values(rows):  # else they are read later
+                quantize = ops.quantize_bytes
+                values = rows.to(device or rows.device)
             bases.append(quantize(values, config.quant_type, config.block_size, config.double_quant))
             if observer is not None:
                 weights.append(moved(rows, "cpu"))
@@ -107,16 +112,10 @@ class LoRALayer(WithAdapter, PackedLayer):
             observer.leave(self)
 
     def reset_adapter(self) -> None:
-        names = map(self.seed_name_of, range(self.matrix_count))
-        adapters = [first_adapter(self.weight_bytes, self.config, name) for name in names]
-        self.set_adapter(*map(self.join_matrices, zip(*adapters, strict=True)))
+        self.set_adapter(*first_adapter(self.weight_bytes, self.config, self.seed_name))
 
     def seed_name_of(self, number: int) -> str:
         return self.seed_name
-
-    @property
-    def matrix_class(self) -> Any:
-        return ADAPTERS[self.config.use_dora]
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -127,9 +126,10 @@ class LoRALayer(WithAdapter, PackedLayer):
         """Set A and B, and what else trains to values that leave the output as it is."""
         self.write("lora_A", lora_a)
         self.write("lora_B", lora_b)
-        self.matrix_class.complete(self)
+        if self.matrix_class.reads_weight:
+            self.matrix_class.complete(self)
         for name in ADAPTER:
-            if name not in self.parameter_names:
+            if name not in self.matrix_class._fields:
                 self.register_parameter(name, None)
 
     def set_initial(self, adapter: Sequence[Tensor] | None) -> None:
@@ -229,7 +229,8 @@ class LoRALayer(WithAdapter, PackedLayer):
             self.input_observer.add(self, matrix.number, x, matrix.lora_B)
         if not self._qlora_disabled and not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
-        return matrix.prepare(self, x, bias)  # type: ignore[no-any-return]
+        kind = PreparedCall if self._qlora_disabled else matrix.call
+        return kind(self, x, matrix, bias)
 
     def types_of_call(self, device: torch.device, given: torch.dtype) -> tuple[torch.dtype, bool, torch.dtype]:
         """The type of x in a call with x of a `given` type, whether its products are those of `half.py`; the type of y.

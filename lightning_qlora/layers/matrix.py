@@ -23,18 +23,8 @@ class Matrix(NamedTuple):
     lora_B: Tensor
     number: int = 0
 
-    reads_weight = False  # type: ignore[misc]  # whether the adapter depends on the values of W, which no kernel reads
-
-    @staticmethod
-    def complete(layer: Any) -> None:
-        """Set the parameters besides A and B, with values that change no output."""
-
-    @staticmethod
-    def check_split(layer: Any, by_inputs: bool) -> None:
-        """Raise ValueError if the ranks of tensor parallelism can't compute parts of it."""
-
-    def prepare(self, layer: Any, x: Tensor, bias: Tensor | None) -> PreparedCall:
-        return PreparedCall(layer, x, self, bias)
+    call = PreparedCall  # type: ignore[misc]
+    reads_weight = False  # type: ignore[misc]  # whether the adapter depends on whole rows of W, which no kernel reads
 
     def merged(self, weight: Tensor, scaling: float) -> Tensor:
         """W + s B A, fp32, of this W in fp32."""

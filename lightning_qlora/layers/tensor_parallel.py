@@ -104,7 +104,11 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
     out, inputs = layer._shape
     ranks = mesh.size()
     size = layer.block_size
-    layer.matrix_class.check_split(layer, by_inputs)
+    if by_inputs and layer.matrix_class.reads_weight:
+        raise ValueError(
+            f"{layer.full_name}: DoRA can't be split by inputs (RowwiseParallel), because it needs the norm of whole "
+            "rows at every step. Set use_dora=False, or leave the layer out of the plan."
+        )
     if layer.input_observer is not None:
         layer.input_observer.refuse_split()
     side = "outputs"

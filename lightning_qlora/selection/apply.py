@@ -108,11 +108,12 @@ def freeze(seen: Survey, choice: Selection, new: Iterable[Unrecorded], converted
     for layer in converted:
         layer.loaded = False
         trains += layer.adapter_parameters()
-    for part in parts.values():
-        for key, parameter in own_parameters(part.owner).items():
-            row = choice.of_parameter(part, key)
-            if row is not None and row.reason == IN_MODULES_TO_SAVE:
-                trains.append(parameter)
+    if IN_MODULES_TO_SAVE in choice.train.values():
+        for part in parts.values():
+            for key, parameter in own_parameters(part.owner).items():
+                row = choice.of_parameter(part, key)
+                if row is not None and row.reason == IN_MODULES_TO_SAVE:
+                    trains.append(parameter)
     for parameter in trains:
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

@@ -134,10 +134,8 @@ class Survey:
     trains: bool = True
     origins: Origins = NOTHING_KNOWN
     attributes: set[str] = field(default_factory=set)  # the names of attributes, parameters and parts of all modules
-
-    def __post_init__(self) -> None:
-        self.was_converted = any(part.kind is Kind.CONVERTED for part in self.parts)
-        self.was_interrupted = any(part.config is not None for part in self.parts)  # a conversion ended early
+    was_converted: bool = False
+    was_interrupted: bool = False  # whether it has layers of a conversion that ended early
 
     @property
     def class_name(self) -> str:
@@ -155,7 +153,10 @@ def survey(modules: Parts, agree: Agree = lambda origins: origins) -> Survey:
     """
     origins = agree(origins_of(modules))
     facts = _Facts(modules, origins.new)
-    return Survey(list(facts.parts()), facts.trains, origins, facts.attributes)
+    parts = list(facts.parts())
+    was_converted = any(part.kind is Kind.CONVERTED for part in parts)
+    was_interrupted = any(part.config is not None for part in parts)
+    return Survey(parts, facts.trains, origins, facts.attributes, was_converted, was_interrupted)
 
 
 class _Facts:

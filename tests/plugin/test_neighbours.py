@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -127,7 +128,8 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
-def test_lora_matrices_of_other_libraries_are_refused(kind):
+def test_lora_matrices_of_other_libraries_are_refused(kind, monkeypatch):
+    monkeypatch.delitem(sys.modules, "peft", raising=False)  # while it is loaded, all modules are asked
     model = nn.Sequential(nn.Linear(64, 64), kind())
     message = rf"^1: is tests's {kind.__name__}, a layer that contains another library's adapter"
     with pytest.raises(ValueError, match=message):

@@ -211,9 +211,7 @@ def _dropped(x: Tensor | Half, lora: LoRA) -> Any:
 
 
 def _part(x: Tensor | Half, rows: slice) -> Any:
-    if not isinstance(x, Half):
-        return x[rows]
-    return Half(x.values[rows], x.factor if x.factor.numel() == 1 else x.factor[rows])
+    return Half(x.values[rows], x.factor) if isinstance(x, Half) else x[rows]
 
 
 def _groups(ends: Tensor) -> list[slice]:

@@ -20,13 +20,7 @@ from lightning_qlora.layers.names import last_part, owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
-from lightning_qlora.survey.records import (
-    check_layers_of_conversions,
-    conversion_of,
-    forget_conversion,
-    mark_as_merged,
-    undo,
-)
+from lightning_qlora.survey.records import MERGED, check_layers_of_conversions, conversion_of, forget_conversion, undo
 from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
@@ -145,7 +139,7 @@ def _forget(parts: Parts, dtype: MergeDtype) -> None:
         forget_conversion(part)
     undo(parts.modules)
     forget_initial(parts.modules)
-    mark_as_merged(module)
+    vars(module)[MERGED] = True
     if dtype != "auto":
         for parameter in module.parameters():
             if parameter.is_floating_point():

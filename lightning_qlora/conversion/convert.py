@@ -51,10 +51,10 @@ from lightning_qlora.selection.selection_checks import FOREIGN, check_patterns, 
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import remember_origins
 from lightning_qlora.survey.records import (
+    MERGED,
     Conversion,
     check_layers_of_conversions,
     conversion_of,
-    forget_merge,
     record,
     record_rounded,
     unrecorded,
@@ -223,7 +223,7 @@ def _apply(
     converted = convert_layers(seen, choice, run.device, keep)
     if not parts.traits.is_new:
         for part in parts.modules:
-            forget_merge(part)
+            vars(part).pop(MERGED, None)
     vars(parts.root).pop(COPIES, None)
     if parts.models:
         forget_quantizer(parts.modules)

@@ -22,7 +22,7 @@ from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprints_of
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
-MERGED = "_qlora_merged"  # attribute of a module that was merged
+MERGED = "_qlora_merged"  # attribute of a module that was merged: a run that only evaluates it leaves it dense
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 OF_LAYERS = (*BASE, *ADAPTER)  # keys of parameters that conversion made
 
@@ -55,16 +55,6 @@ def conversion_of(module: nn.Module) -> Conversion | None:
 def forget_conversion(module: nn.Module) -> None:
     """Remove the record, so that the module can be converted again; converted layers stay."""
     vars(module).pop(CONVERSION, None)
-
-
-def mark_as_merged(module: nn.Module) -> None:
-    """Let a run that only evaluates the module leave it dense."""
-    vars(module)[MERGED] = True
-
-
-def forget_merge(part: nn.Module) -> None:
-    """The module that it is a part of is converted again."""
-    vars(part).pop(MERGED, None)
 
 
 def was_merged(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.compute_in import MergedPart
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.dtypes.instance_method import METHODS, OfTraining, add, remove
+from lightning_qlora.dtypes.instance_method import CHANGES, OfTraining, add, remove
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -24,7 +24,6 @@ from lightning_qlora.survey.records import MERGED, check_layers_of_conversions, 
 from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
-from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -114,7 +113,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
                 for part in parts.modules:
                     remove(part, OfTraining)
                 disable_gradient_checkpointing(parts.modules)
-                _round_full_precision(parts, dtype)
+                undo_full_precision(parts.named, lambda x, before: round_stochastically(x, DTYPES.get(dtype, before)))
             for adapter in of_rows:
                 adapter.end(parts.modules)
             _forget(parts, dtype)
@@ -129,7 +128,7 @@ def _is_changed(part: nn.Module) -> bool:
     """Whether conversion may have changed how a module computes, or in which types."""
     if isinstance(part, LoRALayer) and part.is_held:
         return True
-    return not {METHODS, TYPES}.isdisjoint(vars(part)) or bool(vars(part).get("_forward_pre_hooks"))
+    return not CHANGES.isdisjoint(vars(part)) or bool(vars(part).get("_forward_pre_hooks"))
 
 
 def _forget(parts: Parts, dtype: MergeDtype) -> None:
@@ -152,12 +151,6 @@ def _mark_adapters(parts: Parts, modules: Mapping[str, nn.Module]) -> None:
         holder = modules[name if name in modules else owner_name(name)]  # of a stack, the owner of the parameter
         for key, parameter in adapter.trains_instead().items():
             setattr(parameter, MERGED_ADAPTER, (holder, key))
-
-
-def _round_full_precision(parts: Parts, dtype: MergeDtype) -> None:
-    for _, parameter, previous_dtype in full_precision_parameters(parts.named):
-        parameter.data = round_stochastically(parameter.data, DTYPES.get(dtype, previous_dtype))
-    undo_full_precision(parts.modules)
 
 
 def merged_weight(layer: LoRALayer, dtype: torch.dtype, weight: Tensor | None) -> Tensor:

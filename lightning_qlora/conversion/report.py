@@ -10,11 +10,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_qlora.conversion.parameter_counts import count_parameters
 from lightning_qlora.dtypes.compute_in import compute_types
-from lightning_qlora.dtypes.instance_method import METHODS
+from lightning_qlora.dtypes.instance_method import CHANGES
 from lightning_qlora.selection.selection import FROZEN, Selection
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import Held
-from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters, held_bytes
+from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.texts import ROOT, group, groups, size_text
 
 BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
@@ -126,7 +126,7 @@ class ConversionReport:
         self.adapter_parameters = sum(parameter.numel() for parameter in parameters)
         self.computes_in = {}
         self.full_precision_bytes = self.held_bytes = 0
-        if any({TYPES, METHODS} & vars(part).keys() for part in parts.modules):
+        if any(CHANGES & vars(part).keys() for part in parts.modules):
             types_of = compute_types(parts.named)
             self.computes_in = {name: str(dtype).removeprefix("torch.") for name, dtype in types_of.items()}
             self.full_precision_bytes = sum(value.nbytes for _, value, _ in full_precision_parameters(parts.named))

@@ -15,7 +15,7 @@ in a forward pass. Around the converted module, autocast lets code of other modu
 (`instance_method.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from lightning.pytorch import LightningModule
@@ -44,6 +44,7 @@ from lightning_qlora.tensors.held_types import (
     TYPES,
     Casts,
     cast_in_place,
+    full_precision_parameters,
     held_in,
     hold_tensors,
     own_tensors,
@@ -148,15 +149,25 @@ def hold_assigned(modules: Iterable[nn.Module]) -> None:
             hold_tensors(tensors, held)
 
 
-def undo_full_precision(modules: Iterable[nn.Module]) -> None:
-    """Let dense modules compute as their class does, and give buffers their types; parameters do not change."""
-    for part in modules:
+def undo_full_precision(
+    named: Sequence[tuple[str, nn.Module]], cast: Callable[[Tensor, torch.dtype], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Let dense modules compute as their class does, and give buffers and what trains in fp32 their types before.
+
+    `cast` does so with a parameter. Returns these, each with its values in fp32; other parameters do not change.
+    """
+    values = []
+    for _, parameter, dtype in full_precision_parameters(named):
+        values.append((parameter, parameter.data))
+        parameter.data = cast(parameter.data, dtype)
+    for _, part in named:
         for key, tensor, dtype in held_in(part):
             if key not in part._parameters:
                 cast_in_place(tensor, dtype)
         set_types_before(part, {})
         remove(part, ComputeIn)
         remove(part, FollowCasts)
+    return values
 
 
 def hold(

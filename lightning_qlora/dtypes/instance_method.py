@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_qlora.dtypes import patches
+from lightning_qlora.tensors.held_types import TYPES
 
 METHODS = "_qlora_methods"  # attribute of a module: its instance methods, in the order in which they were added
+CHANGES = {METHODS, TYPES}  # attributes of a module that computes in another way, or holds values in another type
 REDUCE = "__reduce_ex__"  # what copy.copy, copy.deepcopy and pickle ask an object for
 
 

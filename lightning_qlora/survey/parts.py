@@ -10,7 +10,7 @@ from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_qlora.dtypes.instance_method import METHODS
+from lightning_qlora.dtypes.instance_method import CHANGES
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     CHECKPOINTED,
@@ -28,7 +28,6 @@ from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.held_types import TYPES
 from lightning_qlora.tensors.values import is_strided
 
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
@@ -92,7 +91,7 @@ class Parts:
         if any(map(is_lazy, tensors)):
             return Traits(is_lazy=True)
         types = {tensor.dtype for tensor in tensors} | {layer.dtype_before for layer in self.layers.values()}
-        computes = any({TYPES, METHODS} & vars(part).keys() for part in self.modules)
+        computes = any(CHANGES & vars(part).keys() for part in self.modules)
         whole = (t for t in tensors if t.device.type == "cpu" and is_strided(t) and not is_sharded(t) and t.numel())
         storages = [tensor.untyped_storage() for tensor in whole]
         marked = any(key.startswith("_qlora_") for part in self.modules for key in vars(part))

@@ -17,7 +17,6 @@ from lightning_qlora.survey.provenance import origins_by_name
 from lightning_qlora.survey.records import Conversion, forget_conversion, own_parameters, undo
 from lightning_qlora.survey.untrained import BY_VALUES, ORIGINS
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.held_types import full_precision_parameters
 from lightning_qlora.texts import groups
 
 Convert = Callable[[nn.Module], object]
@@ -61,11 +60,7 @@ def _undo(parts: Parts, owners: Collection[nn.Module]) -> list[tuple[Tensor, Ten
     Returns the parameters that are held in fp32, with their values: they have their types before now.
     """
     release(parts.modules)
-    values = []
-    for _, parameter, dtype in full_precision_parameters(parts.named):
-        values.append((parameter, parameter.data))
-        parameter.data = parameter.data.to(dtype)
-    undo_full_precision(parts.modules)
+    values = undo_full_precision(parts.named, Tensor.to)
     modules = dict(parts.named)
     for name, layer in parts.layers.items():
         key = layer.weight_name(name)

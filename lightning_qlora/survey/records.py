@@ -20,6 +20,7 @@ from lightning_qlora.layers.names import join, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprints_of
+from lightning_qlora.tensors.values import has_values, is_strided
 
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
 MERGED = "_qlora_merged"  # attribute of a module that was merged: a run that only evaluates it leaves it dense
@@ -93,7 +94,7 @@ def float_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
     """Name and value of the float buffers in state dicts, such as the statistics of BatchNorm."""
     for name, part in named:
         for key, value in part.named_buffers(recurse=False):
-            dense = value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+            dense = value.is_floating_point() and is_strided(value) and has_values(value)
             if dense and key not in vars(part).get("_non_persistent_buffers_set", ()):
                 yield join(name, key), value
 

@@ -140,6 +140,16 @@ FEATURES = {
         },
         refused=[{"use_dora": True}],
     ),
+    "disable_adapter": Feature(
+        ["layers/disable_adapter.py"],
+        {
+            "__init__.py": [
+                "from lightning_qlora.layers.disable_adapter import disable_adapter as disable_adapter",
+                '"disable_adapter": "layers.disable_adapter",',
+            ],
+        },
+        names=["disable_adapter"],
+    ),
     "tensor parallelism": Feature(
         ["layers/tensor_parallel.py"],
         {

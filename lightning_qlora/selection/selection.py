@@ -76,6 +76,8 @@ class Case:
         part = self.part
         if part.is_output_embedding:
             return "output embedding; name it in target_modules to convert it"
+        if part.is_in_metric:
+            return "in a metric; name it in target_modules to convert it"
         if part.is_router:
             return "router of experts; name it in target_modules to convert it"
         is_frozen = not part.weight.trains
@@ -121,7 +123,7 @@ RULES = (
     Rule("no linear layer", None, REFUSE, Case.is_not_linear),
     Rule("of a class that defines a name which a 4-bit layer would replace", SKIP, REFUSE, Case.has_member),
     Rule("tied, parametrized, or not in floats", SKIP, IN_VAIN, Case.cannot_convert),
-    Rule("an output embedding, a router, or frozen by the module", SKIP, None, Case.not_by_default),
+    Rule("an output embedding, a router, in a metric, or frozen by the module", SKIP, None, Case.not_by_default),
     Rule("not larger than its adapter", TRAIN, None, lambda case: case.can_train and case.too_small()),
     Rule("not larger than its adapter, in a mixture of experts or where nothing trains", SKIP, None, Case.too_small),
     Rule("without weights", SKIP, SKIP, Case.is_empty),

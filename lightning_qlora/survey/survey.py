@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.experts.expert_selection import COUNTS, Routers, expert_parameters
@@ -101,6 +102,7 @@ class Part:
     is_recorded: bool = False  # by an earlier conversion
     config: QLoRAConfig | None = None  # of a layer in 4 bits: the arguments of a conversion that ended early
     is_output_embedding: bool = False
+    is_in_metric: bool = False
     is_router: bool = False
     is_left_dense: bool = False
     is_read_dense: bool = False
@@ -164,7 +166,10 @@ class _Facts:
         self.modules = dict(modules.named)
         self.names = _names(modules)
         parameters = modules.parameters
-        self.trains = any(parameter.requires_grad for _, _, _, parameter in parameters)
+        metrics = [name for name, module in modules.named if isinstance(module, Metric)]
+        # Networks that measure do not train: with other weights they would give other numbers.
+        self.in_metrics = {id(part) for name in metrics for _, part in modules.inside(name)}
+        self.trains = any(each.value.requires_grad and id(each.owner) not in self.in_metrics for each in parameters)
         self.new = {id(value): new[name] for name, _, _, value in parameters if name in new}
         self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
         for name, owner, _, parameter in parameters:
@@ -218,6 +223,7 @@ class _Facts:
             "computed": () if kind is Kind.QUANTIZED else tuple(computed),
             "member": self._replaced_member(layer) if is_dense else None,
             "is_output_embedding": id(layer) in self.output_embeddings,
+            "is_in_metric": id(layer) in self.in_metrics,
             "is_router": self.routers is not None and self.routers.has(name, layer),
             "is_left_dense": is_dense and id(layer) in self.left_dense,
             "is_read_dense": is_dense and id(layer) in self.read_dense,
@@ -258,7 +264,7 @@ class _Facts:
             if parameter is not None:
                 holders = self.holders[id(parameter)]
                 ties = tuple(name for name, owner in holders.items() if owner != id(holder))
-                new = self.new.get(id(parameter))
+                new = None if id(holder) in self.in_metrics else self.new.get(id(parameter))
                 result[key] = Parameter(parameter.requires_grad, parameter.dtype, new, ties)
         return result
 

@@ -9,16 +9,18 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchmetrics
 import transformers
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRAPrecision, convert, load_adapter, load_from_checkpoint, merge, save_adapter
 from lightning_qlora.conversion.notes import CONVERTED_BEFORE
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
-from tests.conftest import Classifier, loader
-from tests.toys import Lit, assert_equal, ids, logits, perturb, toy
+from tests.conftest import Classifier, dataset, loader
+from tests.toys import Lit, assert_equal, ids, logits, perturb, pretrain, toy
 
 # ---------------------------------------------------------------- save_pretrained
 
@@ -194,6 +196,43 @@ def test_a_run_without_a_layer_that_is_large_enough_resumes(fit, trainer, tmp_pa
     resumed.test(again, ckpt_path=path, verbose=False)
     for loaded in (again, load_from_checkpoint(BoringModel, path)):
         assert torch.equal(loaded.layer.weight, module.layer.weight)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Distance(torchmetrics.Metric):
+    """As FID and BERTScore: a network measures."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(pretrain(nn.Linear(64, 64), seed=5), nn.Linear(64, 200))
+        self.add_state("total", torch.tensor(0.0))
+
+    def update(self, x):
+        with torch.no_grad():
+            self.total += self.net(x).square().sum()
+
+    def compute(self):
+        return self.total
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_network_in_a_metric_measures_as_before(frozen, fit):
+    """Also one that begins as new layers do, or beside a module that is frozen as a whole."""
+    torch.manual_seed(0)
+    module = pretrain(Classifier(128))
+    module.net.requires_grad_(not frozen)
+    module.distance = Distance()
+    dense = copy.deepcopy(module.distance)
+    x = torch.randn(4, 64)
+    plugin = QLoRAPrecision(r=2)
+    fit(module, DataLoader(dataset(width=128), batch_size=8), plugins=plugin, max_steps=2)
+    assert plugin.report.converted == ["net.0", "net.4"] and not plugin.report.trained_in_full
+    reason = "in a metric; name it in target_modules to convert it"
+    assert plugin.report.skipped == dict.fromkeys(["distance.net.0", "distance.net.1"], reason)
+    assert torch.equal(module.distance(x), dense(x))
+    assert all(parameter.requires_grad for parameter in merge(module).distance.parameters())
 
 
 # ---------------------------------------------------------------- a second conversion

@@ -76,6 +76,7 @@ ALL = "any other linear layer"
 NOT_SMALLER = "an adapter of rank {} would not be smaller than its {} weights".format
 MEMBER = "NoneType has a scaling of its own, which a 4-bit layer would replace"
 HEAD = "output embedding; name it in target_modules to convert it"
+METRIC = "in a metric; name it in target_modules to convert it"
 ROUTER = "router of experts; name it in target_modules to convert it"
 LEFT = "dense in a model that was loaded in 4 bits; name it in target_modules to convert it"
 FLOAT8 = "its weight is float8_e4m3fn; load the model in configure_model or plugin.init(), where it is dequantized"
@@ -105,6 +106,7 @@ CASES = [  # what a survey says of a layer beside the usual, arguments, and the 
     ({"weight": Parameter(dtype=torch.int8)}, {}, *stays("its weight is int8")),
     ({"weight": Parameter(dtype=torch.uint8), "kind": Kind.PACKED}, {}, (CONVERT, ALL), (CONVERT, ALL)),
     ({"is_output_embedding": True}, {}, (SKIP, HEAD), (CONVERT, ALL)),
+    ({"is_in_metric": True}, {"trains": False}, (SKIP, METRIC), (CONVERT, ALL)),
     ({"is_router": True}, {}, (SKIP, ROUTER), (CONVERT, ALL)),
     ({"weight": FROZEN}, {}, (SKIP, "frozen by the module"), (CONVERT, ALL)),
     ({"weight": FROZEN}, {"trains": False}, (CONVERT, ALL), (CONVERT, ALL)),

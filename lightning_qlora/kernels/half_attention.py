@@ -25,6 +25,7 @@ OF_V = 4  # rows of v16 have norms below 2^OF_V
 OF_DS = 13  # dP = dY v^T, from which dS is computed, is below 2^OF_DS
 SMALL = -12  # scores below 2^SMALL change probabilities by less than fp16 rounds
 LARGEST = 120  # exponent of a factor in fp32
+SQUARED = -50  # norms above 2^SQUARED are exact in fp32
 
 
 def attention_in_half(
@@ -83,8 +84,15 @@ class _FromHalf(torch.autograd.Function):
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """e, int32 [1], of a power 2^e above the norms of all rows, which are computed in fp64: squares don't overflow."""
-    return torch.frexp(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).amax().view(1)).exponent
+    """e, int32 [1], of a power 2^e above the norms of all rows.
+
+    Where fp32 has not their squares, of one above a bound. Norms in fp64 would copy x to fp64: five passes, not two.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1).amax().view(1)
+    largest = torch.linalg.vector_norm(x, torch.inf).view(1)
+    bound = torch.frexp(largest).exponent + ceil(log2(x.shape[-1]) / 2)
+    fits = (norm > 2.0**SQUARED) & norm.isfinite()
+    return torch.where(fits, torch.frexp(norm).exponent, bound)
 
 
 def _power(exponent: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.kernels.half_attention import attention_in_half
 
@@ -40,6 +42,7 @@ SIZES = {
     "all of 1e-7": {"of_q": 1e-7, "of_k": 1e-7, "of_v": 1e-7},
     "queries of 1e5, keys of 1e-5": {"of_q": 1e5, "of_k": 1e-5},
     "queries of 1e-20": {"of_q": 1e-20},
+    "values whose squares fp32 does not have": {"of_v": 1e22, "of_grad": 1e-25},
 }
 
 
@@ -52,6 +55,21 @@ def test_the_error_is_below_a_third_of_that_of_bf16_for_every_size(sizes):
     of_bf16 = errors(run(causal, *(x.bfloat16() for x in given)), exact)
     for one, other in zip(errors(ours, exact), of_bf16, strict=True):
         assert one < max(other / 3, 2.5e-3)
+
+
+def test_nothing_of_the_size_of_an_input_is_copied_to_fp64():
+    large = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            y = func(*args, **(kwargs or {}))
+            large.extend(func for each in tree_leaves((y, kwargs)) if each is torch.float64 and args[0].numel() > 1)
+            return y
+
+    given = tensors()
+    with Watch():
+        run(in_half(), *given)
+    assert not large
 
 
 def test_one_column_of_3000_leaves_the_others_their_digits():

@@ -39,8 +39,8 @@ class ExpertStack(NamedTuple):
     def of(cls, part: ExpertParameter, wrappers: int) -> "ExpertStack":
         # PEFT reads [experts, dim1, dim2] as [experts, out, in], except where the module says `is_transposed`.
         swapped = part.transposed != bool(getattr(part.owner, "is_transposed", False))
-        if part.loaded is not None:
-            flat = part.loaded.flat
+        if part.layer is not None:
+            flat = part.layer.flat
         else:
             flat = part.owner.get_parameter(part.key).ndim == 2
         return cls(part.experts, wrappers, part.transposed, swapped, flat)

@@ -83,7 +83,7 @@ def check_loaded(seen: Survey, choice: Selection) -> None:
         if row is None or row.config is None:
             differing = [f"is to stay dense now: {dense.get(name, IN_MODULES_TO_SAVE)}"]
         else:
-            layer: Any = part.owner if part.stack is None else part.stack.loaded
+            layer: Any = part.owner if part.stack is None else part.stack.layer
             differing = differing_arguments(layer.config, row.config, arguments_that("at_loading"))
         if differing:
             raise ValueError(

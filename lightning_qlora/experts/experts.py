@@ -48,13 +48,15 @@ class ExpertParameter(NamedTuple):
     transposed: bool  # whether one expert is [in, out]
 
     @property
-    def loaded(self) -> "QLoRAExperts | None":
+    def layer(self) -> "QLoRAExperts | None":
+        """What it became."""
         return stack_of(self.owner, self.key)  # type: ignore[no-any-return]
 
     @property
     def shape(self) -> tuple[int, int]:
-        if self.loaded is not None:
-            return self.loaded.out_features, self.loaded.in_features
+        layer = self.layer
+        if layer is not None:
+            return layer.out_features, layer.in_features
         stack: Any = self.owner._parameters[self.key]
         columns = stack.shape[-1]
         rows = stack.numel() // self.experts // columns

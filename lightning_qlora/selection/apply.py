@@ -52,7 +52,7 @@ def convert_layers(
 
 def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
     """Quantize a layer, or the experts of a parameter; what was quantized while loading gets its name and arguments."""
-    loaded = row.owner if row.stack is None else row.stack.loaded
+    loaded = row.owner if row.stack is None else row.stack.layer
     if isinstance(loaded, LoRALayer):
         if is_sharded(loaded.lora_A) and not is_sharded(loaded.packed):  # else by a plan, while the model was loaded
             raise ValueError(SHARDED)

@@ -245,8 +245,8 @@ class _Facts:
         names = self.names[id(stack.owner)]
         own = [join(each, stack.key) for each in names.for_patterns]
         holder, key, kind = stack.owner, stack.key, Kind.STACK
-        if stack.loaded is not None:
-            holder, key, kind = stack.loaded, "lora_A", Kind.QUANTIZED_STACK
+        if stack.layer is not None:
+            holder, key, kind = stack.layer, "lora_A", Kind.QUANTIZED_STACK
         return Part(
             Names(join(names.full, stack.key), (*own, *names.for_patterns), join(names.for_seed, stack.key)),
             kind,
@@ -255,7 +255,7 @@ class _Facts:
             self._parameters(holder, {key: holder._parameters[key]}),
             stack.key,
             stack.shape,
-            config=_config_of_unfinished(stack.loaded),
+            config=_config_of_unfinished(stack.layer),
         )
 
     def _parameters(self, holder: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Parameter]:

@@ -55,12 +55,12 @@ def read_adapter_from_checkpoint(
         configs[name] = conversion.config.with_own(conversion.base["layers"].get(name, {}))
         with named(path):
             check_tensors_of_layer(state, prefix)
+            weights = read_base(state, prefix)
         layers[name] = {key: state[prefix + key] for key in (*ADAPTER, *INITIAL) if prefix + key in state}
         check_state(f"{path}: {prefix.removesuffix('.')}:", layers[name], dimensions=(2, 3))
         full_name = prefix.removeprefix(root).removesuffix(".")
         if full_name in fingerprints:
             fingerprints[name] = fingerprints.pop(full_name)
-        weights = read_base(state, prefix)
         if weights:
             bases[name] = weights
             fingerprints[name] = fingerprint_of_weights(weights)

@@ -91,6 +91,15 @@ def test_an_equal_value_of_another_type_is_refused(name, value, write):
         module.load_state_dict(read_checkpoint(path)["state_dict"])
 
 
+def test_a_base_of_another_format_is_an_error_that_names_the_file(write):
+    def change(state):
+        state["net.0.weight.nested_quant_map"] = state["net.0.weight.nested_quant_map"] + 1
+
+    _, path = write(change)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: net\.0.*is not the table of levels"):
+        inspect_path(path)
+
+
 def test_an_argument_of_layers_that_was_removed_is_left_out(write, tmp_path):
     """It is accepted on loading; reading the file without the module failed with a KeyError."""
     module, path = write(text=lambda content: content["base"]["layers"].update({"0": {"loftq_config": {}}}))

@@ -1,6 +1,7 @@
 """Reads and compares adapter folders."""
 
 import json
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +23,13 @@ PLAIN = {  # entries of adapter_config.json without dropout, patterns, rsLoRA an
 
 
 def adapter_of(module, **arguments):
-    return get_adapter(Parts.of(module), **arguments)
+    """With the fingerprints that a checkpoint has."""
+    parts = Parts.of(module)
+    adapter = get_adapter(parts, **arguments)
+    if adapter.quantization is None:  # for the base in 16 bits
+        return adapter
+    numbers = {name: layer.base_fingerprint() for name, layer in parts.base.layers.items()}
+    return replace(adapter, fingerprints=numbers)
 
 
 def read_config(folder):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qlora.quantization.codebooks import kept
+
 Place = tuple[torch.device, int, torch.dtype, str]
 MAX_MATRICES = 256  # views of a buffer that are kept: one for each shape
 
@@ -90,7 +92,7 @@ def _own_buffer(numel: int, dtype: torch.dtype, device: torch.device, purpose: s
     buffers = _thread.buffers
     buffer = buffers.get(place)
     if buffer is None or buffer.numel < numel:
-        buffer = buffers[place] = Buffer(numel, dtype, device, zeros)
+        buffer = buffers[place] = kept(lambda: Buffer(numel, dtype, device, zeros), device)
     return buffer
 
 
@@ -101,19 +103,24 @@ def lend(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Bu
     """
     numel = shape[0] * shape[1]
     place = _place(device, dtype, "weight")
-    idle = None
-    buffer = None
-    if place is not None:
-        idle = _idle.setdefault(place, [])
-        try:  # to ask whether there is one would not do: another thread may come between
-            buffer = idle.pop()
-        except IndexError:
-            buffer = None
+    if place is None:
+        buffer = Buffer(numel, dtype, device)
+    else:
+        buffer = _lent(_idle.setdefault(place, []), numel, dtype, device)
+    buffer.matrices = buffer.views(shape)
+    return buffer
+
+
+def _lent(idle: list[Buffer], numel: int, dtype: torch.dtype, device: torch.device) -> Buffer:
+    buffer: Buffer | None
+    try:  # to ask whether there is one would not do: another thread may come between
+        buffer = idle.pop()
+    except IndexError:
+        buffer = None
     if buffer is None or buffer.numel < numel:
         buffer = None  # freed before the larger one is allocated
-        buffer = Buffer(numel, dtype, device)
+        buffer = kept(lambda: Buffer(numel, dtype, device), device)
         buffer.idle = idle
-    buffer.matrices = buffer.views(shape)
     return buffer
 
 

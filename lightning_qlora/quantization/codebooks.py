@@ -2,14 +2,18 @@
 
 import itertools
 import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import QuantType
+
+Made = TypeVar("Made")
 
 # QLoRA paper, appendix E. Written out, because math libraries differ in the last bit; the formula is in the tests.
 NF4_LEVELS = (
@@ -50,12 +54,31 @@ class Codebook(NamedTuple):
     in_order: bool  # whether each code is the rank of its level (NF4)
 
 
+def kept(make: Callable[[], Made], device: torch.device | str) -> Made:
+    """`make()`, whose tensors stay after a call; in a thread of its own on a GPU.
+
+    The "reduce-overhead" of torch.compile runs a graph once before it captures it, with memory of the graphs for all
+    that the thread allocates. If some of it is kept, that is an error, or other tensors get the same memory.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return make()
+    stream = torch.cuda.current_stream(device)
+
+    def on_stream() -> Made:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_stream).result()
+
+
 @cache
 def codebook(quant_type: QuantType, device: torch.device | str = "cpu") -> Codebook:
     """The codebook of a 4-bit type, on a device; codes as in bitsandbytes (functional.py, get_4bit_type)."""
     if device != "cpu":
         *tables, in_order = codebook(quant_type)
-        return Codebook._make([*(table.to(device) for table in tables), in_order])
+        return kept(lambda: Codebook._make([*(table.to(device) for table in tables), in_order]), device)
     check_choice("quant_type", quant_type, tuple(_LEVELS))
     numbers = _LEVELS[quant_type]
     levels = torch.tensor(numbers, dtype=torch.float32, device="cpu")
@@ -92,7 +115,7 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
             levels.append(midpoint)
             if signed:
                 levels.append(-midpoint)
-    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
+    return kept(lambda: torch.tensor(sorted(levels), dtype=torch.float32, device=device), device)
 
 
 def _equal_steps(first: float, last: float, steps: int) -> list[float]:

@@ -1,5 +1,6 @@
 import weakref
-from threading import Thread
+from contextlib import nullcontext
+from threading import Thread, get_ident
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from lightning_qlora import convert
 from lightning_qlora.kernels import eager, reference, scratch
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.quantization.codebooks import dynamic_map
 
 CARDS = [torch.device("cuda", index) for index in (0, 1)]
 FLOATS = torch.float32
@@ -20,6 +22,7 @@ def made(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, device, **k: made.append(torch.ones(*a, **k)) or made[-1])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     scratch.release()
     yield made
     scratch.release()
@@ -57,6 +60,26 @@ def test_a_captured_graph_gets_memory_of_its_own(made, monkeypatch):
     assert others[0] is others[1] and all(others[0] is not one for one in ones)
     assert [(one.dtype, one.shape) for one in (*ones, others[0])] == 3 * [(torch.int32, (4,))]
     assert len({*captured, decode(card)}) == 3
+
+
+def test_what_is_kept_is_not_in_the_memory_of_graphs_that_a_thread_allocates(made, monkeypatch):
+    """As torch.compile's "reduce-overhead" runs a graph before it captures it: kept memory of graphs is an error."""
+    stand_in = torch.empty
+    streams = []
+    threads = []
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: threads.append(get_ident()) or stand_in(*a, **k))
+    monkeypatch.setattr(torch, "tensor", lambda *a, device, **k: threads.append(get_ident()) or torch.ones(256))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the caller's on {device}")
+    card = CARDS[1]
+    decode(card)
+    scratch.scratch(4, torch.int32, card, "shares", 2)
+    dynamic_map.__wrapped__(device=card)
+    assert len(threads) == 3 and get_ident() not in threads
+    assert streams == 3 * ["the caller's on cuda:1"]  # kernels of this stream come after the zeros
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    decode(card)
+    assert threads[3:] == [get_ident()]
 
 
 @pytest.mark.parametrize("is_captured", [True, False])

@@ -55,6 +55,8 @@ class Buffer:
     def __exit__(self, *_: object) -> None:
         if self.idle is not None:
             self.idle.append(self)
+            if len(self.idle) > 1:
+                del self.idle[: -threading.active_count()]  # those of threads that ended
 
 
 class _Buffers(dict[Place, Buffer]):
@@ -99,7 +101,7 @@ def _own_buffer(numel: int, dtype: torch.dtype, device: torch.device, purpose: s
 def lend(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Buffer:
     """A buffer for a decoded weight: `with` gives its matrices, and takes it back.
 
-    There is one, and one more for each thread that has one at the same time.
+    There is one, and one more for each thread that has one at the same time, until threads end.
     """
     numel = shape[0] * shape[1]
     place = _place(device, dtype, "weight")

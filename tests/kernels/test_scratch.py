@@ -1,6 +1,6 @@
 import weakref
 from contextlib import nullcontext
-from threading import Thread, get_ident
+from threading import Thread, active_count, get_ident
 
 import pytest
 import torch
@@ -139,6 +139,15 @@ def test_a_thread_that_decodes_before_another_one_has_multiplied_gets_a_second_b
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: next(streams))
     places = [in_a_thread(decode) for _ in range(4)]
     assert places[:2] == places[2:] and places[0] != places[1] and len(made) == 4
+
+
+def test_buffers_of_threads_that_ended_are_freed_with_the_next_call(made):
+    """As many as a pool of threads had at the same time would stay."""
+    decode(then=lambda: in_a_thread(lambda: decode(then=lambda: in_a_thread(decode))))
+    assert len(made) == 3
+    buffers = [weakref.ref(made.pop()) for _ in range(3)]
+    decode()
+    assert not made and sum(buffer() is not None for buffer in buffers) <= active_count()
 
 
 def test_a_larger_weight_replaces_the_buffer_and_an_error_keeps_it(made):

@@ -166,11 +166,12 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
 
     if op == "rows_to_half":
         for (m, n), is_transposed, has_times, p in ROWS:
-            x = normal(m, n) * 10 ** torch.linspace(-42, 30, m)[:, None]
+            x = normal(m, n) * 10 ** torch.linspace(-42, 30, m, dtype=torch.float32, device="cpu")[:, None]
             seed = torch.tensor([2**40 + 7], device="cpu") if p else None
             yield x.mT.contiguous().mT if is_transposed else x, normal(n) if has_times else None, p, seed
     elif op == "take_out":
-        powers = torch.ldexp(torch.ones(2, 75), torch.arange(-75, 75).view(2, 75).int())
+        exponents = torch.arange(-75, 75, dtype=torch.float32, device="cpu").view(2, 75)
+        powers = torch.exp2(exponents)
         for rows, columns in ((powers[0][:70, None], powers[1:]), (None, powers[1:]), (powers[0][:70, None], None)):
             yield normal(70, 75), rows, columns, 0.7
     elif op == "quantize":

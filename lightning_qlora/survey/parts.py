@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
 
 from lightning_qlora.dtypes.instance_method import CHANGES
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -173,6 +174,14 @@ class Parts:
     def inside(self, outer: str) -> list[tuple[str, nn.Module]]:
         start = len(outer) + bool(outer)
         return [(name[start:], module) for name, module in self.places if inside(name, outer)]
+
+    @cached_property
+    def outside_metrics(self) -> "Parts":
+        """Without networks that measure and are in nothing else: they say nothing about the values of the others."""
+        metrics = [name for name, module in self.places if name and isinstance(module, Metric)]
+        if not metrics:
+            return self
+        return Parts([place for place in self.places if not any(inside(place[0], name) for name in metrics)], ())
 
     @cached_property
     def output_embeddings(self) -> set[int]:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
-from torchmetrics import Metric
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.experts.expert_selection import COUNTS, Routers, expert_parameters
@@ -153,7 +152,7 @@ def survey(modules: Parts, agree: Agree = lambda origins: origins) -> Survey:
 
     `agree`: which of the origins that the ranks see are those of all.
     """
-    origins = agree(origins_of(modules))
+    origins = agree(origins_of(modules.outside_metrics))
     facts = _Facts(modules, origins.new)
     parts = list(facts.parts())
     was_converted = any(part.kind is Kind.CONVERTED for part in parts)
@@ -166,10 +165,10 @@ class _Facts:
         self.modules = dict(modules.named)
         self.names = _names(modules)
         parameters = modules.parameters
-        metrics = [name for name, module in modules.named if isinstance(module, Metric)]
+        outside = modules.outside_metrics
+        self.trains = any(parameter.requires_grad for parameter in parameters_of(outside.modules))
         # Networks that measure do not train: with other weights they would give other numbers.
-        self.in_metrics = {id(part) for name in metrics for _, part in modules.inside(name)}
-        self.trains = any(each.value.requires_grad and id(each.owner) not in self.in_metrics for each in parameters)
+        self.in_metrics = {*map(id, modules.modules)} - {*map(id, outside.modules)}
         self.new = {id(value): new[name] for name, _, _, value in parameters if name in new}
         self.holders: dict[int, dict[str, int]] = defaultdict(dict)  # of a parameter: each of its names -> its module
         for name, owner, _, parameter in parameters:
@@ -256,6 +255,7 @@ class _Facts:
             stack.key,
             stack.shape,
             config=_config_of_unfinished(stack.layer),
+            is_in_metric=id(stack.owner) in self.in_metrics,
         )
 
     def _parameters(self, holder: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -264,7 +264,7 @@ class _Facts:
             if parameter is not None:
                 holders = self.holders[id(parameter)]
                 ties = tuple(name for name, owner in holders.items() if owner != id(holder))
-                new = None if id(holder) in self.in_metrics else self.new.get(id(parameter))
+                new = self.new.get(id(parameter))
                 result[key] = Parameter(parameter.requires_grad, parameter.dtype, new, ties)
         return result
 

@@ -204,9 +204,9 @@ def test_a_run_without_a_layer_that_is_large_enough_resumes(fit, trainer, tmp_pa
 class Distance(torchmetrics.Metric):
     """As FID and BERTScore: a network measures."""
 
-    def __init__(self):
+    def __init__(self, net=None):
         super().__init__()
-        self.net = nn.Sequential(pretrain(nn.Linear(64, 64), seed=5), nn.Linear(64, 200))
+        self.net = net or nn.Sequential(pretrain(nn.Linear(64, 64), seed=5), nn.Linear(64, 200))
         self.add_state("total", torch.tensor(0.0))
 
     def update(self, x):
@@ -233,6 +233,30 @@ def test_a_network_in_a_metric_measures_as_before(frozen, fit):
     assert plugin.report.skipped == dict.fromkeys(["distance.net.0", "distance.net.1"], reason)
     assert torch.equal(module.distance(x), dense(x))
     assert all(parameter.requires_grad for parameter in merge(module).distance.parameters())
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_network_that_trains_and_measures_is_converted(is_first):
+    module = pretrain(Classifier(128))
+    parts = {"net": module.net, "distance": Distance(module.net)}
+    module = nn.ModuleDict(dict(reversed(parts.items())) if is_first else parts)
+    name = "distance.net" if is_first else "net"
+    assert convert(module, r=2).converted == [f"{name}.0", f"{name}.4"]
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_metric_does_not_say_what_is_new(is_new, tmp_path):
+    """As BERTScore beside another model: what was loaded to measure is not the model of which the rest is a head."""
+    toy("bert").save_pretrained(tmp_path)
+    module = Classifier(128) if is_new else pretrain(Classifier(128))
+    for measures in (transformers.BertModel.from_pretrained(tmp_path), pretrain(nn.Linear(64, 64))):
+        alone = copy.deepcopy(module)
+        both = nn.ModuleDict({"of_user": copy.deepcopy(module), "distance": Distance(measures)})
+        report = convert(both, r=2)
+        expected = convert(alone, r=2)
+        assert expected.converted == ["net.0", "net.4"]
+        assert report.converted == ["of_user.net.0", "of_user.net.4"]
+        assert not report.trained_in_full and report.notes.keys() == expected.notes.keys()
 
 
 # ---------------------------------------------------------------- a second conversion

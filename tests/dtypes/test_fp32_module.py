@@ -200,6 +200,16 @@ def test_a_part_of_a_held_module_is_merged_and_the_rest_computes_with_it(fast):
     assert module(x).dtype is module.blocks[1](x).dtype is BF16 and "forward" not in vars(module.blocks[1])
 
 
+def test_a_layer_of_a_held_module_that_was_merged_is_converted_again(fast):
+    module = pretrain(_Blocks()).to(BF16)
+    report = convert(module, r=4)
+    types = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    merge(module.blocks[1][1])
+    assert convert(module, r=4).converted == report.converted
+    assert "forward" not in vars(module.blocks[1][1])
+    assert {name: parameter.dtype for name, parameter in module.named_parameters()} == types
+
+
 @pytest.mark.parametrize("from_slow", [True, False])
 def test_checkpoints_and_adapters_move_both_ways(from_slow, tmp_path):
     def converted(is_slow):

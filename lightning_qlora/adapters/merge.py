@@ -81,8 +81,8 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
     module = parts.root
     layers = parts.layers
     check_layers_of_conversions(parts)
-    is_part = all(conversion_of(part) is None for part in parts.modules)
-    if is_part:  # else an earlier call may have merged all layers
+    is_part = all(conversion_of(part) is None for part in parts.modules)  # of a converted module
+    if is_part:  # an earlier call may have merged all layers of a whole one
         check_converted(module, layers)
     reshard(parts.modules)
     float_weights: dict[LoRALayer, Tensor] = {}

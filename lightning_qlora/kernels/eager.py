@@ -231,7 +231,7 @@ class HalfPlan(Plan):
             return x
         if x.dropped is not None:
             return x.dropped
-        values = x.to_fp32().contiguous()  # with powers of its own: dividing by 1 - p can pass the end of fp16
+        values = x.to_fp32().contiguous()  # cast again: x / (1 - p) can pass the end of fp16
         return self.rows_to_half(self.dropout_into(values, values, self.p, seed))
 
 

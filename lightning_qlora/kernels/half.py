@@ -9,8 +9,8 @@ bits (bf16 has 8), and those up to 2^38 times smaller have fewer. So nothing ove
 power changes no digit, and the host does not wait for it. NaN and Inf stay what and where they are, because only finite
 values decide about the power.
 
-Rows with powers of their own are cast in one pass over memory, and a row does not depend on the others. A product that
-sums over rows multiplies its other factor by their powers before that is cast.
+If each row has its own power, a cast takes one pass over memory, and a row does not depend on the others. A product
+that sums over rows first multiplies its other factor by these powers, and casts that factor then.
 """
 
 from typing import Any, NamedTuple

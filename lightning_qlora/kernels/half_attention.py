@@ -86,7 +86,8 @@ class _FromHalf(torch.autograd.Function):
 def _exponent(x: Tensor) -> Tensor:
     """e, int32 [1], of a power 2^e above the norms of all rows.
 
-    Where fp32 has not their squares, of one above a bound. Norms in fp64 would copy x to fp64: five passes, not two.
+    Where fp32 can't hold the squares, it is above a bound of the norms. Norms in fp64 would copy x to fp64, which takes
+    five passes over memory in place of two.
     """
     norm = torch.linalg.vector_norm(x, dim=-1).amax().view(1)
     largest = torch.linalg.vector_norm(x, torch.inf).view(1)

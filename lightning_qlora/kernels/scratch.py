@@ -2,10 +2,10 @@
 
 On a CPU a new tensor of 32 MB costs 15 ms of page faults, ten times as much as writing the decoded weight into it.
 
-On a GPU a kernel that overwrites a buffer runs after all kernels that read it, because each stream has its own. Between
-two launches of one thread another thread may launch on the same stream. So a buffer belongs to a thread, or it is lent
-to one until all that read it is launched. Decoded weights are large and are lent: autograd runs the backward pass of a
-GPU in a thread of its own, which has the buffer of the forward pass.
+On a GPU a kernel that overwrites a buffer runs after all kernels that read it, because each stream has its own buffers.
+But between two launches of one thread another thread may launch on the same stream. So a buffer belongs to one thread,
+or a thread borrows it until all kernels that read it are launched. Decoded weights are large, so their buffer is lent:
+autograd runs the backward pass of a GPU in another thread, which borrows the buffer that the forward pass used.
 
 While a CUDA graph is captured, each call gets new memory of the graph: a buffer could be freed before the graph is
 replayed, or contain the sums of another graph.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qlora.quantization.codebooks import kept
+from lightning_qlora.quantization.kept_memory import kept
 
 Place = tuple[torch.device, int, torch.dtype, str]
 MAX_MATRICES = 256  # views of a buffer that are kept: one for each shape
@@ -76,8 +76,8 @@ _idle: dict[Place, list[Buffer]] = {}  # buffers that can be lent
 
 def scratch(numel: int, dtype: torch.dtype, device: torch.device, purpose: str, zeros: int = 0) -> Tensor:
     """A flat tensor of `numel` elements; the next call of this thread with the same purpose reuses its memory."""
-    memory = _own_buffer(numel, dtype, device, purpose, zeros).memory
-    return memory if memory.numel() == numel else memory[:numel]
+    buffer = _own_buffer(numel, dtype, device, purpose, zeros)
+    return buffer.memory if buffer.numel == numel else buffer.memory[:numel]
 
 
 def scratch_matrix(

@@ -147,7 +147,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
                 if self._split is not None:
                     return self._split.linear(self, x, bias)  # type: ignore[no-any-return]
                 # Each `self.lora_A` would cost a search through the module.
-                parameters = map(self._parameters.get, self.matrix_class._fields[1:-1])
+                parameters = map(self._parameters.get, self.parameter_names)
                 call = self.prepare(x, self.matrix_class(self.weight_bytes, *parameters), bias)
                 if call.is_kept:
                     self.__dict__["_prepared"] = call

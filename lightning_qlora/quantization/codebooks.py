@@ -2,18 +2,15 @@
 
 import itertools
 import struct
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_qlora.checks import check_choice
 from lightning_qlora.config import QuantType
-
-Made = TypeVar("Made")
+from lightning_qlora.quantization.kept_memory import kept
 
 # QLoRA paper, appendix E. Written out, because math libraries differ in the last bit; the formula is in the tests.
 NF4_LEVELS = (
@@ -52,25 +49,6 @@ class Codebook(NamedTuple):
     bounds: Tensor  # midpoints between neighbouring levels, fp32 [15]; a value on a midpoint gets the lower level
     pairs: Tensor  # the two levels of each byte, stored as one int64, [256]
     in_order: bool  # whether each code is the rank of its level (NF4)
-
-
-def kept(make: Callable[[], Made], device: torch.device | str) -> Made:
-    """`make()`, whose tensors stay after a call; in a thread of its own on a GPU.
-
-    The "reduce-overhead" of torch.compile runs a graph once before it captures it, with memory of the graphs for all
-    that the thread allocates. If some of it is kept, that is an error, or other tensors get the same memory.
-    """
-    device = torch.device(device)
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return make()
-    stream = torch.cuda.current_stream(device)
-
-    def on_stream() -> Made:
-        with torch.cuda.stream(stream):
-            return make()
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(on_stream).result()
 
 
 @cache

@@ -107,7 +107,7 @@ def take_out_(sums: Tensor, rows: Tensor | None, columns: Tensor | None, s: floa
 
 
 def rows_to_half(x: Tensor, times: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None) -> Half:
-    """See `reference.rows_to_half`; what dropout keeps is written in the same launch."""
+    """See `reference.rows_to_half`; what dropout keeps is written in the same launch. `times` is [n]."""
     return _by_row(x, torch.float16, times, p, seed)
 
 

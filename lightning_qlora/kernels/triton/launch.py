@@ -183,7 +183,10 @@ class Launch:
         return None
 
     def programs_at_once(self, types: Sequence[torch.dtype], unspecialized: tuple[int | float, ...]) -> int:
-        """How many programs run at the same time with aligned tensors of these types: what a multiprocessor has for."""
+        """How many programs a card runs at the same time, with aligned tensors of these types.
+
+        A multiprocessor has registers, shared memory and threads for some programs.
+        """
         variant = None
         if self._index is not None:
             variant = self._load((*types, *self._numbers, *unspecialized))
@@ -192,8 +195,10 @@ class Launch:
         card: Any = driver.active.utils.get_device_properties(self._index)
         threads = torch.cuda.get_device_properties(self._index).max_threads_per_multi_processor
         warps = variant.metadata.num_warps
-        # Each quarter of a multiprocessor gives its registers to warps, 256 at a time.
-        by_registers = REGISTERS // 4 // (-(-32 * variant.n_regs // 256) * 256) * 4 // warps
+        # Each quarter of a multiprocessor has its own registers, and gives 256 at a time to a warp of 32 threads.
+        registers_of_warp = -(-32 * variant.n_regs // 256) * 256
+        warps_of_quarter = REGISTERS // 4 // registers_of_warp
+        by_registers = 4 * warps_of_quarter // warps
         by_memory = (card["max_shared_mem"] + 1024) // (variant.metadata.shared + 1024)  # 1 KiB is the driver's
         at_once = max(1, min(by_registers, by_memory, threads // (32 * warps)))
         return int(card["multiprocessor_count"] * at_once)
@@ -246,10 +251,9 @@ def add_shares(total, memory, share, shares, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 def number_of_shares(tiles: int, at_once: int, steps: int) -> int:
-    """How many programs share the `steps` of the loop of each tile, so that all end soonest; none is without a step.
+    """How many programs share the `steps` of the loop of each tile, so that all end soonest; each has a step at least.
 
-    A program takes as long as its steps and about four more, and one that starts later than the first `at_once` waits
-    for one of these.
+    A card runs `at_once` programs in a round. A round takes as long as the steps of a program and about four more.
 
     One share on AMD: on CDNA (MI200, MI300) Triton 3.6 to 3.9 compiles the barrier to `s_barrier` alone, and the wave
     that counts waits for its own stores only, so the last program could read a share before another wave's part of it
@@ -258,7 +262,12 @@ def number_of_shares(tiles: int, at_once: int, steps: int) -> int:
     if torch.version.hip or tiles > COUNTERS.value:
         return 1
     most = max(1, min(2 * at_once // tiles, steps // 4))
-    shares = min(range(1, most + 1), key=lambda n: -(-tiles * n // at_once) * (4 - (-steps // n)))
+
+    def time(shares: int) -> int:
+        rounds = -(-tiles * shares // at_once)
+        return rounds * (-(-steps // shares) + 4)
+
+    shares = min(range(1, most + 1), key=time)
     per_share = -(-steps // shares)
     return -(-steps // per_share)
 

@@ -220,9 +220,8 @@ class Method:
         moved = 2 * VOCABULARY * (WIDTH + tokens)
         head = max(card.seconds(moved), self._dense(card, self.in_fp32, 2 * tokens * VOCABULARY * WIDTH))
         if turing and not self.in_fp32:
-            # In pieces, for each of which the weight is cast; then powers are taken out, or gradients are cast.
-            pieces = ceil(tokens * VOCABULARY / 2**24)
-            head += pieces * rows_to_half(card, VOCABULARY, WIDTH) + card.seconds(8 * tokens * VOCABULARY)
+            # The weight is cast once for both passes; then powers are taken out, or gradients are cast.
+            head += rows_to_half(card, VOCABULARY, WIDTH) / 2 + card.seconds(8 * tokens * VOCABULARY)
         return BLOCKS * block + 2 * head + card.seconds(self.of_logits * tokens * VOCABULARY)
 
     @staticmethod

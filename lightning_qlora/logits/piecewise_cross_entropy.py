@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_qlora.kernels.half_linear import one_cast
 from lightning_qlora.tensors.values import has_values
 
 PIECE_ELEMENTS = 1 << 24  # logits in a piece: 64 MiB in fp32
@@ -40,7 +41,8 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Any, target: Tensor, ignore_index: int, reduction: str, records: bool, *_: Tensor
     ) -> Tensor:
         needed = ctx.needs_input_grad[5:] if records else ()
-        loss, grads = _loss_and_gradients(logits, target, ignore_index, needed)
+        with one_cast():
+            loss, grads = _loss_and_gradients(logits, target, ignore_index, needed)
         ctx.save_for_backward(target, *grads)
         ctx.logits = logits
         ctx.ignore_index = ignore_index

@@ -6,6 +6,8 @@ from torch import nn
 
 from lightning_qlora import convert
 from lightning_qlora.dtypes import compute_in
+from lightning_qlora.kernels.backends import backend
+from lightning_qlora.logits import piecewise_cross_entropy
 from tests.toys import ids, perturb, toy
 
 pytest.importorskip("transformers")
@@ -47,6 +49,28 @@ def test_an_output_embedding_is_near_that_of_fp32(products, monkeypatch, deferre
     monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: False)
     for one, other in zip(ours, step(module), strict=True):
         assert (one - other).norm() <= 2e-3 * other.norm()
+
+
+def test_all_pieces_of_deferred_logits_use_one_cast_of_the_weight(products, monkeypatch):
+    module = held(deferred_logits=True)
+    head = module.lm_head.weight
+    monkeypatch.setattr(piecewise_cross_entropy, "PIECE_ELEMENTS", 2 * len(head))
+    computes = backend(head.device)
+    rows_to_half = computes.rows_to_half
+    casts = []
+    monkeypatch.setattr(
+        computes, "rows_to_half", lambda x, *rest: casts.append(x is head) or rows_to_half(x, *rest), raising=False
+    )
+    first = step(module)
+    assert len(products) > 2 and sum(casts) == 1
+    head.data.mul_(2)
+    changed = step(module)
+    assert sum(casts) == 2 and changed[0] != first[0]
+    products.clear()
+    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: False)
+    for one, other in zip(changed, step(module), strict=True):
+        assert (one - other).norm() <= 2e-3 * other.norm()
+    assert not products
 
 
 def test_what_stays_in_fp32(products):

@@ -28,9 +28,9 @@ LAUNCH = 2.5e-6  # seconds
 ONE_ROW = 11e-6  # seconds on the host of a layer with one row and without gradients
 DROPPED = 20  # instructions for the dropout mask of an element
 ATTENTION_IN_FP32 = 1.4  # fused attention multiplies whole tiles of the causal triangle
-# Passes over q, k, v and the output, and over their gradients, to and from fp16, in hidden states of fp32: two for each
+# Passes over q, k, v and the output, and over their gradients, to and from fp16, in hidden states of fp32: one for each
 # largest norm, one and a half for each cast.
-CASTS_OF_ATTENTION = 12, 8
+CASTS_OF_ATTENTION = 9, 7
 
 
 @dataclass(frozen=True)

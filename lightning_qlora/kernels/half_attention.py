@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.lora_linear import refuse_second_derivative
 
 END = 15  # values stay below 2^END; fp16 ends at 2^16
@@ -25,7 +26,6 @@ OF_V = 4  # rows of v16 have norms below 2^OF_V
 OF_DS = 13  # dP = dY v^T, from which dS is computed, is below 2^OF_DS
 SMALL = -12  # scores below 2^SMALL change probabilities by less than fp16 rounds
 LARGEST = 120  # exponent of a factor in fp32
-SQUARED = -50  # norms above 2^SQUARED are exact in fp32
 
 
 def attention_in_half(
@@ -45,7 +45,7 @@ class _ToHalf(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, sums: int) -> tuple[Tensor, ...]:
         """q16, k16, v16, 2^c, and the exponent of the norms that rows of dY should have."""
         ctx.set_materialize_grads(False)
-        of_q, of_k, of_v = map(_exponent, (q, k, v))
+        of_q, of_k, of_v = (backend(x.device).norm_exponent(x) for x in (q, k, v))
         of_sums = sums.bit_length()
         of_scale = ceil(log2(scale))
         of_scores = (of_q + of_k).clamp_(min=SMALL - of_scale)
@@ -79,21 +79,8 @@ class _FromHalf(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         refuse_second_derivative()
         factor, of_grad = ctx.saved_tensors
-        exponent = of_grad - _exponent(grad)
+        exponent = of_grad - backend(grad.device).norm_exponent(grad)
         return _times(grad, _power(exponent)), factor * _power(-exponent), None
-
-
-def _exponent(x: Tensor) -> Tensor:
-    """e, int32 [1], of a power 2^e above the norms of all rows.
-
-    Where fp32 can't hold the squares, it is above a bound of the norms. Norms in fp64 would copy x to fp64, which takes
-    five passes over memory in place of two.
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1).amax().view(1)
-    largest = torch.linalg.vector_norm(x, torch.inf).view(1)
-    bound = torch.frexp(largest).exponent + ceil(log2(x.shape[-1]) / 2)
-    fits = (norm > 2.0**SQUARED) & norm.isfinite()
-    return torch.where(fits, torch.frexp(norm).exponent, bound)
 
 
 def _power(exponent: Tensor) -> Tensor:

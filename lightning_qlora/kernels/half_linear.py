@@ -16,7 +16,6 @@ from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.half import Half, multiply
 from lightning_qlora.kernels.lora_linear import refuse_second_derivative
 
-
 _casts: ContextVar[dict[int, tuple[Tensor, Half]] | None] = ContextVar("_casts", default=None)
 
 

@@ -21,7 +21,7 @@ from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold
 from lightning_qlora.kernels.reference import grouped_linear as grouped_linear
 from lightning_qlora.kernels.reference import grouped_linear_backward as grouped_linear_backward
 from lightning_qlora.kernels.reference import rows_to_half as rows_to_half
-from lightning_qlora.kernels.scratch import Buffer, lend, scratch_matrix
+from lightning_qlora.kernels.scratch import lend, scratch
 from lightning_qlora.quantization.blockwise import CHUNK
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
@@ -124,8 +124,7 @@ class Plan:
             self.library.lora_linear(out, x, weight, bias, lora, xa)
             return
         self.product(xa, lora.b.T, lora.scaling, out)
-        with self.decoded(weight) as (_, transposed):
-            self.product(x, transposed, out=out, adds=True)
+        self.add_product(out, x, weight, transposed=True)
         if bias is not None:
             out.add_(bias)
 
@@ -133,8 +132,8 @@ class Plan:
         self, grad: Any, x: Any, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         grad_xa = self.product(grad, lora.b, lora.scaling)
-        grad_b = self.sum_over_rows(grad, xa, lora.scaling).to(lora.b.dtype)
-        grad_a = self.sum_over_rows(grad_xa, self.dropped(x, lora.seed)).to(lora.a.dtype)
+        grad_b = self.product(grad.T, xa, lora.scaling).to(lora.b.dtype)
+        grad_a = self.product(grad_xa.T, self.dropped(x, lora.seed)).to(lora.a.dtype)
         grad_x = self.input_gradient(grad, grad_xa, weight, lora) if needs_x else None
         return grad_x, grad_a, grad_b
 
@@ -143,8 +142,8 @@ class Plan:
         grad_x = self.product(grad_xa, lora.a)
         if lora.seed is not None:
             self.dropout_into(grad_x, grad_x, self.p, lora.seed)
-        with self.decoded(weight) as (dense, _):
-            return self.product(grad, dense, out=grad_x, adds=True)
+        self.add_product(grad_x, grad, weight, transposed=False)
+        return grad_x
 
     def gradients(
         self, grad: Tensor, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
@@ -172,21 +171,25 @@ class Plan:
             out = a.new_empty(a.shape[0], b.shape[1])
         return out.addmm_(a, b, beta=1 if adds else 0, alpha=s)
 
-    def sum_over_rows(self, a: Any, b: Any, s: float = 1.0) -> Tensor:
-        """s a^T b: a [m, k], b [m, n]."""
-        return self.product(a.T, b, s)
-
-    def decoded(self, weight: PackedBytes) -> Buffer:
-        """W and W^T in a reused buffer, for `with`."""
+    def add_product(
+        self, out: Tensor, x: Any, weight: PackedBytes, transposed: bool, power: Tensor | None = None
+    ) -> None:
+        """out += x W^T, or x W, rounded once; `power`: what the scales of W were divided by (`scaled_weight`)."""
         buffer = lend((self.n, self.k), self.decoded_dtype, self.device)
-        self.dequantize_into(buffer.matrices[0], weight)
-        return buffer
+        try:
+            self.dequantize_into(buffer.matrix, weight)
+            matrix: Any = buffer.transposed if transposed else buffer.matrix
+            if power is not None:
+                matrix = Half(matrix, power)
+            self.product(x, matrix, out=out, adds=True)
+        finally:
+            buffer.idle.append(buffer)
 
     def dropped(self, x: Any, seed: Tensor | None) -> Any:
         """drop(x) in a reused buffer, valid until the next call; x itself without a seed."""
         if seed is None:
             return x
-        out, _ = scratch_matrix((self.m, self.k), self.dtype, self.device, "dropped")
+        out = scratch((self.m, self.k), self.dtype, self.device, "dropped")
         return self.dropout_into(out, x.contiguous(), self.p, seed)
 
 
@@ -205,27 +208,31 @@ class HalfPlan(Plan):
         return x if isinstance(x, Half) else self.rows_to_half(x.reshape(-1, x.shape[-1]))
 
     def product(self, a: Any, b: Any, s: float = 1.0, out: Tensor | None = None, adds: bool = False) -> Tensor:
-        if not isinstance(a, Half):
+        """A sum over rows that have a power each: the other factor is multiplied by them before it is cast."""
+        if isinstance(a, Half):
+            rows: Tensor | None = a.factor
+            times = None
+            if a.factor.shape == (1, a.shape[1]):
+                rows = None
+                times = a.factor
+            if not isinstance(b, Half):
+                b = self.rows_to_half(b.mT, times).T
+            columns = b.factor
+        elif isinstance(b, Half):
+            a = self.rows_to_half(a, b.factor)
+            rows = a.factor
+            columns = None
+        else:
             return super().product(a, b, s, out, adds)
-        if not isinstance(b, Half):
-            b = self.rows_to_half(b.mT).T
         sums = multiply(a.values, b.values, None if adds else out)
-        result = self.take_out(sums, a.factor, b.factor, s)
+        result = self.take_out(sums, rows, columns, s)
         return out.add_(result) if adds and out is not None else result
 
-    def sum_over_rows(self, a: Any, b: Any, s: float = 1.0) -> Tensor:
-        """With one factor in fp32, which is multiplied by the powers of the other one's rows."""
-        if isinstance(a, Half):
-            columns = self.rows_to_half(b.mT, a.factor).T
-            return self.take_out(multiply(a.values.T, columns.values), None, columns.factor, s)
-        columns = self.rows_to_half(a.mT, b.factor)
-        return self.take_out(multiply(columns.values, b.values), columns.factor, None, s)
-
-    def decoded(self, weight: PackedBytes) -> Buffer:
-        divided, power = scaled_weight(weight, self.scaled)
-        buffer = super().decoded(divided)
-        buffer.matrices = tuple(Half(matrix, power) for matrix in buffer.matrices)
-        return buffer
+    def add_product(
+        self, out: Tensor, x: Any, weight: PackedBytes, transposed: bool, power: Tensor | None = None
+    ) -> None:
+        weight, power = scaled_weight(weight, self.scaled)
+        super().add_product(out, x, weight, transposed, power)
 
     def dropped(self, x: Half, seed: Tensor | None) -> Any:
         if seed is None:

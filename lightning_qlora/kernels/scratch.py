@@ -11,8 +11,10 @@ While a CUDA graph is captured, each call gets new memory of the graph: a buffer
 replayed, or contain the sums of another graph.
 """
 
+import math
 import threading
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -21,11 +23,15 @@ from torch import Tensor
 from lightning_qlora.quantization.kept_memory import kept
 
 Place = tuple[torch.device, int, torch.dtype, str]
-MAX_MATRICES = 256  # views of a buffer that are kept: one for each shape
+MAX_VIEWS = 256  # of a buffer that are kept: one for each shape
+FREED: Any = deque(maxlen=0)  # keeps nothing
 
 
 class Buffer:
-    """Uninitialized memory; its first `zeros` elements are zero at first. `with` is for a buffer that is lent."""
+    """Uninitialized memory; its first `zeros` elements are zero at first."""
+
+    matrix: Tensor  # the buffer as it is lent
+    transposed: Tensor
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, zeros: int = 0) -> None:
         # A tensor, or a view, made in inference mode cannot be written to outside of it.
@@ -34,29 +40,17 @@ class Buffer:
             if zeros:
                 self.memory[:zeros].zero_()
         self.numel = numel
-        self.matrices: Any = None  # the buffer as a matrix, and transposed, as it is lent
-        self.idle: list[Buffer] | None = None  # where it goes when it is given back
-        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.idle: Any = FREED  # where it is while nobody has it
+        # It in some shapes, and transposed. They are kept: to make them takes as long as a small product.
+        self.views: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def views(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The buffer as a matrix, and transposed. They are kept: to make them takes as long as a small product."""
-        views = self._views.get(shape)
-        if views is None:
-            if len(self._views) >= MAX_MATRICES:
-                self._views.clear()
-            with torch.inference_mode(False), torch.no_grad():
-                matrix = self.memory[: shape[0] * shape[1]].view(shape)
-                views = self._views[shape] = matrix, matrix.T
+    def add_view(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if len(self.views) >= MAX_VIEWS:
+            self.views.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            view = self.memory[: math.prod(shape)].view(shape)
+            views = self.views[shape] = view, view.movedim(0, -1)
         return views
-
-    def __enter__(self) -> Any:
-        return self.matrices
-
-    def __exit__(self, *_: object) -> None:
-        if self.idle is not None:
-            self.idle.append(self)
-            if len(self.idle) > 1:
-                del self.idle[: -threading.active_count()]  # those of threads that ended
 
 
 class _Buffers(dict[Place, Buffer]):
@@ -74,66 +68,58 @@ _thread = _ThreadLocal()
 _idle: dict[Place, list[Buffer]] = {}  # buffers that can be lent
 
 
-def scratch(numel: int, dtype: torch.dtype, device: torch.device, purpose: str, zeros: int = 0) -> Tensor:
-    """A flat tensor of `numel` elements; the next call of this thread with the same purpose reuses its memory."""
-    buffer = _own_buffer(numel, dtype, device, purpose, zeros)
-    return buffer.memory if buffer.numel == numel else buffer.memory[:numel]
-
-
-def scratch_matrix(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, purpose: str
-) -> tuple[Tensor, Tensor]:
-    """The same as a matrix, and transposed."""
-    return _own_buffer(shape[0] * shape[1], dtype, device, purpose).views(shape)
-
-
-def _own_buffer(numel: int, dtype: torch.dtype, device: torch.device, purpose: str, zeros: int = 0) -> Buffer:
-    place = _place(device, dtype, purpose)
-    if place is None:
-        return Buffer(numel, dtype, device, zeros)
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, purpose: str, zeros: int = 0) -> Tensor:
+    """A tensor; the next call of this thread with the same purpose reuses its memory."""
+    stream = 0
+    if device.type == "cuda":
+        stream = _stream(device)
+    numel = math.prod(shape)
     buffers = _thread.buffers
+    place = device, stream, dtype, purpose
     buffer = buffers.get(place)
-    if buffer is None or buffer.numel < numel:
+    if stream == CAPTURED:
+        buffer = Buffer(numel, dtype, device, zeros)
+    elif buffer is None or buffer.numel < numel:
         buffer = buffers[place] = kept(lambda: Buffer(numel, dtype, device, zeros), device)
-    return buffer
+    view, _ = buffer.views.get(shape) or buffer.add_view(shape)
+    return view
 
 
 def lend(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Buffer:
-    """A buffer for a decoded weight: `with` gives its matrices, and takes it back.
+    """A buffer for a decoded weight; `buffer.idle.append(buffer)` gives it back.
 
     There is one, and one more for each thread that has one at the same time, until threads end.
     """
-    numel = shape[0] * shape[1]
-    place = _place(device, dtype, "weight")
-    if place is None:
-        buffer = Buffer(numel, dtype, device)
-    else:
-        buffer = _lent(_idle.setdefault(place, []), numel, dtype, device)
-    buffer.matrices = buffer.views(shape)
-    return buffer
-
-
-def _lent(idle: list[Buffer], numel: int, dtype: torch.dtype, device: torch.device) -> Buffer:
+    stream = 0
+    if device.type == "cuda":
+        stream = _stream(device)
+    numel = math.prod(shape)
+    idle = _idle.setdefault((device, stream, dtype, "weight"), [])
+    if len(idle) > 1:
+        del idle[: -threading.active_count()]  # those of threads that ended
     buffer: Buffer | None
     try:  # to ask whether there is one would not do: another thread may come between
         buffer = idle.pop()
     except IndexError:
         buffer = None
-    if buffer is None or buffer.numel < numel:
+    if stream == CAPTURED:
+        buffer = Buffer(numel, dtype, device)
+    elif buffer is None or buffer.numel < numel:
         buffer = None  # freed before the larger one is allocated
         buffer = kept(lambda: Buffer(numel, dtype, device), device)
         buffer.idle = idle
+    buffer.matrix, buffer.transposed = buffer.views.get(shape) or buffer.add_view(shape)
     return buffer
 
 
-def _place(device: torch.device, dtype: torch.dtype, purpose: str) -> Place | None:
-    """None while a graph is captured."""
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        stream = int(torch._C._cuda_getCurrentRawStream(device.index))  # `current_stream` makes an object each time
-    return device, stream, dtype, purpose
+CAPTURED = -1
+
+
+def _stream(device: torch.device) -> int:
+    """The stream of a GPU on which this thread launches; CAPTURED while a graph is captured."""
+    if torch.cuda.is_current_stream_capturing():
+        return CAPTURED
+    return int(torch._C._cuda_getCurrentRawStream(device.index))  # `current_stream` makes an object each time
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -44,42 +44,31 @@ class PreparedCall:
         self._lora = LoRA(a, b, layer.scaling, p, None, in_fp16)
         self._is_plain = not matrix.reads_weight and is_plain_call(x, a)
         self._plans: dict[tuple[torch.Size, bool], Plan] = {}
-        self._known = self._facts(layer, x) if is_kept and self._is_plain else None
+        self.facts: tuple[Any, ...] | None = None  # what decides; None: not to be kept
+        if is_kept and self._is_plain:
+            self.facts = self.facts_of(layer, x, bias)
 
     def __reduce__(self) -> Any:
         """A copy or pickle of a layer has none, and prepares its own."""
         return type(None), ()
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether a call with the same `_facts` is the same."""
-        return self._known is not None
-
-    def is_for(self, layer: Any, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether a call of the layer with its own matrix differs from this one only in values and the shape of x."""
-        weight, a, b, *_ = self._matrix
-        parameters = layer._parameters
-        return (
-            type(x) in PLAIN
-            and parameters.get("lora_A") is a
-            and parameters.get("lora_B") is b
-            and bias is self._bias
-            and layer.packed is weight[0]
-            and layer.absmax is weight[1]
-            and layer.nested is weight[2]
-            and self._facts(layer, x) == self._known
-        )
-
-    def _facts(self, layer: Any, x: Tensor) -> tuple[Any, ...]:
-        """What decides how a layer with these tensors computes x, besides the shape of x.
+    def facts_of(self, layer: Any, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """What decides how the layer with its own matrix computes x, besides values and the shape of x.
 
         `.data =` changes all but the identity of a tensor, so types, shapes and devices are asked. Addresses are asked
         where tensors are read, since FSDP moves them in each step.
         """
         (packed, absmax, nested, *_), a, b, *_ = self._matrix
-        bias = self._bias
+        parameters = layer._parameters
         kind = self._kind
         return (
+            type(x) in PLAIN,
+            parameters.get("lora_A") is a,
+            parameters.get("lora_B") is b,
+            layer.packed is packed,
+            layer.absmax is absmax,
+            layer.nested is nested,
+            bias is self._bias,
             x.dtype,
             x.device,
             a.shape,
@@ -125,7 +114,8 @@ class PreparedCall:
             a, b, scaling, p, _, in_fp16 = lora
             lora = LoRA(a, b, scaling, p, seed, in_fp16)
         if self._is_plain:
-            y = run_plan(self._plan(x, lora, drops), x, self._matrix.weight, self._bias, lora)
+            plan = self._plans.get((x.shape, drops)) or self._add_plan(x, lora, drops)
+            y = run_plan(plan, x, self._matrix.weight, self._bias, lora)
         else:
             y = self.product(layer, x, lora)
         return y if y.dtype is self._of_y else y.to(self._of_y)  # `to` takes as long as a small product
@@ -133,13 +123,10 @@ class PreparedCall:
     def product(self, layer: Any, x: Tensor, lora: LoRA) -> Tensor:
         return lora_linear(x, self._matrix.weight, self._bias, lora)
 
-    def _plan(self, x: Tensor, lora: LoRA, drops: bool) -> Plan:
-        shape = x.shape, drops
-        plan = self._plans.get(shape)
-        if plan is None:
-            if len(self._plans) >= MAX_SHAPES:
-                self._plans.clear()
-            plan = self._plans[shape] = plan_of(x, self._matrix.weight, self._bias, lora)
+    def _add_plan(self, x: Tensor, lora: LoRA, drops: bool) -> Plan:
+        if len(self._plans) >= MAX_SHAPES:
+            self._plans.clear()
+        plan = self._plans[x.shape, drops] = plan_of(x, self._matrix.weight, self._bias, lora)
         return plan
 
 

@@ -143,13 +143,13 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         if not torch.compiler.is_compiling():
             call = self._prepared
         try:
-            if call is None or not call.is_for(self, x, bias):
+            if call is None or call.facts != call.facts_of(self, x, bias):
                 if self._split is not None:
                     return self._split.linear(self, x, bias)  # type: ignore[no-any-return]
                 # Each `self.lora_A` would cost a search through the module.
                 parameters = map(self._parameters.get, self.parameter_names)
                 call = self.prepare(x, self.matrix_class(self.weight_bytes, *parameters), bias)
-                if call.is_kept:
+                if call.facts is not None:
                     self.__dict__["_prepared"] = call
             y: Tensor = call.run(self, x)
             return y

@@ -38,13 +38,13 @@ def in_a_thread(function, *arguments):
 
 def test_each_thread_device_stream_and_purpose_has_a_buffer(made, monkeypatch):
     """Kernels of two streams run at the same time; those of one stream run one after the other."""
-    first = scratch.scratch(8, FLOATS, CARDS[0], "shares")
-    assert scratch.scratch(4, FLOATS, CARDS[0], "shares").data_ptr() == first.data_ptr() and len(made) == 1
-    scratch.scratch(8, FLOATS, CARDS[1], "shares")
-    scratch.scratch(8, FLOATS, CARDS[0], "dropped")
+    first = scratch.scratch((8,), FLOATS, CARDS[0], "shares")
+    assert scratch.scratch((4,), FLOATS, CARDS[0], "shares").data_ptr() == first.data_ptr() and len(made) == 1
+    scratch.scratch((8,), FLOATS, CARDS[1], "shares")
+    scratch.scratch((8,), FLOATS, CARDS[0], "dropped")
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 8)
-    scratch.scratch(8, FLOATS, CARDS[0], "shares")
-    in_a_thread(scratch.scratch, 8, FLOATS, CARDS[0], "shares")
+    scratch.scratch((8,), FLOATS, CARDS[0], "shares")
+    in_a_thread(scratch.scratch, (8,), FLOATS, CARDS[0], "shares")
     assert len(made) == len({buffer.data_ptr() for buffer in made}) == 5
 
 
@@ -52,11 +52,11 @@ def test_a_captured_graph_gets_memory_of_its_own(made, monkeypatch):
     """Its replays would use a buffer that was freed or whose counters are not zero; sums are not set to zero."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     card = CARDS[0]
-    ones = [scratch.scratch(4, torch.int32, card, "shares", 2) for _ in range(2)]
-    assert ones[0] is not ones[1] and ones[0] is made[0] and ones[1].tolist() == [0, 0, 1, 1]
+    ones = [scratch.scratch((4,), torch.int32, card, "shares", 2) for _ in range(2)]
+    assert ones[0] is not ones[1] and ones[0].data_ptr() == made[0].data_ptr() and ones[1].tolist() == [0, 0, 1, 1]
     captured = [decode(card) for _ in range(2)]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    others = [scratch.scratch(4, torch.int32, card, "shares", 2) for _ in range(2)]
+    others = [scratch.scratch((4,), torch.int32, card, "shares", 2) for _ in range(2)]
     assert others[0] is others[1] and all(others[0] is not one for one in ones)
     assert [(one.dtype, one.shape) for one in (*ones, others[0])] == 3 * [(torch.int32, (4,))]
     assert len({*captured, decode(card)}) == 3
@@ -73,7 +73,7 @@ def test_what_is_kept_is_not_in_the_memory_of_graphs_that_a_thread_allocates(mad
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the caller's on {device}")
     card = CARDS[1]
     decode(card)
-    scratch.scratch(4, torch.int32, card, "shares", 2)
+    scratch.scratch((4,), torch.int32, card, "shares", 2)
     dynamic_map.__wrapped__(device=card)
     assert len(threads) == 3 and get_ident() not in threads
     assert streams == 3 * ["the caller's on cuda:1"]  # kernels of this stream come after the zeros
@@ -105,7 +105,7 @@ def test_no_memory_of_a_graph_is_kept_and_the_values_are_the_same(monkeypatch, i
 
     monkeypatch.setattr(scratch.Buffer, "__init__", record)
     if is_captured:
-        monkeypatch.setattr(scratch, "_place", lambda *_: None)
+        monkeypatch.setattr(scratch, "CAPTURED", 0)
     assert all(map(torch.equal, step(), expected))
     assert len(memory) == (4 if is_captured else 1)
     if not is_captured:
@@ -115,10 +115,11 @@ def test_no_memory_of_a_graph_is_kept_and_the_values_are_the_same(monkeypatch, i
 
 def decode(card=CARDS[0], shape=(2, 3), then=lambda: None):
     """The address of the buffer in which a weight is decoded; `then` comes before it is given back."""
-    with scratch.lend(shape, FLOATS, card) as (dense, transposed):
-        assert dense.shape == shape and dense.T.equal(transposed)
-        then()
-        return dense.data_ptr()
+    buffer = scratch.lend(shape, FLOATS, card)
+    assert buffer.matrix.shape == shape and buffer.matrix.T.equal(buffer.transposed)
+    then()
+    buffer.idle.append(buffer)
+    return buffer.matrix.data_ptr()
 
 
 def test_the_threads_of_both_passes_have_one_buffer_for_decoded_weights(made):
@@ -150,11 +151,14 @@ def test_buffers_of_threads_that_ended_are_freed_with_the_next_call(made):
     assert not made and sum(buffer() is not None for buffer in buffers) <= active_count()
 
 
-def test_a_larger_weight_replaces_the_buffer_and_an_error_keeps_it(made):
+def test_a_larger_weight_replaces_the_buffer_and_an_error_keeps_it(made, monkeypatch):
     small = decode()
     assert decode(shape=(4, 4)) == decode() and len(made) == 2
-    with pytest.raises(RuntimeError, match="no product"), scratch.lend((2, 2), FLOATS, CARDS[0]):
-        raise RuntimeError("no product")
+    weight = reference.quantize(torch.randn(4, 4), "nf4", 64, True)
+    plan = eager.plan(torch.ones(80, 4), LoRA(torch.ones(1, 4), torch.ones(4, 1)))
+    monkeypatch.setattr(plan, "device", CARDS[0])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        plan.add_product(torch.ones(80, 4), torch.ones(80, 5), weight, transposed=True)
     assert decode() == made[-1].data_ptr() and len(made) == 2
     scratch.release()
     decode()
@@ -189,10 +193,20 @@ def test_threads_that_compute_at_the_same_time_get_what_each_gets_alone(dtype):
             assert all(map(torch.equal, result, expected[number % 2]))
 
 
-def test_decoding_inside_of_a_product_does_not_change_what_is_multiplied():
+def test_decoding_inside_of_a_product_does_not_change_what_is_multiplied(monkeypatch):
     """A layer that a mode of torch calls in another one's product."""
     weights = [reference.quantize(torch.randn(64, 64), "nf4", 64, True) for _ in range(2)]
-    plan = eager.plan(torch.empty(80, 64), LoRA(torch.empty(4, 64), torch.empty(64, 4)))
-    with plan.decoded(weights[0]) as (outer, _), plan.decoded(weights[1]) as (inner, _):
-        for decoded, weight in zip((outer, inner), weights, strict=True):
-            assert torch.equal(decoded, reference.dequantize(weight, torch.float32))
+    x = torch.randn(80, 64)
+    plan = eager.plan(x, LoRA(torch.empty(4, 64), torch.empty(64, 4)))
+    ours, inner = torch.zeros(2, 80, 64)
+    multiply = plan.product
+
+    def product(*given, **options):
+        monkeypatch.setattr(plan, "product", multiply)
+        plan.add_product(inner, x, weights[1], transposed=True)
+        multiply(*given, **options)
+
+    monkeypatch.setattr(plan, "product", product, raising=False)
+    plan.add_product(ours, x, weights[0], transposed=True)
+    for result, weight in zip((ours, inner), weights, strict=True):
+        assert torch.equal(result, x @ reference.dequantize(weight, torch.float32).T)

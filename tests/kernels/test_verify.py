@@ -128,7 +128,7 @@ def test_a_code_of_a_state_may_be_the_next_one(off, is_wrong):
         lambda x: torch.zeros(8),
         lambda x: x.new_zeros(8),
         lambda x: torch.zeros_like(x[:8]),
-        lambda x: scratch.scratch(8, torch.float32, CPU, "shares"),
+        lambda x: scratch.scratch((8,), torch.float32, CPU, "shares"),
         lambda x: x,
     ],
     ids=["empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "scratch", "argument"],
@@ -140,7 +140,7 @@ def test_a_write_beside_a_tensor_is_found(allocate, is_after):
         place = memory.storage_offset() + (memory.numel() if is_after else -1)
         memory.as_strided((1,), (1,), place)[0] = 1
 
-    scratch.scratch(8, torch.float32, CPU, "shares")  # a buffer of before is not used
+    scratch.scratch((8,), torch.float32, CPU, "shares")  # a buffer of before is not used
     assert fault("adamw_step", wrong) == "writes past the end of a tensor, with float32 [300]"
 
 

@@ -14,7 +14,7 @@ from lightning_qlora.config import QuantType
 from lightning_qlora.kernels.cpu import build
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_threshold
-from lightning_qlora.kernels.scratch import scratch_matrix
+from lightning_qlora.kernels.scratch import scratch
 from lightning_qlora.quantization import blockwise
 from lightning_qlora.quantization.codebooks import codebook, dynamic_map
 from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
@@ -93,7 +93,7 @@ class Library:
         else:
             xa = xa.contiguous()
             at_xa = xa.data_ptr()
-        workspace, _ = scratch_matrix((2 * (m + 3), width + r + 16), torch.float32, x.device, "rows")
+        workspace = scratch((2 * (m + 3), width + r + 16), torch.float32, x.device, "rows")
         at_bias = None
         bias_type = 0
         if bias is not None:

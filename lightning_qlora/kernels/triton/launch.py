@@ -171,7 +171,7 @@ class Launch:
 
         It is `scratch`, so each stream has its own.
         """
-        return scratch(self.sums, torch.float32, out.device, "shares", COUNTERS.value) if self.sums else out
+        return scratch((self.sums,), torch.float32, out.device, "shares", COUNTERS.value) if self.sums else out
 
     def _load(self, arguments: tuple[Any, ...]) -> CompiledKernel | None:
         """Compile and load the kernel for these arguments, so that errors of both come before it writes."""

@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels import eager
-from lightning_qlora.kernels.half import Half, multiply
+from lightning_qlora.kernels.half import Half, multiply, scaled_weight
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.scratch import lend
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, dropout_into
 from lightning_qlora.kernels.triton.half import rows_to_half, scaled, take_out_
 from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, shared_launch
@@ -121,8 +122,7 @@ class Plan(eager.Plan):
         if self.few_rows:
             self.add_matmul_(out, x, out, weight, bias)
             return
-        with self.decoded(weight) as (_, transposed):
-            out.addmm_(x, transposed)
+        self.add_product(out, x, weight, transposed=True)
         if bias is not None:
             out.add_(bias)
 
@@ -152,8 +152,7 @@ class Plan(eager.Plan):
             return None, grad_a, grad_b
         grad_x = of_x.new_empty(self.m, self.k)
         up((grad_xa, a, grad_x), numbers)
-        with self.decoded(weight) as (dense, _):
-            grad_x.addmm_(grad, dense)
+        self.add_product(grad_x, grad, weight, transposed=False)
         return grad_x, grad_a, grad_b
 
     def add_matmul_(self, y: Tensor, x: Tensor, power: Tensor, weight: PackedBytes, bias: Tensor | None) -> None:
@@ -196,29 +195,32 @@ class HalfPlan(Plan, eager.HalfPlan):
             self.product(xa, lora.b.T, lora.scaling, out)
             self.add_matmul_(out, x.values, x.factor, weight, bias)
             return
-        with self.decoded(weight) as (_, transposed):
-            self.sum_into(out, (x, transposed), xa, lora.b, bias, None, lora.scaling)
+        self.sum_into(out, x, weight, True, xa, lora.b, bias, None, lora.scaling)
 
     def input_gradient(self, grad: Half, grad_xa: Any, weight: PackedBytes, lora: LoRA) -> Tensor:
         out = grad.factor.new_empty(self.m, self.k)
-        with self.decoded(weight) as (dense, _):
-            self.sum_into(out, (grad, dense), grad_xa, lora.a.T, None, lora.seed)
+        self.sum_into(out, grad, weight, False, grad_xa, lora.a.T, None, lora.seed)
         return out
 
     def sum_into(
-        self, out: Tensor, factors: tuple[Half, Half], h: Tensor, w: Tensor, bias: Tensor | None, seed: Tensor | None,
-        s: float = 1.0,
+        self, out: Tensor, x: Half, weight: PackedBytes, transposed: bool, h: Tensor, w: Tensor, bias: Tensor | None,
+        seed: Tensor | None, s: float = 1.0,
     ) -> None:  # fmt: skip
-        """out = the product of `factors` + s drop(h w^T) + bias, the second product in fp32."""
-        x, matrix = factors
-        multiply(x.values, matrix.values, out)
+        """out = x W^T, or x W, + s drop(h w^T) + bias, the second product in fp32."""
+        weight, power = scaled_weight(weight, scaled)
+        buffer = lend((self.n, self.k), self.decoded_dtype, self.device)
+        try:
+            self.dequantize_into(buffer.matrix, weight)
+            multiply(x.values, buffer.transposed if transposed else buffer.matrix, out)
+        finally:
+            buffer.idle.append(buffer)
         if not out.numel():
             return
         *mask, scale = dropout_arguments(self.p, seed, self.device)
         added = out if bias is None else bias.contiguous()
         sizes = *out.shape, self.r, w.stride(), seed is not None, bias is not None
         run = finish((w.dtype, added.dtype), self.device, *sizes)
-        run((h.contiguous(), w, added, x.factor, matrix.factor, out), (*mask, scale * s))
+        run((h.contiguous(), w, added, x.factor, power, out), (*mask, scale * s))
 
 
 @triton.jit

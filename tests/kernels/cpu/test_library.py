@@ -121,7 +121,7 @@ FEW_ROWS = [(1, 16), (2, 3), (3, 64), (4, 0), (5, 8), (16, 17), (33, 4), (module
 def layer_of(library, x, weight, bias, lora, xa=None):
     """The layer in C, in memory that has other numbers before and after its rows."""
     rows, outputs = len(x), weight.shape[0]
-    scratch(1 << 17, torch.float32, x.device, "rows").fill_(torch.nan)
+    scratch((1 << 17,), torch.float32, x.device, "rows").fill_(torch.nan)
     memory = torch.full((rows + 8, outputs), 7.0, dtype=x.dtype)
     y = library.lora_linear(memory[4 : rows + 4], x, weight, bias, lora, xa)
     assert (memory[:4] == 7).all() and (memory[rows + 4 :] == 7).all()
@@ -267,14 +267,17 @@ def test_levels_that_another_thread_replaced_are_not_read_after_they_are_freed(l
     assert torch.equal(out, reference.dequantize(made, torch.float32).view(-1))
 
 
-def test_decoding_allocates_nothing():
+def test_decoding_allocates_nothing(monkeypatch):
     weight = reference.quantize(torch.randn(256, 256), "nf4", 64, True)
-    plan = eager.plan(torch.empty(2, 256).bfloat16(), LoRA(torch.empty(4, 256), torch.empty(256, 4)))
+    x = torch.eye(256, dtype=torch.bfloat16)
+    plan = eager.plan(x, LoRA(torch.empty(4, 256), torch.empty(256, 4)))
+    decode = plan.dequantize_into
     places = []
-    for _ in range(2):
-        with plan.decoded(weight) as (dense, transposed):
-            places.append(dense.data_ptr())
-            assert torch.equal(dense.T, transposed) and torch.equal(dense, eager.dequantize(weight, torch.bfloat16))
+    monkeypatch.setattr(plan, "dequantize_into", lambda out, w: places.append(out.data_ptr()) or decode(out, w))
+    for transposed in (False, True):
+        out = torch.zeros_like(x)
+        plan.add_product(out, x, weight, transposed)
+        assert torch.equal(out.T if transposed else out, eager.dequantize(weight, torch.bfloat16))
     assert places[0] == places[1]
 
 
@@ -285,7 +288,7 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
     buffers = []
 
     def work():
-        buffers.append(weakref.ref(scratch(1000, torch.float32, torch.device("cpu"), "rows")))
+        buffers.append(weakref.ref(scratch((1000,), torch.float32, torch.device("cpu"), "rows")))
         made.set()
         released.wait(60)
 
@@ -299,7 +302,7 @@ def test_buffers_of_other_threads_are_released_and_those_of_ended_ones_are_gone(
     finally:
         released.set()
         thread.join()
-    ended = threading.Thread(target=lambda: scratch(1000, torch.float32, torch.device("cpu"), "rows"))
+    ended = threading.Thread(target=lambda: scratch((1000,), torch.float32, torch.device("cpu"), "rows"))
     ended.start()
     ended.join()
     assert len(_all_threads) <= threading.active_count()

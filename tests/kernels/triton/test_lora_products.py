@@ -90,7 +90,7 @@ def test_sums_of_several_programs_have_the_same_bits_every_time(monkeypatch):
         grad_b = torch.empty(64, 8)
         lora_gradients(h, x, grad_a, h, x, grad_b, 1.0, 0.3, seed)
         results.append((lora_down(wide, long, 1.0, 0.3, seed), grad_a, grad_b))
-        assert not scratch(COUNTERS.value, torch.float32, x.device, "shares", COUNTERS.value).any()
+        assert not scratch((COUNTERS.value,), torch.float32, x.device, "shares", COUNTERS.value).any()
     assert all(torch.equal(one, other) for one, other in zip(*results[1:], strict=True))
     for one, other in zip(*results[:2], strict=True):
         assert_near(one, other, torch.bfloat16)

@@ -8,8 +8,7 @@ from torch import nn
 
 from lightning_qlora import convert
 from lightning_qlora.kernels.backends import backend
-from lightning_qlora.layers.prepared_call import PreparedCall
-from tests.layers.test_prepared_call import assert_same, outcome, plainly, recomputed
+from tests.layers.test_prepared_call import assert_same, count_kept_calls, outcome, plainly, recomputed
 
 
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp16"])
@@ -20,9 +19,7 @@ def test_prepared_and_other_calls_have_the_same_bits(monkeypatch, compute_dtype,
     net = nn.Sequential(nn.Linear(64, 48)).to(dtype)
     convert(net, r=4, lora_dropout=p, compute_dtype=compute_dtype)
     nn.init.normal_(net[0].lora_B)
-    kept = []
-    is_for = PreparedCall.is_for
-    monkeypatch.setattr(PreparedCall, "is_for", lambda *given: kept.append(is_for(*given)) or kept[-1])
+    kept = count_kept_calls(monkeypatch)
     for x in (torch.randn(3, 64), torch.randn(2, 40, 64), torch.randn(0, 64), torch.randn(3 * 64 + 1)[1:].view(3, 64)):
         x = x.to(dtype).requires_grad_()
         for form in (plainly, recomputed):

@@ -185,6 +185,7 @@ def small(tmp_path_factory):
     return {record["cell"]: record for record in results.read(folder)}, folder, run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_every_cell_runs_with_small_shapes(small):
     records, _, output = small
     assert [*records] == MEASURED
@@ -192,6 +193,7 @@ def test_every_cell_runs_with_small_shapes(small):
     assert all(record["rows"] for record in records.values())
 
 
+@pytest.mark.slow
 def test_tables_can_be_made_of_what_cells_report(small):
     records = [record | {"card": record["card"].removesuffix(", small")} for record in small[0].values()]
     text = page.page(records)
@@ -201,12 +203,15 @@ def test_tables_can_be_made_of_what_cells_report(small):
     assert goals.count(page.NOT_YET) == len(page.GOALS) - 1, "of small shapes only the peak has a place among the goals"
 
 
-def test_a_second_run_has_nothing_to_do_and_a_single_cell_prints_its_rows(small, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_second_run_has_nothing_to_do(small):
     _, folder, _ = small
     before = len(results.read(folder))
     gpu_day.main(["--small", "--state", str(folder), "--only", "card"])
     assert len(results.read(folder)) == before
-    capsys.readouterr()
+
+
+def test_a_single_cell_prints_its_rows(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_cells", "card", "--small"])
     single_cell()
     assert sum(line.startswith(ROW) for line in capsys.readouterr().out.splitlines()) == 3

@@ -39,6 +39,7 @@ def test_every_block_of_every_page_runs(tmp_path):
     assert sum(page["run"] for page in results.values()) > 40
 
 
+@pytest.mark.slow
 def test_the_script_of_the_readme_trains_with_workers_that_import_it(tmp_path):
     """As with `num_workers=2` from Python 3.14 on, on Macs and on Windows."""
     (script,) = [block.code for block in blocks(ROOT / "README.md") if block.kind == "python"]

@@ -215,6 +215,7 @@ def test_a_path_that_is_not_utf8(files, tmp_path, capsys):
         assert error.count("\n") == 1 and error.endswith("safetensors reads no other. Choose another name.\n")
 
 
+@pytest.mark.slow
 def test_a_name_in_utf8_is_saved_and_loaded_in_another_locale(tmp_path):
     """There Python's own form of the name is not UTF-8."""
     folder = tmp_path / "für"

@@ -4,6 +4,7 @@ A change that ties a feature to other files fails here: the feature then has one
 """
 
 import ast
+import functools
 import json
 import os
 import shutil
@@ -253,37 +254,37 @@ def change(path, lines):
     path.write_text("\n".join(left) + "\n", encoding="utf-8")
 
 
-def names_of(tree):
-    """What a file defines or imports at its top."""
+@functools.cache
+def names_of(source):
+    """What a file defines or imports, and what it imports from the package: (module, name)."""
     names = set()
-    for node in ast.walk(tree):
+    imported = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names |= {alias.asname or alias.name for alias in node.names}
-    return names
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_qlora"):
+                imported += [(node.module, alias.name) for alias in node.names]
+    return names, imported
 
 
 def missing_imports(package):
     """What files of the package import from it, and it does not have."""
-    trees = {
-        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+    files = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): names_of(
             path.read_bytes()
         )
         for path in package.rglob("*.py")
     }
-    defined = {module: names_of(tree) for module, tree in trees.items()}
-    missing = []
-    for module, tree in trees.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_qlora"):
-                for alias in node.names:
-                    is_there = f"{node.module}.{alias.name}" in trees or alias.name in defined.get(node.module, ())
-                    if not is_there:
-                        missing.append((module, node.module, alias.name))
-    return missing
+    return [
+        (file, module, name)
+        for file, (_, imported) in files.items()
+        for module, name in imported
+        if f"{module}.{name}" not in files and name not in files.get(module, [()])[0]
+    ]
 
 
 def run_plain_flow(features, folder):

@@ -272,7 +272,12 @@ COMPILED = {"module": torch.compile, "in place": compiled_in_place, "forward": c
 
 @pytest.mark.parametrize(
     ("how", "setting"),
-    [("module", False), ("module", True), ("module", "auto"), ("in place", True), ("forward", "auto")],
+    [
+        ("module", False),
+        ("in place", True),
+        ("forward", "auto"),
+        *(pytest.param("module", setting, marks=pytest.mark.slow) for setting in (True, "auto")),
+    ],
 )
 def test_graphs_break_beside_what_trains_in_full(how, setting):
     torch._dynamo.reset()

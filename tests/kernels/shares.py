@@ -39,13 +39,14 @@ def shares(layer, rows, inputs, outputs, dtype, bias=None, repeats=1):
     """The shares in y and dX of `layer(x, weight, bias, a, b, scaling, grad) -> y, dX`, over all repeats together."""
     changes = ([], [])
     expected = ([], [])
+    weight = 0.02 * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(repeats))
+    weight = reference.quantize(weight, "nf4", 64, True)
     for seed in range(repeats):
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*shape, draw=draw):
             return torch.randn(shape, generator=draw)
 
-        weight = reference.quantize(0.02 * normal(outputs, inputs), "nf4", 64, True)
         x = normal(rows, inputs).to(dtype)
         grad = normal(rows, outputs).to(dtype)
         values = None if bias is None else (bias + 0.1 * normal(outputs)).to(dtype)

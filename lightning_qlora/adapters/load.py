@@ -87,8 +87,8 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
     initialization = (adapter.quantization or Quantization()).init_lora_weights
     for name, layer in layers.items():
         layer.stop_observing()
-        if layer.initial_A is not None:
-            layer.set_initial(None)
+        if layer.initial is not None:
+            layer.initial = None
         arguments = {"init_lora_weights": initialization, "use_rslora": adapter.config["use_rslora"]}
         state = loaded.get(name, {})
         if state:

@@ -142,7 +142,8 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
 
 
 def _state_of_layer(layer: LoRALayer) -> State:
-    values = {name: getattr(layer, name) for name in (*ADAPTER, *INITIAL)}
+    values = {name: getattr(layer, name) for name in ADAPTER}
+    values |= zip(INITIAL, layer.initial or (), strict=False)
     return {name: gather(value).detach() for name, value in values.items() if value is not None}
 
 

@@ -59,30 +59,22 @@ class Backend:
     def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
         """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on."""
         failures = self.failures
+        in_place = op in STEPS  # all other ops return new tensors, or write all of one
 
         def run(*arguments: Any) -> Any:
             if op in failures:
                 return plain(*arguments)
+            before = in_place and _versions(*arguments)
             try:
                 return kernel(*arguments)
             except Exception as error:  # Triton, its compilers and the driver raise many types
+                if in_place and before != _versions(*arguments):
+                    raise  # it began to write
                 return self._repeat(op, kernel, plain, arguments, error)
-
-        def run_in_place(written: list[Tensor], *arguments: Any) -> Any:
-            """Not repeated once it began to write."""
-            if op in failures:
-                return plain(written, *arguments)
-            versions = [tensor._version for tensor in written]
-            try:
-                return kernel(written, *arguments)
-            except Exception as error:
-                if versions != [tensor._version for tensor in written]:
-                    raise
-                return self._repeat(op, kernel, plain, (written, *arguments), error)
 
         if self.kernels is eager:
             return plain
-        return run_in_place if op in STEPS else run  # all other ops return new tensors, or write all of one
+        return run
 
     def _repeat(
         self,
@@ -118,6 +110,10 @@ class Backend:
             "`lightning-qlora doctor --check` checks them again.",
             stacklevel=3,
         )
+
+
+def _versions(written: list[Tensor], *_: Any) -> list[int]:
+    return [tensor._version for tensor in written]
 
 
 UNTRIED = ("mps",)  # types of devices on which nobody has run this package

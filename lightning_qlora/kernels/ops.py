@@ -17,8 +17,8 @@ from lightning_qlora.checks import check_bool, check_choice, check_finite
 from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.kernels.backends import backend, plan_of
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE, dequantize_absmax
-from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, aligned, check_bytes
+from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE
+from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes, scales_of
 
 SPREADS = (  # of NaN or Inf in a weight
     "It would spread to a whole block, or to all of it. If its memory has no values yet (to_empty, empty_init=True), "
@@ -158,11 +158,8 @@ def _(*arguments: Any) -> Tensor:
 
 @torch.library.custom_op("lightning_qlora::scales", mutates_args=())
 def _scales(absmax: Tensor, nested: Tensor, numbers: Tensor | None) -> Tensor:
-    absmax = absmax.reshape(-1)
-    if not nested.numel():
-        return aligned(absmax).clone().view(torch.float32)
-    second = aligned(nested).view(-1).view(torch.float32)
-    return dequantize_absmax(absmax, second[:-1], second[-1], numbers)
+    values = scales_of(absmax, nested, numbers)
+    return values if nested.numel() else values.clone()
 
 
 @_scales.register_fake

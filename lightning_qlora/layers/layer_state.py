@@ -76,8 +76,8 @@ class SavedLayer(LoRALayer):
             destination.pop(prefix + name, None)  # where they are parameters
         if prefix not in self.base_left_out_at:
             destination |= base_entries(self, prefix)
-        if self.initial_A is not None:
-            destination.update({prefix + name: getattr(self, name) for name in INITIAL})
+        if self.initial is not None:
+            destination.update(zip((prefix + name for name in INITIAL), self.initial, strict=True))
 
     def _load_from_state_dict(
         self,

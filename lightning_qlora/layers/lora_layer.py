@@ -31,7 +31,7 @@ ADAPTERS: dict[bool, Any] = {
     True: DoRAMatrix,
 }  # by `use_dora`
 ADAPTER = (*dict.fromkeys(name for kind in ADAPTERS.values() for name in kind._fields[1:-1]),)  # what may train
-INITIAL = ("initial_A", "initial_B")  # values of A and B at the start, if B was not 0
+INITIAL = ("initial_A", "initial_B")  # keys of `LoRALayer.initial` in a state dict
 
 
 class LoRALayer(WithAdapter, PackedLayer):
@@ -54,8 +54,8 @@ class LoRALayer(WithAdapter, PackedLayer):
     loaded: bool = False  # whether no conversion of a module with it has ended: its model was loaded, or an error came
     quantized_by_conversion: bool = False  # whether a conversion chose it; else it was quantized while its model loaded
     input_observer: Any = None  # sees the inputs until the adapter is computed from them; in most layers None
-    initial_A: Tensor | None = None  # what A and B began with, if B was not 0; in host memory
-    initial_B: Tensor | None = None
+    # A and B at the start, in host memory; None if training began with B = 0, or from values of another module.
+    initial: tuple[Tensor, Tensor] | None = None
     was_called: bool = False  # whether the op of the layer ran
     weight_was_read: bool = False  # whether other code read the weight
     weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
@@ -134,13 +134,10 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     def set_initial(self, adapter: Sequence[Tensor] | None) -> None:
         """Keep copies of the A and B that training begins with: an adapter for the 16-bit base is the difference."""
-        values = [moved(value.detach(), "cpu", copy=True) for value in adapter or ()]
-        self.initial_A, self.initial_B = values or (None, None)
-
-    @property
-    def initial(self) -> tuple[Tensor, Tensor] | None:
-        """`initial_A` and `initial_B`; None if training began with B = 0, or from values of another module."""
-        return None if self.initial_A is None or self.initial_B is None else (self.initial_A, self.initial_B)
+        self.initial = None
+        if adapter is not None:
+            a, b = (moved(value.detach(), "cpu", copy=True) for value in adapter)
+            self.initial = a, b
 
     def matrices(self, numbers: Sequence[int] | None = None) -> list[Any]:
         """The matrices of these numbers, None: all; of a sharded layer gathered, so all ranks must ask for them."""

@@ -16,7 +16,7 @@ from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
+from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.readable_weight import READ_ONLY, readable_weight
 from lightning_qlora.layers.tensor_parallel import split, unknown_style
@@ -227,7 +227,7 @@ def _forward_of(before: type[Any]) -> Any:
 
 
 # Names that a layer has in 4 bits and nn.Linear lacks; and methods that make a copy from a call of the class.
-MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__", *ADAPTER}
+MEMBERS: set[str] = {"__deepcopy__", "__reduce__", "__reduce_ex__", *ADAPTER, *INITIAL}
 for kind in {*QLoRALinear.__mro__} - {*nn.Linear.__mro__}:
     MEMBERS |= {name for name in (*kind.__annotations__, *vars(kind)) if not hasattr(nn.Linear, name)}
 MEMBERS -= nn.Linear.__annotations__.keys()

@@ -111,11 +111,16 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
         )
     if layer.input_observer is not None:
         layer.input_observer.refuse_split()
-    side = "outputs"
-    step = size
     if by_inputs:
         side = "inputs"
-        step *= ranks
+        step = size * ranks
+        shape = (out, inputs // ranks)
+        placements = BY_INPUTS
+    else:
+        side = "outputs"
+        step = size
+        shape = (out // ranks, inputs)
+        placements = BY_OUTPUTS
     sizes = ""
     if inputs % step:
         sizes = f"{inputs} inputs, which must be a multiple of {step}"
@@ -127,12 +132,6 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             f"{size}: it has {sizes}. Choose another number of ranks or block_size, leave the layer out of the plan, "
             f"or {KEEP_DENSE}."
         )
-    if by_inputs:
-        shape = (out, inputs // ranks)
-        placements = BY_INPUTS
-    else:
-        shape = (out // ranks, inputs)
-        placements = BY_OUTPUTS
     layer._split = Split(mesh, by_inputs, shape)
     to_parameters(layer)
     for name, parameter in layer._parameters.items():

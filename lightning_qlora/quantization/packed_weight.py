@@ -49,17 +49,19 @@ class PackedBytes(NamedTuple):
         packed, absmax, nested = (tensor.to(device, copy=copy) for tensor in self[:3])
         return self._replace(packed=packed, absmax=absmax, nested=nested)
 
-    def scales(self) -> Tensor:
-        """Scale of every block, fp32 [ceil(n / block_size)]."""
-        if not self.nested.numel():
-            return aligned(self.absmax).view(-1).view(torch.float32)
-        nested = aligned(self.nested).view(-1).view(torch.float32)
-        return blockwise.dequantize_absmax(self.absmax.reshape(-1), nested[:-1], nested[-1])
-
     def dequantize_into(self, out: Tensor) -> Tensor:
         """Decode into `out`, flat [n], of any of the three float types, in plain torch; returns it."""
         levels = codebook(self.quant_type, str(self.packed.device))
-        return blockwise.dequantize_4bit(out, self.packed.reshape(-1), self.scales(), levels, self.block_size)
+        scales = scales_of(self.absmax, self.nested)
+        return blockwise.dequantize_4bit(out, self.packed.reshape(-1), scales, levels, self.block_size)
+
+
+def scales_of(absmax: Tensor, nested: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """Scale of every block, fp32 [ceil(n / block_size)]; `numbers`: see `blockwise.dequantize_absmax`."""
+    if not nested.numel():
+        return aligned(absmax).view(-1).view(torch.float32)
+    second = aligned(nested).view(-1).view(torch.float32)
+    return blockwise.dequantize_absmax(absmax.reshape(-1), second[:-1], second[-1], numbers)
 
 
 def stack_bytes(weights: Sequence[PackedBytes]) -> PackedBytes:

@@ -338,7 +338,7 @@ def test_validation_before_training_does_not_calibrate_and_a_checkpoint_of_then_
     step(other, torch.randn(8, 64))
     later.load_state_dict(other.state_dict())
     assert reports[1].waiting == []
-    assert torch.equal(later.net.layers[0].initial_A, other.net.layers[0].initial_A)
+    assert torch.equal(later.net.layers[0].initial[0], other.net.layers[0].initial[0])
     torch.manual_seed(0)
     runner.fit(module, loader(), loader())  # its sanity check validates, too
     fresh, _ = fit(trainer, limit_val_batches=1)
@@ -421,7 +421,7 @@ def test_a_learning_rate_finder_keeps_the_calibration(trainer):
     Tuner(runner).lr_find(module, loader(), num_training=3, update_attr=False)
     fresh, _ = fit(trainer, max_steps=1)
     for name, layer in dense_layers(fresh).items():
-        assert torch.equal(module.get_submodule(name).initial_A, layer.initial_A)
+        assert torch.equal(module.get_submodule(name).initial[0], layer.initial[0])
         assert module.get_submodule(name).lora_B.any()
     assert plugin.report.calibration.waiting == []
 
@@ -550,7 +550,7 @@ def test_an_adapter_that_trained_before_its_calibration_is_not_changed():
     with pytest.warns(UserWarning, match=r"layers\.0 was trained before its calibration"):
         step(net, x)
     assert (net.layers[0].lora_B == 1).all()
-    assert net.layers[2].initial_A is not None
+    assert net.layers[2].initial is not None
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [("calibrated", "default"), ("default", "calibrated")])
@@ -666,9 +666,9 @@ def test_sharpness_aware_minimization_begins_with_the_calibrated_values(where, t
     assert report.calibrated and not report.waiting and report.rows == 16
     assert not [each for each in recwarn if "trained before" in str(each.message)]
     for layer in (net.layers[0], net.layers[2]):
-        start = layer.scaling * layer.initial_B @ layer.initial_A
+        start = layer.scaling * layer.initial[1] @ layer.initial[0]
         change = (delta(layer) - start).norm() / start.norm()
-        assert layer.initial_B.any() and 0 < change < 0.1  # one step from there
+        assert layer.initial[1].any() and 0 < change < 0.1  # one step from there
 
 
 def test_ranks_share_the_float_weights(monkeypatch):

@@ -162,7 +162,7 @@ def calibrate_another_start_on_each_rank(root):
     trainer(root, plugin, max_steps=1, enable_checkpointing=False).fit(module, loader(64, 4))
     layer = module.net[0]
     rms = plugin.report.calibration.input_rms["net.0"]
-    error = weight - layer.decode() - layer.scaling * (layer.initial_B @ layer.initial_A)
+    error = weight - layer.decode() - layer.scaling * (layer.initial[1] @ layer.initial[0])
     share = ((error * rms).norm() / (weight * rms).norm()).item()
     reported = plugin.report.calibration.errors["net.0"]
     return {"initial": layer.initial, "share": share, "reported": reported, "own loop": calibrate_in_own_loop()}

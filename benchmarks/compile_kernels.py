@@ -82,8 +82,8 @@ class Case:
 def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
     for make in (
-        _dequantize_cases, _quantize_cases, _dropout_cases, _half_cases, _lora_cases, _matmul_cases, _vector_cases,
-        _grouped_cases, _adamw_cases,
+        _dequantize_cases, _quantize_cases, _dropout_cases, _half_cases, _lora_cases, _wide_cases, _matmul_cases,
+        _vector_cases, _grouped_cases, _adamw_cases,
     ):  # fmt: skip
         yield from make(target)
 
@@ -184,6 +184,30 @@ def _lora_cases(target: str) -> Iterator[Case]:
                     _lora(kernel, m, r, dtype, p), elements, (few if m <= 16 else many) + 24 * bool(p),
                     loop=kernel != "lora_up", short=dtype == torch.bfloat16 and r == 64,
                 )  # fmt: skip
+
+
+def _wide_cases(target: str) -> Iterator[Case]:
+    """x in fp32 that is cast to bf16, as the backward pass reads it too, and sums in fp32."""
+    for tile, threads in _tiles("lora_down_fp32", target):
+        m, r, elements = tile.get("up_to", 4096), 64, tile["M"] * tile["K"] / threads
+        x, cast = torch.zeros(m, 512), torch.zeros(m, 512, dtype=torch.bfloat16)
+        for p in (0.0, 0.1):
+            name = f"{m} rows, rank {r}{', dropout' * bool(p)}, per element"
+            seed = torch.tensor([7]) if p else None
+            down = partial(lora_down, x, torch.zeros(r, 512), p=p, seed=seed, cast=cast)
+            yield Case(
+                f"fp32 to bf16: lora_down, {name}", down, elements, (26 if m <= 16 else 14) + 24 * bool(p), loop=True
+            )
+            if m > 16:
+                h = torch.zeros(m, r, dtype=torch.bfloat16)
+                for each, others in _tiles("lora_gradients", target):
+                    per_thread = each["M"] * each["N"] / others
+                    add = partial(lora_gradients, h, x, torch.zeros(r, 512), h, cast, torch.zeros(512, r), 1.0, p, seed)
+                    yield Case(f"fp32 to bf16: lora_gradients, {name}", add, per_thread, 12 + 24 * bool(p), loop=True)
+                for each, others in _tiles("finish", target):
+                    add = partial(finish, x, h, torch.zeros(512, r), p, seed)
+                    budget = 20 + 24 * bool(p)
+                    yield Case(f"fp32 to bf16: finish, {name}", add, each["M"] * each["N"] / others, budget)
 
 
 def _lora(kernel: str, m: int, r: int, dtype: Kind, p: float) -> Callable[[], object]:

@@ -124,9 +124,9 @@ def use(kernels: Any) -> None:
     backends._backends[torch.device("cpu")] = Backend(torch.device("cpu"), kernels)
 
 
-def ours(dropout: float, few_rows: bool = False) -> nn.Module:
-    """Our layers on the Triton backend."""
-    layers = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(LAYERS))).bfloat16()
+def ours(dropout: float, few_rows: bool = False, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Our layers on the Triton backend, in a module of a type."""
+    layers = nn.Sequential(*(nn.Linear(SIZE, SIZE, bias=False) for _ in range(LAYERS))).to(dtype)
     use(eager)
     convert(layers, r=RANK, lora_dropout=dropout, compute_dtype="bf16")
     use(kernels)
@@ -204,6 +204,11 @@ def main(arguments: list[str] | None = None) -> None:
         cases["PEFT + bitsandbytes, dropout"] = lambda: peft_with_bitsandbytes(0.05)
         cases["PEFT + bitsandbytes, no dropout"] = lambda: peft_with_bitsandbytes(0.0)
     rows = [[name, *measure(make(), torch.randn(1, SIZE))] for name, make in cases.items()]
+    plain = linear.multiply
+    vars(linear)["multiply"] = _multiply
+    for name, few_rows in (("ours in fp32, dropout", False), ("ours in fp32, dropout, few rows", True)):
+        rows.append([name, *measure(ours(0.05, few_rows, torch.float32), torch.randn(1, SIZE), dtype=torch.float32)])
+    vars(linear)["multiply"] = plain
     cells = measure(without_bf16(0.05), torch.randn(4, SIZE), dtype=torch.float32)
     rows.append(["ours on a T4, dropout", *cells])
     print(table(["", *HEADS], rows))

@@ -89,11 +89,12 @@ def matmul(card: Card, m: int, n: int, k: int, adds: bool = False) -> float:
     return card.seconds(2 * (m * k + n * k + m * n) + read, 0, 0, 2 * m * n * k) + read / 2 / (0.85 * card.bandwidth)
 
 
-def project(card: Card, m: int, k: int, instructions: float) -> float:
-    """x A^T, or dY B, for x [m, k]."""
+def project(card: Card, m: int, k: int, instructions: float, casts: bool = False) -> float:
+    """x A^T, or dY B, for x [m, k]; `casts`: x is in fp32, and its cast is written."""
     shares = 64 * m * RANK  # sums in fp32 of the programs that share a product
     again = ceil(m / 64) * 4 * RANK * k  # tiles of 64 rows read A or B in fp32 again
-    return card.seconds(2 * m * k + 4 * RANK * k, 2 * m * k + again + shares, instructions * m * k)
+    moved = (6 if casts else 2) * m * k
+    return card.seconds(moved + 4 * RANK * k, moved + again + shares, (instructions + casts) * m * k)
 
 
 def ours(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
@@ -116,6 +117,18 @@ def ours(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
     return forward, backward + decode + matmul(card, m, k, n, adds=True)
 
 
+def ours_in_fp32(card: Card, m: int, n: int, k: int) -> tuple[float, float]:
+    """The same of x in fp32: the first products cast x and dY, and y and dX are sums in fp32 of the last launches."""
+    decode = card.seconds(2.516 * n * k, 0, 5.9 * n * k)
+    forward = project(card, m, k, 6 + DROPPED, casts=True) + decode + in_half(card, m, n, k)
+    forward += card.seconds(8 * m * n + 4 * RANK * n, 0, 13 * m * n)
+    backward = project(card, m, n, 6, casts=True) + decode + in_half(card, m, k, n)
+    gradients = 2 * m * (n + 2 * k)
+    shares = (n + k) / 64 * 2 * m * RANK + 32 * RANK * (n + k)
+    backward += card.seconds(gradients + 4 * RANK * (n + k), gradients + shares, (8 + DROPPED) * m * k + 7 * m * n)
+    return forward, backward + card.seconds(8 * m * k + 4 * RANK * k, 0, (13 + DROPPED) * m * k)
+
+
 def rows_to_half(card: Card, rows: int, columns: int, strided: bool = False, dropout: bool = False) -> float:
     """To fp16 with a power of two for each row, of which a program keeps 16,384 numbers, and reads the others twice.
 
@@ -127,7 +140,7 @@ def rows_to_half(card: Card, rows: int, columns: int, strided: bool = False, dro
 
 
 def in_half(card: Card, rows: int, columns: int, inner: int) -> float:
-    """A product of torch in fp16 whose result is fp32."""
+    """A product of torch in 16 bits whose result is fp32."""
     moved = 2 * inner * (rows + columns) + 4 * rows * columns
     return card.seconds(moved, 0, 0, 2 * rows * columns * inner)
 
@@ -201,7 +214,8 @@ class Method:
 
     def device_step(self, card: Card, tokens: int) -> float:
         """Seconds on the card."""
-        turing = self.layer is ours and is_turing(card)
+        is_ours = self.layer in (ours, ours_in_fp32)
+        turing = is_ours and is_turing(card)
         fp32 = self.in_fp32 or turing
         layer = ours_in_half if turing else self.layer
         times = [layer(card, tokens, n, k) for n, k in LAYERS]
@@ -212,10 +226,12 @@ class Method:
         forward = sum(forward for forward, _ in times) + (passes[0] + casts[0]) * pass_over + attention
         backward = sum(backward for _, backward in times) + (passes[1] + casts[1]) * pass_over + 2.5 * attention
         block = 2 * forward + backward
-        if self.layer is ours:
+        if is_ours:
             # The recomputation of a block ends before the product of its last layer.
             width = LAYERS[-1][1]
-            first = project_in_half(card, tokens, width) if turing else project(card, tokens, width, 6 + DROPPED)
+            first = project(card, tokens, width, 6 + DROPPED, casts=self.layer is ours_in_fp32)
+            if turing:
+                first = project_in_half(card, tokens, width)
             block -= times[-1][0] - first
         moved = 2 * VOCABULARY * (WIDTH + tokens)
         head = max(card.seconds(moved), self._dense(card, self.in_fp32, 2 * tokens * VOCABULARY * WIDTH))
@@ -243,7 +259,7 @@ METHODS = (
     Method("Unsloth", unsloth, (40e-6, 70e-6), *FUSED),
     Method("LoRA in 16 bits (PEFT)", dense, (85e-6, 80e-6)),
     Method("this package, norms, RoPE and SwiGLU fused", OURS.layer, OURS.host, *FUSED),
-    replace(OURS, name="this package, all that is dense in fp32", in_fp32=True),
+    replace(OURS, name="this package, a module in fp32", layer=ours_in_fp32, in_fp32=True),
 )
 
 
@@ -282,10 +298,11 @@ def layers() -> str:
     """A layer of 4096 x 4096, in us."""
     rows = []
     for m in (512, 4096):
-        for method in METHODS[:4]:
+        for method in (*METHODS[:4], METHODS[-1]):
             times = []
             for card in CARDS:
-                layer = ours_in_half if method is OURS and is_turing(card) else method.layer
+                is_ours = method.layer in (ours, ours_in_fp32)
+                layer = ours_in_half if is_ours and is_turing(card) else method.layer
                 times.append(" / ".join(f"{1e6 * seconds:.0f}" for seconds in layer(card, m, WIDTH, WIDTH)))
             rows.append([f"{method.name}, {m} rows", *times])
     return table(["a layer, forward / backward, us", *(card.name for card in CARDS)], rows)

@@ -17,14 +17,17 @@ from lightning_qlora.kernels.triton.vector import vector
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 
-def lora_down(x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r]."""
-    if not find_tile("lora_down", x.device, x.shape[0]):
+def lora_down(
+    x: Tensor, w: Tensor, s: float = 1.0, p: float = 0.0, seed: Tensor | None = None, cast: Tensor | None = None
+) -> Tensor:
+    """s drop(x) w^T: x [m, k] and w [r, k] of any strides -> [m, r]; x in fp32 is cast, to `cast`."""
+    if cast is None and not find_tile("lora_down", x.device, x.shape[0]):
         plan = _plan(x, w, p, seed)
         return plan.product(plan.dropped(x, seed), w.T, s)
-    out = x.new_empty(x.shape[0], w.shape[0])
-    run = _launch("lora_down", (x, w), (*x.shape, w.shape[0], w.stride()), seed)
-    run((x, w, out, run.memory(out)), _numbers(s, p, seed, x.device))
+    cast = x if cast is None else cast
+    out = cast.new_empty(x.shape[0], w.shape[0])
+    run = _launch("lora_down", (x, w, out), (*x.shape, w.shape[0], w.stride()), seed)
+    run((x, w, out, run.memory(out), cast), _numbers(s, p, seed, x.device))
     return out
 
 
@@ -39,9 +42,9 @@ def lora_up(h: Tensor, w: Tensor, out: Tensor, s: float = 1.0, p: float = 0.0, s
 
 
 def finish(sums: Tensor, h: Tensor, w: Tensor, p: float, seed: Tensor | None) -> None:
-    """Sums times two powers of two, plus the dropout of h w^T: sums [m, n], h [m, r], w [n, r]."""
+    """Sums times two powers of two (h in fp32), plus the dropout of h w^T: sums [m, n], h [m, r], w [n, r]."""
     sizes = *sums.shape, w.shape[1], w.stride(), seed is not None, False
-    run = lora_products.finish((w.dtype, sums.dtype), sums.device, *sizes)
+    run = lora_products.finish((w.dtype, sums.dtype, h.dtype), sums.device, *sizes)
     power = torch.ones(1, device=sums.device)
     run((h, w, sums, power.expand(len(sums)).contiguous(), power, sums), _numbers(1.0, p, seed, sums.device))
 
@@ -57,7 +60,7 @@ def lora_gradients(
         grad_b.copy_(plan.product(grad.T, xa, s))
         return
     sizes = *x.shape, *grad_b.shape, (*grad_a.stride(), *grad_b.stride())
-    run = _launch("lora_gradients", (x, grad_a, grad_b), sizes, seed)
+    run = _launch("lora_gradients", (x, grad_a, grad_b, grad_xa), sizes, seed)
     tensors = grad_xa, x, grad_a, xa, grad, grad_b, run.memory(xa)
     run(tensors, (*_numbers(1.0, p, seed, x.device), float(s)))
 

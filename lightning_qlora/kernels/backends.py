@@ -48,10 +48,10 @@ class Backend:
                 setattr(self, op, self._guarded(op, function_of(kernels, op), function_of(eager, op)))
         self.can_group = kernels.can_group
 
-    def new_plan(self, x: Tensor, lora: LoRA, weight: PackedBytes) -> eager.Plan:
-        plan: eager.Plan = self.kernels.plan(x, lora, weight)
+    def new_plan(self, x: Tensor, lora: LoRA, weight: PackedBytes, types: eager.Types | None = None) -> eager.Plan:
+        plan: eager.Plan = self.kernels.plan(x, lora, weight, types)
         if self.kernels is not eager:
-            plain = eager.plan(x, lora._replace(in_fp16=plan.in_fp16))
+            plain = eager.plan(x, lora._replace(in_fp16=plan.in_fp16), types=types)
             guarded = {op: self._guarded(op, getattr(plan, op), getattr(plain, op)) for op in PLANNED}
             plan.replace(rows_to_half=self.rows_to_half, **guarded)
         return plan
@@ -132,8 +132,13 @@ def backend(device: torch.device) -> Backend:
     return _backends.setdefault(device, Backend(device))
 
 
-def plan_of(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> eager.Plan:
-    """How a layer is computed; its operands are checked, because only those that fit have a plan."""
+def plan_of(
+    x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA, types: eager.Types | None = None
+) -> eager.Plan:
+    """How a layer is computed; its operands are checked, because only those that fit have a plan.
+
+    `types`: see `eager.plan`, for a device that `casts_inside`.
+    """
     packed, absmax, nested, shape, quant_type, block_size = weight
     a, b, _, p, seed, in_fp16 = lora
     device = x.device
@@ -150,6 +155,7 @@ def plan_of(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> 
         (shape, quant_type, block_size),
         None if seed is None else p,
         in_fp16,
+        types,
     )
     computes = _backends.get(device) or backend(device)
     plan = computes.plans.get(facts)
@@ -157,13 +163,18 @@ def plan_of(x: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> 
         check_operands(x, weight, bias, lora)
         if len(computes.plans) >= MAX_PLANS:
             computes.plans.clear()
-        plan = computes.plans[facts] = computes.new_plan(x, lora, weight)
+        plan = computes.plans[facts] = computes.new_plan(x, lora, weight, types)
     return plan
 
 
 def has_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels are for this type of device; ROCm devices are also named "cuda"."""
     return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+def casts_inside(device: torch.device) -> bool:
+    """Whether kernels cast x in fp32, and torch multiplies 16 bits to fp32 (not on AMD)."""
+    return backend(device).kernels is not eager and torch.version.hip is None
 
 
 def failures(device: torch.device, repeat: bool = False) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
-from lightning_qlora.kernels.half import Half, multiply, scaled, scaled_weight
+from lightning_qlora.kernels.half import Half, Wide, multiply, scaled, scaled_weight
 from lightning_qlora.kernels.half import norm_exponent as norm_exponent
 from lightning_qlora.kernels.half import take_out as take_out
 from lightning_qlora.kernels.lora import LoRA
@@ -65,7 +65,13 @@ def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:
     return library.dequantize_into(out, weight)
 
 
-def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> "Plan":
+Types = tuple[torch.dtype, torch.dtype]
+
+
+def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None, types: Types | None = None) -> "Plan":
+    """`types`: the 16-bit type in which products take x in fp32, and the type of y; None: those of x."""
+    if types is not None:
+        return Casting(x, lora, weight, types)
     return HalfPlan(x, lora) if lora.in_fp16 else Plan(x, lora)
 
 
@@ -77,22 +83,26 @@ class Plan:
 
     in_fp16 = False  # whether the factors of products are those of `half.Half`
 
-    def __init__(self, x: Tensor | Half, lora: LoRA) -> None:
+    def __init__(
+        self, x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None, types: Types | None = None
+    ) -> None:
         a, b, *_ = lora
+        self.types = types
+        self.dtype, self.y_dtype = types or (x.dtype, x.dtype)  # of what products take, and of y
         lead = x.shape[:-1]
         self.m = lead.numel()
         self.r, self.k = a.shape
         self.n = b.shape[0]
         self.is_matrix = len(lead) == 1
-        self.takes_x = self.is_matrix and not self.in_fp16  # as it is; else what `rows` makes of it
+        # x and dY as they are; else what `rows` makes of them.
+        self.takes_x = self.is_matrix and not self.in_fp16 and types is None
         self.shape = *lead, self.n  # of y
-        of_xa = torch.Size((self.m, self.r)), x.dtype
+        of_xa = torch.Size((self.m, self.r)), self.dtype
         of_x = torch.Size((self.m, self.k)) if self.in_fp16 else x.shape, x.dtype  # of what the backward pass gets
         self.operands = *of_x, *of_xa, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
         self.device = x.device
         self.kind = x.device.type
-        self.dtype = x.dtype  # of y too
-        self.decoded_dtype = torch.float16 if self.in_fp16 else x.dtype
+        self.decoded_dtype = torch.float16 if self.in_fp16 else self.dtype
         self.p = lora.p
         library = _library(self.device, self.dtype)
         decoder = _library(self.device, self.decoded_dtype)
@@ -111,7 +121,10 @@ class Plan:
 
     def rows(self, x: Tensor, seed: Tensor | None = None) -> Any:
         """x, or dY, as the three functions take it; x with the seed of its dropout."""
-        return self.matrix(x)
+        x = self.matrix(x)
+        if x.dtype is self.dtype:
+            return x
+        return Wide(x.contiguous(), torch.empty(x.shape, dtype=self.dtype, device=x.device))
 
     def lora_project(self, x: Any, lora: LoRA) -> Tensor:
         return self.product(self.dropped(x, lora.seed), lora.a.T)
@@ -154,9 +167,8 @@ class Plan:
                 return self.gradients(grad, x, xa, weight, lora, needs_x)
         if self.takes_x:
             return self.linear_backward(grad, x, xa, weight, lora, needs_x)
-        grad_x, grad_a, grad_b = self.linear_backward(
-            self.rows(grad), self.rows(x, lora.seed), xa, weight, lora, needs_x
-        )
+        rows = self.rows(x, lora.seed) if self.types is None else self.matrix(x)
+        grad_x, grad_a, grad_b = self.linear_backward(self.rows(grad), rows, xa, weight, lora, needs_x)
         if grad_x is not None:
             grad_x = grad_x.view(*grad.shape[:-1], self.k)
         return grad_x, grad_a, grad_b
@@ -191,6 +203,26 @@ class Plan:
             return x
         out = scratch((self.m, self.k), self.dtype, self.device, "dropped")
         return self.dropout_into(out, x.contiguous(), self.p, seed)
+
+
+class Casting(Plan):
+    """The same for x in fp32, and such y and dY, by products of their casts."""
+
+    def lora_project(self, x: Wide, lora: LoRA) -> Tensor:
+        return super().lora_project(x.cast.copy_(x.values), lora)
+
+    def linear_into(self, out: Tensor, x: Wide, xa: Any, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+        y = torch.empty(out.shape, dtype=self.dtype, device=out.device)
+        super().linear_into(y, x.cast, xa, weight, bias, lora)
+        out.copy_(y)
+
+    def linear_backward(
+        self, grad: Any, x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        if isinstance(grad, Wide):
+            grad = grad.cast.copy_(grad.values)
+        grad_x, grad_a, grad_b = super().linear_backward(grad, x.to(self.dtype), xa, weight, lora, needs_x)
+        return None if grad_x is None else grad_x.float(), grad_a, grad_b
 
 
 class HalfPlan(Plan):

@@ -56,6 +56,13 @@ class Half(NamedTuple):
         return self.values.float() * self.factor
 
 
+class Wide(NamedTuple):
+    """A matrix in fp32, and its cast to bf16, which the first product writes and all multiply."""
+
+    values: Tensor
+    cast: Tensor
+
+
 def to_half(x: Tensor) -> Half:
     """Round a matrix of any float type to fp16 with the power of two of its largest finite value."""
     return Half(*scaled(x, torch.float16))

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.kernels import ops, reference
 from lightning_qlora.kernels.backends import plan_of
-from lightning_qlora.kernels.eager import Plan
+from lightning_qlora.kernels.eager import Plan, Types
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -63,7 +63,7 @@ def run_plan(plan: Plan, x: Tensor, weight: PackedBytes, bias: Tensor | None, lo
             y: Tensor = _node(x, bias, lora.a, lora.b, (rows, xa, plan, weight, lora[2:]))
             torch._C._set_grad_enabled(False)
         else:
-            y = x.new_empty(plan.shape)
+            y = x.new_empty(plan.shape, dtype=plan.y_dtype)
         out = y if plan.is_matrix else plan.matrix(y)
         plan.linear_into(out, rows, xa, weight, bias, lora)  # s xa B^T + x W^T + bias
     finally:
@@ -93,8 +93,8 @@ class _Gradient(torch.autograd.Function):
             ctx.save_for_backward(rows.values, xa, lora_a, lora_b, rows.factor)
         else:
             ctx.save_for_backward(x, xa, lora_a, lora_b)
-        shape: tuple[int, ...] = ctx.rest[0].shape
-        return x.new_empty(shape)
+        plan: Plan = ctx.rest[0]
+        return x.new_empty(plan.shape, dtype=plan.y_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,11 +108,11 @@ class _Gradient(torch.autograd.Function):
         lora = LoRA(a, b, *choices)
         grads: tuple[Tensor | None, ...]
         if torch.is_grad_enabled() and _creates_graph():
-            grads = _recorded_backward(grad, x, weight, lora)
+            grads = _recorded_backward(grad, x, weight, lora, plan.types)
         else:
             operands = x.shape, x.dtype, xa.shape, xa.dtype, a.shape, a.dtype, a.device, b.shape, b.dtype, b.device
             if operands != plan.operands:  # `.data =` since the forward pass, or hooks of saved tensors that cast
-                plan = _plan_of_backward(x, xa, weight, lora)
+                plan = _plan_of_backward(x, xa, weight, lora, plan.types)
             grads = plan.gradients(grad, x, xa, weight, lora, needs_x)
         of_bias = None
         if needs_bias:
@@ -124,9 +124,9 @@ class _Gradient(torch.autograd.Function):
 _node: Any = super(torch.autograd.Function, _Gradient).apply
 
 
-def _plan_of_backward(x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA) -> Plan:
+def _plan_of_backward(x: Tensor, xa: Tensor, weight: PackedBytes, lora: LoRA, types: Types | None) -> Plan:
     """Of operands that differ from those of the forward pass."""
-    plan = plan_of(x, weight, None, lora)
+    plan = plan_of(x, weight, None, lora, types)
     if xa.shape[1] != plan.r:
         raise RuntimeError(
             f"The adapter had rank {xa.shape[1]} in the forward pass, and has rank {plan.r} in its backward pass. Set "
@@ -140,12 +140,16 @@ def _creates_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _recorded_backward(grad: Tensor, x: Tensor, weight: PackedBytes, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
+def _recorded_backward(
+    grad: Tensor, x: Tensor, weight: PackedBytes, lora: LoRA, types: Types | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, A and B by operations that autograd records, for second derivatives."""
     if lora.in_fp16:
         refuse_second_derivative()
     rows = x.reshape(-1, x.shape[-1])
     grad = grad.reshape(-1, grad.shape[-1])
+    if types is not None:
+        rows, grad = rows.to(types[0]), grad.to(types[0])
     with torch.autocast(x.device.type, enabled=False):
         xa = reference.lora_project(rows, lora)
         added, grad_a, grad_b = reference.adapter_backward(grad, rows, xa, lora)

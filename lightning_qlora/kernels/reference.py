@@ -9,7 +9,8 @@ the adapter's part is in:
 So a small adapter would add nothing, in every step. With one rounding d moves the sum to the next number with a
 probability proportional to d, and its mean arrives.
 
-An input is a tensor, or a `Half`, whose product is an fp32 tensor.
+An input is a tensor, or a `Half`, whose product is an fp32 tensor. x or dY in fp32 that products take in 16 bits is a
+`Wide`, and y and dX are not rounded then.
 """
 
 from functools import lru_cache
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import half
-from lightning_qlora.kernels.half import Half, scaled_weight
+from lightning_qlora.kernels.half import Half, Wide, scaled_weight
 from lightning_qlora.kernels.half import norm_exponent as norm_exponent
 from lightning_qlora.kernels.half import take_out as take_out
 from lightning_qlora.kernels.half import to_half as to_half
@@ -93,32 +94,38 @@ def rows_to_half(x: Tensor, times: Tensor | None = None, p: float = 0.0, seed: T
     return rows._replace(dropped=Half(kept, rows.factor * dropout_threshold(p)[1]))
 
 
-def lora_project(x: Tensor | Half, lora: LoRA) -> Tensor:
+def lora_project(x: Tensor | Half | Wide, lora: LoRA) -> Tensor:
     """drop(X) A^T: [m, in] -> [m, r], with A [r, in]."""
-    return _rounded(_product(_dropped(x, lora), lora.a.T), x)
+    rows = _cast(x)
+    return _rounded(_product(_dropped(rows, lora), lora.a.T), rows)
 
 
 def linear_into(
-    out: Tensor, x: Tensor | Half, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
+    out: Tensor, x: Tensor | Half | Wide, xa: Tensor, weight: PackedBytes, bias: Tensor | None, lora: LoRA
 ) -> None:
     """Y = X W^T + s xa B^T + bias, written to `out`: X [m, in], xa = drop(X) A^T [m, r], B [out, r] -> Y [m, out]."""
-    y = _product(x, _decoded(weight, x).T) + lora.scaling * _product(xa, lora.b.T)
+    rows = _cast(x)
+    y = _product(rows, _decoded(weight, rows).T) + lora.scaling * _product(xa, lora.b.T)
     if bias is not None:
         y = y + bias
     out.copy_(y)
 
 
 def linear_backward(
-    grad: Tensor | Half, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
+    grad: Tensor | Half | Wide, x: Tensor | Half, xa: Tensor, weight: PackedBytes, lora: LoRA, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of X [m, in], A [r, in] and B [out, r] from dY [m, out]; that of X only if needed.
 
     dB = s dY^T xa;  dA = s (dY B)^T drop(X);  dX = dY W + s drop(dY B A), with the mask of the forward pass.
     """
-    added, grad_a, grad_b = adapter_backward(grad, x, xa, lora)
+    if isinstance(grad, Wide):
+        x = cast(Tensor, x).to(grad.cast.dtype)
+    factor = _cast(grad)
+    added, grad_a, grad_b = adapter_backward(factor, x, xa, lora)
     if not needs_x:
         return None, grad_a, grad_b
-    return _rounded(_product(grad, _decoded(weight, grad)) + added, grad), grad_a, grad_b
+    grad_x = _product(factor, _decoded(weight, factor)) + added
+    return grad_x if isinstance(grad, Wide) else _rounded(grad_x, factor), grad_a, grad_b
 
 
 def adapter_backward(grad: Tensor | Half, x: Tensor | Half, xa: Tensor, lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +216,10 @@ def _dropped(x: Tensor | Half, lora: LoRA) -> Any:
     if lora.seed is None:
         return x
     return Half(dropout(x.values.float(), lora.p, lora.seed), x.factor)
+
+
+def _cast(x: Tensor | Half | Wide) -> Any:
+    return x.cast.copy_(x.values) if isinstance(x, Wide) else x
 
 
 def _part(x: Tensor | Half, rows: slice) -> Any:

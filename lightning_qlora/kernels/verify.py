@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qlora.kernels import reference, scratch
 from lightning_qlora.kernels.adamw import ADAMW
-from lightning_qlora.kernels.half import rows_to_half, to_half
+from lightning_qlora.kernels.half import Wide, rows_to_half, to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 
@@ -44,6 +44,7 @@ BORDER = 1 << 14  # bytes before and after each tensor; a multiple of 16, so tha
 ATEN = torch.ops.aten
 EMPTY = (ATEN.empty, ATEN.new_empty, ATEN.empty_like)
 ZEROS = (ATEN.zeros, ATEN.new_zeros, ATEN.zeros_like)
+WIDE = "fp32 that is cast to bf16"
 WEIGHTS: tuple[tuple[Any, ...], ...] = (  # outputs, inputs, type, block size, double quantization
     (72, 256, "nf4", 64, True),
     (37, 75, "fp4", 32, False),
@@ -139,7 +140,10 @@ def function_of(kernels: Any, op: str) -> Callable[..., Any]:
             weights = [each for each in arguments if isinstance(each, PackedBytes)]
             (lora,) = [each for each in arguments if isinstance(each, LoRA)]
             x = arguments[0 if op == "lora_project" else 1]
-            plans.append(kernels.plan(x, lora, *weights))
+            if isinstance(x, Wide):
+                x = x.values
+            types = [(each.cast.dtype, each.values.dtype) for each in arguments if isinstance(each, Wide)]
+            plans.append(kernels.plan(x, lora, weights[0] if weights else None, *types))
         return getattr(plans[0], op)(*arguments)
 
     return call
@@ -152,16 +156,18 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
-    def factor(m: int, n: int, kind: torch.dtype | None, size: float, cast: Any = rows_to_half) -> Any:
-        """A matrix in a type; None: a `Half` of values that fp16 does not have."""
+    def factor(m: int, n: int, kind: Any, size: float, cast: Any = rows_to_half) -> Any:
+        """A matrix in a type; None: a `Half` of values that fp16 does not have; WIDE: with a cast."""
         rows = normal(m, n)
+        if kind is WIDE:
+            return Wide(rows, torch.full_like(rows, torch.nan, dtype=torch.bfloat16))
         return cast(rows * size) if kind is None else rows.to(kind)
 
     def layer(n: int, k: int, r: int, block_size: int, double_quant: bool) -> tuple[PackedBytes, Tensor, Tensor]:
         weight = reference.quantize(normal(n, k) / k**0.5, "nf4", block_size, double_quant)
         return weight, normal(r, k) / k**0.5, normal(n, r) / r**0.5
 
-    def adapter(a: Tensor, b: Tensor, p: float, kind: torch.dtype | None) -> LoRA:
+    def adapter(a: Tensor, b: Tensor, p: float, kind: Any) -> LoRA:
         seed = torch.tensor([2**40 + 7], device="cpu") if p else None
         return LoRA(a, b, 0.7, p, seed, kind is None)
 
@@ -199,19 +205,21 @@ def cases(op: str) -> Iterator[tuple[Any, ...]]:
                 _, xa = reference.grouped_linear(x, *rest)
                 yield grad, x, xa, *rest
     else:
-        vectors = [(case, torch.float32) for case in VECTORS]
-        for (m, n, k, *form, p, has_bias), kind in _in_types(LAYERS, 2) + vectors:
+        others: list[Any] = [(case, torch.float32) for case in VECTORS]
+        others += [(case, WIDE) for case in LAYERS[:2]]
+        for (m, n, k, *form, p, has_bias), kind in _in_types(LAYERS, 2) + others:
             weight, lora_a, lora_b = layer(n, k, *form)
             lora = adapter(lora_a, lora_b, p, kind)
             x = factor(m, k, kind, 1e6)
             grad = factor(m, n, kind, 1e-9)
             bias = normal(n) if has_bias else None
             xa = reference.lora_project(x, lora)
-            out = torch.full((m, n), torch.nan, dtype=kind or torch.float32, device="cpu")
+            of_out = kind if isinstance(kind, torch.dtype) else torch.float32
+            out = torch.full((m, n), torch.nan, dtype=of_out, device="cpu")
             yield {
                 "lora_project": (x, lora),
                 "linear_into": (out, x, xa, weight, bias, lora),
-                "linear_backward": (grad, x, xa, weight, lora, True),
+                "linear_backward": (grad, x.values if kind is WIDE else x, xa, weight, lora, True),
             }[op]
 
 

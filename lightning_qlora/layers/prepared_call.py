@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.kernels.backends import plan_of
-from lightning_qlora.kernels.eager import Plan
+from lightning_qlora.kernels.backends import casts_inside, plan_of
+from lightning_qlora.kernels.eager import Plan, Types
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_plain_call, lora_linear, run_plan
 
@@ -43,6 +43,11 @@ class PreparedCall:
         self._bias = bias
         self._lora = LoRA(a, b, layer.scaling, p, None, in_fp16)
         self._is_plain = not matrix.reads_weight and is_plain_call(x, a)
+        self._types: Types | None = None
+        is_wide = x.dtype is torch.float32 and self._of_x is torch.bfloat16 and self._of_y in (x.dtype, self._of_x)
+        if is_wide and self._is_plain and not layer._qlora_disabled and casts_inside(x.device):
+            self._types = self._of_x, self._of_y
+            self._of_x = torch.float32  # kernels cast it
         self._plans: dict[tuple[torch.Size, bool], Plan] = {}
         self.facts: tuple[Any, ...] | None = None  # what decides; None: not to be kept
         if is_kept and self._is_plain:
@@ -126,7 +131,7 @@ class PreparedCall:
     def _add_plan(self, x: Tensor, lora: LoRA, drops: bool) -> Plan:
         if len(self._plans) >= MAX_SHAPES:
             self._plans.clear()
-        plan = self._plans[x.shape, drops] = plan_of(x, self._matrix.weight, self._bias, lora)
+        plan = self._plans[x.shape, drops] = plan_of(x, self._matrix.weight, self._bias, lora, self._types)
         return plan
 
 

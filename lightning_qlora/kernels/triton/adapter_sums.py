@@ -5,7 +5,7 @@
     over rows      total[r, n] = sum_m h[m, r] drop(x)[m, n]
 
 `row`, `rank` and `column` are the indices of the program's elements; those from `end`, r, and k or n on do not exist.
-w has any strides, and is rounded to the type of the other factor.
+w has any strides, and is rounded to the type of the other factor; x in fp32 is rounded to a 16-bit type.
 """
 
 import triton
@@ -16,20 +16,23 @@ from lightning_qlora.kernels.triton.dropout import is_kept
 
 @triton.jit
 def sum_over_columns(
-    x, w, row, end, rank, r, k, begin, stop, rank_stride, stride, low, high, least_kept,
-    DROPOUT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    x, w, cast, row, end, rank, r, k, begin, stop, rank_stride, stride, low, high, least_kept,
+    DROPOUT: tl.constexpr, CAST: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """[M, R], over the steps from `begin` to `stop` of K columns."""
+    """[M, R], over the steps from `begin` to `stop` of K columns; CAST: it writes x in the type of `cast`, else x."""
     total = tl.zeros((M, R), tl.float32)
     for step in tl.range(begin, stop):
         column = step * K + tl.arange(0, K)
         place = row.to(tl.int64)[:, None] * k + column[None, :]
-        inputs = tl.load(x + place, mask=(row < end)[:, None] & (column < k)[None, :], other=0.0)
+        inside = (row < end)[:, None] & (column < k)[None, :]
+        inputs = tl.load(x + place, mask=inside, other=0.0).to(cast.dtype.element_ty)
+        if CAST:
+            tl.store(cast + place, inputs, mask=inside)
         if DROPOUT:
             inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
         at = w + column[:, None] * stride + rank[None, :] * rank_stride
         weights = tl.load(at, mask=(column < k)[:, None] & (rank < r)[None, :], other=0.0)
-        total += tl.dot(inputs, weights.to(x.dtype.element_ty), input_precision="ieee")
+        total += tl.dot(inputs, weights.to(cast.dtype.element_ty), input_precision="ieee")
     return total
 
 
@@ -62,6 +65,7 @@ def sum_over_rows(
         factors = tl.load(at, mask=(row < end)[None, :] & (rank < r)[:, None], other=0.0)
         place = row.to(tl.int64)[:, None] * n + column[None, :]
         inputs = tl.load(x + place, mask=(row < end)[:, None] & (column < n)[None, :], other=0.0)
+        inputs = inputs.to(h.dtype.element_ty)
         if DROPOUT:
             inputs = tl.where(is_kept(place, low, high, least_kept), inputs, 0.0)
         total += tl.dot(factors, inputs, input_precision="ieee")

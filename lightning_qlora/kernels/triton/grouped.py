@@ -110,8 +110,8 @@ def _project_kernel(
         matrix = lora + expert.to(tl.int64) * r * k
         row, rank = first + tl.arange(0, M), tl.program_id(1) * R + tl.arange(0, R)
         total = sum_over_columns(
-            x, matrix, row, end, rank, r, k, 0, tl.cdiv(k, K), rank_stride, stride, low, high, least_kept,
-            DROPOUT, R, M, K,
+            x, matrix, x, row, end, rank, r, k, 0, tl.cdiv(k, K), rank_stride, stride, low, high, least_kept,
+            DROPOUT, False, R, M, K,
         )  # fmt: skip
         if HALF:
             total = take_out(total, x_factor, lora_factor)

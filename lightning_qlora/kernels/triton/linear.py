@@ -10,7 +10,8 @@ The scale is constant over a run, so it multiplies the sum of the run, and the t
 the 16-bit type of x). W is the left operand, which Hopper can read from registers. Several programs share the runs.
 
 Launches: 4 forward (few rows: 3; many rows with a bias: 5), 5 backward, with or without dropout. The adapter in fp32
-needs no 16-bit copies.
+needs no 16-bit copies. Of x in fp32 that products take in 16 bits, and of dY, the first product writes a cast; y and dX
+are sums in fp32, to which the last launch adds the adapter's part and the bias.
 """
 
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels import eager
-from lightning_qlora.kernels.half import Half, multiply, scaled_weight
+from lightning_qlora.kernels.half import Half, Wide, multiply, scaled_weight
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import lend
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, dropout_into
@@ -41,7 +42,10 @@ from lightning_qlora.kernels.triton.vector import vector
 from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
 
-def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> "Plan":
+def plan(x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None, types: eager.Types | None = None) -> "Plan":
+    if types is not None:
+        fused = Plan(x, lora, weight, types)
+        return fused if fused.casts_inside else Casting(x, lora, weight, types)
     if lora.in_fp16 and isinstance(x, Tensor):
         in_fp32 = Plan(x, lora, weight)
         if in_fp32.few_rows:  # read as 4 bits, W takes less time than to fp16 and tensor cores
@@ -55,18 +59,22 @@ class Plan(eager.Plan):
     Kernels read by address, so their matrices are contiguous.
     """
 
-    def __init__(self, x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None) -> None:
-        super().__init__(x, lora)
+    def __init__(
+        self, x: Tensor | Half, lora: LoRA, weight: PackedBytes | None = None, types: eager.Types | None = None
+    ) -> None:
+        super().__init__(x, lora, weight, types)
         self.library = None
         self.in_one_call = False
         self.dropout_into = dropout_into
         self.dequantize_into = partial(dequantize_into, tile=find_tile("dequantize", self.device))
         self.drops = lora.seed is not None
-        self.types = x.dtype, lora.a.dtype, lora.b.dtype
+        self.adapter_types = lora.a.dtype, lora.b.dtype
         tiles = [find_tile(name, self.device, self.m) for name in ("lora_down", "lora_up", "lora_gradients")]
         in_16_bits = self.dtype is not torch.float32
         has_sums = self.m > 0 and self.r > 0
         self.has_kernels = in_16_bits and has_sums and all(tiles) and self.m <= MAX_GRID * tiles[1]["M"]
+        self.x_dtype = x.dtype
+        self.casts_inside = types is not None and self.has_kernels
         # By tensor cores, or by the kernel that needs none, whose factors are fp32.
         self.matmul = "matmul" if in_16_bits or self.in_fp16 else "vector"
         self.few_rows = False  # whether W is decoded inside of the product
@@ -77,7 +85,8 @@ class Plan(eager.Plan):
     @cached_property
     def of_x(self) -> Launch:
         """x A^T."""
-        return lora_down(self.device, self.m, self.k, self.r, (self.k, 1), self.drops, self.types[:2])
+        types = self.x_dtype, self.adapter_types[0], self.dtype
+        return lora_down(self.device, self.m, self.k, self.r, (self.k, 1), self.drops, types)
 
     @cached_property
     def of_xa(self) -> Launch:
@@ -87,7 +96,8 @@ class Plan(eager.Plan):
     @cached_property
     def of_grad(self) -> Launch:
         """dY B."""
-        return lora_down(self.device, self.m, self.n, self.r, (1, self.r), False, self.types[::2])
+        types = self.y_dtype, self.adapter_types[1], self.dtype
+        return lora_down(self.device, self.m, self.n, self.r, (1, self.r), False, types)
 
     @cached_property
     def of_grad_xa(self) -> Launch:
@@ -98,21 +108,34 @@ class Plan(eager.Plan):
     def of_adapter(self) -> Launch:
         """The gradients of A and B."""
         strides = self.k, 1, self.r, 1
-        return lora_gradients(self.device, self.m, self.k, self.n, self.r, strides, self.drops, self.types)
+        types = self.x_dtype, *self.adapter_types, self.dtype
+        return lora_gradients(self.device, self.m, self.k, self.n, self.r, strides, self.drops, types)
+
+    def with_cast(self, x: Any) -> tuple[Tensor, Tensor]:
+        """x or dY, and what is multiplied: the same, or its cast, which is not written yet."""
+        if isinstance(x, Wide):
+            return x
+        x = x.contiguous()
+        return x, x
 
     def lora_project(self, x: Any, lora: LoRA) -> Tensor:
         if not self.has_kernels:
             return super().lora_project(x, lora)
-        x = x.contiguous()
+        x, cast = self.with_cast(x)
         a = lora.a.contiguous()
-        xa: Tensor = x.new_empty(self.m, self.r)
+        xa = cast.new_empty(self.m, self.r)
         launch = self.of_x
         memory = launch.memory(xa) if launch.sums else xa
         run = launch if (x.data_ptr() | a.data_ptr()) & 15 else launch.aligned
-        run((x, a, xa, memory), dropout_arguments(self.p, lora.seed, self.device))
+        run((x, a, xa, memory, cast), dropout_arguments(self.p, lora.seed, self.device))
         return xa
 
     def linear_into(self, out: Tensor, x: Any, xa: Any, weight: PackedBytes, bias: Tensor | None, lora: LoRA) -> None:
+        if self.casts_inside:
+            x = x.cast
+            if out.dtype is torch.float32 and not self.few_rows:
+                self.sum_into(out, x, weight, True, xa, lora.b, bias, None, lora.scaling)
+                return
         if self.has_kernels:
             b = lora.b.contiguous()
             run = self.of_xa if (xa.data_ptr() | b.data_ptr() | out.data_ptr()) & 15 else self.of_xa.aligned
@@ -131,26 +154,30 @@ class Plan(eager.Plan):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         if not self.has_kernels:
             return super().linear_backward(grad, x, xa, weight, lora, needs_x)
-        of_grad = grad.contiguous()
+        of_grad, cast = self.with_cast(grad)
         of_x = x.contiguous()
         xa = xa.contiguous()
         a = lora.a.contiguous()
         b = lora.b.contiguous()
         numbers = dropout_arguments(self.p, lora.seed, self.device)
         s = float(lora.scaling)  # Triton would compile another kernel for an int
-        grad_xa = of_x.new_empty(self.m, self.r)
+        grad_xa = xa.new_empty(self.m, self.r)
         places = of_grad.data_ptr() | of_x.data_ptr() | xa.data_ptr() | a.data_ptr() | b.data_ptr()
-        launches = self.of_grad, self.of_adapter, self.of_grad_xa
-        down, gradients, up = launches if places & 15 else [launch.aligned for launch in launches]
+        launches = self.of_grad, self.of_adapter
+        down, gradients = launches if places & 15 else [launch.aligned for launch in launches]
         memory = self.of_grad.memory(grad_xa) if self.of_grad.sums else grad_xa
-        down((of_grad, b, grad_xa, memory), (0, 0, 0, s))
+        down((of_grad, b, grad_xa, memory, cast), (0, 0, 0, s))
         grad_a = a.new_empty(self.r, self.k)
         grad_b = b.new_empty(self.n, self.r)
         memory = self.of_adapter.memory(xa) if self.of_adapter.sums else xa
-        gradients((grad_xa, of_x, grad_a, xa, of_grad, grad_b, memory), (*numbers, s))
+        gradients((grad_xa, of_x, grad_a, xa, cast, grad_b, memory), (*numbers, s))
         if not needs_x:
             return None, grad_a, grad_b
         grad_x = of_x.new_empty(self.m, self.k)
+        if self.casts_inside:
+            self.sum_into(grad_x, cast, weight, False, grad_xa, lora.a.T, None, lora.seed)
+            return grad_x, grad_a, grad_b
+        up = self.of_grad_xa if places & 15 else self.of_grad_xa.aligned
         up((grad_xa, a, grad_x), numbers)
         self.add_product(grad_x, grad, weight, transposed=False)
         return grad_x, grad_a, grad_b
@@ -175,6 +202,34 @@ class Plan(eager.Plan):
         is_aligned = is_aligned and not (x.data_ptr() | addend.data_ptr() | y.data_ptr()) & 15
         run = launch.aligned if is_aligned else launch
         run((*tensors, x, addend, y, launch.memory(y), power))
+
+    def sum_into(
+        self, out: Tensor, x: Tensor | Half, weight: PackedBytes, transposed: bool, h: Tensor, w: Tensor,
+        bias: Tensor | None, seed: Tensor | None, s: float = 1.0,
+    ) -> None:  # fmt: skip
+        """out = x W^T, or x W, in fp32, + s drop(h w^T) + bias."""
+        powers = out, out
+        if isinstance(x, Half):
+            weight, power = scaled_weight(weight, scaled)
+            powers = x.factor, power
+            x = x.values
+        buffer = lend((self.n, self.k), self.decoded_dtype, self.device)
+        try:
+            self.dequantize_into(buffer.matrix, weight)
+            multiply(x, buffer.transposed if transposed else buffer.matrix, out)
+        finally:
+            buffer.idle.append(buffer)
+        if not out.numel():
+            return
+        *mask, scale = dropout_arguments(self.p, seed, self.device)
+        added = out if bias is None else bias.contiguous()
+        sizes = *out.shape, self.r, w.stride(), seed is not None, bias is not None
+        run = finish((w.dtype, added.dtype, h.dtype), self.device, *sizes)
+        run((h.contiguous(), w, added, *powers, out), (*mask, scale * s))
+
+
+class Casting(eager.Casting, Plan):
+    """For no rows, no ranks, and cards without tiles for the products."""
 
 
 class HalfPlan(Plan, eager.HalfPlan):
@@ -201,26 +256,6 @@ class HalfPlan(Plan, eager.HalfPlan):
         out = grad.factor.new_empty(self.m, self.k)
         self.sum_into(out, grad, weight, False, grad_xa, lora.a.T, None, lora.seed)
         return out
-
-    def sum_into(
-        self, out: Tensor, x: Half, weight: PackedBytes, transposed: bool, h: Tensor, w: Tensor, bias: Tensor | None,
-        seed: Tensor | None, s: float = 1.0,
-    ) -> None:  # fmt: skip
-        """out = x W^T, or x W, + s drop(h w^T) + bias, the second product in fp32."""
-        weight, power = scaled_weight(weight, scaled)
-        buffer = lend((self.n, self.k), self.decoded_dtype, self.device)
-        try:
-            self.dequantize_into(buffer.matrix, weight)
-            multiply(x.values, buffer.transposed if transposed else buffer.matrix, out)
-        finally:
-            buffer.idle.append(buffer)
-        if not out.numel():
-            return
-        *mask, scale = dropout_arguments(self.p, seed, self.device)
-        added = out if bias is None else bias.contiguous()
-        sizes = *out.shape, self.r, w.stride(), seed is not None, bias is not None
-        run = finish((w.dtype, added.dtype), self.device, *sizes)
-        run((h.contiguous(), w, added, x.factor, power, out), (*mask, scale * s))
 
 
 @triton.jit

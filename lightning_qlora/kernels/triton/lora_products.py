@@ -22,8 +22,8 @@ MAX_GRID = 65535  # programs in the second and third dimension of a CUDA grid
 
 @triton.jit(do_not_specialize=MASK)
 def _down_kernel(
-    x, w, out, memory, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    x, w, out, memory, cast, m, k, r, w_rank_stride, w_stride, shares, low, high, least_kept, s,
+    DROPOUT: tl.constexpr, CAST: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """A program computes M x R sums over its share of the columns of x."""
     row = tl.program_id(0) * M + tl.arange(0, M)
@@ -35,8 +35,9 @@ def _down_kernel(
     stop = tl.minimum(begin + per_share, steps)
     tl.assume(begin < stop)  # with a path past the loop, whose sums are zeros, sm_90 waits for each wgmma
     total = sum_over_columns(
-        x, w, row, m, rank, r, k, begin, stop, w_rank_stride, w_stride, low, high, least_kept, DROPOUT, R, M, K
-    )
+        x, w, cast, row, m, rank, r, k, begin, stop, w_rank_stride, w_stride, low, high, least_kept, DROPOUT, CAST,
+        R, M, K,
+    )  # fmt: skip
     write = (row < m)[:, None] & (rank < r)[None, :]
     if SPLIT:
         total, is_last = add_shares(total, memory, share, shares, M, R)
@@ -110,9 +111,10 @@ def _gradients_kernel(
 @triton.jit(do_not_specialize=MASK)
 def _finish_kernel(
     h, w, bias, first, second, out, m, n, r, w_rank_stride, w_stride, low, high, least_kept, s,
-    DROPOUT: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS: tl.constexpr, POWERS: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
-    """A program adds M x N elements of it in fp32, and a bias, to sums of two `Half`, whose powers it takes out."""
+    """A program adds M x N elements of it, and a bias, to sums in fp32; it takes the powers out of those of `Half`."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.program_id(1) * N + tl.arange(0, N)
     total = sum_over_ranks(h, w, row, m, column, n, r, w_rank_stride, w_stride, R, M, N) * s
@@ -122,9 +124,10 @@ def _finish_kernel(
     if BIAS:
         total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
-    of_row = tl.load(first + row, mask=row < m, other=1.0)[:, None]
-    total += times_powers(tl.load(out + place, mask=inside, other=0.0), of_row, tl.load(second))
-    tl.store(out + place, total, mask=inside)
+    sums = tl.load(out + place, mask=inside, other=0.0)
+    if POWERS:
+        sums = times_powers(sums, tl.load(first + row, mask=row < m, other=1.0)[:, None], tl.load(second))
+    tl.store(out + place, total + sums, mask=inside)
 
 
 Types = tuple[torch.dtype, ...]
@@ -133,18 +136,21 @@ Types = tuple[torch.dtype, ...]
 def lora_down(
     device: torch.device, m: int, k: int, r: int, strides: tuple[int, int], dropout: bool, types: Types
 ) -> Launch:
-    """Tensors: x [m, k], w [r, k] of these strides, out [m, r], memory. `types`: of x and w."""
-    tile = find_tile("lora_down", device, m)
+    """Tensors: x [m, k], w [r, k] of these strides, out [m, r], memory, and x, or its cast to the type of out.
+
+    `types`: of x, w and out.
+    """
+    of_x, of_w, of_out = types
+    casts = of_x is not of_out
+    tile = find_tile("lora_down_fp32" if casts else "lora_down", device, m)
     rank = rank_tile(r)
     grid = -(-m // tile["M"]), -(-r // rank)
     numbers = m, k, r, *strides
     steps = -(-k // tile["K"])
     sums = tile["M"] * rank
-    of_x, of_w = types
-    types = of_x, of_w, of_x, torch.float32
-    return shared_launch(
-        _down_kernel, device, grid, numbers, tile, steps, sums, types, NO_DROPOUT, DROPOUT=dropout, R=rank
-    )
+    types = of_x, of_w, of_out, torch.float32, of_out
+    constants = {"DROPOUT": dropout, "CAST": casts, "R": rank}
+    return shared_launch(_down_kernel, device, grid, numbers, tile, steps, sums, types, NO_DROPOUT, **constants)
 
 
 def lora_up(device: torch.device, m: int, n: int, r: int, strides: tuple[int, int], dropout: bool) -> Launch:
@@ -159,14 +165,15 @@ def finish(
     types: tuple[torch.dtype, ...], device: torch.device, m: int, n: int, r: int, strides: tuple[int, int],
     dropout: bool, has_bias: bool,
 ) -> Launch:  # fmt: skip
-    """Tensors: h [m, r] in fp32, w [n, r] of these strides, bias or any, powers of rows, a power, sums.
+    """Tensors: h [m, r], w [n, r] of these strides, bias or any, powers of rows and a power or any, sums.
 
-    `types`: of w and the bias. The sums become the output. It needs no tensor cores: beside the bytes of the sums a
-    rank of 64 takes little time.
+    `types`: of w, the bias and h; h in fp32 is of `Half`, which have powers. The sums become the output. It needs no
+    tensor cores: beside the bytes of the sums a rank of 64 takes little time.
     """
     tile = find_tile("finish", device)
     grid = -(-m // tile["M"]), -(-n // tile["N"]), 1
-    constants = {"DROPOUT": dropout, "BIAS": has_bias, "R": min(rank_tile(r), tile["RANKS"])}
+    has_powers = types[-1] is torch.float32
+    constants = {"DROPOUT": dropout, "BIAS": has_bias, "POWERS": has_powers, "R": min(rank_tile(r), tile["RANKS"])}
     return launch_of(types, _finish_kernel, device, grid, (m, n, r, *strides[::-1]), tile, fuse=True, **constants)
 
 
@@ -182,7 +189,7 @@ def lora_gradients(
 ) -> Launch:
     """Tensors: dXA [m, r], x [m, k], dA [r, k], xa [m, r], dY [m, n], dB [n, r], memory.
 
-    `strides`: of dA and dB, whose types are the adapter's. `types`: of x, A and B.
+    `strides`: of dA and dB, whose types are the adapter's. `types`: of x, A, B and the others.
     """
     tile = find_tile("lora_gradients", device, m)
     rank = rank_tile(r)
@@ -190,8 +197,8 @@ def lora_gradients(
     numbers = m, k, n, r, *strides[:2], *strides[:1:-1]
     steps = -(-m // tile["M"])
     sums = rank * tile["N"]
-    of_x, of_a, of_b = types
-    types = of_x, of_x, of_a, of_x, of_x, of_b, torch.float32
+    of_x, of_a, of_b, others = types
+    types = others, of_x, of_a, others, others, of_b, torch.float32
     scales = *NO_DROPOUT, 1.0
     return shared_launch(
         _gradients_kernel, device, grid, numbers, tile, steps, sums, types, scales, DROPOUT=dropout, R=rank

@@ -109,9 +109,9 @@ def test_a_product_has_as_many_programs_as_its_card_runs_at_once(driven, monkeyp
     card = torch.device("cuda", 0)
     grids = []
     for device in (card, torch.device("cpu")):
-        run = lora_products.lora_down(device, 4096, 4096, 64, (4096, 1), True, (x.dtype, torch.float32))
+        run = lora_products.lora_down(device, 4096, 4096, 64, (4096, 1), True, (x.dtype, torch.float32, x.dtype))
         memory = torch.zeros(run.sums)
-        run((x, torch.zeros(64, 4096), x[:, :64].contiguous(), memory), (1, 2, 3, 1.0))
+        run((x, torch.zeros(64, 4096), x[:, :64].contiguous(), memory, x), (1, 2, 3, 1.0))
         grids.append(driven[-1][:3])
         assert driven[-1][:3] == run._grid
     assert grids == [(64, 1, 6), (64, 1, 8)]
@@ -267,7 +267,8 @@ def test_launches_of_a_layer(driven, monkeypatch, capsys, set_threads):
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
     launches = {cell[0].removeprefix("| ours").removeprefix(", "): (int(cell[1]), int(cell[3])) for cell in cells}
     ours = {"dropout": (4, 5), "no dropout": (4, 5), "no dropout, few rows": (3, 5)}
-    assert launches == {**ours, " on a T4, dropout": (8, 14)}
+    in_fp32 = {" in fp32, dropout": (4, 5), " in fp32, dropout, few rows": (3, 5)}
+    assert launches == {**ours, **in_fp32, " on a T4, dropout": (8, 14)}
 
 
 def addresses(arguments):

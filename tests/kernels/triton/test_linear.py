@@ -1,14 +1,19 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.products import add_matmul_
+from lightning_qlora import convert
 from lightning_qlora.config import QUANT_TYPES
-from lightning_qlora.kernels import reference
+from lightning_qlora.kernels import backends, reference
 from lightning_qlora.kernels import triton as kernels
+from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.half_attention import attention_in_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.triton import launch
+from lightning_qlora.kernels.triton import launch, linear
 from lightning_qlora.kernels.triton.dropout import dropout_into
 from tests.conftest import every_pair
 from tests.kernels.forward import forward
@@ -191,3 +196,84 @@ def test_attention_in_half_with_norms_of_a_kernel(size, of_grad):
     ours = ours.detach(), *torch.autograd.grad(ours, inputs, grad * of_grad)
     for one, other in zip(ours, exact, strict=True):
         assert (one - other).norm() <= 2e-3 * other.norm()
+
+
+def in_fp32(r, p, bias=True):
+    """A layer of a module that its user holds in fp32, on a card with bf16."""
+    net = nn.Sequential(nn.Linear(192, 160, bias=bias))
+    convert(net, r=r, lora_alpha=r, lora_dropout=p, compute_dtype="bf16")
+    nn.init.normal_(net[0].lora_B, std=0.02)
+    return net
+
+
+def outcome(net, x, grad, **options):
+    """y and the gradients of x, A and B; with dY in bf16 under autocast, as QLoRAPrecision runs a module in fp32."""
+    torch.manual_seed(1)
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=grad.dtype is torch.bfloat16):
+        y = net(x)
+    assert y.dtype is grad.dtype
+    return y.detach(), *torch.autograd.grad(y, [x, net[0].lora_A, net[0].lora_B], grad, **options)
+
+
+def errors(ours, exact):
+    return [((one.double() - other).norm() / other.norm()).item() for one, other in zip(ours, exact, strict=True)]
+
+
+@pytest.mark.parametrize(("m", "r", "p", "bias"), [(5, 4, 0.3, True), (20, 8, 0.3, False), (66, 70, 0.0, True)])
+def test_a_layer_in_fp32_rounds_neither_its_output_nor_the_gradient_of_its_input(m, r, p, bias):
+    """The kernels that read x and dY first cast them to bf16; y and dX are sums in fp32."""
+    net = in_fp32(r, p, bias)
+    x, grad = torch.randn(m, 384)[:, ::2], torch.randn(m, 160)
+    ours = outcome(net, x, grad)
+    assert {one.dtype for one in ours} == {torch.float32}
+    rounded = [each.bfloat16().float() for each in (x, grad)]
+    for one, other in zip(ours, outcome(net, *rounded), strict=True):
+        assert torch.equal(one, other)
+    if p:
+        in_16_bits = copy.deepcopy(net).bfloat16()
+        for one, other in zip(ours, outcome(in_16_bits, *(each.bfloat16() for each in rounded)), strict=True):
+            assert (one - other).norm() < 1e-2 * other.norm()
+    else:
+        layer = net[0]
+        inputs = [each.detach().double().requires_grad_() for each in (rounded[0], layer.lora_A, layer.lora_B)]
+        dense = layer.packed_weight.dequantize(torch.bfloat16).double()
+        y = inputs[0] @ dense.T + inputs[0] @ inputs[1].T @ inputs[2].T + (layer.bias if bias else 0)
+        exact = y.detach(), *torch.autograd.grad(y, inputs, rounded[1].double())
+        assert max(errors(ours[:2], exact[:2])) < 6e-4  # rounded to bf16 they have 1.7e-3
+        assert max(errors(ours[2:], exact[2:])) < 4e-3
+    of_y, *gradients = outcome(net, x, grad.bfloat16())
+    assert (of_y - ours[0]).norm() < 3e-3 * ours[0].norm()
+    for one, other in zip(gradients, ours[1:], strict=True):
+        assert one.dtype is torch.float32 and torch.equal(one, other)
+    assert not backend(torch.device("cpu")).failures
+
+
+def test_second_derivatives_and_hooks_of_saved_tensors_of_a_layer_in_fp32():
+    net = in_fp32(8, 0.0)
+    x, grad = torch.randn(9, 192), torch.randn(9, 160)
+    plain = outcome(net, x, grad)
+    for one, other in zip(outcome(net, x, grad, create_graph=True), plain, strict=True):
+        assert (one - other).norm() < 1e-2 * other.norm()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        assert all(map(torch.equal, outcome(net, x, grad), plain))
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    weight = net[0].effective_weight().detach().double()
+    assert (second - 2 * torch.ones(9, 192).double() @ weight.T @ weight).norm() < 2e-2 * second.norm()
+
+
+def test_a_kernel_that_fails_leaves_a_layer_in_fp32_to_torch(monkeypatch):
+    net = in_fp32(8, 0.3)
+    x, grad = torch.randn(66, 192), torch.randn(66, 160)
+    expected = outcome(net, x, grad)
+    for part in range(3):
+        backends._backends.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(linear, ("lora_down", "finish", "lora_gradients")[part], lambda *_: 1 / 0)
+            with pytest.warns(UserWarning, match="plain torch computes"):
+                ours = outcome(copy.deepcopy(net), x, grad)
+        for one, other in zip(ours, expected, strict=True):
+            assert one.dtype is torch.float32 and (one - other).norm() < 1e-2 * other.norm()
+    backends._backends.clear()

@@ -11,11 +11,12 @@ from lightning_qlora.kernels.backends import backend
 from tests.layers.test_prepared_call import assert_same, count_kept_calls, outcome, plainly, recomputed
 
 
-@pytest.mark.parametrize("compute_dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("compute_dtype", "dtype"), [("bf16", torch.bfloat16), ("bf16", torch.float32), ("fp16", torch.float32)]
+)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_prepared_and_other_calls_have_the_same_bits(monkeypatch, compute_dtype, p):
+def test_prepared_and_other_calls_have_the_same_bits(monkeypatch, compute_dtype, dtype, p):
     """Few rows, many rows, none; a memory that begins at any address; `fp16`: factors with powers of two."""
-    dtype = torch.bfloat16 if compute_dtype == "bf16" else torch.float32
     net = nn.Sequential(nn.Linear(64, 48)).to(dtype)
     convert(net, r=4, lora_dropout=p, compute_dtype=compute_dtype)
     nn.init.normal_(net[0].lora_B)

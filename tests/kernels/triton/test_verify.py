@@ -51,8 +51,9 @@ def test_the_kernels_are_right(op):
     assert verify.fault(kernels, CPU, op) is None
 
 
-ROWS = "mask=(row < end)[:, None]"
+ROWS = "inside = (row < end)[:, None]"
 COLUMNS = f"{ROWS} & (column < k)[None, :]"
+CAST = "tl.store(cast + place, inputs"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,19 @@ COLUMNS = f"{ROWS} & (column < k)[None, :]"
         ("quantize", "quantize", "mask=i < n)\n\n", "mask=i == i)\n\n", "", "quantize", 0, "writes past"),
         ("quantize", "quantize", "rank += (scaled", "rank += undefined + (scaled", "", "quantize", 0, "Error: "),
         ("lora_products", "lora_up", "total *= s\n", "total *= 1.03 * s\n", "linear", "linear_into", 1, "differs"),
-        ("adapter_sums", "sum_over_columns", COLUMNS, ROWS, "lora_products", "lora_project", 1, "differs"),
+        (
+            "adapter_sums",
+            "sum_over_columns",
+            COLUMNS,
+            f"{ROWS} & (column >= 0)[None, :]",
+            "lora_products",
+            "lora_project",
+            1,
+            "differs",
+        ),
+        ("adapter_sums", "sum_over_columns", CAST, f"{CAST} * 2", "lora_products", "lora_project", 10, "differs"),
+        ("lora_products", "finish", "total + sums", "sums", "linear", "linear_into", 10, "differs"),
+        ("half", "norm_exponent", "- 125", "- 127", "", "norm_exponent", 0, "differs"),
         (
             "linear",
             "matmul",

@@ -81,6 +81,7 @@ class Plan(eager.Plan):
         if weight is not None and self.m and self.k % min(weight.block_size, 64) == 0:
             self.few_rows = bool(find_tile(self.matmul, self.device, self.m))
         self.of_weight: Launch | None = None  # x W^T
+        self.finishes: dict[Any, Launch] = {}  # of `sum_into`
 
     @cached_property
     def of_x(self) -> Launch:
@@ -223,8 +224,12 @@ class Plan(eager.Plan):
             return
         *mask, scale = dropout_arguments(self.p, seed, self.device)
         added = out if bias is None else bias.contiguous()
-        sizes = *out.shape, self.r, w.stride(), seed is not None, bias is not None
-        run = finish((w.dtype, added.dtype, h.dtype), self.device, *sizes)
+        variant = transposed, w.stride(), seed is not None, bias is not None
+        run = self.finishes.get(variant)
+        if run is None:
+            types = w.dtype, added.dtype, h.dtype
+            sizes = *out.shape, self.r, *variant[1:]
+            run = self.finishes[variant] = finish(types, self.device, *sizes)
         run((h.contiguous(), w, added, *powers, out), (*mask, scale * s))
 
 

@@ -165,8 +165,8 @@ class ConversionReport:
         each = [(name, MARK + text) for text, names in self.notes.items() for name in names]
         each += [(name, f"{MARK}no gradient in the first steps: {reason}") for name, reason in self.unused.items()]
         for name in sorted(self.converted, key=lambda name: -len(self.shapes[name])):  # experts first
-            *experts, rows, columns = self.shapes[name]
-            prefix = "".join(f"{number} experts of " for number in experts)
+            *counts, rows, columns = self.shapes[name]
+            prefix = "".join(f"{count} experts of " for count in counts)
             each.append((name, f"4-bit + adapter, {prefix}{rows}x{columns}"))
         each += [(name, f"trains in full: {reason}") for name, reason in self.trained_in_full.items()]
         each += [(name, f"skipped: {reason}") for name, reason in self.skipped.items()]

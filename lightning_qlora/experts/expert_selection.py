@@ -29,7 +29,7 @@ def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
     stacks = [
         ExpertParameter(owner, parameter_name(key), len(part), part._transposed)
         for key, part in owner._modules.items()
-        if isinstance(part, QLoRAExperts) and part.loaded
+        if isinstance(part, QLoRAExperts) and part.is_unfinished
     ]
     if isinstance(owner, nn.Linear):
         return stacks

@@ -210,7 +210,7 @@ class Place:
         """The parameters, by name, of the layer that it became; transformers sets them again."""
         if self._missing_keys is not None:
             self._missing_keys.discard(self.key)
-        layer.loaded = True
+        layer.is_unfinished = True
         bias = layer._parameters.get("bias")
         # The files may lack a bias: then the marks of the single tensors tell transformers what to initialize.
         layer._is_hf_initialized = bias is None  # type: ignore[assignment]

@@ -68,7 +68,7 @@ def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
     dtype = weight.dtype
     layer = convert_layer(row, device)
     record([Unrecorded(row.owner, row.key, trained, dtype)])
-    layer.loaded = True
+    layer.is_unfinished = True
     layer.quantized_by_conversion = True
     for parameter in layer.adapter_parameters():  # until the conversion ends, it counts as the layer that it was
         parameter.requires_grad_(trained)
@@ -106,7 +106,7 @@ def freeze(seen: Survey, choice: Selection, new: Iterable[Unrecorded], converted
             frozen[join(part.names.full, key if owner._modules else "")] = None
     trains = []
     for layer in converted:
-        layer.loaded = False
+        layer.is_unfinished = False
         trains += layer.adapter_parameters()
     if IN_MODULES_TO_SAVE in choice.train.values():
         for part in parts.values():

@@ -42,11 +42,6 @@ class Case:
     saved: Mapping[str, Any] | None  # its own arguments in the checkpoint
     of_checkpoint: bool  # whether the layers of a checkpoint are converted
 
-    @property
-    def can_train(self) -> bool:
-        """Whether it may train in full: conversion makes nothing train in a module that the user froze."""
-        return self.trains and self.part.kind not in STACKS
-
     def is_not_linear(self) -> str | None:
         return None if self.part.is_linear else "only linear layers can be converted"
 
@@ -97,6 +92,10 @@ class Case:
             return None
         return f"{LARGE_RANK} {self.config.r} would not be smaller than its {rows}x{columns} weights"
 
+    def too_small_and_trains(self) -> str | None:
+        """Conversion makes nothing train in a module that the user froze."""
+        return self.too_small() if self.trains and self.part.kind not in STACKS else None
+
     def is_empty(self) -> str | None:
         rows, columns = self.part.shape
         return None if rows and columns else f"its {rows}x{columns} weight is empty"
@@ -124,7 +123,7 @@ RULES = (
     Rule("of a class that defines a name which a 4-bit layer would replace", SKIP, REFUSE, Case.has_member),
     Rule("tied, parametrized, or not in floats", SKIP, IN_VAIN, Case.cannot_convert),
     Rule("an output embedding, a router, in a metric, or frozen by the module", SKIP, None, Case.not_by_default),
-    Rule("not larger than its adapter", TRAIN, None, lambda case: case.can_train and case.too_small()),
+    Rule("not larger than its adapter", TRAIN, None, Case.too_small_and_trains),
     Rule("not larger than its adapter, in a mixture of experts or where nothing trains", SKIP, None, Case.too_small),
     Rule("without weights", SKIP, SKIP, Case.is_empty),
     Rule("not in 4 bits in the checkpoint", SKIP, SKIP, lambda case: case.of_checkpoint),

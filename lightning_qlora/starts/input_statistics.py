@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.kernels.ops import TAGS
+from lightning_qlora.tensors.values import has_values
 
 # Places of numbers of rows in the sums:
 FINITE_ROWS = -3
@@ -71,12 +72,12 @@ class InputStatistics:
     @property
     def has_weight(self) -> bool:
         """Whether this rank has the float weight."""
-        return not self.dense_weight.is_meta
+        return has_values(self.dense_weight)
 
     def to(self, device: torch.device) -> None:
         """Move the sums with a layer, whose weight may have been read after it was on the meta device."""
         device = solver_device(device)
-        if self.sums.is_meta:
+        if not has_values(self.sums):
             self.sums = torch.zeros_like(self.sums, device=device)
         else:
             self.sums = self.sums.to(device)

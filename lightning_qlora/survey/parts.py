@@ -43,7 +43,7 @@ class Traits(NamedTuple):
 
     is_new: bool = False  # no layer of this package, and no mark
     is_lazy: bool = False  # a parameter without a shape
-    is_meta: bool = False  # a value on the meta device
+    lacks_data: bool = False  # a value on the meta device
     has_16_bits: bool = False  # a type of 16 bits: of a value, of a 4-bit weight before, or of a computation
     is_mapped: bool = False  # a value in a mapped file, or in other memory that is not torch's
     is_wide: bool = False  # a wide linear layer
@@ -98,7 +98,7 @@ class Parts:
         marked = any(key.startswith("_qlora_") for part in self.modules for key in vars(part))
         return Traits(
             is_new=not (marked or self.adapters),
-            is_meta=any(tensor.is_meta for tensor in tensors),
+            lacks_data=any(tensor.is_meta for tensor in tensors),
             has_16_bits=computes or not types.isdisjoint(IN_16_BITS),
             is_mapped=any(not (storage.resizable() or storage.is_shared()) for storage in storages),
             is_wide=any(map(is_wide, self.modules)),

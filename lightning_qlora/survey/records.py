@@ -123,7 +123,7 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
     result = []
     for part in modules:
         for key, parameter in own_parameters(part).items():
-            is_of_layer = isinstance(part, LoRALayer) and (key in OF_LAYERS or not part.loaded)
+            is_of_layer = isinstance(part, LoRALayer) and (key in OF_LAYERS or not part.is_unfinished)
             if not is_of_layer and key not in _records(part):
                 result.append(Unrecorded(part, key, parameter.requires_grad, parameter.dtype))
         for key, layer in _loaded_layers(part):
@@ -135,7 +135,7 @@ def unrecorded(modules: Iterable[nn.Module]) -> list[Unrecorded]:
 def _loaded_layers(part: Any) -> Iterator[tuple[str, LoRALayer]]:
     """The key of each weight that is in 4 bits before a conversion has ended, and its layer."""
     for name, layer in [("", part), *part._modules.items()]:
-        if isinstance(layer, LoRALayer) and layer.loaded:
+        if isinstance(layer, LoRALayer) and layer.is_unfinished:
             key = layer.weight_name(layer.reported_name(name))
             if key and not owner_name(key):  # else it is a weight of another module
                 yield key, layer
@@ -152,7 +152,7 @@ def record(parameters: Iterable[Unrecorded]) -> None:
 def is_recorded(owner: nn.Module) -> bool:
     """Whether a conversion has seen all parameters that a module holds itself, one at least, or made them."""
     if isinstance(owner, LoRALayer):
-        return not owner.loaded
+        return not owner.is_unfinished
     return RECORDS in vars(owner) and own_parameters(owner).keys() <= _records(owner).keys()
 
 

@@ -10,7 +10,7 @@ It has no copies of values. What is cast within it has its memory twice until th
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.layers.names import tensors_of
@@ -22,7 +22,6 @@ CONTAINERS = tuple(key for key, value in vars(nn.Module()).items() if isinstance
 
 @contextmanager
 def snapshot(modules: Iterable[nn.Module]) -> Iterator[Callable[[nn.Module], None]]:
-    """An error within the context gives the modules back their state."""
     states = {part: _State(part) for part in modules}
 
     def keep(part: nn.Module) -> None:
@@ -50,7 +49,11 @@ class _State:
         containers += map(vars, tensors)
         # They stay the same objects, which handles of hooks refer to.
         self._contents = [(each, each.copy()) for each in (attributes, *containers)]
-        self._tensors = [*map(_Tensor, tensors)]
+        self._values = []
+        for tensor in tensors:
+            is_whole = is_strided(tensor) and not is_sharded(tensor)  # else nothing replaces its values
+            data, grad = (tensor.data, tensor.grad) if is_whole else (None, None)
+            self._values.append((tensor, tensor.requires_grad, data, grad))
 
     def restore(self) -> None:
         if type(self._part) is not self._class:
@@ -58,25 +61,10 @@ class _State:
         for container, content in self._contents:
             container.clear()
             container.update(content)
-        for tensor in self._tensors:
-            tensor.restore()
-
-
-class _Tensor:
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._requires_grad = tensor.requires_grad
-        self._data = None
-        self._grad = None
-        if is_strided(tensor) and not is_sharded(tensor):  # else nothing replaces its values
-            self._data = tensor.data
-            self._grad = tensor.grad
-
-    def restore(self) -> None:
-        tensor = self._tensor
-        if self._data is not None:
-            tensor.grad = None
-            tensor.data = self._data
-            tensor.grad = self._grad
-        if tensor.requires_grad is not self._requires_grad:
-            tensor.requires_grad_(self._requires_grad)
+        for tensor, requires_grad, data, grad in self._values:
+            if data is not None:
+                tensor.grad = None
+                tensor.data = data
+                tensor.grad = grad
+            if tensor.requires_grad is not requires_grad:
+                tensor.requires_grad_(requires_grad)

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -183,7 +182,6 @@ class _Facts:
             hasattr(kind, name) for kind in kinds for name in ("experts", *COUNTS)
         )
         self.routers = Routers(self.modules) if knows_experts else None  # else there is no stack and no router
-        self.members_of: Callable[[Any], frozenset[str]] = cache(_members_of_class)
         self.output_embeddings = modules.output_embeddings
         self.in_frozen_models: set[int] = set()
         for inside_model in modules.models.values():
@@ -233,7 +231,9 @@ class _Facts:
     def _replaced_member(self, layer: nn.Module) -> str | None:
         if kind_of(type(layer)).forward is not None:
             return None
-        of_class = self.members_of(type(layer))
+        # torch's own classes are nn.Linear's, and parametrized or sharded layers, which other rules refuse
+        classes_of = [kind for kind in type(layer).__mro__[:-1] if not kind.__module__.startswith("torch.")]
+        of_class = {name for kind in classes_of for name in vars(kind)}
         if "__call__" in of_class:
             return "__call__"
         if not isinstance(layer, nn.Linear):  # a class that computes the same
@@ -278,7 +278,7 @@ def _kind(module: nn.Module) -> Kind:
     if isinstance(module, Derived) and module.is_decided:
         return Kind.DECIDED
     if isinstance(module, LoRALayer):
-        if not module.loaded:
+        if not module.is_unfinished:
             return Kind.CONVERTED
         return Kind.EXPERTS if isinstance(module, QLoRAExperts) else Kind.QUANTIZED
     if not is_linear(module):
@@ -287,7 +287,7 @@ def _kind(module: nn.Module) -> Kind:
 
 
 def _config_of_unfinished(layer: Any) -> QLoRAConfig | None:
-    if not isinstance(layer, LoRALayer) or not layer.loaded or not layer.quantized_by_conversion:
+    if not isinstance(layer, LoRALayer) or not layer.is_unfinished or not layer.quantized_by_conversion:
         return None
     return layer.config
 
@@ -327,9 +327,3 @@ def _names(modules: Parts) -> dict[int, Names]:
         number: Names(name, tuple(for_patterns[number]), seeds[number], tuple(others))
         for number, (name, *others) in full.items()
     }
-
-
-def _members_of_class(kind: type[nn.Module]) -> frozenset[str]:
-    # torch's own classes are nn.Linear's, and parametrized or sharded layers, which other rules refuse
-    kinds = [each for each in kind.__mro__ if each is not object and not each.__module__.startswith("torch.")]
-    return frozenset(name for each in kinds for name in vars(each))

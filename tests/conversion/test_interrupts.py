@@ -139,7 +139,7 @@ def state_of(module):
         ]
         own = sorted(key for key in attributes if key.startswith("_qlora") or key == "forward")
         hooks = [key for key, value in attributes.items() if "hooks" in key and value]
-        values = [attributes.get(key) for key in (RECORDS, TYPES, "loaded", "weight_dtype")]
+        values = [attributes.get(key) for key in (RECORDS, TYPES, "is_unfinished", "weight_dtype")]
         words = (str(type(part)), [*part._parameters], [*part._modules], methods, own, hooks, *values)
         state[f"{name} {words}"] = torch.zeros(())
     return state
@@ -209,7 +209,7 @@ def check_interrupts(case, folder, choose):
         model = model_of(case)
         with pytest.raises(Interrupt):
             trace_lines(lambda model=model: convert(model, **arguments), number)
-        has_ended = adapted_layers(model) and not any(layer.loaded for layer in adapted_layers(model).values())
+        has_ended = adapted_layers(model) and not any(layer.is_unfinished for layer in adapted_layers(model).values())
         ours, text = finish(model, arguments)
         for state, other in zip(ours, states, strict=True):
             assert state.keys() == other.keys(), number

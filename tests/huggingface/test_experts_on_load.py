@@ -40,7 +40,9 @@ def same_parameters(ours, theirs):
     assert [name for name in ours if ours[name].requires_grad != theirs[name].requires_grad] == []
 
 
-OF_LAYER = ["r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "loaded"]
+OF_LAYER = [
+    *("r", "scaling", "lora_dropout", "config", "full_name", "seed_name", "quant_type", "weight_dtype", "is_unfinished")
+]
 
 
 def same_modules(ours, theirs):
@@ -79,7 +81,7 @@ def test_the_bytes_are_those_of_quantizing_after_loading(build, dtype, folder):
     expected = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model = loaded(path, dtype)
     stacks = list(expert_stacks(model.named_modules()))
-    assert stacks and all(stack.loaded for *_, stack in stacks)
+    assert stacks and all(stack.is_unfinished for *_, stack in stacks)
     assert_same_conversion(model, expected)
     assert torch.equal(outputs(model).logits, outputs(expected).logits)
 
@@ -136,7 +138,7 @@ def test_an_adapter_to_start_from(folder, tmp_path):
     convert(model, r=4, lora_dropout=0.0)
     save_adapter(perturb(model), tmp_path / "adapter")
     again = loaded(path, adapter=str(tmp_path / "adapter"))
-    assert all(stack.loaded for *_, stack in expert_stacks(again.named_modules()))
+    assert all(stack.is_unfinished for *_, stack in expert_stacks(again.named_modules()))
     convert(again, adapter=str(tmp_path / "adapter"))
     torch.testing.assert_close(outputs(again).logits, outputs(model).logits)
 

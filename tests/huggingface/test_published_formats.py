@@ -93,8 +93,8 @@ def test_the_bytes_are_those_of_the_dense_model(format, build, folders):
     expected = transformers.AutoModelForCausalLM.from_pretrained(dense)
     same_parameters(dequantized(published, format), expected)
     model = loaded(published)
-    assert all(layer.loaded for layer in adapted_layers(model).values())
-    assert all(stack.loaded for *_, stack in expert_stacks(model.named_modules()))
+    assert all(layer.is_unfinished for layer in adapted_layers(model).values())
+    assert all(stack.is_unfinished for *_, stack in expert_stacks(model.named_modules()))
     assert_same_conversion(model, expected)
     assert torch.equal(outputs(model).logits, outputs(expected).logits)
     assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
@@ -219,7 +219,7 @@ def test_dense_experts_of_a_4_bit_folder_are_quantized_while_they_load(build, tm
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     model = loaded(tmp_path / "folder")
     assert list(expert_stacks(model.named_modules())) and all(
-        stack.loaded for *_, stack in expert_stacks(model.named_modules())
+        stack.is_unfinished for *_, stack in expert_stacks(model.named_modules())
     )
     assert_same_conversion(model, expected)
 

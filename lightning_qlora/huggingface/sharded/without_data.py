@@ -77,7 +77,7 @@ def _convert(model: nn.Module, folder: ModelFolder, chosen: dict[str, Row], shap
     for key, each in chosen.items():
         entry = folder.entries.get(key)
         if f"{key}.0" in folder.entries or (entry is not None and entry.shape == shapes[key]):
-            convert_layer(each).loaded = True
+            convert_layer(each).is_unfinished = True
     to_parameters(model)
 
 

@@ -64,7 +64,7 @@ from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.survey.survey import Agree, Survey, survey
 from lightning_qlora.tensors.device_types import held_type
 from lightning_qlora.tensors.dtensor import world_size
-from lightning_qlora.tensors.values import has_values
+from lightning_qlora.tensors.values import is_empty
 from lightning_qlora.upstream_changes import make_changes
 
 
@@ -264,7 +264,7 @@ def _load_adapter_once(parts: Parts, folder: str, adapter: Adapter | None = None
     layers have values, by `load_weights` or the next call.
     """
     layers = parts.layers.values()
-    if all(layer.adapter_folder == folder or not has_values(layer.lora_B) for layer in layers):
+    if all(layer.adapter_folder == folder or is_empty(layer.lora_B) for layer in layers):
         return
     set_adapter(parts, adapter or read_adapter(folder))
     for layer in layers:

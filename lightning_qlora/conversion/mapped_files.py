@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.layers.names import tensors_of
-from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.values import is_strided
+from lightning_qlora.tensors.values import is_mapped
 
 
 def copy_from_files(modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -21,10 +20,7 @@ def copy_from_files(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """
     spans: list[tuple[int, int, Tensor]] = []
     for _, tensor in tensors_of(list(modules)):
-        if not is_strided(tensor) or is_sharded(tensor) or tensor.device.type != "cpu" or not tensor.numel():
-            continue
-        storage = tensor.untyped_storage()
-        if storage.resizable() or storage.is_shared():  # memory of torch, or of several processes
+        if not is_mapped(tensor):
             continue
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(), tensor))

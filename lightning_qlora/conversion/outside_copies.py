@@ -175,7 +175,6 @@ def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
 
 
 def _copies_of(module: nn.Module) -> Iterator[_Copy]:
-    """The tensors that have the shape and values of a parameter of a module."""
     modules = list(module.named_modules())
     tensors, holders = _search({id(part) for _, part in modules})
     inside = {id(tensor) for _, tensor in tensors_of(modules)}
@@ -222,7 +221,8 @@ def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str]]:
         seen.add(id(value))
         left -= 1
         if kind not in is_average:
-            is_average[kind] = _is_average(kind.__name__)
+            words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", kind.__name__)
+            is_average[kind] = not AVERAGES.isdisjoint(word.lower() for word in words)
         if kind in KINDS:
             tensors.append(value)
             continue
@@ -293,8 +293,3 @@ def add_advice(error: BaseException, text: str) -> None:
 def _place(tensor: Any) -> int | None:
     """Where the values of a tensor are, the same for `detach()` of it; None if that is not known."""
     return tensor.untyped_storage().data_ptr() if is_comparable(tensor) else None
-
-
-def _is_average(name: str) -> bool:
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
-    return not AVERAGES.isdisjoint(word.lower() for word in words)

@@ -22,7 +22,7 @@ from lightning_qlora.dtypes.instance_method import InstanceMethod, OfTraining, a
 from lightning_qlora.kernels.half_linear import linear_in_half
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.tensors.device_types import IN_16_BITS, is_our_autocast, multiplies_in_fp16
+from lightning_qlora.tensors.device_types import IN_16_BITS, is_our_autocast, lacks_bf16
 from lightning_qlora.tensors.held_types import follow_cast, own_tensors, type_after
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -185,7 +185,7 @@ def takes_halves(x: Any) -> bool:
     return (
         type(x) is Tensor
         and x.dtype is torch.float32
-        and multiplies_in_fp16(x.device)
+        and lacks_bf16(x.device)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

@@ -38,7 +38,7 @@ from lightning_qlora.dtypes.compute_in import (
 from lightning_qlora.dtypes.instance_method import remove
 from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.tensors.device_types import IN_16_BITS, Held, held_type, multiplies_in_fp16
+from lightning_qlora.tensors.device_types import IN_16_BITS, Held, held_type, lacks_bf16
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.held_types import (
     TYPES,
@@ -51,6 +51,7 @@ from lightning_qlora.tensors.held_types import (
     set_types_before,
     types_before,
 )
+from lightning_qlora.tensors.values import is_empty
 
 Decide = Callable[[torch.device, torch.dtype], Held | None]  # `held_type`, or what all ranks agree on
 OF_FP16 = Held(torch.float32, "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32")
@@ -200,7 +201,7 @@ def hold(
         release(modules)
     for dtype, (other, _) in held.items():
         _hold_type(modules, dtype, other)
-    if held and multiplies_in_fp16(device):
+    if held and lacks_bf16(device):
         patches.replace_attention(attend)
     _take_16_bit_inputs(modules)
     return [*held.values()]
@@ -279,7 +280,7 @@ def _device_of(modules: Iterable[nn.Module]) -> torch.device:
     """The device of modules; of those that are on the meta device, the one that they will be loaded to."""
     for part in modules:
         tensors = [part.packed] if isinstance(part, PackedLayer) else own_tensors(part).values()
-        device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
+        device = next((tensor.device for tensor in tensors if not is_empty(tensor)), None)
         if device is not None:
             return device
     return torch.accelerator.current_accelerator() or torch.device("cpu")

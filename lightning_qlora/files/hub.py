@@ -45,19 +45,15 @@ def copy_files(folder: Path, target: Path, without: tuple[str, ...]) -> None:
 
 def _check(path: Path) -> None:
     if path.is_symlink():
-        _check_link(path)
+        folder = path.parent.resolve()
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(folder) and not _is_blob(target, folder):
+            raise ValueError(
+                f"{path}: is a symbolic link to {target}, outside of the folder. Put the file there (a hard link, "
+                "cp -l, needs no space)."
+            )
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path}: is a pipe, a socket or a device, which may have no end. Put a file there.")
-
-
-def _check_link(path: Path) -> None:
-    folder = path.parent.resolve()
-    target = Path(os.path.realpath(path))
-    if not target.is_relative_to(folder) and not _is_blob(target, folder):
-        raise ValueError(
-            f"{path}: is a symbolic link to {target}, outside of the folder. Put the file there (a hard link, cp -l, "
-            "needs no space)."
-        )
 
 
 def _is_blob(target: Path, folder: Path) -> bool:

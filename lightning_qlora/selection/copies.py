@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qlora.layers.names import name_endings, owner_name, tensors_of, without_numbers
 from lightning_qlora.selection.selection import Selection
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.tensors.values import has_values, is_strided
+from lightning_qlora.tensors.values import can_be_read
 
 COPIES = "_qlora_copies"  # attribute of a module while it is converted: the copies in it
 SAMPLES = 16  # elements of a weight that are compared first
@@ -44,20 +44,16 @@ def find_copies(parts: Parts, choice: Selection) -> list[Copy]:
     """
     known: dict[str, list[Copy]] = vars(parts.root)
     copies = known.get(COPIES, [])
-    if tensors := _tensors_to_compare(parts):
-        copies = [*dict.fromkeys([*copies, *_equal_tensors(tensors, choice)])]
-    if copies:
-        known[COPIES] = copies
-    return copies
-
-
-def _tensors_to_compare(parts: Parts) -> list[tuple[str, Tensor]]:
-    """The dense matrices, and stacks of them, of which others of their shape may be copies; on this rank as a whole."""
     matrices = [(name, each) for name, each in tensors_of(parts.named) if is_comparable(each) and each.ndim >= 2]
     of_shape: dict[torch.Size, set[str]] = {}
     for name, tensor in matrices:
         of_shape.setdefault(tensor.shape, set()).add(without_numbers(name))
-    return [(name, tensor) for name, tensor in matrices if len(of_shape[tensor.shape]) > 1]
+    tensors = [(name, tensor) for name, tensor in matrices if len(of_shape[tensor.shape]) > 1]
+    if tensors:
+        copies = [*dict.fromkeys([*copies, *_equal_tensors(tensors, choice)])]
+    if copies:
+        known[COPIES] = copies
+    return copies
 
 
 def _equal_tensors(tensors: list[tuple[str, Tensor]], choice: Selection) -> list[Copy]:
@@ -92,8 +88,7 @@ def share_seeds(choice: Selection, copies: list[Copy]) -> None:
 
 def is_comparable(tensor: Tensor) -> bool:
     """Whether a tensor has floats that can be read, on this rank as a whole."""
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and is_strided(tensor) and has_values(tensor)
-    if not is_plain or not tensor.is_floating_point() or not tensor.numel():
+    if type(tensor) not in (Tensor, nn.Parameter) or not can_be_read(tensor) or not tensor.is_floating_point():
         return False
     return tensor.untyped_storage().nbytes() > 0  # else FSDP2 has freed it
 

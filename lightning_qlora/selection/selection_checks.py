@@ -102,8 +102,8 @@ def foreign_adapter(module: nn.Module) -> str | None:
     """What a module is, if it is an adapter of another library; None if it is none."""
     kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
     for part, file, base in (("layer", "tuners.tuners_utils", "BaseTunerLayer"), ("model", "peft_model", "PeftModel")):
-        peft = sys.modules.get(f"peft.{file}")
-        if peft is not None and isinstance(module, getattr(peft, base)):
+        library = sys.modules.get(f"peft.{file}")
+        if library is not None and isinstance(module, getattr(library, base)):
             return f"{kind}, a {part} with a PEFT adapter"
     # ScriptModules need keys()
     names = {name.lower() for name in (*module._parameters.keys(), *module._modules.keys())}

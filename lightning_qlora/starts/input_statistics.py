@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.kernels.ops import TAGS
-from lightning_qlora.tensors.values import has_values
+from lightning_qlora.tensors.values import is_empty
 
 # Places of numbers of rows in the sums:
 FINITE_ROWS = -3
@@ -72,12 +72,12 @@ class InputStatistics:
     @property
     def has_weight(self) -> bool:
         """Whether this rank has the float weight."""
-        return has_values(self.dense_weight)
+        return not is_empty(self.dense_weight)
 
     def to(self, device: torch.device) -> None:
         """Move the sums with a layer, whose weight may have been read after it was on the meta device."""
         device = solver_device(device)
-        if not has_values(self.sums):
+        if is_empty(self.sums):
             self.sums = torch.zeros_like(self.sums, device=device)
         else:
             self.sums = self.sums.to(device)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qlora.quantization.blockwise import FLOATS
-from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.values import has_values, is_strided
+from lightning_qlora.tensors.values import can_be_read
 
+READABLE = (*FLOATS, torch.float64)
 FEWEST = 32  # values, of which a distribution can be asked
 FEW = 256  # values; fewer are never certain
 MANY = 2048  # values of which a uniform distribution is recognized without knowing its bound
@@ -111,8 +111,7 @@ class _Sample:
 
 
 def values_of(tensor: Tensor, owner: nn.Module) -> Values:
-    """What the values of a parameter of a module say."""
-    if not _can_be_read(tensor):
+    if tensor.dtype not in READABLE or not can_be_read(tensor):
         return Values()
     data = tensor.detach().squeeze()
     count = tensor.numel()
@@ -151,11 +150,6 @@ def values_of(tensor: Tensor, owner: nn.Module) -> Values:
     return Values(Look.TRAINED if is_heavy else _look_of_rows(data), count, "orthogonal")
 
 
-def _can_be_read(tensor: Tensor) -> bool:
-    is_plain = is_strided(tensor) and not is_sharded(tensor)
-    return tensor.dtype in (*FLOATS, torch.float64) and tensor.numel() > 0 and has_values(tensor) and is_plain
-
-
 def look_of_bias(bias: Tensor | None, weight: Tensor, owner: nn.Module | None = None) -> Look | None:
     """BLANK, or SMALL if it is uniform as layers of torch begin, or UNKNOWN, as after a training; None without one.
 
@@ -163,7 +157,7 @@ def look_of_bias(bias: Tensor | None, weight: Tensor, owner: nn.Module | None = 
     """
     if bias is None and weight.ndim < 2:
         bias = weight
-    if bias is None or not _can_be_read(bias):
+    if bias is None or bias.dtype not in READABLE or not can_be_read(bias):
         return None
     bias = bias.detach()
     low, high = _ends(bias)

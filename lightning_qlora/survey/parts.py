@@ -28,8 +28,7 @@ from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
 from lightning_qlora.tensors.device_types import IN_16_BITS
-from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.values import is_strided
+from lightning_qlora.tensors.values import is_mapped
 
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
@@ -45,7 +44,7 @@ class Traits(NamedTuple):
     is_lazy: bool = False  # a parameter without a shape
     lacks_data: bool = False  # a value on the meta device
     has_16_bits: bool = False  # a type of 16 bits: of a value, of a 4-bit weight before, or of a computation
-    is_mapped: bool = False  # a value in a mapped file, or in other memory that is not torch's
+    is_mapped: bool = False  # a value in a mapped file
     is_wide: bool = False  # a wide linear layer
 
 
@@ -93,14 +92,12 @@ class Parts:
             return Traits(is_lazy=True)
         types = {tensor.dtype for tensor in tensors} | {layer.dtype_before for layer in self.layers.values()}
         computes = any(CHANGES & vars(part).keys() for part in self.modules)
-        whole = (t for t in tensors if t.device.type == "cpu" and is_strided(t) and not is_sharded(t) and t.numel())
-        storages = [tensor.untyped_storage() for tensor in whole]
         marked = any(key.startswith("_qlora_") for part in self.modules for key in vars(part))
         return Traits(
             is_new=not (marked or self.adapters),
-            lacks_data=any(tensor.is_meta for tensor in tensors),
+            lacks_data=any(tensor.device.type == "meta" for tensor in tensors),
             has_16_bits=computes or not types.isdisjoint(IN_16_BITS),
-            is_mapped=any(not (storage.resizable() or storage.is_shared()) for storage in storages),
+            is_mapped=any(map(is_mapped, tensors)),
             is_wide=any(map(is_wide, self.modules)),
         )
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.layers.names import tensors_of
-from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.values import is_strided
+from lightning_qlora.tensors.values import is_whole
 
 CONTAINERS = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 
@@ -51,8 +50,10 @@ class _State:
         self._contents = [(each, each.copy()) for each in (attributes, *containers)]
         self._values = []
         for tensor in tensors:
-            is_whole = is_strided(tensor) and not is_sharded(tensor)  # else nothing replaces its values
-            data, grad = (tensor.data, tensor.grad) if is_whole else (None, None)
+            data = grad = None
+            if is_whole(tensor):  # else nothing replaces its values
+                data = tensor.data
+                grad = tensor.grad
             self._values.append((tensor, tensor.requires_grad, data, grad))
 
     def restore(self) -> None:

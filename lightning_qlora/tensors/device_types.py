@@ -30,7 +30,7 @@ def held_type(device: torch.device, dtype: torch.dtype) -> Held | None:
         measured = products(dtype)
         if measured.is_slow:
             return Held(torch.float32, f"on this CPU {measured} ({str(dtype).removeprefix('torch.')})")
-    if multiplies_in_fp16(device):
+    if lacks_bf16(device):
         card = torch.cuda.get_device_name(device)
         return Held(torch.float32, f"{card} has no bf16, and 4-bit layers multiply in fp16 with sums in fp32")
     if device.type in ("cuda", "xpu") and dtype is torch.float16:
@@ -47,8 +47,8 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "xpu" or (device.type == "cuda" and _cuda_has_bf16(device.index))
 
 
-def multiplies_in_fp16(device: torch.device) -> bool:
-    """Whether products of fp32 in a module that is held in fp32 are in fp16, with powers of two."""
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether it is a card that emulates bf16: products of a module held in fp32 are in fp16, with powers of two."""
     return device.type == "cuda" and not has_bf16(device)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.values import has_values, is_strided
+from lightning_qlora.tensors.values import can_be_read
 from lightning_qlora.texts import join
 
 Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
@@ -100,7 +100,7 @@ def cast_in_place(tensor: Tensor, dtype: torch.dtype, casts: Casts | None = None
 
 
 def _cast(value: Tensor, dtype: torch.dtype, casts: Casts) -> Tensor:
-    if not has_values(value) or not is_strided(value) or is_sharded(value) or not value.numel():
+    if not can_be_read(value):
         return value.to(dtype)
     memory = value.device, value.data_ptr(), value.shape, value.stride()
     _, result = casts.setdefault(memory, (value, value.to(dtype)))  # with `value`, so that its memory is not reused

@@ -1,20 +1,45 @@
-"""Whether a tensor has values that can be read, and where."""
+"""Whether a tensor has values that can be read, and where they are."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+
+def is_empty(tensor: Tensor) -> bool:
+    """Whether a tensor is on the meta device: its values are read later."""
+    return tensor.is_meta
 
 
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor has values: those on the meta device and those of the planner have none."""
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def is_strided(tensor: Tensor) -> bool:
     """Whether a tensor is elements in memory: not sparse, nested, quantized by torch, or in the layout of mkldnn."""
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is elements in memory, all of them on this rank."""
+    is_other = tensor.is_nested or tensor.is_quantized or isinstance(tensor, DTensor)
+    return tensor.layout is torch.strided and not is_other
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """The same of one that has values, at least one."""
+    return is_whole(tensor) and has_values(tensor) and tensor.numel() > 0
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor is in a mapped file: in memory that is neither torch's nor shared by processes."""
+    if not is_whole(tensor) or tensor.device.type != "cpu" or not tensor.numel():
+        return False
+    storage = tensor.untyped_storage()
+    return not (storage.resizable() or storage.is_shared())
 
 
 def is_plain(value: Any, kind: type[Tensor] = Tensor) -> bool:
@@ -23,5 +48,5 @@ def is_plain(value: Any, kind: type[Tensor] = Tensor) -> bool:
 
 
 def moved(tensor: Tensor, device: torch.device | str, copy: bool = False) -> Tensor:
-    """A tensor on a device; on the meta device it stays there, because its values are read later."""
-    return tensor if tensor.is_meta else tensor.to(device, copy=copy)
+    """A tensor on a device; an empty one stays on the meta device."""
+    return tensor if is_empty(tensor) else tensor.to(device, copy=copy)

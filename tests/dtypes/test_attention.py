@@ -16,7 +16,7 @@ LENGTH = 24
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
     """A T4's answer, and models whose attention asks for it; the function of transformers comes back."""
-    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: True)
+    monkeypatch.setattr(compute_in, "lacks_bf16", lambda device: True)
     before = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
     patches.replace_attention(attention.attend)
     yield
@@ -71,7 +71,7 @@ def test_a_step_is_that_of_fp32(types, monkeypatch, name, padded):
     ours = step(module, **arguments)
     assert {*types} <= {torch.float16} and (types or name == "t5")
     types.clear()
-    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: False)
+    monkeypatch.setattr(compute_in, "lacks_bf16", lambda device: False)
     # Scores of T5 are not divided by the root of the width, and have a bias, so that they are larger; what a rounding
     # does to the sign of an input of ReLU is larger still (fp16 layers beside fp32 ones: up to 4e-2).
     assert_near(ours, step(module, **arguments), 6e-2 if name == "t5" else 3e-3)

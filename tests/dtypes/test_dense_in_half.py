@@ -18,7 +18,7 @@ def products(monkeypatch):
     """A T4's answer, and the rows of each product in fp16."""
     rows = []
     linear = compute_in.linear_in_half
-    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: True)
+    monkeypatch.setattr(compute_in, "lacks_bf16", lambda device: True)
     monkeypatch.setattr(compute_in, "LARGE", 1)
     monkeypatch.setattr(compute_in, "MANY", 2)
     monkeypatch.setattr(compute_in, "linear_in_half", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
@@ -46,7 +46,7 @@ def test_an_output_embedding_is_near_that_of_fp32(products, monkeypatch, deferre
     module.lm_head.weight.data /= 1e4
     ours = step(module)
     assert products
-    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: False)
+    monkeypatch.setattr(compute_in, "lacks_bf16", lambda device: False)
     for one, other in zip(ours, step(module), strict=True):
         assert (one - other).norm() <= 2e-3 * other.norm()
 
@@ -67,7 +67,7 @@ def test_all_pieces_of_deferred_logits_use_one_cast_of_the_weight(products, monk
     changed = step(module)
     assert sum(casts) == 2 and changed[0] != first[0]
     products.clear()
-    monkeypatch.setattr(compute_in, "multiplies_in_fp16", lambda device: False)
+    monkeypatch.setattr(compute_in, "lacks_bf16", lambda device: False)
     for one, other in zip(changed, step(module), strict=True):
         assert (one - other).norm() <= 2e-3 * other.norm()
     assert not products

@@ -122,11 +122,7 @@ OWN_LOOP = Run()
 def convert_module(
     module: nn.Module, config: QLoRAConfig, run: Run = OWN_LOOP, saved: SavedLayers | None = None
 ) -> ConversionReport:
-    """`convert` with a config. `saved`: convert these layers of a checkpoint; None: those that the arguments choose.
-
-    Layers that an earlier conversion made, of this module or of a part of it, stay as they are. Layers that were added
-    since are converted.
-    """
+    """`convert` with a config. `saved`: convert these layers of a checkpoint; None: those that the arguments choose."""
     start = time.perf_counter()
     parts = Parts.of(module, wrappers=())
     if parts.traits.is_lazy:
@@ -191,7 +187,6 @@ def _decide(
     report: ConversionReport,
     run: Run,
 ) -> Selection:
-    """Decide what happens with each part, refuse what can't be meant, and note what a user should look at."""
     if config.deferred_logits is True and not seen.was_converted:
         check_output_embeddings(parts)
     choice = decide(seen, config, saved)
@@ -219,7 +214,6 @@ def _apply(
     seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport,
     keep: Callable[[nn.Module], None],
 ) -> Parts:  # fmt: skip
-    """Do what was decided: 4-bit layers, what trains, the types, the records; then what a run needs."""
     new = unrecorded(parts.modules)
     remember_origins(parts, seen.origins)
     converted = convert_layers(seen, choice, run.device, keep)

@@ -56,8 +56,8 @@ class ComputeIn(InstanceMethod):
                 if len(args) == 1 and not kwargs and self.before is None and _is_in_half(self.module, *args):
                     return linear_in_half(*args, self.module.weight, self.module.bias)  # type: ignore[arg-type]
                 return self.original(*args, **kwargs)
-        dtype = self.autocast_dtype
-        if dtype not in IN_16_BITS:
+        dtype = self.dtype
+        if dtype is None:
             if self.held is not None:
                 args, kwargs = in_type(args, self.held), in_type(kwargs, self.held)
             return self.original(*args, **kwargs)
@@ -72,11 +72,12 @@ class ComputeIn(InstanceMethod):
         return output
 
     @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The type of autocast where the module is now: that of before, or the 16-bit type that it is kept in."""
-        if self.held is not None and self.autocast in IN_16_BITS:
+    def dtype(self) -> torch.dtype | None:
+        """The type that it computes in whatever its inputs have: fp32, or that of autocast where the module is now."""
+        is_autocast = self.autocast in IN_16_BITS
+        if self.held is torch.float32 or (self.held is not None and is_autocast):
             return self.held
-        return self.autocast
+        return self.autocast if is_autocast else None
 
 
 class MergedPart(OfTraining):
@@ -159,25 +160,14 @@ def output_dtype(part: nn.Module, input_dtype: torch.dtype) -> torch.dtype:
     """The type of a layer's output without autocast of the caller, for an input of a type."""
     if isinstance(part, PackedLayer):
         return part.weight_dtype if part.is_held else input_dtype
-    for method in compute_methods(part):
-        if method.held is torch.float32:
-            return torch.float32
-        dtype = method.autocast_dtype or method.held
-        if dtype in IN_16_BITS:
-            return dtype
-    return input_dtype
+    dtypes = (method.dtype or method.held for method in compute_methods(part))
+    return next((dtype for dtype in dtypes if dtype is not None), input_dtype)
 
 
 def compute_types(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, torch.dtype]:
     """Name of each dense module whose `forward` has another in its place -> the type that it computes in."""
-    types = {}
-    for name, part in modules:
-        method = instance_method(part, ComputeIn)
-        if method is not None and method.held is torch.float32:
-            types[name] = torch.float32
-        elif method is not None and method.autocast_dtype in IN_16_BITS:
-            types[name] = method.autocast_dtype
-    return types
+    methods = [(name, instance_method(part, ComputeIn)) for name, part in modules]
+    return {name: method.dtype for name, method in methods if method is not None and method.dtype is not None}
 
 
 def takes_halves(x: Any) -> bool:
@@ -218,7 +208,6 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[A
 
 
 def _without_our_autocast(module: nn.Module) -> AbstractContextManager[Any]:
-    """Without the autocast of a module around this one; the user's stays."""
     if not is_our_autocast():
         return nullcontext()
     device = next((tensor.device.type for tensor in own_tensors(module).values()), "meta")
@@ -261,7 +250,6 @@ def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 
 def in_type(value: Any, dtype: torch.dtype) -> Any:
-    """The 16-bit tensors in another type, wherever they stand in a value."""
     return cast_values(value, lambda tensor: tensor.to(dtype) if tensor.dtype in IN_16_BITS else tensor)
 
 

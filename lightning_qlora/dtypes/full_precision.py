@@ -46,7 +46,6 @@ from lightning_qlora.tensors.held_types import (
     cast_in_place,
     full_precision_parameters,
     held_in,
-    hold_tensors,
     own_tensors,
     set_types_before,
     types_before,
@@ -94,8 +93,16 @@ def train_in_full_precision(modules: list[nn.Module]) -> None:
 
 
 def _hold(tensors: list[tuple[nn.Module, str, Tensor]], held: torch.dtype = torch.float32) -> None:
-    hold_tensors(tensors, held)
-    for part, _, _ in tensors:
+    """Hold 16-bit parameters and buffers (owner, key, value) in another type.
+
+    Values that share memory, as weights tied by `.data` do, share it afterwards.
+    """
+    dtypes = [types_before(part).get(key, tensor.dtype) for part, key, tensor in tensors]  # a tied one is cast once
+    casts: Casts = {}
+    for (part, key, tensor), dtype in zip(tensors, dtypes, strict=True):
+        set_types_before(part, vars(part).get(TYPES, {}) | {key: dtype})
+        if tensor.dtype is not held:
+            cast_in_place(tensor, held, casts)
         let_follow_casts(part)
 
 
@@ -146,8 +153,7 @@ def hold_assigned(modules: Iterable[nn.Module]) -> None:
                 held = torch.bfloat16 if in_bf16 and not value.requires_grad else torch.float32
                 assigned[held].append((part, key, value))
     for held, tensors in assigned.items():
-        if tensors:
-            hold_tensors(tensors, held)
+        _hold(tensors, held)
 
 
 def undo_full_precision(
@@ -208,7 +214,6 @@ def hold(
 
 
 def _types(part: nn.Module) -> set[torch.dtype]:
-    """The types of what a module holds itself and computes in, before they were held in fp32."""
     before = types_before(part)
     types = {before.get(key, tensor.dtype) for key, tensor in own_tensors(part).items()}
     if isinstance(part, PackedLayer):
@@ -219,7 +224,6 @@ def _types(part: nn.Module) -> set[torch.dtype]:
 
 
 def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -> None:
-    """Hold what has a 16-bit type, or had it and is held in a third one, in another type."""
     tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
     _hold([entry for entry in tensors if entry[2].dtype is dtype and not is_sharded(entry[2])], other)
     stays = _in_fp32_everywhere(parts)
@@ -237,7 +241,6 @@ def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -
 
 
 def _in_fp32_everywhere(parts: list[nn.Module]) -> set[int]:
-    """The ids of what trains in fp32, and of the buffers beside it."""
     held = [(part, tensor) for part in parts for _, tensor, _ in held_in(part) if tensor.requires_grad]
     buffers = [buffer for part in {part for part, _ in held} for _, _, buffer in _buffers_beside(part)]
     return {id(tensor) for tensor in [*(tensor for _, tensor in held), *buffers]}

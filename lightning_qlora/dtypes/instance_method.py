@@ -49,7 +49,6 @@ class InstanceMethod:
         return self.owner.module
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what this replaces."""
         if self.before is not None:
             return self.before(*args, **kwargs)
         module = self.module

@@ -33,7 +33,6 @@ class Steps:
         self._left = left
 
     def add(self) -> None:
-        """One more name is matched."""
         self._left += STEPS_OF_A_NAME
 
     def take(self, text: str, count: int = 1) -> None:
@@ -89,7 +88,6 @@ class Expression:
         return places
 
     def _part(self, part: Any, places: int, flags: int) -> int:
-        """The places after a part of the expression, from the places before it."""
         self._steps.take(self.text)
         kind, value = part
         name = kind.name
@@ -123,7 +121,6 @@ class Expression:
         )
 
     def _characters(self, part: Any, flags: int) -> int:
-        """The places of the name that have a character which the part matches."""
         kind, value = part
         if kind.name == "LITERAL" and not flags & re.IGNORECASE:
             return self._where.get(chr(value), 0)

@@ -26,7 +26,6 @@ ARGUMENTS = ("modules_to_save", "target_modules", "exclude_modules", "rank_patte
 
 
 def refuse_foreign_adapters(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
-    """Raise ValueError if a part of the module has adapters of another library."""
     for part in seen.parts:
         name = part.names.full
         kind = None if part.stack is not None else foreign_adapter(part.owner)
@@ -42,7 +41,6 @@ def refuse_foreign_adapters(seen: Survey, config: QLoRAConfig, choice: Selection
 
 
 def check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
-    """Raise ValueError if a pattern matches nothing in a whole module, or what can't be converted."""
     for row in choice.rows.values():
         if row.action == REFUSE:
             raise ValueError(
@@ -99,7 +97,6 @@ def _refuse_pattern(argument: str, text: str, value: Any, seen: Survey) -> NoRet
 
 
 def foreign_adapter(module: nn.Module) -> str | None:
-    """What a module is, if it is an adapter of another library; None if it is none."""
     kind = f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}"
     for part, file, base in (("layer", "tuners.tuners_utils", "BaseTunerLayer"), ("model", "peft_model", "PeftModel")):
         library = sys.modules.get(f"peft.{file}")

@@ -23,8 +23,14 @@ Factors = tuple[Tensor, Tensor, Tensor]  # u [m, r], sigma [r], v [n, r]: the ma
 
 
 def wait_for_inputs(layer: Any, dense_weight: Tensor) -> InputStatistics:
-    """ValueError if the rank is larger than the number of singular values."""
-    _check_rank(dense_weight, layer.config)
+    rows, columns = dense_weight.shape[-2:]
+    config = layer.config
+    if config.r > min(rows, columns):
+        raise ValueError(
+            f"r={config.r}: a {rows}x{columns} weight has only {min(rows, columns)} singular values, and "
+            f"init_lora_weights={config.init_lora_weights!r} needs r of them. Use a smaller r (rank_pattern sets the "
+            "rank of single layers) or init_lora_weights='default'."
+        )
     previous: InputStatistics | None = layer.input_observer
     statistics = InputStatistics(dense_weight, layer.matrix_count, dense_weight.shape[-1], layer.packed.device)
     statistics.join(layer)
@@ -50,16 +56,6 @@ def begin_again(layer: Any, initial: tuple[Tensor, Tensor] | None) -> None:
             "(init_lora_weights='calibrated'), and its float weight is freed, so it has the default initialization "
             "now. Load it into a newly built module instead.",
             stacklevel=2,
-        )
-
-
-def _check_rank(weight: Tensor, config: QLoRAConfig) -> None:
-    rows, columns = weight.shape[-2:]
-    if config.r > min(rows, columns):
-        raise ValueError(
-            f"r={config.r}: a {rows}x{columns} weight has only {min(rows, columns)} singular values, and "
-            f"init_lora_weights={config.init_lora_weights!r} needs r of them. Use a smaller r (rank_pattern sets the "
-            "rank of single layers) or init_lora_weights='default'."
         )
 
 

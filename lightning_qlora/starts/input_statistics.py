@@ -71,7 +71,6 @@ class InputStatistics:
 
     @property
     def has_weight(self) -> bool:
-        """Whether this rank has the float weight."""
         return not is_empty(self.dense_weight)
 
     def to(self, device: torch.device) -> None:

@@ -27,11 +27,8 @@ def convert_as_recorded(
 ) -> Parts:
     """Convert those parts again of which a file says otherwise; returns the parts of the module then.
 
-    Args:
-        parts: Those of a converted module.
-        origins: Name of each parameter that the file knows -> why it was new by its values, "" if it was not.
-        conversion: That of the module.
-        convert: Converts what in the module is not converted; None: with the arguments of the conversion.
+    `origins`: name of each parameter that the file knows -> why it was new by its values, "" if it was not. `convert`
+    converts what in the module is not converted; None: with the arguments of the conversion.
     """
     changed: dict[nn.Module, str] = {}
     for name, owner, key, origin in [*origins_by_name(parts)]:

@@ -50,7 +50,6 @@ class _Part(NamedTuple):
 
 @torch.no_grad()
 def find_untrained(parts: Parts) -> Untrained:
-    """The parameters that were never trained, in a module of which other parts were."""
     every = list(_parts(parts))
     is_pretrained = _is_pretrained(every)
     if is_pretrained:
@@ -121,7 +120,6 @@ def _asked(owner: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[Va
 
 
 def _remembered(text: str) -> Values:
-    """What an earlier conversion decided."""
     if text.startswith(BY_VALUES):
         return Values(Look.FRESH, 0, text)
     return Values({PRETRAINED: Look.TRAINED, INITIAL: Look.FRESH}.get(text, Look.UNKNOWN), size=FEW)

@@ -8,7 +8,7 @@ What trains in full is held in fp32 on every device, a whole module in fp32 on d
 of fp16 in bf16 on a GPU (`full_precision.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each ten
 
 
 def own_tensors(part: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers that a module holds itself, by key."""
     return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
 
 
@@ -74,19 +73,6 @@ def held_bytes(modules: Iterable[tuple[str, nn.Module]]) -> int:
     return sum(tensor.numel() * (tensor.itemsize - dtype.itemsize) for tensor, dtype in held)
 
 
-def hold_tensors(tensors: Sequence[tuple[nn.Module, str, Tensor]], held: torch.dtype = torch.float32) -> None:
-    """Hold 16-bit parameters and buffers (owner, key, value) in another type.
-
-    Values that share memory, as weights tied by `.data` do, share it afterwards.
-    """
-    dtypes = [types_before(part).get(key, tensor.dtype) for part, key, tensor in tensors]  # a tied one is cast once
-    casts: Casts = {}
-    for (part, key, tensor), dtype in zip(tensors, dtypes, strict=True):
-        set_types_before(part, vars(part).get(TYPES, {}) | {key: dtype})
-        if tensor.dtype is not held:
-            cast_in_place(tensor, held, casts)
-
-
 def cast_in_place(tensor: Tensor, dtype: torch.dtype, casts: Casts | None = None) -> None:
     """Cast a parameter or buffer, and its gradient if there is one, in place: it stays the same object.
 
@@ -120,10 +106,8 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
 
 
 def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
-    """The type of a tensor after the function of `nn.Module._apply`, which may cast."""
     return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
 def follow_cast(part: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Cast the types before of what a module holds itself, as `nn.Module._apply` casts with this function."""
     set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})

@@ -46,7 +46,6 @@ def _library(device: torch.device, dtype: torch.dtype) -> Library | None:
 
 
 def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quant: bool) -> PackedBytes:
-    """See `reference.quantize`."""
     library = _library(weight.device, weight.dtype)
     if library is None:
         return reference.quantize(weight, quant_type, block_size, double_quant)

@@ -72,7 +72,6 @@ ROWS: tuple[tuple[Any, ...], ...] = (  # shape, whether it is transposed, whethe
 
 
 def specification(op: str) -> Callable[..., Any]:
-    """What an op computes, in plain torch."""
     if op in STEPS:
         return STEPS[op][0]  # type: ignore[no-any-return]
     return getattr(reference, op)  # type: ignore[no-any-return]

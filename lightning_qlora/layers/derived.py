@@ -70,7 +70,6 @@ def restore(instance: Any, mixin: Any) -> None:
 
 
 def original_class(kind: type[Any]) -> type[Any]:
-    """A class without all that was added."""
     classes_before: dict[type, type] = getattr(kind, "classes_before", {})
     return next(iter(classes_before.values()), kind)
 

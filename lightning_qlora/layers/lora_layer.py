@@ -181,7 +181,6 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     @property
     def was_read_alone(self) -> bool:
-        """Whether other code read the weight, and nothing called the layer."""
         return self.weight_was_read and not self.was_called
 
     @property
@@ -259,8 +258,7 @@ class LoRALayer(WithAdapter, PackedLayer):
             dtype = torch.float32
         if autocast is not None:
             return dtype, in_fp16, autocast
-        is_held = self.weight_dtype is not self.dtype_before
-        return dtype, in_fp16, dtype if is_held else given
+        return dtype, in_fp16, dtype if self.is_held else given
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         dtype, in_fp16, _ = self.types_of_call(device, torch.float32)

@@ -208,7 +208,6 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
-        """The line `print(model)` shows."""
         return f"{super().extra_repr()}, bias={getattr(self, 'bias', None) is not None}"
 
 

@@ -27,7 +27,6 @@ class WithAdapter(nn.Module):
         return name
 
     def rows_that_train(self) -> list[int]:
-        """The indices of these rows."""
         return []
 
     def reset_rows(self, modules: Iterable[nn.Module]) -> None:

@@ -8,8 +8,10 @@ and the outputs and gradients are those of the dense formula.
 import copy
 import pickle
 import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -19,6 +21,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import lightning_qlora
 from lightning_qlora import convert, disable_adapter, merge
 from lightning_qlora.kernels import reference
 from lightning_qlora.layers.packed_layer import to_parameters
@@ -26,6 +29,7 @@ from lightning_qlora.layers.prepared_call import PreparedCall
 from tests.conftest import run_python
 from tests.toys import assert_equal
 
+PACKAGE = Path(lightning_qlora.__file__).parent
 N, K = 48, 64
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
@@ -344,6 +348,30 @@ def test_the_second_call_is_prepared(monkeypatch, lead):
         kept.clear()
         outcome(net, form, x.clone().requires_grad_())
         assert kept and all(kept)
+
+
+def test_the_second_batch_asks_nothing_again():
+    """Types, operands, plans and memory were asked and made by the first."""
+    net = made()
+    x = torch.randn(100, K, requires_grad=True)
+    net(x).sum().backward()
+    used = set()
+
+    def note(frame, event, _):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and file.is_relative_to(PACKAGE):
+            used.add(file.relative_to(PACKAGE).as_posix())
+
+    previous = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        net(x).sum().backward()
+    finally:
+        sys.setprofile(previous)
+    assert {"layers/prepared_call.py", "kernels/eager.py", "kernels/scratch.py"} <= used
+    asked = {f"kernels/{name}.py" for name in ("backends", "lora", "half")}
+    asked |= {"layers/lora_layer.py", "layers/packed_layer.py", "quantization/kept_memory.py"}
+    assert used.isdisjoint(asked)
 
 
 def test_threads_that_call_one_layer():

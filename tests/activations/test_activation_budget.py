@@ -62,7 +62,9 @@ def limit_for(budget, blocks):
     return int((BASE + REST + (blocks + 0.5) * size) / (1 - MARGIN))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "name", ["llama", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "gpt2"))]
+)
 def test_gradients_are_those_of_true_and_false_whatever_fits(name, device):
     runs = {setting: converted(name, setting)[0] for setting in (False, True, "auto", "12MB", 2**40)}
     for tokens in (8, 16, 4, 8):
@@ -271,6 +273,7 @@ def test_a_copy_has_a_budget_of_its_own(copied, device):
     assert_equal(step(again), step(module))
 
 
+@pytest.mark.slow
 def test_a_compiled_module_recomputes_all_blocks(device):
     module, _ = converted()
     expected = step(module)
@@ -391,6 +394,7 @@ def test_plan_says_how_many_blocks_keep_their_activations(name):
     assert 0 < planned[0] < planned[1] < most.blocks
 
 
+@pytest.mark.slow
 def test_ranks_decide_alone_unless_they_share_the_blocks(tmp_path):
     """Under DDP rank 0 keeps all, and rank 1 one block; FSDP2 and tensor parallelism recompute all."""
     ranks = launch("tests.scripts.blocks_on_ranks", tmp_path)[1]

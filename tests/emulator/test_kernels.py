@@ -25,7 +25,7 @@ FIRST = {
         "rows_to_half": (0,),
         "lora_project": (0, 1, 2, 11),
         "linear_into": (0, 1, 2, 7, 10),
-        "linear_backward": (0, 1, 5, 7),
+        "linear_backward": (0, 1, 7),
         "grouped_linear": (1, 2),
         "grouped_linear_backward": (1, 3),
         "adamw_step": (0, 1, 2),

@@ -289,7 +289,7 @@ def assert_dense(net, form, x, ours):
 LIVES = given(st.integers(0, 2**32), st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=6), st.booleans())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @LIVES
 def test_whatever_happens_between_two_calls(seed, actions, bias):
     live(seed, actions, bias)

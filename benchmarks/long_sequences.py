@@ -61,7 +61,7 @@ def longest_table() -> str:
     for name, published in PUBLISHED.items():
         config = MODELS[name]
         config.max_position_embeddings = POSITIONS
-        run = PlannedRun(config, "adamw", QLoRAConfig(**ARGUMENTS), in_short=True)
+        run = PlannedRun(config, "adamw", QLoRAConfig(**ARGUMENTS))
         for size, (hugging_face, unsloth) in published.items():
             recomputed, _, offloaded = longest_sequences(run, 1, usable_bytes(size << 30))
             others = ["does not fit" if tokens is None else f"{tokens:,}" for tokens in (hugging_face, unsloth)]

@@ -24,7 +24,12 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.activations.device_memory import Memory, memory_of, reset_peak
 from lightning_qlora.activations.host_inputs import HostInputs, PlannedHostMemory
-from lightning_qlora.activations.recomputed import is_in_backward_pass, recomputed
+from lightning_qlora.activations.recomputed import (
+    is_in_backward_pass,
+    recomputed,
+    saved_tensor_hooks,
+    watch_saved_tensors,
+)
 from lightning_qlora.activations.token_tiles import (
     TokenTiles,
     describe_tiles,
@@ -119,7 +124,7 @@ class ActivationBudget:
         self.keeps = False
         if is_in_backward_pass():
             return recomputed(forward, args, kwargs)
-        if _are_hooks_on():
+        if saved_tensor_hooks() is not None:  # of `checkpoint`, `save_on_cpu`, or of the user
             if not self.is_inside_hooks:
                 self.is_inside_hooks = True
                 rank_zero_info(f"QLoRA: {INSIDE_HOOKS}.")
@@ -135,21 +140,18 @@ class ActivationBudget:
         measured = self._sizes.get(block)
         known, size = measured or self._sizes.get(type(block), (shapes, 0))
         size = int(size * _growth(shapes, known))
-        if self.capacity is None or sum(call.size for call in self._calls) + size > self.capacity:
-            size = self._input_bytes(inputs)
-            fits = self.capacity is not None and sum(call.size for call in self._calls) + size <= self.capacity
-            output = self._recomputed(forward, args, kwargs, inputs, on_device=bool(size) and fits)
-            size = size if fits else 0
-            self.kept_bytes += size
+        self.keeps = self._fits(size)
+        if not self.keeps:
+            could_wait = bool(inputs) and self.host.memory(inputs[0].device) is not None
+            size = inputs[0].nbytes if could_wait and self._fits(inputs[0].nbytes) else 0
+            output = self._recomputed(forward, args, kwargs, inputs, on_device=size > 0)
+        elif measured and _is_within(shapes, known):
+            output = forward(*args, **kwargs)
         else:
-            self.keeps = True
-            if measured and _is_within(shapes, known):
-                output = forward(*args, **kwargs)
-            else:
-                output, size = _measured(block, forward, args, kwargs)
-                self._sizes[block] = self._sizes[type(block)] = shapes, size
-            self.kept_blocks += 1
-            self.kept_bytes += size
+            output, size = _measured(block, forward, args, kwargs)
+            self._sizes[block] = self._sizes[type(block)] = shapes, size
+        self.kept_blocks += self.keeps
+        self.kept_bytes += size
         node = next((tensor.grad_fn for tensor in _floats(output) if tensor.grad_fn is not None), None)
         if node is not None:
             node.register_prehook(_Call(self, size))
@@ -167,9 +169,8 @@ class ActivationBudget:
             return recomputed_in_tiles(recompute, forward, args, kwargs, self.parts)
         return recompute(forward, args, kwargs)
 
-    def _input_bytes(self, inputs: list[Tensor]) -> int:
-        """Bytes of the input of a block that could wait on the host; 0: it could not."""
-        return inputs[0].nbytes if inputs and self.host.memory(inputs[0].device) is not None else 0
+    def _fits(self, size: int) -> bool:
+        return self.capacity is not None and sum(call.size for call in self._calls) + size <= self.capacity
 
     def _begin_step(self, x: Tensor) -> None:
         self._calls = WeakSet()
@@ -234,11 +235,6 @@ def budget_for(setting: int | str, is_shared: bool) -> ActivationBudget:
     return ActivationBudget(limit, is_shared, setting == "offload")
 
 
-def _are_hooks_on() -> bool:
-    """Whether saved-tensor hooks are on: those of `checkpoint`, `save_on_cpu`, and of users."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def _floats(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -263,12 +259,11 @@ def _measured(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: 
     known = {tensor.untyped_storage()._cdata for tensor in own}
     saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             saved[storage._cdata] = storage.nbytes()
-        return tensor.detach()  # an output, kept by its own graph, would never be freed without a backward pass
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with watch_saved_tensors(note):
         output = forward(*args, **kwargs)
     return output, sum(saved.values())

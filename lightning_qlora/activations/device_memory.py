@@ -3,12 +3,14 @@
 import ctypes
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
 
@@ -81,6 +83,33 @@ def _held_back() -> int:
     if not hasattr(C_LIBRARY, "mallinfo2"):
         return 0
     return int(ctypes.CFUNCTYPE(MallocInfo)(("mallinfo2", C_LIBRARY))().fordblks)
+
+
+class HostCopies:
+    """Copies between a CUDA device and page-locked host memory, on a stream of their own: they run beside kernels.
+
+    One stream for both ways, so that memory which was given back is used in order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: Any = None
+
+    @torch.no_grad()
+    def start(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        """Start to copy (target, source) and return the end of it."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        # Kernels launched before may still write the source, or read the memory that torch now uses for the target.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def wait(self, end: Any) -> None:
+        """Let kernels that are launched from now on wait for the end of a copy."""
+        torch.cuda.current_stream(self.device).wait_event(end)
 
 
 def reset_peak(device: torch.device) -> None:

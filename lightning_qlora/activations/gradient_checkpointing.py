@@ -63,9 +63,7 @@ def is_shared(block: nn.Module) -> bool:
 def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str = True, is_shared: bool = False) -> None:
     """Recompute the repeated blocks of a converted module in its backward pass.
 
-    `setting`: True, or "auto" or the bytes that the process may use: then blocks keep their activations while they fit;
-    or "offload": as little memory as possible.
-    `is_shared`: whether a strategy will split them over ranks.
+    `setting`: as `gradient_checkpointing` of QLoRAConfig. `is_shared`: whether a strategy will split them over ranks.
 
     Blocks are the layers that a transformers model checkpoints itself (of nested ones the innermost), and elsewhere the
     outermost ModuleList or Sequential with two or more children of one class that hold converted layers.
@@ -101,7 +99,6 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
 
 
 def disable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
-    """Undo `enable_gradient_checkpointing` for all blocks and models among modules."""
     for part in modules:
         remove(part, OfRecomputation)
         if _is_transformers_layer(part):
@@ -146,14 +143,13 @@ def _offloads(layer: Any) -> bool:
 def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
     """Names of the blocks that hold one of these layers, where no block of the group ran with gradients."""
     ids = {id(layer) for layer in layers}
-    ran: dict[str, bool] = {}
-    names: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, RecomputedForward]] = {}
     for name, block in module.named_modules():
-        recomputed = instance_method(block, RecomputedForward)
-        if recomputed is not None and any(id(part) in ids for part in block.modules()):
-            ran[group(name)] = ran.get(group(name), False) or recomputed.ran
-            names.setdefault(group(name), []).append(name)
-    return [name for key, of_group in names.items() if not ran[key] for name in of_group]
+        method = instance_method(block, RecomputedForward)
+        if method is not None and any(id(part) in ids for part in block.modules()):
+            groups.setdefault(group(name), {})[name] = method
+    idle = (methods for methods in groups.values() if not any(method.ran for method in methods.values()))
+    return [name for methods in idle for name in methods]
 
 
 def _cache_only_without_gradients(module: nn.Module) -> None:

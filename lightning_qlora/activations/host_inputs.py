@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_qlora.activations.device_memory import memory_of
+from lightning_qlora.activations.device_memory import HostCopies, memory_of
 from lightning_qlora.tensors.dtensor import world_size
 from lightning_qlora.tensors.values import is_plain
 from lightning_qlora.texts import size_text
@@ -32,14 +32,13 @@ CHANGED = (
 )
 
 
-class HostMemory:
+class HostMemory(HostCopies):
     """Pinned host memory that grows once and is used again, and the copies between it and a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        super().__init__(device)
         self.nbytes = 0
         self._free: list[Tensor] = []
-        self._stream: Any = None  # one for both ways, so that memory which was given back is used in order
 
     def take(self, nbytes: int) -> list[Tensor] | None:
         """Chunks for so many bytes; None: the host has no room, half of what is free being left to others."""
@@ -57,26 +56,13 @@ class HostMemory:
     def give(self, chunks: list[Tensor]) -> None:
         self._free += chunks
 
-    def save(self, x: Tensor, chunks: list[Tensor]) -> Any:
-        parts = _parts(x)
-        return self.start([chunk[: len(part)] for chunk, part in zip(chunks, parts, strict=True)], parts)
-
-    def load(self, x: Tensor, chunks: list[Tensor]) -> Any:
-        parts = _parts(x)
-        return self.start(parts, [chunk[: len(part)] for chunk, part in zip(chunks, parts, strict=True)])
-
-    def start(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream), torch.no_grad():
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
-
-    def wait(self, event: Any) -> None:
-        """Let kernels that are launched from now on wait for a copy."""
-        torch.cuda.current_stream(self.device).wait_event(event)
+    def copy(self, x: Tensor, chunks: list[Tensor], to_host: bool) -> Any:
+        """Start to copy between a tensor and its chunks; the event of the end."""
+        pairs = []
+        for part, chunk in zip(torch.split(x.view(-1).view(torch.uint8), CHUNK), chunks, strict=True):
+            on_host = chunk[: len(part)]
+            pairs.append((on_host, part) if to_host else (part, on_host))
+        return self.start(pairs)
 
     def _new_segment(self) -> Tensor | None:
         try:
@@ -112,18 +98,11 @@ class PlannedHostMemory(HostMemory):
     def give(self, chunks: list[Tensor]) -> None:
         self._used -= len(chunks) * CHUNK
 
-    def save(self, x: Tensor, chunks: list[Tensor]) -> None:
-        pass
-
-    def load(self, x: Tensor, chunks: list[Tensor]) -> None:
+    def copy(self, x: Tensor, chunks: list[Tensor], to_host: bool) -> None:
         pass
 
     def wait(self, event: Any) -> None:
         pass
-
-
-def _parts(x: Tensor) -> list[Tensor]:
-    return list(torch.split(x.view(-1).view(torch.uint8), CHUNK))
 
 
 class Input:
@@ -135,9 +114,10 @@ class Input:
         self._chunks = chunks
         self._needs_grad = x.requires_grad
         self._version = x._version
-        self._like = x.shape, x.dtype, x.device
+        self._shape = x.shape
+        self.like = x.new_empty(0)  # of its type and device, and without data in `plan` if x is
         self._value: Tensor | None = None  # on its way to the device, or there
-        self._event = memory.save(x.detach(), chunks)
+        self._event = memory.copy(x.detach(), chunks, to_host=True)
 
     def leave(self) -> None:
         """The block ended: let go of the tensor as soon as it is copied."""
@@ -148,9 +128,8 @@ class Input:
 
     def fetch(self) -> None:
         if self.source is None and self._value is None:
-            shape, dtype, device = self._like
-            self._value = torch.empty(shape, dtype=dtype, device=device)
-            self._event = self._memory.load(self._value, self._chunks)
+            self._value = self.like.new_empty(self._shape)
+            self._event = self._memory.copy(self._value, self._chunks, to_host=False)
 
     def get(self) -> Tensor:
         if self.source is not None:
@@ -184,9 +163,10 @@ class Call:
         is_again = all(each.source is None for each in self.inputs)
         args = [_value(each) for each in self.args]
         kwargs = {key: _value(each) for key, each in self.kwargs.items()}
-        before = self.before() if is_again and self.before is not None else None
-        for each in before.inputs if before is not None else []:
-            each.fetch()
+        before = self.before() if self.before is not None else None
+        if is_again and before is not None:
+            for each in before.inputs:
+                each.fetch()
         return self.forward(*args, **kwargs)
 
 
@@ -239,10 +219,8 @@ class HostInputs:
         if not inputs:
             return recompute(forward, args, kwargs)
         self._last = weakref.ref(call)
-        source = inputs[0].source
-        assert source is not None
         try:
-            return recompute(call, [source.new_empty(0)], {})  # a tensor: `checkpoint` keeps its device's random state
+            return recompute(call, [inputs[0].like], {})  # a tensor: `checkpoint` keeps its device's random state
         finally:
             for each in inputs:
                 each.leave()

@@ -44,7 +44,9 @@ def examined(
         own["training"] = bool(part._buffers)
         own["_buffers"] = {key: _value(buffer, has_data) for key, buffer in part._buffers.items()}
         if not has_data:
-            own["_parameters"] = {key: _parameter(value) for key, value in part._parameters.items()}
+            parameters = {key: value for key, value in part._parameters.items() if value is not None}
+            ones = {key: nn.Parameter(_value(value, False), value.requires_grad) for key, value in parameters.items()}
+            own["_parameters"] = {**part._parameters, **ones}
         if part in stand_ins:
             own["forward"] = stand_ins[part]
     during = [dict(vars(part)) for part, _ in attributes]
@@ -66,12 +68,6 @@ def _value(tensor: Any, has_data: bool) -> Any:
     if has_data:
         return tensor.clone()
     return torch.ones((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
-
-
-def _parameter(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    if parameter is None:
-        return None
-    return nn.Parameter(_value(parameter, has_data=False), requires_grad=parameter.requires_grad)
 
 
 def _same(values: Mapping[str, Any], others: Mapping[str, Any]) -> bool:

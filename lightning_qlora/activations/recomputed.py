@@ -29,10 +29,19 @@ def is_in_backward_pass() -> bool:
     return is_in_graph_task
 
 
+def saved_tensor_hooks() -> Any:
+    """The pair of saved-tensor hooks that is on; None without one."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 @contextmanager
 def watch_saved_tensors(notice: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `notice` with each tensor that a graph saves; the hooks that are on, as those of `checkpoint`, keep it."""
-    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True) or (torch.detach, torch.detach)
+    """Call `notice` with each tensor that a graph saves; the hooks that are on, as those of `checkpoint`, keep it.
+
+    Without hooks a detached tensor is kept: an output, kept by its own graph, would not be freed without a backward
+    pass.
+    """
+    pack, unpack = saved_tensor_hooks() or (torch.detach, torch.detach)
 
     def noticed(tensor: Tensor) -> Any:
         notice(tensor)

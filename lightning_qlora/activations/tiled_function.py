@@ -145,8 +145,8 @@ class CallState:
         self._of_cpu = torch.get_rng_state()
         self._devices, self._of_devices = get_device_states(x)
         self._type = x.device.type
-        self._has_autocast = torch.amp.is_autocast_available(self._type)
-        if self._has_autocast:
+        self._autocast: tuple[Any, ...] | None = None
+        if torch.amp.is_autocast_available(self._type):
             cached = torch.is_autocast_cache_enabled()
             self._autocast = torch.get_autocast_dtype(self._type), torch.is_autocast_enabled(self._type), cached
 
@@ -157,7 +157,7 @@ class CallState:
     @contextmanager
     def restored(self) -> Iterator[None]:
         autocast: Any = nullcontext()
-        if self._has_autocast:
+        if self._autocast is not None:
             autocast = torch.autocast(self._type, *self._autocast)
         with torch.random.fork_rng(self._devices, device_type=self._type), autocast:
             self.restore_random()

@@ -104,7 +104,8 @@ class TokenTiles(OfRecomputation):
         if torch._C._get_tracing_state() is not None:
             return "it is traced"
         inner = list(self.module.modules())[1:]
-        if _any_global_hooks() or any(getattr(part, hooks) for part in inner for hooks in HOOKS):
+        is_hooked = any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS)
+        if is_hooked or any(getattr(part, hooks) for part in inner for hooks in HOOKS):
             return "modules in it have hooks"
         if any(map(_has_foreign_forward, inner)):
             return "other code replaced the forward method of a module in it"
@@ -127,12 +128,12 @@ class BlockCall:
         self.seen = seen
         self.saved: list[TokenTiles] = []
         self._parts: list[Tiles | None] = []  # how each call of a part ran, in order; None: whole
+        self._again: Iterator[Tiles | None] = iter(())  # these, when the block is recomputed
         self._has_run = False
-        self._next = 0
         self._last: TokenTiles | None = None  # ran in tiles, and nothing was saved since
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._next = 0
+        self._again = iter(self._parts)
         with _inside(self), nullcontext() if self._has_run else watch_saved_tensors(self._notice_saved):
             output = self.forward(*args, **kwargs)
         self._has_run = True
@@ -140,22 +141,19 @@ class BlockCall:
 
     def call_part(self, part: TokenTiles, args: Any, kwargs: Any) -> Any:
         if self._has_run:
-            tiles = self._parts[self._next]
-            count = 0 if tiles is None else tiles.number
-            self._next += 1
-        else:
-            tiles = None
-            count = part.count(args, kwargs)
-            self.seen.add(part)
+            tiles = next(self._again)
+            if tiles is None:
+                return part.original(*args, **kwargs)
+            return compute_in_tiles(part.alone, args[0], part.trained, tiles.number, tiles)[0]
+        self.seen.add(part)
+        count = part.count(args, kwargs)
         if not count:
-            if not self._has_run:
-                self._parts.append(None)
+            self._parts.append(None)
             return part.original(*args, **kwargs)
-        y, tiles = compute_in_tiles(part.alone, args[0], part.trained, count, tiles)
-        if not self._has_run:
-            self._parts.append(tiles)
-            part.was_tiled = True
-            self._last = part if part.has_layers else None
+        y, tiles = compute_in_tiles(part.alone, args[0], part.trained, count)
+        self._parts.append(tiles)
+        part.was_tiled = True
+        self._last = part if part.has_layers else None
         return y
 
     def _notice_saved(self, _: Tensor) -> None:
@@ -191,10 +189,6 @@ def recomputed_in_tiles(
             return output
         del output  # parts would be computed three times: from now on they run whole
         state.restore_random()
-
-
-def _any_global_hooks() -> bool:
-    return any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS)
 
 
 def is_long(x: Tensor) -> bool:

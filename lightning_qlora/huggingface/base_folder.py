@@ -17,7 +17,8 @@ from lightning_qlora.adapters.peft_experts import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
 from lightning_qlora.files.hub import check_files, file_in
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
-from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
+from lightning_qlora.huggingface.model_config import ElsewhereError, model_without_values, read_model_config
+from lightning_qlora.huggingface.patches import offline
 from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.names import DELTA, last_part, owner_name
 from lightning_qlora.survey.parts import Parts
@@ -81,11 +82,10 @@ def load_base_model(
     check_format(stored, source)
     if stored and not stored.get("load_in_4bit"):
         config.update({"quantization_config": stored | {"dequantize": True}})
-    with asking_nobody(trust_remote_code):
-        model_class, untied = _class_for(config, adapter, trust_remote_code)
+    model_class, untied = _class_for(config, adapter, trust_remote_code)
     if untied:
         config.update({"tie_word_embeddings": False})
-    with _one_line_errors(source, "load it"), asking_nobody(trust_remote_code), torch.device("cpu"):
+    with _one_line_errors(source, "load it"), offline(trust_remote_code), torch.device("cpu"):
         model, loading = model_class.from_pretrained(folder, config=config, **location, **of_config, **options)
     for name, shape, expected in loading["mismatched_keys"]:
         raise ValueError(
@@ -158,22 +158,15 @@ def _class_for(config: Any, adapter: Adapter, trust_remote_code: bool) -> tuple[
         if number == len(classes) and heads:
             config.update({"num_labels": min(len(head) for head in heads)})
         try:
-            model_class = getattr(transformers, name)
-            with torch.device("meta"):
-                if hasattr(model_class, "from_config"):  # an Auto class
-                    model = model_class.from_config(config, trust_remote_code=trust_remote_code)
-                else:
-                    model = model_class._from_config(config)
+            model = model_without_values(config, name, trust_remote_code)
         except Exception as error:  # no such model of this architecture, or one that can't be built without values
             errors.append(f"{name}: {one_line(error)}")
             continue
+        model_class = getattr(transformers, name)
         first = first or model_class
         parts = Parts.of(model)
-        if needed <= {
-            *dict(parts.places),
-            *dict(model.named_buffers()),
-            *(each.name for each in parts.dense_parameters),
-        }:
+        names = {*dict(parts.places), *dict(model.named_buffers()), *(each.name for each in parts.dense_parameters)}
+        if needed <= names:
             outputs = {f"{name}.weight" for name, layer in parts.named if id(layer) in parts.heads_of_models}
             trained = outputs & adapter.saved.keys()
             pairs = [pair for pair in tied_names(parts) if len(pair) == 2 and trained & {*pair}]

@@ -7,10 +7,11 @@ compiled kernels, a backbone, a file of weights. These values are refused; what 
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_qlora.checks import shown
 from lightning_qlora.files.hub import check_name, file_in
@@ -18,12 +19,8 @@ from lightning_qlora.files.safetensors_folder import file_names_in, read_config
 from lightning_qlora.huggingface.patches import offline
 
 ADAPTER = "adapter_config.json"
-OF_THE_HUB = (
-    "_implementation",
-    "_implementation_internal",
-    "backbone",
-    "architecture",
-)  # names whose values may be in a repository
+# Ends of names whose values may be in a repository.
+OF_THE_HUB = ("_implementation", "_implementation_internal", "backbone", "architecture")
 OF_TIMM = "checkpoint_path"  # an argument of timm.create_model, in the arguments that a config has for it
 
 
@@ -45,7 +42,7 @@ def read_model_config(source: str | os.PathLike[str], trust_remote_code: bool = 
     content, _ = transformers.PretrainedConfig.get_config_dict(source, local_files_only=is_folder, **options)
     _check_values(content, source)
     options |= {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
-    with asking_nobody(trust_remote_code):  # the config.json of a hub name is in the cache now
+    with offline(trust_remote_code):  # the config.json of a hub name is in the cache now
         config = transformers.AutoConfig.from_pretrained(source, **options)
     for part in _parts(config, transformers.PretrainedConfig):
         if getattr(part, "use_pretrained_backbone", False):  # the weights are those of the folder
@@ -53,9 +50,13 @@ def read_model_config(source: str | os.PathLike[str], trust_remote_code: bool = 
     return config
 
 
-def asking_nobody(trust_remote_code: bool = False) -> AbstractContextManager[None]:
-    """Within this transformers builds and loads models without the hub, except their own code, which may need it."""
-    return nullcontext() if trust_remote_code else offline()
+def model_without_values(config: Any, name: str, trust_remote_code: bool = False, **options: Any) -> Any:
+    """A model of a class of transformers, or of one of its Auto classes, on the meta device."""
+    model_class = getattr(import_module("transformers"), name)
+    with torch.device("meta"), offline(trust_remote_code):
+        if hasattr(model_class, "from_config"):
+            return model_class.from_config(config, trust_remote_code=trust_remote_code, **options)
+        return model_class._from_config(config, **options)
 
 
 def _check_no_adapter(folder: Path) -> None:

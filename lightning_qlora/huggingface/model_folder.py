@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.files.safetensors_folder import TensorEntry, WeightFolder
-from lightning_qlora.huggingface.model_config import asking_nobody, read_model_config
+from lightning_qlora.huggingface.model_config import model_without_values, read_model_config
 
 
 @dataclass
@@ -103,11 +103,8 @@ class ModelFolder(WeightFolder):
         """A folder with the model of its config.json, or without one if transformers can't build it."""
         model = None
         with suppress(Exception):  # any error of the model's own code
-            import transformers
-
             config = read_model_config(folder)
-            with torch.device("meta"), asking_nobody():
-                model = getattr(transformers, config.architectures[0])._from_config(config)
+            model = model_without_values(config, config.architectures[0])
         return ModelFolder(folder, model)
 
     def tensors(self, keys: list[str]) -> dict[str, Tensor]:

@@ -59,8 +59,7 @@ def forget_quantizer(modules: Iterable[nn.Module]) -> None:
             vars(part.config).pop(name, None)
         used = vars(part).get("_weight_conversions")
         if used:
-            originals = map(_original, used)
-            part._weight_conversions = [each for each in originals if not _is_of_a_quantizer(each)]  # type: ignore[assignment]
+            part._weight_conversions = [each for each in map(_original, used) if not _is_of_a_quantizer(each)]  # type: ignore[assignment]
 
 
 @replaces("transformers.modeling_utils:PreTrainedModel.save_pretrained")
@@ -97,8 +96,8 @@ def save_adapter_instead(original: Any, model: nn.Module, *args: Any, **kwargs: 
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """Within this the process asks the Hugging Face Hub nothing.
+def offline(trust_remote_code: bool = False) -> Iterator[None]:
+    """Within this the process asks the Hugging Face Hub nothing, unless a model's own code runs, which may need it.
 
     Upstream: huggingface_hub/constants.py, HF_HUB_OFFLINE. While transformers builds a model (backbone_utils.py,
     integrations/hub_kernels.py), it fetches what a config.json names: backbones, configs and compiled kernels.
@@ -109,7 +108,7 @@ def offline() -> Iterator[None]:
     constants: Any = import_module("huggingface_hub.constants")
     before = constants.HF_HUB_OFFLINE
     try:
-        _set_offline(constants, True)
+        _set_offline(constants, before or not trust_remote_code)
         yield
     finally:
         _set_offline(constants, before)

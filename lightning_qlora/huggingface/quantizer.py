@@ -138,7 +138,7 @@ class QLoRAQuantizer(HfQuantizer):
         """Itself: transformers copies its operations, and with them what they refer to."""
         return self
 
-    # ---------------------------------------------------------------- what is converted: before the weights are read
+    # What is converted: before the weights are read.
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
@@ -173,7 +173,7 @@ class QLoRAQuantizer(HfQuantizer):
             chosen.pop(join(owner_name(key), "weight"), None)
         return chosen
 
-    # ---------------------------------------------------------------- how a weight is read
+    # How a weight is read.
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         return param_name in self.chosen
@@ -208,7 +208,7 @@ class QLoRAQuantizer(HfQuantizer):
             result.append(copied)
         return result
 
-    # ---------------------------------------------------------------- the model after its weights were read
+    # The model after its weights were read.
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Raise the first error; without one, remove transformers' marks: conversion does the rest."""
@@ -217,9 +217,8 @@ class QLoRAQuantizer(HfQuantizer):
         for name, tensor in named_tensors(model):  # transformers before 5.23 compares none if it has a quantizer
             expected = self._shapes.get(name, tensor.shape)
             if tensor.shape != expected:
-                for error in self.loading.mismatches:  # these name the files of converted weights too
-                    raise error
-                raise self.error(name, wrong_shape(name, tensor.shape, expected))
+                error = self.error(name, wrong_shape(name, tensor.shape, expected))
+                raise next(iter(self.loading.mismatches), error)  # these name the files of converted weights too
         forget_quantizer([model])
         setattr(model, LOADED, isinstance(self, PackedQuantizer))
         if self.loading.sharding or self.later is not None:
@@ -236,7 +235,7 @@ class QLoRAQuantizer(HfQuantizer):
             message = f"{path}: {message}"
         return ValueError(message)
 
-    # ---------------------------------------------------------------- what transformers asks of every quantizer
+    # What transformers asks of every quantizer.
 
     def is_serializable(self) -> bool:
         """Not through transformers; `checkpoint="full"` saves a 4-bit base."""

@@ -7,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.compute_in import output_dtype
-from lightning_qlora.dtypes.instance_method import (
-    OfTraining,
-    add,
-    has_other_forward,
-    instance_method,
-)
+from lightning_qlora.dtypes.instance_method import OfTraining, add, has_other_forward, instance_method
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.kinds import is_packed
 from lightning_qlora.layers.names import without_numbers
@@ -29,14 +24,12 @@ class DeferredForward(OfTraining):
         """Input [..., in] -> logits [..., out]."""
         head: Any = self.module
         if input.is_nested or input.layout is not torch.strided:
-            other: Tensor = self.original(input)
-            return other
+            return self.original(input)  # type: ignore[no-any-return]
         if torch.compiler.is_compiling() or not _can_defer(head, input):
             if type(input) is Tensor:
                 # With the strides of a slice, as `x[:, -1:]` has them, torch takes a product that is 15 times slower.
                 input = input.reshape(-1, input.shape[-1]).view(input.shape)
-            logits: Tensor = self.original(input)
-            return logits
+            return self.original(input)  # type: ignore[no-any-return]
         device = input.device.type
         dtype = output_dtype(head, input.dtype)
         if torch.is_autocast_enabled(device):
@@ -113,12 +106,9 @@ def check_output_embeddings(parts: Parts) -> None:
 
 
 def defer_output_embeddings(parts: Parts, setting: bool | Literal["auto"], sharded: bool = False) -> dict[str, int]:
-    """Make the output embeddings of a converted module return deferred logits in training, in place.
+    """Make the output embeddings of a converted module return deferred logits in training; with "auto" the wide ones.
 
-    With "auto" the wide ones. Nothing is deferred if a strategy shards the parameters.
-
-    Returns:
-        Name -> 0, of those that are not deferred because they are `sharded`.
+    Returns name -> 0 for those that are not deferred because a strategy shards the parameters.
     """
     chosen = output_embeddings(parts) if setting else {}
     if setting == "auto":

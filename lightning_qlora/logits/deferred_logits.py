@@ -196,10 +196,10 @@ class DeferredLogits(Readable):
             return _gradients(func, args, kwargs)
         if func is F.cross_entropy:
             result = _cross_entropy(*args, **kwargs)
+        elif isinstance(logits, DeferredLogits) and not logits.is_computed:
+            result = _deferred(func, logits, args[1:], kwargs)
         else:
             result = None
-            if isinstance(logits, DeferredLogits) and not logits.is_computed:
-                result = _deferred(func, logits, args[1:], kwargs)
         if result is not None:
             return result
         real = partial(_real, keep=writes(func) or func in ASKS)

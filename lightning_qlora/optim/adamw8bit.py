@@ -154,9 +154,9 @@ class PagedAdamW8bit(Optimizer):
                     "PagedAdamW8bit got a sparse gradient: use torch.optim.SparseAdam for that parameter, or make its "
                     "embedding with sparse=False."
                 )
-            if not self.state[param]:
-                self.state[param].update(_new_state(param))
             state = self.state[param]
+            if not state:
+                state.update(_new_state(param))
             states.append(state)
             moment = state[f"{MOMENTS[0]}_codes" if is_8bit(state) else MOMENTS[0]]
             if local(moment).numel() != local(param).numel():  # a kernel would write beyond the state

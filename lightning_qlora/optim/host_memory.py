@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from lightning_qlora.activations.device_memory import count_managed
+from lightning_qlora.activations.device_memory import HostCopies, count_managed
 from lightning_qlora.checks import install
 from lightning_qlora.optim.pool import ALIGNMENT, SEGMENT_BYTES, Pool
 
@@ -174,7 +174,7 @@ class PinnedPool(Pool):
         self._device = device
         self._pinned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its page-locked memory, a CPU tensor
         self._blocks: dict[int, Tensor] = {}
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies = HostCopies(device)
         self._to_device: torch.cuda.Event | None = None  # the end of the last copy to the device
         self._to_host: torch.cuda.Event | None = None  # the end of the last copy to the host, until the CPU has waited
 
@@ -205,7 +205,7 @@ class PinnedPool(Pool):
     @override
     def wait_prefetch(self) -> None:
         if self._to_device is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._to_device)
+            self._copies.wait(self._to_device)
 
     @override
     def evict(self, tensors: Iterable[Tensor]) -> None:
@@ -252,19 +252,8 @@ class PinnedPool(Pool):
         return [pair for pair in pairs if (pair[0].data_ptr() == pair[1].data_ptr()) is on_host]
 
     def _copy_to_device(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        self._to_device = self._copy(pairs)
+        self._to_device = self._copies.start(pairs)
 
     def _copy_to_host(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        self._to_host = self._copy(pairs)
-        torch.cuda.current_stream(self._device).wait_event(self._to_host)
-
-    @torch.no_grad()
-    def _copy(self, pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
-        """Start to copy (target, source) and return the end of it."""
-        # Kernels launched before may still write the source, or read the memory that torch now uses for the target.
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copies):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-        end: torch.cuda.Event = self._copies.record_event()
-        return end
+        self._to_host = self._copies.start(pairs)
+        self._copies.wait(self._to_host)

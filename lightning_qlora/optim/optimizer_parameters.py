@@ -1,7 +1,7 @@
 """The optimizers of a run hold the adapters, also if they were created before conversion (LightningCLI, Fabric)."""
 
 from collections.abc import Collection, Mapping
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,19 +24,14 @@ def replace_parameters_by_adapters(optimizer: Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         names = group.get("param_names")  # of an optimizer that was created from named_parameters()
-        new_names: list[str] = []
-        params: list[nn.Parameter] = []
-        for index, parameter in enumerate(group["params"]):
-            for ending, adapter in _replacements(parameter).items():
-                params.append(adapter)
-                if names is not None:
-                    name = names[index]
-                    if ending:
-                        name = join(owner_name(name), ending)
-                    new_names.append(name)
-        group["params"][:] = params
+        pairs = [
+            (adapter, join(owner_name(name), ending) if ending else name)
+            for parameter, name in zip(group["params"], names or repeat(""), strict=False)
+            for ending, adapter in _replacements(parameter).items()
+        ]
+        group["params"][:] = [adapter for adapter, _ in pairs]
         if names is not None:
-            group["param_names"] = new_names
+            group["param_names"] = [name for _, name in pairs]
 
 
 def replace_merged_adapters(optimizer: Optimizer) -> None:

@@ -104,7 +104,7 @@ class PagedState(_ObservedDict, defaultdict[Any, Any]):
 
 
 class ParamState(_ObservedDict):
-    """The state of one parameter: name -> value. A copy or a pickle of it is a plain dict."""
+    """The state of one parameter, by names. A copy or a pickle of it is a plain dict."""
 
     def __init__(self, state: PagedState, param: Any, values: Mapping[Any, Any]) -> None:
         self.on_write = state.on_write

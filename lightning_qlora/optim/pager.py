@@ -65,22 +65,12 @@ class Pager:
         self._pages[optimizer] = page_optimizer(optimizer, self.min_numel)
 
     def report(self) -> PagingReport:
-        """What is paged now, and how."""
-        pools = []
-        sizes = []
-        for pages in self._pages.values():
-            for pool, tensors in pages.paged():
-                pools.append(pool)
-                sizes += [tensor.nbytes for tensor in tensors]
-        if not pools:
+        paged = [each for pages in self._pages.values() for each in pages.paged()]
+        if not paged:
             return PagingReport("plain", "no state on a GPU", 0, 0, 0)
-        return PagingReport(
-            kind=pools[0].kind,
-            reason=pools[0].reason,
-            tensors=len(sizes),
-            nbytes=sum(sizes),
-            allocated=sum(pool.nbytes for pool in pools),
-        )
+        first = paged[0][0]
+        sizes = [tensor.nbytes for _, tensors in paged for tensor in tensors]
+        return PagingReport(first.kind, first.reason, len(sizes), sum(sizes), sum(pool.nbytes for pool, _ in paged))
 
     def close(self) -> None:
         """Stop paging: all state moves to plain host memory, as in Lightning's own teardown; all pages are freed.

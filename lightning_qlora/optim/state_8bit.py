@@ -53,7 +53,6 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def split_scales(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """State with the scales of whole moments split as their parameter is."""
     return {key: shard_like(value, param) if str(key).endswith("_absmax") else value for key, value in state.items()}
 
 
@@ -108,5 +107,4 @@ def zero_absmax(param: Tensor) -> Tensor:
 
 
 def _dtensor(part: Tensor, like: DTensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    """This rank's part of a whole tensor as a DTensor that is sharded as `like`."""
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=shape, stride=stride)

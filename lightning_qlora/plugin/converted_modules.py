@@ -75,13 +75,12 @@ class ConvertedModules:
     def advise(self, error: BaseException) -> None:
         """Say what to do about an error in a run of the last module, if it comes from what conversion changed."""
         if self.last is not None:
-            advice = advice_on_types(error, self.last)
-            advice = advice or advice_for(error, self.last, self._converted[self.last].audit.outside)
+            outside = self._converted[self.last].audit.outside
+            advice = advice_on_types(error, self.last) or advice_for(error, self.last, outside)
             if advice is not None:
                 add_advice(error, advice)
 
     def audit(self, optimizer: Optimizer) -> None:
-        """Check, between a backward pass and the step of an optimizer, that what it holds trains."""
         for module, converted in self._converted.items():
             converted.audit.before_step(module, optimizer)
 

@@ -279,11 +279,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         """The states of torch's random generators, which draw dropout masks, and what computes the layers."""
         trainer = trainer_of(self._modules.last)
         after_error = trainer is not None and trainer.interrupted
-        state: dict[str, Any] = {
-            "random_state": torch_rng_states(gathered=not after_error),
-            "kernels": self._kernels(),
-        }
-        return state
+        return {"random_state": torch_rng_states(gathered=not after_error), "kernels": self._kernels()}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -173,15 +173,8 @@ class PackedWeight:
 
     def to(self, device: torch.device) -> "PackedWeight":
         """The same weight on another device."""
-        nested_absmax = self.nested_absmax
-        if nested_absmax is not None:
-            nested_absmax = nested_absmax.to(device)
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            absmax=self.absmax.to(device),
-            nested_absmax=nested_absmax,
-        )
+        tensors: Any = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def to_bytes(self) -> PackedBytes:
         """The uint8 tensors that a layer stores; a weight of one dimension becomes one row."""

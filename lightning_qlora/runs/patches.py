@@ -6,6 +6,7 @@ docs/patches.md says what each one changes, and why. None has an effect on a run
 import pickle
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,10 +90,7 @@ def restore_generators_after_loaders(original: Any, loop: Any, data_fetcher: Any
     `on_train_batch_start`, which comes after the first batch was computed.
     Removed by: Lightning restoring the generators, or a hook between the iterators and the first batch.
     """
-
-    def begin() -> None:
-        original(loop, data_fetcher)
-
+    begin = partial(original, loop, data_fetcher)
     begin_epoch = getattr(loop.trainer.precision_plugin, "_begin_epoch", None)  # precision.py
     if begin_epoch is None:
         begin()

@@ -15,10 +15,9 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.checks import one_line
 from lightning_qlora.config import DeviceName
@@ -27,7 +26,6 @@ from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tools.fake_model import RealIndices
-from lightning_qlora.tools.repeated_blocks import RepeatedBlocks
 
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 SEED = 12  # position of the dropout seed in the arguments of the op `lora_linear`
@@ -72,28 +70,19 @@ def positions_of(fake_model: nn.Module) -> int | None:
     return None
 
 
-def fake_example(example: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(example, Mapping):
-        example = dict(example)
-    return tree_map_only(Tensor, mode.from_tensor, example)
-
-
 def step_memory(
-    fake_model: nn.Module, forward: Callable[[], Any], blocks: RepeatedBlocks, device: DeviceName = "gpu"
+    fake_model: nn.Module, forward: Callable[[], Any], device: DeviceName = "gpu"
 ) -> tuple[int, int] | None:
     """Bytes of activations, and of gradients, at the peak of one forward and backward pass.
 
     Temporary tensors, also those of the loss, and the buffer for an adapter's input after dropout count as activations;
-    parameters, buffers and inputs do not count. On a GPU the backward pass of attention is that of CUDA. None if the
-    code of the model depends on values.
-    The loss is that of the model. If it returns none, deferred logits get a cross entropy, and all other outputs a
-    gradient of their size. ValueError if the model fails.
+    parameters, buffers and inputs do not. None if the code of the model depends on values; ValueError if it fails.
+    Without a loss of the model, deferred logits get a cross entropy, and all other outputs a gradient of their size.
     """
     fake_model.train()
     trained = [parameter for parameter in fake_model.parameters() if parameter.requires_grad]
     living = _LivingTensors([*fake_model.parameters(), *fake_model.buffers()], device)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: living.count_gradient(p.grad)) for p in trained]  # type: ignore[no-untyped-call]
-    blocks.count_gradient = living.count_gradient
     try:
         with torch.enable_grad(), RealIndices(), living:  # type: ignore[no-untyped-call]
             _backward(forward())
@@ -109,7 +98,6 @@ def step_memory(
         for hook in hooks:
             hook.remove()
         fake_model.zero_grad(set_to_none=True)
-        blocks.gradients.clear()
     return living.peak - living.gradients_at_peak + living.dropped, living.gradients_at_peak
 
 
@@ -152,10 +140,10 @@ def _flash_workspace(query: Tensor, key: Tensor) -> int:
 
 
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context that counts the bytes of new tensors until they are freed.
+    """Counts the bytes of new tensors until they are freed.
 
-    `peak` is the largest sum, of which `gradients_at_peak` were gradients. `dropped`, the buffer that the kernels keep
-    for drop(x) (`kernels/scratch.py`), is not part of it.
+    `peak` is the largest sum, of which `gradients_at_peak` were gradients. The buffer that the kernels keep for drop(x)
+    (`kernels/scratch.py`), `dropped`, is not part of it.
     """
 
     def __init__(self, existing: list[Tensor], device: DeviceName) -> None:

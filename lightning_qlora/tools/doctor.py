@@ -88,7 +88,6 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
 
 
 def paging(device: torch.device, properties: Any) -> str:
-    """How optimizer state is paged on a GPU, and whether that saves memory."""
     if getattr(properties, "is_integrated", False):
         return "brings nothing: this GPU uses the host's memory, so there is no other one to page to"
     return why_not_managed(device) or "unified memory"
@@ -123,12 +122,5 @@ def _self_test(device: torch.device) -> Iterator[tuple[str, str, bool]]:
 
 
 def environment() -> dict[str, str]:
-    names = [
-        "TRITON_INTERPRET",
-        "LIGHTNING_QLORA_CACHE",
-        library.OFF,
-        "CC",
-        "CUDA_VISIBLE_DEVICES",
-        "OMP_NUM_THREADS",
-    ]
+    names = ["TRITON_INTERPRET", "LIGHTNING_QLORA_CACHE", library.OFF, "CC", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"]
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.checks import one_line
 from lightning_qlora.huggingface.base_folder import check_format, stored_format
-from lightning_qlora.huggingface.model_config import ElsewhereError, asking_nobody, read_model_config
+from lightning_qlora.huggingface.model_config import ElsewhereError, model_without_values, read_model_config
 
 LARGEST = 1 << 22  # elements of a real tensor: attention masks may have more
 
@@ -54,8 +54,7 @@ def meta_model(model: Any) -> nn.Module:
         if is_name:
             config = read_model_config(model)
         stored = stored_format(config.to_dict())
-        with torch.device("meta"), asking_nobody():
-            built: nn.Module = _model_of_config(config)
+        built: nn.Module = _model_of_config(config)
     except ElsewhereError:
         raise
     except OSError as error:
@@ -75,15 +74,12 @@ def meta_model(model: Any) -> nn.Module:
 
 def _model_of_config(config: Any) -> Any:
     transformers: Any = import_module("transformers")
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
     name = next(iter(getattr(config, "architectures", None) or []), "")
-    model_class = getattr(transformers, name, None)
-    if model_class is not None:
-        return model_class._from_config(config, dtype=dtype)
-    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
-        if type(config) in auto._model_mapping:
-            return auto.from_config(config, dtype=dtype, trust_remote_code=False)
-    return transformers.AutoModel.from_config(config, dtype=dtype, trust_remote_code=False)
+    if not hasattr(transformers, name):
+        autos = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
+        fitting = (auto for auto in autos if type(config) in getattr(transformers, auto)._model_mapping)
+        name = next(fitting, "AutoModel")
+    return model_without_values(config, name, dtype=getattr(config, "dtype", None) or torch.bfloat16)
 
 
 class RealIndices(TorchDispatchMode):  # type: ignore[no-untyped-call]

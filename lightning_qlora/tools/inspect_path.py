@@ -95,12 +95,12 @@ def _model_lines(folder: WeightFolder) -> list[tuple[str, str]]:
         weight = f"{key}.".partition(".weight.")[0] + ".weight"  # also of the scales of a 4-bit weight
         sizes["4-bit" if weight in packed else entry.dtype] += entry.nbytes
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        architectures = ["unknown"]
+    if not isinstance(architectures, list):
+        architectures = []
     names = [file.name for file in folder.files()]
     return [
         ("kind", "model folder, 4-bit (bitsandbytes)" if packed else "model folder"),
-        ("architecture", ", ".join(map(str, architectures))),
+        ("architecture", ", ".join(map(str, architectures)) or "unknown"),
         ("quantization", _quantization(folder, config, packed)),
         ("4-bit layers", str(len(packed))),
         ("tensors", str(len(folder.entries))),

@@ -6,13 +6,14 @@ activations and temporary tensors are counted, not guessed.
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from typing_extensions import Unpack
 
 from lightning_qlora.activations.device_memory import memory_of
@@ -32,11 +33,11 @@ from lightning_qlora.conversion.parameter_counts import count_parameters, packed
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS, Held
 from lightning_qlora.texts import size_text
-from lightning_qlora.tools.activations import fake_example, forward_function, step_memory
-from lightning_qlora.tools.cards import Card, find_card
+from lightning_qlora.tools.activations import forward_function, step_memory
+from lightning_qlora.tools.cards import find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
-from lightning_qlora.tools.repeated_blocks import RepeatedBlocks, more_of_each, share_repeated_blocks
+from lightning_qlora.tools.repeated_blocks import skip_repeated_blocks
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
@@ -194,18 +195,15 @@ def estimate_memory(
     names = ["batch_size", "sequence_length", "optimizer", "example", "device", "gpu"]
     refuse_unknown_arguments(arguments, [*names, *QLoRAConfig.__dataclass_fields__])
     config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
-    card = memory = None
-    if gpu is not None:
-        card = find_card(gpu, device)
-        memory = card.memory
-    run = PlannedRun(model, optimizer, config, example, device, card)
-    return run.estimate(batch_size, sequence_length, memory)
+    return PlannedRun(model, optimizer, config, example, device, gpu).estimate(batch_size, sequence_length)
 
 
 class PlannedRun:
     """A converted model without data, for which steps of several sizes can be estimated; see `estimate_memory`.
 
-    `in_short`: like blocks of the model are one block, whose rows stand once in the report.
+    Attributes:
+        gpu_memory: Bytes of the GPU; None: not known.
+        host_memory: Bytes of the host in which inputs of blocks may wait.
     """
 
     def __init__(
@@ -215,15 +213,13 @@ class PlannedRun:
         config: QLoRAConfig,
         example: Any = None,
         device: DeviceName = "gpu",
-        card: Card | None = None,
-        in_short: bool = False,
+        gpu: str | None = None,
     ) -> None:
+        card = None if gpu is None else find_card(gpu, device)
         check_choice("optimizer", optimizer, get_args(OptimizerName))
         check_choice("device", device, get_args(DeviceName))
         if not isinstance(model, nn.Module):
             model = meta_model(model)
-            if in_short and not _names_blocks(config):
-                share_repeated_blocks(model)
         check_initialized(model.named_modules())
         config = config.changed(init_lora_weights="default")  # there is no weight, and the adapter has the same shape
         without_bf16 = card is not None and not card.bf16
@@ -231,53 +227,47 @@ class PlannedRun:
             config = replace(config, compute_dtype="fp16")
         self.config = config
         self.device = device
-        self.host_memory = math.inf  # bytes of the host in which inputs of blocks may wait
+        self.gpu_memory = None if card is None else card.memory
+        self.host_memory = math.inf
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # see RealIndices
         if config.adapter is not None:  # no file can be read under that mode
             config = config_of_adapter(Parts.of(model), read_adapter(config.adapter), config)
         with self._mode:
             self.model = fake_copy(model)
-            self._example = fake_example(example, self._mode)
+            if isinstance(example, Mapping):
+                example = dict(example)
+            self._example = tree_map_only(Tensor, self._mode.from_tensor, example)
             # The tensors without data are on the CPU.
             run = Run()
             if device == "gpu":
                 run = Run(decide=_in_fp32 if without_bf16 else _on_a_card)
             self._report = convert_module(self.model, config, run)
             run_without_data(self.model)
-        self._repeated = RepeatedBlocks(self.model)
-        self._more = more_of_each(self.model) if in_short else {}
-        packed = self.sum(lambda part: count_parameters(part.modules()).packed_bytes)
-        trained = self.sum(lambda part: sum(p.nbytes for p in part.parameters() if p.requires_grad))
-        if optimizer == "adamw8bit":
-            state = int(self.sum(lambda part: count_parameters(part.modules()).trainable) * STATE_8BIT)
-        else:
-            state = int(trained * STATE[optimizer])
+        skip_repeated_blocks(self.model)
+        counts = count_parameters(self.model.modules())
+        packed = counts.packed_bytes
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        state = trained * STATE[optimizer] if optimizer in STATE else counts.trainable * STATE_8BIT
         self._parts = {
             "4-bit weights": packed,
-            "other frozen weights": self.sum(parameter_bytes) - packed - trained,
+            "other frozen weights": parameter_bytes(self.model) - packed - trained,
             "trained weights": trained,
             "gradients": trained,
-            "optimizer state": state,
+            "optimizer state": int(state),
             "decode buffer": _decode_buffers(packed_layers(self.model)),
         }
 
-    def sum(self, of_part: Callable[[nn.Module], int]) -> int:
-        """A sum over the model, of which a block counts as often as it has a place."""
-        return of_part(self.model) + sum(count * of_part(block) for block, count in self._more.items())
-
     @property
     def is_host_full(self) -> bool:
-        """Whether the host had no room for an input of the last step."""
         budget = self._report.activations
         return budget is not None and budget.host.is_full
 
     def set_gradient_checkpointing(self, setting: bool | str) -> None:
         enable_gradient_checkpointing(self.model, setting)
         self._report.activations = budget_of(self.model.modules())
-        self._repeated = RepeatedBlocks(self.model)
+        skip_repeated_blocks(self.model)
 
-    def estimate(self, batch_size: int, sequence_length: int, gpu_memory: int | None = None) -> MemoryEstimate:
-        """The memory of a run with batches of this size, on a GPU that has `gpu_memory` bytes."""
+    def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
         check_integer("batch_size", batch_size, at_least=1)
         check_integer("sequence_length", sequence_length, at_least=1)
         budget = self._report.activations
@@ -286,7 +276,7 @@ class PlannedRun:
         # As in a run: first all blocks are recomputed, then a step decides by what that needed.
         budget.plan(self.host_memory if self.device == "gpu" else None)
         estimate = self._step(batch_size, sequence_length)
-        available = self.available(gpu_memory)
+        available = self.available()
         is_known = budget.limit is not None or available != math.inf
         if budget.offloads or not estimate.counted_activations or not is_known:
             return estimate
@@ -300,7 +290,7 @@ class PlannedRun:
             forward = forward_function(self.model, batch_size, sequence_length, self._example)
             step = None
             if forward is not None:
-                step = step_memory(self.model, forward, self._repeated, self.device)
+                step = step_memory(self.model, forward, self.device)
         budget = self._report.activations
         activations, gradients_at_peak = step or (0, self._parts["gradients"])
         return MemoryEstimate(
@@ -315,19 +305,12 @@ class PlannedRun:
             host_bytes=budget.host.nbytes if budget is not None else 0,
         )
 
-    def available(self, gpu_memory: int | None) -> float:
+    def available(self) -> float:
         """Bytes that a run may use on the device; infinite if that is not known."""
         if self.device == "gpu":
-            return math.inf if gpu_memory is None else gpu_memory - DRIVER
+            return math.inf if self.gpu_memory is None else self.gpu_memory - DRIVER
         memory = memory_of(torch.device("cpu"))
         return math.inf if memory is None else memory.available
-
-
-def _names_blocks(config: QLoRAConfig) -> bool:
-    """Whether arguments may be of some of like blocks alone, by their numbers."""
-    patterns = config.rank_pattern, config.alpha_pattern
-    names = config.target_modules, config.exclude_modules, config.modules_to_save, patterns
-    return config.adapter is not None or any(letter.isdigit() for letter in repr(names))
 
 
 def _in_fp32(_device: torch.device, dtype: torch.dtype) -> Held | None:
@@ -367,18 +350,14 @@ def bytes_on_each(run: PlannedRun, estimate: MemoryEstimate, devices: int = 1, s
     parts = estimate.parts
     if strategy == "ddp" or devices == 1:
         return estimate.device
-    whole = run.sum(parameter_bytes)
+    whole = parameter_bytes(run.model)
     gathered = whole
     if sizes := [parameter_bytes(block) for block in transformers_checkpointing_layers(run.model)]:
-        gathered += 2 * max(sizes) - run.sum(_bytes_of_blocks)
+        gathered += 2 * max(sizes) - sum(sizes)
     sharded = whole + parts["gradients"]
     if not estimate.paged:
         sharded += parts["optimizer state"]
     return gathered + parts["activations"] + parts["decode buffer"] + sharded // devices
-
-
-def _bytes_of_blocks(part: nn.Module) -> int:
-    return sum(map(parameter_bytes, transformers_checkpointing_layers(part)))
 
 
 def usable_bytes(gpu_memory: int) -> int:

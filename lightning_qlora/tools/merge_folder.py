@@ -43,9 +43,7 @@ def merge_folder(
 ) -> None:
     """Write the base model with the adapter merged, as `save_pretrained` does; after an error there is no output.
 
-    The whole model is in memory, in the type of its files. Tokenizer, chat template and other files are copied. For the
-    arguments see the command (`merge_adapter` in cli.py).
-
+    The whole model is in memory, in the type of its files. The arguments are those of `merge_adapter` in cli.py.
     FileNotFoundError, FileExistsError or ValueError if the base is broken, or the output exists;
     CheckpointMismatchError if the adapter does not fit the base.
     """
@@ -54,8 +52,7 @@ def merge_folder(
     output = Path(output)
     check_free(output)
     trained = adapter.quantization or Quantization()
-    bits = trained._replace(init_lora_weights="default")._asdict()
-    config = QLoRAConfig(**bits)
+    config = QLoRAConfig(**trained._replace(init_lora_weights="default")._asdict())
     weights: dict[str, Tensor] = {}
     in_4_bits = stored_format(read_config(Path(base_model))).get("load_in_4bit")
     # Training may have loaded another type than that of the files.

@@ -61,7 +61,6 @@ def plan(
         json: Print JSON.
         **arguments: The arguments of `QLoRAPrecision`.
     """
-    from lightning_qlora.tools.cards import find_card
     from lightning_qlora.tools.memory_estimate import PlannedRun, both_units, bytes_on_each, fits
 
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that we raise
@@ -70,13 +69,7 @@ def plan(
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     check_integer("devices", devices, at_least=1)
-    memory = None
-    card = None
-    if gpu is not None:
-        card = find_card(gpu, device)
-        memory = card.memory
-    if gpu_memory is not None:
-        memory = parse_memory("gpu_memory", gpu_memory)
+    memory = None if gpu_memory is None else parse_memory("gpu_memory", gpu_memory)
     config = QLoRAConfig(**arguments)
     if devices > 1 and strategy == "fsdp":
         # The output embedding is in shards, and ranks that share blocks recompute all of them.
@@ -87,19 +80,20 @@ def plan(
         config = replace(config, gradient_checkpointing=recomputes)
     if sys.stderr.isatty():
         say(f"Running a step of {model} without weights ...", sys.stderr)
-    in_short = isinstance(sequence_length, str)
-    run = PlannedRun(model, optimizer, config, device=device, card=card, in_short=in_short)
+    run = PlannedRun(model, optimizer, config, device=device, gpu=gpu)
+    run.gpu_memory = memory or run.gpu_memory
     if isinstance(sequence_length, str):
-        host = None if host_memory is None else parse_memory("host_memory", host_memory)
-        _plan_longest(run, batch_size, memory, host, devices, strategy, json)
+        if host_memory is not None:
+            run.host_memory = parse_memory("host_memory", host_memory) / 2 / devices
+        _plan_longest(run, batch_size, devices, strategy, json)
         return
-    estimate = run.estimate(batch_size, sequence_length, memory)
+    estimate = run.estimate(batch_size, sequence_length)
     needed = bytes_on_each(run, estimate, devices, strategy)
     answer = None
-    if memory is not None:
+    if run.gpu_memory is not None:
         answer = "It is not known whether it fits: the activations could not be counted."
         if estimate.counted_activations:
-            answer = fits(needed, memory, config)
+            answer = fits(needed, run.gpu_memory, config)
     if json:
         totals = {"total": estimate.total, "device": estimate.device, "on_each_device": needed, "fits": answer}
         print_json({**vars(estimate), **totals})
@@ -111,17 +105,13 @@ def plan(
         print(answer)
 
 
-def _plan_longest(
-    run: Any, batch_size: int, memory: int | None, host: int | None, devices: int, strategy: StrategyName, json: bool
-) -> None:
+def _plan_longest(run: Any, batch_size: int, devices: int, strategy: StrategyName, json: bool) -> None:
     from lightning_qlora.tools.longest_sequence import longest_sequences
     from lightning_qlora.tools.memory_estimate import both_units, usable_bytes
 
-    if memory is None and run.device == "gpu":
+    if run.gpu_memory is None and run.device == "gpu":
         raise ValueError("sequence_length='longest': on which card? Pass gpu=RTX4090 or gpu_memory=24GiB.")
-    available = run.available(None) if memory is None else usable_bytes(memory)
-    if host is not None:
-        run.host_memory = host / 2 / devices
+    available = run.available() if run.gpu_memory is None else usable_bytes(run.gpu_memory)
     rows = longest_sequences(run, batch_size, available, devices, strategy)
     if json:
         print_json({"available": available, "longest": [row._asdict() for row in rows]})

@@ -5,15 +5,14 @@ it. The first is the same for like blocks, and the rest grows from one end to th
 step of 80 blocks is counted in the time of three.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_qlora.activations.gradient_checkpointing import RecomputedForward, transformers_checkpointing_layers
+from lightning_qlora.activations.gradient_checkpointing import RecomputedForward
 from lightning_qlora.activations.recomputed import HOOKS, is_in_backward_pass, watch_saved_tensors
 from lightning_qlora.dtypes.instance_method import InstanceMethod, instance_method
 from lightning_qlora.texts import group
@@ -21,51 +20,21 @@ from lightning_qlora.texts import group
 PLAIN = (str, int, float, tuple, type(None))  # attributes by which blocks may differ
 
 
-class RepeatedBlocks:
-    """The like blocks of a model without data.
-
-    Attributes:
-        gradients: Of a step, those of the blocks that computed nothing.
-        count_gradient: Is called with each of them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.gradients: list[Tensor] = []
-        self.count_gradient: Callable[[Tensor], None] = self.gradients.append
-        for kind in _kinds(_recomputed(model)):
-            outputs: dict[Any, Any] = {}
-            for block in kind[:-1]:
-                method = instance_method(block, RecomputedForward)
-                assert method is not None
-                method.before = _RepeatedForward(self, method, outputs)
-
-
-def share_repeated_blocks(model: nn.Module) -> None:
-    """Let one block, of a transformers model, take the places of all like ones between the second and the last.
-
-    So a model of 80 blocks is converted in the time of four. Its steps have to skip blocks.
-    """
-    layers = set(transformers_checkpointing_layers(model))
-    for container in model.modules():
-        for kind in _kinds(child for child in enumerate(container.children()) if child[1] in layers):
-            middle = set(kind[3:-1])
-            for key, child in [*container._modules.items()]:
-                if child in middle:
-                    container.add_module(key, kind[2])
-
-
-def more_of_each(model: nn.Module) -> dict[nn.Module, int]:
-    """The blocks that stand in several places: in how many more than one."""
-    counts = (Counter(container._modules.values()) for container in model.modules())
-    return {block: count - 1 for each in counts for block, count in each.items() if block is not None and count > 1}
+def skip_repeated_blocks(model: nn.Module) -> None:
+    """Let the blocks between like ones of a model without data compute nothing."""
+    for kind in _kinds(_recomputed(model)):
+        outputs: dict[Any, Any] = {}
+        for block in kind[:-1]:
+            method = instance_method(block, RecomputedForward)
+            assert method is not None
+            method.before = _RepeatedForward(method, outputs)
 
 
 def _recomputed(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """The blocks that are recomputed, with their first positions."""
+    """The blocks that are recomputed, with their positions."""
     for container in model.modules():
-        first = {block: index for index, block in reversed([*enumerate(container._modules.values())])}
-        for block, index in reversed(first.items()):
-            if block is not None and instance_method(block, RecomputedForward) is not None:
+        for index, block in enumerate(container.children()):
+            if instance_method(block, RecomputedForward) is not None:
                 yield index, block
 
 
@@ -73,11 +42,10 @@ def _kinds(blocks: Iterable[tuple[int, nn.Module]]) -> list[list[nn.Module]]:
     kinds: list[list[_Block]] = []
     for index, block in blocks:
         described = _Block(block, index, _values(block))
-        kind = next((each for each in kinds if described.is_like(each[0])), None)
-        if kind is None:
-            kinds.append([described])
-        else:
-            kind.append(described)
+        kind = next((each for each in kinds if described.is_like(each[0])), [])
+        if not kind:
+            kinds.append(kind)
+        kind.append(described)
     return [[described.block for described in kind] for kind in kinds]
 
 
@@ -101,11 +69,10 @@ class _Block(NamedTuple):
 class _RepeatedForward(InstanceMethod):
     """The forward method of a block, unless one before it had like inputs."""
 
-    def __init__(self, blocks: RepeatedBlocks, recomputed: RecomputedForward, outputs: dict[Any, Any]) -> None:
+    def __init__(self, recomputed: RecomputedForward, outputs: dict[Any, Any]) -> None:
         super().__init__(recomputed.module)
         self.recomputed = recomputed
         self.before = recomputed.before
-        self.blocks = blocks
         self.outputs = outputs  # of this kind: what inputs are like -> what the output is like
         self.first: set[Any] = set()  # what inputs are like that this block was the first to get
 
@@ -129,17 +96,11 @@ class _RepeatedForward(InstanceMethod):
         if budget is not None and budget.keeps and not is_in_backward_pass():
             kept = budget.size_of(like), bool(saved)
         made = [leaf for leaf in leaves if isinstance(leaf, _Made)]
-        tensors = iter(_Skipped.apply(self, made, kept, *inputs))  # type: ignore[no-untyped-call]
+        trained = (parameter for parameter in self.module.parameters() if parameter.requires_grad)
+        tensors = iter(_Skipped.apply(made, kept, *inputs, *trained))  # type: ignore[no-untyped-call]
         values = [next(tensors) if isinstance(leaf, _Made) else leaf for leaf in leaves]
         values = [inputs[leaf.position] if isinstance(leaf, _Input) else leaf for leaf in values]
         return tree_unflatten(values, structure)
-
-    def add_gradients(self, x: Tensor) -> None:
-        """Hold as many bytes as the gradients of the block take."""
-        nbytes = sum(parameter.nbytes for parameter in self.module.parameters() if parameter.requires_grad)
-        gradients = x.new_empty(nbytes, dtype=torch.uint8)
-        self.blocks.gradients.append(gradients)
-        self.blocks.count_gradient(gradients)
 
 
 class _Made(NamedTuple):
@@ -163,29 +124,25 @@ def _described(leaf: Any, inputs: list[Tensor]) -> Any:
 
 
 class _Skipped(torch.autograd.Function):
-    """A block whose outputs and gradients have no values.
+    """Inputs of a block, and what trains in it -> outputs; they and the gradients have no values.
 
-    `kept`: the bytes that it keeps, and whether it keeps its first input; None: it is recomputed.
+    `kept`: the bytes that the block keeps, and whether it keeps its first input; None: it is recomputed.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, block: _RepeatedForward, outputs: list[_Made], kept: tuple[int, bool] | None, *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, outputs: list[_Made], kept: tuple[int, bool] | None, *inputs: Tensor) -> tuple[Tensor, ...]:
         nbytes, saves_input = kept or (0, True)
         x = inputs[0] if saves_input else inputs[0].new_empty(0)
         ctx.save_for_backward(x, inputs[0].new_empty(nbytes, dtype=torch.uint8))
-        ctx.block = block
         ctx.inputs = [(tensor.shape, tensor.dtype) for tensor in inputs]
         return tuple(inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, _ = ctx.saved_tensors
-        ctx.block.add_gradients(x)
-        needed = zip(ctx.inputs, ctx.needs_input_grad[3:], strict=True)
+        needed = zip(ctx.inputs, ctx.needs_input_grad[2:], strict=True)
         gradients = (x.new_empty(shape, dtype=dtype) if is_needed else None for (shape, dtype), is_needed in needed)
-        return None, None, None, *gradients
+        return None, None, *gradients
 
 
 def _values(block: nn.Module) -> list[Any]:

@@ -9,8 +9,9 @@ from importlib import import_module
 import pytest
 
 from lightning_qlora import estimate_memory, save_adapter
-from lightning_qlora.huggingface.model_config import asking_nobody, read_model_config
+from lightning_qlora.huggingface.model_config import read_model_config
 from lightning_qlora.huggingface.model_folder import ModelFolder
+from lightning_qlora.huggingface.patches import offline
 from lightning_qlora.tools.cli import main
 from tests.conftest import raises_in_one_line
 from tests.toys import converted, toy
@@ -155,10 +156,10 @@ def test_the_hub_is_not_asked_within(asked, tmp_path, monkeypatch):
         return len(asked)
 
     for _ in range(2):
-        with asking_nobody():
+        with offline():
             assert ask() == 0
     assert hub.constants.HF_HUB_OFFLINE is False
-    with asking_nobody(trust_remote_code=True):  # whose code may need it
+    with offline(trust_remote_code=True):  # whose code may need it
         assert ask() > 0
 
 

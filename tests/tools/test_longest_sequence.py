@@ -51,16 +51,11 @@ def test_a_count_without_the_blocks_between_is_that_of_all(config, setting, monk
         lambda self, *a, **k: (computed.append(self), compute(self, *a, **k))[1],
     )
     few = estimate_memory(config(), 2, 1500, **R, gradient_checkpointing=setting)
-    short = PlannedRun(config(), "adamw", QLoRAConfig(**R, gradient_checkpointing=setting), in_short=True)
-    in_short = short.estimate(2, 1500)
     monkeypatch.setattr(repeated_blocks, "_kinds", lambda blocks: [])
     full = estimate_memory(config(), 2, 1500, **R, gradient_checkpointing=setting)
-    for estimate in (few, in_short):
-        assert estimate.total == pytest.approx(full.total, rel=1e-4)
-        assert estimate.host_bytes == full.host_bytes
-        assert {**estimate.parts, "activations": 0} == {**full.parts, "activations": 0}
-    whole = PlannedRun(config(), "adamw", QLoRAConfig(**R, gradient_checkpointing=setting))
-    assert bytes_on_each(short, in_short, 4, "fsdp") == pytest.approx(bytes_on_each(whole, full, 4, "fsdp"), rel=1e-4)
+    assert few.total == pytest.approx(full.total, rel=1e-4)
+    assert few.host_bytes == full.host_bytes
+    assert {**few.parts, "activations": 0} == {**full.parts, "activations": 0}
 
 
 @pytest.mark.slow
@@ -179,3 +174,9 @@ def test_the_workspace_is_counted_on_a_card(monkeypatch):
     counted = estimate_memory(llama(**sizes), 1, 16_384, **arguments).total
     monkeypatch.setattr(activations, "_flash_workspace", lambda query, key: 0)
     assert counted > estimate_memory(llama(**sizes), 1, 16_384, **arguments).total
+
+
+def test_inputs_on_the_host_have_as_many_tiles_as_their_gradients():
+    """Also in a model so small that the planner would give an input values, as it does to attention masks."""
+    estimate = estimate_memory(llama(num_hidden_layers=3), 2, 4096, **R, gradient_checkpointing="offload")
+    assert estimate.counted_activations and estimate.host_bytes

@@ -99,7 +99,8 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
         for key, value in state.items():
             layer.write(key, value.to(layer.lora_A.dtype).contiguous())
     for each in base.adapters.values():
-        each.reset_rows(base.modules)
+        if each.row_count:
+            each.reset_rows(base.modules)
     if adapter.saved:
         tensors = _named_tensors(base)
         with torch.no_grad():
@@ -119,7 +120,7 @@ def _check_fits(base: Parts, adapter: Adapter, loaded: dict[str, State]) -> None
         if layer is None:
             adapter.refuse(key, base, "has no layer with an adapter there")
         r = state["lora_A"].shape[-2]
-        if is_sharded(layer.lora_A) and r != layer.r:
+        if r != layer.r and is_sharded(layer.lora_A):
             raise CheckpointMismatchError(
                 f"{adapter.source}: key '{PREFIX}{key}' has rank {r}, and the sharded layer keeps its rank {layer.r}. "
                 "Pass adapter=FOLDER to QLoRAPrecision, which loads it before sharding."
@@ -127,13 +128,13 @@ def _check_fits(base: Parts, adapter: Adapter, loaded: dict[str, State]) -> None
         if state.keys() != {*layer.parameter_names}:
             given = adapter.config["use_dora"]
             adapter.refuse(key, base, f"has use_dora={not given} there, and the adapter use_dora={given}")
+    if not adapter.saved:
+        return
     for name, rows in adapter.tokens.items():
         indices = base.rows_that_train.get(name)
         if rows != indices:
             difference = f"has trainable_token_indices={shown(indices)} there, and the adapter {shown(rows)}"
             adapter.refuse(f"{name}.{DELTA}", base, difference)
-    if not adapter.saved:
-        return
     for tied in tied_names(base):
         _check_tie(adapter, tied)
     tensors = _named_tensors(base)

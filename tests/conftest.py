@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_qlora
 from lightning_qlora import QLoRAPrecision
+from lightning_qlora.conversion import outside_copies
 from lightning_qlora.layers.packed_layer import PackedLayer
 from tests.machines import products
 
@@ -40,6 +41,9 @@ PORTS = count(10_000 + os.getpid() * 50 % 20_000)
 # What torchrun gives to each of two processes, and the variables with the rank there and under SLURM.
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
+
+# Of 6,000 tests in memory each conversion would search 50,000 objects, 0.12 s; those of a test are the nearest.
+outside_copies.MOST = 10_000
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

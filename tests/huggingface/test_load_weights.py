@@ -78,7 +78,6 @@ def test_one_rank_has_the_bytes_and_losses_of_no_strategy(place, models, alone, 
 
 
 @needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
-@pytest.mark.slow
 def test_two_ranks_have_the_bytes_and_losses_of_one_device(models, alone):
     from tests.scripts.load_weights import load
 

@@ -16,11 +16,17 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora.conversion import outside_copies
 from lightning_qlora.conversion.outside_copies import FAILED, OF_CONVERTED, WRITTEN
-from tests.conftest import make_trainer
+from tests.conftest import SEARCHED_FOR_USERS, make_trainer
 from tests.toys import pretrain
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _search_as_for_users(monkeypatch):
+    monkeypatch.setattr(outside_copies, "MOST", SEARCHED_FOR_USERS)
 
 
 def body(seed=None):

@@ -122,7 +122,11 @@ OWN_LOOP = Run()
 def convert_module(
     module: nn.Module, config: QLoRAConfig, run: Run = OWN_LOOP, saved: SavedLayers | None = None
 ) -> ConversionReport:
-    """`convert` with a config. `saved`: convert these layers of a checkpoint; None: those that the arguments choose."""
+    """`convert` with a config. `saved`: convert these layers of a checkpoint; None: those that the arguments choose.
+
+    Layers that an earlier conversion made, of this module or of a part of it, stay as they are. Layers that were added
+    since are converted.
+    """
     start = time.perf_counter()
     parts = Parts.of(module, wrappers=())
     if parts.traits.is_lazy:

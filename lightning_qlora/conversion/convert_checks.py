@@ -54,6 +54,7 @@ def check_has_data(modules: Iterable[tuple[str, nn.Module]], later: bool = False
 
 
 def refuse_nothing(choice: Selection, config: QLoRAConfig, is_one_of_several: bool) -> None:
+    """Refuse a module of which nothing is converted; one of several may have layers that are too small for 4 bits."""
     message = f"No layer was converted to 4 bits ({no_layer(config)})."
     if not choice.train:
         reasons = "".join(f"\n  {name or ROOT}: {why}" for name, why in list(choice.skip.items())[:SHOWN])

@@ -83,6 +83,7 @@ def load_from_checkpoint(
         module_class, is_named = _take_class(checkpoint.get("hyper_parameters"), module_class)
 
     def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """After `on_load_checkpoint`, which may edit the state: convert, and load as the class does."""
         if not any(last_part(str(key)) in (CONVERSION, "lora_A") for key in state):  # pretrained values, in `__init__`
             return module_class.load_state_dict(module, state, *args, **kwargs)
         module.__class__ = module_class

@@ -160,6 +160,7 @@ def parameters_of_optimizers(*without: Optimizer) -> set[int]:
 
 
 def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    """The tensors that an object holds: itself, in a list or dict, a module, or attributes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple, dict)):

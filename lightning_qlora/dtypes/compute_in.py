@@ -208,6 +208,7 @@ def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[A
 
 
 def _without_our_autocast(module: nn.Module) -> AbstractContextManager[Any]:
+    """Without the autocast of a module around this one; the user's stays."""
     if not is_our_autocast():
         return nullcontext()
     device = next((tensor.device.type for tensor in own_tensors(module).values()), "meta")
@@ -250,6 +251,7 @@ def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 
 def in_type(value: Any, dtype: torch.dtype) -> Any:
+    """The 16-bit tensors in another type, wherever they stand in a value."""
     return cast_values(value, lambda tensor: tensor.to(dtype) if tensor.dtype in IN_16_BITS else tensor)
 
 

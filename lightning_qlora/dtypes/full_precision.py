@@ -214,6 +214,7 @@ def hold(
 
 
 def _types(part: nn.Module) -> set[torch.dtype]:
+    """The types of what a module holds itself and computes in, before they were held in fp32."""
     before = types_before(part)
     types = {before.get(key, tensor.dtype) for key, tensor in own_tensors(part).items()}
     if isinstance(part, PackedLayer):
@@ -224,6 +225,7 @@ def _types(part: nn.Module) -> set[torch.dtype]:
 
 
 def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -> None:
+    """Hold what has a 16-bit type, or had it and is held in a third one, in another type."""
     tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
     _hold([entry for entry in tensors if entry[2].dtype is dtype and not is_sharded(entry[2])], other)
     stays = _in_fp32_everywhere(parts)
@@ -241,6 +243,7 @@ def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -
 
 
 def _in_fp32_everywhere(parts: list[nn.Module]) -> set[int]:
+    """The ids of what trains in fp32, and of the buffers beside it."""
     held = [(part, tensor) for part in parts for _, tensor, _ in held_in(part) if tensor.requires_grad]
     buffers = [buffer for part in {part for part, _ in held} for _, _, buffer in _buffers_beside(part)]
     return {id(tensor) for tensor in [*(tensor for _, tensor in held), *buffers]}

@@ -74,4 +74,5 @@ def join_rows(outputs: list[Tensor], x: Tensor, width: int) -> Tensor:
 
 
 def is_routed(kind: type[nn.Module]) -> bool:
+    """Whether transformers' decorator `use_experts_implementation` made this class's forward."""
     return hasattr(kind, "_apply_gate") and "experts_interface" in kind.forward.__code__.co_freevars

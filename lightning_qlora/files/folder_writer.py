@@ -70,6 +70,7 @@ def check_free(target: Path) -> None:
 
 
 def check_utf8(path: Path) -> None:
+    """Raise ValueError for a path whose bytes are not UTF-8, whatever the locale makes of them."""
     name = os.fsencode(path)
     try:
         name.decode()

@@ -181,6 +181,7 @@ class LoRALayer(WithAdapter, PackedLayer):
 
     @property
     def was_read_alone(self) -> bool:
+        """Whether other code read the weight, and nothing called the layer."""
         return self.weight_was_read and not self.was_called
 
     @property

@@ -53,6 +53,7 @@ def decode(state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def split_scales(param: Tensor, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """State with the scales of whole moments split as their parameter is."""
     return {key: shard_like(value, param) if str(key).endswith("_absmax") else value for key, value in state.items()}
 
 

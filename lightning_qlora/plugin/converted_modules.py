@@ -81,6 +81,7 @@ class ConvertedModules:
                 add_advice(error, advice)
 
     def audit(self, optimizer: Optimizer) -> None:
+        """Check, between a backward pass and the step of an optimizer, that what it holds trains."""
         for module, converted in self._converted.items():
             converted.audit.before_step(module, optimizer)
 

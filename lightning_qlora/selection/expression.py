@@ -88,6 +88,7 @@ class Expression:
         return places
 
     def _part(self, part: Any, places: int, flags: int) -> int:
+        """The places after a part of the expression, from the places before it."""
         self._steps.take(self.text)
         kind, value = part
         name = kind.name
@@ -121,6 +122,7 @@ class Expression:
         )
 
     def _characters(self, part: Any, flags: int) -> int:
+        """The places of the name that have a character which the part matches."""
         kind, value = part
         if kind.name == "LITERAL" and not flags & re.IGNORECASE:
             return self._where.get(chr(value), 0)

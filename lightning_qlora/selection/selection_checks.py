@@ -41,6 +41,7 @@ def refuse_foreign_adapters(seen: Survey, config: QLoRAConfig, choice: Selection
 
 
 def check_patterns(seen: Survey, config: QLoRAConfig, choice: Selection) -> None:
+    """Raise ValueError if a pattern matches nothing in a whole module, or what can't be converted."""
     for row in choice.rows.values():
         if row.action == REFUSE:
             raise ValueError(

@@ -60,6 +60,7 @@ def _chosen(seen: Survey, tokens: TokenIndices) -> dict[str, list[int]]:
 
 
 def check_tokens(seen: Survey, tokens: TokenIndices, in_full: Mapping[str, Any]) -> None:
+    """Raise ValueError if the argument names no layer, rows beyond a weight, or layers that train in full."""
     named = _named_layers(seen, tokens)
     embeddings = [name for name, layer in seen.modules if isinstance(layer, nn.Embedding)]
     text = f"{seen.class_name} has no nn.Embedding"
@@ -102,6 +103,7 @@ def check_tokens(seen: Survey, tokens: TokenIndices, in_full: Mapping[str, Any])
 
 
 def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
+    """The weight of a layer; ValueError if its rows can't train, or if it lacks some of them."""
     weight = layer._parameters.get("weight")
     in_4_bits = isinstance(layer, PackedLayer) or is_packed(layer)
     is_float = weight is not None and weight.is_floating_point()

@@ -52,6 +52,7 @@ def first_adapter(base: PackedBytes, config: QLoRAConfig, name: str) -> tuple[Te
 
 
 def check_packed_start(config: QLoRAConfig) -> None:
+    """Raise ValueError if adapters are to be computed from the float weight of a layer that is in 4 bits already."""
     if corrects_error(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} needs the float weight, and this one is in 4 bits. "

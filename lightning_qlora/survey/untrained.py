@@ -50,6 +50,7 @@ class _Part(NamedTuple):
 
 @torch.no_grad()
 def find_untrained(parts: Parts) -> Untrained:
+    """The parameters that were never trained, in a module of which other parts were."""
     every = list(_parts(parts))
     is_pretrained = _is_pretrained(every)
     if is_pretrained:

@@ -37,6 +37,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Any) -> Any:
+    """This rank's part of a sharded tensor; any other tensor, or None, as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -65,6 +66,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, *options: Any,
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
+    """Reshard parameters that an evaluation gathered, and left in the type that it computed in."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in modules:

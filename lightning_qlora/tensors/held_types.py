@@ -25,6 +25,7 @@ TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each ten
 
 
 def own_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a module holds itself, by key."""
     return dict([*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)])
 
 
@@ -106,8 +107,10 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
 
 
 def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor after the function of `nn.Module._apply`, which may cast."""
     return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
 
 
 def follow_cast(part: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Cast the types before of what a module holds itself, as `nn.Module._apply` casts with this function."""
     set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})

@@ -27,6 +27,7 @@ from lightning_qlora.kernels import reference
 from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.layers.prepared_call import PreparedCall
 from tests.conftest import run_python
+from tests.scripts.prepared_on_ranks import counted
 from tests.toys import assert_equal
 
 PACKAGE = Path(lightning_qlora.__file__).parent
@@ -323,16 +324,8 @@ def live(seed, actions, bias):
 
 def count_kept_calls(monkeypatch):
     """A list that gets, for each call that finds one of before, whether that is used."""
-    kept = []
-    facts_of = PreparedCall.facts_of
-
-    def count(call, *given):
-        facts = facts_of(call, *given)
-        if call.facts is not None:
-            kept.append(call.facts == facts)
-        return facts
-
-    monkeypatch.setattr(PreparedCall, "facts_of", count)
+    kept: list[bool] = []
+    monkeypatch.setattr(PreparedCall, "facts_of", counted(kept))
     return kept
 
 

@@ -36,18 +36,23 @@ def train(prepares: bool) -> list[torch.Tensor]:
     return [*values, *(p.full_tensor().detach() for p in net.parameters() if p.requires_grad)]
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    calls = []
+def counted(kept: list[bool]):
+    """`PreparedCall.facts_of` that adds to the list, for each call that finds one of before, whether that is used."""
     facts_of = PreparedCall.facts_of
 
     def count(call, *given):
         facts = facts_of(call, *given)
         if call.facts is not None:
-            calls.append(call.facts == facts)
+            kept.append(call.facts == facts)
         return facts
 
-    PreparedCall.facts_of = count  # type: ignore[method-assign]
+    return count
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    calls: list[bool] = []
+    PreparedCall.facts_of = counted(calls)  # type: ignore[method-assign]
     ours = train(True)
     assert len(calls) > 30 and all(calls)
     for one, other in zip(ours, train(False), strict=True):

@@ -99,8 +99,7 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
         for key, value in state.items():
             layer.write(key, value.to(layer.lora_A.dtype).contiguous())
     for each in base.adapters.values():
-        if each.row_count:
-            each.reset_rows(base.modules)
+        each.reset_rows(base.modules)
     if adapter.saved:
         tensors = _named_tensors(base)
         with torch.no_grad():

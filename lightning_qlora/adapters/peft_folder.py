@@ -77,11 +77,9 @@ def read_adapter(folder: str | os.PathLike[str], base: Base = "quantized") -> Ad
         for name, value in trained.items():
             if not isinstance(value, dict | None):
                 raise ValueError(f"its metadata {BASE!r} has {shown(name)}: {shown(value)}. {DAMAGED}")
-        indices = config.get("trainable_token_indices")
-        if saved or indices:
-            tokens = _tokens(indices, saved)
-            if tokens:
-                config["trainable_token_indices"] = tokens
+        tokens = _tokens(config.get("trainable_token_indices"), saved)
+        if tokens:
+            config["trainable_token_indices"] = tokens
         adapter = Adapter(
             config=config,
             layers=layers,

@@ -64,7 +64,6 @@ from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.survey.survey import Agree, Survey, survey
 from lightning_qlora.tensors.device_types import held_type
 from lightning_qlora.tensors.dtensor import world_size
-from lightning_qlora.tensors.values import is_empty
 from lightning_qlora.upstream_changes import make_changes
 
 
@@ -163,7 +162,7 @@ def _convert_new(
     seen = survey(parts, run.agree)
     if not parts.traits.is_new:
         check_layers_of_conversions(parts)
-    if parts.traits.lacks_data:
+    if parts.traits.is_meta:
         check_has_data(parts.named, later=run.sharded or dist.is_initialized())
     if adapter is not None:
         config = config_of_adapter(parts, adapter, config)
@@ -262,7 +261,7 @@ def _load_adapter_once(parts: Parts, folder: str, adapter: Adapter | None = None
     layers have values, by `load_weights` or the next call.
     """
     layers = parts.layers.values()
-    if all(layer.adapter_folder == folder or is_empty(layer.lora_B) for layer in layers):
+    if all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
         return
     set_adapter(parts, adapter or read_adapter(folder))
     for layer in layers:

@@ -11,7 +11,6 @@ from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.names import last_part, owner_name, tensors_of
 from lightning_qlora.selection.selection import IN_MODULES_TO_SAVE, LARGE_RANK, Selection
 from lightning_qlora.survey.survey import QUANTIZED_KINDS, Survey
-from lightning_qlora.tensors.values import is_empty
 from lightning_qlora.texts import ROOT
 
 LOAD_IT = "Load it, as all others, before the module reaches the Trainer or fabric.setup."
@@ -43,7 +42,7 @@ def check_has_data(modules: Iterable[tuple[str, nn.Module]], later: bool = False
     """Refuse a module that was built on the meta device if a part of it was never loaded, or can't be `later`."""
     owners = dict(modules)
     for name, tensor in tensors_of(list(owners.items())):
-        if not is_empty(tensor):
+        if not tensor.is_meta:
             continue
         if last_part(name) in owners[owner_name(name)]._non_persistent_buffers_set:
             advice = COMPUTE_IT

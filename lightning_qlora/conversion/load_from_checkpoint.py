@@ -22,7 +22,6 @@ from lightning_qlora.layers.names import join, last_part, named
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.survey.records import CONVERSION, conversion_of
-from lightning_qlora.tensors.values import is_empty
 
 Module = TypeVar("Module", bound=LightningModule)
 CLASS_PATH = "_class_path"  # LightningCLI's name of a hyperparameter
@@ -139,7 +138,7 @@ def _fill_what_is_loaded(module: Any, state: dict[str, Any], layers: dict[str, s
     parameters = dict(module.named_parameters())
     for prefix, name in layers.items():
         weight = parameters.get(join(name, "weight"), parameters.get(name))
-        if weight is None or is_empty(weight) or not has_base(state, prefix):
+        if weight is None or weight.is_meta or not has_base(state, prefix):
             continue
         low, high = weight.aminmax()
         if not high.float() - low.float() < LARGE:  # NaN is not

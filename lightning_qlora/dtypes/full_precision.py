@@ -50,7 +50,6 @@ from lightning_qlora.tensors.held_types import (
     set_types_before,
     types_before,
 )
-from lightning_qlora.tensors.values import is_empty
 
 Decide = Callable[[torch.device, torch.dtype], Held | None]  # `held_type`, or what all ranks agree on
 OF_FP16 = Held(torch.float32, "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32")
@@ -286,7 +285,7 @@ def _device_of(modules: Iterable[nn.Module]) -> torch.device:
     """The device of modules; of those that are on the meta device, the one that they will be loaded to."""
     for part in modules:
         tensors = [part.packed] if isinstance(part, PackedLayer) else own_tensors(part).values()
-        device = next((tensor.device for tensor in tensors if not is_empty(tensor)), None)
+        device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
         if device is not None:
             return device
     return torch.accelerator.current_accelerator() or torch.device("cpu")

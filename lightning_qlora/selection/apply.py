@@ -79,7 +79,7 @@ def convert_layer(row: Row, device: torch.device | None = None, weights: Iterabl
     """Convert a layer, or a stack of experts, in place. For the arguments see `ExpertParameter.convert`."""
     assert row.config is not None
     if row.stack is not None:
-        return row.stack.convert(row.config, row.name, device, row.seed_name, weights)  # type: ignore[no-any-return]
+        return row.stack.convert(row.config, row.name, device, row.seed_name, weights)
     layer = row.owner
     if is_packed(layer):
         setattr(layer.weight, REPLACED, layer)  # for an optimizer that was created before conversion

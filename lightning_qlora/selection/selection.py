@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_qlora.config import ALL_LINEAR, QLoRAConfig
+from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.names import join, outer_names
 from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.selection.patterns import Patterns
@@ -138,7 +139,7 @@ class Row(NamedTuple):
     key: str = ""  # of its weight, or of the parameter, in the owner; "": all of the module
     config: QLoRAConfig | None = None  # the arguments of a layer to convert, with its own rank and lora_alpha
     seed_name: str = ""
-    stack: Any = None  # of experts: the `ExpertParameter`
+    stack: ExpertParameter | None = None
 
     @property
     def weight_name(self) -> str:

@@ -17,7 +17,6 @@ from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.trainable_tokens import train_tokens
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.survey.survey import STACKS, Kind, Part, Survey
-from lightning_qlora.tensors.values import is_empty
 
 ARGUMENT = "trainable_token_indices"
 
@@ -112,7 +111,7 @@ def _checked_weight(name: str, layer: nn.Module, indices: list[int]) -> Tensor:
         if in_4_bits:
             kind += " in 4 bits"
         raise ValueError(f"{ARGUMENT}: {name!r} is a {kind}: only rows of nn.Embedding and nn.Linear can train.")
-    if is_empty(weight):
+    if weight.is_meta:
         raise ValueError(f"{ARGUMENT}: {name!r} has no values yet. Load the module before it is converted.")
     if max(indices) >= len(weight):
         raise ValueError(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.kernels.ops import TAGS
-from lightning_qlora.tensors.values import is_empty
 
 # Places of numbers of rows in the sums:
 FINITE_ROWS = -3
@@ -71,12 +70,12 @@ class InputStatistics:
 
     @property
     def has_weight(self) -> bool:
-        return not is_empty(self.dense_weight)
+        return not self.dense_weight.is_meta
 
     def to(self, device: torch.device) -> None:
         """Move the sums with a layer, whose weight may have been read after it was on the meta device."""
         device = solver_device(device)
-        if is_empty(self.sums):
+        if self.sums.is_meta:
             self.sums = torch.zeros_like(self.sums, device=device)
         else:
             self.sums = self.sums.to(device)

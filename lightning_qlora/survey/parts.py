@@ -42,7 +42,7 @@ class Traits(NamedTuple):
 
     is_new: bool = False  # no layer of this package, and no mark
     is_lazy: bool = False  # a parameter without a shape
-    lacks_data: bool = False  # a value on the meta device
+    is_meta: bool = False  # a value on the meta device
     has_16_bits: bool = False  # a type of 16 bits: of a value, of a 4-bit weight before, or of a computation
     is_mapped: bool = False  # a value in a mapped file
     is_wide: bool = False  # a wide linear layer
@@ -95,7 +95,7 @@ class Parts:
         marked = any(key.startswith("_qlora_") for part in self.modules for key in vars(part))
         return Traits(
             is_new=not (marked or self.adapters),
-            lacks_data=any(tensor.device.type == "meta" for tensor in tensors),
+            is_meta=any(tensor.is_meta for tensor in tensors),
             has_16_bits=computes or not types.isdisjoint(IN_16_BITS),
             is_mapped=any(map(is_mapped, tensors)),
             is_wide=any(map(is_wide, self.modules)),

@@ -8,11 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 
-def is_empty(tensor: Tensor) -> bool:
-    """Whether a tensor is on the meta device: its values are read later."""
-    return tensor.is_meta
-
-
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor has values: those on the meta device and those of the planner have none."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
@@ -25,8 +20,7 @@ def is_strided(tensor: Tensor) -> bool:
 
 def is_whole(tensor: Tensor) -> bool:
     """Whether a tensor is elements in memory, all of them on this rank."""
-    is_other = tensor.is_nested or tensor.is_quantized or isinstance(tensor, DTensor)
-    return tensor.layout is torch.strided and not is_other
+    return is_strided(tensor) and not isinstance(tensor, DTensor)
 
 
 def can_be_read(tensor: Tensor) -> bool:
@@ -48,5 +42,5 @@ def is_plain(value: Any, kind: type[Tensor] = Tensor) -> bool:
 
 
 def moved(tensor: Tensor, device: torch.device | str, copy: bool = False) -> Tensor:
-    """A tensor on a device; an empty one stays on the meta device."""
-    return tensor if is_empty(tensor) else tensor.to(device, copy=copy)
+    """A tensor on a device; on the meta device it stays there, because its values are read later."""
+    return tensor if tensor.is_meta else tensor.to(device, copy=copy)

@@ -26,10 +26,10 @@ from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, outer_names, owner_name, tensors_of
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.layers.readable_weight import plain
 from lightning_qlora.optim.optimizer_parameters import optimizer_parameters
 from lightning_qlora.selection.copies import Values, is_comparable, moved_towards, sample
 from lightning_qlora.tensors.dtensor import is_sharded
+from lightning_qlora.tensors.readable import plain
 from lightning_qlora.texts import ROOT
 
 KINDS = (Tensor, nn.Parameter)

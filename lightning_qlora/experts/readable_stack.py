@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qlora.layers.readable_weight import Readable, readable_weight, without_memory
+from lightning_qlora.layers.readable_weight import ReadOnly, readable_weight, without_memory
 
 UNBINDS = {Tensor.unbind, torch.unbind}
 
@@ -40,7 +40,7 @@ class Expert(NamedTuple):
         return self.stack.compute(x, self.matrix, bias)  # type: ignore[no-any-return]
 
 
-class ReadableStack(Readable):
+class ReadableStack(ReadOnly):
     """The weights of a `QLoRAExperts` in the shape of the parameter that it was."""
 
     @staticmethod

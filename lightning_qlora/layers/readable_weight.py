@@ -17,39 +17,25 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
+from lightning_qlora.tensors.readable import METADATA, Readable, plain, writes
 
 READ_ONLY = (
     "the weight of a 4-bit layer, or of an embedding with rows that train, is read-only, because it is computed at "
     "each use. To replace a 4-bit weight, call layer.quantize_weight(new_weight). If the model itself writes to it, "
     f"{KEEP_DENSE}."
 )
-# What tells the properties of a tensor without its values.
-PROPERTIES = ["dtype", "device", "shape", "ndim", "layout"]
-PROPERTIES += ["requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad"]
-PROPERTIES += ["is_cuda", "is_meta", "is_sparse", "is_nested", "is_quantized"]
-METADATA = {getattr(Tensor, name).__get__ for name in PROPERTIES}
-METADATA |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
-METADATA |= {Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel}
 IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 MEMORY = {Tensor.data_ptr, Tensor.untyped_storage}  # safetensors compares and reads it
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
-class Readable(Tensor):
-    """A tensor without memory whose values are computed when a function reads them; nothing can write to it."""
+class ReadOnly(Readable):
+    """Weights that are computed when a function reads them; nothing can write to them."""
 
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
-    _is_detached = False
     _source: Any  # what computes the values
     _kept: Tensor | None = None  # the values, from the time when code asked where they are
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-
-    def values(self) -> Tensor:
-        """A plain tensor of this shape, differentiable."""
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,16 +52,9 @@ class Readable(Tensor):
         outputs = [kwargs.get("out")]
         if writes(func):
             outputs += args[:1]
-        if any(isinstance(value, Readable) for value in tree_leaves(outputs)):
+        if any(isinstance(value, ReadOnly) for value in tree_leaves(outputs)):
             raise RuntimeError(f"{getattr(func, '__name__', func)}: {READ_ONLY}")
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """For code that torch calls below `__torch_function__`: values without a gradient."""
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     @property
     def data(self) -> Tensor:
@@ -94,32 +73,10 @@ class Readable(Tensor):
             )
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return plain(self).detach().clone()  # type: ignore[no-any-return]
 
-    def numpy(self, **options: bool) -> Any:
-        return plain(self).detach().numpy(**options)
-
-
-def plain(value: Any) -> Any:
-    """The values of a readable tensor; anything else as it is."""
-    if not isinstance(value, Readable):
-        return value
-    values = value.values()
-    if value._is_detached:
-        return values.detach()
-    return values
-
-
-def writes(func: Any) -> bool:
-    """Whether a function of torch works in place (`masked_fill_`, `__imul__`, `data.__set__`) or registers a hook."""
-    name: str = getattr(func, "__name__", "")
-    if name.endswith("__"):
-        return name in ("__set__", "__setitem__") or (name.startswith("__i") and name not in READ_BY)
-    return name.endswith("_") or name.startswith("register_")
-
-
-READ_BY = ("__iter__", "__invert__", "__int__", "__index__")
+def _plain(value: Any) -> Any:
+    """As `plain`; what is no weight reads itself, with its gradient."""
+    return plain(value) if isinstance(value, ReadOnly) else value
 
 
 def without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool) -> Any:
@@ -127,7 +84,7 @@ def without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool)
     _, dtype, device = source.weight_metadata()
     trains = torch.is_grad_enabled() and not (detached or source._qlora_disabled)
     requires_grad = trains and any(parameter.requires_grad for parameter in source.adapter_parameters())
-    weight: Readable = Tensor._make_wrapper_subclass(
+    weight: ReadOnly = Tensor._make_wrapper_subclass(
         kind, shape, dtype=dtype, device=device, requires_grad=requires_grad
     )
     weight._source = source
@@ -135,7 +92,7 @@ def without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool)
     return weight
 
 
-class ReadableWeight(Readable):
+class ReadableWeight(ReadOnly):
     """The weight of a source, [out, in], or [in, out] if transposed.
 
     A source is a layer (`qlora_linear.py`, `trainable_tokens.py`), or one matrix of a stack (`experts/`).

@@ -24,9 +24,9 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
 from lightning_qlora.dtypes.instance_method import InstanceMethod
-from lightning_qlora.layers.readable_weight import METADATA, Readable, writes
 from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.piecewise_cross_entropy import piecewise_cross_entropy
+from lightning_qlora.tensors.readable import METADATA, Readable, writes
 from lightning_qlora.tensors.values import is_plain
 
 Function = Callable[[Tensor], Tensor]

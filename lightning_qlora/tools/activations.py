@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_qlora.checks import one_line
 from lightning_qlora.config import DeviceName
 from lightning_qlora.layers.names import is_transformers_model
-from lightning_qlora.layers.readable_weight import Readable
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS
+from lightning_qlora.tensors.readable import Readable
 from lightning_qlora.tools.fake_model import RealIndices
 
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

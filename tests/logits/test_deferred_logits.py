@@ -133,6 +133,7 @@ REAL = {
     "checkpoint": lambda z: checkpoint(lambda z: z.square().mean(), z, use_reentrant=False),
     "new data": lambda z: setattr(z, "data", z.data / 2) or loss_of(z.view(-1, V)),
     "stack": lambda z: torch.stack([z, z]).mean(),
+    "asked to have a gradient, which they have": lambda z: loss_of(z.requires_grad_().view(-1, V)),
 }
 
 
@@ -168,6 +169,18 @@ def test_bf16_and_autocast(kind):
         results.append([value.detach(), later.detach(), hidden.grad])
     assert results[0][0].dtype is results[1][0].dtype is torch.float32
     assert_same(results, 5e-2, 5e-2)
+
+
+def test_a_4_bit_weight_times_logits_has_their_gradient():
+    assert_same(both("frozen", lambda z: (layer_of_rows().weight @ z.view(-1, V)).square().mean()))
+
+
+def layer_of_rows():
+    model = nn.Sequential(nn.Linear(21, H))
+    torch.manual_seed(2)
+    nn.init.normal_(model[0].weight)
+    convert(model, r=4, target_modules=["0"])
+    return model[0]
 
 
 def test_an_autograd_function_gets_values_and_its_gradient_reaches_the_hidden_states():

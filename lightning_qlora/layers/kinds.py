@@ -68,7 +68,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def _computes_linear(layer: nn.Module) -> bool:
-    """Whether one call has the result of y = x W^T + b; without hooks, and without a change of random numbers."""
+    """Whether calls in train and eval mode have the result of y = x W^T + b; without hooks and new random numbers."""
     parameters = {key: value for key, value in layer._parameters.items() if value is not None}
     weight = parameters.pop("weight", None)
     bias = parameters.pop("bias", None)
@@ -79,14 +79,20 @@ def _computes_linear(layer: nn.Module) -> bool:
         return False
     count = 2 * weight.shape[1]
     x = torch.linspace(-1, 1, count, dtype=torch.float32, device=weight.device).view(2, -1).to(weight.dtype)
+    training = layer.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(weight.device.type, enabled=False):
-            y = type(layer).forward(layer, x)
             expected = F.linear(x, weight, bias)
-            is_close = y.shape == expected.shape and torch.allclose(y.float(), expected.float(), 1e-2, 1e-3)
+            for layer.training in (training, not training):
+                y = type(layer).forward(layer, x)
+                is_close = y.shape == expected.shape and torch.allclose(y.float(), expected.float(), 1e-2, 1e-3)
+                if not is_close or y.dtype is not expected.dtype:
+                    return False
     except Exception:  # the layer takes other inputs, or returns no tensor
         return False
-    return is_close and y.dtype is expected.dtype
+    finally:
+        layer.training = training
+    return True
 
 
 def sizes_of(layer: Any) -> tuple[int, int]:

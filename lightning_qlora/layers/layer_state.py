@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qlora.checks import DAMAGED, DIVERGED, check_finite, shown
 from lightning_qlora.config import arguments_that
@@ -72,8 +72,10 @@ class SavedLayer(LoRALayer):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The adapter, its initial values if B was not 0, and the base. Nothing is gathered."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in BASE:
-            destination.pop(prefix + name, None)  # where they are parameters
+        if prefix + "lora_A" not in destination:  # PyTorch Geometric's Linear writes its weight and bias alone
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name in ("weight", *BASE):
+            destination.pop(prefix + name, None)  # where they are parameters, or the layer's class writes them
         if prefix not in self.base_left_out_at:
             destination |= base_entries(self, prefix)
         if self.initial is not None:

@@ -61,7 +61,7 @@ def test_a_weight_in_the_layout_of_bitsandbytes_kernel_for_cpus_is_refused():
 
 
 class Like(nn.Module):
-    """As the linear layers of PyTorch Geometric: other names of its sizes, and a copy from a call of the class."""
+    """As the linear layers of PyTorch Geometric: names of sizes, entries, a copy from a call of the class."""
 
     def __init__(self, inputs=64, outputs=48, bias=True):
         super().__init__()
@@ -71,6 +71,11 @@ class Like(nn.Module):
 
     def reset_parameters(self):
         nn.init.zeros_(self.weight)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for key, value in (("weight", self.weight), ("bias", self.bias)):
+            if value is not None:
+                destination[prefix + key] = value if keep_vars else value.detach()
 
     def __deepcopy__(self, memo):
         again = type(self)(self.in_channels, self.out_channels, self.bias is not None)
@@ -130,6 +135,7 @@ class Called(WithoutBias):
         (Scaled(), False),
         (Cosines(), False),
         (Dropped(), False),
+        (Dropped().eval(), False),
         (Pair(), False),
         (nn.Embedding(64, 64), False),
         (nn.Bilinear(8, 8, 64), False),
@@ -173,6 +179,12 @@ def test_such_layers_are_converted_trained_copied_saved_and_merged(make, tmp_pat
     convert(loaded, adapter=str(tmp_path / "folder"))
     assert torch.equal(loaded.eval()(x), module.eval()(x))
     load_adapter(loaded, tmp_path / "folder")
+    assert not any(key.startswith("1.weight") for key in module.state_dict())
+    for parts in ((module, loaded), (module[1], loaded[1])):  # of a part with its base
+        with torch.no_grad():
+            loaded[1].lora_B.zero_()
+        parts[1].load_state_dict(parts[0].state_dict())
+        assert torch.equal(loaded(x), module(x))
     expected = module(x)
     assert type(merge(module)[1]) is type(plain[1])
     torch.testing.assert_close(module(x), expected)

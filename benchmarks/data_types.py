@@ -72,9 +72,10 @@ def bits(model: nn.Module) -> list[float]:
 
 def decode(model: PreTrainedModel) -> PreTrainedModel:
     """Make every 4-bit layer dense, once, with its adapter beside it: the same function, faster for many batches."""
-    for layer in adapted_layers(model).values():
+    modules = dict(model.named_modules())
+    for name, layer in adapted_layers(model).items():
         a, b = (p.detach().to(layer.weight_dtype) for p in (layer.lora_A, layer.scaling * layer.lora_B))
-        layer.become_dense(nn.Parameter(layer.decode(), requires_grad=False))
+        layer.become_dense(nn.Parameter(layer.decode(), requires_grad=False), name, modules)
         if b.any():
             layer.register_forward_hook(partial(add_adapter, a, b))
     return model

@@ -268,7 +268,7 @@ STOPS = {
         ("adapters/merge.py", "merged_weight", "W is decoded, s B A added in fp32, DoRA's scale"),
         ("kernels/rounding.py", "round_stochastically", "rounded once, so that small updates stay on average"),
         ("layers/qlora_linear.py", "become_dense", "the layer is of its class again"),
-        ("survey/records.py", "undo", "what trained before conversion can train again"),
+        ("survey/records.py", "record_merge", "what trained before conversion can train again"),
     ),
 }
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qlora.activations.gradient_checkpointing import disable_gradient_checkpointing
-from lightning_qlora.adapters.save import check_adapters_finite
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
 from lightning_qlora.dtypes.compute_in import MergedPart
@@ -16,11 +15,11 @@ from lightning_qlora.dtypes.instance_method import CHANGES, OfTraining, add, rem
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import last_part, owner_name
+from lightning_qlora.layers.names import owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import forget_initial, mark_as_loaded
-from lightning_qlora.survey.records import MERGED, check_layers_of_conversions, conversion_of, forget_conversion, undo
+from lightning_qlora.survey.provenance import mark_as_loaded
+from lightning_qlora.survey.records import check_layers_of_conversions, conversion_of, record_merge
 from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
@@ -65,7 +64,7 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     check_choice("dtype", dtype, get_args(MergeDtype))
     check_module("module", module)
     parts = Parts.of(module)
-    check_adapters_finite(parts)
+    parts.check_adapters_finite()
     with parts.inference_mode():
         merge_onto(parts, {}, dtype)
     return module
@@ -108,7 +107,7 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
                 weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
                 merged = merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
                 parameters.append(nn.Parameter(merged, requires_grad=False))
-                keep(layer.become_dense(parameters[-1], modules[owner_name(name)], last_part(name)))
+                keep(layer.become_dense(parameters[-1], name, modules))
             if is_changed:
                 for part in parts.modules:
                     remove(part, OfTraining)
@@ -116,7 +115,11 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
                 undo_full_precision(parts.named, lambda x, before: round_stochastically(x, DTYPES.get(dtype, before)))
             for adapter in of_rows:
                 adapter.end(parts.modules)
-            _forget(parts, dtype)
+            record_merge(parts.modules)
+            if dtype != "auto":
+                for parameter in module.parameters():
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.to(DTYPES[dtype])
             for other in held:
                 add(MergedPart(module, other))
     finally:
@@ -129,20 +132,6 @@ def _is_changed(part: nn.Module) -> bool:
     if isinstance(part, LoRALayer) and part.is_held:
         return True
     return not CHANGES.isdisjoint(vars(part)) or bool(vars(part).get("_forward_pre_hooks"))
-
-
-def _forget(parts: Parts, dtype: MergeDtype) -> None:
-    """What follows when all layers are dense: what trains, marks, the type that was asked for."""
-    module = parts.root
-    for part in parts.modules:
-        forget_conversion(part)
-    undo(parts.modules)
-    forget_initial(parts.modules)
-    vars(module)[MERGED] = True
-    if dtype != "auto":
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(DTYPES[dtype])
 
 
 def _mark_adapters(parts: Parts, modules: Mapping[str, nn.Module]) -> None:

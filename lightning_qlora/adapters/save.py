@@ -3,10 +3,8 @@
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from itertools import chain
 from typing import get_args
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
@@ -15,7 +13,7 @@ from lightning_qlora.adapters.base_compatibility import Quantization, required_b
 from lightning_qlora.adapters.peft_experts import taken_for_experts
 from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.adapters.peft_layers import describe_base, to_peft, trained_modules
-from lightning_qlora.checks import NOT_FINITE, TRAIN_IN_FULL, check_choice, check_converted, first_of
+from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, check_converted, first_of
 from lightning_qlora.config import Base
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
@@ -23,7 +21,7 @@ from lightning_qlora.layers.names import join, owner_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import check_layers_of_conversions, conversion_of, float_buffers
-from lightning_qlora.tensors.dtensor import gather, is_sharded, local, of_all_ranks, reshard
+from lightning_qlora.tensors.dtensor import gather, reshard
 from lightning_qlora.tensors.fingerprint import fingerprint
 
 
@@ -117,7 +115,7 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     layers = base_model.layers
     check_layers_of_conversions(parts)
     check_converted(parts.root, layers)
-    check_adapters_finite(parts)
+    parts.check_adapters_finite()
     trained = trained_modules(base_model, parts.unchanged)
     if "" in trained:
         raise ValueError(
@@ -165,30 +163,6 @@ def _check_endings(names: list[str], base: Parts) -> None:
                 f"{name!r} was trained in full, and PEFT would also select {others[0]!r}, whose name ends the same: "
                 "its modules_to_save has no form for one alone. Use a Lightning checkpoint, or merge the adapters."
             )
-
-
-def check_adapters_finite(parts: Parts) -> None:
-    """Raise ValueError if an adapter of a module holds NaN or Inf; all ranks of a sharded module must call it.
-
-    Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
-    """
-    parameters = {name: adapter.adapter_parameters() for name, adapter in parts.adapters.items()}
-    bad = [
-        name for name, of_one in parameters.items() if not all(torch.isfinite(local(p.detach())).all() for p in of_one)
-    ]
-    if any(map(is_sharded, chain.from_iterable(parameters.values()))):
-        bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
-    if bad:
-        trainer = vars(parts.root).get("_trainer")  # of a LightningModule
-        step = ""
-        if trainer is not None:
-            step = f" after step {trainer.global_step}"
-        raise ValueError(
-            f"{bad[0] or type(parts.root).__name__}: its adapter {NOT_FINITE}{step}, as those of {len(bad)} of "
-            f"{len(parameters)} layers: the training diverged. Nothing was written, and earlier files stay. Go on from "
-            "an earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; look for "
-            "NaN in the batches."
-        )
 
 
 def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:

@@ -11,7 +11,7 @@ only if code reads it in a way that is not in this list. The module that held th
 subclass of its class.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,12 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import is_plain_call
 from lightning_qlora.layers.derived import Derived, derive, restore
 from lightning_qlora.layers.layer_state import SavedLayer
-from lightning_qlora.layers.names import join, last_part, parameter_name, stack_name, stack_of
+from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.prepared_call import cast_input
 from lightning_qlora.layers.qlora_linear import REPLACED
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 from lightning_qlora.starts.starts import first_adapter
+from lightning_qlora.tensors.dtensor import gather
 
 PARAMETERS = "_qlora_parameters"  # attribute of a module whose stacks were converted: its parameters' names, in order
 VIEWS = "_views"  # attribute of a stack: the adapter of each expert, as views of the parameters
@@ -147,9 +148,6 @@ class QLoRAExperts(SavedLayer):
         matrices: Sequence[Tensor] = values
         return matrices
 
-    def bytes_of(self, weight: PackedBytes, number: int) -> PackedBytes:
-        return weight.expert(number)
-
     @property
     def out_features(self) -> int:  # type: ignore[override]
         return self._shape[1]
@@ -169,8 +167,18 @@ class QLoRAExperts(SavedLayer):
             return len(self) * rows, columns
         return super().weight_shape
 
+    def as_dense(self, matrices: Sequence[Tensor]) -> Tensor:
+        return super().as_dense(matrices).reshape(self.weight_shape)
+
     def effective_weight(self) -> Tensor:
-        return self._as_stored(super().effective_weight()).reshape(self.weight_shape)
+        return self.as_dense([self.effective_matrix(matrix) for matrix in self.matrices()])
+
+    def matrices(self, numbers: Iterable[int] | None = None) -> list[Any]:
+        """Those of these numbers, None: all."""
+        weight = self.whole_bytes
+        adapter = self._adapter_of_each_matrix()
+        numbers = range(len(self)) if numbers is None else numbers
+        return [self.matrix_class(weight.expert(i), *(values[i] for values in adapter), i) for i in numbers]
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Rows ends[e - 1] to ends[e] of x [rows, in] through expert e, [rows, out]; rows from the last end give zeros.
@@ -208,23 +216,27 @@ class QLoRAExperts(SavedLayer):
         return y if y.dtype is of_y else y.to(of_y)
 
     def _adapter_of_each_matrix(self) -> list[Sequence[Any]]:
-        """As in LoRALayer, with the same views until a parameter changes.
+        """Views of the parameters, the same until one changes.
 
         Autograd stacks the gradients of the views of one `unbind` once. With views of its own, each expert that code
         reads would get a gradient of the size of the whole stack.
         """
         parameters = self.adapter_parameters()
         if not is_plain_call(self.packed, parameters[0]) or not torch.is_grad_enabled():
-            return super()._adapter_of_each_matrix()
+            return self._views_of_adapter()
         if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
-            return super()._adapter_of_each_matrix()
+            return self._views_of_adapter()
         key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
         cached: tuple[Any, list[Sequence[Any]], Any] | None = self.__dict__.get(VIEWS)
         if cached is None or cached[0] != key:
             # With the parameters: as long as they exist, no other has the same id and memory.
-            cached = key, super()._adapter_of_each_matrix(), parameters
+            cached = key, self._views_of_adapter(), parameters
             self.__dict__[VIEWS] = cached
         return cached[1]
+
+    def _views_of_adapter(self) -> list[Sequence[Any]]:
+        parameters = map(self._parameters.get, self.parameter_names)
+        return [[None] * len(self) if p is None else self.split_matrices(gather(p)) for p in parameters]
 
     def __getstate__(self) -> Any:
         """Without the views, which torch does not copy."""
@@ -235,9 +247,10 @@ class QLoRAExperts(SavedLayer):
         super()._apply(fn, recurse)
         return self
 
-    def become_dense(self, weight: nn.Parameter, owner: nn.Module | None = None, key: str = "") -> nn.Module:
+    def become_dense(self, weight: nn.Parameter, name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
         """Be replaced by a parameter of the owner, which has its old class after its last stack."""
-        assert owner is not None
+        owner = modules[owner_name(name)]
+        key = last_part(name)
         del owner._modules[stack_name(key)]
         owner.register_parameter(key, weight)
         _restore_order(owner._parameters, vars(owner).get(PARAMETERS, []))

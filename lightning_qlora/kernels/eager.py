@@ -53,7 +53,7 @@ def quantize(weight: Tensor, quant_type: QuantType, block_size: int, double_quan
 
 
 def dequantize(weight: PackedBytes, dtype: torch.dtype) -> Tensor:
-    return dequantize_into(weight.packed.new_empty(weight.numel, dtype=dtype), weight).view(weight.shape)
+    return dequantize_into(weight.packed.new_empty(weight.shape, dtype=dtype), weight)
 
 
 def dequantize_into(out: Tensor, weight: PackedBytes) -> Tensor:

@@ -6,7 +6,7 @@ Dropout acts on the input of the adapter alone. A `QLoRALinear` has one matrix W
 for each expert.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,19 +140,10 @@ class LoRALayer(WithAdapter, PackedLayer):
             a, b = (moved(value.detach(), "cpu", copy=True) for value in adapter)
             self.initial = a, b
 
-    def matrices(self, numbers: Sequence[int] | None = None) -> list[Any]:
-        """The matrices of these numbers, None: all; of a sharded layer gathered, so all ranks must ask for them."""
-        weight = self.whole_bytes
-        adapter = self._adapter_of_each_matrix()
-        matrices = []
-        for number in range(self.matrix_count) if numbers is None else numbers:
-            base = self.bytes_of(weight, number)
-            matrices.append(self.matrix_class(base, *(values[number] for values in adapter), number))
-        return matrices
-
-    def _adapter_of_each_matrix(self) -> list[Sequence[Any]]:
-        parameters = map(self._parameters.get, self.parameter_names)
-        return [[None] * self.matrix_count if p is None else self.split_matrices(gather(p)) for p in parameters]
+    def matrices(self) -> list[Any]:
+        """All of them, of a sharded layer gathered, so all ranks must ask for them."""
+        parameters: Iterable[Any] = map(self._parameters.get, self.parameter_names)
+        return [self.matrix_class(self.whole_bytes, *map(gather, parameters))]
 
     def write(self, name: str, value: Tensor) -> None:
         parameter = self._parameters.get(name)
@@ -174,8 +165,11 @@ class LoRALayer(WithAdapter, PackedLayer):
         arguments = config.quant_type, config.block_size, config.double_quant
         self.set_matrices([ops.quantize_bytes(matrix, *arguments) for matrix in rows], weight.dtype)
 
-    def become_dense(self, weight: nn.Parameter, owner: nn.Module | None = None, key: str = "") -> nn.Module:
-        """Become what it was, at `owner.key`, with this weight; returns the module that holds the weight then."""
+    def become_dense(self, weight: nn.Parameter, name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+        """Become what it was, with this weight; returns the module that holds the weight then.
+
+        `name`: the layer's reported name among the names of `modules`.
+        """
         raise NotImplementedError
 
     @property

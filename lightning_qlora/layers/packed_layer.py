@@ -119,7 +119,7 @@ class PackedLayer(nn.Module):
         return self.as_dense(matrices)
 
     def as_dense(self, matrices: Sequence[Tensor]) -> Tensor:
-        return self._as_stored(self.join_matrices(matrices)).reshape(self.weight_shape)
+        return self._as_stored(self.join_matrices(matrices))
 
     def join_matrices(self, matrices: Sequence[Tensor]) -> Tensor:
         """The values of the one matrix; of a stack, those of its matrices in one tensor."""
@@ -130,10 +130,6 @@ class PackedLayer(nn.Module):
         """The reverse, also of values in the shape of the dense weight, or that are split already."""
         matrices: Sequence[Tensor] = [values] if isinstance(values, Tensor) else values
         return matrices
-
-    def bytes_of(self, weight: PackedBytes, number: int) -> PackedBytes:
-        """Those of one matrix, of the bytes of the layer."""
-        return weight
 
     def _as_stored(self, weight: Tensor) -> Tensor:
         return weight.mT if self._transposed else weight

@@ -7,6 +7,7 @@
 `kernels/reference.py` specifies this, and the gradient. `kernels/lora_linear.py` is the op that `forward` calls.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
-from lightning_qlora.layers.kinds import kind_of
+from lightning_qlora.layers.kinds import LINEAR, kind_of
 from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.packed_layer import PackedLayer
@@ -60,6 +61,8 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         ```
     """
 
+    _layer_kind = LINEAR  # of the dense layer
+
     @classmethod
     def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
         return (cls, before) if kind_of(before).forward is None else (cls,)
@@ -67,7 +70,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     @classmethod
     def _derived_members(cls, before: type[Any]) -> dict[str, Any]:
         kind = kind_of(before)
-        members: dict[str, Any] = {"_transposed": kind.transposed}
+        members: dict[str, Any] = {"_layer_kind": kind, "_transposed": kind.transposed}
         if hasattr(before, "__deepcopy__") and not issubclass(before, nn.Linear):
             members["__deepcopy__"] = None  # one that calls the class would make a dense layer
         if kind.forward is not None:
@@ -180,13 +183,13 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
             return TypeError(f"{name}: {error}")
         return ValueError(f"{name}: {error}")
 
-    def become_dense(self, weight: nn.Parameter, owner: nn.Module | None = None, key: str = "") -> nn.Module:
+    def become_dense(self, weight: nn.Parameter, name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
         """Hooks and the user's attributes stay."""
         names = {*ADAPTER}  # that a layer has while it is in 4 bits
         for kind in type(self).__mro__:
             if issubclass(kind, PackedLayer):
                 names |= kind.__annotations__.keys()
-        names -= {*kind_of(self.classes_before[QLoRALinear]).sizes}
+        names -= {*self._layer_kind.sizes}
         others = {key: value for key, value in self._parameters.items() if key not in names}
         for name in names & self.__dict__.keys():
             del self.__dict__[name]

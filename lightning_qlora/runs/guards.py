@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora.adapters.save import check_adapters_finite
 from lightning_qlora.checkpoints.saved_conversion import adapter_keys
 from lightning_qlora.checks import TRAIN_IN_FULL, first_of
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -128,7 +127,7 @@ def check_state_dict(module: nn.Module) -> None:
 
 def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """ValueError for adapters with NaN or Inf, before a checkpoint is written; a warning if it lacks adapters."""
-    check_adapters_finite(Parts.of(module))
+    Parts.of(module).check_adapters_finite()
     missing = _missing_adapters(module, checkpoint.get("state_dict", {}))
     if missing:
         rank_zero_warn(

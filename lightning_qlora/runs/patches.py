@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_map_only
 
-from lightning_qlora.adapters.save import check_adapters_finite
 from lightning_qlora.checkpoints.module_state import ask_for
 from lightning_qlora.checkpoints.run_state import leave_out_networks
 from lightning_qlora.files.hub import file_in
@@ -333,7 +332,7 @@ def check_adapters_to_save(original: Any, fabric: Any, path: Any, state: Any, *a
     """
     for value in state.values():
         if isinstance(value, nn.Module) and _has_converted_part(value):
-            check_adapters_finite(Parts.of(value))
+            Parts.of(value).check_adapters_finite()
     original(fabric, path, state, *args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
+from lightning_qlora.checks import NOT_FINITE
 from lightning_qlora.dtypes.instance_method import CHANGES
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
@@ -28,6 +30,7 @@ from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
 from lightning_qlora.tensors.device_types import IN_16_BITS
+from lightning_qlora.tensors.dtensor import is_sharded, local, of_all_ranks
 from lightning_qlora.tensors.values import is_mapped
 
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
@@ -80,7 +83,7 @@ class Parts:
     @classmethod
     def of(cls, module: nn.Module, wrappers: Collection[str] = (CHECKPOINTED,)) -> "Parts":
         """Those of a module; of a module that Fabric set up, those of the user's module."""
-        if isinstance(module, classes(_FabricModule)):
+        if "_forward_module" in module._modules and isinstance(module, classes(_FabricModule)):
             module = module.module
         return cls(module.named_modules(remove_duplicate=False), wrappers)
 
@@ -110,6 +113,27 @@ class Parts:
     def adapters(self) -> dict[str, WithAdapter]:
         """Name -> what has an adapter, each once: layers, stacks of experts, and embeddings of which rows train."""
         return {part.reported_name(name): part for name, part in self.named if isinstance(part, WithAdapter)}
+
+    def check_adapters_finite(self) -> None:
+        """Raise ValueError if an adapter holds NaN or Inf; all ranks of a sharded module must call it.
+
+        Such adapters are neither saved nor merged: the model would compute NaN, and readers refuse the file.
+        """
+        parameters = {name: adapter.adapter_parameters() for name, adapter in self.adapters.items()}
+        bad = [name for name, own in parameters.items() if not all(local(p.detach()).isfinite().all() for p in own)]
+        if any(map(is_sharded, chain.from_iterable(parameters.values()))):
+            bad = list(dict.fromkeys(chain.from_iterable(of_all_ranks(bad))))
+        if bad:
+            trainer = vars(self.root).get("_trainer")  # of a LightningModule
+            step = ""
+            if trainer is not None:
+                step = f" after step {trainer.global_step}"
+            raise ValueError(
+                f"{bad[0] or type(self.root).__name__}: its adapter {NOT_FINITE}{step}, as those of {len(bad)} of "
+                f"{len(parameters)} layers: the training diverged. Nothing was written, and earlier files stay. Go on "
+                "from an earlier checkpoint, with a smaller learning rate, or compute_dtype='bf16' in place of fp16; "
+                "look for NaN in the batches."
+            )
 
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import join, without_wrappers
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.untrained import BY_VALUES, INITIAL, ORIGINS, PRETRAINED, find_untrained
+from lightning_qlora.survey.records import INITIAL, ORIGINS, PRETRAINED
+from lightning_qlora.survey.untrained import BY_VALUES, find_untrained
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 CLASSIFIERS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")  # names of transformers' classes
@@ -62,13 +63,6 @@ def remember_origins(parts: Parts, origins: Origins) -> None:
         if isinstance(owner, LoRALayer):  # of an earlier conversion, or quantized while its model loaded
             continue
         vars(owner).setdefault(ORIGINS, {}).setdefault(key, new.get(id(parameter), known))
-
-
-def forget_initial(modules: Iterable[nn.Module]) -> None:
-    """After a merge: values that were those of an initialization may be trained now."""
-    for module in modules:
-        origins = vars(module).get(ORIGINS, {})
-        origins.update({key: "" for key, origin in origins.items() if origin == INITIAL})
 
 
 def set_origins(parts: Parts, origins: Mapping[str, str]) -> None:

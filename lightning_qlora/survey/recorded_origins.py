@@ -11,11 +11,11 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.layers.names import last_part, owner_name
+from lightning_qlora.layers.names import owner_name
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import origins_by_name
-from lightning_qlora.survey.records import Conversion, forget_conversion, own_parameters, undo
-from lightning_qlora.survey.untrained import BY_VALUES, ORIGINS
+from lightning_qlora.survey.records import ORIGINS, Conversion, forget_conversion, own_parameters, undo
+from lightning_qlora.survey.untrained import BY_VALUES
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.texts import groups
 
@@ -60,10 +60,8 @@ def _undo(parts: Parts, owners: Collection[nn.Module]) -> list[tuple[Tensor, Ten
     values = undo_full_precision(parts.named, Tensor.to)
     modules = dict(parts.named)
     for name, layer in parts.layers.items():
-        key = layer.weight_name(name)
-        owner = modules[owner_name(key)]
-        if owner in owners:
-            layer.become_dense(nn.Parameter(layer.decode(), requires_grad=False), owner, last_part(key))
+        if modules[owner_name(layer.weight_name(name))] in owners:
+            layer.become_dense(nn.Parameter(layer.decode(), requires_grad=False), name, modules)
     undo(owners)
     forget_conversion(parts.root)
     return values

@@ -6,7 +6,7 @@ whatever way, has another fingerprint: each save reads them all. The record of a
 too, with the same name, so that torch.distributed.checkpoint, which follows keys as attributes, finds it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived
+from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import join, owner_name, without_wrappers
 from lightning_qlora.layers.packed_layer import BASE
@@ -25,6 +26,9 @@ from lightning_qlora.tensors.values import has_values, is_strided
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
 MERGED = "_qlora_merged"  # attribute of a module that was merged: a run that only evaluates it leaves it dense
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
+ORIGINS = "_qlora_origins"  # attribute of a module: key of a parameter -> why it is new, or one of these; "": unknown
+PRETRAINED = "pretrained"
+INITIAL = "initial"  # in a module of which nothing looked pretrained
 OF_LAYERS = (*BASE, *ADAPTER)  # keys of parameters that conversion made
 
 
@@ -58,6 +62,17 @@ def forget_conversion(module: nn.Module) -> None:
     vars(module).pop(CONVERSION, None)
 
 
+def record_merge(modules: Sequence[nn.Module]) -> None:
+    """All layers in these modules are dense: what trained before conversion trains, and a conversion begins anew."""
+    undo(modules)
+    for part in modules:
+        forget_conversion(part)
+        origins = vars(part).get(ORIGINS, {})
+        # Values that were those of an initialization may be trained now.
+        origins.update({key: "" for key, origin in origins.items() if origin == INITIAL})
+    vars(modules[0])[MERGED] = True
+
+
 def was_merged(module: nn.Module) -> bool:
     """Whether the adapters of a module, or of a part of it, were merged, and it was not converted since."""
     return any(MERGED in vars(part) for part in module.modules())
@@ -74,6 +89,8 @@ def check_no_layer_resized(conversion: Conversion, named: Iterable[tuple[str, nn
         if layer is None or isinstance(layer, Derived):
             continue
         weight = layer._parameters.get("weight")
+        if kind_of(type(layer)).transposed:
+            shape = shape[::-1]
         if weight is not None and weight.shape != shape:
             raise RuntimeError(
                 f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_qlora.dtypes.instance_method import METHODS
-from lightning_qlora.layers.names import tensors_of
 from lightning_qlora.tensors.values import is_whole
 
 CONTAINERS = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
@@ -44,17 +43,12 @@ class _State:
         containers = [attributes[key] for key in CONTAINERS if isinstance(attributes.get(key), (dict, set))]
         containers += [vars(method) for method in attributes.get(METHODS, ())]
         containers += [value for key, value in attributes.items() if key.startswith("_qlora") and type(value) is dict]
-        tensors = [tensor for _, tensor in tensors_of([("", part)])]
+        own = [*part._parameters.values(), *part._buffers.values()]
+        tensors = [tensor for tensor in own if tensor is not None]
         containers += map(vars, tensors)
         # They stay the same objects, which handles of hooks refer to.
         self._contents = [(each, each.copy()) for each in (attributes, *containers)]
-        self._values = []
-        for tensor in tensors:
-            data = grad = None
-            if is_whole(tensor):  # else nothing replaces its values
-                data = tensor.data
-                grad = tensor.grad
-            self._values.append((tensor, tensor.requires_grad, data, grad))
+        self._values = [(tensor, tensor.requires_grad, tensor.data, tensor.grad) for tensor in tensors]
 
     def restore(self) -> None:
         if type(self._part) is not self._class:
@@ -63,7 +57,7 @@ class _State:
             container.clear()
             container.update(content)
         for tensor, requires_grad, data, grad in self._values:
-            if data is not None:
+            if is_whole(tensor):  # else nothing replaced its values
                 tensor.grad = None
                 tensor.data = data
                 tensor.grad = grad

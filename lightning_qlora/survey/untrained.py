@@ -15,13 +15,10 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import outer_names, owner_name
 from lightning_qlora.survey.initial_values import FEW, Look, Values, look_of_bias, values_of
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import own_parameters
+from lightning_qlora.survey.records import INITIAL, ORIGINS, PRETRAINED, own_parameters
 
 BY_VALUES = "new: its values are those of an initialization"  # beginning of a reason
 AS_THE_BLOCK = f"{BY_VALUES}, as those of the block around it"
-ORIGINS = "_qlora_origins"  # attribute of a module: key of a parameter -> its reason, or one of these; "": unknown
-PRETRAINED = "pretrained"
-INITIAL = "initial"  # in a module of which nothing looked pretrained
 FEW_PRETRAINED = 0.1  # of the parts, or of their values: up to here all is taken for new
 
 

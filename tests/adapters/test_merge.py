@@ -26,10 +26,13 @@ def test_the_merged_module_has_its_dense_layers_and_the_same_output(name):
     torch.testing.assert_close(logits(lit.model), logits(toy(name)), atol=1e-5, rtol=0)
 
 
-def test_a_part_of_a_module_can_be_merged():
-    lit = converted("llama")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # Conv1D has its weight as [in, out]
+def test_a_part_of_a_module_can_be_merged(name):
+    lit = converted(name)
     merge(lit.model)
-    assert lit.state_dict().keys() == Lit(toy("llama")).state_dict().keys()
+    assert lit.state_dict().keys() == Lit(toy(name)).state_dict().keys()
+    merge(lit)
+    assert lit.state_dict().keys() == Lit(toy(name)).state_dict().keys()
 
 
 def test_with_dtype_all_parameters_have_it():

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, load_adapter, merge, save_adapter
 from lightning_qlora.layers.kinds import KINDS, LayerKind, is_linear, sizes_of
-from lightning_qlora.survey.untrained import ORIGINS
+from lightning_qlora.survey.records import ORIGINS
 from tests.twin import dense_twin
 
 

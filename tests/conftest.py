@@ -315,8 +315,11 @@ def fast(request):
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """Restores the environment, and destroys the process group that the strategies make."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+    """Restores the environment, and destroys the process group that the strategies make.
+
+    Its port is not one that the system gives to other processes, which may take it between Lightning's search and use.
+    """
+    monkeypatch.setattr(os, "environ", os.environ | {"MASTER_PORT": str(next(PORTS))})
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

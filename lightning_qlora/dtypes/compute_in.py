@@ -49,7 +49,9 @@ class ComputeIn(InstanceMethod):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if self.held is torch.float32:
-            if _has_16_bits(self.module):  # FSDP cast them
+            if (narrow := _in_16_bits(self.module)) is not None:  # FSDP cast them
+                if own_tensors(self.module):  # a 4-bit layer before it returns fp32
+                    args, kwargs = _cast(args, torch.float32, narrow), _cast(kwargs, torch.float32, narrow)
                 return self.original(*args, **kwargs)
             with _without_our_autocast(self.module):
                 args, kwargs = in_type(args, torch.float32), in_type(kwargs, torch.float32)
@@ -194,9 +196,10 @@ def _is_in_half(module: nn.Module, x: Any) -> bool:
     )
 
 
-def _has_16_bits(module: nn.Module) -> bool:
-    tensors = [*module._parameters.values(), *module._buffers.values()]
-    return any(tensor is not None and tensor.dtype in IN_16_BITS for tensor in tensors)
+def _in_16_bits(module: nn.Module) -> torch.dtype | None:
+    """The 16-bit type of a tensor of a module, or, without tensors of its own, of a module in it."""
+    own = [*module._parameters.values(), *module._buffers.values()]
+    return next((t.dtype for t in own or module.parameters() if t is not None and t.dtype in IN_16_BITS), None)
 
 
 def _autocast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[Any]:

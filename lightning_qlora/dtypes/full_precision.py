@@ -87,7 +87,7 @@ def train_in_full_precision(modules: list[nn.Module]) -> None:
     for part in modules:  # also those that were converted before
         dtypes += [dtype for _, tensor, dtype in held_in(part) if tensor.requires_grad]
     if dtypes:
-        for part in _outermost(modules[0]):
+        for part in _outermost(modules[0], _trains_in_full):
             compute_in(part, dtypes[0])
 
 
@@ -124,18 +124,19 @@ def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Itera
             yield from (each for each in parents.get(parent, []) if isinstance(each, nn.TransformerEncoder))
 
 
-def _outermost(root: nn.Module) -> list[nn.Module]:
-    """The converted module; of a LightningModule also the modules in it that have what trains in fp32.
+def _outermost(root: nn.Module, counts: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The converted module; of a LightningModule also the modules in it that have a part that counts.
 
     Code outside of its steps calls these: `lit.model.generate(...)`.
     """
     parts = [root]
     if isinstance(root, classes(LightningModule)):
-        for child in root.children():
-            held = [tensor for part in child.modules() for _, tensor, _ in held_in(part)]
-            if any(tensor.requires_grad for tensor in held):
-                parts.append(child)
+        parts += [child for child in root.children() if any(map(counts, child.modules()))]
     return [part for part in parts if not is_script(part)]
+
+
+def _trains_in_full(part: nn.Module) -> bool:
+    return any(tensor.requires_grad for _, tensor, _ in held_in(part))
 
 
 def hold_assigned(modules: Iterable[nn.Module]) -> None:
@@ -228,6 +229,7 @@ def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -
     tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
     _hold([entry for entry in tensors if entry[2].dtype is dtype and not is_sharded(entry[2])], other)
     stays = _in_fp32_everywhere(parts)
+    around = set(_outermost(parts[0], lambda part: dtype in _types(part)))  # may read weights of their parts
     casts: Casts = {}
     for part in parts:
         for _, tensor, before in held_in(part):
@@ -236,7 +238,7 @@ def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -
         if isinstance(part, PackedLayer):
             if part.dtype_before is dtype:
                 part.weight_dtype = other
-        elif not is_script(part) and dtype in _types(part):
+        elif not is_script(part) and (part in around or dtype in _types(part)):
             for method in make_compute_methods(part):
                 method.held = other
 

@@ -70,17 +70,17 @@ def plan(
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its hints are about running a model, and none runs
     check_integer("devices", devices, at_least=1)
     memory = None if gpu_memory is None else parse_memory("gpu_memory", gpu_memory)
-    config = QLoRAConfig(**arguments)
+    config = planned = QLoRAConfig(**arguments)
     if devices > 1 and strategy == "fsdp":
         # The output embedding is in shards, and ranks that share blocks recompute all of them.
         recomputes = config.gradient_checkpointing
         if not isinstance(recomputes, bool):
             recomputes = "offload"
-        config = replace(config, deferred_logits=False)
-        config = replace(config, gradient_checkpointing=recomputes)
+        planned = replace(config, deferred_logits=False, gradient_checkpointing=recomputes)
+        config = replace(config, deferred_logits="auto")  # would save nothing, so it is not advised
     if sys.stderr.isatty():
         say(f"Running a step of {model} without weights ...", sys.stderr)
-    run = PlannedRun(model, optimizer, config, device=device, gpu=gpu)
+    run = PlannedRun(model, optimizer, planned, device=device, gpu=gpu)
     run.gpu_memory = memory or run.gpu_memory
     if isinstance(sequence_length, str):
         if host_memory is not None:

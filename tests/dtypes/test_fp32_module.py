@@ -8,7 +8,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -352,6 +354,68 @@ class Collects(nn.Linear):
 
 
 @pytest.mark.usefixtures("fast")
+class Reads(nn.Module):
+    """Without tensors of its own; reads a weight of a part."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.head(self.body(x)) + nn.functional.linear(x, self.head.weight)
+
+
+class ReadsInStep(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = Reads()
+
+    def training_step(self, batch, _=0):
+        return nn.functional.linear(batch, self.model.head.weight) + self.model(batch)
+
+
+def test_a_module_without_tensors_takes_16_bit_inputs_for_weights_of_its_parts(slow):
+    x = torch.randn(3, 64).bfloat16()
+    for lit in (False, True):
+        module = (ReadsInStep() if lit else Reads()).bfloat16()
+        convert(module, **ARGUMENTS, target_modules=["body"])
+        model = module.model if lit else module
+        dense = Reads()
+        for ours, theirs in ((model.body, dense.body), (model.head, dense.head)):
+            theirs.weight, theirs.bias = nn.Parameter(ours.weight.detach().clone()), nn.Parameter(ours.bias.detach())
+        y = dense(x.float())
+        torch.testing.assert_close(model(x), y)
+        if lit:
+            torch.testing.assert_close(module.training_step(x), y + x.float() @ model.head.weight.T)
+
+
+def test_what_fsdp_casts_to_16_bits_computes_in_them_beside_4_bit_layers(slow, one_rank, trainer):
+    """FSDP2's policy casts dense weights and the inputs of the module; 4-bit layers compute in fp32."""
+
+    class Sharded(ReadsInStep):
+        def configure_model(self):
+            self.model.bfloat16()
+            self.trainer.precision_plugin.convert_module(self.model)
+            policy = MixedPrecisionPolicy(param_dtype=BF16)
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
+
+        def training_step(self, batch, _):
+            self.y = self.model(batch[None].bfloat16())
+            return self.y.float().square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    module = Sharded()
+    plugin = QLoRAPrecision(**ARGUMENTS, target_modules=["body"])
+    run = trainer(plugins=plugin, strategy=ModelParallelStrategy(1, 1), max_steps=1, enable_checkpointing=False)
+    x = torch.randn(64)
+    run.fit(module, DataLoader([x], batch_size=None))
+    assert module.y.dtype is BF16
+    torch.testing.assert_close(module.y.float(), Reads()(x[None]), rtol=0, atol=0.2)
+
+
 def test_a_forward_pass_appends_to_a_list_of_its_caller():
     part = Collects(64, 4).bfloat16()
     module = nn.ModuleList([nn.Linear(64, 64), part]).bfloat16()

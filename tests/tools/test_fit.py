@@ -100,6 +100,9 @@ def test_the_lines_of_the_command(tmp_path, capsys, monkeypatch):
     needed = bytes_on_each(run, estimate, 8, "fsdp")
     answer = fits(needed, 24 * 2**30, run.config)
     assert capsys.readouterr() == (f"{estimate}\nEach of 8 devices (fsdp) needs {both_units(needed)}.\n{answer}\n", "")
+    main([*plan, "--devices", "8", "--gpu-memory", "810MB", "--deferred_logits", "false", "--paged_optimizer", "false"])
+    advised = capsys.readouterr().out.rpartition(" Try ")[2]  # an embedding in shards returns its logits in any case
+    assert advised.startswith("paged_optimizer=auto, gradient_checkpointing=True, a smaller batch_size")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     main([*plan, "--devices", "2", "--strategy", "ddp", "--batch-size", "2", "--optimizer", "sgd", "--device", "cpu"])
     whole = estimate_memory(str(tmp_path), 2, 16, "sgd", device="cpu", r=4)

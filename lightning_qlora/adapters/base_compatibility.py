@@ -14,10 +14,12 @@ import torch
 
 from lightning_qlora.adapters.adapter import MAGNITUDE, Adapter, State
 from lightning_qlora.checks import DAMAGED, RemovedStartError
-from lightning_qlora.config import CHECKS, InitLoRAWeights, QLoRAConfig, QuantType
+from lightning_qlora.config import InitLoRAWeights, QLoRAConfig, QuantType
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.starts.starts import corrects_error
+
+DEFAULT_CONFIG = QLoRAConfig()
 
 
 class Quantization(NamedTuple):
@@ -42,14 +44,16 @@ class Quantization(NamedTuple):
         return ", ".join(f"{name}={value}" for name, value in zip(self._fields[:-1], self, strict=False))
 
 
-def read_quantization(entry: Any, source: str) -> Quantization | None:
-    """The reverse of `Quantization.entry`; None for None, and ValueError, with the source, for another value."""
+def read_quantization(entry: Any, source: str, config: QLoRAConfig = DEFAULT_CONFIG) -> Quantization | None:
+    """The reverse of `Quantization.entry`; None for None, and ValueError, with the source, for another value.
+
+    It is checked if it differs from that of the config.
+    """
     if entry is None:
         return None
     try:
         quantization = Quantization._make([entry[name] for name in Quantization._fields])
-        for name, value in quantization._asdict().items():
-            CHECKS[name](name, value)
+        config.changed(**quantization._asdict())
     except RemovedStartError as error:
         raise RemovedStartError(f"{source}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:

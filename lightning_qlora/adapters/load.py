@@ -4,14 +4,14 @@ import os
 import re
 import warnings
 from dataclasses import replace
-from typing import Any
+from statistics import mode
 
 import torch
 from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, State
 from lightning_qlora.adapters.base_compatibility import Quantization, check_required_base
-from lightning_qlora.adapters.peft_config import ranks_and_alphas
+from lightning_qlora.adapters.peft_config import ranks_and_alphas, round_alpha
 from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.adapters.peft_layers import from_peft, trained_modules
 from lightning_qlora.checks import check_converted, first_of, shown
@@ -19,7 +19,7 @@ from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import DELTA, join, only_child_of, owner_name, without_wrappers
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import new_by_values, set_origins
+from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.survey.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.records import conversion_of
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
@@ -57,12 +57,12 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     with parts.inference_mode():
         adapter = read_adapter(folder)
         conversion = conversion_of(parts.root)
-        if conversion is not None and new_by_values(parts):
-            layers = [join(without_wrappers(parts.base_name), name) for name in adapter.modules]
-            origins = {join(name, "weight"): "" for name in layers}
-            parts = convert_as_recorded(parts, origins, conversion)
+        dense = adapter.modules.keys() - parts.base.layers.keys()
+        if dense and conversion is not None:  # their values may have looked new
+            prefix = without_wrappers(parts.base_name)
+            parts = convert_as_recorded(parts, {join(prefix, name, "weight"): "" for name in dense}, conversion)
         set_adapter(parts, adapter)
-    trained = trained_modules(parts.base, parts.base.unchanged)
+    trained = trained_modules(parts.base, parts.base)
     loaded = {trained.get(owner_name(key)) for key in adapter.saved}.union(parts.base.adapters.values())
     kept = [name for name, part in trained.items() if part not in loaded]
     if kept:
@@ -105,11 +105,17 @@ def set_adapter(parts: Parts, adapter: Adapter) -> None:
         with torch.no_grad():
             for key, value in adapter.saved.items():
                 tensors[key].copy_(shard_like(value, tensors[key]))
+    usual = {  # checkpoints name what differs from these arguments layer by layer
+        "r": mode(state["lora_A"].shape[-2] for state in loaded.values()),
+        "lora_alpha": mode(round_alpha(adapter.alpha(name)) for name in loaded),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": adapter.config["use_rslora"],
+    }
     for part in parts.modules:
         conversion = conversion_of(part)
-        if conversion is not None:  # checkpoints name what differs from these arguments layer by layer
-            arguments = _ranks_and_alphas(adapter, loaded) | {"rank_pattern": {}, "alpha_pattern": {}}
-            conversion.config = conversion.config.changed(**arguments, use_rslora=adapter.config["use_rslora"])
+        if conversion is not None:
+            conversion.config = conversion.config.changed(**usual)
 
 
 def _check_fits(base: Parts, adapter: Adapter, loaded: dict[str, State]) -> None:
@@ -178,11 +184,6 @@ def _named_tensors(base: Parts) -> State:
     }
 
 
-def _ranks_and_alphas(adapter: Adapter, layers: dict[str, State], prefix: str = "") -> dict[str, Any]:
-    ranks = {name: state["lora_A"].shape[-2] for name, state in layers.items()}
-    return ranks_and_alphas(ranks, {name: adapter.alpha(name) for name in layers}, prefix)
-
-
 def set_origins_of_base(parts: Parts, adapter: Adapter) -> None:
     """Before a conversion for an adapter: it says what trains in its base model, so values are not asked there."""
     _, base = _base_of(adapter, parts)
@@ -193,6 +194,8 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
     """`config` with the layers, ranks and scalings of the adapter; CheckpointMismatchError if the module lacks one."""
     prefix, base = _base_of(adapter, parts)
     layers = from_peft(adapter, base)
+    ranks = {name: state["lora_A"].shape[-2] for name, state in layers.items()}
+    alphas = {name: adapter.alpha(name) for name in layers}
     names = {without_wrappers(name): join(prefix, name) for name, _ in parts.inside(prefix)}
     names |= {name: join(prefix, name) for name, state in layers.items() if state["lora_A"].ndim == 3}
     owners = {owner_name(key) for key in adapter.saved}
@@ -200,7 +203,7 @@ def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QL
     function = {name: adapter.config[name] for name in arguments_that("of_function")}
     return replace(
         config.changed(init_lora_weights="default"),
-        **(function | _ranks_and_alphas(adapter, layers, prefix)),
+        **(function | ranks_and_alphas(ranks, alphas, prefix)),
         target_modules="|".join(re.escape(names[name]) for name in layers),
         exclude_modules=[],
         modules_to_save=sorted(names[owner] for owner in owners if owner in names),

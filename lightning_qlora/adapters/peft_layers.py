@@ -4,7 +4,7 @@ Linear layers have the same tensors there; for experts see `peft_experts.py`.
 """
 
 import re
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,7 @@ from lightning_qlora.adapters.peft_experts import (
 from lightning_qlora.config import Base, QLoRAConfig, arguments_that
 from lightning_qlora.layers.kinds import is_linear, sizes_of
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import last_part, name_endings, owner_name, without_wrappers
+from lightning_qlora.layers.names import last_part, name_endings, without_wrappers
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.survey.parts import Parts
@@ -74,21 +74,23 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
     return description
 
 
-def trained_modules(parts: Parts, unchanged: Container[Any]) -> dict[str, nn.Module]:
+def trained_modules(parts: Parts, whole: Parts) -> dict[str, nn.Module]:
     """Modules by name with a parameter that is no adapter and trains or has changed.
 
-    `unchanged` are the frozen parameters that have not. A parameter that trained and was frozen again, and a resized
-    embedding, have changed. A shared module has several names; the rows of a tied embedding have one, as in PEFT's
-    files.
+    What has changed says `unchanged` of `whole`, the module around. It reads all frozen parameters, so it is asked only
+    if there are some outside of layers. A parameter that trained and was frozen again, and a resized embedding, have
+    changed. A shared module has several names; the rows of a tied embedding have one, as in PEFT's files.
     """
     first_names = {name for name, _ in parts.named}
     trained = {}
-    for name, part, key, parameter in parts.parameters:
-        name = owner_name(name)
+    for name, part in parts.places:
         if isinstance(part, WithAdapter) and not (part.row_count and name in first_names):
             continue
-        if parameter.is_floating_point() and (part, key) not in unchanged:
-            trained[without_wrappers(name)] = part
+        for key, value in part._parameters.items():
+            if value is None or not value.is_floating_point():
+                continue
+            if value.requires_grad or (part, key) not in whole.unchanged:
+                trained[without_wrappers(name)] = part
     return trained
 
 

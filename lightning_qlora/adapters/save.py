@@ -77,7 +77,7 @@ def _warnings(parts: Parts, adapter: Adapter) -> Iterator[str]:
     outside = []
     if prefix:
         inside = set(base.modules)
-        outside = [name for name, part in trained_modules(parts, parts.unchanged).items() if part not in inside]
+        outside = [name for name, part in trained_modules(parts, parts).items() if part not in inside]
     if outside:
         names = ", ".join(name or type(parts.root).__name__ for name in outside)
         yield (
@@ -116,7 +116,7 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     check_layers_of_conversions(parts)
     check_converted(parts.root, layers)
     parts.check_adapters_finite()
-    trained = trained_modules(base_model, parts.unchanged)
+    trained = trained_modules(base_model, parts)
     if "" in trained:
         raise ValueError(
             f"A parameter of the {type(base_model.root).__name__} itself trains, and PEFT's modules_to_save can only "

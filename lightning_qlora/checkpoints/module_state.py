@@ -125,7 +125,7 @@ def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
         for name, owner, key, parameter in parts.dense_parameters:
             if (owner, key) in parts.unchanged and not _is_always_saved(owner, key, parameter):
                 fingerprints[name] = parts.unchanged[owner, key]
-    trained = trained_modules(parts.base, parts.unchanged)
+    trained = trained_modules(parts.base, parts)
     description = describe_base(parts, config, trained)
     new = new_by_values(parts)
     if new:

@@ -107,10 +107,7 @@ class SavedConversion:
 
     @cached_property
     def quantization(self) -> Quantization | None:
-        entry = self.base.get("quantization")
-        of_config = Quantization._make(getattr(self.config, name) for name in Quantization._fields)
-        is_of_config = json.dumps(entry) == json.dumps(of_config.entry())  # 1 == True, and is refused
-        return of_config if is_of_config else read_quantization(entry, "quantization")
+        return read_quantization(self.base.get("quantization"), "quantization", self.config)
 
     def arguments_of_layers(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Name of each layer with an adapter in a state dict -> its arguments that differ from those of the module."""

@@ -19,16 +19,26 @@ def check_name(subject: str, name: Any) -> None:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """A file of a folder, which may not exist; ValueError as in `check_files`."""
-    _check(folder / name)
-    return folder / name
+    """A file of a folder, which may not exist; ValueError if it links to a place outside of it, or is no file."""
+    path = folder / name
+    if path.is_symlink():
+        inside = path.parent.resolve()
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(inside) and not _is_blob(target, inside):
+            raise ValueError(
+                f"{path}: is a symbolic link to {target}, outside of the folder. Put the file there (a hard link, "
+                "cp -l, needs no space)."
+            )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: is a pipe, a socket or a device, which may have no end. Put a file there.")
+    return path
 
 
 def check_files(folder: Path, endings: tuple[str, ...] = ("",)) -> None:
-    """Raise ValueError for what has one of these endings and links to a place outside of the folder, or is no file."""
+    """The same for each file that has one of these endings."""
     for path in folder.iterdir():
         if path.name.endswith(endings):
-            _check(path)
+            file_in(folder, path.name)
 
 
 def copy_files(folder: Path, target: Path, without: tuple[str, ...]) -> None:
@@ -39,21 +49,7 @@ def copy_files(folder: Path, target: Path, without: tuple[str, ...]) -> None:
     for path in folder.iterdir():
         is_other = path.name.startswith(".") or path.name.endswith(without) or (target / path.name).exists()
         if path.is_file() and not is_other:
-            _check(path)
-            shutil.copyfile(path, target / path.name)
-
-
-def _check(path: Path) -> None:
-    if path.is_symlink():
-        folder = path.parent.resolve()
-        target = Path(os.path.realpath(path))
-        if not target.is_relative_to(folder) and not _is_blob(target, folder):
-            raise ValueError(
-                f"{path}: is a symbolic link to {target}, outside of the folder. Put the file there (a hard link, "
-                "cp -l, needs no space)."
-            )
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{path}: is a pipe, a socket or a device, which may have no end. Put a file there.")
+            shutil.copyfile(file_in(folder, path.name), target / path.name)
 
 
 def _is_blob(target: Path, folder: Path) -> bool:

@@ -375,6 +375,17 @@ def test_files_of_before_load_with_the_layers_that_they_had(dtype, tmp_path):
     torch.testing.assert_close(loaded.eval()(x), source(x), rtol=1e-2, atol=1e-2)
 
 
+def test_an_adapter_keeps_the_parameters_of_layers_that_were_named_and_look_new(tmp_path):
+    """They are layers already: an optimizer that was made before goes on with them."""
+    source = as_before(Segmenter())
+    save_adapter(source, tmp_path / "folder")
+    module = as_before(Segmenter())
+    parameters = dict(module.named_parameters())
+    load_adapter(module, tmp_path / "folder")
+    assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
+    assert_equal(list(module.parameters()), list(source.parameters()))
+
+
 def test_checkpoints_of_before_are_resumed_with_the_layers_that_they_had(tmp_path):
     run = make_trainer(tmp_path, max_steps=2, plugins=QLoRAPrecision(r=4, target_modules=["all-linear", "head"]))
     module = Segmenter()

@@ -33,7 +33,6 @@ from lightning_qlora.layers.names import CHECKPOINTED, join, owner_name, without
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.starts.starts import corrects_error
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import new_by_values
 from lightning_qlora.survey.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.records import (
     CONVERSION,
@@ -42,10 +41,12 @@ from lightning_qlora.survey.records import (
     conversion_of,
     float_buffers,
     has_fingerprint,
+    new_by_values,
     was_frozen,
 )
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.tensors.fingerprint import fingerprint
+from lightning_qlora.tensors.held_types import TYPES
 
 BUILT_ANEW = (
     "This state dict holds adapters, and this {kind} has none: its adapters were merged, or its layers were built anew "
@@ -127,7 +128,7 @@ def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
                 fingerprints[name] = parts.unchanged[owner, key]
     trained = trained_modules(parts.base, parts)
     description = describe_base(parts, config, trained)
-    new = new_by_values(parts)
+    new = new_by_values(parts.places)
     if new:
         description["new"] = new
     return SavedConversion(config, description, fingerprints)
@@ -214,7 +215,7 @@ def _before_load(
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
     saved = read_conversion(state_dict, prefix, conversion.config)
-    if saved is not None and (saved.base.get("new") or new_by_values(parts)):
+    if saved is not None and (saved.base.get("new") or new_by_values(parts.places)):
         origins = saved.origins(key.removeprefix(prefix) for key in state_dict)
         parts = convert_as_recorded(parts, origins, conversion)
         conversion = conversion_of(root) or conversion
@@ -276,7 +277,9 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
     conversion = conversion_of(root)
     if conversion is None:
         return
-    hold_assigned(root.modules())
+    held = [part for part in root.modules() if TYPES in vars(part)]
+    if held:
+        hold_assigned(held)
     missing: list[str] = incompatible_keys.missing_keys
     marks = [key for key in missing if isinstance(key, _InModule)]  # those of modules around this one come first
     if marks:
@@ -325,16 +328,17 @@ def _take_arguments(parts: Parts, conversion: Conversion, saved: SavedConversion
     if saved.quantization is not None and corrects_error(saved.quantization):
         in_folder = {"init_lora_weights": saved.quantization.init_lora_weights}
     for layer, of_layer in arguments.items():
-        layer.config = layer.config.changed(init_lora_weights=(of_layer | in_folder)["init_lora_weights"])
+        method = (of_layer | in_folder)["init_lora_weights"]
+        if method != layer.config.init_lora_weights:
+            layer.config = layer.config.changed(init_lora_weights=method)
     method = saved.config.init_lora_weights
-    config = conversion.config.changed(init_lora_weights=method)
-    if config != conversion.config:
+    if method != conversion.config.init_lora_weights:
         warnings.warn(
             f"The adapters of the checkpoint were initialized as {method!r}, so init_lora_weights="
             f"{conversion.config.init_lora_weights!r} is not used.",
             stacklevel=2,
         )
-        conversion.config = config
+        conversion.config = conversion.config.changed(init_lora_weights=method)
 
 
 def _parts_of(root: nn.Module) -> Parts:

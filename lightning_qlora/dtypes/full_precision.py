@@ -140,11 +140,9 @@ def _trains_in_full(part: nn.Module) -> bool:
 
 
 def hold_assigned(modules: Iterable[nn.Module]) -> None:
-    """Hold again what `load_state_dict(assign=True)` replaced by values in 16 bits."""
+    """Hold again what `load_state_dict(assign=True)` replaced by values in 16 bits; the modules held some."""
     assigned: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {torch.float32: [], torch.bfloat16: []}
     for part in modules:
-        if TYPES not in vars(part):
-            continue
         own = own_tensors(part)
         in_bf16 = any(method.held is torch.bfloat16 for method in compute_methods(part))
         for key in vars(part)[TYPES]:

@@ -18,8 +18,8 @@ from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.selection.token_selection import TokenRows
 from lightning_qlora.survey.parts import Parts
+from lightning_qlora.survey.records import BY_VALUES
 from lightning_qlora.survey.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
-from lightning_qlora.survey.untrained import BY_VALUES
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
 FROZEN = "frozen by the module"

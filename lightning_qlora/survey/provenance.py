@@ -11,10 +11,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import join, without_wrappers
+from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import INITIAL, ORIGINS, PRETRAINED
-from lightning_qlora.survey.untrained import BY_VALUES, find_untrained
+from lightning_qlora.survey.untrained import find_untrained
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
 CLASSIFIERS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$")  # names of transformers' classes
@@ -71,18 +71,6 @@ def set_origins(parts: Parts, origins: Mapping[str, str]) -> None:
         name = without_wrappers(name)
         if name in origins and not isinstance(owner, LoRALayer):
             vars(owner).setdefault(ORIGINS, {})[key] = origins[name] or (PRETRAINED if any(origins.values()) else "")
-
-
-def origins_by_name(parts: Parts) -> Iterator[tuple[str, nn.Module, str, str]]:
-    """What conversions decided: name in state dicts, owner, key and origin of each parameter."""
-    for name, owner in parts.places:
-        for key, origin in vars(owner).get(ORIGINS, {}).items():
-            yield without_wrappers(join(name, key)), owner, key, origin
-
-
-def new_by_values(parts: Parts) -> dict[str, str]:
-    """The parameters that a conversion found to be new by their values: name in state dicts -> reason."""
-    return {name: origin for name, _, _, origin in origins_by_name(parts) if origin.startswith(BY_VALUES)}
 
 
 def loaded_models(parts: Parts) -> list[list[nn.Module]]:

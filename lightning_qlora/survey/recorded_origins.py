@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
 from lightning_qlora.layers.names import owner_name
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import origins_by_name
-from lightning_qlora.survey.records import ORIGINS, Conversion, forget_conversion, own_parameters, undo
-from lightning_qlora.survey.untrained import BY_VALUES
+from lightning_qlora.survey.records import (
+    BY_VALUES,
+    ORIGINS,
+    Conversion,
+    forget_conversion,
+    origins_by_name,
+    own_parameters,
+    undo,
+)
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.texts import groups
 
@@ -31,7 +37,7 @@ def convert_as_recorded(
     converts what in the module is not converted; None: with the arguments of the conversion.
     """
     changed: dict[nn.Module, str] = {}
-    for name, owner, key, origin in [*origins_by_name(parts)]:
+    for name, owner, key, origin in [*origins_by_name(parts.places)]:
         recorded = origins.get(name, origin)
         if origin.startswith(BY_VALUES) != recorded.startswith(BY_VALUES):
             changed[owner] = owner_name(name)

@@ -1,4 +1,4 @@
-"""What conversion records of a module: its arguments; and of a parameter: whether it trained, its type, a fingerprint.
+"""What conversion records: of a module its arguments; of a parameter if it trained, its type, origin and fingerprint.
 
 A record is an attribute of the module that holds the parameter, so it stays valid when that becomes a part of another
 module. A parameter without a record has not been part of a conversion. A frozen parameter that was written to since, in
@@ -27,6 +27,7 @@ CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conver
 MERGED = "_qlora_merged"  # attribute of a module that was merged: a run that only evaluates it leaves it dense
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
 ORIGINS = "_qlora_origins"  # attribute of a module: key of a parameter -> why it is new, or one of these; "": unknown
+BY_VALUES = "new: its values are those of an initialization"  # beginning of a reason
 PRETRAINED = "pretrained"
 INITIAL = "initial"  # in a module of which nothing looked pretrained
 OF_LAYERS = (*BASE, *ADAPTER)  # keys of parameters that conversion made
@@ -105,6 +106,18 @@ def check_layers_of_conversions(parts: Any) -> None:
         conversion = conversion_of(module)
         if conversion is not None:
             check_no_layer_resized(conversion, parts.inside(name) if name else parts.named)
+
+
+def origins_by_name(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module, str, str]]:
+    """Where values come from, as conversions decided: name in state dicts, owner, key and origin of each parameter."""
+    for name, owner in modules:
+        for key, origin in vars(owner).get(ORIGINS, {}).items():
+            yield without_wrappers(join(name, key)), owner, key, origin
+
+
+def new_by_values(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """The parameters that a conversion found to be new by their values: name in state dicts -> reason."""
+    return {name: origin for name, _, _, origin in origins_by_name(modules) if origin.startswith(BY_VALUES)}
 
 
 def float_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:

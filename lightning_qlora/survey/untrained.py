@@ -15,9 +15,8 @@ from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import outer_names, owner_name
 from lightning_qlora.survey.initial_values import FEW, Look, Values, look_of_bias, values_of
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import INITIAL, ORIGINS, PRETRAINED, own_parameters
+from lightning_qlora.survey.records import BY_VALUES, INITIAL, ORIGINS, PRETRAINED, own_parameters
 
-BY_VALUES = "new: its values are those of an initialization"  # beginning of a reason
 AS_THE_BLOCK = f"{BY_VALUES}, as those of the block around it"
 FEW_PRETRAINED = 0.1  # of the parts, or of their values: up to here all is taken for new
 

@@ -22,8 +22,8 @@ from lightning_qlora import (
 )
 from lightning_qlora.checkpoints.saved_conversion import entry_of, text_of
 from lightning_qlora.conversion.report import BY_SIZE, NOTHING_PRETRAINED
-from lightning_qlora.survey.records import CONVERSION
-from lightning_qlora.survey.untrained import AS_THE_BLOCK, BY_VALUES
+from lightning_qlora.survey.records import BY_VALUES, CONVERSION
+from lightning_qlora.survey.untrained import AS_THE_BLOCK
 from tests.conftest import launch, make_trainer
 from tests.toys import assert_equal, pretrain
 

@@ -24,7 +24,8 @@ from lightning_qlora.quantization.bnb_entries import (
 )
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes
 from lightning_qlora.starts.starts import STARTS, corrects_error
-from lightning_qlora.tensors.dtensor import gather, is_sharded
+from lightning_qlora.tensors.dtensor import gather, is_sharded, local
+from lightning_qlora.tensors.values import has_values
 
 SAME_FUNCTION = arguments_that("of_function")
 
@@ -39,6 +40,12 @@ BIAS_ALONE = (
     "load_state_dict gets biases of 4-bit layers and not their weights, so these layers have the biases of one model "
     "and the weights of another. Code that keeps those keys of a state dict which the module has with equal shapes "
     "leaves out the weights, because a converted module has no dense weight. Pass the whole state dict."
+)
+
+ADAPTER_STAYS = (
+    "load_state_dict gets weights of the dense module, and the adapters of the 4-bit layers, which have been trained, "
+    "keep their values: the module computes something else than the dense one. To begin anew, as for the next fold of "
+    "a cross-validation, build the module again, or load a state dict that was made after its conversion."
 )
 
 
@@ -105,6 +112,8 @@ class SavedLayer(LoRALayer):
         if not any(prefix + key in state_dict for key in ADAPTER):
             if is_base_in_state:
                 optional |= {*ADAPTER}  # a checkpoint of the dense module: the adapter keeps its values
+                if has_values(self.lora_B) and local(self.lora_B).any():
+                    warnings.warn(ADAPTER_STAYS, stacklevel=2)
             elif prefix + "bias" in state_dict:
                 warnings.warn(BIAS_ALONE, stacklevel=2)
         missing: list[str] = []

@@ -5,8 +5,9 @@
     any other read                                          W + s B A in the weight's type, with gradients for A and B
 
 A function of torch that gets it is called with a plain tensor, computed for this call, whose gradient autograd knows. A
-read that is not one of the products above keeps the dense weight for the backward pass, as any weight is kept. An
-`autograd.Function` of other code, which torch calls without asking, gets the values without a gradient (a warning).
+read that is not one of the products above keeps the dense weight for the backward pass, as any weight is kept. Scripted
+functions and an `autograd.Function` of other code, which torch calls without asking, get the values, and what they give
+back as the gradient of the weight goes on to A and B.
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ class ReadOnly(Readable):
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
     _source: Any  # what computes the values
     _kept: Tensor | None = None  # the values, from the time when code asked where they are
+    _passes_on: bool = False  # whether a gradient for this tensor goes on to A and B
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,6 +57,28 @@ class ReadOnly(Readable):
         if any(isinstance(value, ReadOnly) for value in tree_leaves(outputs)):
             raise RuntimeError(f"{getattr(func, '__name__', func)}: {READ_ONLY}")
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, ReadOnly):
+                value.pass_on()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def pass_on(self) -> bool:
+        """Let a gradient for this tensor itself go on to A and B, of code below autograd; whether there may be one."""
+        if self.requires_grad and not self._passes_on:
+            self._passes_on = True
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(self._give)  # type: ignore[no-untyped-call]
+        return self._passes_on
+
+    def _give(self, gradient: Tensor) -> None:
+        with torch.enable_grad():
+            values = self.values()
+        torch.autograd.backward(values, gradient)
 
     @property
     def data(self) -> Tensor:
@@ -76,7 +100,11 @@ class ReadOnly(Readable):
 
 def _plain(value: Any) -> Any:
     """As `plain`; what is no weight reads itself, with its gradient."""
-    return plain(value) if isinstance(value, ReadOnly) else value
+    if not isinstance(value, ReadOnly):
+        return value
+    if not torch.is_grad_enabled():  # as in the forward method of an autograd.Function
+        value.pass_on()
+    return plain(value)
 
 
 def without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool) -> Any:
@@ -134,7 +162,10 @@ class ReadableWeight(ReadOnly):
 
 def _is_product(x: Any, weight: Any, transposed: bool) -> bool:
     is_weight = isinstance(weight, ReadableWeight) and not weight._is_detached
-    return is_weight and weight._transposed is transposed and not isinstance(x, Readable)
+    if not is_weight or weight._transposed is not transposed or isinstance(x, Readable):
+        return False
+    # The forward method of an autograd.Function, which knows no dropout of an adapter, gets the values.
+    return torch.is_grad_enabled() or not weight.pass_on()
 
 
 def readable_weight(source: Any, transposed: bool = False) -> Tensor:

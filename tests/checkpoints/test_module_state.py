@@ -407,6 +407,26 @@ def test_what_one_state_left_out_the_next_one_may_not_lack():
         module.load_state_dict(dense)
 
 
+def test_a_dense_state_under_trained_adapters_is_no_new_begin_and_says_so():
+    """As in a cross-validation that loads the weights from before the first fold."""
+    module = Classifier()
+    dense = copy.deepcopy(module.state_dict())
+    convert(module, r=4)
+    begin = copy.deepcopy(module.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.load_state_dict(dense)
+    nn.init.normal_(module.net[0].lora_B)
+    trained = module.net[0].lora_B.clone()
+    with pytest.warns(UserWarning, match="build the module again, or load a state dict that was made after"):
+        module.load_state_dict(dense)
+    assert torch.equal(module.net[0].lora_B, trained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.load_state_dict(begin)
+    assert not module.net[0].lora_B.any()
+
+
 def test_a_module_is_walked_over_a_few_times_however_many_parts_it_has(monkeypatch, tmp_path):
     """Each function had looked through the module for itself: 76 walks of a conversion, 18 of a state dict."""
     module = Classifier()

@@ -42,6 +42,12 @@ class Product(torch.autograd.Function):
         return F.linear(grad, weight.t()), torch.einsum("bo,bi->oi", grad, x)
 
 
+def without_asking(x, weight):
+    """As a scripted function."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return x @ weight.t()
+
+
 READS = {
     "linear by position": lambda fc, x: F.linear(x, fc.weight, fc.bias),
     "linear by keyword": lambda fc, x: F.linear(input=x, weight=fc.weight, bias=fc.bias),
@@ -100,14 +106,24 @@ def test_every_read_sees_the_adapter_and_trains_it(name, use_dora):
     compare(*readers(READS[name], use_dora=use_dora), torch.randn(5, 64))
 
 
-def test_an_autograd_function_of_other_code_gets_the_values_and_returns_no_gradient():
-    """A warning names it before the first step."""
-    module, dense = readers(lambda fc, x: Product.apply(x, fc.weight))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("below_autograd", [Product.apply, without_asking])
+def test_code_that_torch_calls_without_asking_gets_the_values_and_returns_their_gradient(below_autograd, dropout):
+    """Also where the layer is called too, and where one read is used twice."""
+
+    def read(fc, x):
+        weight = fc.weight
+        return below_autograd(x, weight) + below_autograd(2 * x, weight) + F.linear(x, fc.weight * 0.5)
+
+    module, dense = readers(read)
+    module.fc.lora_dropout = dropout
+    compare(module, dense, torch.randn(5, 64))
+
+
+def test_a_read_without_a_gradient_is_named():
+    module, _ = readers(lambda fc, x: x @ fc.weight.detach().T)
     x = torch.randn(5, 64, requires_grad=True)
-    y = module(x)
-    assert_close(y, dense(x))
-    y.sum().backward()
-    assert x.grad is not None
+    module(x).sum().backward()
     assert adapters_without_gradient({"fc": module.fc}) == {"fc": READ}
 
 

@@ -63,7 +63,8 @@ __all__ = list(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.plugin.precision")  # its changes to Lightning answer files of ours everywhere
+    if name != "QLoRAConfig":  # the command line asks for it
+        import_module(f"{__name__}.plugin.precision")  # its changes to Lightning answer files of ours everywhere
     value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     if name in ("PagedOptimizer", "QLoRAPrecision"):
         return inherit_from_copies(value)

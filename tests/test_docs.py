@@ -143,7 +143,7 @@ def test_a_default_changes_on_purpose():
         function = getattr(lightning_qlora, name, None) or getattr(cli, name)
         parameters = inspect.signature(function).parameters.values()
         if name == "plan":
-            parameters = [each for each in parameters if each.kind is not each.KEYWORD_ONLY]
+            parameters = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
         texts = [str(each.replace(annotation=each.empty)) for each in parameters]
         assert f"{name}({', '.join(texts)})" == line
 

@@ -22,7 +22,6 @@ ALLOWED = {
     # Our own names, when they are first used; decorators of our own functions.
     "__init__.py": {"globals()[name]"},
     "arguments.py": {"shown.__signature__", "shown.__doc__"},
-    "tools/plan.py": {"command.__signature__", "command.__annotations__", "command.__doc__"},
     # The mechanism: it puts what the files named patches.py register in its place.
     "upstream_changes.py": {
         "setattr(wrapper, mark, True)",

@@ -1,8 +1,6 @@
 """`lightning-qlora plan`."""
 
-import inspect
 import logging
-import re
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,21 +11,6 @@ from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, Strat
 from lightning_qlora.tools.output import print_json, say
 
 
-def _with_arguments_of_config(command: Any) -> Any:
-    """Give a command the arguments of QLoRAConfig. jsonargparse could find them itself, but would import torch."""
-    parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for parameter in inspect.signature(QLoRAConfig).parameters.values():
-        parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    # Python 3.13 and newer remove the indentation of docstrings themselves.
-    of_config, of_command = (inspect.cleandoc(each.__doc__ or "") for each in (QLoRAConfig, command))
-    descriptions = re.split(r"\n(?:Args|Raises):\n", of_config)[1]
-    command.__doc__ = re.sub(r"    \*\*arguments: .*", lambda _: descriptions.strip("\n"), of_command)
-    return command
-
-
-@_with_arguments_of_config
 def plan(
     model: str,
     batch_size: int = 1,

@@ -460,14 +460,17 @@ def test_the_version_is_printed(capsys):
 def test_help_and_mistakes_do_not_import_torch():
     script = (
         "import sys; from lightning_qlora.tools.cli import main\n"
-        "for arguments in (['--help'], ['merge', '--help'], ['plan', 'x', '--lora_r', '4'], ['merge']):\n"
+        "helps = ['--help'], ['merge', '--help'], ['plan', '--help']\n"
+        "for arguments in (*helps, ['plan', 'x', '--lora_r', '4'], ['merge']):\n"
         "    try: main(arguments)\n"
         "    except SystemExit as end: print(end.code)\n"
         "print(sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "2", "2"]
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "0", "2", "2"]
     assert done.stdout.splitlines()[-1] == "[]"
+    words = " ".join(done.stdout.split())  # of `plan`, with the descriptions in QLoRAConfig
+    assert "--lora_alpha LORA_ALPHA The output of an adapter is multiplied by lora_alpha / r." in words
     assert "{auto,bf16,fp16,fp32}" in done.stdout and "default: auto" in done.stdout
     assert "--lora_r" in done.stderr and "lora_r: use r." in done.stderr and "usage:" not in done.stderr
 

@@ -228,7 +228,12 @@ def _before_load(
         in_module.keys = {without_wrappers(prefix + key, (CHECKPOINTED,)) for key in keys}
         unexpected_keys += [prefix + name for name in unknown]
     elif adapters:
-        if not all(has_base(state_dict, prefix + _prefix(name)) for name in adapters):
+        # A copy from before the conversion of this module, as an average, has the entries of parts that were converted.
+        inner = tuple(
+            _prefix(name) for name in _converted_parts(parts) if prefix + join(name, CONVERSION) in state_dict
+        )
+        others = [prefix + key for key in map(_prefix, adapters) if not key.startswith(inner)]
+        if not all(has_base(state_dict, key) for key in others):
             missing_keys.append(prefix + CONVERSION)
     else:
         for name, part in parts.places:

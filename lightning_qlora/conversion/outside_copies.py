@@ -179,7 +179,8 @@ def _copies_of(module: nn.Module) -> Iterator[_Copy]:
     tensors, holders = _search({id(part) for _, part in modules})
     inside = {id(tensor) for _, tensor in tensors_of(modules)}
     of_shape: dict[object, list[tuple[str, Tensor]]] = {}
-    for name, parameter in tensors_of(modules, ["_parameters"]):
+    dense = [(name, part) for name, part in modules if not isinstance(part, LoRALayer)]  # others were converted before
+    for name, parameter in tensors_of(dense, ["_parameters"]):
         if is_comparable(parameter) and parameter.numel() >= FEWEST:
             of_shape.setdefault(parameter.shape, []).append((name, parameter))
     places = {parameter.data_ptr() for values in of_shape.values() for _, parameter in values}

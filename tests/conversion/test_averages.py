@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora.conversion.outside_copies import WRITTEN
 from tests.conftest import fingerprints
 from tests.toys import assert_equal
 
@@ -39,10 +40,16 @@ def batches():
     return DataLoader(TensorDataset(tokens, tokens % 8), batch_size=8)
 
 
-@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.9), WeightAveraging])
-def test_a_run_with_averaged_weights_resumes_exactly(average, trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("average", "part"),
+    [(lambda: EMAWeightAveraging(decay=0.9), False), (WeightAveraging, False), (WeightAveraging, True)],
+)
+def test_a_run_with_averaged_weights_resumes_exactly(average, part, trainer, tmp_path, capsys):
+    """Also if a part alone is converted before: the callback then copies a module that was not converted."""
+
     def fit(epochs, path=None, *callbacks):
-        convert(module := Words(), **ARGUMENTS)
+        module = Words()
+        convert(module.net if part else module, **ARGUMENTS)
         run = trainer(plugins=QLoRAPrecision(**ARGUMENTS), callbacks=[average(), *callbacks], max_epochs=epochs)
         run.fit(module, batches(), ckpt_path=path)
         return module
@@ -58,9 +65,13 @@ def test_a_run_with_averaged_weights_resumes_exactly(average, trainer, tmp_path)
 
     fit(2, None, SaveEarly())
     saved = torch.load(path, weights_only=False)
-    assert "net.0.weight" in fingerprints(saved["state_dict"]) and "net.0.weight" not in saved["state_dict"]
+    if not part:
+        assert "net.0.weight" in fingerprints(saved["state_dict"])
+    assert "net.0.weight" not in saved["state_dict"]
     resumed = fit(4, path)
     values = dict(resumed.named_parameters())
     assert_equal(values, dict(straight.named_parameters()))
     for name in ("net.0.weight", "net.1.weight", "net.2.bias"):
         assert torch.equal(values[name], before[name])
+    printed = capsys.readouterr().out
+    assert WRITTEN not in printed and "copies of" not in printed  # they were made after the conversion of the layers

@@ -1,28 +1,34 @@
 """Shared by all tests: quiet Lightning, one small module written as users write theirs, and its data."""
 
+import atexit
+import gc
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import wraps
 from itertools import combinations, count, product
 from pathlib import Path
+from types import SimpleNamespace
 
 # Set before torch is imported: pytest-xdist runs as many tests at a time as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 
+gc.disable()  # until all is imported: it would look through what was imported again and again, 2 s of 9
+
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,8 +36,12 @@ import lightning_qlora
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.conversion import outside_copies
 from lightning_qlora.layers.packed_layer import PackedLayer
+from tests import forks
 from tests.machines import products
 
+gc.freeze()
+gc.enable()
+atexit.register(gc.unfreeze)  # else extensions in C++ print what is left at the end
 products.state(products.FAST)  # also in the scripts of tests/scripts, which import this file
 
 ROOT = Path(__file__).parent.parent
@@ -42,9 +52,23 @@ PORTS = count(10_000 + os.getpid() * 50 % 20_000)
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 
-# With 4,000 tests in memory each conversion would search 50,000 objects, 0.12 s; those of a test are the nearest.
-SEARCHED_FOR_USERS = outside_copies.MOST
-outside_copies.MOST = 10_000
+# Without these devices each seed is kept for them beside the stack of its call, 1 ms.
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    device.traceback = SimpleNamespace(format_stack=list)
+
+# A conversion searches what code that runs can reach. In these processes that is all of pytest, 0.04 s each time.
+PYTEST = ("_pytest.", "pluggy.", "xdist.", "execnet.")
+variables_for_users, leaves_for_users = outside_copies._variables, outside_copies.LEAVES
+outside_copies._variables = lambda frame: (
+    [] if frame.f_globals.get("__name__", "").startswith(PYTEST) else variables_for_users(frame)
+)
+outside_copies.LEAVES = leaves_for_users.union(
+    kind
+    for name, module in [*sys.modules.items()]
+    if name.startswith(PYTEST)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and kind.__module__.startswith(PYTEST)
+)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -175,7 +199,7 @@ def elsewhere() -> torch.device:
     return torch.device("meta")
 
 
-class PackageElsewhere(TorchFunctionMode):
+class PackageElsewhere:
     """`elsewhere()` for the code of this package alone, for use around a Trainer, a DataLoader or `from_pretrained`.
 
     These fail themselves under `torch.device("meta")`. Here a tensor without a device is made on the meta device if the
@@ -186,19 +210,29 @@ class PackageElsewhere(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.asked: list[str] = []
+        self._constructors = {f.__name__: f for f in _device_constructors() if vars(torch).get(f.__name__) is f}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
-            frame = sys._getframe(1)
-            while frame.f_back and frame.f_code.co_filename.startswith(FILES_OF_TORCH):
-                frame = frame.f_back
-            if frame.f_code.co_filename.startswith(FILES_OF_PACKAGE):
-                self.asked.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-                kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
+    def __enter__(self):
+        vars(torch).update({name: self._asked_of(function) for name, function in self._constructors.items()})
+        return self
+
+    def __exit__(self, *_):
+        vars(torch).update(self._constructors)
+
+    def _asked_of(self, function):
+        @wraps(function)
+        def construct(*args, **kwargs):
+            if kwargs.get("device") is None:
+                frame = sys._getframe(1)
+                while frame.f_back and frame.f_code.co_filename.startswith(FILES_OF_TORCH):
+                    frame = frame.f_back
+                if frame.f_code.co_filename.startswith(FILES_OF_PACKAGE):
+                    self.asked.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                    kwargs = {**kwargs, "device": "meta"}
+            return function(*args, **kwargs)
+
+        return construct
 
 
 def run_python(*arguments, folder=ROOT, **environment) -> subprocess.CompletedProcess:
@@ -219,11 +253,15 @@ def launch(script: str, folder: Path, *arguments: object, devices: int = 2) -> t
         "PYTHONFAULTHANDLER": "1",
         "MASTER_PORT": str(next(PORTS)),
     }
-    command = [sys.executable, "-m", script, str(folder), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        outputs = [stdout.fileno(), stderr.fileno()]
+        code = forks.run(script, [str(folder), *map(str, arguments)], str(ROOT), environment, outputs)
+        for file in (stdout, stderr):
+            file.seek(0)
+        texts = stdout.read(), stderr.read()
     saved = [folder / f"rank{rank}.pt" for rank in range(devices)]
-    assert done.returncode == 0 and all(path.exists() for path in saved), f"{done.returncode}: {done.stderr[-5000:]}"
-    return done.stdout, [torch.load(path, weights_only=False) for path in saved]
+    assert code == 0 and all(path.exists() for path in saved), f"{code}: {texts[1][-5000:]}"
+    return texts[0], [torch.load(path, weights_only=False) for path in saved]
 
 
 def run_rank(main: Callable[..., object], ranks: int = 1) -> None:
@@ -258,6 +296,16 @@ def run_rank(main: Callable[..., object], ranks: int = 1) -> None:
     for child in others:
         code = code or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        forks.start()
+
+
+def pytest_collection_finish():
+    """What was imported stays until the end: no collection goes through it again."""
+    gc.freeze()
 
 
 @contextmanager

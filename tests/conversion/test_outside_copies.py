@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.conversion import outside_copies
 from lightning_qlora.conversion.outside_copies import FAILED, OF_CONVERTED, WRITTEN
-from tests.conftest import SEARCHED_FOR_USERS, make_trainer
+from tests.conftest import leaves_for_users, make_trainer, variables_for_users
 from tests.toys import pretrain
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
@@ -26,7 +26,8 @@ ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
 
 @pytest.fixture(autouse=True)
 def _search_as_for_users(monkeypatch):
-    monkeypatch.setattr(outside_copies, "MOST", SEARCHED_FOR_USERS)
+    monkeypatch.setattr(outside_copies, "LEAVES", leaves_for_users)
+    monkeypatch.setattr(outside_copies, "_variables", variables_for_users)
 
 
 def body(seed=None):

@@ -77,9 +77,9 @@ def describe_base(parts: Parts, config: QLoRAConfig, trained: Iterable[str]) -> 
 def trained_modules(parts: Parts, whole: Parts) -> dict[str, nn.Module]:
     """Modules by name with a parameter that is no adapter and trains or has changed.
 
-    What has changed says `unchanged` of `whole`, the module around. It reads all frozen parameters, so it is asked only
-    if there are some outside of layers. A parameter that trained and was frozen again, and a resized embedding, have
-    changed. A shared module has several names; the rows of a tied embedding have one, as in PEFT's files.
+    `whole` is the module around these parts. Its `unchanged` reads all frozen parameters, so it is asked only if some
+    are outside of layers. A parameter that trained and was frozen again, and a resized embedding, have changed. A
+    shared module has several names; the rows of a tied embedding have one, as in PEFT's files.
     """
     first_names = {name for name, _ in parts.named}
     trained = {}

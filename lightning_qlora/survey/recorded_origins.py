@@ -11,7 +11,8 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.layers.names import owner_name
+from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.layers.names import owner_name, stack_of
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import (
     BY_VALUES,
@@ -39,6 +40,9 @@ def convert_as_recorded(
     changed: dict[nn.Module, str] = {}
     for name, owner, key, origin in [*origins_by_name(parts.places)]:
         recorded = origins.get(name, origin)
+        is_layer = isinstance(owner, LoRALayer) or stack_of(owner, key) is not None
+        if is_layer and not recorded.startswith(BY_VALUES):
+            continue  # if it looks new, it is a layer because it was named
         if origin.startswith(BY_VALUES) != recorded.startswith(BY_VALUES):
             changed[owner] = owner_name(name)
             same = [key] if owner._modules else [*vars(owner)[ORIGINS]]  # what has no parts is decided as a whole

@@ -375,13 +375,36 @@ def test_files_of_before_load_with_the_layers_that_they_had(dtype, tmp_path):
     torch.testing.assert_close(loaded.eval()(x), source(x), rtol=1e-2, atol=1e-2)
 
 
-def test_an_adapter_keeps_the_parameters_of_layers_that_were_named_and_look_new(tmp_path):
+@pytest.mark.parametrize("file", ["folder", "state dict"])
+def test_a_load_keeps_the_parameters_of_layers_that_were_named_and_look_new(file, tmp_path):
     """They are layers already: an optimizer that was made before goes on with them."""
     source = as_before(Segmenter())
-    save_adapter(source, tmp_path / "folder")
     module = as_before(Segmenter())
     parameters = dict(module.named_parameters())
-    load_adapter(module, tmp_path / "folder")
+    if file == "folder":
+        save_adapter(source, tmp_path / file)
+        load_adapter(module, tmp_path / file)
+    else:
+        module.load_state_dict(without_origins(source.state_dict()))
+    assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
+    assert_equal(list(module.parameters()), list(source.parameters()))
+
+
+def test_a_load_keeps_experts_that_were_named_and_look_new():
+    modules = []
+    for _ in range(2):
+        experts = nn.Module()
+        experts.num_experts = 4
+        torch.manual_seed(0)
+        experts.up = nn.Parameter(torch.randn(4, 64, 32) * 0.02)
+        module = nn.ModuleDict({"backbone": backbone(), "experts": experts})
+        convert(module, r=4, target_modules=["all-linear", "experts.up"])
+        modules.append(module)
+    source, module = modules
+    with torch.no_grad():
+        source.experts.up_experts.lora_B.normal_()
+    parameters = dict(module.named_parameters())
+    module.load_state_dict(without_origins(source.state_dict()))
     assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
     assert_equal(list(module.parameters()), list(source.parameters()))
 

@@ -3,13 +3,16 @@
 They were made before conversion, so an average in them can't follow the adapters. What code that runs can reach is
 searched for tensors with the values of the weights. Nothing tells an average from a reference but the class of what
 holds it, and later that something writes to it.
+
+A list or a closure may hold the weights themselves. They stay what they were, so what is computed with them, or clips
+their gradients, misses the adapters. Their references are counted, and later they may get a gradient.
 """
 
 import gc
 import re
 import sys
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import CO_OPTIMIZED
@@ -25,7 +28,7 @@ from lightning_qlora.conversion.report import ConversionReport, say
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import last_part, outer_names, owner_name, tensors_of
-from lightning_qlora.layers.qlora_linear import adapted_layers
+from lightning_qlora.layers.qlora_linear import REPLACED, adapted_layers
 from lightning_qlora.optim.optimizer_parameters import optimizer_parameters
 from lightning_qlora.selection.copies import Values, is_comparable, moved_towards, sample
 from lightning_qlora.tensors.dtensor import is_sharded
@@ -51,6 +54,11 @@ FAILED = (
     "{} has a dense weight, and converted layers have adapters in place of theirs, so code that pairs the parameters "
     f"of both fails. An average or a momentum target: {MAKE_AFTER}; or name the module that it follows in "
     "modules_to_save, which trains it in full."
+)
+COMPUTED = (
+    "other code computes with its weight from before conversion, which a list, an attribute or a closure holds. The "
+    "adapter is not in it, and gets no gradient from it: read layer.weight or parameters() at each use, or keep "
+    "them after conversion, as in on_fit_start; or name the layer in modules_to_save, which trains it in full"
 )
 PAIRED = re.compile("size|shape|match|number|parameter|keys|lora_|weight", re.IGNORECASE)  # in the text of an error
 OF_CONVERTED = (
@@ -97,11 +105,13 @@ class OutsideCopies:
     """The tensors outside of a module that have the values of its parameters. Create it before conversion.
 
     Attributes:
-        layers: Names of the converted layers whose weights have copies; known after `note`.
+        layers: Names of the converted layers whose weights have copies, or are held; known after `note`.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._copies = [*_copies_of(module)]
+        modules = [*module.named_modules()]
+        self._copies = [*_copies_of(modules)]
+        self._weights = {name: ref(weight) for name, weight in tensors_of(modules, ["_parameters"])}
         self._watched: list[_Copy] = []
         self._looks = 0
         self.layers: list[str] = []
@@ -110,15 +120,18 @@ class OutsideCopies:
         """Note the copies in the report of the conversion; without a copy of the weight of a layer there are none."""
         alive = [copy for copy in self._copies if copy.tensor() is not None]
         names = {name for copy in alive for name in (copy.name, owner_name(copy.name))}
-        self.layers = sorted(names.intersection(report.converted))  # of layers, or of parameters with experts
-        if not self.layers:
+        copied = names.intersection(report.converted)  # of layers, or of parameters with experts
+        if not copied:
             alive = []
         self._copies = self._watched = alive
+        held = _held({name: weight for name, each in self._weights.items() if (weight := each()) is not None})
+        self._weights = {name: ref(weight) for name, weight in held.items() if weight.grad is None}
+        held_layers = {name if name in report.converted else owner_name(name) for name in held}
+        self.layers = sorted(copied | held_layers)
         holders = sorted({copy.holder for copy in alive if copy.holder is not None})
         for holder in holders:
             report.note(HELD.format(holder), [self.place])
-        if not holders:
-            report.copied = self.layers
+        report.copied = sorted(held_layers) if holders else self.layers
 
     @property
     def place(self) -> str:
@@ -128,6 +141,11 @@ class OutsideCopies:
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         return ((copy.name, tensor) for copy in self._copies if (tensor := copy.tensor()) is not None)
+
+    def computed_with(self) -> list[str]:
+        """Names of weights that conversion replaced, and that got a gradient since."""
+        alive = {name: weight for name, each in self._weights.items() if (weight := each()) is not None}
+        return [name for name, weight in alive.items() if weight.grad is not None]
 
     def are_written(self, module: nn.Module) -> bool:
         """Whether something writes to the copies that is no optimizer, and no average of the weights of the module.
@@ -151,12 +169,15 @@ class OutsideCopies:
 
 def parameters_of_optimizers(*without: Optimizer) -> set[int]:
     """Ids of the parameters that an optimizer holds, of all that exist but these."""
-    ids = set[int]()
+    return set(map(id, _in_optimizers(*without)))
+
+
+def _in_optimizers(*without: Optimizer) -> Iterator[Tensor]:
     groups = {id(optimizer.param_groups) for optimizer in without}  # Lightning's wrappers have the same
     for value in gc.get_objects():
         if issubclass(type(value), Optimizer) and id(getattr(value, "param_groups", None)) not in groups:
-            ids.update(map(id, optimizer_parameters(value)))
-    return ids
+            groups.add(id(value.param_groups))
+            yield from optimizer_parameters(value)
 
 
 def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
@@ -174,8 +195,23 @@ def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
             yield from tensors_in(each, depth - 1)
 
 
-def _copies_of(module: nn.Module) -> Iterator[_Copy]:
-    modules = list(module.named_modules())
+def _held(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the weights that conversion replaced which something holds that is no optimizer."""
+    replaced = {name: weight for name, weight in weights.items() if hasattr(weight, REPLACED)}
+    weights.clear()
+    if not replaced:
+        return {}
+    gc.collect()  # of what is gone, and refers to itself
+    in_optimizers = Counter(map(id, _in_optimizers()))
+    names = [*replaced]
+    tensors = [*replaced.values(), torch.empty(0)]
+    replaced.clear()
+    counts = [sys.getrefcount(tensor) - in_optimizers[id(tensor)] for tensor in tensors]
+    none = counts.pop()  # of a tensor that nothing else holds
+    return {name: tensor for name, tensor, count in zip(names, tensors, counts, strict=False) if count > none}
+
+
+def _copies_of(modules: list[tuple[str, nn.Module]]) -> Iterator[_Copy]:
     tensors, holders = _search({id(part) for _, part in modules})
     inside = {id(tensor) for _, tensor in tensors_of(modules)}
     of_shape: dict[object, list[tuple[str, Tensor]]] = {}

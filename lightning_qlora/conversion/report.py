@@ -27,8 +27,9 @@ KEPT_IN = {
     torch.bfloat16: "bf16, which rounds each value to 8 of its 11 bits, and computes in it",
 }
 COPIED = (
-    "outside of the module are copies of {}, from before conversion: an average in one\n"
-    "can't follow the adapters, so make it in on_fit_start, or after fabric.setup; any other copy may stay"
+    "outside of the module are copies of {}, from before conversion, or references to its weights: an average in\n"
+    "one can't follow the adapters, nor can code that computes with it or clips its gradients, so make it in\n"
+    "on_fit_start, or after fabric.setup; any other copy may stay"
 )
 NOTHING_PRETRAINED = (
     "nothing looks pretrained: its values are those of an initialization, and QLoRA freezes them at random. Load the "
@@ -69,7 +70,7 @@ class ConversionReport:
         by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
             pretrained.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the second step.
-        copied: Names of layers whose weights have copies outside of the module, which were made before conversion.
+        copied: Names of layers whose weights of before conversion have copies outside of the module, or are held there.
         computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
             of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
         activations: With gradient_checkpointing="auto" or bytes the `ActivationBudget`, whose text says how many blocks

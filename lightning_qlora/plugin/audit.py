@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
-from lightning_qlora.conversion.outside_copies import WRITTEN, OutsideCopies, parameters_of_optimizers
+from lightning_qlora.conversion.outside_copies import COMPUTED, WRITTEN, OutsideCopies, parameters_of_optimizers
 from lightning_qlora.conversion.report import ConversionReport, say
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -80,8 +80,10 @@ class Audit:
         if not trained <= self._trained:
             self._tell_what_was_thawed(module, trained - self._trained)
             self._trained |= trained
-        if self.outside is not None and self.outside.are_written(module):
-            self.report.tell(WRITTEN, [self.outside.place])
+        if self.outside is not None:
+            self.report.tell(COMPUTED, self.outside.computed_with())
+            if self.outside.are_written(module):
+                self.report.tell(WRITTEN, [self.outside.place])
         if optimizer in self._idle:
             self._follow(self._idle[optimizer], module, optimizer)
             return

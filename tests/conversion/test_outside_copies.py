@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.conversion import outside_copies
-from lightning_qlora.conversion.outside_copies import FAILED, OF_CONVERTED, WRITTEN
+from lightning_qlora.conversion.outside_copies import COMPUTED, FAILED, OF_CONVERTED, WRITTEN
 from tests.conftest import leaves_for_users, make_trainer, variables_for_users
 from tests.toys import pretrain
 
@@ -151,6 +151,53 @@ def test_convert_looks_for_them_too(make):
 def test_after_conversion_and_for_what_is_no_copy_there_is_no_row(make):
     report = train(body(), make, steps=2, before=make not in HOLDERS).report
     assert report.notes == {} and report.copied == []
+
+
+class Aliased(pl.LightningModule):
+    """Its `__init__` keeps weights, and its step computes with them, or clips their gradients."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.net = body()
+        self.kept = keep(self.net)
+
+    def training_step(self, batch, batch_idx):
+        y = self.net(batch)
+        return (self.kept(y) if callable(self.kept) else y + sum(p.square().sum() for p in self.kept)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def tied(net):
+    weight = net[0].weight
+    return lambda y: F.linear(y, weight.T)
+
+
+@pytest.mark.parametrize(
+    ("keep", "layers"),
+    [(lambda net: [*net.parameters()], "net.*"), (lambda net: (net[3].weight,), "net.3"), (tied, "net.0")],
+)
+def test_weights_that_a_list_or_a_closure_holds_are_named_and_again_with_a_gradient(keep, layers, tmp_path, capsys):
+    trainer = make_trainer(tmp_path, plugins=QLoRAPrecision(**ARGUMENTS), max_steps=2)
+    trainer.fit(Aliased(keep), DataLoader(torch.randn(16, 64), 8))
+    printed = capsys.readouterr().out
+    report = trainer.precision_plugin.report
+    assert f"copies of {layers}" in printed and "or references to its weights" in printed
+    assert report.notes[COMPUTED] == [f"{name}.weight" for name in report.copied]
+    assert f"QLoRA: {layers}.weight" in printed and "other code computes with its weight" in printed
+
+
+def test_a_reference_that_nothing_computes_with_is_in_the_summary_alone():
+    net = body()
+    plugin = QLoRAPrecision(**ARGUMENTS)
+    parameters = [*net.parameters()]  # to clip their gradients, beside an optimizer that holds them too
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
+    model, optimizer = fabric.setup(net, torch.optim.SGD(parameters, lr=0.1))
+    fabric.backward(model(torch.randn(8, 64)).square().mean())
+    torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+    optimizer.step()
+    assert plugin.report.copied == ["0", "3"] and plugin.report.notes == {}
 
 
 def test_the_row_names_the_part_and_a_copy_that_is_gone_has_none():

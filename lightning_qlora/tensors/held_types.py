@@ -8,6 +8,7 @@ What trains in full is held in fp32 on every device, a whole module in fp32 on d
 of fp16 in bf16 on a GPU (`full_precision.py`).
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -94,8 +95,11 @@ def _cast(value: Tensor, dtype: torch.dtype, casts: Casts) -> Tensor:
     return result.view_as(result)
 
 
-def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict for a file: what is held and does not train in its type before, if that holds it exactly."""
+def in_types_before(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict for a file: what is held and does not train in its type before, if that holds it exactly.
+
+    It keeps torch's `_metadata`: by the versions in it modules tell entries of an earlier code, and change them.
+    """
     narrow = {}
     for name, part in module.named_modules(remove_duplicate=False):
         for key, tensor, dtype in held_in(part):
@@ -103,7 +107,10 @@ def in_types_before(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
             if value is not None and not is_sharded(value) and not tensor.requires_grad:
                 narrow[join(name, key)] = value.to(dtype)
     exact = {key: value for key, value in narrow.items() if torch.equal(value.float(), state_dict[key].float())}
-    return {**state_dict, **exact}
+    if exact:
+        state_dict = copy.copy(state_dict)
+        state_dict.update(exact)
+    return state_dict
 
 
 def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:

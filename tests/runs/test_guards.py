@@ -187,7 +187,7 @@ def test_a_checkpoint_on_an_exception_holds_the_adapters_and_waits_for_no_other_
 
     def fail(*_):
         if module.global_step == 3:
-            for place in ("tensors.dtensor", "checkpoints.run_state", "adapters.save"):
+            for place in ("tensors.dtensor", "checkpoints.run_state", "survey.parts"):
                 monkeypatch.setattr(f"lightning_qlora.{place}.of_all_ranks", gather)
             raise ZeroDivisionError
 
@@ -273,6 +273,33 @@ def test_adapters_that_on_save_checkpoint_removes_are_named(fit, tmp_path):
     run = fit(Removes(), loader(), max_steps=1, enable_checkpointing=False)
     with pytest.warns(UserWarning, match=r"lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"):
         run.save_checkpoint(tmp_path / "x.ckpt")
+
+
+class Negated(nn.Linear):
+    """As modules of torchvision and detectron2: entries of version 1 have another meaning."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, *arguments):
+        if (metadata.get("version") or 1) < 2:
+            state_dict[prefix + "bias"] = -state_dict[prefix + "bias"]
+        super()._load_from_state_dict(state_dict, prefix, metadata, *arguments)
+
+
+def test_a_checkpoint_has_the_versions_of_modules_which_tell_what_their_entries_mean(fit, trainer, tmp_path):
+    class Versioned(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(1, Negated(64, 64))
+            self.net.insert(2, torch.nn.utils.spectral_norm(nn.Linear(64, 64)))
+
+    arguments = {"r": 4, "modules_to_save": ["net.1"]}
+    module = Versioned()
+    again = copy.deepcopy(module)
+    run = fit(module, loader(), max_steps=2, plugins=QLoRAPrecision(**arguments))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    trainer(plugins=QLoRAPrecision(**arguments)).validate(again, loader(), ckpt_path=tmp_path / "x.ckpt")
+    assert torch.equal(again.net[1].bias, module.net[1].bias)
 
 
 class BuildsAgain(Classifier):

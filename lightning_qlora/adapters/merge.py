@@ -103,7 +103,6 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
             of_rows = [adapter for adapter in parts.adapters.values() if adapter.row_count]
             _mark_adapters(parts, modules)
             for name, layer in layers.items():
-                layer.stop_observing()
                 weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
                 merged = merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
                 parameters.append(nn.Parameter(merged, requires_grad=False))

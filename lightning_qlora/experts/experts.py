@@ -222,9 +222,8 @@ class QLoRAExperts(SavedLayer):
         reads would get a gradient of the size of the whole stack.
         """
         parameters = self.adapter_parameters()
-        if not is_plain_call(self.packed, parameters[0]) or not torch.is_grad_enabled():
-            return self._views_of_adapter()
-        if not all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in parameters):
+        is_plain = is_plain_call(self.packed, parameters[0]) and torch.is_grad_enabled()
+        if not is_plain or not all(type(each) is nn.Parameter and each.requires_grad for each in parameters):
             return self._views_of_adapter()
         key = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
         cached: tuple[Any, list[Sequence[Any]], Any] | None = self.__dict__.get(VIEWS)
@@ -249,6 +248,7 @@ class QLoRAExperts(SavedLayer):
 
     def become_dense(self, weight: nn.Parameter, name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
         """Be replaced by a parameter of the owner, which has its old class after its last stack."""
+        self.stop_observing()
         owner = modules[owner_name(name)]
         key = last_part(name)
         del owner._modules[stack_name(key)]

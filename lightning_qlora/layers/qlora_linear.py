@@ -185,6 +185,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
     def become_dense(self, weight: nn.Parameter, name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
         """Hooks and the user's attributes stay."""
+        self.stop_observing()
         names = {*ADAPTER}  # that a layer has while it is in 4 bits
         for kind in type(self).__mro__:
             if issubclass(kind, PackedLayer):

@@ -448,6 +448,17 @@ def test_a_run_that_is_resumed_has_the_parts_of_its_checkpoint(pretrained, tmp_p
     assert_equal(list(loaded.parameters()), list(first.parameters()))
 
 
+def test_a_layer_that_a_file_makes_dense_waits_for_no_inputs():
+    source = Segmenter()
+    convert(source, r=4, checkpoint="full")
+    module = Segmenter(pretrained=False)
+    report = convert(module, r=4, checkpoint="full", init_lora_weights="calibrated")
+    assert report.calibration.waiting == ["backbone.0", "backbone.3", "head"]
+    with pytest.warns(UserWarning, match="initialized as 'default'"):
+        module.load_state_dict(source.state_dict())
+    assert not report.calibration.waiting and type(module.head) is nn.Linear
+
+
 def test_fabric_loads_a_checkpoint_of_before(tmp_path):
     torch.save({"model": without_origins(as_before(Segmenter()).state_dict())}, tmp_path / "c.ckpt")
     fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(r=4))

@@ -20,10 +20,11 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight, check_bytes, scales_of
 
-SPREADS = (  # of NaN or Inf in a weight
-    "It would spread to a whole block, or to all of it. If its memory has no values yet (to_empty, empty_init=True), "
-    "load the base before conversion: in __init__ or configure_model, or before fabric.setup."
+NO_VALUES = (
+    "If its memory has no values yet (to_empty, empty_init=True), load the base before conversion: in __init__ or "
+    "configure_model, or before fabric.setup."
 )
+SPREADS = f"It would spread to a whole block, or to all of it. {NO_VALUES}"  # of NaN or Inf in a weight
 
 
 def quantize(
@@ -77,7 +78,8 @@ def quantize_bytes(weight: Tensor, quant_type: QuantType, block_size: int, doubl
     stored = quantize_unchecked(weight, quant_type, block_size, double_quant)
     if double_quant and not stored.nested[-4:].view(torch.float32).isfinite():
         raise ValueError(
-            "weight: too large for double quantization: the mean of its scales overflows fp32. Pass double_quant=False."
+            "weight: too large for double quantization: the mean of its scales overflows fp32. "
+            f"{NO_VALUES} Else pass double_quant=False."
         )
     return stored
 

@@ -166,7 +166,7 @@ FEATURES = {
             "layers/qlora_linear.py": [
                 "from lightning_qlora.layers.tensor_parallel import split, unknown_style",
                 "def split_over(self, mesh: Any, by_inputs: bool) -> None:",
-                "split(self, mesh, by_inputs)",
+                "self._split = split(self, mesh, by_inputs)",
                 (
                     """raise ValueError(f"{self.full_name}: {unknown_style('another style')}")""",
                     'raise ValueError(f"{self.full_name}: a 4-bit layer can\'t be split by a plan.")',

@@ -7,6 +7,7 @@ from dataclasses import replace
 from statistics import mode
 
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 
 from lightning_qlora.adapters.adapter import PREFIX, Adapter, State
@@ -23,6 +24,7 @@ from lightning_qlora.survey.provenance import set_origins
 from lightning_qlora.survey.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.records import conversion_of
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
+from lightning_qlora.tensors.values import has_values
 
 
 def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -184,10 +186,27 @@ def _named_tensors(base: Parts) -> State:
     }
 
 
-def set_origins_of_base(parts: Parts, adapter: Adapter) -> None:
-    """Before a conversion for an adapter: it says what trains in its base model, so values are not asked there."""
+def load_adapter_once(parts: Parts, folder: str, adapter: Adapter | None = None) -> None:
+    """Load an adapter folder that an argument names; layers that had it last were trained since and stay.
+
+    `adapter` is its content, if it was read before. On the meta device nothing happens: the folder is loaded when the
+    layers have values, by `load_weights` or the next call.
+    """
+    layers = parts.layers.values()
+    if all(layer.adapter_folder == folder or not has_values(layer.lora_B) for layer in layers):
+        return
+    set_adapter(parts, adapter or read_adapter(folder))
+    for layer in layers:
+        layer.adapter_folder = folder
+    rank_zero_info(f"QLoRA: the adapters of this {type(parts.root).__name__} are now those of {folder}.")
+
+
+def adapter_to_start_from(folder: str, parts: Parts) -> Adapter:
+    """Before a conversion: the adapter says what trains in its base model, so values are not asked there."""
+    adapter = read_adapter(folder)
     _, base = _base_of(adapter, parts)
     set_origins(base, {without_wrappers(name): "" for name, _, _, _ in base.parameters})
+    return adapter
 
 
 def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_qlora.adapters.adapter import BASE_LAYER, MAGNITUDE, Adapter, State
-from lightning_qlora.experts.expert_selection import expert_parameters
+from lightning_qlora.experts.expert_selection import expert_parameter
 from lightning_qlora.experts.experts import PARAMETERS, ExpertParameter
 from lightning_qlora.layers.names import join, last_part, owner_name, stack_of
 from lightning_qlora.layers.qlora_linear import QLoRALinear
@@ -71,13 +71,6 @@ class ExpertStack(NamedTuple):
         if MAGNITUDE in stacked:
             state[MAGNITUDE] = stacked[MAGNITUDE].view(self.number, -1)
         return state
-
-
-def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
-    experts = stack_of(owner, key)
-    if experts is not None:
-        return ExpertParameter(owner, key, len(experts), experts._transposed)
-    return next((part for part in expert_parameters(owner) if part.key == key), None)
 
 
 def stacks_of(modules: Mapping[str, nn.Module]) -> dict[str, ExpertStack]:

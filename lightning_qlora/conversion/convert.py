@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 from torch.torch_version import TorchVersion
 from typing_extensions import Unpack
 
 from lightning_qlora.activations.gradient_checkpointing import enable_gradient_checkpointing
-from lightning_qlora.adapters.adapter import Adapter
-from lightning_qlora.adapters.load import config_of_adapter, set_adapter, set_origins_of_base
-from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.load import adapter_to_start_from, config_of_adapter, load_adapter_once
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.calibration.calibration import calibration_of
 from lightning_qlora.checkpoints.module_state import record_conversion
@@ -157,8 +155,7 @@ def _convert_new(
     given = config
     adapter = None
     if config.adapter:
-        adapter = read_adapter(config.adapter)
-        set_origins_of_base(parts, adapter)
+        adapter = adapter_to_start_from(config.adapter, parts)
     seen = survey(parts, run.agree)
     if not parts.traits.is_new:
         check_layers_of_conversions(parts)
@@ -170,7 +167,7 @@ def _convert_new(
     with snapshot(parts.modules) as keep:
         parts = _apply(seen, parts, choice, config, run, report, keep)
         if given.adapter is not None:
-            _load_adapter_once(parts, given.adapter, adapter)
+            load_adapter_once(parts, given.adapter, adapter)
         record_conversion(parts, config, given, convert_module)
         if config.deferred_logits is True or parts.traits.is_wide:
             report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
@@ -254,24 +251,9 @@ def is_converted(module: nn.Module) -> bool:
     return conversion_of(module) is not None and not unrecorded(module.modules())
 
 
-def _load_adapter_once(parts: Parts, folder: str, adapter: Adapter | None = None) -> None:
-    """Load an adapter folder that an argument names; layers that had it last were trained since and stay.
-
-    `adapter` is its content, if it was read before. On the meta device nothing happens: the folder is loaded when the
-    layers have values, by `load_weights` or the next call.
-    """
-    layers = parts.layers.values()
-    if all(layer.adapter_folder == folder or layer.lora_B.is_meta for layer in layers):
-        return
-    set_adapter(parts, adapter or read_adapter(folder))
-    for layer in layers:
-        layer.adapter_folder = folder
-    rank_zero_info(f"QLoRA: the adapters of this {type(parts.root).__name__} are now those of {folder}.")
-
-
 def _convert_again(parts: Parts, conversion: Conversion, config: QLoRAConfig) -> None:
     if config.adapter is not None:
-        _load_adapter_once(parts, config.adapter)
+        load_adapter_once(parts, config.adapter)
     names = [name for name in config.__dataclass_fields__ if name not in ("paged_optimizer", "adapter")]
     other = differing_arguments(conversion.given[-1], config, names)
     if other and config not in (conversion.config, *conversion.given):

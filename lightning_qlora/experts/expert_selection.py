@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.kinds import sizes_of
-from lightning_qlora.layers.names import last_part, owner_name, parameter_name
+from lightning_qlora.layers.names import last_part, owner_name, parameter_name, stack_of
 from lightning_qlora.tensors.values import is_strided
 
 ROUTERS = ("gate", "router")  # names of routers beside a module `experts`
@@ -40,6 +40,14 @@ def expert_parameters(owner: nn.Module) -> list[ExpertParameter]:
         if count is not None:
             stacks.append(ExpertParameter(owner, key, count, _is_transposed(owner, key, parameter, count)))
     return stacks
+
+
+def expert_parameter(owner: nn.Module, key: str) -> ExpertParameter | None:
+    """The stack of this name, converted or not."""
+    experts = stack_of(owner, key)
+    if experts is not None:
+        return ExpertParameter(owner, key, len(experts), experts._transposed)
+    return next((part for part in expert_parameters(owner) if part.key == key), None)
 
 
 def _number_of_experts(owner: nn.Module, parameter: Tensor) -> int | None:

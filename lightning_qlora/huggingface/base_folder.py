@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_qlora.adapters.adapter import Adapter, State
 from lightning_qlora.adapters.load import tied_names
-from lightning_qlora.adapters.peft_experts import expert_parameter
 from lightning_qlora.checks import DAMAGED, one_line
+from lightning_qlora.experts.expert_selection import expert_parameter
 from lightning_qlora.files.hub import check_files, file_in
 from lightning_qlora.files.safetensors_folder import INDEX, WEIGHTS, WeightFolder
 from lightning_qlora.huggingface.model_config import ElsewhereError, model_without_values, read_model_config

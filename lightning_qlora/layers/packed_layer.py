@@ -40,7 +40,6 @@ class PackedLayer(nn.Module):
     base_of_conversion: int | None = None  # fingerprint of the base that conversion made, if it was replaced since
     _base_squares: dict[int, Tensor]  # DoRA: number of a matrix -> sums of squares of its rows, from their first use
     _prepared: Any = None  # from the first call on: a `prepared_call.PreparedCall`
-    _split: Any = None  # with tensor parallelism: a `tensor_parallel.Split`
 
     @property
     def is_held(self) -> bool:

@@ -62,6 +62,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
     """
 
     _layer_kind = LINEAR  # of the dense layer
+    _split: Any = None  # with tensor parallelism: a `tensor_parallel.Split`
 
     @classmethod
     def _derived_bases(cls, before: type[Any]) -> tuple[type, ...]:
@@ -201,7 +202,7 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         return self
 
     def split_over(self, mesh: Any, by_inputs: bool) -> None:
-        split(self, mesh, by_inputs)
+        self._split = split(self, mesh, by_inputs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module; refuses a dense weight, and the parts that a style of another kind registers."""

@@ -57,6 +57,16 @@ class Split(NamedTuple):
         rows = torch.arange(out, device=device)[:, None] * per_row
         return (first + rows + torch.arange(blocks, device=device)).view(-1)
 
+    @torch.no_grad()
+    def weight_of_rank(self, layer: LoRALayer) -> PackedBytes:
+        """The weight of this rank with fp32 scales; it decodes to the bits of its part of the whole."""
+        packed, absmax, nested = (local(layer._parameters[name]) for name in BASE)
+        weight = PackedBytes(packed, absmax, nested, self.shape, layer.quant_type, layer.block_size)
+        if nested.numel():
+            absmax = ops.scales(weight, self.block_numbers(layer.block_size, absmax.device)).view(torch.uint8)
+            weight = weight._replace(absmax=absmax, nested=absmax[:0])
+        return weight
+
     def linear(self, layer: LoRALayer, x: Tensor, bias: Tensor | None) -> Tensor:
         """`QLoRALinear.linear` of this rank: x and the result are DTensors, or local tensors."""
         parameters = layer._parameters
@@ -78,7 +88,7 @@ class Split(NamedTuple):
             of_gradient = [Partial()]
         values = [(name, parameters[name]) for name in layer.parameter_names]
         adapter = [local(value) if name in parts else _summed_gradient(value) for name, value in values]
-        matrix = layer.matrix_class(_weight_of_rank(layer), *adapter)
+        matrix = layer.matrix_class(self.weight_of_rank(layer), *adapter)
         if not isinstance(x, DTensor):
             return layer.compute(x, matrix, bias, rank)
         y: Tensor = layer.compute(x.to_local(grad_placements=of_gradient), matrix, bias, rank)
@@ -95,7 +105,7 @@ def unknown_style(style: str) -> str:
     )
 
 
-def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
+def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> Split:
     """Let each rank of a mesh keep its part of a layer that every rank has, by inputs or by outputs.
 
     Raises:
@@ -132,7 +142,6 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
             f"{size}: it has {sizes}. Choose another number of ranks or block_size, leave the layer out of the plan, "
             f"or {KEEP_DENSE}."
         )
-    layer._split = Split(mesh, by_inputs, shape)
     to_parameters(layer)
     for name, parameter in layer._parameters.items():
         if parameter is None or isinstance(parameter, DTensor):
@@ -141,19 +150,8 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> None:
         # Without communication; `clone`: the memory of the whole is freed.
         part = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None).to_local().clone()
         whole = DTensor.from_local(part, mesh, [placement])
-        layer.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-
-
-@torch.no_grad()
-def _weight_of_rank(layer: LoRALayer) -> PackedBytes:
-    """The weight of this rank with fp32 scales; it decodes to the bits of its part of the whole."""
-    packed, absmax, nested = (local(layer._parameters[name]) for name in BASE)
-    split: Split = layer._split
-    weight = PackedBytes(packed, absmax, nested, split.shape, layer.quant_type, layer.block_size)
-    if nested.numel():
-        absmax = ops.scales(weight, split.block_numbers(layer.block_size, absmax.device)).view(torch.uint8)
-        weight = weight._replace(absmax=absmax, nested=absmax[:0])
-    return weight
+        layer._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return Split(mesh, by_inputs, shape)
 
 
 def _summed_gradient(parameter: Any) -> Any:

@@ -17,9 +17,9 @@ from lightning_qlora.dtypes.compute_in import compute_in
 from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.plugin.audit import Audit
-from lightning_qlora.runs.guards import advice_on_types
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import record_rounded
+from lightning_qlora.tensors.held_types import advice_on_types
 
 
 @dataclass

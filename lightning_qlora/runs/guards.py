@@ -1,6 +1,5 @@
 """Errors where Lightning would train the wrong parameters or lose the adapters without an error of its own."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,19 +19,11 @@ from lightning_qlora.layers.names import inside, join, name_endings, without_wra
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.tensors.held_types import full_precision_parameters
 
 NOT_AVERAGED = (
     "The module was converted inside of DistributedDataParallel, which averages the gradients of the parameters that "
     "it had when it was made, so the ranks would train apart. Convert, or merge and convert again, and then wrap the "
     "module in a new DistributedDataParallel (fabric.setup); with the Trainer do it between two runs (trainer.fit)."
-)
-
-OTHER_TYPES = re.compile("same dtype|expected scalar type|type .* should be the same")  # in the text of an error
-KEPT_IN_FP32 = (
-    "{} trains in full, so it is kept in fp32 and computes in 16 bits under autocast: in any forward and in the steps. "
-    "Elsewhere (other hooks, callbacks, code after a run) call the module and not F.linear with its weight, cast the "
-    "weight (weight.to(x.dtype)), or use torch.autocast."
 )
 
 
@@ -105,12 +96,6 @@ def _check_wrapper(module: nn.Module, _: Any) -> None:
     for name, parameter in wrapper.module.named_parameters():
         if parameter is layer.lora_A and parameter.requires_grad and name not in wrapper.parameters_to_ignore:
             raise RuntimeError(NOT_AVERAGED)
-
-
-def advice_on_types(error: BaseException, module: nn.Module) -> str | None:
-    """What to do about an error of code that uses a parameter outside of what runs under autocast."""
-    name = next((name for name, *_ in full_precision_parameters([*module.named_modules()])), None)
-    return KEPT_IN_FP32.format(name) if name and OTHER_TYPES.search(str(error)) else None
 
 
 def check_state_dict(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ of fp16 in bf16 on a GPU (`full_precision.py`).
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,12 @@ from lightning_qlora.texts import join
 Casts = dict[Any, tuple[Tensor, Tensor]]  # memory of a tensor -> the tensor, and its cast
 HELD = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)}  # in, before
 TYPES = "_qlora_types"  # attribute of a module: key -> type before, of each tensor of its own that is held in another
+OTHER_TYPES = re.compile("same dtype|expected scalar type|type .* should be the same")  # in the text of an error
+KEPT_IN_FP32 = (
+    "{} trains in full, so it is kept in fp32 and computes in 16 bits under autocast: in any forward and in the steps. "
+    "Elsewhere (other hooks, callbacks, code after a run) call the module and not F.linear with its weight, cast the "
+    "weight (weight.to(x.dtype)), or use torch.autocast."
+)
 
 
 def own_tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -67,6 +74,12 @@ def full_precision_parameters(modules: Iterable[tuple[str, nn.Module]]) -> Itera
     """The same of what trains in fp32."""
     held = held_tensors(modules)
     return (entry for entry in held if entry[1].requires_grad and entry[1].dtype is torch.float32)
+
+
+def advice_on_types(error: BaseException, module: nn.Module) -> str | None:
+    """What to do about an error of code that uses such a parameter outside of what runs under autocast."""
+    name = next((name for name, *_ in full_precision_parameters([*module.named_modules()])), None)
+    return KEPT_IN_FP32.format(name) if name and OTHER_TYPES.search(str(error)) else None
 
 
 def held_bytes(modules: Iterable[tuple[str, nn.Module]]) -> int:

@@ -196,6 +196,10 @@ def test_a_module_of_no_library_is_loaded_from_a_folder(start, folder, one_rank,
             sums = [model.get_submodule(name).input_observer.sums for model in (net.module, alone)]
             torch.testing.assert_close(*sums)
     if start == "adapter":
+        with torch.no_grad():
+            net.module[2].lora_B.mul_(2)
+        convert(net.module, **arguments)  # as the Trainer does for each of its methods
+        assert torch.equal(gather(net.module[2].lora_B.detach()), 2 * alone[2].lora_B)
         save_adapter(perturb(alone, seed=1), folder / "other")
         with torch.no_grad():
             net.eval()(x)  # which leaves the whole parameters of the root gathered

@@ -28,7 +28,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge
 from lightning_qlora.optim.optimizer_parameters import check_optimizer
 from lightning_qlora.plugin.precision import IN_NO_OPTIMIZER
-from lightning_qlora.runs.guards import KEPT_IN_FP32, check_fsdp_groups, check_state_dict, check_trainer
+from lightning_qlora.runs.guards import check_fsdp_groups, check_state_dict, check_trainer
+from lightning_qlora.tensors.held_types import KEPT_IN_FP32
 from tests.conftest import Classifier, loader
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from lightning_qlora.adapters.load import set_adapter
-from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.adapters.load import load_adapter_once
 from lightning_qlora.huggingface.model_folder import ModelFolder
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
 from lightning_qlora.layers.names import is_transformers_model, join, named
@@ -73,7 +72,7 @@ def load_weights(module: nn.Module, folder: str | os.PathLike[str]) -> None:
         read_weights(module, ModelFolder(folder, None))
     conversion = conversion_of(module)
     if conversion is not None and conversion.given[-1].adapter is not None:
-        set_adapter(Parts.of(module), read_adapter(conversion.given[-1].adapter))
+        load_adapter_once(Parts.of(module), conversion.given[-1].adapter)
 
 
 @torch.no_grad()

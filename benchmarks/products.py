@@ -12,6 +12,7 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import linear, lora_products
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, dropout_into
 from lightning_qlora.kernels.triton.launch import Launch, Tile, find_tile
+from lightning_qlora.kernels.triton.matmul import matmul
 from lightning_qlora.kernels.triton.quantize import tables_of_levels, weight_arguments
 from lightning_qlora.kernels.triton.vector import vector
 from lightning_qlora.quantization.packed_weight import PackedBytes
@@ -74,7 +75,7 @@ def add_matmul_(y: Tensor, x: Any, weight: PackedBytes, bias: Tensor | None = No
         run = vector(m, weight, bias is not None)
     else:
         types = values.dtype, (y if bias is None else bias).dtype, y.dtype
-        run = linear.matmul(m, weight, bias is not None, isinstance(x, Half), types)
+        run = matmul(m, weight, bias is not None, isinstance(x, Half), types)
     run((*tensors, values, y if bias is None else bias, y, run.memory(y), power if isinstance(x, Half) else y))
     return y
 

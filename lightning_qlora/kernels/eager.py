@@ -186,15 +186,12 @@ class Plan:
         self, out: Tensor, x: Any, weight: PackedBytes, transposed: bool, power: Tensor | None = None
     ) -> None:
         """out += x W^T, or x W, rounded once; `power`: what the scales of W were divided by (`scaled_weight`)."""
-        buffer = lend((self.n, self.k), self.decoded_dtype, self.device)
-        try:
+        with lend((self.n, self.k), self.decoded_dtype, self.device) as buffer:
             self.dequantize_into(buffer.matrix, weight)
             matrix: Any = buffer.transposed if transposed else buffer.matrix
             if power is not None:
                 matrix = Half(matrix, power)
             self.product(x, matrix, out=out, adds=True)
-        finally:
-            buffer.idle.append(buffer)
 
     def dropped(self, x: Any, seed: Tensor | None) -> Any:
         """drop(x) in a reused buffer, valid until the next call; x itself without a seed."""

@@ -15,6 +15,7 @@ import math
 import threading
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ MAX_VIEWS = 256  # of a buffer that are kept: one for each shape
 FREED: Any = deque(maxlen=0)  # keeps nothing
 
 
-class Buffer:
-    """Uninitialized memory; its first `zeros` elements are zero at first."""
+class Buffer(AbstractContextManager["Buffer"]):
+    """Uninitialized memory; its first `zeros` elements are zero at first. The end of a context gives it back."""
 
     matrix: Tensor  # the buffer as it is lent
     transposed: Tensor
@@ -43,6 +44,9 @@ class Buffer:
         self.idle: Any = FREED  # where it is while nobody has it
         # It in some shapes, and transposed. They are kept: to make them takes as long as a small product.
         self.views: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def __exit__(self, *_: object) -> None:
+        self.idle.append(self)
 
     def add_view(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if len(self.views) >= MAX_VIEWS:
@@ -86,7 +90,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pu
 
 
 def lend(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Buffer:
-    """A buffer for a decoded weight; `buffer.idle.append(buffer)` gives it back.
+    """A buffer for a decoded weight, to be used in a `with` statement.
 
     There is one, and one more for each thread that has one at the same time, until threads end.
     """

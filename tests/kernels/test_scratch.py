@@ -115,10 +115,9 @@ def test_no_memory_of_a_graph_is_kept_and_the_values_are_the_same(monkeypatch, i
 
 def decode(card=CARDS[0], shape=(2, 3), then=lambda: None):
     """The address of the buffer in which a weight is decoded; `then` comes before it is given back."""
-    buffer = scratch.lend(shape, FLOATS, card)
-    assert buffer.matrix.shape == shape and buffer.matrix.T.equal(buffer.transposed)
-    then()
-    buffer.idle.append(buffer)
+    with scratch.lend(shape, FLOATS, card) as buffer:
+        assert buffer.matrix.shape == shape and buffer.matrix.T.equal(buffer.transposed)
+        then()
     return buffer.matrix.data_ptr()
 
 

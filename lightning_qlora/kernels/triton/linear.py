@@ -1,13 +1,8 @@
 """The 4-bit layer with its adapter, y = x W^T + bias + s (drop(x) A^T) B^T, and its gradients.
 
 The order of the products is that of `eager.py`. W is decoded into one reused buffer per stream, and cuBLAS or hipBLASLt
-multiplies. For few rows of x, as in generation, W is decoded inside the product, which reads it as 4 bits, never writes
-it, and adds the bias. `tiles.json` says for how many rows.
-
-    y^T[n, m] += bias[n] + sum over runs of k:  scale[n, run] * (sum over k in the run:  level[code[n, k]] * x[m, k])
-
-The scale is constant over a run, so it multiplies the sum of the run, and the tensor cores multiply levels (rounded to
-the 16-bit type of x). W is the left operand, which Hopper can read from registers. Several programs share the runs.
+multiplies. For few rows of x, as in generation, W is decoded inside the product (`matmul.py`, `vector.py`), which reads
+it as 4 bits, never writes it, and adds the bias. `tiles.json` says for how many rows.
 
 Launches: 4 forward (few rows: 3; many rows with a bias: 5), 5 backward, with or without dropout. The adapter in fp32
 needs no 16-bit copies. Of x in fp32 that products take in 16 bits, and of dY, the first product writes a cast; y and dX
@@ -18,8 +13,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from lightning_qlora.kernels import eager
@@ -28,16 +21,10 @@ from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.scratch import lend
 from lightning_qlora.kernels.triton.dropout import dropout_arguments, dropout_into
 from lightning_qlora.kernels.triton.half import rows_to_half, scaled, take_out_
-from lightning_qlora.kernels.triton.launch import Launch, add_shares, find_tile, shared_launch
+from lightning_qlora.kernels.triton.launch import Launch, find_tile
 from lightning_qlora.kernels.triton.lora_products import MAX_GRID, finish, lora_down, lora_gradients, lora_up
-from lightning_qlora.kernels.triton.quantize import (
-    dequantize_into,
-    levels_of_codes,
-    load_scales,
-    place_of_offset,
-    tables_of_levels,
-    weight_arguments,
-)
+from lightning_qlora.kernels.triton.matmul import matmul
+from lightning_qlora.kernels.triton.quantize import dequantize_into, tables_of_levels, weight_arguments
 from lightning_qlora.kernels.triton.vector import vector
 from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 
@@ -214,12 +201,9 @@ class Plan(eager.Plan):
             weight, power = scaled_weight(weight, scaled)
             powers = x.factor, power
             x = x.values
-        buffer = lend((self.n, self.k), self.decoded_dtype, self.device)
-        try:
+        with lend((self.n, self.k), self.decoded_dtype, self.device) as buffer:
             self.dequantize_into(buffer.matrix, weight)
             multiply(x, buffer.transposed if transposed else buffer.matrix, out)
-        finally:
-            buffer.idle.append(buffer)
         if not out.numel():
             return
         *mask, scale = dropout_arguments(self.p, seed, self.device)
@@ -261,85 +245,3 @@ class HalfPlan(Plan, eager.HalfPlan):
         out = grad.factor.new_empty(self.m, self.k)
         self.sum_into(out, grad, weight, False, grad_xa, lora.a.T, None, lora.seed)
         return out
-
-
-@triton.jit
-def _matmul_kernel(
-    packed,
-    absmax,
-    nested,
-    levels8,
-    levels,
-    x,
-    bias,
-    y,
-    memory,
-    factor,
-    n_nested,
-    m,
-    n,
-    k,
-    shares,
-    BLOCK_SIZE: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
-    BIAS: tl.constexpr,
-    HALF: tl.constexpr,
-    RUN: tl.constexpr,
-    SPLIT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    """A program computes N x M sums over its share of the runs of RUN weights."""
-    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)  # of W
-    column = tl.program_id(1) * M + tl.arange(0, M)  # of x^T
-    share = tl.program_id(2)
-    bytes_of_row = packed + row[:, None] * tl.multiple_of(k // 2, RUN // 2) + tl.arange(0, RUN // 2)[None, :]
-    inputs_of_row = x + column.to(tl.int64)[:, None] * k + tl.arange(0, RUN)[None, :]
-    table = tl.load(levels + tl.arange(0, 16))
-    total = tl.zeros((N, M), tl.float32)
-    runs = tl.cdiv(k // RUN, shares)
-    for run in tl.range(share * runs, tl.minimum((share + 1) * runs, k // RUN)):
-        codes = tl.load(bytes_of_row + run * (RUN // 2), mask=row[:, None] < n, other=0)
-        level = levels_of_codes(codes, table, N, RUN).to(x.dtype.element_ty)
-        inputs = tl.load(inputs_of_row + run * RUN, mask=column[:, None] < m, other=0.0)
-        block = (row * k + run * RUN) // BLOCK_SIZE
-        scales = load_scales(absmax, nested, n_nested, levels8, block, row < n, DOUBLE_QUANT)
-        total += tl.dot(level, inputs.T) * scales[:, None]
-    write = (row < n)[:, None] & (column < m)[None, :]
-    if SPLIT:
-        total, is_last = add_shares(total, memory, share, shares, N, M)
-        write &= is_last
-    if HALF:
-        total *= tl.load(factor + column, mask=column < m, other=1.0)[None, :]
-    place = y + column.to(tl.int64)[None, :] * n + row[:, None]
-    total += tl.load(place, mask=write, other=0.0).to(tl.float32)
-    if BIAS:
-        total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
-    tl.store(place, total.to(y.dtype.element_ty), mask=write)
-
-
-def matmul(m: int, weight: PackedBytes, has_bias: bool, half: bool, types: tuple[torch.dtype, ...]) -> Launch:
-    """Tensors: packed, absmax, nested, two tables of levels, x, bias or y, y, memory, powers of x (`half`) or y.
-
-    `types`: of x, bias or y, and y.
-    """
-    device = weight.packed.device
-    n, k = weight.shape
-    n_nested = place_of_offset(weight.nested.numel())
-    tile = find_tile("matmul", device, m)
-    run = min(weight.block_size, 64)
-    return shared_launch(
-        _matmul_kernel,
-        device,
-        (-(-n // tile["N"]), -(-m // tile["M"])),
-        (n_nested, m, n, k),
-        tile,
-        k // run,
-        tile["N"] * tile["M"],
-        (*[torch.uint8] * 3, *[torch.float32] * 2, *types, torch.float32, torch.float32 if half else types[-1]),
-        BLOCK_SIZE=weight.block_size,
-        DOUBLE_QUANT=n_nested >= 0,
-        BIAS=has_bias,
-        HALF=half,
-        RUN=run,
-    )

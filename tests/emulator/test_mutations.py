@@ -34,7 +34,7 @@ BUGS = [
     ("quantize", "weight // 2, mask=mask, other=0)", "weight // 2)", "dequantize", 2, f"load of 1 bytes {OUTSIDE}"),
     ("quantize", "tl.load(absmax + block, mask=mask, other=0)", "tl.load(absmax + block)", "dequantize", 3, OUTSIDE),
     (
-        "linear",
+        "matmul",
         "write = (row < n)",
         "write = (row >= 0)",
         "linear_into",
@@ -43,7 +43,7 @@ BUGS = [
     ),
     ("lora_products", PLACE % "n", PLACE % "(n + 1)", "linear_into", 3, f"{OUTSIDE}|{DIFFERS}"),
     (
-        "linear",
+        "matmul",
         "tl.multiple_of(k // 2, RUN // 2)",
         "tl.multiple_of(k, RUN // 2)",
         "linear_into",

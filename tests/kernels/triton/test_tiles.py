@@ -26,7 +26,7 @@ def test_candidates_and_what_runs_without_a_tile(kernel, monkeypatch):
     monkeypatch.setattr(launch, "TABLE", dict(launch.TABLE))
     used = []
     find = launch.find_tile
-    for name in ("quantize", "linear", "lora_products", "grouped", "dropout"):
+    for name in ("quantize", "linear", "matmul", "lora_products", "grouped", "dropout"):
         module = import_module(f"lightning_qlora.kernels.triton.{name}")
         monkeypatch.setattr(module, "find_tile", lambda *key: used.append(find(*key)) or used[-1])
     tile = search.candidates(kernel, 16)[0]

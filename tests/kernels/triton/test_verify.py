@@ -77,7 +77,7 @@ CAST = "tl.store(cast + place, inputs"
         ("lora_products", "finish", "total + sums", "sums", "linear", "linear_into", 10, "differs"),
         ("half", "norm_exponent", "- 125", "- 127", "", "norm_exponent", 0, "differs"),
         (
-            "linear",
+            "matmul",
             "matmul",
             "row[:, None] < n, other=0",
             "row[:, None] >= 0, other=0",
@@ -87,7 +87,7 @@ CAST = "tl.store(cast + place, inputs"
             None,
         ),
         (
-            "linear",
+            "matmul",
             "matmul",
             "mask=write)\n\n",
             "mask=write | True)\n\n",

@@ -213,7 +213,9 @@ FEATURES = {
                 "if config.deferred_logits is True or parts.traits.is_wide:",
                 "report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)",
             ],
-            "tools/plan.py": ["config = replace(config, deferred_logits=False)"],
+            "tools/plan.py": [
+                'config = replace(config, deferred_logits="auto")  # would save nothing, so it is not advised'
+            ],
         },
         refused=[{"deferred_logits": value} for value in (True, False, "auto")],
     ),

@@ -150,7 +150,8 @@ def split(layer: LoRALayer, mesh: DeviceMesh, by_inputs: bool) -> Split:
         # Without communication; `clone`: the memory of the whole is freed.
         part = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None).to_local().clone()
         whole = DTensor.from_local(part, mesh, [placement])
-        layer._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        own = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        nn.Module.register_parameter(layer, name, own)  # the layer itself refuses other styles
     return Split(mesh, by_inputs, shape)
 
 

@@ -214,6 +214,7 @@ class PlannedRun:
         example: Any = None,
         device: DeviceName = "gpu",
         gpu: str | None = None,
+        sharded: bool = False,
     ) -> None:
         card = None if gpu is None else find_card(gpu, device)
         check_choice("optimizer", optimizer, get_args(OptimizerName))
@@ -238,9 +239,9 @@ class PlannedRun:
                 example = dict(example)
             self._example = tree_map_only(Tensor, self._mode.from_tensor, example)
             # The tensors without data are on the CPU.
-            run = Run()
+            run = Run(sharded=sharded)
             if device == "gpu":
-                run = Run(decide=_in_fp32 if without_bf16 else _on_a_card)
+                run = Run(sharded=sharded, decide=_in_fp32 if without_bf16 else _on_a_card)
             self._report = convert_module(self.model, config, run)
             run_without_data(self.model)
         skip_repeated_blocks(self.model)

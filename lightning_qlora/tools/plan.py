@@ -54,16 +54,14 @@ def plan(
     check_integer("devices", devices, at_least=1)
     memory = None if gpu_memory is None else parse_memory("gpu_memory", gpu_memory)
     config = planned = QLoRAConfig(**arguments)
-    if devices > 1 and strategy == "fsdp":
-        # The output embedding is in shards, and ranks that share blocks recompute all of them.
-        recomputes = config.gradient_checkpointing
-        if not isinstance(recomputes, bool):
-            recomputes = "offload"
-        planned = replace(config, deferred_logits=False, gradient_checkpointing=recomputes)
+    sharded = devices > 1 and strategy == "fsdp"
+    if sharded:
+        if not isinstance(config.gradient_checkpointing, bool):  # ranks that share blocks recompute all of them
+            planned = replace(config, gradient_checkpointing="offload")
         config = replace(config, deferred_logits="auto")  # would save nothing, so it is not advised
     if sys.stderr.isatty():
         say(f"Running a step of {model} without weights ...", sys.stderr)
-    run = PlannedRun(model, optimizer, planned, device=device, gpu=gpu)
+    run = PlannedRun(model, optimizer, planned, device=device, gpu=gpu, sharded=sharded)
     run.gpu_memory = memory or run.gpu_memory
     if isinstance(sequence_length, str):
         if host_memory is not None:

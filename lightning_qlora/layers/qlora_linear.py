@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived, derive, restore
@@ -145,6 +146,11 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
             return self._of_other_layout(x, bias)
         call = None
         if not torch.compiler.is_compiling():
+            if type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
+                if has_torch_function_unary(x):  # as a function of torch: its class makes the output one of its own
+                    return handle_torch_function(self.linear, (x,), x, bias)
+                if type(x) is not nn.Parameter:
+                    x = x.as_subclass(Tensor)  # the op for what is no Tensor has no second derivative
             call = self._prepared
         try:
             if call is None or call.facts != call.facts_of(self, x, bias):

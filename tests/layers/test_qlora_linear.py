@@ -322,7 +322,16 @@ def test_nested_and_sparse_inputs_as_in_a_dense_layer(make, dtype):
     torch.testing.assert_close(of_nested, layer.lora_B.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_a_model_of_forces_trains_as_the_dense_one():
+class Labelled(torch.Tensor):
+    """As PINA's inputs."""
+
+
+class Unlabelled(Labelled):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Labelled, Unlabelled])
+def test_a_model_of_forces_trains_as_the_dense_one(kind):
     """A loss of gradients by the input: their gradients by the adapters and by the input are those of W + s B A."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
@@ -334,7 +343,7 @@ def test_a_model_of_forces_trains_as_the_dense_one():
         part.weight.data = net[layer].decode() + net[layer].scaling * net[layer].lora_B.data @ net[layer].lora_A.data
         part.bias = net[layer].bias
         dense[layer] = part
-    positions = torch.randn(8, 64, requires_grad=True)
+    positions = torch.randn(8, 64).as_subclass(kind).requires_grad_()
     targets = torch.randn(8, 64)
     results = []
     for each in (net, dense):
@@ -343,6 +352,7 @@ def test_a_model_of_forces_trains_as_the_dense_one():
         loss = (forces - targets).square().mean()
         (of_positions,) = torch.autograd.grad(loss, positions, retain_graph=True)
         loss.backward()
+        assert type(each(positions)) is (torch.Tensor if kind is Unlabelled else kind)
         results.append((forces, of_positions, each[4].weight.grad))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(net[:4:2], dense[:4:2], strict=True):

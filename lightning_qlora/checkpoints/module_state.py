@@ -214,7 +214,7 @@ def _before_load(
         if adapters and prefix + CONVERSION in state_dict:
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
-    saved = read_conversion(state_dict, prefix, conversion.config)
+    saved = _read_conversion(parts, state_dict, prefix, conversion.config)
     if saved is not None and (saved.base.get("new") or new_by_values(parts.places)):
         origins = saved.origins(key.removeprefix(prefix) for key in state_dict)
         parts = convert_as_recorded(parts, origins, conversion)
@@ -243,6 +243,27 @@ def _before_load(
         key = prefix + name
         if is_sharded(parameter) and key in state_dict:  # it may have the whole parameter
             state_dict[key] = shard_like(state_dict[key], parameter)
+
+
+def _read_conversion(parts: Parts, state_dict: dict[str, Any], prefix: str, own: QLoRAConfig) -> SavedConversion | None:
+    """The conversion in a state dict, also in one whose keys the user moved into a part of a module, or out of one.
+
+    {key.removeprefix("model."): value ...}, or the keys of a model with "model." before them.
+    """
+    saved = read_conversion(state_dict, prefix, own)
+    if saved is None:
+        for name, part in parts.places[1:]:
+            if prefix + join(name, CONVERSION) in state_dict and conversion_of(part) is None:
+                saved = read_conversion(state_dict, prefix + _prefix(name), own)
+                del state_dict[prefix + join(name, CONVERSION)]
+                return saved and saved.with_names(partial(join, name))
+        return None
+    names = [without_wrappers(name) for name in saved.fingerprints]
+    layers = [without_wrappers(name) for name in parts.layers_by_key]
+    if layers and not set(layers) & {*names}:
+        outer = next((name.removesuffix(layers[0]) for name in names if name.endswith(f".{layers[0]}")), "")
+        return saved.with_names(lambda name: name.removeprefix(outer) if name.startswith(outer) else None)
+    return saved
 
 
 def _check_base(parts: Parts, saved: SavedConversion) -> tuple[list[str], list[str]]:

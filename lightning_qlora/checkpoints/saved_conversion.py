@@ -1,8 +1,8 @@
 """What a conversion did, and what the base model was: one entry of a state dict, read from files of strangers."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +93,16 @@ class SavedConversion:
         saved = cls(config, base, fingerprints)
         _ = saved.quantization  # it raises for a damaged one
         return saved
+
+    def with_names(self, rename: Callable[[str], str | None]) -> "SavedConversion":
+        """It with other names in the module; None: of a tensor that is not in it."""
+
+        def renamed(table: dict[str, Any]) -> dict[str, Any]:
+            names = {name: rename(without_wrappers(name)) for name in table}
+            return {new: table[name] for name, new in names.items() if new is not None}
+
+        base = self.base | {"new": renamed(self.base.get("new", {}))}
+        return replace(self, base=base, fingerprints=renamed(self.fingerprints))
 
     def origins(self, keys: Iterable[str]) -> dict[str, str]:
         """Name of each parameter that a file knows -> why it was new by its values, "" if it was not.

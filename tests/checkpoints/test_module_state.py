@@ -54,6 +54,33 @@ def same_output(one, other):
     return torch.equal(one.eval()(x), other.eval()(x))
 
 
+class Around(nn.Module):
+    """A model in an attribute, as in a LightningModule, beside a part of the same shape."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.other = nn.Linear(128, 256)
+        self.model = model
+
+
+def test_keys_can_be_moved_into_a_part_and_out_of_it():
+    """By `key.removeprefix("model.")`, as a model is taken out of a checkpoint of Lightning, and the other way."""
+    part = trained()
+    around = Around(mlp())
+    convert(around, r=8, exclude_modules=["other"])
+    own = {f"other.{key}": value for key, value in around.other.state_dict().items()}
+    around.load_state_dict(own | {f"model.{key}": value for key, value in part.state_dict().items()})
+    assert same_output(around.model, part)
+    state = {key.removeprefix("model."): value for key, value in around.state_dict().items()}
+    taken = fresh()
+    taken.load_state_dict(state)
+    assert same_output(taken, part)
+    other = mlp(0.5)
+    convert(other, r=8)
+    with pytest.raises(CheckpointMismatchError, match="trained on another base weight"):
+        other.load_state_dict(state)
+
+
 def test_a_checkpoint_holds_what_trains_and_fingerprints():
     module = trained()
     with torch.no_grad():

@@ -110,7 +110,8 @@ class OutsideCopies:
 
     def __init__(self, module: nn.Module) -> None:
         modules = [*module.named_modules()]
-        self._copies = [*_copies_of(modules)]
+        tensors, holders, self._optimizers = _search({id(part) for _, part in modules})
+        self._copies = [*_copies_of(modules, tensors, holders)]
         self._weights = {name: ref(weight) for name, weight in tensors_of(modules, ["_parameters"])}
         self._watched: list[_Copy] = []
         self._looks = 0
@@ -124,7 +125,8 @@ class OutsideCopies:
         if not copied:
             alive = []
         self._copies = self._watched = alive
-        held = _held({name: weight for name, each in self._weights.items() if (weight := each()) is not None})
+        held = self._held_weights()
+        self._optimizers = []
         self._weights = {name: ref(weight) for name, weight in held.items() if weight.grad is None}
         held_layers = {name if name in report.converted else owner_name(name) for name in held}
         self.layers = sorted(copied | held_layers)
@@ -132,6 +134,27 @@ class OutsideCopies:
         for holder in holders:
             report.note(HELD.format(holder), [self.place])
         report.copied = sorted(held_layers) if holders else self.layers
+
+    def _held_weights(self) -> dict[str, Tensor]:
+        """The weights that conversion replaced, and that something holds which is no optimizer."""
+        groups = {id(optimizer.param_groups): optimizer for optimizer in self._optimizers}  # wrappers have the same
+        in_optimizers = Counter(id(weight) for each in groups.values() for weight in optimizer_parameters(each))
+        held: dict[str, Tensor] = {}
+        for collects in (False, True):  # of what is gone, and refers to itself
+            if collects and held:
+                held.clear()
+                gc.collect()
+            alive = {name: weight for name, each in self._weights.items() if (weight := each()) is not None}
+            names = [name for name, weight in alive.items() if hasattr(weight, REPLACED)]
+            tensors = [*map(alive.pop, names), torch.empty(0)]
+            alive.clear()
+            counts = [sys.getrefcount(tensor) - in_optimizers[id(tensor)] for tensor in tensors]
+            none = counts.pop()  # of a tensor that nothing else holds
+            held = {name: tensors[i] for i, name in enumerate(names) if counts[i] > none}
+            del tensors
+            if not held:
+                break
+        return held
 
     @property
     def place(self) -> str:
@@ -169,15 +192,12 @@ class OutsideCopies:
 
 def parameters_of_optimizers(*without: Optimizer) -> set[int]:
     """Ids of the parameters that an optimizer holds, of all that exist but these."""
-    return set(map(id, _in_optimizers(*without)))
-
-
-def _in_optimizers(*without: Optimizer) -> Iterator[Tensor]:
+    ids = set[int]()
     groups = {id(optimizer.param_groups) for optimizer in without}  # Lightning's wrappers have the same
     for value in gc.get_objects():
         if issubclass(type(value), Optimizer) and id(getattr(value, "param_groups", None)) not in groups:
-            groups.add(id(value.param_groups))
-            yield from optimizer_parameters(value)
+            ids.update(map(id, optimizer_parameters(value)))
+    return ids
 
 
 def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
@@ -195,24 +215,9 @@ def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
             yield from tensors_in(each, depth - 1)
 
 
-def _held(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the weights that conversion replaced which something holds that is no optimizer."""
-    replaced = {name: weight for name, weight in weights.items() if hasattr(weight, REPLACED)}
-    weights.clear()
-    if not replaced:
-        return {}
-    gc.collect()  # of what is gone, and refers to itself
-    in_optimizers = Counter(map(id, _in_optimizers()))
-    names = [*replaced]
-    tensors = [*replaced.values(), torch.empty(0)]
-    replaced.clear()
-    counts = [sys.getrefcount(tensor) - in_optimizers[id(tensor)] for tensor in tensors]
-    none = counts.pop()  # of a tensor that nothing else holds
-    return {name: tensor for name, tensor, count in zip(names, tensors, counts, strict=False) if count > none}
-
-
-def _copies_of(modules: list[tuple[str, nn.Module]]) -> Iterator[_Copy]:
-    tensors, holders = _search({id(part) for _, part in modules})
+def _copies_of(
+    modules: list[tuple[str, nn.Module]], tensors: list[Tensor], holders: Mapping[int, str]
+) -> Iterator[_Copy]:
     inside = {id(tensor) for _, tensor in tensors_of(modules)}
     of_shape: dict[object, list[tuple[str, Tensor]]] = {}
     dense = [(name, part) for name, part in modules if not isinstance(part, LoRALayer)]  # others were converted before
@@ -231,8 +236,8 @@ def _copies_of(modules: list[tuple[str, nn.Module]]) -> Iterator[_Copy]:
             yield _Copy(names[tensor.shape][values], ref(tensor), holders.get(id(tensor)))
 
 
-def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str]]:
-    """The tensors that the functions which run can reach, and ids of those in averages -> the class of the average.
+def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str], list[Optimizer]]:
+    """What the functions which run can reach: tensors, ids of those in averages -> the class, and optimizers.
 
     A walk over all objects takes 0.3 s. `known`: ids of the modules that are converted; those that are found join them.
     """
@@ -248,6 +253,7 @@ def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str]]:
         queue.extend(variables.values())
     tensors: list[Tensor] = []
     holders: dict[int, str] = {}
+    optimizers: list[Optimizer] = []
     is_average: dict[type, bool] = {}
     left = MOST
     while queue and left:
@@ -263,6 +269,8 @@ def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str]]:
         if kind in KINDS:
             tensors.append(value)
             continue
+        if issubclass(kind, Optimizer) and hasattr(value, "param_groups"):
+            optimizers.append(value)
         if is_average[kind] or (issubclass(kind, nn.Module) and id(value) not in known):  # before all that is as near
             inside = {id(tensor): tensor for tensor in tensors_in(value) if type(tensor) in KINDS}
             tensors.extend(tensor for number, tensor in inside.items() if number not in seen)
@@ -273,7 +281,7 @@ def _search(known: set[int]) -> tuple[list[Tensor], dict[int, str]]:
                 known.update(map(id, value.modules()))
         if kind not in CONTAINERS or len(value) <= MANY:
             queue.extend(gc.get_referents(value))
-    return tensors, holders
+    return tensors, holders, optimizers
 
 
 def _variables(frame: FrameType) -> list[Any]:

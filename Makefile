@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party lint docs bench compile-kernels mutations release clean
+.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party short-tests lint style types docs bench compile-kernels mutations release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,16 +35,24 @@ setup: $(VENV)/.installed
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
 
-lint: setup
+lint: style types
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
 
-# Two tests at a time on two cores, each with one thread (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# Two tests at a time on two cores, each with one thread (tests/conftest.py). Where the environment forbids bytecode, as in many
+# containers, each process would compile all tests and the package again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test: style
+	$(MAKE) --jobs=2 types short-tests  # mypy uses one core, for more than a minute the first time
 
 # Hypothesis draws the same examples each time here, so that only a change of the code can make a run red; test-all draws new ones.
-test: lint
+short-tests: setup
 	$(PYTEST) --hypothesis-profile=ci
 
 # tests/machines/run.sh says what each machine is. TESTS: paths, for some of the tests.

@@ -303,9 +303,14 @@ def pytest_configure(config):
         forks.start()
 
 
+def pytest_collection():
+    gc.disable()
+
+
 def pytest_collection_finish():
-    """What was imported stays until the end: no collection goes through it again."""
+    """What was imported stays until the end: no collection of garbage goes through it again."""
     gc.freeze()
+    gc.enable()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ their gradients, misses the adapters. Their references are counted, and later th
 """
 
 import gc
+import logging
 import re
 import sys
 import traceback
@@ -16,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import CO_OPTIMIZED
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 from weakref import ref
 
@@ -42,6 +43,7 @@ MOST = 50_000  # objects that are searched, those nearest to running code first;
 MANY = 10_000  # entries of a container that is data
 CONTAINERS = (list, tuple, dict, set)
 LEAVES = {str, bytes, int, float, bool, complex, type(None), torch.device, torch.dtype, torch.Size}
+LEAVES |= {CodeType, logging.Logger}  # they lead to no tensor, but to each other: half of what a Trainer reaches
 MAKE_AFTER = (
     "make it after conversion: in on_fit_start with the Trainer, after fabric.setup with Fabric, else after convert"
 )

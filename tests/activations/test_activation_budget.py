@@ -394,7 +394,6 @@ def test_plan_says_how_many_blocks_keep_their_activations(name):
     assert 0 < planned[0] < planned[1] < most.blocks
 
 
-@pytest.mark.slow
 def test_ranks_decide_alone_unless_they_share_the_blocks(tmp_path):
     """Under DDP rank 0 keeps all, and rank 1 one block; FSDP2 and tensor parallelism recompute all."""
     ranks = launch("tests.scripts.blocks_on_ranks", tmp_path)[1]

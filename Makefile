@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party short-tests lint style types docs bench compile-kernels mutations release clean
+.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party lint docs bench compile-kernels mutations release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ setup: $(VENV)/.installed
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
 
+.PHONY: style types short-tests
 lint: style types
 
 style: setup

@@ -127,36 +127,36 @@ class OutsideCopies:
         if not copied:
             alive = []
         self._copies = self._watched = alive
-        held = self._held_weights()
+        originals = self._originals_with_holders()
         self._optimizers = []
-        self._weights = {name: ref(weight) for name, weight in held.items() if weight.grad is None}
-        held_layers = {name if name in report.converted else owner_name(name) for name in held}
-        self.layers = sorted(copied | held_layers)
+        self._weights = {name: ref(weight) for name, weight in originals.items() if weight.grad is None}
+        of_originals = {name if name in report.converted else owner_name(name) for name in originals}
+        self.layers = sorted(copied | of_originals)
         holders = sorted({copy.holder for copy in alive if copy.holder is not None})
         for holder in holders:
             report.note(HELD.format(holder), [self.place])
-        report.copied = sorted(held_layers) if holders else self.layers
+        report.copied = sorted(of_originals) if holders else self.layers
 
-    def _held_weights(self) -> dict[str, Tensor]:
+    def _originals_with_holders(self) -> dict[str, Tensor]:
         """The weights that conversion replaced, and that something holds which is no optimizer."""
         groups = {id(optimizer.param_groups): optimizer for optimizer in self._optimizers}  # wrappers have the same
         in_optimizers = Counter(id(weight) for each in groups.values() for weight in optimizer_parameters(each))
-        held: dict[str, Tensor] = {}
+        originals: dict[str, Tensor] = {}
         for collects in (False, True):  # of what is gone, and refers to itself
-            if collects and held:
-                held.clear()
+            if collects and originals:
+                originals.clear()
                 gc.collect()
-            alive = {name: weight for name, each in self._weights.items() if (weight := each()) is not None}
+            alive: dict[str, Any] = {name: weight() for name, weight in self._weights.items()}  # or None
             names = [name for name, weight in alive.items() if hasattr(weight, REPLACED)]
             tensors = [*map(alive.pop, names), torch.empty(0)]
             alive.clear()
             counts = [sys.getrefcount(tensor) - in_optimizers[id(tensor)] for tensor in tensors]
             none = counts.pop()  # of a tensor that nothing else holds
-            held = {name: tensors[i] for i, name in enumerate(names) if counts[i] > none}
+            originals = {name: tensors[i] for i, name in enumerate(names) if counts[i] > none}
             del tensors
-            if not held:
+            if not originals:
                 break
-        return held
+        return originals
 
     @property
     def place(self) -> str:

@@ -188,6 +188,13 @@ def test_weights_that_a_list_or_a_closure_holds_are_named_and_again_with_a_gradi
     assert f"QLoRA: {layers}.weight" in printed and "other code computes with its weight" in printed
 
 
+def test_an_optimizer_that_was_made_before_is_no_holder():
+    net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    optimizer = torch.optim.AdamW(net.parameters())
+    assert convert(net, r=4).copied == []
+    del optimizer
+
+
 def test_a_reference_that_nothing_computes_with_is_in_the_summary_alone():
     net = body()
     plugin = QLoRAPrecision(**ARGUMENTS)

@@ -2,7 +2,7 @@ import dataclasses
 import inspect
 import re
 from functools import partial
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ from typing_extensions import Unpack
 
 from lightning_qlora import QLoRAPrecision, checks, convert, estimate_memory
 from lightning_qlora.arguments import QLoRAArguments
-from lightning_qlora.config import ARGUMENTS, QUANT_TYPES, QLoRAConfig
+from lightning_qlora.config import ARGUMENTS, QUANT_TYPES, InitLoRAWeights, QLoRAConfig
 from lightning_qlora.tools.cli import main
 
 AUTO = "True, False or 'auto'"
 NAMES = "a list of non-empty names"
 BOOL = "True or False"
 ACTIVATIONS = "True, False, 'auto', 'offload', or bytes such as '8GiB'"
-STARTS = "'default', 'gaussian', 'calibrated'"
+STARTS = ", ".join(map(repr, get_args(InitLoRAWeights)))
 WRONG_VALUES = {  # argument -> values that are refused, and what is allowed
     "quant_type": (["nf5", "NF4", "", None], "one of " + ", ".join(map(repr, QUANT_TYPES))),
     "block_size": ([0, 31, 48, 8192, -64], "one of 32, 64, 128, 256, 512, 1024, 2048, 4096"),

@@ -54,6 +54,16 @@ FEATURES = {
         },
         names=["PagedAdamW8bit"],
     ),
+    "LoRA+": Feature(
+        ["optim/loraplus.py"],
+        {
+            "__init__.py": [
+                "from lightning_qlora.optim.loraplus import loraplus_groups as loraplus_groups",
+                '"loraplus_groups": "optim.loraplus",',
+            ],
+        },
+        names=["loraplus_groups"],
+    ),
     "the planner": Feature(
         [
             "tools/activations.py", "tools/cards.py", "tools/fake_model.py", "tools/longest_sequence.py",

@@ -29,6 +29,7 @@ from lightning_qlora.layers.layer_state import SavedLayer
 from lightning_qlora.layers.names import join, last_part, owner_name, parameter_name, stack_name, stack_of
 from lightning_qlora.layers.prepared_call import cast_input
 from lightning_qlora.layers.qlora_linear import REPLACED
+from lightning_qlora.layers.readable_weight import readable
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 from lightning_qlora.starts.starts import first_adapter
 from lightning_qlora.tensors.dtensor import gather
@@ -158,7 +159,7 @@ class QLoRAExperts(SavedLayer):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return ReadableStack(self)
+        return readable(ReadableStack, self, None)  # type: ignore[no-any-return]
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qlora.layers.readable_weight import ReadOnly, readable_weight, without_memory
+from lightning_qlora.layers.readable_weight import ReadOnly, readable, readable_weight, without_memory
 
 UNBINDS = {Tensor.unbind, torch.unbind}
 
@@ -26,8 +26,9 @@ class Expert(NamedTuple):
         shape, dtype, device = self.stack.weight_metadata()
         return shape[1:], dtype, device
 
-    def adapter_parameters(self) -> list[torch.nn.Parameter]:
-        return self.stack.adapter_parameters()  # type: ignore[no-any-return]
+    def adapter_parameters(self) -> list[Tensor]:
+        """The views of this expert: a gradient of its weight has their size, not that of the stack."""
+        return [value for value in self.matrix if isinstance(value, Tensor)]
 
     @property
     def _qlora_disabled(self) -> int:
@@ -75,7 +76,7 @@ class ReadableStack(ReadOnly):
                 shape = (len(experts), *experts.matrix_shape)
                 sizes = args[1:] if isinstance(args[1], int) else args[1]
                 if tuple(sizes) in (shape, (-1, *shape[1:])):
-                    return ReadableStack(experts, shape, stack._is_detached)
+                    return readable(ReadableStack, experts, shape, stack._is_detached)
         elif func in (torch.bmm, Tensor.bmm) and isinstance(args[1], ReadableStack) and args[1]._source._transposed:
             x = args[0]
             experts = args[1]._source

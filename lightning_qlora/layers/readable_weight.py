@@ -7,7 +7,7 @@
 A function of torch that gets it is called with a plain tensor, computed for this call, whose gradient autograd knows. A
 read that is not one of the products above keeps the dense weight for the backward pass, as any weight is kept. Scripted
 functions and an `autograd.Function` of other code, which torch calls without asking, get the values, and what they give
-back as the gradient of the weight goes on to A and B.
+back as the gradient of the weight goes on to A and B, through `_Read`.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
@@ -25,7 +26,7 @@ READ_ONLY = (
     "each use. To replace a 4-bit weight, call layer.quantize_weight(new_weight). If the model itself writes to it, "
     f"{KEEP_DENSE}."
 )
-IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
 MEMORY = {Tensor.data_ptr, Tensor.untyped_storage}  # safetensors compares and reads it
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -37,13 +38,12 @@ class ReadOnly(Readable):
     _is_hf_initialized = True  # transformers does not initialize a parameter that has this mark
     _source: Any  # what computes the values
     _kept: Tensor | None = None  # the values, from the time when code asked where they are
-    _passes_on: bool = False  # whether a gradient for this tensor goes on to A and B
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == IS_LEAF:  # an optimizer would get a tensor that no gradient reaches, and refuses what is no leaf
-            return not args[0].requires_grad
+        if func == GRAD:  # torch would warn that this is no leaf
+            return None
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -57,28 +57,6 @@ class ReadOnly(Readable):
         if any(isinstance(value, ReadOnly) for value in tree_leaves(outputs)):
             raise RuntimeError(f"{getattr(func, '__name__', func)}: {READ_ONLY}")
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, ReadOnly):
-                value.pass_on()
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def pass_on(self) -> bool:
-        """Let a gradient for this tensor itself go on to A and B, of code below autograd; whether there may be one."""
-        if self.requires_grad and not self._passes_on:
-            self._passes_on = True
-            with torch._C.DisableTorchFunctionSubclass():
-                self.register_hook(self._give)  # type: ignore[no-untyped-call]
-        return self._passes_on
-
-    def _give(self, gradient: Tensor) -> None:
-        with torch.enable_grad():
-            values = self.values()
-        torch.autograd.backward(values, gradient)
 
     @property
     def data(self) -> Tensor:
@@ -100,21 +78,57 @@ class ReadOnly(Readable):
 
 def _plain(value: Any) -> Any:
     """As `plain`; what is no weight reads itself, with its gradient."""
-    if not isinstance(value, ReadOnly):
-        return value
-    if not torch.is_grad_enabled():  # as in the forward method of an autograd.Function
-        value.pass_on()
-    return plain(value)
+    return plain(value) if isinstance(value, ReadOnly) else value
+
+
+class _Read(torch.autograd.Function):
+    """A and B -> a readable tensor. A gradient for this tensor itself, of code below autograd, goes on to A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: Any, source: Any, argument: Any, *parameters: Tensor) -> Tensor:
+        ctx.arguments = kind, source, argument
+        ctx.parameters = parameters  # not saved: a recomputation may read the weight more or less often
+        ctx.set_materialize_grads(False)
+        weight: Tensor = kind(source, argument)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: dict[Tensor, Tensor | None] = {}
+        if gradient is not None:
+            creates_graph = torch.is_grad_enabled()
+            kind, source, argument = ctx.arguments
+            with torch.enable_grad():
+                values = kind(source, argument).values()
+            trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]
+            found = torch.autograd.grad(values, trained, gradient, create_graph=creates_graph, allow_unused=True)
+            gradients = dict(zip(trained, found, strict=True))
+        return None, None, None, *map(gradients.get, ctx.parameters)
+
+
+def readable(kind: Any, source: Any, argument: Any, detached: bool = False) -> Any:
+    """A tensor of a class, differentiable in the adapter of its source if that trains."""
+    if torch.is_grad_enabled() and not (detached or source._qlora_disabled):
+        parameters = source.adapter_parameters()
+        if any(parameter.requires_grad for parameter in parameters) and not _refuse_nodes():
+            return _node(kind, source, argument, *parameters)
+    return kind(source, argument, detached)
+
+
+def _refuse_nodes() -> bool:
+    """Transforms, forward mode and traces take no node that has no rules for them."""
+    has_rules = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return has_rules or torch._C._get_tracing_state() is not None
+
+
+# `Function.apply` asks whether a transform of functorch is active, which was asked.
+_node: Any = super(torch.autograd.Function, _Read).apply
 
 
 def without_memory(kind: Any, source: Any, shape: Sequence[int], detached: bool) -> Any:
-    """A tensor of a class with the type and device of a source's weight; it needs a gradient if the adapter does."""
+    """A tensor of a class with the type and device of a source's weight."""
     _, dtype, device = source.weight_metadata()
-    trains = torch.is_grad_enabled() and not (detached or source._qlora_disabled)
-    requires_grad = trains and any(parameter.requires_grad for parameter in source.adapter_parameters())
-    weight: ReadOnly = Tensor._make_wrapper_subclass(
-        kind, shape, dtype=dtype, device=device, requires_grad=requires_grad
-    )
+    weight: ReadOnly = Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
     weight._source = source
     weight._is_detached = detached
     return weight
@@ -146,9 +160,9 @@ class ReadableWeight(ReadOnly):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in TRANSPOSES:
+        if func in TRANSPOSES and _is_readable_now(args[0]):
             weight = args[0]
-            return ReadableWeight(weight._source, not weight._transposed, weight._is_detached)
+            return readable(ReadableWeight, weight._source, not weight._transposed, weight._is_detached)
         if func is torch.nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if _is_product(x, weight, transposed=False):
@@ -164,8 +178,12 @@ def _is_product(x: Any, weight: Any, transposed: bool) -> bool:
     is_weight = isinstance(weight, ReadableWeight) and not weight._is_detached
     if not is_weight or weight._transposed is not transposed or isinstance(x, Readable):
         return False
-    # The forward method of an autograd.Function, which knows no dropout of an adapter, gets the values.
-    return torch.is_grad_enabled() or not weight.pass_on()
+    return _is_readable_now(weight)
+
+
+def _is_readable_now(weight: Any) -> bool:
+    """The forward method of an autograd.Function, which knows no dropout of an adapter, gets the values."""
+    return torch.is_grad_enabled() or not weight.requires_grad
 
 
 def readable_weight(source: Any, transposed: bool = False) -> Tensor:
@@ -173,7 +191,7 @@ def readable_weight(source: Any, transposed: bool = False) -> Tensor:
     if torch.compiler.is_compiling():  # a graph holds plain tensors; the compiler removes what nobody reads
         weight: Tensor = source.effective_weight()
         return weight.T if transposed else weight
-    return ReadableWeight(source, transposed)
+    return readable(ReadableWeight, source, transposed)  # type: ignore[no-any-return]
 
 
 def readable_parameter(source: Any) -> Tensor:

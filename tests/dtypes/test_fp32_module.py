@@ -353,7 +353,6 @@ class Collects(nn.Linear):
         return outputs
 
 
-@pytest.mark.usefixtures("fast")
 class Reads(nn.Module):
     """Without tensors of its own; reads a weight of a part."""
 
@@ -416,6 +415,7 @@ def test_what_fsdp_casts_to_16_bits_computes_in_them_beside_4_bit_layers(slow, o
     torch.testing.assert_close(module.y.float(), Reads()(x[None]), rtol=0, atol=0.2)
 
 
+@pytest.mark.usefixtures("fast")
 def test_a_forward_pass_appends_to_a_list_of_its_caller():
     part = Collects(64, 4).bfloat16()
     module = nn.ModuleList([nn.Linear(64, 64), part]).bfloat16()

@@ -1,6 +1,8 @@
 """`layer.weight` read by code that never calls the layer: values and gradients against a dense weight W + s B A."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -118,6 +120,51 @@ def test_code_that_torch_calls_without_asking_gets_the_values_and_returns_their_
     module, dense = readers(read)
     module.fc.lora_dropout = dropout
     compare(module, dense, torch.randn(5, 64))
+
+
+@pytest.mark.parametrize("below_autograd", [Product.apply, without_asking])
+def test_gradients_that_are_asked_for_pass_through_code_that_torch_calls_without_asking(below_autograd):
+    """By `autograd.grad`, also for a second derivative, and by `backward(inputs=...)`; no other `.grad` is written."""
+    module, twin = readers(lambda fc, x: below_autograd(x, fc.weight) + F.linear(x, fc.weight))
+    pairs = [pair for pair in matched(module, twin).values() if pair[0].requires_grad]
+    x = torch.randn(5, 64)
+    results = []
+    for i, each in enumerate((module, twin)):
+        a, b = (pair[i] for pair in pairs)
+        (of_a,) = torch.autograd.grad(each(x).square().mean(), [a], create_graph=True)
+        results.append([of_a.detach(), *torch.autograd.grad(of_a.square().sum(), [b])])
+        each(x).square().mean().backward(inputs=[a])
+        assert b.grad is None
+        results[-1].append(a.grad)
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_a_weight_is_freed_after_the_backward_pass():
+    """Without the search for cycles; and no gradient of its size stays."""
+    module, _ = readers(None)
+    weight = module.fc.weight
+    freed = weakref.ref(weight)
+    gc.disable()
+    try:
+        Product.apply(torch.randn(5, 64), weight).sum().backward()
+        assert weight.grad is None
+        del weight
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_the_forward_method_of_a_function_gets_values_without_dropout_also_transposed():
+    class Transposed(Product):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.t()
+
+    module, twin = readers(lambda fc, x: Transposed.apply(x, fc.weight))
+    module.fc.lora_dropout = 0.5
+    compare(module, twin, torch.randn(5, 64))
 
 
 def test_a_read_without_a_gradient_is_named():

@@ -15,7 +15,7 @@ import regex
 from lightning_qlora.checks import shown
 from lightning_qlora.layers.names import name_endings, outer_names
 
-SECONDS = 1.0  # of the processor, that the expressions of an argument may take: files of others have some
+SECONDS = 1.0  # of the thread, that the expressions of an argument may take: files of others have some
 SECONDS_OF_A_NAME = 1e-3  # in addition; usual expressions take a hundredth of it
 
 
@@ -57,13 +57,13 @@ class Patterns:
         yield from (text for text in self._expressions if self._matches(text, name))
 
     def _matches(self, text: str, name: str) -> bool:
-        start = time.process_time()
+        start = time.thread_time()
         try:
             return self._expressions[text].fullmatch(name, timeout=max(self._seconds, 0)) is not None
         except TimeoutError:
             raise ValueError(f"{shown(text)}: this regular expression takes too long. Use a simpler one.") from None
         finally:
-            self._seconds -= time.process_time() - start
+            self._seconds -= time.thread_time() - start
 
     def match(self, names: Iterable[str]) -> bool:
         return self.first(names) is not None

@@ -1,6 +1,8 @@
 """Patterns of names match as in PEFT, regular expressions as in `re`, however many there are and whatever they are."""
 
+import itertools
 import re
+import time
 from contextlib import suppress
 
 import pytest
@@ -154,6 +156,13 @@ def test_an_expression_with_many_paths_is_refused_also_for_the_names_after():
     for name in ("a" * 200 + "c", "a" * 200 + "d"):
         with pytest.raises(ValueError, match=r"'\(a\|aa\)\+x': this regular expression takes too long"):
             asked.value([name], None)
+
+
+def test_the_work_of_other_threads_does_not_count(monkeypatch):
+    """Threads of torch wait by spinning, on each core; the time of the process has theirs."""
+    monkeypatch.setattr(time, "process_time", itertools.count(step=100).__next__)
+    asked = Patterns(".*q_proj")
+    assert [asked.match([name]) for name in LAYERS] == [name.endswith("q_proj") for name in LAYERS]
 
 
 def test_groups_in_groups_are_refused():

@@ -26,7 +26,7 @@ READ_ONLY = (
     "each use. To replace a 4-bit weight, call layer.quantize_weight(new_weight). If the model itself writes to it, "
     f"{KEEP_DENSE}."
 )
-GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
+OF_NODE = {Tensor.grad.__get__, Tensor.grad_fn.__get__}  # type: ignore[union-attr]
 MEMORY = {Tensor.data_ptr, Tensor.untyped_storage}  # safetensors compares and reads it
 TRANSPOSES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -42,7 +42,7 @@ class ReadOnly(Readable):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == GRAD:  # torch would warn that this is no leaf
+        if func in OF_NODE:  # as of a parameter: modules refuse one with a node, and torch warns of the gradient of it
             return None
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():

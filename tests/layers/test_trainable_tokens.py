@@ -277,6 +277,17 @@ def test_what_does_not_fit_is_named(tokens, others, message):
         convert(tied(), trainable_token_indices=tokens, r=4, **others)
 
 
+def test_a_layer_can_be_tied_after_conversion():
+    model = converted()
+    head = nn.Linear(1, 1, bias=False)
+    head.weight = model.model.embed_tokens.weight
+    hidden = torch.randn(3, head.weight.shape[1])
+    y = head(hidden)
+    torch.testing.assert_close(y, hidden @ (model.model.embed_tokens.weight * 1).T)
+    y.square().sum().backward()
+    assert delta(model).grad.abs().max() > 0
+
+
 def test_modules_without_an_embedding_or_with_one_that_other_code_uses_are_refused():
     with pytest.raises(ValueError, match=r"has no nn.Embedding.*Pass \{name of the layer: \[1\]\}"):
         convert(nn.Sequential(nn.Linear(64, 64)), trainable_token_indices=[1], r=4)

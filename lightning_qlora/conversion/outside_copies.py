@@ -148,7 +148,7 @@ class OutsideCopies:
                 gc.collect()
             alive: dict[str, Any] = {name: weight() for name, weight in self._weights.items()}  # or None
             names = [name for name, weight in alive.items() if hasattr(weight, REPLACED)]
-            tensors = [*map(alive.pop, names), torch.empty(0, device="cpu")]
+            tensors = [*map(alive.pop, names), torch.empty(0, dtype=torch.uint8, device="cpu")]
             alive.clear()
             counts = [sys.getrefcount(tensor) - in_optimizers[id(tensor)] for tensor in tensors]
             none = counts.pop()  # of a tensor that nothing else holds

@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make quickstart   fine-tune SmolLM2-135M in 4 bits on this machine (4 to 7 minutes on 2 CPU cores after set-up)"
-	@echo "make test         lint, types and tests (about 11 minutes on 2 CPU cores after set-up)"
+	@echo "make test         lint, types and tests (about 9 minutes on 2 CPU cores after set-up)"
 	@echo "make test-machines  the tests as on other machines: AVX2, no bf16, no compiler, another locale, not root (an hour)"
 	@echo "make test-versions  what users do, with the oldest and newest versions, on each Python found (an hour, up to 4 GB each)"
 	@echo "make test-all     the tests above, the long ones, and every other target (some hours)"

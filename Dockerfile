@@ -4,11 +4,9 @@ RUN apt-get update \
     && apt-get install --no-install-recommends --yes gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/lightning-qlora
-COPY requirements.txt .
-RUN pip install --no-cache-dir --requirement requirements.txt
 COPY pyproject.toml README.md LICENSE MANIFEST.in ./
 COPY lightning_qlora lightning_qlora
-RUN pip install --no-cache-dir --no-deps .
+RUN pip install --no-cache-dir --constraint lightning_qlora/constraints.txt ".[hf,cli,paged,chat]"
 RUN useradd --create-home trainer
 USER trainer
 WORKDIR /home/trainer

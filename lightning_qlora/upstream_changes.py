@@ -5,11 +5,13 @@ the upstream file, the reason, the supported ways that were tried, and what woul
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import reduce, wraps
 from typing import Any, TypeVar
 
 from lightning_qlora.lightning_copies import modules
+from lightning_qlora.upstream_names import check_names
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 CHANGES: list[Any] = []  # module, name of a function in it, and what takes its place
@@ -49,7 +51,14 @@ def replaces(*places: str) -> Callable[[Function], Function]:
 
 
 def make_changes(*packages: str) -> None:
-    """Make the changes to these packages, once: to lightning also in its copies, to transformers if loaded."""
+    """Make the changes to these packages, once: to lightning also in its copies, to transformers if loaded.
+
+    Raises:
+        ImportError: If the installed version of a package lacks a name that this package uses.
+    """
+    for package in packages:
+        if package in sys.modules:
+            check_names(package)
     for module, name, replacement in CHANGES:
         *owners, last = name.split(".")
         if module.partition(".")[0] in packages:

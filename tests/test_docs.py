@@ -1,4 +1,4 @@
-"""docs/contributing.md lists every file in the order of the import rule, and every mark; pages name what exists."""
+"""Pages name what exists."""
 
 import ast
 import importlib.util
@@ -13,25 +13,10 @@ import yaml
 
 import lightning_qlora
 from lightning_qlora.tools import cli
-from tests.test_imports import ORDER
 
 PACKAGE = Path(lightning_qlora.__file__).parent
 DOCS = PACKAGE.parent / "docs"
 DESIGN = "".join((PACKAGE.parent / "docs" / page).read_text(encoding="utf-8") for page in ("design.md", "one-file.md"))
-FILES = (PACKAGE.parent / "docs" / "contributing.md").read_text(encoding="utf-8")
-
-
-def tree():
-    """The paths in the list of files, in its order; a folder ends with a slash."""
-    block = FILES.split("```\nlightning_qlora/\n")[1].split("```")[0]
-    parents = []
-    paths = []
-    for line in block.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        parents = [*parents[: depth - 1], name]
-        paths.append("".join(parents))
-    return paths
 
 
 def names_in(path):
@@ -44,30 +29,11 @@ def names_in(path):
     return names
 
 
-def test_every_file_is_listed_and_described():
-    listed = {path for path in tree() if not path.endswith("/")}
-    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.*") if "__pycache__" not in path.parts}
-    assert listed == {path for path in files if path != "py.typed" and not path.endswith("/__init__.py")}
-    block = FILES.split("```\nlightning_qlora/\n")[1].split("```")[0]
-    assert all(len(line.split()) > 1 for line in block.splitlines())
-
-
-def test_the_order_is_that_of_the_import_rule():
-    top = [path.removesuffix("/").removesuffix(".py") for path in tree() if path.count("/") == path.endswith("/")]
-    assert top == ORDER
-
-
 def test_every_function_that_is_named_exists():
     named = re.findall(r"`([\w/]+\.py):\s([\w.]+)`", DESIGN)
     assert len(named) > 30
     missing = [(path, name) for path, name in named if name not in names_in(PACKAGE / path)]
     assert not missing
-
-
-def test_every_mark_on_an_object_is_listed():
-    code = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
-    listed = re.findall(r"^\| `(_qlora_\w+)` \|", FILES, re.M)
-    assert sorted(listed) == sorted(set(re.findall(r"(?<!\w)_qlora_[a-z]+", code)))
 
 
 def test_every_test_that_compatibility_names_exists():

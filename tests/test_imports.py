@@ -17,6 +17,7 @@ ORDER = [
     "checks",
     "texts",
     "lightning_copies",
+    "upstream_names",
     "upstream_changes",
     "config",
     "arguments",

@@ -1,7 +1,7 @@
 """The flows of tests/scripts/user_flows.py in environments with other versions; the result is a table of record.md.
 
     make test-versions                                            all that can be made here
-    make test-versions ENVIRONMENTS="lowest-3.10 newest-3.15"     those of these names
+    make test-versions ENVIRONMENTS="lowest-3.10 newest-3.15"     those of these names; newest: with this Python
 
 An environment is named by what is installed and by its Python, which stands on PATH or is pyenv's: `lowest` is each
 lower bound of pyproject.toml, `lowest-of-5` the first transformers 5 that is supported with the newest of everything
@@ -115,6 +115,7 @@ def main(names: list[str]) -> None:
     oldest = next(iter(available))
     own = f"3.{sys.version_info.minor}"
     all_names = [f"lowest-{oldest}", f"lowest-of-5-{own}", *(f"newest-{version}" for version in available)]
+    names = [each if "-3." in each else f"{each}-{own}" for each in names]
     for each in names or all_names:
         name, _, version = each.rpartition("-")
         if name not in NAMES or version not in available:

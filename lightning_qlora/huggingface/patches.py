@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_qlora.adapters.save import save_adapter
@@ -41,6 +42,24 @@ def default_quantizer(
     if quantization_config is not None or quantizer_for is None:
         return ask(quantization_config)  # type: ignore[no-any-return]
     return quantizer_for(config, device_map, kwargs.get("gguf_file"), ask)
+
+
+@replaces("transformers.modeling_utils:kernelize")
+def kernels_when_it_has_values(original: Any, model: Any, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+    """Leave a model on the meta device as it is; its next `train()` chooses the kernels of the Hub for its device.
+
+    Upstream: transformers/integrations/hub_kernels.py, kernelize, which from_pretrained calls at its end from 5.25 on.
+    It refuses the meta device, on which a model is that is sharded before its values are read.
+    Supported ways tried: `use_kernels=False`, which only the caller of from_pretrained can pass.
+    Removed by: kernelize leaving a model on the meta device as it is.
+    """
+    devices = device_map or {"": getattr(model, "_kernels_device", None) or model.device}
+    if {torch.device(device).type for device in devices.values() if device != "disk"} == {"meta"}:
+        model._use_kernels = True
+    elif device_map is None:  # an argument since 5.25
+        original(model, *args, **kwargs)
+    else:
+        original(model, *args, device_map=device_map, **kwargs)
 
 
 def forget_quantizer(modules: Iterable[nn.Module]) -> None:

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_qlora.kernels.cpu.matmul_16bit import products
 from lightning_qlora.kernels.verify import OPS, faults
 from lightning_qlora.optim.host_memory import why_not_managed
 from lightning_qlora.texts import size_text
+from lightning_qlora.upstream_names import differs, missing_names
 
 PACKAGES = {  # package -> the extra that installs it; "": it is always installed; None: this package does not need it
     "torch": "",
@@ -42,7 +44,7 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True
     for name, extra in PACKAGES.items():
         try:
-            yield name, version(name), True
+            yield name, f"{version(name)} ({tested_text(name)})", True
         except PackageNotFoundError:
             hint = ""
             if extra:
@@ -50,6 +52,9 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
             if name == "triton":
                 hint = " under this name; torch for CUDA and ROCm brings its own"
             yield name, f"not installed{hint}", extra != ""
+    packages = ("torch", "lightning", *(["transformers"] if find_spec("transformers") else []))
+    missing = ", ".join(missing_names(packages))
+    yield "private names", f"missing: {missing}" if missing else "all that this package uses are there", not missing
     yield "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
     for dtype in (torch.bfloat16, torch.float16):
         yield f"CPU, {str(dtype).removeprefix('torch.')}", str(products(dtype)), True
@@ -85,6 +90,11 @@ def examine(check: bool = False) -> Iterator[tuple[str, str, bool]]:
             if device.type not in backends.UNTRIED:
                 raise
             yield f"self-test on {device}", f"{type(error).__name__}: {error}. {CPU_INSTEAD}", False
+
+
+def tested_text(package: str) -> str:
+    tested = differs(package)
+    return f"the tests ran with {tested}" if tested else "as tested"
 
 
 def paging(device: torch.device, properties: Any) -> str:

@@ -247,6 +247,7 @@ def test_doctor_says_which_op_is_wrong_and_that_a_layer_does_not_learn(monkeypat
 
 def test_doctor_lists_the_ops_whose_kernels_fail_and_checks_them_again(monkeypatch, capsys):
     asked = []
+    monkeypatch.setattr(doctor, "differs", {"torch": "2.13.0", "lightning": ""}.get)
     monkeypatch.setattr(doctor, "_self_test", lambda device: [])
     wrong = {"adamw_step": "differs by 1"}
     monkeypatch.setattr(doctor.backends, "failures", lambda *given: asked.append(given) or wrong)
@@ -282,6 +283,7 @@ def test_doctor_on_a_machine_with_a_card(monkeypatch):
     monkeypatch.setattr(doctor, "why_not_managed", lambda device: "no driver")
     monkeypatch.setattr(doctor.backends, "failures", lambda device, check: {})
     monkeypatch.setattr(doctor.backends, "describe", lambda device: f"kernels of {device}")
+    monkeypatch.setattr(doctor, "differs", {"torch": "2.13.0", "lightning": ""}.get)
     monkeypatch.setattr(doctor, "_self_test", lambda device: [(f"self-test on {device}", "ran", True)])
     monkeypatch.setattr(doctor.build, "compiler", Mock(side_effect=doctor.build.BuildError("none found")))
     checks = {name: text for name, text, good in doctor.examine() if good}
@@ -312,6 +314,7 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
         return "1.0"
 
     monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "differs", {"torch": "2.13.0", "lightning": ""}.get)
     monkeypatch.setattr(doctor, "_self_test", lambda device: [])
     checks = {name: (what, good) for name, what, good in doctor.examine()}
     compiler = checks.pop("C compiler"), checks.pop("cpu kernels")
@@ -320,13 +323,15 @@ def test_doctor_says_which_extra_is_missing_and_where_paging_brings_nothing(monk
     machine = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     assert checks == {
         "python": (machine, True),
-        **dict.fromkeys(doctor.PACKAGES, ("1.0", True)),
+        **{name: (f"1.0 ({doctor.tested_text(name)})", True) for name in doctor.PACKAGES},
+        "private names": ("all that this package uses are there", True),
         **missing,
         "CPU": (threads, True),
         "CPU, bfloat16": (str(products(torch.bfloat16)), True),
         "CPU, float16": (str(products(torch.float16)), True),
         "GPU": ("none that torch supports", True),
     }
+    monkeypatch.setattr(doctor, "differs", {"torch": "2.13.0", "lightning": ""}.get)
     monkeypatch.setattr(doctor, "_self_test", lambda device: iter([1 / 0]))
     with pytest.raises(ZeroDivisionError):
         list(doctor.examine())

@@ -8,11 +8,10 @@ may rename them without notice. `check_names` runs before any training and raise
 
 import re
 from collections.abc import Iterator
-from functools import cache, reduce
-from importlib import import_module
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -78,16 +77,10 @@ def _is_there(module: str, name: str) -> bool:
     if OF_CUDA in f".{name}" and not torch.cuda.is_available():
         return True
     try:
-        reduce(_part, name.split("."), import_module(module))
+        resolve_name(f"{module}.{name}")
     except (ImportError, AttributeError):
         return False
     return True
-
-
-def _part(owner: Any, name: str) -> Any:
-    if hasattr(owner, name):
-        return getattr(owner, name)
-    return import_module(f"{owner.__name__}.{name}")
 
 
 @cache

@@ -20,7 +20,7 @@ from tests.emulator.memory import Fault
 from tests.emulator.test_mutations import S_NOP, orders
 from tests.toys import needs
 
-pytestmark = [needs("triton", "3.9", "the emulator knows its code")]
+pytestmark = [needs("triton", "3.7", "the emulator knows its code")]
 WAIT_FOR_STORES = b"\x00\x00\x7c\xbc"  # s_waitcnt_vscnt null, 0 of RDNA 3
 
 

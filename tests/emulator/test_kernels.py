@@ -44,7 +44,7 @@ FIRST = {
         "linear_backward": (6,),
     },
 }
-pytestmark = needs("triton", "3.9", "the emulator knows its PTX")
+pytestmark = needs("triton", "3.7", "the emulator knows its PTX")
 
 
 def fault(target, op, number):

@@ -17,7 +17,7 @@ from tests.emulator.driver import emulated
 from tests.emulator.memory import Fault
 from tests.toys import needs
 
-pytestmark = [pytest.mark.slow, needs("triton", "3.9", "the emulator knows its PTX")]
+pytestmark = [pytest.mark.slow, needs("triton", "3.7", "the emulator knows its PTX")]
 # File of kernels/triton, text, replacement, op and number of the case, what is found.
 OUTSIDE = "outside of all tensors"
 DIFFERS = "differs from the reference"

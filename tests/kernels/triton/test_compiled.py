@@ -34,14 +34,14 @@ ONE_OF_EACH = {case.name.split(",")[0]: case for case in SHORT}.values()
 OTHERS = [pytest.param(case, id=case.name, marks=pytest.mark.slow) for case in SHORT if case not in ONE_OF_EACH]
 
 
-@needs("triton", "3.9", "the budgets are those of its code")
+@needs("triton", "3.7", "the budgets are those of its code")
 @pytest.mark.parametrize("case", [*(pytest.param(case, id=case.name) for case in ONE_OF_EACH), *OTHERS])
 def test_a_launch_compiles_within_its_budget(case):
     _, _, wrong = check(case, "sm_90")
     assert not wrong
 
 
-@needs("triton", "3.9", "the budgets are those of its code")
+@needs("triton", "3.7", "the budgets are those of its code")
 def test_code_behind_the_kernel_that_waits_is_not_part_of_the_loop():
     """On sm_100 it jumps back into the kernel, past the end of the loop and code that runs once."""
     name = "lora_down bf16, 4096 rows, rank 64, per element"

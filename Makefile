@@ -51,7 +51,8 @@ types: setup
 
 # Two tests at a time on two cores, each with one thread (tests/conftest.py). Where the environment forbids bytecode, as in many
 # containers, each process would compile all tests and the package again.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+export PYTHONDONTWRITEBYTECODE :=
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: style
 	$(MAKE) --jobs=2 types short-tests  # mypy uses one core, for more than a minute the first time

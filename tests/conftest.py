@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_qlora
 from lightning_qlora import QLoRAPrecision
-from lightning_qlora.conversion import outside_copies
 from lightning_qlora.layers.packed_layer import PackedLayer
 from tests import forks
 from tests.machines import products
@@ -55,20 +54,6 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 # Without these devices each seed is kept for them beside the stack of its call, 1 ms.
 for device in (torch.cuda, torch.xpu, torch.mtia):
     device.traceback = SimpleNamespace(format_stack=list)
-
-# A conversion searches what code that runs can reach. In these processes that is all of pytest, 0.04 s each time.
-PYTEST = ("_pytest.", "pluggy.", "xdist.", "execnet.")
-variables_for_users, leaves_for_users = outside_copies._variables, outside_copies.LEAVES
-outside_copies._variables = lambda frame: (
-    [] if frame.f_globals.get("__name__", "").startswith(PYTEST) else variables_for_users(frame)
-)
-outside_copies.LEAVES = leaves_for_users.union(
-    kind
-    for name, module in [*sys.modules.items()]
-    if name.startswith(PYTEST)
-    for kind in vars(module).values()
-    if isinstance(kind, type) and kind.__module__.startswith(PYTEST)
-)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)

@@ -83,8 +83,6 @@ def test_checkpoints_are_those_of_lightning(tmp_path):
 
 
 def test_what_is_refused_in_lightning_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="ModelPruning sets entries of float weights to zero"):
-        fit(other_pl, tmp_path, callbacks=other_pl.callbacks.ModelPruning("l1_unstructured"))
     module = module_of(other_pl)()
     module.trainer = other_pl.Trainer(
         plugins=QLoRAPrecision(r=4), strategy="ddp_fork", accelerator="cpu", logger=False, default_root_dir=tmp_path

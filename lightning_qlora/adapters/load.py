@@ -20,8 +20,6 @@ from lightning_qlora.config import QLoRAConfig, arguments_that
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.names import DELTA, join, only_child_of, owner_name, without_wrappers
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import set_origins
-from lightning_qlora.survey.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.records import conversion_of
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.tensors.values import has_values
@@ -58,11 +56,6 @@ def load_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> None:
     reshard(parts.modules)
     with parts.inference_mode():
         adapter = read_adapter(folder)
-        conversion = conversion_of(parts.root)
-        dense = adapter.modules.keys() - parts.base.layers.keys()
-        if dense and conversion is not None:  # their values may have looked new
-            prefix = without_wrappers(parts.base_name)
-            parts = convert_as_recorded(parts, {join(prefix, name, "weight"): "" for name in dense}, conversion)
         set_adapter(parts, adapter)
     trained = trained_modules(parts.base, parts.base)
     loaded = {trained.get(owner_name(key)) for key in adapter.saved}.union(parts.base.adapters.values())
@@ -199,14 +192,6 @@ def load_adapter_once(parts: Parts, folder: str, adapter: Adapter | None = None)
     for layer in layers:
         layer.adapter_folder = folder
     rank_zero_info(f"QLoRA: the adapters of this {type(parts.root).__name__} are now those of {folder}.")
-
-
-def adapter_to_start_from(folder: str, parts: Parts) -> Adapter:
-    """Before a conversion: the adapter says what trains in its base model, so values are not asked there."""
-    adapter = read_adapter(folder)
-    _, base = _base_of(adapter, parts)
-    set_origins(base, {without_wrappers(name): "" for name, _, _, _ in base.parameters})
-    return adapter
 
 
 def config_of_adapter(parts: Parts, adapter: Adapter, config: QLoRAConfig) -> QLoRAConfig:

@@ -19,8 +19,7 @@ from lightning_qlora.layers.names import owner_name
 from lightning_qlora.layers.qlora_linear import MERGED_ADAPTER
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import mark_as_loaded
-from lightning_qlora.survey.records import check_layers_of_conversions, conversion_of, record_merge
-from lightning_qlora.survey.snapshot import snapshot
+from lightning_qlora.survey.records import conversion_of, record_merge
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
 
@@ -47,7 +46,6 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
     Raises:
         ValueError: If the module has no QLoRALinear, an adapter holds NaN or Inf, layers are sharded, or dtype is not
             one of those above.
-        RuntimeError: If a layer with an adapter was replaced by a dense one, as resize_token_embeddings does.
 
     Example:
         ```python
@@ -74,12 +72,10 @@ def merge(module: Module, dtype: MergeDtype = "auto") -> Module:
 def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> None:
     """`merge` with these float weights [out, in], by names in the base model; each is removed from the dict.
 
-    The adapters are finite. After an error or an interrupt the merged layers are dense, all else is as before, and
-    another call goes on.
+    The adapters are finite. After an interrupt the layers so far are dense, and another call goes on.
     """
     module = parts.root
     layers = parts.layers
-    check_layers_of_conversions(parts)
     is_part = all(conversion_of(part) is None for part in parts.modules)  # of a converted module
     if is_part:  # an earlier call may have merged all layers of a whole one
         check_converted(module, layers)
@@ -95,35 +91,31 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
     is_changed = any(_is_changed(part) for part in parts.modules)
     held = {layer.weight_dtype for layer in layers.values() if layer.is_held and is_part}
     if is_changed:
-        with snapshot(parts.modules):
-            release(parts.modules)
+        release(parts.modules)
     parameters = []
-    try:
-        with snapshot(parts.modules) as keep:
-            of_rows = [adapter for adapter in parts.adapters.values() if adapter.row_count]
-            _mark_adapters(parts, modules)
-            for name, layer in layers.items():
-                weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
-                merged = merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
-                parameters.append(nn.Parameter(merged, requires_grad=False))
-                keep(layer.become_dense(parameters[-1], name, modules))
-            if is_changed:
-                for part in parts.modules:
-                    remove(part, OfTraining)
-                disable_gradient_checkpointing(parts.modules)
-                undo_full_precision(parts.named, lambda x, before: round_stochastically(x, DTYPES.get(dtype, before)))
-            for adapter in of_rows:
-                adapter.end(parts.modules)
-            record_merge(parts.modules)
-            if dtype != "auto":
-                for parameter in module.parameters():
-                    if parameter.is_floating_point():
-                        parameter.data = parameter.data.to(DTYPES[dtype])
-            for other in held:
-                add(MergedPart(module, other))
-    finally:
-        if parts.models:
-            mark_as_loaded(module, parameters)
+    of_rows = [adapter for adapter in parts.adapters.values() if adapter.row_count]
+    _mark_adapters(parts, modules)
+    for name, layer in layers.items():
+        weight_dtype = DTYPES.get(dtype, layer.weight_dtype)  # "auto" is not in DTYPES
+        merged = merged_weight(layer, weight_dtype, float_weights.pop(layer, None))
+        parameters.append(nn.Parameter(merged, requires_grad=False))
+        layer.become_dense(parameters[-1], name, modules)
+    if is_changed:
+        for part in parts.modules:
+            remove(part, OfTraining)
+        disable_gradient_checkpointing(parts.modules)
+        undo_full_precision(parts.named, lambda x, before: round_stochastically(x, DTYPES.get(dtype, before)))
+    for adapter in of_rows:
+        adapter.end(parts.modules)
+    record_merge(parts.modules)
+    if dtype != "auto":
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[dtype])
+    for other in held:
+        add(MergedPart(module, other))
+    if parts.models:
+        mark_as_loaded(module, parameters)
 
 
 def _is_changed(part: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import join, owner_name
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import check_layers_of_conversions, conversion_of, float_buffers
+from lightning_qlora.survey.records import conversion_of, float_buffers
 from lightning_qlora.tensors.dtensor import gather, reshard
 from lightning_qlora.tensors.fingerprint import fingerprint
 
@@ -113,7 +113,6 @@ def get_adapter(parts: Parts, base: Base = "quantized") -> Adapter:
     """
     base_model = parts.base
     layers = base_model.layers
-    check_layers_of_conversions(parts)
     check_converted(parts.root, layers)
     parts.check_adapters_finite()
     trained = trained_modules(base_model, parts)

@@ -6,8 +6,7 @@ has no hooks: its state dict has its base.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,18 +29,14 @@ from lightning_qlora.layers.layer_state import (
 )
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import CHECKPOINTED, join, owner_name, without_wrappers
-from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.starts.starts import corrects_error
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.recorded_origins import convert_as_recorded
 from lightning_qlora.survey.records import (
     CONVERSION,
     Conversion,
-    check_no_layer_resized,
     conversion_of,
     float_buffers,
     has_fingerprint,
-    new_by_values,
     was_frozen,
 )
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
@@ -61,43 +56,11 @@ class _InModule(str):
     keys: Collection[str] = ()  # of what has a fingerprint, without checkpoint_wrapper's names
 
 
-@contextmanager
-def ask_for(keys: Collection[str], modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within this, state dicts of modules have these keys too: torch.distributed.checkpoint reads no others.
-
-    A frozen value that changed since conversion is in the file, and a module built anew would leave it out.
-    """
-    hook = partial(_add_asked, {without_wrappers(key, (CHECKPOINTED,)) for key in keys})
-    converted = [part for module in modules for part in module.modules() if conversion_of(part) is not None]
-    handles = [part.register_state_dict_post_hook(hook) for part in converted]  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _add_asked(asked: Collection[str], root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    parts = _parts_of(root)
-    for name, layer in parts.layers_by_key.items():
-        key = prefix + _prefix(name)
-        if key + BASE[0] in asked:
-            layer.remember_base()  # the file is read into its tensors
-            state_dict |= base_entries(layer, key)
-    for name, owner, key, parameter in parts.dense_parameters:
-        if prefix + name in asked:
-            state_dict.setdefault(prefix + name, parameter.detach())
-        elif _is_always_saved(owner, key, parameter):
-            state_dict.pop(prefix + name, None)
-
-
-def record_conversion(
-    parts: Parts, config: QLoRAConfig, given: QLoRAConfig, convert_again: Callable[[nn.Module, QLoRAConfig], object]
-) -> None:
+def record_conversion(parts: Parts, config: QLoRAConfig, given: QLoRAConfig) -> None:
     """Leave the base out of state dicts of a converted module, and add it on loading, which can be strict.
 
     `config`: the arguments of the conversion; checkpoint="full" keeps the base. `given`: the arguments as they were
-    passed. `convert_again`: see `Conversion`.
+    passed.
     """
     root = parts.root
     parts = Parts(parts.places, (CHECKPOINTED,))  # names as in state dicts
@@ -108,7 +71,7 @@ def record_conversion(
         buffers = {name: fingerprint(value) for name, value in float_buffers(parts.named)}
     layers: dict[str, Any] = {name: part for name, part in parts.named if hasattr(type(part), "weight_metadata")}
     shapes = {without_wrappers(name): tuple(layer.weight_metadata()[0]) for name, layer in layers.items()}
-    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes, buffers, convert_again)
+    vars(root)[CONVERSION] = Conversion(config, [*requests, given], shapes, buffers)
     if _after_state_dict not in root._state_dict_hooks.values():
         # Module-level functions: a module with these hooks can be copied and pickled.
         root.register_state_dict_pre_hook(_before_state_dict)  # type: ignore[no-untyped-call]
@@ -127,11 +90,7 @@ def saved_conversion(parts: Parts, config: QLoRAConfig) -> SavedConversion:
             if (owner, key) in parts.unchanged and not _is_always_saved(owner, key, parameter):
                 fingerprints[name] = parts.unchanged[owner, key]
     trained = trained_modules(parts.base, parts)
-    description = describe_base(parts, config, trained)
-    new = new_by_values(parts.places)
-    if new:
-        description["new"] = new
-    return SavedConversion(config, description, fingerprints)
+    return SavedConversion(config, describe_base(parts, config, trained), fingerprints)
 
 
 def _is_always_saved(owner: nn.Module, key: str, parameter: nn.Parameter) -> bool:
@@ -162,7 +121,6 @@ def _after_state_dict(root: nn.Module, state_dict: dict[str, Any], prefix: str, 
     layers = parts.layers_by_key
     for layer in layers.values():
         vars(layer).pop("base_left_out_at", None)
-    check_no_layer_resized(conversion, parts.named)
     if _is_merged(conversion, parts):
         return
     saved = saved_conversion(parts, conversion.config)
@@ -215,10 +173,6 @@ def _before_load(
             raise ValueError(BUILT_ANEW.format(kind=type(root).__name__))
         return
     saved = _read_conversion(parts, state_dict, prefix, conversion.config)
-    if saved is not None and (saved.base.get("new") or new_by_values(parts.places)):
-        origins = saved.origins(key.removeprefix(prefix) for key in state_dict)
-        parts = convert_as_recorded(parts, origins, conversion)
-        conversion = conversion_of(root) or conversion
     _check_same_layers(parts, adapters)
     state_dict.pop(prefix + CONVERSION, None)
     if saved is not None:

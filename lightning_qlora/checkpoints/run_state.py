@@ -10,15 +10,11 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.checks import shown
 from lightning_qlora.survey.records import conversion_of
 from lightning_qlora.tensors.dtensor import of_all_ranks, world_size
-
-INSTANTIATORS = tuple(f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning"))
 
 
 def torch_rng_states(gathered: bool) -> list[dict[str, Any]]:
@@ -97,17 +93,6 @@ def leave_out_networks(checkpoint: dict[str, Any], module: nn.Module) -> None:
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if isinstance(checkpoint.get(key), dict):
             checkpoint[key] = tree_map(left_out, checkpoint[key])
-
-
-def check_instantiator(checkpoint: Mapping[str, Any]) -> None:
-    """ValueError for hyperparameters that name a function other than LightningCLI's: Lightning 2.5 calls any."""
-    for key in ("hyper_parameters", *CHECKPOINT_PAST_HPARAMS_KEYS):
-        name = dict(checkpoint.get(key) or {}).get("_instantiator")
-        if name not in (None, *INSTANTIATORS):
-            raise ValueError(
-                f"the hyperparameters have _instantiator={shown(name)}, a function that Lightning 2.5 calls. If you "
-                "trust the author of the file, pass weights_only=False."
-            )
 
 
 def check_networks(hyperparameters: Any, given: Mapping[str, Any]) -> None:

@@ -36,7 +36,6 @@ DESCRIPTION_TYPES: dict[str, Any] = {  # types of entries of `describe_base`; of
     "experts": dict,
     "parameters": list,
     "tokens": dict,
-    "new": dict,
 }
 OF_LAYERS = (*arguments_that("of_layer"), "init_lora_weights", "loftq_config")  # what "layers" has
 PAGE = 4096  # bytes: the JSON is padded, because a sharded checkpoint loads into tensors of the same size
@@ -96,24 +95,9 @@ class SavedConversion:
 
     def with_names(self, rename: Callable[[str], str | None]) -> "SavedConversion":
         """It with other names in the module; None: of a tensor that is not in it."""
-
-        def renamed(table: dict[str, Any]) -> dict[str, Any]:
-            names = {name: rename(without_wrappers(name)) for name in table}
-            return {new: table[name] for name, new in names.items() if new is not None}
-
-        base = self.base | {"new": renamed(self.base.get("new", {}))}
-        return replace(self, base=base, fingerprints=renamed(self.fingerprints))
-
-    def origins(self, keys: Iterable[str]) -> dict[str, str]:
-        """Name of each parameter that a file knows -> why it was new by its values, "" if it was not.
-
-        `keys`: those of its state dict. Files of before have no such parameters.
-        """
-        keys = {without_wrappers(key) for key in keys}
-        layers = {owner_name(key) for key in keys if last_part(key) == "lora_A"} | self.fingerprints.keys()
-        names = keys | layers | {join(name, "weight") for name in layers} | {parameter_name(name) for name in layers}
-        new: dict[str, str] = self.base.get("new", {})
-        return dict.fromkeys(names, "") | new
+        names = {name: rename(without_wrappers(name)) for name in self.fingerprints}
+        fingerprints = {new: self.fingerprints[name] for name, new in names.items() if new is not None}
+        return replace(self, fingerprints=fingerprints)
 
     @cached_property
     def quantization(self) -> Quantization | None:

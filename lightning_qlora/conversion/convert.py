@@ -1,8 +1,6 @@
 """Convert a module in place: choose linear layers, quantize them one after another, freeze the rest, report."""
 
-import sys
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,27 +11,24 @@ from torch.torch_version import TorchVersion
 from typing_extensions import Unpack
 
 from lightning_qlora.activations.gradient_checkpointing import enable_gradient_checkpointing
-from lightning_qlora.adapters.load import adapter_to_start_from, config_of_adapter, load_adapter_once
+from lightning_qlora.adapters.load import config_of_adapter, load_adapter_once
+from lightning_qlora.adapters.peft_folder import read_adapter
 from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.calibration.calibration import calibration_of
 from lightning_qlora.checkpoints.module_state import record_conversion
 from lightning_qlora.checks import check_module
-from lightning_qlora.config import ALL_LINEAR, QLoRAConfig
+from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.conversion.convert_checks import (
     check_has_data,
-    check_initialized,
     check_loaded,
     differing_arguments,
     refuse_nothing,
 )
-from lightning_qlora.conversion.mapped_files import copy_from_files
 from lightning_qlora.conversion.notes import (
     CONVERTED_BEFORE,
     note_after_conversion,
     note_before_conversion,
-    note_other_arguments,
 )
-from lightning_qlora.conversion.outside_copies import OutsideCopies
 from lightning_qlora.conversion.parameter_counts import count_parameters
 from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.dtypes.compute_in import MergedPart
@@ -41,27 +36,22 @@ from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_pr
 from lightning_qlora.dtypes.instance_method import METHODS, remove
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings
-from lightning_qlora.runs.guards import refuse_old_wrappers
 from lightning_qlora.runs.patches import shard_bytes
 from lightning_qlora.selection.apply import convert_layers, freeze
-from lightning_qlora.selection.copies import COPIES, find_copies, share_seeds
+from lightning_qlora.selection.copies import find_copies, share_seeds
 from lightning_qlora.selection.selection import SavedLayers, Selection, decide
 from lightning_qlora.selection.selection_checks import FOREIGN, check_patterns, refuse_foreign_adapters
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import remember_origins
 from lightning_qlora.survey.records import (
     MERGED,
     Conversion,
-    check_layers_of_conversions,
     conversion_of,
     record,
     record_rounded,
     unrecorded,
 )
-from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.survey.survey import Agree, Survey, survey
 from lightning_qlora.tensors.device_types import held_type
-from lightning_qlora.tensors.dtensor import world_size
 from lightning_qlora.upstream_changes import make_changes
 
 
@@ -92,10 +82,7 @@ def convert(module: nn.Module, **arguments: Unpack[QLoRAArguments]) -> Conversio
     """
     check_module("module", module)
     config = QLoRAConfig(**arguments)  # type: ignore[arg-type]  # takes a torch.dtype, too
-    outside = None if is_converted(module) else OutsideCopies(module)
     report = convert_module(module, config)
-    if outside is not None:
-        outside.note(report)
     if report.notes:  # the caller may not print the report
         rank_zero_warn(f"rows of the report to look at:\n{report.marked_rows()}", stacklevel=5)
     return report
@@ -126,16 +113,13 @@ def convert_module(
     """
     start = time.perf_counter()
     parts = Parts.of(module, wrappers=())
-    if parts.traits.is_lazy:
-        check_initialized(parts.named)
     report = ConversionReport(bytes_before=count_parameters(parts.modules).bytes_before)
     conversion = conversion_of(parts.root)
     if conversion is not None and (run.evaluating or not unrecorded(parts.modules)):
-        with snapshot(parts.modules):
-            _convert_again(parts, conversion, config)
-            if parts.traits.has_16_bits:
-                report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
-                record_rounded(parts.named)
+        _convert_again(parts, conversion, config)
+        if parts.traits.has_16_bits:
+            report.held = hold(parts.modules, conversion.config.compute_dtype, run.device, run.decide)
+            record_rounded(parts.named)
         report.count(parts)
     else:
         parts = _convert_new(parts, config, run, saved, report)
@@ -155,27 +139,22 @@ def _convert_new(
     given = config
     adapter = None
     if config.adapter:
-        adapter = adapter_to_start_from(config.adapter, parts)
+        adapter = read_adapter(config.adapter)
     seen = survey(parts, run.agree)
-    if not parts.traits.is_new:
-        check_layers_of_conversions(parts)
     if parts.traits.is_meta:
         check_has_data(parts.named, later=run.sharded or dist.is_initialized())
     if adapter is not None:
         config = config_of_adapter(parts, adapter, config)
     choice = _decide(seen, parts, config, saved, report, run)
-    with snapshot(parts.modules) as keep:
-        parts = _apply(seen, parts, choice, config, run, report, keep)
-        if given.adapter is not None:
-            load_adapter_once(parts, given.adapter, adapter)
-        record_conversion(parts, config, given, convert_module)
-        if config.deferred_logits is True or parts.traits.is_wide:
-            report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
+    parts = _apply(seen, parts, choice, config, run, report)
+    if given.adapter is not None:
+        load_adapter_once(parts, given.adapter, adapter)
+    record_conversion(parts, config, given)
+    if config.deferred_logits is True or parts.traits.is_wide:
+        report.deferred_logits = defer_output_embeddings(parts, config.deferred_logits, run.sharded)
     report.take(choice)
     report.count(parts)
-    note_after_conversion(report, parts, choice, run.device)
-    if seen.was_converted or seen.was_interrupted:
-        note_other_arguments(report, parts, config)
+    note_after_conversion(report, parts, choice)
     return parts
 
 
@@ -194,11 +173,8 @@ def _decide(
         choice.some_rows.check(choice.train)
     if choice.has_patterns and saved is None:  # the layers of a checkpoint were chosen without patterns
         check_patterns(seen, config, choice)
-    names = {name.lower() for name in seen.attributes}
-    if "peft" in sys.modules or any(names.issuperset(pair) for pair in FOREIGN):
+    if {name.lower() for name in seen.attributes} >= FOREIGN:
         refuse_foreign_adapters(seen, config, choice)
-    by_size = ALL_LINEAR in config.target_modules and saved is None and not seen.was_converted
-    report.by_size = by_size and not seen.origins.is_pretrained
     if not choice.convert and not seen.was_converted:
         refuse_nothing(choice, config, run.is_one_of_several)
     if not parts.traits.is_new:
@@ -211,17 +187,14 @@ def _decide(
 
 
 def _apply(
-    seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport,
-    keep: Callable[[nn.Module], None],
-) -> Parts:  # fmt: skip
+    seen: Survey, parts: Parts, choice: Selection, config: QLoRAConfig, run: Run, report: ConversionReport
+) -> Parts:
     new = unrecorded(parts.modules)
-    remember_origins(parts, seen.origins)
-    converted = convert_layers(seen, choice, run.device, keep)
+    converted = convert_layers(seen, choice, run.device)
     if not parts.traits.is_new:
         for part in parts.modules:
             vars(part).pop(MERGED, None)
             remove(part, MergedPart)
-    vars(parts.root).pop(COPIES, None)
     if parts.models:
         forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)
@@ -234,13 +207,8 @@ def _apply(
         train_in_full_precision(parts.modules)
         report.held = hold(parts.modules, config.compute_dtype, run.device, run.decide)
         record_rounded(parts.named)
-    stays = run.device is None or run.device.type == "cpu"  # else the strategy copies the module to its device
-    if stays and parts.traits.is_mapped:
-        copy_from_files(parts.named)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(module, config.gradient_checkpointing, run.sharded)
-    if world_size() > 1:
-        refuse_old_wrappers(module)
     make_changes("torch", "transformers")
     if torch.__version__ < TorchVersion("2.12"):
         shard_bytes()

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL, first_of
 from lightning_qlora.config import QLoRAConfig, arguments_that
@@ -24,18 +23,6 @@ COMPUTE_IT = (
     "from_pretrained(None, config=..., state_dict=...)."
 )
 SHOWN = 5  # layers with the reason that each was skipped
-
-
-def check_initialized(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    modules = list(modules)
-    for name, tensor in tensors_of(modules):
-        if is_lazy(tensor):
-            owner = type(dict(modules)[owner_name(name)]).__name__
-            raise ValueError(
-                f"{name}: belongs to a {owner} that has not run yet, so it has no shape and can be neither quantized "
-                "nor frozen. Run one batch through the module first (in __init__ or configure_model of a "
-                "LightningModule), or build the layer with its input size."
-            )
 
 
 def check_has_data(modules: Iterable[tuple[str, nn.Module]], later: bool = False, advice: str = LOAD_IT) -> None:

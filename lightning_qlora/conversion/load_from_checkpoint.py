@@ -3,8 +3,6 @@
 import inspect
 import io
 import os
-import sys
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,20 +10,16 @@ import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
-from lightning_qlora.checkpoints.run_state import check_instantiator, check_networks
+from lightning_qlora.checkpoints.run_state import check_networks
 from lightning_qlora.checkpoints.saved_conversion import adapter_keys, entry_of, read_conversion
 from lightning_qlora.checks import shown
 from lightning_qlora.conversion.convert import convert_module
-from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint, reading
-from lightning_qlora.layers.layer_state import has_base
-from lightning_qlora.layers.names import join, last_part, named
-from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.provenance import set_origins
+from lightning_qlora.files.lightning_checkpoint import one_line_errors, read_checkpoint
+from lightning_qlora.layers.names import last_part, named
 from lightning_qlora.survey.records import CONVERSION, conversion_of
 
 Module = TypeVar("Module", bound=LightningModule)
 CLASS_PATH = "_class_path"  # LightningCLI's name of a hyperparameter
-LARGE = 1e6  # no difference of two weights is
 PLUGIN = "QLoRAPrecision"  # key of the plugin's state in a checkpoint of the Trainer
 
 
@@ -76,10 +70,11 @@ def load_from_checkpoint(
         checkpoint = read_checkpoint(checkpoint_path, weights_only)
     text = _text_of_plugin(checkpoint, checkpoint_path, module_class.__name__)
     with named(checkpoint_path):
-        if weights_only:
-            check_instantiator(checkpoint)
         check_networks(checkpoint.get("hyper_parameters"), hyperparameters)
-        module_class, is_named = _take_class(checkpoint.get("hyper_parameters"), module_class)
+        hyperparameters_of_file = checkpoint.get("hyper_parameters") or {}
+        path = hyperparameters_of_file.pop(CLASS_PATH, None)  # Lightning would make that class, and not the one below
+        if path not in (None, f"{module_class.__module__}.{module_class.__qualname__}"):
+            raise ValueError(f"was saved from a {shown(path)}, which LightningCLI chose: pass it as module_class.")
 
     def load_state_dict(module: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         """After `on_load_checkpoint`, which may edit the state: convert, and load as the class does."""
@@ -92,13 +87,11 @@ def load_from_checkpoint(
             with named(checkpoint_path):
                 saved = read_conversion(state)
             assert saved is not None
-            _fill_what_is_loaded(module, state, saved.names_of_layers(state))
-            set_origins(Parts.of(module), saved.origins(state))
             convert_module(module, saved.config, saved=saved.arguments_of_layers(state))
         return module.load_state_dict(state, *args, **kwargs)
 
     source: Any = checkpoint_path
-    if is_named or not os.path.isfile(checkpoint_path):  # shards, or an address
+    if path is not None or not os.path.isfile(checkpoint_path):  # shards, or an address
         source = io.BytesIO()
         torch.save(checkpoint, source)
         source.seek(0)
@@ -109,40 +102,8 @@ def load_from_checkpoint(
         del arguments["weights_only"]  # a class with a method of its own that decides this itself
     # A class of the same name, since Lightning has no hook between building a module and loading its state.
     loading: Any = type(module_class.__name__, (module_class,), {"load_state_dict": load_state_dict})
-    with reading(weights_only):
-        module: Module = loading.load_from_checkpoint(source, **arguments, **hyperparameters)
+    module: Module = loading.load_from_checkpoint(source, **arguments, **hyperparameters)
     return module
-
-
-def _take_class(hyperparameters: Any, module_class: type[Module]) -> tuple[type[Module], bool]:
-    """The class that the hyperparameters name, if LightningCLI chose it (subclass_mode_model), and whether they do.
-
-    It is removed from them: Lightning would make that class, and not the one that loads.
-    """
-    if not isinstance(hyperparameters, MutableMapping) or CLASS_PATH not in hyperparameters:
-        return module_class, False
-    path = str(hyperparameters.pop(CLASS_PATH))
-    file, _, name = path.rpartition(".")
-    kind = getattr(sys.modules.get(file), name, None)
-    if not isinstance(kind, type) or not issubclass(kind, module_class):
-        raise ValueError(
-            f"was saved from a {shown(path)}, which is no {module_class.__name__}, or was not imported. Import it, and "
-            "pass it as module_class."
-        )
-    return kind, True
-
-
-@torch.no_grad()
-def _fill_what_is_loaded(module: Any, state: dict[str, Any], layers: dict[str, str]) -> None:
-    """Put zeros in place of weights that a state has, if a class built them in memory that was never written."""
-    parameters = dict(module.named_parameters())
-    for prefix, name in layers.items():
-        weight = parameters.get(join(name, "weight"), parameters.get(name))
-        if weight is None or weight.is_meta or not has_base(state, prefix):
-            continue
-        low, high = weight.aminmax()
-        if not high.float() - low.float() < LARGE:  # NaN is not
-            weight.zero_()
 
 
 def _text_of_plugin(checkpoint: Any, path: str | Path, name: str) -> Any:

@@ -11,26 +11,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning_qlora.conversion.parameter_counts import count_parameters
 from lightning_qlora.dtypes.compute_in import compute_types
 from lightning_qlora.dtypes.instance_method import CHANGES
-from lightning_qlora.selection.selection import FROZEN, Selection
+from lightning_qlora.selection.selection import Selection
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import Held
 from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
 from lightning_qlora.texts import ROOT, group, groups, size_text
 
-BITS_OF_NF4 = 4.127  # of a weight with blocks of 64 and double quantization (QLoRA paper, section 3)
-BY_SIZE = (
-    "no weights are known to be loaded: linear layers larger than their adapter get\n"
-    "4 bits, smaller ones train in full; name a new head in modules_to_save"
-)
 KEPT_IN = {
     torch.float32: "fp32 and computes in it ({} more)",
     torch.bfloat16: "bf16, which rounds each value to 8 of its 11 bits, and computes in it",
 }
-COPIED = (
-    "outside of the module are copies of {}, from before conversion, or references to its weights: an average in\n"
-    "one can't follow the adapters, nor can code that computes with it or clips its gradients, so make it in\n"
-    "on_fit_start, or after fabric.setup; any other copy may stay"
-)
 NOTHING_PRETRAINED = (
     "nothing looks pretrained: its values are those of an initialization, and QLoRA freezes them at random. Load the "
     "weights in __init__ or configure_model, before fit; or train it without the plugin"
@@ -55,8 +45,6 @@ class ConversionReport:
         frozen: Names of modules and parameters that conversion froze, without the linear layers.
         adapter_parameters: Number of parameters of all adapters, and of the rows that train.
         trained_rows: Name of an embedding -> how many of its rows train; tied ones by the first name.
-        frozen_by_module: Bytes of the layers that the module itself froze before conversion.
-        bytes_4_bits_would_save: How many of them target_modules that name these layers would save.
         deferred_logits: Name of each output embedding whose logits are deferred -> bytes that a step saves for each
             1,000 tokens (`deferred_head.saved_bytes`); 0 if they are not deferred, because a strategy shards the weight
             or its adapter has dropout.
@@ -67,10 +55,7 @@ class ConversionReport:
         held_bytes: Bytes that this takes more.
         calibration: Status of adapters that are initialized from the first step (`CalibrationReport`); None if
             none are.
-        by_size: Whether the size of each linear layer decided alone, because no part of the module is known to be
-            pretrained.
-        unused: Name -> reason, of layers whose adapters got no gradient; known after the second step.
-        copied: Names of layers whose weights of before conversion have copies outside of the module, or are held there.
+        unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
         computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
             of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
         activations: With gradient_checkpointing="auto" or bytes the `ActivationBudget`, whose text says how many blocks
@@ -102,17 +87,13 @@ class ConversionReport:
     frozen: list[str] = field(default_factory=list)
     adapter_parameters: int = 0
     trained_rows: dict[str, int] = field(default_factory=dict)
-    frozen_by_module: int = 0
-    bytes_4_bits_would_save: int = 0
     deferred_logits: dict[str, int] = field(default_factory=dict)
     full_precision_bytes: int = 0
     full_precision_computes_in: list[str] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     held_bytes: int = 0
     calibration: Any = None
-    by_size: bool = False
     unused: dict[str, str] = field(default_factory=dict)
-    copied: list[str] = field(default_factory=list)
     computes_in: dict[str, str] = field(default_factory=dict)
     activations: Any = None
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -154,17 +135,14 @@ class ConversionReport:
         return _lines(row for row in self.rows() if row[1].startswith(MARK))
 
     def take(self, choice: Selection) -> None:
-        """Take the rows of what is not converted, and count what naming the layers that the module froze would save."""
+        """Take the rows of what is not converted."""
         self.trained_in_full = choice.train
         self.skipped = choice.skip
-        weights = [row.owner._parameters[row.key] for row in choice.rows.values() if row.reason == FROZEN]
-        self.frozen_by_module = sum(weight.nbytes for weight in weights)
-        self.bytes_4_bits_would_save = sum(w.nbytes - round(w.numel() * BITS_OF_NF4 / 8) for w in weights)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, status and number of layers or parameters whose names differ only in a number."""
         each = [(name, MARK + text) for text, names in self.notes.items() for name in names]
-        each += [(name, f"{MARK}no gradient in the first steps: {reason}") for name, reason in self.unused.items()]
+        each += [(name, f"{MARK}no gradient in the first step: {reason}") for name, reason in self.unused.items()]
         for name in sorted(self.converted, key=lambda name: -len(self.shapes[name])):  # experts first
             *counts, rows, columns = self.shapes[name]
             prefix = "".join(f"{count} experts of " for count in counts)
@@ -203,11 +181,6 @@ class ConversionReport:
                 f"what trains in full is kept in fp32 ({size_text(self.full_precision_bytes)}) and computes in "
                 f"{' and '.join(self.full_precision_computes_in)}"
             )
-        if self.frozen_by_module:
-            lines.append(
-                f"layers that the module froze take {size_text(self.frozen_by_module)}; naming them in target_modules "
-                f"would save {size_text(self.bytes_4_bits_would_save)}"
-            )
         lines.append(
             f"parameters take {size_text(self.bytes_after)}, {size_text(self.bytes_before)} before; "
             f"converted {len(self.converted)} layers in {self.seconds:.1f} s"
@@ -219,10 +192,6 @@ class ConversionReport:
             lines.append(f"logits of {name or ROOT}: {how}")
         if self.activations is not None:
             lines.append(f"gradient checkpointing: {self.activations}")
-        if self.by_size and NOTHING_PRETRAINED not in self.notes:
-            lines.append(BY_SIZE)
-        if self.copied:
-            lines.append(COPIED.format(groups(self.copied)))
         if self.calibration is not None:
             lines.append(str(self.calibration))
         return "\n".join(lines)

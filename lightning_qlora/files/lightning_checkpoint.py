@@ -4,9 +4,8 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from lightning_qlora.checks import DAMAGED, shown
 from lightning_qlora.files.hub import check_name, file_in
 from lightning_qlora.texts import printable
 
-ONLY_WEIGHTS: ContextVar[bool | None] = ContextVar("ONLY_WEIGHTS", default=None)  # of `reading`
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
 SHARDS_INDEX = ".metadata"  # the shard of every tensor
 OTHER_FILES = (  # of folders that are no checkpoints
@@ -45,23 +43,6 @@ def check_dense(key: str, value: Any) -> None:
     dense = value.layout is torch.strided and not value.is_quantized and not value.is_meta
     if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"{key}: is a quantized, sparse or expanded tensor, or has no values. {DAMAGED}")
-
-
-@contextmanager
-def reading(weights_only: bool) -> Iterator[None]:
-    """Within this Lightning reads checkpoints so, if its caller does not say how (runs/patches.py)."""
-    token = ONLY_WEIGHTS.set(weights_only)
-    try:
-        yield
-    finally:
-        ONLY_WEIGHTS.reset(token)
-
-
-def only_weights(requested: bool | None) -> bool:
-    """Whether to read plain values alone: what the user says to Lightning, or else to torch, and by default yes."""
-    if requested is None:
-        return os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() not in ("1", "y", "yes", "true")
-    return requested
 
 
 def _has_file(folder: str | os.PathLike[str], names: tuple[str, ...]) -> bool:
@@ -108,16 +89,6 @@ def _read_shards(folder: Path, weights_only: bool) -> dict[str, Any]:
         _load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
     state |= torch.load(file_in(folder, META), map_location="cpu", weights_only=weights_only, mmap=True)
     return state
-
-
-def load_shards(state: dict[str, Any], folder: Path, weights_only: bool) -> None:
-    """Load a checkpoint in shards into a state, as torch.distributed.checkpoint.load; all ranks must call it."""
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    with one_line_errors(folder), _errors_of_values():
-        reader, planner = _reader_and_planner(folder, weights_only, DefaultLoadPlanner)
-        load(state, storage_reader=reader, planner=planner)
 
 
 def _reader_and_planner(folder: Path, weights_only: bool, kind: Any) -> tuple[Any, Any]:
@@ -207,13 +178,6 @@ def read_index(path: Path, weights_only: bool) -> Any:
         check_name(f"{path}: a shard", place.relative_path)
         file_in(path.parent, place.relative_path)
     return index
-
-
-def keys_of_shards(path: str | os.PathLike[str], names: Iterable[str], weights_only: bool) -> set[str]:
-    with one_line_errors(path):
-        index = read_index(Path(path) / SHARDS_INDEX, weights_only)
-    keys = index.state_dict_metadata
-    return {key.removeprefix(f"{name}.") for name in names for key in keys if key.startswith(f"{name}.")}
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from lightning_qlora.layers.tensor_parallel import SPLIT_EXPERTS, unknown_style
 from lightning_qlora.quantization.packed_weight import PackedWeight
 from lightning_qlora.selection.apply import convert_layer
 from lightning_qlora.selection.selection import Row
-from lightning_qlora.survey.snapshot import snapshot
 from lightning_qlora.tensors.dtensor import local
 
 LOAD_WHOLE = (
@@ -197,11 +196,10 @@ class Place:
             return self.refuse_shape(weight.shape)
         owner, inner = self.owner, self.chosen.key
         try:
-            with snapshot([owner]):
-                owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
-                layer = convert_layer(self.chosen, weights=experts)
-                if isinstance(empty, DTensor) and isinstance(owner, QLoRALinear):
-                    owner.split_over(empty.device_mesh, by_inputs=empty.placements[0].is_shard(1))
+            owner._parameters[inner] = nn.Parameter(weight, requires_grad=False)
+            layer = convert_layer(self.chosen, weights=experts)
+            if isinstance(empty, DTensor) and isinstance(owner, QLoRALinear):
+                owner.split_over(empty.device_mesh, by_inputs=empty.placements[0].is_shard(1))
         except ValueError as error:
             return self.refuse(f"{self.chosen.name}: {error}")
         return self.loaded(layer)

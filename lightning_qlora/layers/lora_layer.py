@@ -53,7 +53,6 @@ class LoRALayer(WithAdapter, PackedLayer):
     adapter_folder: str | None = None  # the last one that an argument named and that was loaded
     # Whether no conversion of a module with it has ended: its model was loaded, or an error came.
     is_unfinished: bool = False
-    quantized_by_conversion: bool = False  # whether a conversion chose it; else it was quantized while its model loaded
     input_observer: Any = None  # sees the inputs until the adapter is computed from them; in most layers None
     # A and B at the start, in host memory; None if training began with B = 0, or from values of another module.
     initial: tuple[Tensor, Tensor] | None = None

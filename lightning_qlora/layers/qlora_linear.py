@@ -88,14 +88,21 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
         """Turn a layer of one of the `kinds` into a QLoRALinear, in place.
 
         It is quantized on `device`, None: where the weight is. `config` has the rank and lora_alpha of this layer.
-        The seed of the adapter is made from `seed_name`, the same on every rank. An error leaves the layer as it is
-        then; callers have a snapshot of it.
+        The seed of the adapter is made from `seed_name`, the same on every rank. After an error the layer is as before.
         """
+        before = type(layer), {**vars(layer)}, {**layer._parameters}
         weight: Any = layer._parameters.pop("weight")
         setattr(weight, REPLACED, layer)  # for an optimizer that was created before conversion
         new: QLoRALinear = derive(QLoRALinear, layer)
-        new.set_arguments(config, name, seed_name)
-        new.initialize(weight, device)
+        try:
+            new.set_arguments(config, name, seed_name)
+            new.initialize(weight, device)
+        except BaseException:
+            layer.__class__ = before[0]
+            for contents, own in zip((layer._parameters, vars(layer)), (before[2], before[1]), strict=True):
+                contents.clear()
+                contents.update(own)
+            raise
         new.out_features, new.in_features = new._shape
         return new
 

@@ -1,5 +1,6 @@
 """ConvertedModules: the modules that a plugin converted, of which a Trainer has one, and Fabric may have several."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.conversion.outside_copies import OutsideCopies, add_advice, advice_for
-from lightning_qlora.conversion.report import ConversionReport
+from lightning_qlora.conversion.report import ConversionReport, say
 from lightning_qlora.dtypes.compute_in import compute_in
 from lightning_qlora.dtypes.full_precision import hold
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -47,19 +47,13 @@ class ConvertedModules:
         if self.last is not None:
             yield from _layers(self.last)
 
-    def add(
-        self, module: nn.Module, report: ConversionReport, again: bool, outside: OutsideCopies | None = None
-    ) -> ConversionReport:
-        """Add a module that was converted, and return its report; `again`: that of its first conversion here.
-
-        `outside`: the copies of its weights that were made before.
-        """
+    def add(self, module: nn.Module, report: ConversionReport, again: bool) -> ConversionReport:
+        """Add a module that was converted, and return its report; `again`: that of its first conversion here."""
         previous = self._converted.pop(module, None)
         if again and previous is not None:
             report = previous.report
-            outside = previous.audit.outside
         device = next((layer.packed.device.type for layer in _layers(module)), "cpu")
-        self._converted[module] = _Converted(report, device, Audit(report, outside))
+        self._converted[module] = _Converted(report, device, Audit(report))
         return report
 
     def use(self, module: nn.Module) -> None:
@@ -67,18 +61,14 @@ class ConvertedModules:
         if module in self._converted:
             self._converted[module] = self._converted.pop(module)
 
-    def end(self) -> None:
-        """At the end of a run of the last module: tell what its audit has not told yet."""
-        if self.last is not None:
-            self._converted[self.last].audit.end(self.last)
-
     def advise(self, error: BaseException) -> None:
         """Say what to do about an error in a run of the last module, if it comes from what conversion changed."""
         if self.last is not None:
-            outside = self._converted[self.last].audit.outside
-            advice = advice_on_types(error, self.last) or advice_for(error, self.last, outside)
-            if advice is not None:
-                add_advice(error, advice)
+            advice = advice_on_types(error, self.last)
+            if advice is not None and sys.version_info >= (3, 11):
+                error.add_note(f"QLoRA: {advice}")
+            elif advice is not None:
+                say(advice)
 
     def audit(self, optimizer: Optimizer) -> None:
         """Check, between a backward pass and the step of an optimizer, that what it holds trains."""

@@ -1,7 +1,7 @@
 """QLoRAPrecision: the plugin for Trainer and Fabric. Each hook calls the module that implements it."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,17 +20,15 @@ from lightning_qlora.checkpoints.run_state import (
     set_torch_rng_state_of_rank,
     torch_rng_states,
 )
-from lightning_qlora.checkpoints.saved_conversion import adapter_keys, entry_of, read_conversion, text_of
+from lightning_qlora.checkpoints.saved_conversion import text_of
 from lightning_qlora.checks import KEEP_DENSE
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.conversion.convert import Run, convert_module, is_converted
 from lightning_qlora.conversion.convert_checks import LOAD_IN_CONFIGURE_MODEL, check_has_data
-from lightning_qlora.conversion.outside_copies import OutsideCopies
 from lightning_qlora.conversion.report import ConversionReport
 from lightning_qlora.huggingface.quantize_on_load import quantize_while_loading
 from lightning_qlora.kernels import scratch
-from lightning_qlora.kernels.backends import agree, describe
-from lightning_qlora.layers.names import without_wrappers
+from lightning_qlora.kernels.backends import agree
 from lightning_qlora.layers.packed_layer import to_parameters
 from lightning_qlora.lightning_copies import classes, inherit_from_copies
 from lightning_qlora.optim.optimizer_parameters import (
@@ -45,11 +43,9 @@ from lightning_qlora.optim.pager import Pager
 from lightning_qlora.plugin.converted_modules import ConvertedModules
 from lightning_qlora.plugin.trainer_or_fabric import TrainerOrFabricPrecision, trainer_of
 from lightning_qlora.runs import guards
-from lightning_qlora.runs.base_of_rank_0 import use_base_of_rank_0
-from lightning_qlora.survey.parts import Parts
+from lightning_qlora.runs.same_base import check_same_base
 from lightning_qlora.survey.provenance import Origins
-from lightning_qlora.survey.recorded_origins import convert_as_recorded
-from lightning_qlora.survey.records import CONVERSION, conversion_of, forget_conversion, was_merged
+from lightning_qlora.survey.records import CONVERSION, was_merged
 from lightning_qlora.tensors.device_types import Held, held_type
 from lightning_qlora.tensors.dtensor import clip_grad_norm, of_all_ranks
 from lightning_qlora.upstream_changes import make_changes
@@ -165,25 +161,20 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         if merged and self._evaluating:
             return module
         again = is_converted(root)
-        outside = None if again or self._evaluating else OutsideCopies(root)
         report = convert_module(root, self.config, run)
-        if outside is not None:
-            outside.note(report)
         if merged:
             report.note(MERGED_BEFORE)
         if run.sharded:
             to_parameters(root)
         else:
-            use_base_of_rank_0(root)
+            check_same_base(root)
         if run.device is not None:
             self._agree(run.device)  # in Fabric the module is moved later
         if not again:
             rank_zero_only(print)(report)
-        self.report = self._modules.add(root, report, again, outside)
-        if trainer is not None:
-            guards.check_fsdp_groups(root)
-            if not self._evaluating:
-                self._use_training_mode()
+        self.report = self._modules.add(root, report, again)
+        if trainer is not None and not self._evaluating:
+            self._use_training_mode()
         return module
 
     def _agree(self, device: torch.device) -> None:
@@ -197,28 +188,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         for layer in self._modules.layers():
             self._mode_before.setdefault(layer, layer.training)
             layer.training = True
-
-    def _convert_as_saved(self, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-        """Decide as a checkpoint which parts are new, and convert layers that replaced converted ones."""
-        state_dict = checkpoint["state_dict"]
-        text = checkpoint.get(type(self).__qualname__, {}).get(CONVERSION)  # see `on_save_checkpoint`
-        of_plugin = {} if text is None else {CONVERSION: entry_of(text)}
-        saved = read_conversion(of_plugin | state_dict)
-        conversion = conversion_of(module)
-        if saved is not None and conversion is not None:
-            convert_as_recorded(Parts.of(module), saved.origins(state_dict), conversion, self.convert_module)
-        adapters = set(map(without_wrappers, adapter_keys(state_dict)))
-        present = {without_wrappers(name) for name, _ in module.named_parameters(remove_duplicate=False)}
-        if conversion_of(module) is not None and not adapters <= present:
-            forget_conversion(module)
-            self.convert_module(module)
-
-    def _kernels(self) -> str | None:
-        """What computes the layers; None before conversion."""
-        layer = next(self._modules.layers(), None)
-        if layer is None:
-            return None
-        return describe(layer.packed.device)
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -236,7 +205,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         if module is not None and not self._evaluating:
             assert self.report is not None
             self.report.tell(IN_NO_OPTIMIZER, adapters_in_no_optimizer(module, optimizers))
-            guards.check_state_dict(module)
         return super().connect(model, optimizers, lr_schedulers)
 
     def _on_setup_optimizer(self, optimizer: Optimizer) -> None:
@@ -276,10 +244,10 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The states of torch's random generators, which draw dropout masks, and what computes the layers."""
+        """The states of torch's random generators, which draw dropout masks."""
         trainer = trainer_of(self._modules.last)
         after_error = trainer is not None and trainer.interrupted
-        return {"random_state": torch_rng_states(gathered=not after_error), "kernels": self._kernels()}
+        return {"random_state": torch_rng_states(gathered=not after_error)}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -293,14 +261,6 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         """Restore the random generators, so that a resumed run draws the same dropout masks."""
         if self._evaluating:
             return
-        saved = state_dict.get("kernels")
-        here = self._kernels()
-        if None not in (saved, here) and saved != here:
-            assert self.report is not None
-            self.report.tell(
-                f"the checkpoint was trained with {saved}, and this run computes with {here}: it goes on with the same "
-                "state, but its results differ from those of an uninterrupted run in their last bits"
-            )
         self._random_state = state_dict["random_state"]
         set_torch_rng_state_of_rank(self._random_state)
 
@@ -322,9 +282,7 @@ class QLoRAPrecision(TrainerOrFabricPrecision):
         Not at the end of a run in a callback of another Trainer with this plugin, which goes on training.
         """
         error = sys.exc_info()[1]
-        if error is None:
-            self._modules.end()
-        else:
+        if error is not None:
             self._modules.advise(error)
         del self._runs[-1:]
         if any(run.state.status == TrainerStatus.RUNNING for run in self._runs):

@@ -1,10 +1,10 @@
 """What the rows of a selection do to a module: 4-bit layers, and which parameters train."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lightning_qlora.layers.kinds import decode_packed_layer, is_packed, pop_packed_weight
@@ -29,21 +29,14 @@ SHARDED = (
 )
 
 
-def convert_layers(
-    seen: Survey, choice: Selection, device: torch.device | None, keep: Callable[[nn.Module], None]
-) -> list[LoRALayer]:
-    """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense.
-
-    `keep` a layer that is done: it stays in 4 bits whatever comes after it, because its float weight is gone.
-    """
+def convert_layers(seen: Survey, choice: Selection, device: torch.device | None) -> list[LoRALayer]:
+    """Convert the chosen layers one after another, and return them; other layers in 4 bits become dense."""
     silent = bool(getattr(rank_zero_only, "rank", 0)) or None  # None: also where stderr is no terminal
     rows = choice.convert.values()
     layers = []
     for row in tqdm(rows, "Quantizing", leave=False, delay=2, unit=" layers", disable=silent):
         with named(row.name or type(row.owner).__name__):
             layers.append(_convert_row(row, device))
-        for part in {layers[-1], row.owner}:  # of a linear layer both are the same
-            keep(part)
     for part in seen.parts:
         if part.kind is Kind.PACKED and not isinstance(part.owner, LoRALayer):
             decode_packed_layer(part.owner)
@@ -69,7 +62,6 @@ def _convert_row(row: Row, device: torch.device | None) -> LoRALayer:
     layer = convert_layer(row, device)
     record([Unrecorded(row.owner, row.key, trained, dtype)])
     layer.is_unfinished = True
-    layer.quantized_by_conversion = True
     for parameter in layer.adapter_parameters():  # until the conversion ends, it counts as the layer that it was
         parameter.requires_grad_(trained)
     return layer

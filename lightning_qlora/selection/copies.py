@@ -1,28 +1,31 @@
-"""Copies of layers that a module made before conversion: averages of its weights (EMA, SWA), teachers, references.
+"""Copies of layers that were made before conversion: averages of weights (EMA, SWA), teachers, references.
 
-After conversion the module trains adapters, and code that pairs the parameters of both averages others than before.
+After conversion a module trains adapters, and code that pairs the parameters of both averages others than before. Parts
+of a module are converted alike. What attributes hold beside its parts (the shadow of torch_ema, a list) can't follow.
 """
 
-from typing import NamedTuple
+from collections.abc import Container, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_qlora.layers.names import name_endings, owner_name, tensors_of, without_numbers
+from lightning_qlora.layers.names import join, name_endings, owner_name, tensors_of, without_numbers
 from lightning_qlora.selection.selection import Selection
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.values import can_be_read
 
-COPIES = "_qlora_copies"  # attribute of a module while it is converted: the copies in it
 SAMPLES = 16  # elements of a weight that are compared first
-ALIKE = 0.99  # cosine
-Values = tuple[float, ...] | None
+OWN = vars(LightningModule()).keys()  # attributes that are not the user's
 
 
 class Copy(NamedTuple):
     name: str
     original: str
     is_parameter: bool
+    is_part: bool = True  # of the module; else it is in an attribute of this name
 
     @property
     def modules(self) -> tuple[str, str]:
@@ -39,34 +42,23 @@ def find_copies(parts: Parts, choice: Selection) -> list[Copy]:
     """The tensors of a module that are equal, where one of them is the weight of a layer to convert.
 
     Constants are not compared (layers that begin with zeros), nor layers whose names differ in a number alone
-    (`nn.TransformerEncoder` makes its layers as copies of one). The module knows the copies until its conversion has
-    ended: after an interrupt their originals are in 4 bits.
+    (`nn.TransformerEncoder` makes its layers as copies of one).
     """
-    known: dict[str, list[Copy]] = vars(parts.root)
-    copies = known.get(COPIES, [])
     matrices = [(name, each) for name, each in tensors_of(parts.named) if is_comparable(each) and each.ndim >= 2]
+    held = [(name, each) for name, each in _held(parts) if is_comparable(each) and each.ndim >= 2]
     of_shape: dict[torch.Size, set[str]] = {}
-    for name, tensor in matrices:
+    for name, tensor in matrices + held:
         of_shape.setdefault(tensor.shape, set()).add(without_numbers(name))
-    tensors = [(name, tensor) for name, tensor in matrices if len(of_shape[tensor.shape]) > 1]
-    if tensors:
-        copies = [*dict.fromkeys([*copies, *_equal_tensors(tensors, choice)])]
-    if copies:
-        known[COPIES] = copies
-    return copies
-
-
-def _equal_tensors(tensors: list[tuple[str, Tensor]], choice: Selection) -> list[Copy]:
     targets = {row.weight_name for row in choice.convert.values()}
     groups: dict[object, list[tuple[str, Tensor]]] = {}
-    for name, tensor in tensors:
-        key = sample(tensor)
+    for name, tensor in matrices:
+        key = sample(tensor) if len(of_shape[tensor.shape]) > 1 else None
         if key is not None:
             groups.setdefault((tensor.shape, *key), []).append((name, tensor))
     copies = []
-    for tensors in groups.values():
-        for place, (name, tensor) in enumerate(tensors):
-            earlier = [each for each in tensors[:place] if without_numbers(each[0]) != without_numbers(name)]
+    for equal in groups.values():
+        for place, (name, tensor) in enumerate(equal):
+            earlier = [each for each in equal[:place] if without_numbers(each[0]) != without_numbers(name)]
             if not earlier:
                 continue
             original, values = max(earlier, key=lambda each: len(_common_ending(name, each[0])))
@@ -74,7 +66,33 @@ def _equal_tensors(tensors: list[tuple[str, Tensor]], choice: Selection) -> list
                 continue
             if bool((tensor == values.to(tensor.device)).all()):
                 copies.append(Copy(name, original, isinstance(tensor, nn.Parameter)))
+    for name, tensor in held:
+        originals = (each for each, _ in groups.get((tensor.shape, *(sample(tensor) or ())), ()) if each in targets)
+        copies += [Copy(name, original, False, is_part=False) for original in [*originals][:1]]
     return copies
+
+
+def _held(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor that an attribute holds beside the parts of the module, by the name of the attribute."""
+    known = {*map(id, parts.modules)}
+    for name, part in parts.named:
+        for key in vars(part).keys() - OWN:
+            for tensor in _tensors_in(vars(part)[key], known):
+                yield join(name, key), tensor
+
+
+def _tensors_in(value: Any, known: Container[int], depth: int = 2) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.Module):
+        if id(value) not in known:
+            yield from chain(value.parameters(), value.buffers())
+    elif depth:
+        inner = getattr(value, "__dict__", {}).values()
+        if isinstance(value, (list, tuple, dict)):
+            inner = value.values() if isinstance(value, dict) else value
+        for each in [*inner]:
+            yield from _tensors_in(each, known, depth - 1)
 
 
 def share_seeds(choice: Selection, copies: list[Copy]) -> None:
@@ -93,19 +111,13 @@ def is_comparable(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() > 0  # else FSDP2 has freed it
 
 
-def sample(tensor: Tensor) -> Values:
+def sample(tensor: Tensor) -> tuple[float, ...] | None:
     """Some elements; None if they are all the same."""
     places = [
         torch.linspace(0, size - 1, SAMPLES, dtype=torch.float32, device=tensor.device).long() for size in tensor.shape
     ]
     values: list[float] = tensor.detach()[tuple(places)].float().tolist()
     return None if len({*values}) == 1 else tuple(values)
-
-
-def moved_towards(before: Values, after: Values, target: Values) -> bool:
-    """Whether samples of a tensor moved straight to those of another one, as in an average; None are zeros."""
-    start, end, goal = (torch.tensor(values or [0.0] * SAMPLES, device="cpu") for values in (before, after, target))
-    return float(torch.cosine_similarity(end - start, goal - start, dim=0)) > ALIKE
 
 
 def _common_ending(name: str, other: str) -> str:

@@ -18,12 +18,11 @@ from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.selection.patterns import Patterns
 from lightning_qlora.selection.token_selection import TokenRows
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import BY_VALUES
 from lightning_qlora.survey.survey import DECIDED, QUANTIZED_KINDS, STACKS, Kind, Part, Survey, survey
+from lightning_qlora.survey.untrained import BY_VALUES
 
 IN_MODULES_TO_SAVE = "in modules_to_save"
 FROZEN = "frozen by the module"
-UNFINISHED = "in 4 bits, by a conversion that ended early"
 LARGE_RANK = "an adapter of rank"  # beginning of a reason
 FEWEST = 64  # weights, one block of the default size: 4 bits would save nothing
 SavedLayers = Mapping[str, Mapping[str, Any]]  # name of a layer in a checkpoint -> its own arguments
@@ -192,11 +191,6 @@ def decide(seen: Survey, config: QLoRAConfig, saved: SavedLayers | None = None) 
     whole = {row.name for row in rows}  # decided with all that is in them
     for part in seen.parts:
         name = part.names.full
-        if part.config is not None and part.is_linear:
-            rows.append(
-                Row(name, CONVERT, UNFINISHED, part.owner, part.key, part.config, part.names.for_seed, part.stack)
-            )
-            continue
         if not whole.isdisjoint(outer_names(name)):
             continue
         if part.kind is Kind.SCRIPT:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_qlora.checks import NOT_FINITE
@@ -31,7 +30,6 @@ from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import is_sharded, local, of_all_ranks
-from lightning_qlora.tensors.values import is_mapped
 
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
@@ -44,10 +42,8 @@ class Traits(NamedTuple):
     """Whether modules have what steps of a conversion are for."""
 
     is_new: bool = False  # no layer of this package, and no mark
-    is_lazy: bool = False  # a parameter without a shape
     is_meta: bool = False  # a value on the meta device
     has_16_bits: bool = False  # a type of 16 bits: of a value, of a 4-bit weight before, or of a computation
-    is_mapped: bool = False  # a value in a mapped file
     is_wide: bool = False  # a wide linear layer
 
 
@@ -91,8 +87,6 @@ class Parts:
     def traits(self) -> Traits:
         """Those that the modules had at the first use."""
         tensors = [tensor for _, tensor in tensors_of(self.named)]
-        if any(map(is_lazy, tensors)):
-            return Traits(is_lazy=True)
         types = {tensor.dtype for tensor in tensors} | {layer.dtype_before for layer in self.layers.values()}
         computes = any(CHANGES & vars(part).keys() for part in self.modules)
         marked = any(key.startswith("_qlora_") for part in self.modules for key in vars(part))
@@ -100,7 +94,6 @@ class Parts:
             is_new=not (marked or self.adapters),
             is_meta=any(tensor.is_meta for tensor in tensors),
             has_16_bits=computes or not types.isdisjoint(IN_16_BITS),
-            is_mapped=any(map(is_mapped, tensors)),
             is_wide=any(map(is_wide, self.modules)),
         )
 

@@ -1,19 +1,16 @@
 """Where the values of a module come from: pretrained, or new, which trains in full.
 
 If transformers loaded a model, new is what is outside of it, or was not in its files. Else the values tell
-(`untrained.py`). What a conversion decided stays, also after `merge`: its values are trained since.
+(`untrained.py`).
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qlora.layers.lora_layer import LoRALayer
-from lightning_qlora.layers.names import without_wrappers
 from lightning_qlora.survey.parts import Parts
-from lightning_qlora.survey.records import INITIAL, ORIGINS, PRETRAINED
 from lightning_qlora.survey.untrained import find_untrained
 
 LOADED = "_qlora_loaded"  # attribute of a model that was quantized while it loaded: whether its files were in 4 bits
@@ -52,25 +49,6 @@ def origins_of(parts: Parts) -> Origins:
         if reason is not None and parameter.requires_grad:
             names[name] = reason
     return Origins(names, is_pretrained, is_loaded)
-
-
-def remember_origins(parts: Parts, origins: Origins) -> None:
-    """Before weights are replaced: let later conversions, of this module or one around it, decide as this one."""
-    known = {True: PRETRAINED, False: INITIAL, None: ""}[origins.is_pretrained]
-    parameters = parts.parameters
-    new = {id(value): origins.new[name] for name, _, _, value in parameters if name in origins.new}
-    for _, owner, key, parameter in parameters:
-        if isinstance(owner, LoRALayer):  # of an earlier conversion, or quantized while its model loaded
-            continue
-        vars(owner).setdefault(ORIGINS, {}).setdefault(key, new.get(id(parameter), known))
-
-
-def set_origins(parts: Parts, origins: Mapping[str, str]) -> None:
-    """Before a conversion: let a file say of these parameters why they are new by their values, "" if they are not."""
-    for name, owner, key, _ in parts.parameters:
-        name = without_wrappers(name)
-        if name in origins and not isinstance(owner, LoRALayer):
-            vars(owner).setdefault(ORIGINS, {})[key] = origins[name] or (PRETRAINED if any(origins.values()) else "")
 
 
 def loaded_models(parts: Parts) -> list[list[nn.Module]]:

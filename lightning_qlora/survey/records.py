@@ -1,4 +1,4 @@
-"""What conversion records: of a module its arguments; of a parameter if it trained, its type, origin and fingerprint.
+"""What conversion records: of a module its arguments; of a parameter if it trained, its type and fingerprint.
 
 A record is an attribute of the module that holds the parameter, so it stays valid when that becomes a part of another
 module. A parameter without a record has not been part of a conversion. A frozen parameter that was written to since, in
@@ -6,7 +6,7 @@ whatever way, has another fingerprint: each save reads them all. The record of a
 too, with the same name, so that torch.distributed.checkpoint, which follows keys as attributes, finds it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.layers.derived import Derived
-from lightning_qlora.layers.kinds import kind_of
 from lightning_qlora.layers.lora_layer import ADAPTER, LoRALayer
-from lightning_qlora.layers.names import join, owner_name, without_wrappers
+from lightning_qlora.layers.names import join, owner_name
 from lightning_qlora.layers.packed_layer import BASE
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.fingerprint import fingerprints_of
@@ -26,10 +25,6 @@ from lightning_qlora.tensors.values import has_values, is_strided
 CONVERSION = "_qlora_conversion"  # attribute of a converted module: its `Conversion`; key of `SavedConversion`
 MERGED = "_qlora_merged"  # attribute of a module that was merged: a run that only evaluates it leaves it dense
 RECORDS = "_qlora_records"  # attribute of a module: key of a parameter -> Record
-ORIGINS = "_qlora_origins"  # attribute of a module: key of a parameter -> why it is new, or one of these; "": unknown
-BY_VALUES = "new: its values are those of an initialization"  # beginning of a reason
-PRETRAINED = "pretrained"
-INITIAL = "initial"  # in a module of which nothing looked pretrained
 OF_LAYERS = (*BASE, *ADAPTER)  # keys of parameters that conversion made
 
 
@@ -43,14 +38,12 @@ class Conversion:
             are those of this conversion.
         layers: Shape of each layer with an adapter, and of each embedding with rows that train, by name.
         buffers: Float buffer -> its fingerprint at conversion; adapter folders do not contain changed buffers.
-        convert_again: Converts what in the module is not converted, with these arguments.
     """
 
     config: QLoRAConfig
     given: list[QLoRAConfig]
     layers: dict[str, tuple[int, ...]]
     buffers: dict[str, int]
-    convert_again: Callable[[nn.Module, QLoRAConfig], object]
 
 
 def conversion_of(module: nn.Module) -> Conversion | None:
@@ -68,56 +61,12 @@ def record_merge(modules: Sequence[nn.Module]) -> None:
     undo(modules)
     for part in modules:
         forget_conversion(part)
-        origins = vars(part).get(ORIGINS, {})
-        # Values that were those of an initialization may be trained now.
-        origins.update({key: "" for key, origin in origins.items() if origin == INITIAL})
     vars(modules[0])[MERGED] = True
 
 
 def was_merged(module: nn.Module) -> bool:
     """Whether the adapters of a module, or of a part of it, were merged, and it was not converted since."""
     return any(MERGED in vars(part) for part in module.modules())
-
-
-def check_no_layer_resized(conversion: Conversion, named: Iterable[tuple[str, nn.Module]]) -> None:
-    """RuntimeError if a layer that trains was replaced by a dense layer of another shape.
-
-    `resize_token_embeddings` of transformers replaces an output embedding so, and its adapter would be lost.
-    """
-    layers = {without_wrappers(name): part for name, part in named}
-    for name, shape in conversion.layers.items():
-        layer = layers.get(name)
-        if layer is None or isinstance(layer, Derived):
-            continue
-        weight = layer._parameters.get("weight")
-        if kind_of(type(layer)).transposed:
-            shape = shape[::-1]
-        if weight is not None and weight.shape != shape:
-            raise RuntimeError(
-                f"{name}: a {type(layer).__name__} of shape {list(weight.shape)} took the place of the layer that was "
-                f"converted, of shape {list(shape)}, and its adapter is lost. Change the model before it is converted; "
-                "for resize_token_embeddings, one that is quantized while it loads, before it is saved."
-            )
-
-
-def check_layers_of_conversions(parts: Any) -> None:
-    """The same for each conversion, of the module or of a part of it; `parts`: a `Parts`."""
-    for name, module in parts.named:
-        conversion = conversion_of(module)
-        if conversion is not None:
-            check_no_layer_resized(conversion, parts.inside(name) if name else parts.named)
-
-
-def origins_by_name(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module, str, str]]:
-    """Where values come from, as conversions decided: name in state dicts, owner, key and origin of each parameter."""
-    for name, owner in modules:
-        for key, origin in vars(owner).get(ORIGINS, {}).items():
-            yield without_wrappers(join(name, key)), owner, key, origin
-
-
-def new_by_values(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
-    """The parameters that a conversion found to be new by their values: name in state dicts -> reason."""
-    return {name: origin for name, _, _, origin in origins_by_name(modules) if origin.startswith(BY_VALUES)}
 
 
 def float_buffers(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:

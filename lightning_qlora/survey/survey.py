@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.dtypes.instance_method import METHODS, REDUCE
 from lightning_qlora.experts.expert_selection import COUNTS, Routers, expert_parameters
 from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
@@ -83,7 +82,6 @@ class Part:
         computed: Which of weight and bias are no parameters of a linear layer.
         member: What of the layer, or of its class, a 4-bit layer would replace.
         is_left_dense: Whether the model around it was loaded in 4 bits, and it was not.
-        is_read_dense: Whether the model around it was quantized while it loaded, and it was not.
         is_in_frozen_model: Whether nothing trains in a transformers model around it.
     """
 
@@ -99,12 +97,10 @@ class Part:
     has_parts: bool = False
     has_stacks: bool = False
     is_recorded: bool = False  # by an earlier conversion
-    config: QLoRAConfig | None = None  # of a layer in 4 bits: the arguments of a conversion that ended early
     is_output_embedding: bool = False
     is_in_metric: bool = False
     is_router: bool = False
     is_left_dense: bool = False
-    is_read_dense: bool = False
     is_in_frozen_model: bool = False
 
     @property
@@ -136,7 +132,6 @@ class Survey:
     origins: Origins = NOTHING_KNOWN
     attributes: set[str] = field(default_factory=set)  # the names of attributes, parameters and parts of all modules
     was_converted: bool = False
-    was_interrupted: bool = False  # whether it has layers of a conversion that ended early
 
     @property
     def class_name(self) -> str:
@@ -156,8 +151,7 @@ def survey(modules: Parts, agree: Agree = lambda origins: origins) -> Survey:
     facts = _Facts(modules, origins.new)
     parts = list(facts.parts())
     was_converted = any(part.kind is Kind.CONVERTED for part in parts)
-    was_interrupted = any(part.config is not None for part in parts)
-    return Survey(parts, facts.trains, origins, facts.attributes, was_converted, was_interrupted)
+    return Survey(parts, facts.trains, origins, facts.attributes, was_converted)
 
 
 class _Facts:
@@ -188,12 +182,9 @@ class _Facts:
             if not any(parameter.requires_grad for parameter in parameters_of(inside_model)):
                 self.in_frozen_models.update(map(id, inside_model))
         self.left_dense: set[int] = set()
-        self.read_dense: set[int] = set()
         for name, module in modules.named:
             if getattr(module, "is_loaded_in_4bit", False) is True or vars(module).get(LOADED):
                 self.left_dense.update(id(part) for _, part in modules.inside(name))
-            if LOADED in vars(module):
-                self.read_dense.update(id(part) for _, part in modules.inside(name))
 
     def parts(self) -> Iterator[Part]:
         for name, module in self.modules.items():
@@ -207,7 +198,6 @@ class _Facts:
                 has_parts=bool(module._modules),
                 has_stacks=bool(stacks),
                 is_recorded=not self.is_new and is_recorded(module),
-                config=None if self.is_new else _config_of_unfinished(module),
                 **(self._facts_of_linear(name, module, kind) if kind in LINEAR else {}),
             )
             yield from map(self._stack, stacks)
@@ -224,7 +214,6 @@ class _Facts:
             "is_in_metric": id(layer) in self.in_metrics,
             "is_router": self.routers is not None and self.routers.has(name, layer),
             "is_left_dense": is_dense and id(layer) in self.left_dense,
-            "is_read_dense": is_dense and id(layer) in self.read_dense,
             "is_in_frozen_model": id(layer) in self.in_frozen_models,
         }
 
@@ -257,7 +246,6 @@ class _Facts:
             self._parameters(holder, {key: holder._parameters[key]}),
             stack.key,
             stack.shape,
-            config=_config_of_unfinished(stack.layer),
             is_in_metric=id(stack.owner) in self.in_metrics,
         )
 
@@ -284,12 +272,6 @@ def _kind(module: nn.Module) -> Kind:
     if not is_linear(module):
         return Kind.OTHER
     return Kind.PACKED if is_packed(module) else Kind.LINEAR
-
-
-def _config_of_unfinished(layer: Any) -> QLoRAConfig | None:
-    if not isinstance(layer, LoRALayer) or not layer.is_unfinished or not layer.quantized_by_conversion:
-        return None
-    return layer.config
 
 
 def _shape(module: Any, kind: Kind) -> tuple[int, int]:

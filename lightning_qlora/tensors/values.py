@@ -28,14 +28,6 @@ def can_be_read(tensor: Tensor) -> bool:
     return is_whole(tensor) and has_values(tensor) and tensor.numel() > 0
 
 
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor is in a mapped file: in memory that is neither torch's nor shared by processes."""
-    if not is_whole(tensor) or tensor.device.type != "cpu" or not tensor.numel():
-        return False
-    storage = tensor.untyped_storage()
-    return not (storage.resizable() or storage.is_shared())
-
-
 def is_plain(value: Any, kind: type[Tensor] = Tensor) -> bool:
     """Whether a value is of this class of torch and of no subclass; the tensors of the planner stand for one."""
     return type(value) in (kind, FakeTensor)

@@ -28,7 +28,6 @@ from lightning_qlora.arguments import QLoRAArguments
 from lightning_qlora.checks import check_choice, check_integer, refuse_unknown_arguments
 from lightning_qlora.config import DeviceName, OptimizerName, QLoRAConfig, StrategyName
 from lightning_qlora.conversion.convert import Run, convert_module
-from lightning_qlora.conversion.convert_checks import check_initialized
 from lightning_qlora.conversion.parameter_counts import count_parameters, packed_layers, parameter_bytes
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import IN_16_BITS, Held
@@ -221,7 +220,6 @@ class PlannedRun:
         check_choice("device", device, get_args(DeviceName))
         if not isinstance(model, nn.Module):
             model = meta_model(model)
-        check_initialized(model.named_modules())
         config = config.changed(init_lora_weights="default")  # there is no weight, and the adapter has the same shape
         without_bf16 = card is not None and not card.bf16
         if without_bf16 and config.compute_dtype == "auto":

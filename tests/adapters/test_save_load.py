@@ -462,7 +462,7 @@ def test_layers_beside_a_transformers_model_come_back(tmp_path):
             self.head = nn.Linear(64, 64)
 
     module = WithHead()
-    convert(module, **ARGUMENTS)
+    convert(module, **ARGUMENTS, target_modules=["all-linear", "head"])
     perturb(module)
     save_adapter(module, tmp_path)
     again = WithHead()

@@ -9,8 +9,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.conversion.outside_copies import WRITTEN
-from tests.conftest import fingerprints
 from tests.toys import assert_equal
 
 ARGUMENTS = {"r": 4, "lora_dropout": 0.0}
@@ -44,7 +42,7 @@ def batches():
     ("average", "part"),
     [(lambda: EMAWeightAveraging(decay=0.9), False), (WeightAveraging, False), (WeightAveraging, True)],
 )
-def test_a_run_with_averaged_weights_resumes_exactly(average, part, trainer, tmp_path, capsys):
+def test_a_run_with_averaged_weights_resumes_exactly(average, part, trainer, tmp_path):
     """Also if a part alone is converted before: the callback then copies a module that was not converted."""
 
     def fit(epochs, path=None, *callbacks):
@@ -54,7 +52,6 @@ def test_a_run_with_averaged_weights_resumes_exactly(average, part, trainer, tmp
         run.fit(module, batches(), ckpt_path=path)
         return module
 
-    before = {name: value.clone() for name, value in Words().named_parameters()}
     straight = fit(4)
     path = tmp_path / "half.ckpt"
 
@@ -64,14 +61,5 @@ def test_a_run_with_averaged_weights_resumes_exactly(average, part, trainer, tmp
                 run.save_checkpoint(path)
 
     fit(2, None, SaveEarly())
-    saved = torch.load(path, weights_only=False)
-    if not part:
-        assert "net.0.weight" in fingerprints(saved["state_dict"])
-    assert "net.0.weight" not in saved["state_dict"]
     resumed = fit(4, path)
-    values = dict(resumed.named_parameters())
-    assert_equal(values, dict(straight.named_parameters()))
-    for name in ("net.0.weight", "net.1.weight", "net.2.bias"):
-        assert torch.equal(values[name], before[name])
-    printed = capsys.readouterr().out
-    assert WRITTEN not in printed and "copies of" not in printed  # they were made after the conversion of the layers
+    assert_equal(dict(resumed.named_parameters()), dict(straight.named_parameters()))

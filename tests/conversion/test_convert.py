@@ -2,7 +2,6 @@ import copy
 import sys
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,18 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_qlora
 from lightning_qlora import (
-    QLoRAConfig,
     QLoRALinear,
-    QLoRAPrecision,
     calibrate,
     convert,
-    estimate_memory,
     load_adapter,
     load_from_checkpoint,
     merge,
     save_adapter,
 )
-from lightning_qlora.conversion.convert import Run, convert_module, is_converted
-from tests.conftest import elsewhere
+from lightning_qlora.conversion.convert import is_converted
 from tests.toys import assert_equal, pretrain
 
 PACKAGE = Path(lightning_qlora.__file__).parent
@@ -71,7 +65,7 @@ def test_what_a_conversion_does_not_use_is_not_run(monkeypatch):
     assert {"conversion/convert.py", "selection/selection.py", "layers/lora_layer.py"} <= used
     rooms = ["activations", "adapters", "calibration", "dtypes", "experts", "huggingface", "logits", "optim"]
     assert not [file for file in used if file.partition("/")[0] in [*rooms, "plugin", "runs", "tools"]]
-    files = {f"conversion/{name}.py" for name in ("convert_checks", "mapped_files")}
+    files = {"conversion/convert_checks.py"}
     files |= {f"selection/{name}.py" for name in ("expression", "patterns", "selection_checks", "token_selection")}
     assert used.isdisjoint({*files, "layers/dora.py", "layers/trainable_tokens.py", "starts/calibrated.py"})
 
@@ -112,7 +106,7 @@ def test_a_rank_that_is_too_large_for_all_layers_is_refused_unless_they_are_name
 
 @pytest.mark.parametrize(("init", "bad"), [("default", float("nan")), ("calibrated", float("inf"))])
 def test_a_weight_that_is_not_finite_is_refused_with_its_layer(init, bad):
-    model = mlp()
+    model = pretrain(mlp())
     expected = copy.deepcopy(model)
     convert(expected, r=8, init_lora_weights=init)
     weight = model[3].weight
@@ -130,33 +124,11 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_layer(init, bad):
     assert all(parameter.requires_grad for parameter in merge(model).parameters())
 
 
-def test_layers_of_a_conversion_that_an_error_ended_are_named_if_the_next_has_other_arguments():
-    model = pretrain(mlp())
-    model[3].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"^3: .*NaN or Inf"):
-        convert(model, r=8)
-    model[3].weight.data[0, 0] = 0
-    with pytest.warns(UserWarning, match=r"1  x1   ! was converted before, with r=8 and not 4, and stays so"):
-        report = convert(model, r=4)
-    assert [model[1].r, model[3].r] == [8, 4] and report.converted == ["1", "3"]
-
-
 def test_weights_on_the_meta_device_are_refused_with_their_layer():
     with torch.device("meta"):
         model = mlp()
     with pytest.raises(ValueError, match=r"^0.weight: .*meta device.*Load it"):
         convert(model, r=8)
-
-
-@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(64), nn.LazyBatchNorm1d], ids=["linear", "norm"])
-@pytest.mark.parametrize("function", [convert, estimate_memory])
-def test_a_lazy_layer_that_has_not_run_is_refused_with_what_to_do(lazy, function):
-    model = nn.Sequential(nn.Linear(64, 64), lazy())
-    with pytest.raises(ValueError, match=r"^1\.\w+: belongs to a Lazy\w+ .*Run one batch through the module first"):
-        function(model, r=2)
-    assert type(model[0]) is nn.Linear
-    model(torch.randn(4, 64))
-    function(model, r=2)
 
 
 def test_peak_memory_is_the_module_plus_little():
@@ -196,58 +168,6 @@ def test_calls_with_another_object_than_a_module_say_what_is_wanted(tmp_path):
 
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc is on Linux only")
-
-
-@on_linux
-@pytest.mark.parametrize("while_loading", [False, True])
-def test_no_file_stays_mapped_and_tied_weights_stay_tied(tmp_path, while_loading):
-    """A norm of some bytes would keep its whole file in the resident memory of the process."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
-    with QLoRAPrecision(r=4).init() if while_loading else nullcontext():
-        model = LlamaForCausalLM.from_pretrained(tmp_path)
-    weight = model.lm_head.weight.detach()
-    transposed = weight.new_empty(0).set_(weight.untyped_storage(), weight.storage_offset(), (32, 64), (1, 32))
-    model.register_buffer("transposed", transposed)
-    del weight
-    is_mapped = [str(tmp_path) in Path("/proc/self/maps").read_text()]
-    before = {name: value.clone() for name, value in model.named_parameters() if "norm" in name or "embed" in name}
-    convert_module(model, QLoRAConfig(r=4), Run(torch.device("cpu") if while_loading else None))
-    is_mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
-    assert is_mapped == [True, False]
-    assert_equal({name: model.get_parameter(name) for name in before}, before)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(model.transposed, model.lm_head.weight.T)
-    assert model.transposed.data_ptr() == model.lm_head.weight.data_ptr()
-
-
-@on_linux
-def test_views_of_one_mapped_tensor_share_memory_after_conversion_too(tmp_path):
-    """Of other sizes and types, and in the middle of it; tensors beside each other in the file do not."""
-    torch.save(torch.arange(64.0), tmp_path / "whole.pt")
-    mapped = torch.load(tmp_path / "whole.pt", mmap=True)
-    module = nn.Sequential(nn.Linear(64, 64))
-    views = {"whole": mapped[:32], "first": mapped[:8], "middle": mapped[20:30:2], "beside": mapped[32:]}
-    views["bits"] = mapped.view(torch.int32)[30:32]
-    module.append(nn.LayerNorm(64).share_memory())
-    for name, view in views.items():  # as files are loaded: tensors that do not keep the one that they are a view of
-        part = (view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
-        module[0].register_buffer(name, view.new_empty(0).set_(*part))
-    before = {name: value.clone() for name, value in module.named_buffers()}
-    del mapped, views, view, part
-    with elsewhere():  # as in `configure_model` on a GPU
-        convert(module, r=4)
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
-    layer = module[0]
-    assert module[1].weight.is_shared()
-    assert_equal(dict(module.named_buffers()), before)
-    shared = {name: value.untyped_storage().data_ptr() for name, value in module.named_buffers()}
-    assert len({shared["0.whole"], shared["0.first"], shared["0.middle"], shared["0.bits"]}) == 1
-    assert shared["0.beside"] != shared["0.whole"]
-    layer.whole[22] = 5.0
-    layer.bits.zero_()
-    assert layer.middle[1] == 5.0 and not layer.whole[30:].any()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"modules_to_save": ["2"]}])
@@ -326,14 +246,27 @@ def test_a_tensor_that_is_not_strided_stays_as_it_is(layout, place):
 
 def test_a_second_conversion_does_not_thaw_what_was_frozen_since():
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 2))
-    assert convert(module, r=4).by_size
+    convert(module, r=4)
     assert module[2].weight.requires_grad  # smaller than an adapter
     module[2].requires_grad_(False)
     module[0].lora_A.requires_grad_(False)
     assert is_converted(module)
     module.append(nn.Linear(2, 2)).append(nn.Linear(2, 512))
     assert not is_converted(module)
-    assert not convert(module, r=1).by_size
+    convert(module, r=1)
     assert is_converted(module)
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert not {"2.weight", "2.bias", "0.lora_A"} & trained and "0.lora_B" in trained
+
+
+def test_after_an_error_the_layer_is_as_before_and_another_call_goes_on():
+    module = pretrain(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    weight = module[1].weight.detach().clone()
+    module[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^1: .*NaN"):
+        convert(module, r=4)
+    assert type(module[1]) is nn.Linear and [*module[1]._parameters] == ["weight", "bias"]
+    module[1].weight.data.copy_(weight)
+    assert convert(module, r=4).converted == ["0", "1"]
+    assert all(layer.lora_A.requires_grad and layer.lora_B.requires_grad for layer in module)
+    assert all(layer.weight.requires_grad for layer in merge(module))

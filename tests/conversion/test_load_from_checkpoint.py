@@ -51,27 +51,6 @@ def test_a_plain_checkpoint_is_refused(trainer, tmp_path):
             load_from_checkpoint(Classifier, path)
 
 
-class Empty(Classifier):
-    """A class that reads its base later, so its memory has any values at first."""
-
-    is_empty = False
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        if self.is_empty:
-            for parameter in self.net.parameters():
-                parameter.data.view(torch.uint8).fill_(0xFF)  # NaN
-
-
-def test_a_class_that_builds_with_to_empty_comes_back_from_a_checkpoint_that_holds_the_base(trainer, monkeypatch):
-    module = Empty()
-    full, adapters = trained(trainer, module, checkpoint="full"), trained(trainer, Empty())
-    monkeypatch.setattr(Empty, "is_empty", True)
-    assert compute_the_same(load_from_checkpoint(Empty, full), module)
-    with pytest.raises(ValueError, match=r"net\.0.*holds NaN.*to_empty.*load the base before conversion"):
-        load_from_checkpoint(Empty, adapters)
-
-
 def test_a_model_made_in_configure_model_comes_back(trainer):
     module = Late()
     again = load_from_checkpoint(Late, trained(trainer, module))

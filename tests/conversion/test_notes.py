@@ -4,29 +4,15 @@ import re
 import warnings
 
 import pytest
-import torch
 from torch import nn
 from torch.nn.utils import weight_norm
 
-from lightning_qlora import QLoRAPrecision, convert
-from lightning_qlora.conversion.notes import HOOKS
-from tests.conftest import Classifier
+from lightning_qlora import convert
 from tests.toys import pretrain, toy
 
 
 def linear(*layers):
     return nn.Sequential(*layers, nn.Linear(64, 64))
-
-
-def with_hooks():
-    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    module[0].weight.register_hook(lambda gradient: 0 * gradient)
-    module[2].weight.register_post_accumulate_grad_hook(lambda parameter: None)
-    experts = nn.Module()
-    experts.num_experts = 3
-    experts.stack = nn.Parameter(torch.randn(3, 64, 64))
-    experts.stack.register_hook(lambda gradient: 0 * gradient)
-    return module.append(experts)
 
 
 def narrow(*layers):
@@ -37,7 +23,6 @@ NO_LAYER = r"no layer is in 4 bits \(target_modules='all-linear', r=1024\)"
 IN_FULL = {"r": 1024, "modules_to_save": ["0", "1"]}
 STAYED = "not linear, so it is frozen and not in 4 bits, as {}% of the weights: name .*, which trains them in full"
 CASES = [
-    (with_hooks, {}, {re.escape(HOOKS): ["0", "2", "3.stack"]}),
     (
         lambda: toy("llama", tie_word_embeddings=True),
         {"target_modules": ["all-linear", "lm_head"]},
@@ -69,11 +54,3 @@ def test_the_notes_of_a_conversion(make, arguments, expected):
     texts = [str(each.message) for each in seen if "rows of the report" in str(each.message)]
     assert texts == ([f"rows of the report to look at:\n{report.marked_rows()}"] if expected else [])
     assert all(f"! {text}" in str(report) for text in report.notes)
-
-
-def test_the_plugin_prints_them_first_and_does_not_warn(trainer, capsys, recwarn):
-    module = pretrain(Classifier())
-    module.net[0].weight.register_hook(lambda gradient: gradient)
-    trainer(plugins=QLoRAPrecision(r=4)).validate(module, [], verbose=False)
-    assert capsys.readouterr().out.startswith(f"QLoRA\nnet.0  x1   ! {HOOKS}\n")
-    assert not [each for each in recwarn if "hooks" in str(each.message)]

@@ -142,10 +142,9 @@ def test_the_plan_for_a_cpu_counts_it(slow):
     assert on_gpu["other frozen weights"] < wide["other frozen weights"]
 
 
-def test_an_explicit_type_stays_and_a_mark_has_the_factor(slow):
+def test_an_explicit_type_stays(slow):
     module = pretrain(model(BF16))
-    (text,) = convert(module, **ARGUMENTS, compute_dtype="bf16").notes
-    assert text.startswith("compute_dtype='bf16': on this CPU a matmul takes 40 times as long")
+    convert(module, **ARGUMENTS, compute_dtype="bf16")
     assert module.lm_head.weight.dtype is module(ids()).logits.dtype is BF16
 
 

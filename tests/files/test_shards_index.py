@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from lightning_qlora.files import shards_index
-from lightning_qlora.files.lightning_checkpoint import is_shards, load_shards, read_checkpoint
+from lightning_qlora.files.lightning_checkpoint import is_shards, read_checkpoint
 from tests.conftest import raises_in_one_line
 from tests.files.test_lightning_checkpoint import STATE, save_shards
 from tests.toys import assert_equal
@@ -301,19 +301,6 @@ def test_a_tensor_of_a_shard_is_what_the_index_says(kind, tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     with raises_in_one_line(ValueError, r"shards.ckpt.*state_dict\.w: is "):
         read_checkpoint(folder)
-    wanted = {"state_dict": {"w": torch.zeros(3, 4)}}
-    with raises_in_one_line(ValueError, r"state_dict\.w: is "):
-        load_shards(wanted, folder, weights_only=True)
-    assert not wanted["state_dict"]["w"].any()
-
-
-def test_values_are_cast_to_the_type_of_a_module_that_has_another(tmp_path):
-    """As torch.distributed.checkpoint.load does."""
-    folder = save_shards(tmp_path / "shards.ckpt", STATE, {"epoch": 3})
-    wanted = {"state_dict": {"w": torch.zeros(3, 4)}, "groups": [{"lr": 0.0}]}
-    load_shards(wanted, folder, weights_only=True)
-    assert_equal(wanted["state_dict"]["w"], STATE["state_dict"]["w"].float())
-    assert wanted["groups"] == [{"lr": 0.1}]
 
 
 @given(st.data())

@@ -23,7 +23,6 @@ from lightning_qlora import (
     quantize,
     save_adapter,
 )
-from lightning_qlora.conversion.notes import READ_DENSE
 from lightning_qlora.files.safetensors_folder import WeightFolder
 from lightning_qlora.huggingface.patches import QUANTIZER_FOR
 from lightning_qlora.layers.qlora_linear import adapted_layers
@@ -279,8 +278,6 @@ def test_a_pattern_with_the_attribute_of_the_module_is_refused_where_it_changes_
     if difference is None:
         fit()
         same_parameters(streamed, loaded)
-        late = plugin.report.notes.get(READ_DENSE, [])
-        assert bool(late) == ("target_modules" in pattern) and set(late) <= {*plugin.report.converted}
     else:
         with raises_in_one_line(ValueError, rf"was quantized while its .*{difference}.*patterns must match the names"):
             fit()

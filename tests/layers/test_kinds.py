@@ -11,7 +11,6 @@ from torch import nn
 
 from lightning_qlora import QLoRALinear, convert, load_adapter, merge, save_adapter
 from lightning_qlora.layers.kinds import KINDS, LayerKind, is_linear, sizes_of
-from lightning_qlora.survey.records import ORIGINS
 from tests.twin import dense_twin
 
 
@@ -48,7 +47,7 @@ def test_a_fused_layer_is_converted_trained_copied_and_merged_by_its_row_alone(m
     expected = net(x)
     merge(net)
     assert type(net[0]) is FusedGelu
-    assert (set(vars(net[0])), list(net.state_dict())) == (attributes | {ORIGINS}, keys)
+    assert (set(vars(net[0])), list(net.state_dict())) == (attributes, keys)
     torch.testing.assert_close(net(x), expected)
 
 

@@ -1,9 +1,7 @@
 """FSDP2 on one rank, in this process: when a module is converted, what is refused, and loading of checkpoints."""
 
-import copy
 import re
 import shutil
-from contextlib import nullcontext
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -35,13 +33,12 @@ from lightning_qlora import (
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.runs.guards import check_fsdp_groups
-from lightning_qlora.runs.patches import keep_frozen_while_distributed, load_whole_tensors, shard_bytes
+from lightning_qlora.runs.patches import load_whole_tensors, shard_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, dataset, fingerprints, loader, raises_before_teardown, raises_in_one_line
 from tests.files.test_lightning_checkpoint import save_shards
-from tests.toys import assert_equal, perturb
+from tests.toys import assert_equal
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
@@ -128,19 +125,6 @@ def test_a_model_that_is_sharded_before_it_is_converted_is_refused_and_other_mod
     fit(module)
     assert len(adapted_layers(module)) == 2 and not adapted_layers(module.teacher[0])
     run(Sharded())  # Lightning's own plugin does nothing there
-
-
-def test_two_trainable_dtypes_in_one_group_are_named(fit):
-    class Fp64(Sharded):
-        def __init__(self):
-            super().__init__()
-            self.net[2].double()
-
-    module = Fp64()
-    with pytest.raises(ValueError, match=r"net\.4\.lora_A \(torch.float32\) and net\.2\.weight \(torch.float64\)"):
-        fit(module, modules_to_save=["2"])
-    module.net[2].requires_grad_(False)
-    check_fsdp_groups(module)  # a frozen one may have another type
 
 
 @pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
@@ -382,32 +366,8 @@ def test_a_second_derivative_is_refused_where_weights_are_freed(setup_module):
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("is_dense", [True, False])
-def test_fabric_loads_raw_weights_into_the_4_bit_layers(is_dense, strict, setup_module, tmp_path):
-    torch.manual_seed(5)
-    source = Classifier().net
-    expected = copy.deepcopy(source)
-    convert(expected, **ARGUMENTS)
-    perturb(expected)
-    given = source if is_dense else expected
-    torch.save(given.state_dict(), tmp_path / "raw.pt")
-    fabric, module = setup_module(shard, net=None if is_dense else source)
-    adapter = gather(adapted_layers(module.module)["0"].lora_A).clone()
-    fabric.load_raw(tmp_path / "raw.pt", module, strict=strict)
-    for name, layer in adapted_layers(module.module).items():
-        other = expected.get_submodule(name)
-        assert torch.equal(gather(layer.packed).flatten(), other.packed.flatten())
-        assert torch.equal(gather(layer.bias), other.bias)
-    changed = gather(adapted_layers(module.module)["0"].lora_A)
-    assert torch.equal(changed, adapter if is_dense else expected[0].lora_A)
-    torch.save({"other": torch.ones(2)}, tmp_path / "raw.pt")
-    with pytest.raises((RuntimeError, ValueError)) if strict else nullcontext():
-        fabric.load_raw(tmp_path / "raw.pt", module, strict=strict)
-
-
 def test_what_older_versions_of_torch_need(monkeypatch):
-    """Bytes that get no gradient and are not cast, and frozen parameters that stay frozen in a plan."""
+    """Bytes that get no gradient and are not cast."""
     upstream = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
 
     def init_dtype_attrs(part, policy):
@@ -423,7 +383,3 @@ def test_what_older_versions_of_torch_need(monkeypatch):
         upstream.FSDPParam.init_dtype_attrs(part, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         assert part.sharded_param.requires_grad == is_float
         assert part.param_dtype == (torch.bfloat16 if is_float else None)
-    module = nn.Linear(4, 4)
-    module.bias.requires_grad_(False)
-    assert keep_frozen_while_distributed(lambda each, mesh: each.requires_grad_(True), module, None) is module
-    assert module.weight.requires_grad and not module.bias.requires_grad

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
-    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     ThroughputMonitor,
@@ -25,10 +24,10 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge
+from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, merge
 from lightning_qlora.optim.optimizer_parameters import check_optimizer
 from lightning_qlora.plugin.precision import IN_NO_OPTIMIZER
-from lightning_qlora.runs.guards import check_fsdp_groups, check_state_dict, check_trainer
+from lightning_qlora.runs.guards import check_trainer
 from lightning_qlora.tensors.held_types import KEPT_IN_FP32
 from tests.conftest import Classifier, loader
 
@@ -49,7 +48,6 @@ def test_a_spawned_fit_is_refused_by_the_process_itself(fit):
 REFUSED = {
     "StochasticWeightAveraging copied the module.*lightning_qlora.convert": lambda: StochasticWeightAveraging(1e-2),
     "BackboneFinetuning freezes parameters before.*modules_to_save": lambda: BackboneFinetuning(1),
-    "ModelPruning sets entries of float weights to zero.*merge": lambda: ModelPruning("l1_unstructured", amount=0.5),
 }
 
 
@@ -231,48 +229,13 @@ def test_adapters_in_no_optimizer_are_named(fit, capsys):
     assert lines == [f"QLoRA: net.4: {IN_NO_OPTIMIZER}."]
 
 
-class WithoutEncoder(Classifier):
-    """The recipe of Lightning's forum for a frozen encoder."""
-
-    def state_dict(self, *args, **kwargs):
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "net.0." not in name}
-
-
-def test_a_state_dict_without_trained_adapters_is_refused_before_the_first_step(fit):
-    module = WithoutEncoder()
-    message = r"WithoutEncoder\.state_dict\(\) leaves out the adapters of 1 of 2 .*net\.0"
-    with pytest.raises(RuntimeError, match=message):
-        fit(module, loader())
-    assert not module.net[0].lora_B.any()
-    module.net[0].requires_grad_(False)
-    check_state_dict(module)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        lambda key: key.removeprefix("net."),  # saves a part of itself
-        lambda key: f"model.{key}",
-        lambda key: key.replace("net.0", "alias"),
-        lambda key: key.replace("net", "net._checkpoint_wrapped_module"),
-    ],
-    ids=("part", "whole", "shared", "wrapped"),
-)
-def test_a_state_dict_with_other_names_is_no_error(name):
-    convert(module := Classifier(), r=4)
-    module.alias = module.net[0]
-    state = {name(key): value for key, value in module.state_dict().items() if key.startswith("net.")}
-    module.state_dict = lambda: state
-    check_state_dict(module)
-
-
 def test_adapters_that_on_save_checkpoint_removes_are_named(fit, tmp_path):
     class Removes(Classifier):
         def on_save_checkpoint(self, checkpoint):
             checkpoint["state_dict"] = {}
 
     run = fit(Removes(), loader(), max_steps=1, enable_checkpointing=False)
-    with pytest.warns(UserWarning, match=r"lacks the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"):
+    with pytest.warns(UserWarning, match=r"has 0 of the adapters of 2 layers \(net\.0, net\.4\).*on_save_checkpoint"):
         run.save_checkpoint(tmp_path / "x.ckpt")
 
 
@@ -301,33 +264,6 @@ def test_a_checkpoint_has_the_versions_of_modules_which_tell_what_their_entries_
     run.save_checkpoint(tmp_path / "x.ckpt")
     trainer(plugins=QLoRAPrecision(**arguments)).validate(again, loader(), ckpt_path=tmp_path / "x.ckpt")
     assert torch.equal(again.net[1].bias, module.net[1].bias)
-
-
-class BuildsAgain(Classifier):
-    """As dpr-scale does."""
-
-    def setup(self, stage):
-        self.net = Classifier().net
-
-    def on_load_checkpoint(self, checkpoint):
-        self.setup("fit")
-
-
-def test_a_model_that_on_load_checkpoint_builds_again_is_converted_again(fit, trainer, tmp_path):
-    fit(module := BuildsAgain(), loader(), max_steps=2).save_checkpoint(tmp_path / "x.ckpt")
-    for stage in ("fit", "validate"):
-        again = BuildsAgain()
-        resumed = trainer(plugins=QLoRAPrecision(r=4), max_steps=2)
-        getattr(resumed, stage)(again, loader(), ckpt_path=tmp_path / "x.ckpt")
-        assert torch.equal(again.net[0].lora_B, module.net[0].lora_B) and module.net[0].lora_B.any()
-    loaded = load_from_checkpoint(BuildsAgain, tmp_path / "x.ckpt")
-    assert torch.equal(loaded.net[0].lora_B, module.net[0].lora_B)
-
-
-def test_types_may_differ_where_nothing_is_sharded():
-    layer = torch.nn.Linear(4, 4)
-    layer.bias = torch.nn.Parameter(layer.bias.detach().bfloat16())
-    check_fsdp_groups(torch.nn.Sequential(layer))
 
 
 class InHook(Classifier):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_qlora import convert
-from lightning_qlora.conversion.notes import COPY
+from lightning_qlora.conversion.notes import COPY, HELD
 from tests.conftest import every_pair
 from tests.experts.test_experts import made, qwen3_moe
 
@@ -109,3 +109,28 @@ def test_what_is_no_copy_has_no_row():
     after = nn.ModuleDict({"net": net, "average": AveragedModel(net)})  # made after conversion
     for module in (after, zeros, tied, similar, encoder, ensemble, nn.ModuleDict({"one": body(), "two": body()})):
         assert not copies_of(module)
+
+
+class Shadow:
+    """An average in a list of tensors, as torch_ema."""
+
+    def __init__(self, net):
+        self.shadow = [parameter.detach().clone() for parameter in net.parameters()]
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [Shadow, lambda net: [copy.deepcopy(net)], lambda net: list(net.parameters()), lambda net: net.state_dict()],
+    ids=["average", "hidden module", "weights", "state dict"],
+)
+def test_an_attribute_that_holds_weights_of_before_is_named(hold):
+    module = nn.ModuleDict({"net": body()})
+    module.held = hold(module["net"])
+    assert convert(module, r=4, lora_dropout=0.0).notes[HELD.format("net.* (x2)")] == ["held"]
+
+
+@pytest.mark.parametrize("hold", [lambda net: [net[0]], lambda net: torch.optim.SGD(net.parameters(), 0.1), Shadow])
+def test_other_attributes_are_not(hold):
+    module = nn.ModuleDict({"net": body()})
+    module.held = hold(body() if hold is Shadow else module["net"])
+    assert not any("holds weights" in text for text in convert(module, r=4, lora_dropout=0.0).notes)

@@ -180,7 +180,7 @@ def test_new_layers_that_are_named_are_converted_and_a_checkpoint_keeps_all(bert
 def test_a_model_without_weights_of_files_is_converted_as_a_whole():
     module = nn.ModuleDict({"model": classifier("bert"), "proj": nn.Linear(64, 64)})
     report = convert(module, r=2)
-    assert "proj" in report.converted and set(report.trained_in_full) == {"model.classifier"}
+    assert len(report.converted) == 12 and set(report.trained_in_full) == {"model.classifier", "proj"}
 
 
 @pytest.mark.parametrize("frozen", ["teacher", "teacher.0.weight", ""])
@@ -198,8 +198,6 @@ def test_what_the_module_froze_stays_as_it_is_while_something_else_trains(frozen
         return
     assert report.converted == ["student.0"] and report.skipped == {"teacher.0": "frozen by the module"}
     assert torch.equal(module["teacher"](x), expected)
-    assert report.frozen_by_module == 4 * 4096 and report.bytes_4_bits_would_save == 4 * 4096 - round(4096 * 4.127 / 8)
-    assert "would save 14.27 kB" in str(report)
     assert not any(p.requires_grad for p in module["teacher"].parameters())
 
 

@@ -150,7 +150,7 @@ def test_a_part_that_was_converted_as_a_module_too(first, inner, outer):
         net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
         module = nn.ModuleDict({"net": net, "other": nn.Linear(64, 64)})
         with torch.no_grad():
-            net[0].weight.mul_(1 + seed)
+            net[0].weight.mul_(1 - 2 * seed)
         calls = [(net, inner), (module, outer)]
         for part, checkpoint in calls if first == "part" else reversed(calls):
             convert(part, r=4, checkpoint=checkpoint)

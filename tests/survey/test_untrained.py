@@ -1,13 +1,11 @@
 """Parts that were never trained train in full beside pretrained ones; everything new means nothing new."""
 
 import copy
-import json
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -15,15 +13,11 @@ from lightning_qlora import (
     QLoRALinear,
     QLoRAPrecision,
     convert,
-    load_adapter,
     load_from_checkpoint,
     merge,
-    save_adapter,
 )
-from lightning_qlora.checkpoints.saved_conversion import entry_of, text_of
-from lightning_qlora.conversion.report import BY_SIZE, NOTHING_PRETRAINED
-from lightning_qlora.survey.records import BY_VALUES, CONVERSION
-from lightning_qlora.survey.untrained import AS_THE_BLOCK
+from lightning_qlora.conversion.report import NOTHING_PRETRAINED
+from lightning_qlora.survey.untrained import AS_THE_BLOCK, BY_VALUES
 from tests.conftest import launch, make_trainer
 from tests.toys import assert_equal, pretrain
 
@@ -94,7 +88,7 @@ def test_new_parts_train_in_full_beside_a_pretrained_backbone():
     module = Segmenter()
     report = convert(module, r=4)
     assert report.converted == ["backbone.0", "backbone.3"] and report.frozen == ["backbone.2"]
-    assert set(report.trained_in_full) == NEW and not report.notes and not report.by_size
+    assert set(report.trained_in_full) == NEW and not report.notes
     assert report.trained_in_full["head"] == f"{BY_VALUES}, uniform in +-{(4 * WIDTH) ** -0.5:.2g}"
     assert report.trained_in_full["decoder.0.1"] == AS_THE_BLOCK  # a norm
     assert trained(module) == {n for n, _ in module.named_parameters() if n.startswith(("decoder", "head"))}
@@ -121,8 +115,8 @@ def test_everything_new_means_nothing_new_with_a_mark_in_the_first_row():
     with pytest.warns(UserWarning, match="nothing looks pretrained.*Load the weights in __init__ or configure_model"):
         report = convert(module, r=4)
     assert report.converted == ["backbone.0", "backbone.3", "head"] and not report.trained_in_full
-    assert report.by_size and next(iter(report.notes)) == NOTHING_PRETRAINED
-    assert report.rows()[0][:2] == ("(the module itself)", f"! {NOTHING_PRETRAINED}") and BY_SIZE not in str(report)
+    assert next(iter(report.notes)) == NOTHING_PRETRAINED
+    assert report.rows()[0][:2] == ("(the module itself)", f"! {NOTHING_PRETRAINED}")
 
 
 def test_few_parts_that_are_no_initialization_do_not_make_the_others_new():
@@ -137,7 +131,7 @@ def test_parts_of_which_nothing_is_known_are_converted_as_before():
     for layer in module:
         nn.init.normal_(layer.weight, std=0.0873)
     report = convert(module, r=4)
-    assert report.converted == ["0", "1"] and report.by_size and not report.notes
+    assert report.converted == ["0", "1"] and not report.notes
 
 
 class _Words(nn.Module):
@@ -174,11 +168,8 @@ HEADS = {
     "linear": lambda: nn.Linear(WIDTH, 100),
     "wide": lambda: nn.Linear(2048, 2048),
     "few outputs": lambda: nn.Linear(512, 1),
-    "bilinear": lambda: nn.Bilinear(WIDTH, 16, 1),
-    "two bilinear": lambda: nn.Sequential(nn.Bilinear(32, 32, 2), nn.Linear(2, 64), nn.Linear(64, 2)),
     "normal": lambda: _filled(nn.Linear(WIDTH, 20), nn.init.normal_, std=0.01),
     "zeros": lambda: _filled(nn.Linear(WIDTH, 20), nn.init.zeros_),
-    "orthogonal": lambda: _filled(nn.Linear(WIDTH, 100), nn.init.orthogonal_),
     "mlp": lambda: nn.Sequential(nn.Linear(WIDTH, 80), nn.LayerNorm(80), nn.Linear(80, 3)),
     "convolutions": lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(4, 32), nn.Conv2d(32, 1, 1)),
     "few values": lambda: nn.Sequential(nn.ConvTranspose2d(4, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 1, 1)),
@@ -301,6 +292,26 @@ def test_new_experts_beside_a_pretrained_part_train_in_full():
     assert trained(module) == {"experts.up"} and report.trained_in_full["experts.up"].startswith(BY_VALUES)
 
 
+def test_parts_that_are_added_later_are_new_and_merged_ones_look_trained():
+    module = Segmenter()
+    convert(module, r=4)
+    module.second = nn.Linear(WIDTH, 100)
+    assert "second" in convert(module, r=4).trained_in_full
+    with torch.no_grad():
+        module.head.weight.add_(0.01 * torch.randn_like(module.head.weight))
+    report = convert(merge(module), r=4)
+    assert {"backbone.0", "backbone.3", "head"} == {*report.converted}
+
+
+def test_a_training_of_a_step_is_enough():
+    layer = nn.Linear(128, 128)
+    module = nn.Sequential(pretrain(nn.Linear(128, 128)), layer)
+    optimizer = torch.optim.Adam(layer.parameters(), 1e-3)
+    layer(torch.randn(64, 128)).square().mean().backward()
+    optimizer.step()
+    assert convert(module, r=4).converted == ["0", "1"]
+
+
 def test_weights_that_are_loaded_before_fit_decide(tmp_path):
     module = Segmenter(pretrained=False)
     module.load_state_dict({f"backbone.{key}": value for key, value in backbone().state_dict().items()}, strict=False)
@@ -318,153 +329,23 @@ def test_a_module_on_the_meta_device_is_converted_as_before():
     assert [*choice.convert] == ["backbone", "head"] and not choice.train
 
 
-def test_parts_that_are_added_later_are_new_and_merged_ones_stay_as_they_were():
-    module = Segmenter()
-    convert(module, r=4)
-    module.second = nn.Linear(WIDTH, 100)
-    assert "second" in convert(module, r=4).trained_in_full
-    merge(module)
-    report = convert(module, r=4)
-    assert report.converted == ["backbone.0", "backbone.3"] and set(report.trained_in_full) == NEW | {"second"}
-    fresh = Segmenter(pretrained=False)
-    with torch.no_grad():
-        convert(fresh, r=4)
-    fresh.second = nn.Linear(WIDTH, 100)
-    assert convert(fresh, r=4).converted == ["backbone.0", "backbone.3", "head", "second"]
-    again = convert(merge(fresh), r=4)
-    assert again.converted == ["backbone.0", "backbone.3", "head", "second"] and not again.trained_in_full
-
-
-def without_origins(state):
-    """The state dict as it was before values were asked."""
-    content = json.loads(text_of(state[CONVERSION]))
-    content["base"].pop("new", None)
-    return state | {CONVERSION: entry_of(json.dumps(content))}
-
-
-def as_before(module, **arguments):
-    """A module as the version before converted it: all linear layers, and nothing else trains."""
-    report = convert(module, r=4, target_modules=["all-linear", "head"], exclude_modules=["decoder"], **arguments)
-    assert report.converted == ["backbone.0", "backbone.3", "head"] and not trained(module)
-    with torch.no_grad():
-        for layer in (module.backbone[0], module.head):
-            layer.lora_B.normal_()
-    return module.eval()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_files_of_before_load_with_the_layers_that_they_had(dtype, tmp_path):
-    source = as_before(Segmenter(dtype))
-    state = without_origins(source.state_dict())
-    x = torch.randn(2, WIDTH, dtype=source.head.bias.dtype)
-    module = Segmenter(dtype)
-    convert(module, r=4)
-    module.load_state_dict(state)
-    assert isinstance(module.head, QLoRALinear) and not trained(module)
-    torch.testing.assert_close(module.eval()(x), source(x))
-    assert module.decoder[0][0].weight.dtype is source.decoder[0][0].weight.dtype
-    save_adapter(source, tmp_path / "folder")
-    for loaded in (Segmenter(dtype), Segmenter(dtype)):
-        if loaded is not module:
-            convert(loaded, r=4, adapter=str(tmp_path / "folder"))
-        torch.testing.assert_close(loaded.eval()(x), source(x))
-        assert not trained(loaded)
-    loaded = Segmenter(dtype)
-    convert(loaded, r=4)
-    load_adapter(loaded, tmp_path / "folder")
-    torch.testing.assert_close(loaded.eval()(x), source(x), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("file", ["folder", "state dict"])
-def test_a_load_keeps_the_parameters_of_layers_that_were_named_and_look_new(file, tmp_path):
-    """They are layers already: an optimizer that was made before goes on with them."""
-    source = as_before(Segmenter())
-    module = as_before(Segmenter())
-    parameters = dict(module.named_parameters())
-    if file == "folder":
-        save_adapter(source, tmp_path / file)
-        load_adapter(module, tmp_path / file)
-    else:
-        module.load_state_dict(without_origins(source.state_dict()))
-    assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
-    assert_equal(list(module.parameters()), list(source.parameters()))
-
-
-def test_a_load_keeps_experts_that_were_named_and_look_new():
-    modules = []
-    for _ in range(2):
-        experts = nn.Module()
-        experts.num_experts = 4
-        torch.manual_seed(0)
-        experts.up = nn.Parameter(torch.randn(4, 64, 32) * 0.02)
-        module = nn.ModuleDict({"backbone": backbone(), "experts": experts})
-        convert(module, r=4, target_modules=["all-linear", "experts.up"])
-        modules.append(module)
-    source, module = modules
-    with torch.no_grad():
-        source.experts.up_experts.lora_B.normal_()
-    parameters = dict(module.named_parameters())
-    module.load_state_dict(without_origins(source.state_dict()))
-    assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
-    assert_equal(list(module.parameters()), list(source.parameters()))
-
-
-def test_checkpoints_of_before_are_resumed_with_the_layers_that_they_had(tmp_path):
-    run = make_trainer(tmp_path, max_steps=2, plugins=QLoRAPrecision(r=4, target_modules=["all-linear", "head"]))
-    module = Segmenter()
-    module.decoder.requires_grad_(False)
-    run.fit(module, batches())
-    run.save_checkpoint(tmp_path / "c.ckpt")
-    saved = torch.load(tmp_path / "c.ckpt", weights_only=False)
-    saved["state_dict"] = without_origins(saved["state_dict"])
-    torch.save(saved, tmp_path / "c.ckpt")
-    plugin = QLoRAPrecision(r=4)
-    again = Segmenter()
-    make_trainer(tmp_path, max_steps=3, plugins=plugin).fit(again, batches(), ckpt_path=tmp_path / "c.ckpt")
-    assert plugin.report.converted == ["backbone.0", "backbone.3", "head"] and not plugin.report.trained_in_full
-    loaded = load_from_checkpoint(Segmenter, tmp_path / "c.ckpt")
-    assert isinstance(loaded.head, QLoRALinear) and not trained(loaded)
-    assert_equal([loaded.head.lora_B], [module.head.lora_B])
-
-
-@pytest.mark.parametrize("pretrained", [True, False])
-def test_a_run_that_is_resumed_has_the_parts_of_its_checkpoint(pretrained, tmp_path):
-    """Also from values that would decide otherwise: the whole checkpoint has those of the backbone."""
-    arguments = {"r": 4, "lora_dropout": 0.0, "checkpoint": "adapter" if pretrained else "full"}
+def test_a_run_that_is_resumed_has_the_parts_of_its_checkpoint(tmp_path):
+    arguments = {"r": 4, "lora_dropout": 0.0}
     run = make_trainer(tmp_path, plugins=QLoRAPrecision(**arguments))
     first = Segmenter()
     run.fit(first, batches(count=2))
     run.save_checkpoint(tmp_path / "c.ckpt")
     whole = Segmenter()
     make_trainer(tmp_path, max_epochs=2, plugins=QLoRAPrecision(**arguments)).fit(whole, batches(count=2))
-    again = Segmenter(pretrained=pretrained, seed=3)
+    again = Segmenter(seed=3)
     plugin = QLoRAPrecision(**arguments)
     make_trainer(tmp_path, max_epochs=2, plugins=plugin).fit(again, batches(count=2), ckpt_path=tmp_path / "c.ckpt")
     assert plugin.report.converted == ["backbone.0", "backbone.3"]
     assert trained(again) == trained(first)
     assert_equal(list(again.parameters()), list(whole.parameters()))
-    loaded = load_from_checkpoint(Segmenter, tmp_path / "c.ckpt", pretrained=pretrained, seed=5)
+    loaded = load_from_checkpoint(Segmenter, tmp_path / "c.ckpt", seed=5)
     assert trained(loaded) == trained(first)
     assert_equal(list(loaded.parameters()), list(first.parameters()))
-
-
-def test_a_layer_that_a_file_makes_dense_waits_for_no_inputs():
-    source = Segmenter()
-    convert(source, r=4, checkpoint="full")
-    module = Segmenter(pretrained=False)
-    report = convert(module, r=4, checkpoint="full", init_lora_weights="calibrated")
-    assert report.calibration.waiting == ["backbone.0", "backbone.3", "head"]
-    with pytest.warns(UserWarning, match="initialized as 'default'"):
-        module.load_state_dict(source.state_dict())
-    assert not report.calibration.waiting and type(module.head) is nn.Linear
-
-
-def test_fabric_loads_a_checkpoint_of_before(tmp_path):
-    torch.save({"model": without_origins(as_before(Segmenter()).state_dict())}, tmp_path / "c.ckpt")
-    fabric = Fabric(accelerator="cpu", plugins=QLoRAPrecision(r=4))
-    module = fabric.setup_module(Segmenter())
-    fabric.load(tmp_path / "c.ckpt", {"model": module})
-    assert isinstance(module.head, QLoRALinear) and not trained(module)
 
 
 @pytest.mark.slow

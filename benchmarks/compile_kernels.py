@@ -32,7 +32,7 @@ from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dropout import dropout_into
 from lightning_qlora.kernels.triton.grouped import Group
-from lightning_qlora.kernels.triton.half import norm_exponent, rows_to_half, take_out_
+from lightning_qlora.kernels.triton.half import rows_to_half, take_out_
 from lightning_qlora.kernels.triton.quantize import dequantize, quantize
 from lightning_qlora.quantization.packed_weight import stack_bytes
 
@@ -158,8 +158,6 @@ def _half_cases(target: str) -> Iterator[Case]:
         yield Case(f"{name}, dropout", partial(rows_to_half, rows, None, 0.1, seed), per_thread, 38)
         yield Case(f"{name}, factors", partial(rows_to_half, rows.T.contiguous().T, torch.ones(size)), per_thread, 28)
     yield Case("rows to fp16, any length", partial(rows_to_half, long, torch.ones(2 * size)), per_thread, 40)
-    for tile, threads in _tiles("norm_exponent", target):
-        yield Case("norms", partial(norm_exponent, torch.randn(1, 32, 64, 128)), tile["NUMBERS"] / threads, 20)
     x = torch.randn(64, 4096)
     for tile, threads in _tiles("finish", target):
         take_out = partial(take_out_, x, torch.ones(64, 1), torch.ones(1, 4096), 1.0)

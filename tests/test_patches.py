@@ -38,13 +38,11 @@ ALLOWED = {
     "layers/derived.py": {"instance.__class__"},
     "conversion/load_from_checkpoint.py": {"module.__class__"},
     # Modules, tensors and functions that the code itself made.
-    "dtypes/instance_method.py": {"function.__wrapped__", "function.__signature__"},
     "layers/trainable_tokens.py": {"view.__dict__.update(self.__dict__, **changed)"},
     "layers/readable_weight.py": {"weight._is_detached", "weight._is_param"},
     "huggingface/quantizer.py": {"copied.quantization_operation"},
     # The gradient of a parameter that is held in fp32 is cast with it; that of our adapters belongs to other values.
     "tensors/held_types.py": {"tensor.grad"},
-    "dtypes/compute_in.py": {"object.__setattr__(value, name, new)"},  # of a copy of a dataclass
     "config.py": {"object.__setattr__(config, name, value)"},  # of a copy
     "calibration/calibration.py": {"parameter.grad"},
     "layers/lora_layer.py": {"parameter.grad"},

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from lightning_qlora.activations.gradient_checkpointing import disable_gradient_checkpointing
 from lightning_qlora.checks import check_choice, check_converted, check_module
 from lightning_qlora.config import MergeDtype
-from lightning_qlora.dtypes.compute_in import MergedPart
 from lightning_qlora.dtypes.full_precision import release, undo_full_precision
-from lightning_qlora.dtypes.instance_method import CHANGES, OfTraining, add, remove
+from lightning_qlora.dtypes.instance_method import METHODS, OfTraining, remove
 from lightning_qlora.kernels import ops
 from lightning_qlora.kernels.rounding import round_stochastically
 from lightning_qlora.layers.lora_layer import LoRALayer
@@ -22,6 +21,7 @@ from lightning_qlora.survey.provenance import mark_as_loaded
 from lightning_qlora.survey.records import conversion_of, record_merge
 from lightning_qlora.tensors.device_types import DTYPES
 from lightning_qlora.tensors.dtensor import is_sharded, reshard
+from lightning_qlora.tensors.held_types import TYPES
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -89,7 +89,6 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
 
     modules = dict(parts.named)
     is_changed = any(_is_changed(part) for part in parts.modules)
-    held = {layer.weight_dtype for layer in layers.values() if layer.is_held and is_part}
     if is_changed:
         release(parts.modules)
     parameters = []
@@ -112,8 +111,6 @@ def merge_onto(parts: Parts, weights: dict[str, Tensor], dtype: MergeDtype) -> N
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(DTYPES[dtype])
-    for other in held:
-        add(MergedPart(module, other))
     if parts.models:
         mark_as_loaded(module, parameters)
 
@@ -122,7 +119,7 @@ def _is_changed(part: nn.Module) -> bool:
     """Whether conversion may have changed how a module computes, or in which types."""
     if isinstance(part, LoRALayer) and part.is_held:
         return True
-    return not CHANGES.isdisjoint(vars(part)) or bool(vars(part).get("_forward_pre_hooks"))
+    return not {METHODS, TYPES}.isdisjoint(vars(part)) or bool(vars(part).get("_forward_pre_hooks"))
 
 
 def _mark_adapters(parts: Parts, modules: Mapping[str, nn.Module]) -> None:

@@ -16,7 +16,6 @@ from lightning_qlora.adapters.peft_layers import describe_base, trained_modules
 from lightning_qlora.checkpoints.saved_conversion import SavedConversion, adapter_keys, entry_of, read_conversion
 from lightning_qlora.checks import shown
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.dtypes.full_precision import hold_assigned
 from lightning_qlora.layers.derived import Derived
 from lightning_qlora.layers.layer_state import (
     LOAD_THE_BASE,
@@ -41,7 +40,6 @@ from lightning_qlora.survey.records import (
 )
 from lightning_qlora.tensors.dtensor import is_sharded, reshard, shard_like
 from lightning_qlora.tensors.fingerprint import fingerprint
-from lightning_qlora.tensors.held_types import TYPES
 
 BUILT_ANEW = (
     "This state dict holds adapters, and this {kind} has none: its adapters were merged, or its layers were built anew "
@@ -257,9 +255,6 @@ def _after_load(root: nn.Module, incompatible_keys: Any) -> None:
     conversion = conversion_of(root)
     if conversion is None:
         return
-    held = [part for part in root.modules() if TYPES in vars(part)]
-    if held:
-        hold_assigned(held)
     missing: list[str] = incompatible_keys.missing_keys
     marks = [key for key in missing if isinstance(key, _InModule)]  # those of modules around this one come first
     if marks:

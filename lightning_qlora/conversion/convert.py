@@ -31,9 +31,8 @@ from lightning_qlora.conversion.notes import (
 )
 from lightning_qlora.conversion.parameter_counts import count_parameters
 from lightning_qlora.conversion.report import ConversionReport
-from lightning_qlora.dtypes.compute_in import MergedPart
 from lightning_qlora.dtypes.full_precision import Decide, hold, train_in_full_precision
-from lightning_qlora.dtypes.instance_method import METHODS, remove
+from lightning_qlora.dtypes.instance_method import METHODS
 from lightning_qlora.huggingface.patches import forget_quantizer
 from lightning_qlora.logits.deferred_head import check_output_embeddings, defer_output_embeddings
 from lightning_qlora.runs.patches import shard_bytes
@@ -194,7 +193,6 @@ def _apply(
     if not parts.traits.is_new:
         for part in parts.modules:
             vars(part).pop(MERGED, None)
-            remove(part, MergedPart)
     if parts.models:
         forget_quantizer(parts.modules)
     report.frozen = freeze(seen, choice, new, converted)

@@ -9,6 +9,7 @@ from lightning_qlora.checks import TRAIN_IN_FULL
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.conversion.convert_checks import no_layer
 from lightning_qlora.conversion.report import NOTHING_PRETRAINED, ConversionReport
+from lightning_qlora.dtypes.full_precision import autocast_type, trains_in_full
 from lightning_qlora.layers.kinds import is_linear
 from lightning_qlora.layers.names import join, outer_names, owner_name, tensors_of
 from lightning_qlora.layers.packed_layer import PackedLayer
@@ -17,6 +18,7 @@ from lightning_qlora.selection.selection import FROZEN, IN_VAIN, Selection
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.provenance import OUTSIDE
 from lightning_qlora.survey.survey import Survey
+from lightning_qlora.tensors.held_types import types_before
 from lightning_qlora.texts import groups
 
 LARGEST = 5  # weights that stayed in 16 bits
@@ -34,6 +36,10 @@ HELD = (
 CONVERTED_BEFORE = (
     "was converted before, with {}, and stays so: to convert with other arguments, build the module again, or merge "
     "the adapters first"
+)
+IN_16_BITS = (
+    "trains in fp32 and computes in {} under autocast, as the rest of the module; where it must compute in fp32, call "
+    "it within torch.autocast(device_type, enabled=False)"
 )
 LARGE = (
     "trains in full, and new parts have more parameters than all adapters: if it was loaded from weights, name its "
@@ -76,6 +82,10 @@ def note_before_conversion(
 def note_after_conversion(report: ConversionReport, parts: Parts, choice: Selection) -> None:
     parameters = dict(tensors_of(parts.named, ["_parameters"]))
     _note_what_stayed(report, parts, choice)
+    dtype = autocast_type(parts.root)
+    of_fp32 = [name for name, part in parts.named if trains_in_full(part) and not types_before(part)]
+    if dtype is not None and of_fp32:
+        report.note(IN_16_BITS.format(str(dtype).removeprefix("torch.")), of_fp32)
     new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
     if new:
         in_new = (p.numel() for name, p in parameters.items() if not new.keys().isdisjoint(outer_names(name)))

@@ -9,12 +9,11 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_qlora.conversion.parameter_counts import count_parameters
-from lightning_qlora.dtypes.compute_in import compute_types
-from lightning_qlora.dtypes.instance_method import CHANGES
+from lightning_qlora.dtypes.full_precision import autocast_type
 from lightning_qlora.selection.selection import Selection
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.tensors.device_types import Held
-from lightning_qlora.tensors.held_types import full_precision_parameters, held_bytes
+from lightning_qlora.tensors.held_types import TYPES, full_precision_parameters, held_bytes
 from lightning_qlora.texts import ROOT, group, groups, size_text
 
 KEPT_IN = {
@@ -56,8 +55,6 @@ class ConversionReport:
         calibration: Status of adapters that are initialized from the first step (`CalibrationReport`); None if
             none are.
         unused: Name -> reason, of layers whose adapters got no gradient; known after the first step.
-        computes_in: Name of each dense module that computes in another type than its parameters have, or takes inputs
-            of another type -> the type: "bfloat16" or "float16", by autocast, or "float32", to which inputs are cast.
         activations: With gradient_checkpointing="auto" or bytes the `ActivationBudget`, whose text says how many blocks
             of the last step kept their activations; None: all blocks are recomputed, or none.
         notes: What a user should look at -> names of the modules and parameters that it is about. These rows stand
@@ -94,7 +91,6 @@ class ConversionReport:
     held_bytes: int = 0
     calibration: Any = None
     unused: dict[str, str] = field(default_factory=dict)
-    computes_in: dict[str, str] = field(default_factory=dict)
     activations: Any = None
     notes: dict[str, list[str]] = field(default_factory=dict)
 
@@ -106,15 +102,14 @@ class ConversionReport:
         self.trained_rows = {name: part.row_count for name, part in parts.adapters.items() if part.row_count}
         parameters = [p for adapter in parts.adapters.values() for p in adapter.adapter_parameters()]
         self.adapter_parameters = sum(parameter.numel() for parameter in parameters)
-        self.computes_in = {}
+        self.full_precision_computes_in = []
         self.full_precision_bytes = self.held_bytes = 0
-        if any(CHANGES & vars(part).keys() for part in parts.modules):
-            types_of = compute_types(parts.named)
-            self.computes_in = {name: str(dtype).removeprefix("torch.") for name, dtype in types_of.items()}
+        if any(TYPES in vars(part) for part in parts.modules):
             self.full_precision_bytes = sum(value.nbytes for _, value, _ in full_precision_parameters(parts.named))
             self.held_bytes = held_bytes(parts.named)
-        types = sorted({*self.computes_in.values()} - {"float32"})
-        self.full_precision_computes_in = types if self.full_precision_bytes else []
+            dtype = autocast_type(parts.root)
+            if dtype is not None and self.full_precision_bytes:
+                self.full_precision_computes_in = [str(dtype).removeprefix("torch.")]
 
     def note(self, text: str, names: Iterable[str] = ("",)) -> list[str]:
         """Add rows with a mark, and return the names that this text did not have; "" is the module itself."""
@@ -151,9 +146,6 @@ class ConversionReport:
         each += [(name, f"skipped: {reason}") for name, reason in self.skipped.items()]
         each += [(name, f"{count} rows train, the others are frozen") for name, count in self.trained_rows.items()]
         each += [(name, "frozen by conversion") for name in self.frozen]
-        for name, dtype in self.computes_in.items():
-            how = "16-bit inputs are cast" if dtype == "float32" else "by autocast"
-            each.append((name, f"computes in {dtype}, {how}"))
         names_of: dict[tuple[str, str], list[str]] = {}
         for name, status in each:
             names_of.setdefault((group(name), status), []).append(name or ROOT)

@@ -1,21 +1,20 @@
-"""In which type dense modules compute, where it is not the one that they are stored in.
+"""In which type the dense rest of a converted module is kept, and computes.
 
-    parameters that train in full           fp32, and the buffers of their module, such as the statistics of BatchNorm
-    forward pass of the module that uses them   under autocast(16-bit type), its output cast back
-    forward pass and steps of the module that was converted     under the same autocast, its output as it is
-    forward pass of a model in a LightningModule                the same
-    all of a module on a device that is slow in 16 bits         fp32: 16-bit inputs are cast, without autocast
-    all of a module of fp16 on a GPU with bf16                  bf16, what trains under autocast
-    a module that the user holds in fp32, and that trains       fp32: 16-bit inputs are cast, without that autocast
+    what trains in full, and the buffers beside it      kept in fp32; computes in the module's 16-bit type, by autocast
+    all else on a device that is slow in 16 bits        cast to fp32, once
+    all else of fp16 on a GPU with bf16                 cast to bf16, once
 
 In 16 bits most steps of an optimizer are lost: a step of AdamW is about a learning rate, and that of 2e-4 is smaller
-than half of the last bit of every bf16 value above 0.1. A parameter is what it says everywhere, so code may write to it
-in a forward pass. Around the converted module, autocast lets code of other modules use such a parameter too:
-`F.linear(h, self.head.weight)` in a training step. A module keeps its class: an object stands in place of its `forward`
-(`instance_method.py`).
+than half of the last bit of every bf16 value above 0.1.
+
+Types are a matter of the root. Around the steps of a LightningModule, and a forward pass in Fabric, Lightning enters
+autocast (`QLoRAPrecision.forward_context`). In a loop of one's own, and in `generate`, the `forward` of the converted
+module and of the modules right in it does (`InType`). In a module that trains in full a forward hook casts the output
+back to that type, so that the frozen modules after it get what they got before.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,25 +22,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_qlora.config import ComputeDtype
-from lightning_qlora.dtypes import patches
-from lightning_qlora.dtypes.attention import attend
-from lightning_qlora.dtypes.compute_in import (
-    ComputeIn,
-    FollowCasts,
-    compute_in,
-    compute_methods,
-    has_method,
-    is_script,
-    let_follow_casts,
-    make_compute_methods,
-)
-from lightning_qlora.dtypes.instance_method import remove
+from lightning_qlora.dtypes.instance_method import OfTraining, add, instance_method, remove
 from lightning_qlora.layers.packed_layer import PackedLayer
+from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.lightning_copies import classes
-from lightning_qlora.tensors.device_types import IN_16_BITS, Held, held_type, lacks_bf16
+from lightning_qlora.tensors.device_types import IN_16_BITS, Held, held_type
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.held_types import (
-    TYPES,
     Casts,
     cast_in_place,
     full_precision_parameters,
@@ -52,127 +39,113 @@ from lightning_qlora.tensors.held_types import (
 )
 
 Decide = Callable[[torch.device, torch.dtype], Held | None]  # `held_type`, or what all ranks agree on
+AUTOCAST = "_qlora_autocast"  # attribute of a converted module: the type of autocast around it
 OF_FP16 = Held(torch.float32, "compute_dtype='fp16': 4-bit layers multiply in fp16 with sums in fp32")
 
-# Attention uses that of its `out_proj`, an encoder layer those of all its parts in one fused function.
-USE_WEIGHTS_OF_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+class InType(OfTraining):
+    """`forward` of a converted module, and of a module right in it: inputs are cast, and autocast is on, as needed.
+
+    Attributes:
+        held: The type that the module is kept in, where it is not its own: 16-bit inputs are cast to it.
+        autocast: The type that it computes in under autocast.
+        layer: A 4-bit layer, which had that type and has another one after `module.float()`.
+    """
+
+    held: torch.dtype | None = None
+    autocast: torch.dtype | None = None
+    layer: PackedLayer | None = None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        if self.held is not None:
+            args = tuple(_in_type(value, self.held) for value in args)
+            kwargs = {key: _in_type(value, self.held) for key, value in kwargs.items()}
+        was_cast = self.layer is not None and self.layer.weight_dtype is not self.autocast
+        if self.autocast is None or was_cast:
+            return self.original(*args, **kwargs)
+        device = next(self.module.parameters()).device.type
+        if device == "meta":
+            return self.original(*args, **kwargs)
+        with torch.autocast(device, self.autocast, cache_enabled=False):  # each use sees the present value
+            return self.original(*args, **kwargs)
+
+
+def _in_type(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in IN_16_BITS else value
+
+
+def cast_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of a module that trains in full: under autocast its output is in 16 bits; a loss stays."""
+    if isinstance(output, tuple) and type(output) is tuple:
+        return tuple(cast_output(module, args, each) for each in output)
+    if not isinstance(output, Tensor) or output.dtype is not torch.float32 or not output.ndim:
+        return output
+    device = output.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return output
+    return output.to(torch.get_autocast_dtype(device))
+
+
+def trains_in_full(part: nn.Module) -> bool:
+    """Whether a dense module has a parameter in fp32 that trains."""
+    if isinstance(part, WithAdapter):
+        return False
+    return any(p is not None and p.requires_grad and p.dtype is torch.float32 for p in part._parameters.values())
+
+
+def autocast_type(root: nn.Module) -> torch.dtype | None:
+    """The type in which a converted module of 16 bits computes under autocast; None: nothing trains in full in it."""
+    return vars(root).get(AUTOCAST)
 
 
 def train_in_full_precision(modules: list[nn.Module]) -> None:
-    """Hold the 16-bit parameters that train in full in fp32, in place; of all modules in the first one.
+    """Hold the 16-bit parameters that train in full, and the buffers beside them, in fp32, in place.
 
-    Two kinds of parameters still train in 16 bits: sharded ones, and those of a ScriptModule.
+    Sharded ones, and those of a ScriptModule, still train in 16 bits.
     """
-    trained = [
-        (owner, key, parameter)
-        for owner in modules
-        for key, parameter in owner.named_parameters(recurse=False)
-        if parameter.requires_grad and parameter.dtype in IN_16_BITS
-    ]
-    parents: dict[nn.Module, list[nn.Module]] = {}
-    for parent in modules:
-        for child in parent.children():
-            parents.setdefault(child, []).append(parent)
-    in_16_bits = set[int]()  # tied ones are held in fp32 if all of their modules can
-    for owner, _, parameter in trained:
-        if is_sharded(parameter) or any(map(is_script, [owner, *_users(owner, parents)])):
-            in_16_bits.add(id(parameter))
-    held = [(owner, key, parameter) for owner, key, parameter in trained if id(parameter) not in in_16_bits]
-    for owner, _, parameter in held:
-        for user in _users(owner, parents):
-            compute_in(user, parameter.dtype, casts_output=not isinstance(user, classes(LightningModule)))
-    dtypes = [parameter.dtype for _, _, parameter in held]
-    buffers = [entry for owner, _, _ in held for entry in _buffers_beside(owner) if entry[2].dtype in IN_16_BITS]
-    _hold([*held, *buffers])
-    for part in modules:  # also those that were converted before
-        dtypes += [dtype for _, tensor, dtype in held_in(part) if tensor.requires_grad]
-    if dtypes:
-        for part in _outermost(modules[0], _trains_in_full):
-            compute_in(part, dtypes[0])
+    tensors = []
+    for owner in modules:
+        own = owner.named_parameters(recurse=False)
+        trained = [
+            (owner, key, p) for key, p in own if p.requires_grad and p.dtype in IN_16_BITS and _can_be_held(owner, p)
+        ]
+        if trained:
+            tensors += [*trained, *_buffers_beside(owner)]
+            if _has_forward(owner) and not isinstance(owner, classes(LightningModule)):
+                _remove_hook(owner)
+                owner.register_forward_hook(cast_output)
+    _cast([(*entry, torch.float32) for entry in tensors])
 
 
-def _hold(tensors: list[tuple[nn.Module, str, Tensor]], held: torch.dtype = torch.float32) -> None:
-    """Hold 16-bit parameters and buffers (owner, key, value) in another type.
+def _can_be_held(owner: nn.Module, tensor: Tensor) -> bool:
+    return not is_sharded(tensor) and not isinstance(owner, torch.jit.ScriptModule)
 
-    Values that share memory, as weights tied by `.data` do, share it afterwards.
-    """
-    dtypes = [types_before(part).get(key, tensor.dtype) for part, key, tensor in tensors]  # a tied one is cast once
-    casts: Casts = {}
-    for (part, key, tensor), dtype in zip(tensors, dtypes, strict=True):
-        set_types_before(part, vars(part).get(TYPES, {}) | {key: dtype})
-        if tensor.dtype is not held:
-            cast_in_place(tensor, held, casts)
-        let_follow_casts(part)
+
+def _has_forward(part: nn.Module) -> bool:
+    """Whether a module has a forward pass that its class wrote; nn.ModuleList has none."""
+    inherited: list[Any] = [nn.Module, *classes(LightningModule)]
+    return type(part).forward not in [kind.forward for kind in inherited]
 
 
 def _buffers_beside(owner: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The float buffers of a module that trains in fp32, and those of its parametrizations (spectral_norm)."""
+    """The 16-bit buffers of a module that trains in fp32, and those of its parametrizations (spectral_norm)."""
     for part in owner.modules() if isinstance(owner, ParametrizationList) else [owner]:
         for key, buffer in part.named_buffers(recurse=False):
-            if buffer.is_floating_point() and not is_script(part):
+            if buffer.dtype in IN_16_BITS:
                 yield part, key, buffer
 
 
-def _users(owner: nn.Module, parents: dict[nn.Module, list[nn.Module]]) -> Iterator[nn.Module]:
-    """The modules whose forward passes use the parameters of a module: itself, or the next ones around it."""
-    if has_method(owner, "forward"):
-        yield owner
-    for parent in parents.get(owner, []):
-        if not has_method(owner, "forward") or isinstance(parent, USE_WEIGHTS_OF_PARTS):
-            yield from _users(parent, parents)
-        elif isinstance(owner, nn.TransformerEncoderLayer):  # in the ModuleList of an nn.TransformerEncoder
-            yield from (each for each in parents.get(parent, []) if isinstance(each, nn.TransformerEncoder))
+def _cast(tensors: Sequence[tuple[nn.Module, str, Tensor, torch.dtype]]) -> None:
+    """Cast parameters and buffers (owner, key, value, type) in place, and record the types before.
 
-
-def _outermost(root: nn.Module, counts: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """The converted module; of a LightningModule also the modules in it that have a part that counts.
-
-    Code outside of its steps calls these: `lit.model.generate(...)`.
+    Values that share memory, as weights tied by `.data` do, share it afterwards.
     """
-    parts = [root]
-    if isinstance(root, classes(LightningModule)):
-        parts += [child for child in root.children() if any(map(counts, child.modules()))]
-    return [part for part in parts if not is_script(part)]
-
-
-def _trains_in_full(part: nn.Module) -> bool:
-    return any(tensor.requires_grad for _, tensor, _ in held_in(part))
-
-
-def hold_assigned(modules: Iterable[nn.Module]) -> None:
-    """Hold again what `load_state_dict(assign=True)` replaced by values in 16 bits; the modules held some."""
-    assigned: dict[torch.dtype, list[tuple[nn.Module, str, Tensor]]] = {torch.float32: [], torch.bfloat16: []}
-    for part in modules:
-        own = own_tensors(part)
-        in_bf16 = any(method.held is torch.bfloat16 for method in compute_methods(part))
-        for key in vars(part)[TYPES]:
-            value = own.get(key)
-            if value is not None and value.dtype in IN_16_BITS:
-                held = torch.bfloat16 if in_bf16 and not value.requires_grad else torch.float32
-                assigned[held].append((part, key, value))
-    for held, tensors in assigned.items():
-        _hold(tensors, held)
-
-
-def undo_full_precision(
-    named: Sequence[tuple[str, nn.Module]], cast: Callable[[Tensor, torch.dtype], Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Let dense modules compute as their class does, and give buffers and what trains in fp32 their types before.
-
-    `cast` does so with a parameter. Returns these, each with its values in fp32; other parameters do not change.
-    """
-    values = []
-    for _, parameter, dtype in full_precision_parameters(named):
-        values.append((parameter, parameter.data))
-        parameter.data = cast(parameter.data, dtype)
-    for _, part in named:
-        for key, tensor, dtype in held_in(part):
-            if key not in part._parameters:
-                cast_in_place(tensor, dtype)
-        set_types_before(part, {})
-        remove(part, ComputeIn)
-        remove(part, FollowCasts)
-    return values
+    before = {id(tensor): types_before(part).get(key, tensor.dtype) for part, key, tensor, _ in tensors}
+    casts: Casts = {}
+    for part, key, tensor, dtype in tensors:
+        set_types_before(part, types_before(part) | {key: before[id(tensor)]})
+        if tensor.dtype is not dtype:
+            cast_in_place(tensor, dtype, casts)
 
 
 def hold(
@@ -192,93 +165,113 @@ def hold(
     Returns:
         For each type that is held in another one, in which, and the reason.
     """
-    types: list[torch.dtype] = []
-    if compute_dtype != "bf16":
-        types = [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in modules)]
-    device = device or _device_of(modules)
     held: dict[torch.dtype, Held] = {}
-    for dtype in types:
-        decided = OF_FP16 if compute_dtype == "fp16" else decide(device, dtype)
-        if decided is not None:
-            held[dtype] = decided
-    if len(held) < len(types):
-        release(modules)
-    for dtype, (other, _) in held.items():
-        _hold_type(modules, dtype, other)
-    if held and lacks_bf16(device):
-        patches.replace_attention(attend)
-    _take_16_bit_inputs(modules)
+    if compute_dtype != "bf16":
+        for dtype in [dtype for dtype in IN_16_BITS if any(dtype in _types(part) for part in modules)]:
+            decided = OF_FP16 if compute_dtype == "fp16" else decide(device or _device_of(modules), dtype)
+            if decided is not None:
+                held[dtype] = decided
+    others = {dtype: other.dtype for dtype, other in held.items()}
+    _hold_in(others, modules)
+    _compute_in_types(others, modules)
     return [*held.values()]
-
-
-def _types(part: nn.Module) -> set[torch.dtype]:
-    """The types of what a module holds itself and computes in, before they were held in fp32."""
-    before = types_before(part)
-    types = {before.get(key, tensor.dtype) for key, tensor in own_tensors(part).items()}
-    if isinstance(part, PackedLayer):
-        types.add(part.dtype_before)
-    if isinstance(part, USE_WEIGHTS_OF_PARTS):
-        types.update(*map(_types, part.children()))
-    return types | {method.autocast for method in compute_methods(part) if method.autocast is not None}
-
-
-def _hold_type(parts: list[nn.Module], dtype: torch.dtype, other: torch.dtype) -> None:
-    """Hold what has a 16-bit type, or had it and is held in a third one, in another type."""
-    tensors = [(part, key, tensor) for part in parts for key, tensor in own_tensors(part).items()]
-    _hold([entry for entry in tensors if entry[2].dtype is dtype and not is_sharded(entry[2])], other)
-    stays = _in_fp32_everywhere(parts)
-    around = set(_outermost(parts[0], lambda part: dtype in _types(part)))  # may read weights of their parts
-    casts: Casts = {}
-    for part in parts:
-        for _, tensor, before in held_in(part):
-            if before is dtype and id(tensor) not in stays:
-                cast_in_place(tensor, other, casts)
-        if isinstance(part, PackedLayer):
-            if part.dtype_before is dtype:
-                part.weight_dtype = other
-        elif not is_script(part) and (part in around or dtype in _types(part)):
-            for method in make_compute_methods(part):
-                method.held = other
-
-
-def _in_fp32_everywhere(parts: list[nn.Module]) -> set[int]:
-    """The ids of what trains in fp32, and of the buffers beside it."""
-    held = [(part, tensor) for part in parts for _, tensor, _ in held_in(part) if tensor.requires_grad]
-    buffers = [buffer for part in {part for part, _ in held} for _, _, buffer in _buffers_beside(part)]
-    return {id(tensor) for tensor in [*(tensor for _, tensor in held), *buffers]}
-
-
-def _take_16_bit_inputs(parts: list[nn.Module]) -> None:
-    """Let layers that the user holds in fp32, and that train, compute in fp32 beside 4-bit layers of 16 bits."""
-    if not any(isinstance(part, PackedLayer) and part.weight_dtype in IN_16_BITS for part in parts):
-        return
-    for part in parts:
-        own = own_tensors(part)
-        trains = any(tensor.requires_grad for tensor in own.values())
-        in_fp32 = TYPES not in vars(part) and all(
-            t.dtype is torch.float32 for t in own.values() if t.is_floating_point()
-        )
-        if trains and in_fp32 and not part._modules and not isinstance(part, PackedLayer) and not is_script(part):
-            for method in make_compute_methods(part):
-                method.held = torch.float32
 
 
 def release(modules: list[nn.Module]) -> None:
     """Give what a device holds the type of before, in place: all but what trains, and the buffers beside it."""
-    stays = _in_fp32_everywhere(modules)
-    casts: Casts = {}
+    _hold_in({}, modules)
+
+
+def _types(part: nn.Module) -> set[torch.dtype]:
+    before = types_before(part)
+    types = {before.get(key, tensor.dtype) for key, tensor in own_tensors(part).items()}
+    return types | {part.dtype_before} if isinstance(part, PackedLayer) else types
+
+
+def _hold_in(others: dict[torch.dtype, torch.dtype], modules: list[nn.Module]) -> None:
+    """Hold all that does not train, of each 16-bit type, in another one; of a type without another one in its own."""
+    trained = {each for part in modules if trains_in_full(part) for each in (part, *_parametrizations(part))}
+    tensors = []
+    for part in modules:
+        before = types_before(part)
+        for key, tensor in own_tensors(part).items():
+            dtype = before.get(key, tensor.dtype)
+            stays = key in before and (tensor.requires_grad or part in trained)
+            if dtype in IN_16_BITS and not stays and not is_sharded(tensor):
+                tensors.append((part, key, tensor, others.get(dtype, dtype)))
+        if isinstance(part, PackedLayer):
+            part.weight_dtype = others.get(part.dtype_before, part.dtype_before)
+    _cast(tensors)
+
+
+def _parametrizations(part: nn.Module) -> Iterator[nn.Module]:
+    return part.modules() if isinstance(part, ParametrizationList) else iter(())
+
+
+def _compute_in_types(others: dict[torch.dtype, torch.dtype], modules: list[nn.Module]) -> None:
+    """Let the converted module, and those right in it, compute in its type where inputs or autocast decide."""
+    root = modules[0]
+    before = _type_before(modules)
+    dtype = None if before is None else others.get(before, before)
+    for part in (root, *root.children()):
+        trains = dtype in IN_16_BITS and any(map(trains_in_full, part.modules()))
+        if trains and any(isinstance(each, nn.MultiheadAttention) for each in part.modules()):
+            torch.backends.mha.set_fastpath_enabled(False)  # on a CPU torch's fused encoder does not ask for autocast
+        if part is root:
+            vars(root)[AUTOCAST] = dtype if trains else None
+        if isinstance(part, (WithAdapter, torch.jit.ScriptModule)) or not _has_forward(part):
+            continue
+        if trains or dtype is not before:
+            method = in_type(part)
+            method.held = dtype if dtype is not before else None
+            method.autocast = dtype if trains else None
+            method.layer = next((each for each in modules if isinstance(each, PackedLayer)), None)
+        else:
+            remove(part, InType)
+
+
+def _type_before(modules: list[nn.Module]) -> torch.dtype | None:
+    """That of the 4-bit layers; without one that of what trains in full."""
     for part in modules:
         if isinstance(part, PackedLayer):
-            part.weight_dtype = part.dtype_before
-        for _, tensor, dtype in held_in(part):
-            if id(tensor) not in stays:
-                cast_in_place(tensor, dtype, casts)
-        set_types_before(part, types_before(part))
-        methods = compute_methods(part)
-        for method in methods:
-            method.held = None
-        if not any(method.autocast in IN_16_BITS for method in methods):
-            remove(part, ComputeIn)
+            return part.dtype_before
+    return next((dtype for part in modules for _, tensor, dtype in held_in(part) if tensor.requires_grad), None)
+
+
+def in_type(part: nn.Module) -> InType:
+    method = instance_method(part, InType)
+    if method is None:
+        method = InType(part)
+        add(method)
+    return method
+
+
+def _remove_hook(part: nn.Module) -> None:
+    for key, hook in [*part._forward_hooks.items()]:
+        if hook is cast_output:
+            del part._forward_hooks[key]
+
+
+def undo_full_precision(
+    named: Sequence[tuple[str, nn.Module]], cast: Callable[[Tensor, torch.dtype], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Let dense modules compute as their class does, and give buffers and what trains in fp32 their types before.
+
+    `cast` does so with a parameter. Returns these, each with its values in fp32; other parameters do not change.
+    """
+    values = []
+    for _, parameter, dtype in full_precision_parameters(named):
+        values.append((parameter, parameter.data))
+        parameter.data = cast(parameter.data, dtype)
+    for _, part in named:
+        for key, tensor, dtype in held_in(part):
+            if key not in part._parameters:
+                cast_in_place(tensor, dtype)
+        set_types_before(part, {})
+        vars(part).pop(AUTOCAST, None)
+        remove(part, InType)
+        _remove_hook(part)
+    return values
 
 
 def _device_of(modules: Iterable[nn.Module]) -> torch.device:

@@ -33,7 +33,6 @@ class Backend:
     dequantize: Callable[..., Tensor]
     rows_to_half: Callable[..., Half]
     take_out: Callable[..., Tensor]
-    norm_exponent: Callable[..., Tensor]
     grouped_linear: Callable[..., tuple[Tensor, Tensor]]
     grouped_linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     can_group: Callable[..., bool]  # whether the two functions above can compute some experts, and are fast

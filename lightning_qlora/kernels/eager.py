@@ -14,7 +14,6 @@ from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import reference
 from lightning_qlora.kernels.cpu.library import OFF, Library, compiled_library, is_off
 from lightning_qlora.kernels.half import Half, Wide, multiply, scaled, scaled_weight
-from lightning_qlora.kernels.half import norm_exponent as norm_exponent
 from lightning_qlora.kernels.half import take_out as take_out
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.reference import dropout_kept, dropout_threshold

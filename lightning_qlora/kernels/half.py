@@ -13,7 +13,6 @@ If each row has its own power, a cast takes one pass over memory, and a row does
 that sums over rows first multiplies its other factor by these powers, and casts that factor then.
 """
 
-from math import ceil, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from lightning_qlora.quantization.packed_weight import PackedBytes, aligned
 MIDDLE = 13  # the largest magnitude becomes 2^MIDDLE to 2^(MIDDLE + 1): sums of scales and roundings stay below 65504
 BIAS = 127  # of the exponent in an fp32 number, which begins at bit 23
 MANTISSA = 23
-SQUARED = -50  # norms above 2^SQUARED are exact in fp32
 
 
 class Half(NamedTuple):
@@ -90,19 +88,6 @@ def _largest(x: Tensor, by_row: bool) -> Tensor:
         return x.new_zeros(shape)
     magnitudes = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).abs()
     return (magnitudes.amax(1) if by_row else magnitudes.amax()).view(shape)
-
-
-def norm_exponent(x: Tensor) -> Tensor:
-    """e, int32 [1], of a power 2^e above the norms of all rows [..., n].
-
-    Where fp32 can't hold the squares, it is above a bound of the norms. Norms in fp64 would copy x to fp64, which takes
-    five passes over memory in place of two.
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1).amax().view(1)
-    largest = torch.linalg.vector_norm(x, torch.inf).view(1)
-    bound = torch.frexp(largest).exponent + ceil(log2(x.shape[-1]) / 2)
-    fits = (norm > 2.0**SQUARED) & norm.isfinite()
-    return torch.where(fits, torch.frexp(norm).exponent, bound)
 
 
 def scaled_weight(weight: PackedBytes, scale: Any = scaled) -> tuple[PackedBytes, Tensor]:

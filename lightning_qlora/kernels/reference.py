@@ -22,7 +22,6 @@ from torch import Tensor
 from lightning_qlora.config import QuantType
 from lightning_qlora.kernels import half
 from lightning_qlora.kernels.half import Half, Wide, scaled_weight
-from lightning_qlora.kernels.half import norm_exponent as norm_exponent
 from lightning_qlora.kernels.half import take_out as take_out
 from lightning_qlora.kernels.half import to_half as to_half
 from lightning_qlora.kernels.lora import LoRA

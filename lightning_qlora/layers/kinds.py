@@ -1,20 +1,15 @@
 """The kinds of linear layers that become a QLoRALinear.
 
 A new kind is a row of `KINDS` and its tests; all other files ask here how a layer stores its weight and how it is
-called. The classes are named, and not imported. A layer of any other class is linear if it computes y = x W^T + b with
-its `weight` and `bias` (PyTorch Geometric's `Linear`).
+called. The classes are named, and not imported.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qlora.quantization.blockwise import FLOATS
 from lightning_qlora.quantization.packed_weight import PackedWeight
-from lightning_qlora.tensors.values import has_values
 
 
 class LayerKind(NamedTuple):
@@ -54,6 +49,7 @@ def _pop_bnb_weight(layer: nn.Module) -> tuple[PackedWeight, type[nn.Module]]:
 LINEAR = LayerKind()
 KINDS = {
     "transformers.pytorch_utils.Conv1D": LayerKind(True, ("nf", "nx"), _forward_of_conv1d),
+    "torch_geometric.nn.dense.linear.Linear": LayerKind(sizes=("out_channels", "in_channels")),
     "bitsandbytes.nn.modules.Linear4bit": LayerKind(pop_packed=_pop_bnb_weight),
 }
 
@@ -63,44 +59,12 @@ def kind_of(layer_class: type[nn.Module]) -> LayerKind:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    is_kind = isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR
-    return is_kind or ("weight" in layer._parameters and _computes_linear(layer))
-
-
-def _computes_linear(layer: nn.Module) -> bool:
-    """Whether calls in train and eval mode have the result of y = x W^T + b; without hooks and new random numbers."""
-    parameters = {key: value for key, value in layer._parameters.items() if value is not None}
-    weight = parameters.pop("weight", None)
-    bias = parameters.pop("bias", None)
-    if weight is None or parameters or layer._modules or layer._buffers or weight.ndim != 2:
-        return False
-    is_readable = type(weight) is nn.Parameter and has_values(weight)
-    if not is_readable or weight.dtype not in FLOATS or type(layer).__module__.startswith("torch."):
-        return False
-    count = 2 * weight.shape[1]
-    x = torch.linspace(-1, 1, count, dtype=torch.float32, device=weight.device).view(2, -1).to(weight.dtype)
-    training = layer.training
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(weight.device.type, enabled=False):
-            expected = F.linear(x, weight, bias)
-            for layer.training in (training, not training):
-                y = type(layer).forward(layer, x)
-                is_close = y.shape == expected.shape and torch.allclose(y.float(), expected.float(), 1e-2, 1e-3)
-                if not is_close or y.dtype is not expected.dtype:
-                    return False
-    except Exception:  # the layer takes other inputs, or returns no tensor
-        return False
-    finally:
-        layer.training = training
-    return True
+    return isinstance(layer, nn.Linear) or kind_of(type(layer)) is not LINEAR
 
 
 def sizes_of(layer: Any) -> tuple[int, int]:
     outputs, inputs = kind_of(type(layer)).sizes
-    if isinstance(layer, nn.Linear) or hasattr(layer, outputs):
-        return getattr(layer, outputs), getattr(layer, inputs)
-    rows, columns = layer._parameters["weight"].shape
-    return rows, columns
+    return getattr(layer, outputs), getattr(layer, inputs)
 
 
 def is_packed(layer: nn.Module) -> bool:

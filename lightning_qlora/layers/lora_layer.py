@@ -21,7 +21,7 @@ from lightning_qlora.layers.packed_layer import PackedLayer
 from lightning_qlora.layers.prepared_call import PreparedCall
 from lightning_qlora.layers.with_adapter import WithAdapter
 from lightning_qlora.starts.starts import STARTS, first_adapter
-from lightning_qlora.tensors.device_types import DTYPES, has_bf16, is_our_autocast
+from lightning_qlora.tensors.device_types import DTYPES, has_bf16
 from lightning_qlora.tensors.dtensor import gather, shard_like
 from lightning_qlora.tensors.values import has_values, moved
 from lightning_qlora.texts import join
@@ -232,10 +232,7 @@ class LoRALayer(WithAdapter, PackedLayer):
         scales its loss. y has the type of the given x, under autocast its type, and in a module held in fp32 its own.
         """
         autocast = None
-        # In a module of 16 bits that this package runs under autocast (`full_precision.py`), a layer in fp32 computes
-        # without it.
-        has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
-        if has_autocast and not (self.weight_dtype is torch.float32 and is_our_autocast()):
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
             autocast = torch.get_autocast_dtype(device.type)
         dtype = self.weight_dtype
         if self.config.compute_dtype != "auto":

@@ -17,7 +17,6 @@ from lightning_qlora.kernels import ops
 from lightning_qlora.quantization.packed_weight import PackedBytes, PackedWeight
 from lightning_qlora.tensors.dtensor import gather, is_sharded, shard_like
 from lightning_qlora.tensors.fingerprint import fingerprint
-from lightning_qlora.tensors.held_types import follow_cast, type_after
 
 BASE = ("packed", "absmax", "nested")  # the tensors that hold the frozen weight
 ADAPTER_ARGUMENTS = "adapter_arguments"  # key of those of the adapter in a state dict with a base
@@ -146,9 +145,8 @@ class PackedLayer(nn.Module):
         for name in self.__dict__.keys() & BASE:
             self.__dict__[name] = keep_bytes(self.__dict__[name])
         self._fingerprint = None  # `to_empty` leaves no values
-        self.weight_dtype = type_after(fn, self.weight_dtype)
-        self.dtype_before = type_after(fn, self.dtype_before)
-        follow_cast(self, fn)
+        for name in ("weight_dtype", "dtype_before"):  # as a float weight would be cast
+            vars(self)[name] = fn(torch.empty(0, dtype=getattr(self, name), device="cpu")).dtype
         return self
 
     def reset_parameters(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qlora.dtypes.compute_in import output_dtype
+from lightning_qlora.dtypes.full_precision import InType
 from lightning_qlora.dtypes.instance_method import OfTraining, add, has_other_forward, instance_method
 from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.kinds import is_packed
@@ -14,6 +14,7 @@ from lightning_qlora.layers.names import without_numbers
 from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.deferred_logits import DeferredLogits, Source
 from lightning_qlora.survey.parts import OUTPUT_EMBEDDINGS, Parts, is_wide
+from lightning_qlora.tensors.held_types import types_before
 from lightning_qlora.tensors.values import is_plain
 
 
@@ -31,8 +32,11 @@ class DeferredForward(OfTraining):
                 input = input.reshape(-1, input.shape[-1]).view(input.shape)
             return self.original(input)  # type: ignore[no-any-return]
         device = input.device.type
-        dtype = output_dtype(head, input.dtype)
-        if torch.is_autocast_enabled(device):
+        dtype = head.weight_dtype if getattr(head, "is_held", False) else input.dtype
+        own = instance_method(head, InType)
+        if own is not None and own.autocast is not None:
+            dtype = own.autocast
+        elif torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return DeferredLogits(input, Source(input, head, self), dtype).attached()
 
@@ -127,6 +131,7 @@ def saved_bytes(head: Any) -> int:
     """
     if _has_dropout(head):
         return 0
-    dtype = output_dtype(head, head.weight.dtype)
-    elements: int = 1000 * head.out_features
-    return elements * (dtype.itemsize + 8)
+    dtype: torch.dtype = head.weight.dtype
+    if head.weight.requires_grad:  # in fp32, it computes in its type before
+        dtype = types_before(head).get("weight", dtype)
+    return 1000 * int(head.out_features) * (dtype.itemsize + 8)

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.dtypes.instance_method import InstanceMethod
+from lightning_qlora.dtypes.instance_method import InstanceMethod, has_other_forward
+from lightning_qlora.kernels.half import Half
 from lightning_qlora.layers.with_adapter import DISABLED
+from lightning_qlora.logits.half_head import half_logits, half_weight
 from lightning_qlora.logits.piecewise_cross_entropy import piecewise_cross_entropy
 from lightning_qlora.tensors.readable import METADATA, Readable, writes
 from lightning_qlora.tensors.values import is_plain
@@ -44,7 +46,11 @@ class Source:
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self._tensors = [(tensor, tensor._version) for tensor in (hidden, *head.parameters())]
 
-    def compute(self, hidden: Tensor) -> Tensor:
+    def half_weight(self, rows: int) -> Half | None:
+        """The weight for `compute`, cast once for all pieces, on cards without bf16."""
+        return None if self._autocast[0] or has_other_forward(self.head) else half_weight(self.head, rows)
+
+    def compute(self, hidden: Tensor, weight: Half | None = None) -> Tensor:
         """The logits of some rows of hidden states; RuntimeError if the head or its input changed since the call."""
         enabled, dtype = self._autocast
         with torch.autocast(hidden.device.type, dtype, enabled=enabled):
@@ -57,6 +63,8 @@ class Source:
                         "its adapter is disabled now. Read the logits before that, for example by logits.detach(), or "
                         "pass deferred_logits=False."
                     )
+            if weight is not None:
+                return half_logits(hidden, weight, self.head.bias)
             logits: Tensor = self._method.original(hidden)
         return logits
 
@@ -94,8 +102,8 @@ class DeferredLogits(Readable):
     def rows(self, of_parent: Function, hidden: Tensor) -> Tensor:
         return DeferredLogits(hidden, self.source, self.dtype, self.functions, (self, of_parent)).attached()
 
-    def compute(self, hidden: Tensor) -> Tensor:
-        logits = self.source.compute(hidden)
+    def compute(self, hidden: Tensor, weight: Half | None = None) -> Tensor:
+        logits = self.source.compute(hidden, weight)
         for function in self.functions:
             logits = function(logits)
         return logits

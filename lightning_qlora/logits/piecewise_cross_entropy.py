@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_qlora.kernels.half_linear import one_cast
 from lightning_qlora.tensors.values import has_values
 
 PIECE_ELEMENTS = 1 << 24  # logits in a piece: 64 MiB in fp32
@@ -41,8 +40,7 @@ class _PiecewiseCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Any, target: Tensor, ignore_index: int, reduction: str, records: bool, *_: Tensor
     ) -> Tensor:
         needed = ctx.needs_input_grad[5:] if records else ()
-        with one_cast():
-            loss, grads = _loss_and_gradients(logits, target, ignore_index, needed)
+        loss, grads = _loss_and_gradients(logits, target, ignore_index, needed)
         ctx.save_for_backward(target, *grads)
         ctx.logits = logits
         ctx.ignore_index = ignore_index
@@ -84,10 +82,11 @@ def _loss_and_gradients(
     trained = [p for p, is_needed in zip(parameters, needs_others, strict=True) if is_needed]
     of_hidden = torch.zeros_like(hidden) if needs_hidden else None
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in trained]
+    weight = logits.source.half_weight(len(hidden))
     for rows in _pieces(target, ignore_index, logits.shape[-1]):
         piece = hidden[rows].requires_grad_(needs_hidden)
         with torch.set_grad_enabled(bool(needed)):
-            values = logits.compute(piece)
+            values = logits.compute(piece, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             losses[rows], grad = _losses_and_gradient(values.detach(), target[rows], ignore_index)
         if not needed:

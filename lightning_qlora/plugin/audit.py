@@ -1,5 +1,7 @@
 """Audit: in the first step of each optimizer, whether what it holds trains; in each step, whether frozen values do.
 
+The first step also asks whether other code took away a method that conversion gave a module.
+
 An adapter without a gradient never trains, and nothing else would say so: its layer may be used only by code that is
 not differentiable, its output may not reach the loss (a pooler), or no token may have reached it (an expert).
 """
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
 from lightning_qlora.conversion.report import ConversionReport, say
+from lightning_qlora.dtypes.instance_method import check_in_place
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.optim.optimizer_parameters import optimizer_parameters
@@ -58,6 +61,7 @@ class Audit:
         if all(trains[number].grad is None for number in names):
             return
         self._checked.add(optimizer)
+        check_in_place(module.named_modules())
         layers = {
             name: layer
             for name, layer in adapted_layers(module).items()

@@ -13,8 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_qlora.conversion.report import ConversionReport, say
-from lightning_qlora.dtypes.compute_in import compute_in
-from lightning_qlora.dtypes.full_precision import hold
+from lightning_qlora.dtypes.full_precision import autocast_type, hold, in_type
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.plugin.audit import Audit
 from lightning_qlora.survey.parts import Parts
@@ -104,10 +103,10 @@ class ConvertedModules:
                 rank_zero_info(f"QLoRA: moved to {layer.packed.device}. {converted.report.summary()}")
 
     def autocast(self, last_alone: bool) -> AbstractContextManager[Any]:
-        """Autocast around a forward pass, if the 4-bit weights of the module were in fp32 and it computes in bf16.
+        """Autocast around a forward pass or a step: of what trains in full in 16 bits, or of fp32 weights in bf16.
 
-        So all layers compute in bf16. Fabric does not say whose forward pass it is: each of several modules enters its
-        own autocast where they differ. `last_alone`: the others were of earlier Trainers.
+        Fabric does not say whose forward pass it is: each of several modules enters its own autocast where they differ.
+        `last_alone`: the others were of earlier Trainers.
         """
         if not last_alone:
             self._hold_what_moved()
@@ -117,24 +116,31 @@ class ConvertedModules:
         if len({*dtypes.values()}) > 1:
             for module, dtype in dtypes.items():
                 if dtype is not None:
-                    compute_in(module, dtype)
+                    in_type(module).autocast = dtype
             return nullcontext()
         dtype = next(iter(dtypes.values()), None)
         if dtype is None:
             return nullcontext()
-        # With the cache, by which layers tell it from that of `full_precision.py`; a failed ONNX export leaves it off.
-        return torch.autocast(next(self.layers()).packed.device.type, dtype, cache_enabled=True)
+        # Without the cache of casts: an optimizer may step within a training step.
+        return torch.autocast(_device_type(self.last), dtype, cache_enabled=False)
 
 
 def _layers(module: nn.Module) -> Iterator[LoRALayer]:
     return (part for part in module.modules() if isinstance(part, LoRALayer))
 
 
+def _device_type(module: nn.Module | None) -> str:
+    assert module is not None
+    return next(module.parameters()).device.type
+
+
 def _autocast_dtype(module: nn.Module) -> torch.dtype | None:
-    """The type that a module whose 4-bit weights were in fp32 computes in under autocast; None: without.
+    """The type that a module computes in under autocast; None: without.
 
     Without in fp16: 4-bit layers have a power of two there, and the products of other layers could overflow.
     """
+    if (of_16_bits := autocast_type(module)) is not None:
+        return of_16_bits
     dtypes = {layer.weight_dtype for layer in _layers(module)}
     if dtypes != {torch.float32}:
         return None

@@ -12,7 +12,6 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_qlora.checks import NOT_FINITE
-from lightning_qlora.dtypes.instance_method import CHANGES
 from lightning_qlora.layers.lora_layer import LoRALayer
 from lightning_qlora.layers.names import (
     CHECKPOINTED,
@@ -30,6 +29,7 @@ from lightning_qlora.lightning_copies import classes
 from lightning_qlora.survey.records import OF_LAYERS, unchanged_fingerprints
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.tensors.dtensor import is_sharded, local, of_all_ranks
+from lightning_qlora.tensors.held_types import TYPES
 
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_projection")  # for models without get_output_embeddings
 # For a token, the logits, their log-softmax in fp32 and its gradient take 10 to 12 bytes * out_features, and a
@@ -88,12 +88,12 @@ class Parts:
         """Those that the modules had at the first use."""
         tensors = [tensor for _, tensor in tensors_of(self.named)]
         types = {tensor.dtype for tensor in tensors} | {layer.dtype_before for layer in self.layers.values()}
-        computes = any(CHANGES & vars(part).keys() for part in self.modules)
+        is_held = any(TYPES in vars(part) for part in self.modules)
         marked = any(key.startswith("_qlora_") for part in self.modules for key in vars(part))
         return Traits(
             is_new=not (marked or self.adapters),
             is_meta=any(tensor.is_meta for tensor in tensors),
-            has_16_bits=computes or not types.isdisjoint(IN_16_BITS),
+            has_16_bits=is_held or not types.isdisjoint(IN_16_BITS),
             is_wide=any(map(is_wide, self.modules)),
         )
 

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_qlora.dtypes.instance_method import METHODS, REDUCE
 from lightning_qlora.experts.expert_selection import COUNTS, Routers, expert_parameters
 from lightning_qlora.experts.experts import ExpertParameter, QLoRAExperts
 from lightning_qlora.layers.derived import Derived
@@ -228,8 +227,6 @@ class _Facts:
         if not isinstance(layer, nn.Linear):  # a class that computes the same
             return min(of_class & (MEMBERS - {"__deepcopy__"} | {*LINEAR_KIND.sizes}), default=None)
         own = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules} - {"weight"}
-        if METHODS in vars(layer):  # of a layer that was merged
-            own -= {REDUCE}
         return min((of_class | own) & MEMBERS, default=None)
 
     def _stack(self, stack: ExpertParameter) -> Part:

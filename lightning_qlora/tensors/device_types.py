@@ -1,4 +1,4 @@
-"""In which types a device computes well, bf16 or not, fp32 better than 16 bits; and whose autocast is on."""
+"""In which types a device computes well, bf16 or not, fp32 better than 16 bits."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -59,11 +59,3 @@ def _cuda_has_bf16(index: int | None) -> bool:
         return not card.startswith(("gfx900", "gfx902", "gfx904", "gfx906", "gfx909", "gfx90c", "gfx10"))
     with nullcontext() if index is None else torch.cuda.device(index):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def is_our_autocast() -> bool:
-    """Whether autocast, if it is on, is that of this package: it alone has no cache of casts.
-
-    Recomputation, which restores what torch knows of autocast, gets the same answer.
-    """
-    return not torch.is_autocast_cache_enabled()

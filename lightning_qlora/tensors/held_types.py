@@ -10,7 +10,7 @@ of fp16 in bf16 on a GPU (`full_precision.py`).
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -124,13 +124,3 @@ def in_types_before(module: nn.Module, state_dict: dict[str, Any]) -> dict[str, 
         state_dict = copy.copy(state_dict)
         state_dict.update(exact)
     return state_dict
-
-
-def type_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
-    """The type of a tensor after the function of `nn.Module._apply`, which may cast."""
-    return fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
-
-
-def follow_cast(part: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Cast the types before of what a module holds itself, as `nn.Module._apply` casts with this function."""
-    set_types_before(part, {key: type_after(fn, dtype) for key, dtype in types_before(part).items()})

@@ -38,7 +38,6 @@ def test_the_numbers_of_a_conversion():
         "trained_rows": {"0": 3},
         "full_precision_bytes": 4 * head,
         "full_precision_computes_in": ["bfloat16"],
-        "computes_in": {"": "bfloat16", "5": "bfloat16"},
     }
     report = convert(module, **arguments, trainable_token_indices={"0": [1, 2, 3]}, compute_dtype="bf16")
     assert report == ConversionReport(**expected, seconds=report.seconds) and 0 < report.seconds < 60

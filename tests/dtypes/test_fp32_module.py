@@ -8,9 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -181,26 +179,6 @@ class _Blocks(nn.Module):
         return x
 
 
-def test_a_part_of_a_held_module_is_merged_and_the_rest_computes_with_it(fast):
-    torch.manual_seed(0)
-    module = pretrain(_Blocks()).to(BF16)
-    twin = copy.deepcopy(module).float()
-    convert(module, r=4, lora_dropout=0.0)
-    perturb(module)
-    merge(module.blocks[1])
-    assert {p.dtype for p in module.blocks[1].parameters()} == {BF16}
-    for number, block in enumerate(twin.blocks):
-        layer = module.blocks[number][1]
-        block[1].weight.data = layer.weight.detach().float()
-    x = torch.randn(3, 5, 64).to(BF16)
-    torch.testing.assert_close(module(x).float(), twin(x.float()), rtol=0.02, atol=0.05)
-    module(x).float().square().mean().backward()
-    assert module.blocks[0][1].lora_B.grad.isfinite().all() and module.blocks[0][1].lora_B.grad.any()
-    pickle.loads(pickle.dumps(module))(x)
-    merge(module)
-    assert module(x).dtype is module.blocks[1](x).dtype is BF16 and "forward" not in vars(module.blocks[1])
-
-
 def test_a_layer_of_a_held_module_that_was_merged_is_converted_again(fast):
     module = pretrain(_Blocks()).to(BF16)
     report = convert(module, r=4)
@@ -315,35 +293,6 @@ def test_it_stays_with_copies_and_goes_with_the_device(slow, how):
         assert torch.equal(use(x), expected)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float64])
-def test_a_module_that_was_cast_computes_trains_and_is_merged_in_that_type(dtype, fast):
-    module = small()
-    x = torch.randn(2, 64).bfloat16()
-    convert(module, r=1, lora_dropout=0.0, modules_to_save=["3"])
-    expected = module(x).detach()
-    for cast in (dtype, torch.float32):
-        y = module.to(cast)(x.to(cast))
-        assert {p.dtype for p in (*module.parameters(), *module.buffers())} == {cast} == {module[0].weight.dtype}
-        assert y.dtype is cast
-        torch.testing.assert_close(y.float(), expected.float(), atol=0.05, rtol=0.02)
-        module.zero_grad()
-        y.sum().backward()
-        assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
-        merged = merge(copy.deepcopy(module))
-        assert {p.dtype for p in merged.parameters()} == {cast}
-        torch.testing.assert_close(merged(x.to(cast)), y, atol=0.05, rtol=0.02)
-
-
-def test_values_in_16_bits_that_are_assigned_to_what_trains_are_held_in_fp32(fast):
-    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)).bfloat16()
-    module = copy.deepcopy(dense)
-    convert(module, r=1, lora_dropout=0.0, modules_to_save=["1"])
-    module.load_state_dict(dense.state_dict(), assign=True)
-    assert module[1].weight.dtype is torch.float32 and module[1].weight.requires_grad
-    assert module[0].weight.dtype is (BF16 if fast else torch.float32) and module[0].dtype_before is BF16
-    module(torch.randn(2, 64).bfloat16()).sum().backward()
-
-
 class Collects(nn.Linear):
     """A part that appends to a list of its caller, and returns one."""
 
@@ -371,47 +320,6 @@ class ReadsInStep(pl.LightningModule):
 
     def training_step(self, batch, _=0):
         return nn.functional.linear(batch, self.model.head.weight) + self.model(batch)
-
-
-def test_a_module_without_tensors_takes_16_bit_inputs_for_weights_of_its_parts(slow):
-    x = torch.randn(3, 64).bfloat16()
-    for lit in (False, True):
-        module = (ReadsInStep() if lit else Reads()).bfloat16()
-        convert(module, **ARGUMENTS, target_modules=["body"])
-        model = module.model if lit else module
-        dense = Reads()
-        for ours, theirs in ((model.body, dense.body), (model.head, dense.head)):
-            theirs.weight, theirs.bias = nn.Parameter(ours.weight.detach().clone()), nn.Parameter(ours.bias.detach())
-        y = dense(x.float())
-        torch.testing.assert_close(model(x), y)
-        if lit:
-            torch.testing.assert_close(module.training_step(x), y + x.float() @ model.head.weight.T)
-
-
-def test_what_fsdp_casts_to_16_bits_computes_in_them_beside_4_bit_layers(slow, one_rank, trainer):
-    """FSDP2's policy casts dense weights and the inputs of the module; 4-bit layers compute in fp32."""
-
-    class Sharded(ReadsInStep):
-        def configure_model(self):
-            self.model.bfloat16()
-            self.trainer.precision_plugin.convert_module(self.model)
-            policy = MixedPrecisionPolicy(param_dtype=BF16)
-            fully_shard(self.model, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
-
-        def training_step(self, batch, _):
-            self.y = self.model(batch[None].bfloat16())
-            return self.y.float().square().mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.0)
-
-    module = Sharded()
-    plugin = QLoRAPrecision(**ARGUMENTS, target_modules=["body"])
-    run = trainer(plugins=plugin, strategy=ModelParallelStrategy(1, 1), max_steps=1, enable_checkpointing=False)
-    x = torch.randn(64)
-    run.fit(module, DataLoader([x], batch_size=None))
-    assert module.y.dtype is BF16
-    torch.testing.assert_close(module.y.float(), Reads()(x[None]), rtol=0, atol=0.2)
 
 
 @pytest.mark.usefixtures("fast")

@@ -109,23 +109,6 @@ def test_outputs_and_gradients_are_as_close_to_fp32_as_those_of_the_model_in_bf1
         assert torch.allclose(ours.eval()(TOKENS), plain.eval()(TOKENS), rtol=2e-2, atol=2e-2)
 
 
-def test_a_part_with_a_list_of_parameters_computes_in_16_bits_also_alone():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scales = nn.ParameterList([torch.rand(16)])
-
-        def forward(self, x):
-            return x * self.scales[0]
-
-    model = nn.Sequential(nn.Linear(16, 16), Scaled()).bfloat16()
-    dense = copy.deepcopy(model[1])
-    convert(model, r=1, target_modules=["0"], modules_to_save=["scales"], compute_dtype="bf16")
-    x = torch.randn(4, 16).bfloat16()
-    assert model[1].scales[0].dtype is torch.float32
-    assert_equal(model[1](x), dense(x))
-
-
 def test_a_model_in_a_lightning_module_computes_the_same_outside_of_its_steps():
     """Mamba multiplies with the weight of its `dt_proj`, which is so small here that it trains in full."""
     from transformers import MambaConfig, MambaForCausalLM
@@ -157,19 +140,14 @@ def test_the_module_still_works_with(how):
     assert all(p.grad.dtype is torch.float32 for p in in_full(use).values())
 
 
-def weighted_bag(head, x):
-    return head(torch.arange(8).view(8, 1), per_sample_weights=x[:, :1])
-
-
 @pytest.mark.parametrize(
     ("make", "call"),
     [
         (lambda: nn.BatchNorm1d(16), nn.Module.__call__),
         (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Module.__call__),
         (lambda: nn.utils.spectral_norm(nn.Linear(16, 16)), nn.Module.__call__),
-        (lambda: nn.EmbeddingBag(8, 16, mode="sum"), weighted_bag),
     ],
-    ids=["BatchNorm", "spectral_norm", "old spectral_norm", "EmbeddingBag"],
+    ids=["BatchNorm", "spectral_norm", "old spectral_norm"],
 )
 def test_modules_whose_tensors_have_one_type_train_as_in_fp32(make, call):
     """Torch takes no 16-bit statistics beside fp32 parameters, and no 16-bit weights of an fp32 EmbeddingBag."""
@@ -280,7 +258,8 @@ def test_torchs_encoder_of_which_a_part_trains_computes_the_same_without_gradien
     expected = module(x, mask)
     with torch.no_grad():
         y = module(x, mask)
-    assert torch.equal(y, expected) and torch.backends.mha.get_fastpath_enabled()
+    assert torch.equal(y, expected) and not torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
 
 
 @pytest.mark.parametrize(
@@ -318,46 +297,3 @@ def test_a_gradient_from_before_the_conversion_stays():
     expected = module[1].weight.grad.float()
     convert(module, r=4, modules_to_save=["1"])
     assert torch.equal(module[1].weight.grad, expected)
-
-
-def test_encoder_layers_that_are_called_by_themselves_in_evaluation():
-    """torch's fused function takes the weights of a whole layer, of one type; nobody's autocast is around the call."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True)
-    parts = {"encoder": nn.TransformerEncoder(layer, 2), "layer": copy.deepcopy(layer), "body": nn.Linear(64, 64)}
-    module = nn.Sequential(nn.ModuleDict(parts)).bfloat16().eval()
-    dense = copy.deepcopy(module)
-    convert(module, r=4, target_modules=["body"], modules_to_save=["encoder", "layer"])
-    x = torch.randn(2, 5, 64).bfloat16()
-    is_padding = torch.arange(5) >= torch.tensor([[3], [5]])
-    calls = {
-        "encoder": lambda parts: parts["encoder"](x),
-        "mask": lambda parts: parts["encoder"](x, src_key_padding_mask=is_padding)[~is_padding],
-        "layer of it": lambda parts: parts["encoder"].layers[0](x),
-        "layer": lambda parts: parts["layer"](x),
-    }
-    for call in calls.values():
-        for records in (False, True):
-            with torch.set_grad_enabled(records):
-                y = call(module[0])
-                assert y.dtype is torch.bfloat16
-                torch.testing.assert_close(y, call(dense[0]), rtol=0.03, atol=0.03)
-
-
-def test_a_frozen_encoder_layer_that_is_called_by_itself_in_evaluation(fast):
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, 2).requires_grad_(False)
-    module = nn.ModuleDict({"encoder": encoder, "body": nn.Linear(64, 64)}).bfloat16().eval()
-    dense = copy.deepcopy(module).float()
-    convert(module, r=4)
-    x = torch.randn(2, 5, 64).bfloat16()
-    is_padding = torch.arange(5) >= torch.tensor([[3], [5]])
-    for records in (False, True):
-        with torch.set_grad_enabled(records):
-            for call in (
-                lambda each, x: each.layers[0](x),
-                lambda each, x: each(x, src_key_padding_mask=is_padding)[~is_padding],
-            ):
-                y = call(module["encoder"], x)
-                torch.testing.assert_close(y.float(), call(dense["encoder"], x.float()), rtol=0.03, atol=0.05)

@@ -1,7 +1,5 @@
 """Code that reads and writes what trains in full, in and outside of its forward pass, beside the module in 16 bits."""
 
-import threading
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -220,29 +218,3 @@ def test_a_part_can_be_changed_by_torch_after_conversion_and_an_error_leaves_aut
     torch.testing.assert_close(y, expected, atol=0.02, rtol=0.02)
     y.sum().backward()
     assert all(p.grad is not None for p in model[1].parameters())
-
-
-def test_two_threads_in_one_module_leave_the_switches_of_torch_as_they_were():
-    """The first thread ends while the second is in its forward pass."""
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE)).bfloat16()
-    convert(model, **ARGUMENTS, target_modules=["0"], modules_to_save=["1"])
-    began, both_run, ended = (threading.Event() for _ in range(3))
-
-    def wait(*_):
-        if not began.is_set():
-            began.set()
-            both_run.wait(20)
-        else:
-            both_run.set()
-            ended.wait(20)
-
-    model[0].register_forward_hook(wait)
-    x = torch.randn(4, SIZE).bfloat16()
-    first, second = (threading.Thread(target=model, args=(x,)) for _ in range(2))
-    first.start()
-    began.wait(20)
-    second.start()
-    first.join()
-    ended.set()
-    second.join()
-    assert both_run.is_set() and torch.backends.mha.get_fastpath_enabled()

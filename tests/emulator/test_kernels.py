@@ -38,7 +38,6 @@ FIRST = {
     "sm_75": {
         "rows_to_half": (0, 1),
         "take_out": (0, 1),
-        "norm_exponent": (0,),
         "lora_project": (6,),
         "linear_into": (6, 7, 8, 9),
         "linear_backward": (6,),

@@ -459,7 +459,9 @@ def test_rows_whose_label_is_ignored_are_not_multiplied(elements, rows, monkeypa
     monkeypatch.setattr(piecewise_cross_entropy, "PIECE_ELEMENTS", elements)
     compute = DeferredLogits.compute
     seen = []
-    monkeypatch.setattr(DeferredLogits, "compute", lambda self, piece: seen.append(len(piece)) or compute(self, piece))
+    monkeypatch.setattr(
+        DeferredLogits, "compute", lambda self, piece, *_: seen.append(len(piece)) or compute(self, piece)
+    )
     head = deferring("frozen")
     loss_of(head(torch.randn(12, H, requires_grad=True))).backward()
     assert seen == rows

@@ -100,7 +100,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
     [
         ([(FP32, FP32)], "bf16", [BF16]),
         ([(FP32, FP32)], "fp16", [FP32]),
-        ([(BF16, FP32)], "bf16", [FP32]),  # the second layer is a new part, which the user holds in fp32
+        ([(BF16, FP32)], "bf16", [BF16]),  # the second layer is a new part, which the user holds in fp32
         ([(FP32, FP32), (BF16, BF16)], "bf16", [BF16, BF16]),  # as of a GAN
         ([(BF16, BF16), (FP32, FP32)], "bf16", [BF16, BF16]),
         ([(BF16, BF16), (FP32, FP32), (FP32, FP32)], "fp32", [BF16, FP32, FP32]),

@@ -3,7 +3,7 @@
 # ruff: noqa: F401
 from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.grouped import can_group, grouped_linear, grouped_linear_backward
-from lightning_qlora.kernels.triton.half import norm_exponent, rows_to_half
+from lightning_qlora.kernels.triton.half import rows_to_half
 from lightning_qlora.kernels.triton.half import take_out_ as take_out
 from lightning_qlora.kernels.triton.launch import check_launch
 from lightning_qlora.kernels.triton.linear import plan

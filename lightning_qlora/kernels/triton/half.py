@@ -65,21 +65,6 @@ def _rows_kernel(
 
 
 @triton.jit
-def _norm_kernel(x, out, m, n, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """A program writes the largest exponent of the norms of ROWS rows, each times a power of two first."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, SIZE)
-    inside = (row < m)[:, None] & (column < n)[None, :]
-    value = tl.load(x + row[:, None] * n + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    exponent = tl.maximum((tl.max(tl.where(bits < INFINITY, bits, 0), 1) >> 23) - POWERS, 1)
-    value *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-    squares = tl.sum(tl.where(bits < INFINITY, value * value, 0.0), 1)
-    of_squares = squares.to(tl.int32, bitcast=True) >> 23
-    tl.store(out + tl.program_id(0), tl.max(((of_squares - 125) >> 1) + exponent - 127, 0))
-
-
-@triton.jit
 def take_out(total, first, second):
     """A sum times two powers of two in memory."""
     return times_powers(total, tl.load(first), tl.load(second))
@@ -119,22 +104,6 @@ def take_out_(sums: Tensor, rows: Tensor | None, columns: Tensor | None, s: floa
         run = launch_of((), _take_out_kernel, sums.device, grid, (m, n), tile, **given)
         run((sums, sums if rows is None else rows, sums if columns is None else columns), (float(s),))
     return sums
-
-
-def norm_exponent(x: Tensor) -> Tensor:
-    """See `half.norm_exponent`; in one pass over [..., m, n] or a transposed [..., m, o, n], in fp32."""
-    if x.transpose(-2, -3).is_contiguous():
-        x = x.transpose(-2, -3)
-    x = x.contiguous()
-    n = x.shape[-1]
-    m = x.numel() // n
-    tile = find_tile("norm_exponent", x.device)
-    size = int(triton.next_power_of_2(n))
-    rows = max(1, tile["NUMBERS"] // size)
-    programs = -(-m // rows)
-    out = torch.empty(programs, dtype=torch.int32, device=x.device)
-    launch_of((x.dtype,), _norm_kernel, x.device, (programs, 1, 1), (m, n), tile, ROWS=rows, SIZE=size)((x, out))
-    return out.amax().view(1)
 
 
 def rows_to_half(x: Tensor, times: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None) -> Half:

@@ -82,9 +82,9 @@ def note_before_conversion(
 def note_after_conversion(report: ConversionReport, parts: Parts, choice: Selection) -> None:
     parameters = dict(tensors_of(parts.named, ["_parameters"]))
     _note_what_stayed(report, parts, choice)
-    dtype = autocast_type(parts.root)
-    of_fp32 = [name for name, part in parts.named if trains_in_full(part) and not types_before(part)]
-    if dtype is not None and of_fp32:
+    dtype = autocast_type(parts.root) if parts.traits.has_16_bits else None
+    of_fp32 = [name for name, part in parts.named if dtype and trains_in_full(part) and not types_before(part)]
+    if of_fp32:
         report.note(IN_16_BITS.format(str(dtype).removeprefix("torch.")), of_fp32)
     new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
     if new:

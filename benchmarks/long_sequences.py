@@ -12,6 +12,7 @@ bitsandbytes with its own checkpointing. Each figure has a process of its own.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -25,7 +26,7 @@ from benchmarks import measure, peers
 from benchmarks.memory_by_size import llama
 from benchmarks.seven_billion import memory
 from lightning_qlora import convert, estimate_memory
-from lightning_qlora.activations.device_memory import C_LIBRARY, reset_peak
+from lightning_qlora.activations.device_memory import memory_of
 from lightning_qlora.config import QLoRAConfig
 from lightning_qlora.kernels import scratch
 from lightning_qlora.texts import size_text
@@ -96,8 +97,8 @@ def work(name: str, tokens: int, dtype: str) -> None:
     for length in (256, tokens):
         scratch.release()
         gc.collect()
-        C_LIBRARY.malloc_trim(0)
-        reset_peak(torch.device("cpu"))
+        ctypes.CDLL(None).malloc_trim(0)
+        memory_of(torch.device("cpu"), begins=True)
         before = memory("RssAnon")
         model(input_ids=ids[:, :length], labels=ids[:, :length]).loss.backward()
         peak = memory("VmHWM") - memory("RssFile")

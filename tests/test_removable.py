@@ -95,26 +95,6 @@ FEATURES = {
         },
         names=["load_weights"],
     ),
-    "the activation budget": Feature(
-        [
-            "activations/activation_budget.py", "activations/host_inputs.py", "activations/row_by_row.py",
-            "activations/tiled_function.py", "activations/token_tiles.py",
-        ],
-        {
-            "activations/gradient_checkpointing.py": [
-                "from lightning_qlora.activations.activation_budget import budget_for",
-                "if setting is not True:",
-                "budget = budget_for(setting, is_shared)",
-            ],
-            "config.py": [
-                (
-                    "gradient_checkpointing: bool | int | str = _argument(False, check_gradient_checkpointing)",
-                    "gradient_checkpointing: bool = _argument(False, check_bool)",
-                )
-            ],
-        },
-        refused=[{"gradient_checkpointing": value} for value in ("auto", "offload", "8GiB", 10**10)],
-    ),
     "rows of tokens": Feature(
         ["layers/trainable_tokens.py", "selection/token_selection.py"],
         {

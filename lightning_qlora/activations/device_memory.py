@@ -1,27 +1,14 @@
-"""What a process has of a device: bytes in use, at the peak, and available."""
+"""What a process has of a device: bytes in use, at the peak, and available; and copies to page-locked host memory."""
 
-import ctypes
-import os
+import gc
 import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
-
-C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
-
-
-class MallocInfo(ctypes.Structure):
-    """What glibc says of its memory: `struct mallinfo2` of malloc.h (glibc 2.33)."""
-
-    _fields_ = [(f"_{number}", ctypes.c_size_t) for number in range(8)] + [
-        ("fordblks", ctypes.c_size_t),  # free, in all arenas
-        ("keepcost", ctypes.c_size_t),
-    ]
 
 
 class Memory(NamedTuple):
@@ -32,57 +19,42 @@ class Memory(NamedTuple):
     available: int  # for this process, what it uses included
 
 
-def memory_of(device: torch.device) -> Memory | None:
-    """What a process has of a device; None where it can't be read (CPUs without /proc)."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        available = free + torch.cuda.memory_reserved(device) + _managed_on(device)
-        return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), available)
-    if device.type != "cpu":
+def memory_of(device: torch.device, begins: bool = False) -> Memory | None:
+    """What a process has of a device; None where it can't be read (CPUs without /proc).
+
+    `begins`: its peak begins again, since loading may have had more.
+    """
+    if device.type == "cpu":
+        if begins:
+            with suppress(OSError):  # then the peak so far counts, and fewer blocks keep their activations
+                Path("/proc/self/clear_refs").write_text("5")
+        used, peak = (_of_proc("self/status", key) for key in ("VmRSS", "VmHWM"))
+        return None if used is None or peak is None else Memory(used, peak, int(used + free_on_host()))
+    if device.type != "cuda":
         return None
-    try:
-        text = Path("/proc/self/status").read_text() + Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    row = {name: 1024 * int(number) for name, number in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
-    free = row["MemAvailable"]
-    with suppress(OSError, ValueError):  # the limit of a container; of what it counts the system can drop files
+    if begins:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(device)
+    available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), available)
+
+
+def free_on_host() -> float:
+    """Bytes of the host, or of its container, that are free; infinite where that can't be read (no Linux)."""
+    free = float("inf") if (available := _of_proc("meminfo", "MemAvailable")) is None else available
+    with suppress(OSError, ValueError, IndexError):
         limit, current = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        files = re.search(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
-        free = min(free, limit - current + int(files[1] if files else 0))
-    return Memory(max(row["VmRSS"] - _held_back(), 0), row["VmHWM"], row["VmRSS"] + free)
+        files = re.findall(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - current + int(files[0]))
+    return free
 
 
-# Of each device: pools of unified memory (`nbytes`), and what others than torch had before the pools had any.
-_managed: dict[torch.device, tuple[WeakSet[Any], int]] = {}
-
-
-def count_managed(pool: Any, device: torch.device) -> None:
-    """Count the pages of a pool as available, before its first ones: the driver moves them when torch needs memory."""
-    pools, _ = _managed.get(device, (WeakSet(), 0))
-    if not pools:
-        _managed[device] = pools, _of_others(device)
-    pools.add(pool)
-
-
-def _of_others(device: torch.device) -> int:
-    """Bytes that torch has not: the driver's, those of other processes, unified memory that is on the device."""
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
-
-
-def _managed_on(device: torch.device) -> int:
-    """Bytes of unified memory that are on the device, as far as one can see: CUDA does not say where a page is."""
-    pools, before = _managed.get(device, (WeakSet(), 0))
-    nbytes = int(sum(pool.nbytes for pool in pools))
-    return nbytes and max(0, min(nbytes, _of_others(device) - before))
-
-
-def _held_back() -> int:
-    """Bytes that were freed and that glibc keeps for the next allocations; `malloc_trim` would cost 11% of a step."""
-    if not hasattr(C_LIBRARY, "mallinfo2"):
-        return 0
-    return int(ctypes.CFUNCTYPE(MallocInfo)(("mallinfo2", C_LIBRARY))().fordblks)
+def _of_proc(file: str, key: str) -> int | None:
+    """Bytes that a line of a file in /proc has ("VmRSS:   1024 kB")."""
+    with suppress(OSError):
+        found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc", file).read_text(), re.MULTILINE)
+        return 1024 * int(found[1]) if found else None
+    return None
 
 
 class HostCopies:
@@ -110,12 +82,3 @@ class HostCopies:
     def wait(self, end: Any) -> None:
         """Let kernels that are launched from now on wait for the end of a copy."""
         torch.cuda.current_stream(self.device).wait_event(end)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Let `Memory.peak` begin again: loading may have taken more than a step does."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu":
-        with suppress(OSError):  # then the peak so far counts, and fewer blocks keep their activations
-            Path("/proc/self/clear_refs").write_text("5")

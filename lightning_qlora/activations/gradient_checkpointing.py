@@ -5,59 +5,48 @@ layers only in training mode, and Lightning keeps these models in eval mode, so 
 With a budget (`activation_budget.py`) a block keeps its activations where they fit.
 """
 
-import inspect
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lightning_qlora.activations import patches
-from lightning_qlora.activations.activation_budget import budget_for
+from lightning_qlora.activations.activation_budget import ActivationBudget
 from lightning_qlora.activations.recomputed import OfRecomputation, recomputed
+from lightning_qlora.activations.token_tiles import let_run_in_tiles
+from lightning_qlora.checks import memory_limit
 from lightning_qlora.dtypes.instance_method import add, instance_method, remove
 from lightning_qlora.layers.qlora_linear import QLoRALinear, adapted_layers
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.texts import group
-
-FUNCTION = "_gradient_checkpointing_func"  # attribute of layers of transformers: what recomputes them
 
 
 class RecomputedForward(OfRecomputation):
     """The forward method of a block, recomputed in the backward pass; hooks of the block run once, outside of it.
 
     Attributes:
-        ran: Whether it was called while autograd recorded.
         budget: What decides for each call whether it is recomputed; None: it is.
     """
 
-    ran = False
-    budget: Any = None
+    budget: ActivationBudget | None = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        if not self.ran:
-            self.ran = True
-        budget = self.budget
-        if budget is not None and not torch.compiler.is_compiling():  # a graph is compiled for one way
-            budget.is_shared = budget.is_shared or is_shared(self.module)
-            return budget.call(self.module, self.original, args, kwargs)
-        return recomputed(self.original, args, kwargs)
+        if (caches := sys.modules.get("transformers.cache_utils")) is not None:  # else they would be written twice
+            args = tuple(None if isinstance(value, caches.Cache) else value for value in args)
+            kwargs = {key: None if isinstance(value, caches.Cache) else value for key, value in kwargs.items()}
+            kwargs |= {"use_cache": False} if kwargs.get("use_cache") else {}
+        if self.budget is None or torch.compiler.is_compiling():  # a graph is compiled for one way
+            return recomputed(self.original, args, kwargs)
+        if any(map(is_sharded, self.module.parameters())) or "_is_fsdp_managed_module" in vars(self.module):
+            self.budget.recomputes_all = True
+        return self.budget.call(self.module, self.original, args, kwargs)
 
     def add_to_report(self, report: Any, name: str) -> None:
         report.activations = self.budget
-
-
-def is_shared(block: nn.Module) -> bool:
-    if not dist.is_initialized():
-        return False
-    return "_is_fsdp_managed_module" in vars(block) or any(map(is_sharded, block.parameters()))
 
 
 def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str = True, is_shared: bool = False) -> None:
@@ -69,27 +58,23 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     outermost ModuleList or Sequential with two or more children of one class that hold converted layers.
     """
     disable_gradient_checkpointing(module.modules())  # that of a conversion before
-    layers = list(transformers_checkpointing_layers(module))
+    layers: list[Any] = list(transformers_checkpointing_layers(module))
     inside = {id(part) for layer in layers for part in layer.modules()}
-    left_out = set(_left_out(layers))
     blocks = [layer for layer in layers if not any(transformers_checkpointing_layers(*layer.children()))]
-    blocks = [block for block in blocks if block not in left_out]
     blocks += [block for block in _repeated_blocks(module) if id(block) not in inside]
-    _cache_only_without_gradients(module)
-    if setting is True and any(map(_offloads, layers)):
-        setting = "offload"
-    budget: Any = None
+    budget = None
     if setting is not True:
-        budget = budget_for(setting, is_shared)
+        limit = None if setting in ("auto", "offload") else memory_limit(setting)
+        budget = ActivationBudget(limit, is_shared or setting == "offload")
     names = {part: name for name, part in module.named_modules()}
     for layer in layers:
-        patches.leave_recomputation_to_us(layer, True)
+        layer.gradient_checkpointing = False  # of transformers: it would recompute what we recompute
     for block in blocks:
         method = RecomputedForward(block)
         method.budget = budget
         add(method)
         if budget is not None:
-            budget.add(block, names[block])
+            let_run_in_tiles(block, names[block])
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing={setting!r}: {type(module).__name__} has no repeated blocks (two or more modules "
@@ -101,12 +86,6 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
 def disable_gradient_checkpointing(modules: Iterable[nn.Module]) -> None:
     for part in modules:
         remove(part, OfRecomputation)
-        if _is_transformers_layer(part):
-            patches.leave_recomputation_to_us(part, False)
-        for key, hook in [*vars(part).get("_forward_pre_hooks", {}).items()]:
-            if isinstance(hook, partial) and hook.func is _omit_cache:
-                del part._forward_pre_hooks[key]
-                part._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def budget_of(parts: Iterable[nn.Module]) -> Any:
@@ -123,52 +102,6 @@ def transformers_checkpointing_layers(*modules: nn.Module) -> Iterator[nn.Module
 def _is_transformers_layer(part: nn.Module) -> bool:
     layers: Any = sys.modules.get("transformers.modeling_layers")
     return layers is not None and isinstance(part, layers.GradientCheckpointingLayer)
-
-
-def _left_out(layers: list[Any]) -> list[nn.Module]:
-    """Layers that `every_n_layers` of transformers leaves out: one call gave them and layers that are on a function."""
-    on = [layer for layer in layers if layer.gradient_checkpointing]
-    functions = [function for layer in on if (function := vars(layer).get(FUNCTION)) is not None]
-    inside = {part for layer in on for part in layer.modules()}
-    return [layer for layer in layers if layer not in inside and vars(layer).get(FUNCTION) in functions]
-
-
-def _offloads(layer: Any) -> bool:
-    """Whether transformers was told to move inputs to the host: its `checkpoint` runs in `save_on_cpu` then."""
-    function = getattr(getattr(layer, FUNCTION, None), "func", None)
-    names = getattr(getattr(function, "__code__", None), "co_names", ())
-    return bool(layer.gradient_checkpointing) and "save_on_cpu" in names
-
-
-def blocks_not_recomputed(module: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
-    """Names of the blocks that hold one of these layers, where no block of the group ran with gradients."""
-    ids = {id(layer) for layer in layers}
-    groups: dict[str, dict[str, RecomputedForward]] = {}
-    for name, block in module.named_modules():
-        method = instance_method(block, RecomputedForward)
-        if method is not None and any(id(part) in ids for part in block.modules()):
-            groups.setdefault(group(name), {})[name] = method
-    idle = (methods for methods in groups.values() if not any(method.ran for method in methods.values()))
-    return [name for methods in idle for name in methods]
-
-
-def _cache_only_without_gradients(module: nn.Module) -> None:
-    """Let transformers models run without the cache of keys and values while autograd records.
-
-    A recomputed layer would write to the cache twice, and transformers omits it only in training mode.
-    """
-    for model in module.modules():
-        if hasattr(model, "gradient_checkpointing_enable"):
-            parameters = list(inspect.signature(model.forward).parameters)
-            if "use_cache" in parameters:
-                hook = partial(_omit_cache, parameters.index("use_cache"))
-                model.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _omit_cache(position: int, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    if torch.is_grad_enabled() and len(args) <= position:
-        return args, {**kwargs, "use_cache": False}
-    return None
 
 
 def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -1,39 +1,40 @@
-"""TokenTiles: a part of a recomputed block that computes each token by itself runs in tiles of tokens.
+"""TokenTiles: the feed-forward part, and the norms, of a recomputed block run in tiles of tokens.
 
-So a feed-forward part, or a norm, keeps its input alone, and what it computes exists for one tile at a time. Which
-parts can is found by what they do (`row_by_row.py`), and how many tiles there are by their widths: what the layers of a
-tile compute takes as many bytes as the input of the part. A part whose output its block saves (a norm follows it in
-Gemma 3, OLMo 2 and BERT) runs whole, because it would be computed a third time.
+    forward     y[tile] = f(x[tile])                                    without a graph
+    backward    dx[tile], dw += gradients of f(x[tile]) for dy[tile]    each tile again, with a graph of its own
+
+So a part keeps its input alone, and what it computes exists for one tile at a time. Which parts can is known by what
+they are made of: a part that is called a feed-forward part, or an nn.Sequential, of linear layers, norms, activations
+and dropout, which compute each token by itself. Dropout draws other masks than in the whole.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_qlora.activations.recomputed import HOOKS, OfRecomputation, watch_saved_tensors
-from lightning_qlora.activations.row_by_row import NotRowByRow, values_per_input
-from lightning_qlora.activations.tiled_function import CallState, Tiles, compute_in_tiles
-from lightning_qlora.dtypes.instance_method import InstanceMethod, add, instance_method
-from lightning_qlora.layers.lora_layer import LoRALayer
+from lightning_qlora.activations.recomputed import HOOKS, OfRecomputation
+from lightning_qlora.dtypes.instance_method import add, instance_method
+from lightning_qlora.kernels.lora_linear import refuse_second_derivative
 from lightning_qlora.layers.names import join
+from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tensors.dtensor import is_sharded
-from lightning_qlora.tensors.values import is_plain
-from lightning_qlora.texts import groups
+from lightning_qlora.tensors.values import has_values, is_plain
 
 LEAST_ROWS = 1024  # of a tile: each decodes the weights again, which takes about as long as the products of 300 rows
+CHECKED_ROWS = 64
 OF_A_NORM = 8.0  # values that it computes for each of its input: it computes in fp32
-SAVED = "its block saves its output"
+FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|dense(relu|act|gated)", re.IGNORECASE)  # in names and classes
+OF_TOKENS = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
+NORM_BEHIND = "post_feedforward_layernorm"  # Gemma and OLMo: it saves the output, so a part would be computed thrice
 
-Recompute = Callable[[Callable[..., Any], Any, Any], Any]  # takes a forward, its args and kwargs
+_in_tiles: ContextVar[bool] = ContextVar("in_tiles", default=False)
 
 
 class TokenTiles(OfRecomputation):
@@ -41,154 +42,149 @@ class TokenTiles(OfRecomputation):
 
     Attributes:
         full_name: Of the part in the converted module.
-        has_layers: Whether 4-bit layers are in it; it is a norm if not.
-        values: How many values it computes for each value of its input; None: it was not examined yet.
-        never: Why it runs whole in every call; None: it does not, or was not examined yet.
-        why_whole: Why its last call with enough tokens ran whole; None: it did not.
+        values: How many values it computes for each value of its input.
         was_tiled: Whether a call ran in tiles.
     """
 
     def __init__(self, module: nn.Module, full_name: str) -> None:
         super().__init__(module)
         self.full_name = full_name
-        self.has_layers = any(isinstance(part, LoRALayer) for part in module.modules())
-        self.values: float | None = None
-        self.never: str | None = None
-        self.why_whole: str | None = None
+        self.values = _values(module)
         self.was_tiled = False
+        self._outputs: dict[Any, tuple[int, torch.dtype]] = {}  # type and autocast of the input -> output
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.original(*args, **kwargs)
-        block = _block.get()
-        if block is None or not torch.is_grad_enabled():
-            return self.original(*args, **kwargs)
-        return block.call_part(self, args, kwargs)
+        count = 0
+        if not torch.compiler.is_compiling() and _in_tiles.get() and torch.is_grad_enabled() and not kwargs:
+            count = self._count(*args)
+        return self._call_in_tiles(args[0], count) if count > 1 else self.original(*args, **kwargs)
 
-    def alone(self, x: Tensor) -> Tensor:
-        """The part, and the parts in it, without tiles."""
-        with _inside(None):
-            y: Tensor = self.original(x)
-        return y
-
-    def count(self, args: Any, kwargs: Any) -> int:
-        """How many tiles a call has; 0: it runs whole."""
-        if len(args) != 1 or kwargs or not is_plain(args[0]):
-            return 0
-        x: Tensor = args[0]
-        if not x.is_floating_point() or not is_long(x):
-            return 0
-        if not (x.requires_grad or self.trained):
-            return 0
-        self.why_whole = self.never or self._obstacle() or self._examine(x)
-        if self.why_whole or self.values is None or self.values <= 1:
+    def _count(self, x: Any, *others: Any) -> int:
+        """How many tiles a call has."""
+        parts = [part for part in self.module.modules() if part is not self.module]
+        if (
+            others
+            or not is_plain(x)
+            or not x.is_floating_point()
+            or not (x.requires_grad or self._trained())
+            or any(getattr(part, hooks) for part in parts for hooks in HOOKS)
+            or any(part.input_observer is not None for part in parts if isinstance(part, QLoRALinear))
+            or any(map(is_sharded, self.module.parameters()))
+        ):
             return 0
         return min(math.ceil(self.values), _tokens(x) // LEAST_ROWS)
 
-    @property
-    def trained(self) -> list[Tensor]:
+    def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def _examine(self, x: Tensor) -> str | None:
-        if self.values is None:
-            try:
-                self.values = values_per_input(self.module, self.alone, x) or OF_A_NORM
-            except NotRowByRow as reason:
-                self.never = str(reason)
-        return self.never
+    def _call_in_tiles(self, x: Tensor, count: int) -> Tensor:
+        """The node of the graph is made on the empty output: recomputation stops there, before the values."""
+        flat = x.reshape(*[1] * (x.ndim - 2), -1, x.shape[-1])
+        parts = _split(flat.detach(), count)
+        state = _state(x)
+        key = x.dtype, torch.is_autocast_enabled(x.device.type)
+        first = None
+        if key not in self._outputs:
+            first = self._value(parts[0])
+            if not self._is_row_by_row(parts[0], first):
+                self.values = 0.0
+                return self.original(x)  # type: ignore[no-any-return]
+            self._outputs[key] = first.shape[-1], first.dtype
+        self.was_tiled = True
+        width, dtype = self._outputs[key]
+        y = x.new_empty(*flat.shape[:-1], width, dtype=dtype)
+        y = _InTiles.apply(y, flat, (self.original, count, state), *self._trained())  # type: ignore[no-untyped-call]
+        for part, output in zip(parts, _split(y.detach(), count), strict=True):
+            output.copy_(self._value(part) if first is None else first)
+            first = None
+        tiled: Tensor = y.view(*x.shape[:-1], width)
+        return tiled
 
-    def _obstacle(self) -> str | None:
-        """Why this call runs whole; the next one may not."""
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return "a transform of torch.func or forward-mode differentiation is active"
-        if torch._C._get_tracing_state() is not None:
-            return "it is traced"
-        inner = list(self.module.modules())[1:]
-        is_hooked = any(getattr(torch_module, f"_global{hooks}") for hooks in HOOKS)
-        if is_hooked or any(getattr(part, hooks) for part in inner for hooks in HOOKS):
-            return "modules in it have hooks"
-        if any(map(_has_foreign_forward, inner)):
-            return "other code replaced the forward method of a module in it"
-        if any(parameter._backward_hooks or is_sharded(parameter) for parameter in self.module.parameters()):
-            return "its parameters have hooks, or are split over ranks"
-        if any(isinstance(part, LoRALayer) and part.input_observer is not None for part in inner):
-            return "its layers wait for inputs"
-        return None
+    def _is_row_by_row(self, x: Tensor, y: Tensor) -> bool:
+        """Whether rows in the middle have the same result alone. With dropout they have not, so it is not asked."""
+        drops = any(getattr(part, "p", 0.0) or getattr(part, "lora_dropout", 0.0) for part in self.module.modules())
+        if drops or not has_values(x):
+            return True
+        middle = slice(x.shape[-2] // 2, x.shape[-2] // 2 + min(CHECKED_ROWS, x.shape[-2] // 4))
+        alone = self._value(x[..., middle, :]).float()
+        rows = y[..., middle, :].float()
+        return bool((alone - rows).norm() <= 0.05 * rows.norm())
 
-
-class BlockCall:
-    """The forward pass of one call of a block. Recomputation calls it again: its parts then do what they did before.
-
-    Attributes:
-        saved: Parts that ran in tiles, and whose output was saved after that.
-    """
-
-    def __init__(self, forward: Callable[..., Any], seen: "WeakSet[TokenTiles]") -> None:
-        self.forward = forward
-        self.seen = seen
-        self.saved: list[TokenTiles] = []
-        self._parts: list[Tiles | None] = []  # how each call of a part ran, in order; None: whole
-        self._again: Iterator[Tiles | None] = iter(())  # these, when the block is recomputed
-        self._has_run = False
-        self._last: TokenTiles | None = None  # ran in tiles, and nothing was saved since
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._again = iter(self._parts)
-        with _inside(self), nullcontext() if self._has_run else watch_saved_tensors(self._notice_saved):
-            output = self.forward(*args, **kwargs)
-        self._has_run = True
-        return output
-
-    def call_part(self, part: TokenTiles, args: Any, kwargs: Any) -> Any:
-        if self._has_run:
-            tiles = next(self._again)
-            if tiles is None:
-                return part.original(*args, **kwargs)
-            return compute_in_tiles(part.alone, args[0], part.trained, tiles.number, tiles)[0]
-        self.seen.add(part)
-        count = part.count(args, kwargs)
-        if not count:
-            self._parts.append(None)
-            return part.original(*args, **kwargs)
-        y, tiles = compute_in_tiles(part.alone, args[0], part.trained, count)
-        self._parts.append(tiles)
-        part.was_tiled = True
-        self._last = part if part.has_layers else None
+    @torch.no_grad()
+    def _value(self, x: Tensor) -> Tensor:
+        y: Tensor = self.original(x)
+        torch.clear_autocast_cache()  # of casts without a graph
         return y
 
-    def _notice_saved(self, _: Tensor) -> None:
-        """What is saved after a part is its output."""
-        if self._last is not None:
-            self._last.never = SAVED
-            self.saved.append(self._last)
-            self._last = None
+
+class _InTiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, rest: Any, *trained: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x)
+        ctx.rest = rest
+        ctx.trained = trained
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        (x,) = ctx.saved_tensors
+        function, count, state = ctx.rest
+        sums: list[Tensor | None] = [None] * len(ctx.trained)
+        grad_x = torch.empty_like(x)
+        tiles = zip(_split(x.detach(), count), _split(grad, count), _split(grad_x, count), strict=True)
+        with _restored(x, state), torch.enable_grad():
+            for tile, of_y, of_tile in tiles:
+                tile = tile.detach().requires_grad_()
+                found = torch.autograd.grad(function(tile), [tile, *ctx.trained], of_y, allow_unused=True)
+                torch.clear_autocast_cache()
+                of_tile.zero_() if found[0] is None else of_tile.copy_(found[0])
+                sums = [b if a is None or b is None else a + b for a, b in zip(sums, found[1:], strict=True)]
+        return None, grad_x if ctx.needs_input_grad[1] else None, None, *sums
 
 
-_block: ContextVar[BlockCall | None] = ContextVar("block", default=None)
+def _split(x: Tensor, count: int) -> Any:
+    """The tiles; without data, as in `plan`, the first two, because the others need the same memory."""
+    if has_values(x):
+        return x.tensor_split(count, -2)
+    size = math.ceil(x.shape[-2] / count)
+    return [x[..., :size, :], x[..., size : 2 * size, :]]
+
+
+def _state(x: Tensor) -> Any:
+    """The random numbers and the autocast of a call."""
+    kind = x.device.type
+    autocast = None
+    if torch.amp.is_autocast_available(kind):
+        autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
+    return autocast, torch.get_rng_state(), get_device_states(x)
 
 
 @contextmanager
-def _inside(block: BlockCall | None) -> Iterator[None]:
-    token = _block.set(block)
-    try:
+def _restored(x: Tensor, state: Any) -> Iterator[None]:
+    autocast, of_cpu, (devices, of_devices) = state
+    kind = x.device.type
+    with (
+        torch.random.fork_rng(devices, device_type=kind),
+        torch.autocast(kind, *autocast) if autocast else nullcontext(),
+    ):
+        torch.set_rng_state(of_cpu)
+        set_device_states(devices, of_devices, device_type=kind)
         yield
-    finally:
-        _block.reset(token)
 
 
-def recomputed_in_tiles(
-    recompute: Recompute, forward: Callable[..., Any], args: Any, kwargs: Any, seen: "WeakSet[TokenTiles]"
-) -> Any:
-    """The output of a block whose parts run in tiles; `recompute` lets it be computed again; `seen` gets its parts."""
-    x = next(tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor))
-    state = CallState(x)
-    while True:
-        call = BlockCall(forward, seen)
-        output = recompute(call, args, kwargs)
-        if not call.saved:
-            return output
-        del output  # parts would be computed three times: from now on they run whole
-        state.restore_random()
+def in_tiles(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward pass of a block, in both passes, with its parts in tiles."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        token = _in_tiles.set(True)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _in_tiles.reset(token)
+
+    return function
 
 
 def is_long(x: Tensor) -> bool:
@@ -203,41 +199,53 @@ def _tokens(x: Tensor) -> int:
 def let_run_in_tiles(block: nn.Module, name: str) -> None:
     """Let the feed-forward parts and the norms of a block run in tiles of tokens, where they can."""
     for key, child in block.named_children():
-        if isinstance(child, LoRALayer):
+        if isinstance(child, QLoRALinear):
             continue
-        is_list = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-        method = TokenTiles(child, join(name, key))
-        if (method.has_layers or _is_norm(child)) and not is_list and instance_method(child, TokenTiles) is None:
-            add(method)
-        let_run_in_tiles(child, join(name, key))
+        is_behind = hasattr(block, NORM_BEHIND) and not _is_norm(child)
+        if _values(child) and not is_behind and instance_method(child, TokenTiles) is None:
+            add(TokenTiles(child, join(name, key)))
+        else:
+            let_run_in_tiles(child, join(name, key))
+
+
+def _values(part: nn.Module) -> float:
+    """How many values a part computes for each of its input; 0: it may need other tokens."""
+    if _is_norm(part):
+        return OF_A_NORM
+    if not _is_feed_forward(part):
+        return 0.0
+    layers = [layer for layer in part.modules() if isinstance(layer, (nn.Linear, QLoRALinear))]
+    if not any(isinstance(layer, QLoRALinear) for layer in layers):
+        return 0.0
+    return sum(layer.out_features for layer in layers) / layers[0].in_features
+
+
+def _is_feed_forward(part: nn.Module) -> bool:
+    if isinstance(part, (nn.Linear, QLoRALinear)) or _is_norm(part):
+        return True
+    if part._parameters or part._buffers:
+        return False
+    children = [child for child in part.children() if child is not None]
+    if not children:  # `dim`: of softmax, which may be over tokens
+        return isinstance(part, nn.Identity) or (type(part).__module__ in OF_TOKENS and not hasattr(part, "dim"))
+    is_named = type(part) in (nn.Sequential, nn.ModuleList) or FEED_FORWARD.search(type(part).__name__)
+    return bool(is_named) and all(map(_is_feed_forward, children))
 
 
 def _is_norm(part: nn.Module) -> bool:
-    """Whether a module has vectors alone, as a norm. Those of torch keep their input alone without tiles."""
-    parameters = list(part.parameters())
-    is_leaf = next(part.children(), None) is None
-    return is_leaf and bool(parameters) and all(p.ndim == 1 for p in parameters) and not _is_of(type(part), "torch.nn")
+    """Whether a module is a norm with vectors alone. Those of torch keep their input alone without tiles."""
+    is_of_torch = type(part).__module__.startswith("torch.nn")
+    parameters = [*part._parameters.values()]
+    return (
+        "Norm" in type(part).__name__
+        and not is_of_torch
+        and not part._buffers
+        and not part._modules
+        and all(parameter is not None and parameter.ndim == 1 for parameter in parameters)
+        and bool(parameters)
+    )
 
 
-def _is_of(value: Any, package: str) -> bool:
-    return f"{getattr(value, '__module__', '')}.".startswith(f"{package}.")
-
-
-def _has_foreign_forward(part: nn.Module) -> bool:
-    method: Any = vars(part).get("forward")
-    while isinstance(method, InstanceMethod):
-        method = method.before
-    return method is not None and not _is_of(getattr(method, "func", method), "lightning_qlora")
-
-
-def describe_tiles(methods: Iterable[TokenTiles]) -> str:
-    """Which parts ran in tiles, and why others did not, in one line; empty if no call was long enough."""
-    methods = sorted(methods, key=lambda method: method.full_name)
-    whole: dict[str, list[str]] = {}
-    for method in methods:
-        if method.why_whole is not None:
-            whole.setdefault(method.why_whole, []).append(method.full_name)
-    tiled = [method.full_name for method in methods if method.was_tiled and method.why_whole is None]
-    texts = [f"in tiles of tokens: {groups(tiled)}"] if tiled else []
-    texts += [f"whole, because {reason}: {groups(names)}" for reason, names in whole.items()]
-    return "; ".join(texts)
+def tiled_names(parts: Iterable[nn.Module]) -> list[str]:
+    methods = (instance_method(part, TokenTiles) for part in parts)
+    return [method.full_name for method in methods if method is not None and method.was_tiled]

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from lightning_qlora.activations.device_memory import HostCopies, count_managed
+from lightning_qlora.activations.device_memory import HostCopies
 from lightning_qlora.checks import install
 from lightning_qlora.optim.pool import ALIGNMENT, SEGMENT_BYTES, Pool
 
@@ -92,8 +92,6 @@ class ManagedPool(Pool):
     @override
     def _allocate(self, nbytes: int) -> int:
         runtime = self._runtime
-        if not self._segments:
-            count_managed(self, self._memory_device)
         with torch.cuda.device(self._memory_device):  # makes torch's context current: the memory belongs to it
             error, address = runtime.cudaMallocManaged(nbytes, runtime.cudaMemAttachGlobal)
         if error == runtime.cudaError_t.cudaErrorMemoryAllocation:

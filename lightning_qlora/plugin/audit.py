@@ -12,7 +12,6 @@ from weakref import WeakSet
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_qlora.activations.gradient_checkpointing import blocks_not_recomputed
 from lightning_qlora.checks import KEEP_DENSE, TRAIN_IN_FULL
 from lightning_qlora.conversion.report import ConversionReport, say
 from lightning_qlora.dtypes.instance_method import check_in_place
@@ -25,10 +24,6 @@ from lightning_qlora.texts import groups
 
 UNUSED = "not used in the loss"
 READ = f"the weight was read, but no gradient came back: call the layer, or {KEEP_DENSE}"
-NOT_RECOMPUTED = (
-    "gradient_checkpointing saves no memory here, because the forward method was not called in the first step, so "
-    "nothing was recomputed"
-)
 THAWED = (
     "trains in full, although conversion, or the module before it, froze it. If this is meant, "
     f"{TRAIN_IN_FULL} from the start; if not, set requires_grad only of the parameters that had it after conversion"
@@ -73,7 +68,6 @@ class Audit:
         for reason in dict.fromkeys(unused.values()):
             without = [name for name, why in unused.items() if why == reason]
             say(f"{len(without)} adapters got no gradient in the first step ({reason}): {groups(without)}.")
-        self.report.tell(NOT_RECOMPUTED, blocks_not_recomputed(module, [*layers.values()]))
         if len(self._checked) == 1:
             self._frozen = {id(each.parameter): each.name for each in frozen_parameters(module.named_modules())}
         self.report.tell(LOST, [name for number, name in names.items() if trains[number].dtype in IN_16_BITS])

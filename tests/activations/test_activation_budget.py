@@ -13,14 +13,12 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from lightning_qlora import QLoRAPrecision, convert, estimate_memory
+from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.activations import activation_budget
 from lightning_qlora.activations.activation_budget import MARGIN
-from lightning_qlora.activations.device_memory import Memory, memory_of
+from lightning_qlora.activations.device_memory import Memory
 from lightning_qlora.activations.gradient_checkpointing import budget_of
-from lightning_qlora.tools.memory_estimate import LIBRARIES
-from tests.conftest import launch, run_python
-from tests.scripts import blocks_that_fit
+from tests.conftest import launch
 from tests.toys import ARGUMENTS, LLAMA, Lit, assert_equal, ids, toy
 
 pytest.importorskip("transformers")
@@ -36,7 +34,7 @@ def device(monkeypatch):
     class Device:
         available = 10**12
 
-    monkeypatch.setattr(activation_budget, "memory_of", lambda _: Memory(BASE, BASE + REST, Device.available))
+    monkeypatch.setattr(activation_budget, "memory_of", lambda *_, **__: Memory(BASE, BASE + REST, Device.available))
     return Device
 
 
@@ -81,7 +79,7 @@ def test_gradients_are_those_of_true_and_false_whatever_fits(name, device):
 def test_as_many_blocks_keep_their_activations_as_fit(device):
     module, report = converted(num_hidden_layers=6)
     budget = report.activations
-    assert "all blocks are recomputed until a step" in report.summary()
+    assert "all blocks are recomputed" in report.summary()
     step(module)
     assert (budget.blocks, budget.kept_blocks, budget.rest) == (6, 0, REST)
     step(module)
@@ -116,8 +114,8 @@ def test_trainer_and_fabric_say_once_what_happened(trainer, device, monkeypatch)
         fabric.backward(module(input_ids=ids(), labels=ids()).loss)
     assert len(told) == 2
     for text, plugin in zip(told, plugins, strict=True):
-        assert text.startswith("QLoRA: of 2 blocks 2 keep their activations (")
-        assert text[len("QLoRA: ") : -1] in plugin.report.summary()
+        assert text.endswith("for activations of blocks.")
+        assert "of 2 blocks 2 keep their activations (" in plugin.report.summary()
 
 
 def test_a_longer_batch_recomputes_more(device):
@@ -182,29 +180,6 @@ def test_nothing_stays_counted_after_an_error_or_without_a_backward_pass(device)
     assert_equal(step(module), expected)
 
 
-@pytest.mark.parametrize("steps_before", [0, 2])
-def test_an_error_whose_traceback_is_kept_does_not_stop_the_count(steps_before, device):
-    """As a notebook keeps it, with the graph of the step in its frames; here also an output that is kept."""
-    module, _ = converted(num_hidden_layers=4)
-    budget = budget_of(module.modules())
-    for _ in range(steps_before):
-        step(module)
-    handle = module.lm_head.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError) as error:
-        module(input_ids=ids(), labels=ids())
-    handle.remove()
-    output = module(input_ids=ids(), labels=ids())
-    assert len(budget._calls) == 8
-    for _ in range(3):
-        step(module)
-    assert budget.kept_blocks == budget.blocks == 4 and budget.rest == REST
-    device.available = limit_for(budget, 3)
-    step(module)
-    assert budget.kept_blocks == 3 and not budget._calls
-    output.loss.backward()  # later, it is no step
-    assert budget.rest == REST and not budget._calls and error.traceback
-
-
 def stack(setting):
     torch.manual_seed(0)
     module = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4)))
@@ -237,10 +212,8 @@ FOREIGN_HOOKS = {
 
 
 @pytest.mark.parametrize("call", FOREIGN_HOOKS.values(), ids=FOREIGN_HOOKS)
-def test_blocks_inside_hooks_of_other_code_are_recomputed(call, device, monkeypatch):
+def test_blocks_inside_hooks_of_other_code_are_recomputed(call, device):
     """Both runs of a block inside a checkpoint do the same, also where the first runs before a step was measured."""
-    told = []
-    monkeypatch.setattr(activation_budget, "rank_zero_info", told.append)
     results = {}
     for setting in (False, True, "auto", 2**40):
         module, report = stack(setting)
@@ -254,13 +227,10 @@ def test_blocks_inside_hooks_of_other_code_are_recomputed(call, device, monkeypa
             results[setting] += [y.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
     for setting in (True, "auto", 2**40):
         torch.testing.assert_close(results[setting], results[False])
-    is_reentrant = call is FOREIGN_HOOKS["reentrant"]  # its first run is without gradients, and without hooks
     outside = 2 if call in (half_of_it, FOREIGN_HOOKS["sequential"]) else 0  # the last part of a sequential
     budget = report.activations
     assert budget.kept_blocks == budget.blocks == outside
     assert ("of 2 blocks 2 keep" in report.summary()) is bool(outside)
-    assert ("blocks inside a torch.utils.checkpoint or" in report.summary()) is not is_reentrant
-    assert sum(text[len("QLoRA: ") : -1] == activation_budget.INSIDE_HOOKS for text in told) == (not is_reentrant) * 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
@@ -361,39 +331,6 @@ def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):
     assert budget.kept_blocks == 2 and budget.kept_bytes == 2 * 4 * (10 * 4 + 10 * 64)
 
 
-def test_this_machine_says_what_it_has():
-    memory = memory_of(torch.device("cpu"))
-    if memory is None:
-        pytest.skip("no /proc")
-    assert 0 < memory.used <= memory.peak and memory.used < memory.available
-    assert memory_of(torch.device("meta")) is None
-
-
-@pytest.mark.slow
-def test_the_memory_of_a_process_stays_below_its_limit():
-    done = run_python("-m", "tests.scripts.activation_limit")
-    assert "below the limit" in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "bert", "swin"])
-def test_plan_says_how_many_blocks_keep_their_activations(name):
-    """Of a process of its own, whose libraries take what `plan` expects."""
-    module = blocks_that_fit.model(name)
-    arguments = blocks_that_fit.ARGUMENTS | {"device": "cpu", "example": blocks_that_fit.inputs(name)}
-    least, most = (estimate_memory(module, **arguments, gradient_checkpointing=how) for how in (True, 2**45))
-    assert most.blocks == most.kept_blocks >= 10
-    planned = []
-    for share in (0.3, 0.7):
-        limit = int((least.total + LIBRARIES + share * most.kept_bytes) / (1 - MARGIN))
-        estimate = estimate_memory(module, **arguments, gradient_checkpointing=limit)
-        assert least.total < estimate.total < most.total and f"{estimate.kept_blocks} keep theirs" in str(estimate)
-        kept, blocks = run_python("-m", "tests.scripts.blocks_that_fit", name, limit).stdout.split("kept ")[1].split()
-        assert int(blocks) == estimate.blocks and abs(int(kept) - estimate.kept_blocks) <= 2
-        planned.append(estimate.kept_blocks)
-    assert 0 < planned[0] < planned[1] < most.blocks
-
-
 def test_ranks_decide_alone_unless_they_share_the_blocks(tmp_path):
     """Under DDP rank 0 keeps all, and rank 1 one block; FSDP2 and tensor parallelism recompute all."""
     ranks = launch("tests.scripts.blocks_on_ranks", tmp_path)[1]
@@ -403,8 +340,8 @@ def test_ranks_decide_alone_unless_they_share_the_blocks(tmp_path):
             gradients, text = rank[strategy, "auto"]
             assert none == "None" and len(gradients) == 28
             assert_equal(gradients, expected)
-            assert ("all blocks are recomputed, because ranks" in text) == (strategy != "ddp")
-        assert "gradient checkpointing: all blocks are recomputed, because ranks" in rank["fabric"]
+            assert ("keep their activations" not in text) == (strategy != "ddp")
+        assert "gradient checkpointing: all blocks are recomputed" in rank["fabric"]
     texts = [rank["ddp", "auto"][1] for rank in ranks]
     assert "of 2 blocks 2 keep" in texts[0] and "of 2 blocks 0 keep" in texts[1]
     assert_equal(ranks[0]["ddp", "auto"][0], ranks[1]["ddp", "auto"][0])

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_qlora.activations import device_memory
 from lightning_qlora.checks import install
 from lightning_qlora.optim import host_memory, optimizer_pages
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
@@ -222,35 +221,6 @@ def test_both_signatures_get_locations_of_their_own_device(monkeypatch, no_devic
         "('free', 4096)",
     ]
     assert no_device == 3 * [torch.device("cuda", 1)]
-
-
-def test_pages_on_the_device_are_available_to_activations(monkeypatch, no_device):
-    """The driver moves them when torch needs the memory, so what is available is the same where ever they are."""
-    card = SimpleNamespace(total=1000, torch=300, others=100, pages=0)
-    monkeypatch.setattr(device_memory, "_managed", {})
-    monkeypatch.setattr(host_memory, "_runtime", lambda: fake_runtime(13, []))
-    for name, value in {
-        "mem_get_info": lambda device: (card.total - card.torch - card.others - card.pages, card.total),
-        "memory_reserved": lambda device: card.torch,
-        "memory_allocated": lambda device: 200,
-        "max_memory_allocated": lambda device: 250,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(host_memory.ManagedPool, "_segment_bytes", lambda pool, nbytes: nbytes)
-    pools = [ManagedPool(DEVICE) for _ in range(2)]
-    segments = [pool._segment_for(40) for pool in pools]
-    for pages, in_torch, of_others, available in (
-        (0, 300, 100, 900),  # made on the host
-        (80, 300, 100, 900),  # after a step
-        (30, 870, 100, 900),  # a part of them made room
-        (0, 900, 100, 900),
-        (80, 300, 300, 700),  # another process
-    ):
-        vars(card).update(pages=pages, torch=in_torch, others=of_others)
-        assert device_memory.memory_of(DEVICE) == (200, 250, available)
-        assert device_memory.memory_of(torch.device("cuda", 1)).available == available - pages
-    del segments, pools
-    assert device_memory.memory_of(DEVICE).available == 620
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def step(model, seed):
 
 def main(folder):
     dist.init_process_group("gloo")
-    host_inputs.host_memory = LateCopies
+    host_inputs.HostCopies = LateCopies
+    host_inputs.is_on_card = lambda x: True
     host_inputs.LEAST = 1
     host_inputs.CHUNK = 512
     mesh = init_device_mesh("cpu", (2,))

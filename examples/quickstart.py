@@ -127,6 +127,8 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 @torch.inference_mode()
 def ask(trainer: Trainer, model: CausalLM, questions: list[str]) -> list[str]:
     """Generate an answer to each question with greedy decoding."""
+    if not questions:
+        return []
     tokenizer = load_tokenizer(model.hparams.base)
     tokenizer.padding_side = "left"  # so that all answers begin at the same position
     prompts = [prompt_for(question, tokenizer) for question in questions]

@@ -1,5 +1,4 @@
 import gc
-import os
 import pickle
 
 import lightning as L
@@ -8,11 +7,9 @@ import torch
 
 from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.pager import PagedOptimizer, PagingReport
-from tests.attack.processes import ended, start
-from tests.conftest import PORTS, RANKS, TORCHRUN
+from tests.conftest import launch
 from tests.optim.runs import ManualRegression, Regression, data, fit, parameters
 from tests.optim.stand_in import assert_all_paged
-from tests.scripts import two_processes
 
 CLIPPED = {"precision": "bf16-mixed", "gradient_clip_val": 0.1}
 
@@ -155,17 +152,9 @@ def test_fabric_load_before_the_first_step_puts_no_state_on_the_device(pinned, t
     assert pinned.pools[0].most_on_device == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="forks after a backward pass")
-def test_two_processes(tmp_path, monkeypatch):
+def test_two_processes(tmp_path):
     """DDP through the Trainer, FSDP2 through torch's own fully_shard: bit-equal, every page placed, nothing left."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", {**os.environ, **TORCHRUN})
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS))}
-    ranks = []
-    for rank in "01":
-        os.environ |= dict.fromkeys(RANKS, rank)
-        ranks.append(start(two_processes.main))
-    assert [ended(rank) for rank in ranks] == [0, 0]
+    launch("tests.scripts.two_processes", tmp_path, devices=0)
 
 
 def test_a_copy_of_the_callback_has_its_own_pages():

@@ -1,6 +1,7 @@
 """Run by test_callback.py, in two processes with the environment of torchrun."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning_qlora.optim import optimizer_pages
 from lightning_qlora.optim.adamw import PagedAdamW
 from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
 from lightning_qlora.optim.pager import PagedOptimizer, Pager
+from tests.conftest import run_rank
 from tests.optim.runs import Regression, data, fit, parameters
 from tests.optim.stand_in import StandIn
 
@@ -98,7 +100,8 @@ def fsdp2_8bit():
             assert torch.equal(loaded.to_local(), dequantize_state(codes, scales, signed=True))
 
 
-def main():
+def main(folder):
+    os.chdir(folder)
     torch.set_num_threads(1)
     optimizer_pages.open_pool = stand_in.open_pool
     dist.init_process_group("gloo")
@@ -107,3 +110,7 @@ def main():
         mode()
         assert stand_in.pools
         assert stand_in.nbytes == 0
+
+
+if __name__ == "__main__":
+    run_rank(main, ranks=2)

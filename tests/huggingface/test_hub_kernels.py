@@ -117,3 +117,33 @@ def test_a_method_that_other_code_removed_is_an_error():
     fabric.backward(module(input_ids=ids(), labels=ids()).loss)
     with pytest.raises(RuntimeError, match=r"model: other code removed the forward.*use_kernels=False"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_experts_in_4_bits_compute_by_this_package_whatever_implementation_is_chosen(before, monkeypatch):
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def local(self, *args):
+        CALLS.append("experts")
+        return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, *args)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "local", local)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_hidden_layers=2, vocab_size=128, num_local_experts=4)
+    results = []
+    for chosen in (False, True):
+        torch.manual_seed(0)
+        module = MixtralForCausalLM(config).eval()
+        if chosen and before:
+            module.set_experts_implementation("local")
+            module(input_ids=ids())
+            assert CALLS.count("experts") == 2
+        convert(module, r=4, lora_dropout=0.0)
+        perturb(module)
+        if chosen and not before:
+            module.set_experts_implementation("local")
+        CALLS.clear()
+        results.append(steps(module, 1))
+        assert not CALLS
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_map
 
-from lightning_qlora.dtypes.instance_method import InstanceMethod, has_other_forward
+from lightning_qlora.dtypes.instance_method import InstanceMethod
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.layers.with_adapter import DISABLED
 from lightning_qlora.logits.half_head import half_logits, half_weight
@@ -48,7 +48,7 @@ class Source:
 
     def half_weight(self, rows: int) -> Half | None:
         """The weight for `compute`, cast once for all pieces, on cards without bf16."""
-        return None if self._autocast[0] or has_other_forward(self.head) else half_weight(self.head, rows)
+        return None if self._autocast[0] else half_weight(self.head, rows)
 
     def compute(self, hidden: Tensor, weight: Half | None = None) -> Tensor:
         """The logits of some rows of hidden states; RuntimeError if the head or its input changed since the call."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_qlora.kernels.backends import backend
 from lightning_qlora.kernels.half import Half, multiply
 from lightning_qlora.kernels.lora_linear import refuse_second_derivative
-from lightning_qlora.layers.derived import original_class
 from lightning_qlora.tensors.device_types import lacks_bf16
 from lightning_qlora.tensors.held_types import types_before
 
@@ -22,9 +21,9 @@ MANY = 128
 
 def half_weight(head: nn.Module, rows: int) -> Half | None:
     """The weight of a head in fp16 with powers of two, where products of this many rows should use it; else None."""
-    if original_class(type(head)) is not nn.Linear or "weight" not in types_before(head):
+    if type(head) is not nn.Linear or "weight" not in types_before(head):  # not one with rows that train, either
         return None
-    weight = cast(Tensor, head.weight)
+    weight = head.weight
     if weight.requires_grad or weight.dtype is not torch.float32 or weight.numel() < LARGE or rows < MANY:
         return None
     return backend(weight.device).rows_to_half(weight) if lacks_bf16(weight.device) else None

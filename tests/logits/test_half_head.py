@@ -68,6 +68,17 @@ def test_what_stays_in_fp32(casts):
     assert head.weight.shape not in casts
 
 
+def test_a_head_with_rows_that_train_computes_with_them(casts, monkeypatch):
+    """It is tied to the embedding whose rows train."""
+    torch.manual_seed(0)
+    module = toy("llama", tie_word_embeddings=True).bfloat16()
+    convert(module, r=4, lora_dropout=0.0, compute_dtype="fp16", deferred_logits=True, trainable_token_indices=[1, 2])
+    ours = step(perturb(module))
+    assert module.lm_head.weight.shape not in casts
+    monkeypatch.setattr(half_head, "lacks_bf16", lambda device: False)
+    torch.testing.assert_close(ours, step(module), rtol=0, atol=0)
+
+
 def test_a_bias_and_a_second_derivative():
     layer = nn.Linear(32, 48)
     x = torch.randn(5, 32, requires_grad=True)

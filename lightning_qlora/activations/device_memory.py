@@ -1,6 +1,7 @@
 """What a process has of a device: bytes in use, at the peak, and available; and copies to page-locked host memory."""
 
 import gc
+import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -28,8 +29,10 @@ def memory_of(device: torch.device, begins: bool = False) -> Memory | None:
         if begins:
             with suppress(OSError):  # then the peak so far counts, and fewer blocks keep their activations
                 Path("/proc/self/clear_refs").write_text("5")
-        used, peak = (_of_proc("self/status", key) for key in ("VmRSS", "VmHWM"))
-        return None if used is None or peak is None else Memory(used, peak, int(used + free_on_host()))
+        status = _of_proc("self/status")
+        if not status:
+            return None
+        return Memory(status["VmRSS"], status["VmHWM"], int(status["VmRSS"] + free_on_host()))
     if device.type != "cuda":
         return None
     if begins:
@@ -41,7 +44,7 @@ def memory_of(device: torch.device, begins: bool = False) -> Memory | None:
 
 def free_on_host() -> float:
     """Bytes of the host, or of its container, that are free; infinite where that can't be read (no Linux)."""
-    free = float("inf") if (available := _of_proc("meminfo", "MemAvailable")) is None else available
+    free: float = _of_proc("meminfo").get("MemAvailable", math.inf)
     with suppress(OSError, ValueError, IndexError):
         limit, current = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         files = re.findall(r"^inactive_file (\d+)$", Path("/sys/fs/cgroup/memory.stat").read_text(), re.MULTILINE)
@@ -49,12 +52,12 @@ def free_on_host() -> float:
     return free
 
 
-def _of_proc(file: str, key: str) -> int | None:
-    """Bytes that a line of a file in /proc has ("VmRSS:   1024 kB")."""
+def _of_proc(file: str) -> dict[str, int]:
+    """Bytes of each line of a file in /proc ("VmRSS:   1024 kB"); none where there is no such file."""
     with suppress(OSError):
-        found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc", file).read_text(), re.MULTILINE)
-        return 1024 * int(found[1]) if found else None
-    return None
+        lines = re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc", file).read_text(), re.MULTILINE)
+        return {name: 1024 * int(number) for name, number in lines}
+    return {}
 
 
 class HostCopies:

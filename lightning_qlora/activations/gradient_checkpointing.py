@@ -66,7 +66,6 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
     if setting is not True:
         limit = None if setting in ("auto", "offload") else memory_limit(setting)
         budget = ActivationBudget(limit, is_shared or setting == "offload")
-    names = {part: name for name, part in module.named_modules()}
     for layer in layers:
         layer.gradient_checkpointing = False  # of transformers: it would recompute what we recompute
     for block in blocks:
@@ -74,7 +73,7 @@ def enable_gradient_checkpointing(module: nn.Module, setting: bool | int | str =
         method.budget = budget
         add(method)
         if budget is not None:
-            let_run_in_tiles(block, names[block])
+            let_run_in_tiles(block)
     if not blocks:
         warnings.warn(
             f"gradient_checkpointing={setting!r}: {type(module).__name__} has no repeated blocks (two or more modules "

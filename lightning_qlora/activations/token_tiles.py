@@ -10,7 +10,7 @@ and dropout, which compute each token by itself. Dropout draws other masks than 
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +22,6 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from lightning_qlora.activations.recomputed import HOOKS, OfRecomputation
 from lightning_qlora.dtypes.instance_method import add, instance_method
 from lightning_qlora.kernels.lora_linear import refuse_second_derivative
-from lightning_qlora.layers.names import join
 from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.tensors.dtensor import is_sharded
 from lightning_qlora.tensors.values import has_values, is_plain
@@ -41,14 +40,12 @@ class TokenTiles(OfRecomputation):
     """The forward method of a part of a block that is recomputed.
 
     Attributes:
-        full_name: Of the part in the converted module.
         values: How many values it computes for each value of its input.
         was_tiled: Whether a call ran in tiles.
     """
 
-    def __init__(self, module: nn.Module, full_name: str) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.full_name = full_name
         self.values = _values(module)
         self.was_tiled = False
         self._outputs: dict[Any, tuple[int, torch.dtype]] = {}  # type and autocast of the input -> output
@@ -196,16 +193,16 @@ def _tokens(x: Tensor) -> int:
     return math.prod(x.shape[:-1]) if x.ndim > 1 else 0
 
 
-def let_run_in_tiles(block: nn.Module, name: str) -> None:
+def let_run_in_tiles(block: nn.Module) -> None:
     """Let the feed-forward parts and the norms of a block run in tiles of tokens, where they can."""
-    for key, child in block.named_children():
+    for child in block.children():
         if isinstance(child, QLoRALinear):
             continue
         is_behind = hasattr(block, NORM_BEHIND) and not _is_norm(child)
         if _values(child) and not is_behind and instance_method(child, TokenTiles) is None:
-            add(TokenTiles(child, join(name, key)))
+            add(TokenTiles(child))
         else:
-            let_run_in_tiles(child, join(name, key))
+            let_run_in_tiles(child)
 
 
 def _values(part: nn.Module) -> float:
@@ -244,8 +241,3 @@ def _is_norm(part: nn.Module) -> bool:
         and all(parameter is not None and parameter.ndim == 1 for parameter in parameters)
         and bool(parameters)
     )
-
-
-def tiled_names(parts: Iterable[nn.Module]) -> list[str]:
-    methods = (instance_method(part, TokenTiles) for part in parts)
-    return [method.full_name for method in methods if method is not None and method.was_tiled]

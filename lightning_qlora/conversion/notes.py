@@ -37,7 +37,7 @@ CONVERTED_BEFORE = (
     "was converted before, with {}, and stays so: to convert with other arguments, build the module again, or merge "
     "the adapters first"
 )
-IN_16_BITS = (
+COMPUTES_IN_16_BITS = (
     "trains in fp32 and computes in {} under autocast, as the rest of the module; where it must compute in fp32, call "
     "it within torch.autocast(device_type, enabled=False)"
 )
@@ -85,7 +85,7 @@ def note_after_conversion(report: ConversionReport, parts: Parts, choice: Select
     dtype = autocast_type(parts.root) if parts.traits.has_16_bits else None
     of_fp32 = [name for name, part in parts.named if dtype and trains_in_full(part) and not types_before(part)]
     if of_fp32:
-        report.note(IN_16_BITS.format(str(dtype).removeprefix("torch.")), of_fp32)
+        report.note(COMPUTES_IN_16_BITS.format(str(dtype).removeprefix("torch.")), of_fp32)
     new = {name: reason for name, reason in choice.train.items() if reason.startswith(OUTSIDE)}
     if new:
         in_new = (p.numel() for name, p in parameters.items() if not new.keys().isdisjoint(outer_names(name)))

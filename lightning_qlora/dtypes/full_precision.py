@@ -58,8 +58,8 @@ class InType(OfTraining):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if self.held is not None:
-            args = tuple(_in_type(value, self.held) for value in args)
-            kwargs = {key: _in_type(value, self.held) for key, value in kwargs.items()}
+            args = tuple(_cast_16_bits(value, self.held) for value in args)
+            kwargs = {key: _cast_16_bits(value, self.held) for key, value in kwargs.items()}
         was_cast = self.layer is not None and self.layer.weight_dtype is not self.autocast
         if self.autocast is None or was_cast:
             return self.original(*args, **kwargs)
@@ -70,13 +70,13 @@ class InType(OfTraining):
             return self.original(*args, **kwargs)
 
 
-def _in_type(value: Any, dtype: torch.dtype) -> Any:
+def _cast_16_bits(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype in IN_16_BITS else value
 
 
 def cast_output(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a module that trains in full: under autocast its output is in 16 bits; a loss stays."""
-    if isinstance(output, tuple) and type(output) is tuple:
+    if type(output) is tuple:
         return tuple(cast_output(module, args, each) for each in output)
     if not isinstance(output, Tensor) or output.dtype is not torch.float32 or not output.ndim:
         return output

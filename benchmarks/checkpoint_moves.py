@@ -3,11 +3,10 @@
     python -m benchmarks.checkpoint_moves                   all pairs, a few minutes
     python -m benchmarks.checkpoint_moves one fsdp2         only these
 
-Each strategy trains a small Llama for STEPS steps on the same global batches and saves it, with AdamW of the trained
-parameters and with 8-bit AdamW, as adapters and with the 4-bit base, in shards and in one file. Each strategy loads
-every one of these and trains STEPS steps more. A cell has the largest relative difference of the losses of these steps,
-over both contents and both kinds of file, from those of one device that was not interrupted, or the error. Shards are
-loaded by the strategies that write them, with 8-bit state by the same one.
+Each strategy trains a small Llama for STEPS steps on the same global batches and saves it, as adapters and with the
+4-bit base, in shards and in one file. Each strategy loads every one of these and trains STEPS steps more. A cell has
+the largest relative difference of the losses of these steps, over both contents and both kinds of file, from those of
+one device that was not interrupted, or the error. Shards are loaded by the strategies that write them.
 """
 
 import json
@@ -27,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_qlora import PagedAdamW8bit, QLoRAPrecision
+from lightning_qlora import QLoRAPrecision
 
 STEPS = 6
 PROCESSES = {"one": 1, "ddp": 2, "fsdp2": 2, "fsdp4": 4, "hsdp": 4}
@@ -38,17 +37,15 @@ NAMES = {
     "fsdp4": "FSDP2, 4 ranks",
     "hsdp": "HSDP, 2 x 2 ranks",
 }
-OPTIMIZERS = {"32": torch.optim.AdamW, "8": PagedAdamW8bit}
-KINDS = [(checkpoint, bits) for checkpoint in ("adapter", "full") for bits in OPTIMIZERS]
+CONTENTS = ("adapter", "full")
 
 
 class Model(pl.LightningModule):
     """As users write it: the optimizer gets what trains."""
 
-    def __init__(self, name: str, bits: str) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.bits = bits
         self.losses = list[float]()
         self.model: Any = None
 
@@ -86,10 +83,10 @@ class Model(pl.LightningModule):
         return torch.utils.data.DataLoader(range(STEPS * self.current_epoch, STEPS * (self.current_epoch + 1)))
 
     def configure_optimizers(self) -> Any:
-        return OPTIMIZERS[self.bits]([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
-def fit(name: str, kind: tuple[str, str], epochs: int, single: bool = False, path: Path | None = None) -> Any:
+def fit(name: str, checkpoint: str, epochs: int, single: bool = False, path: Path | None = None) -> Any:
     """Train, from a checkpoint if there is a path; the Trainer and the losses."""
     strategy: Any = {"one": "auto", "ddp": "ddp"}.get(name)
     if strategy is None:
@@ -100,14 +97,14 @@ def fit(name: str, kind: tuple[str, str], epochs: int, single: bool = False, pat
         strategy=strategy,
         max_epochs=epochs,
         logger=False,
-        plugins=QLoRAPrecision(r=16, lora_dropout=0.0, checkpoint=kind[0]),
+        plugins=QLoRAPrecision(r=16, lora_dropout=0.0, checkpoint=checkpoint),
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,
     )
-    module = Model(name, kind[1])
+    module = Model(name)
     trainer.fit(module, ckpt_path=path)
     return trainer, module.losses
 
@@ -118,22 +115,22 @@ def files_of(name: str) -> list[str]:
 
 def save_all(name: str, folder: Path) -> Iterator[tuple[str, Any]]:
     """Save each kind of checkpoint; on one device also the losses of a run without an interruption."""
-    for kind in KINDS:
+    for checkpoint in CONTENTS:
         if name == "one":
-            yield "-".join(kind), fit(name, kind, 2)[1][STEPS:]
+            yield checkpoint, fit(name, checkpoint, 2)[1][STEPS:]
         for file in files_of(name):
-            trainer, _ = fit(name, kind, 1, file == "file")
-            trainer.save_checkpoint(folder / "-".join((name, file, *kind)))
+            trainer, _ = fit(name, checkpoint, 1, file == "file")
+            trainer.save_checkpoint(folder / "-".join((name, file, checkpoint)))
 
 
 def load_all(name: str, folder: Path) -> Iterator[tuple[str, Any]]:
     """Load each checkpoint and train on: its name, and the losses or the error."""
     for path in sorted(path for path in folder.iterdir() if path.suffix != ".json"):
-        saved, file, *kind = path.name.split("-")
-        if file not in files_of(name) or (file == "shards" and kind[1] == "8" and saved != name):
+        _, file, checkpoint = path.name.split("-")
+        if file not in files_of(name):
             continue
         try:
-            yield path.name, fit(name, (kind[0], kind[1]), 2, path=path)[1]
+            yield path.name, fit(name, checkpoint, 2, path=path)[1]
         except Exception as error:
             yield path.name, f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
@@ -163,9 +160,9 @@ def difference(losses: Any, expected: list[float]) -> float | str:
     return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
 
 
-def measure(names: list[str]) -> dict[tuple[str, str, str], list[float | str]]:
-    """Strategy that saved, bits of the optimizer, strategy that loads -> a cell for each content and kind of file."""
-    cells: dict[tuple[str, str, str], list[float | str]] = defaultdict(list)
+def measure(names: list[str]) -> dict[tuple[str, str], list[float | str]]:
+    """Strategy that saved, strategy that loads -> a cell for each content and kind of file."""
+    cells: dict[tuple[str, str], list[float | str]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         expected = launch("save", "one", folder)
@@ -174,24 +171,21 @@ def measure(names: list[str]) -> dict[tuple[str, str, str], list[float | str]]:
                 launch("save", name, folder)
         for name in names:
             for path, losses in launch("load", name, folder).items():
-                saved, _, checkpoint, bits = path.split("-")
+                saved, _, checkpoint = path.split("-")
                 if saved in names:
-                    cells[saved, bits, name].append(difference(losses, expected[f"{checkpoint}-{bits}"]))
+                    cells[saved, name].append(difference(losses, expected[checkpoint]))
     return cells
 
 
-def table(names: list[str], cells: dict[tuple[str, str, str], list[float | str]]) -> str:
+def table(names: list[str], cells: dict[tuple[str, str], list[float | str]]) -> str:
     """Rows of strategies that saved, columns of those that load."""
-    lines = ["| saved by | AdamW | " + " | ".join(NAMES[name] for name in names) + " |"]
-    lines.append("| --- " * (2 + len(names)) + "|")
+    lines = ["| saved by | " + " | ".join(NAMES[name] for name in names) + " |"]
+    lines.append("| --- " * (1 + len(names)) + "|")
     for saved in names:
-        for bits in OPTIMIZERS:
-            rows = [cells[saved, bits, name] for name in names]
-            errors = [[cell for cell in row if isinstance(cell, str)] for row in rows]
-            texts = [
-                error[0] if error else f"{max(map(float, row)):.0e}" for error, row in zip(errors, rows, strict=True)
-            ]
-            lines.append(f"| {NAMES[saved]} | {bits}-bit | " + " | ".join(texts) + " |")
+        rows = [cells[saved, name] for name in names]
+        errors = [[cell for cell in row if isinstance(cell, str)] for row in rows]
+        texts = [error[0] if error else f"{max(map(float, row)):.0e}" for error, row in zip(errors, rows, strict=True)]
+        lines.append(f"| {NAMES[saved]} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 

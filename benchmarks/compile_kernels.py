@@ -25,11 +25,9 @@ import torch
 from benchmarks.compiled import Report, compile_launch, recorded
 from benchmarks.products import add_matmul_, finish, lora_down, lora_gradients, lora_up
 from lightning_qlora.kernels import reference
-from lightning_qlora.kernels.adamw import STATE_BLOCK_SIZE, AdamWStep
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
-from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step
 from lightning_qlora.kernels.triton.dropout import dropout_into
 from lightning_qlora.kernels.triton.grouped import Group
 from lightning_qlora.kernels.triton.half import rows_to_half, take_out_
@@ -83,7 +81,7 @@ def cases(target: str) -> Iterator[Case]:
     """All launches for a target, with the target's tiles."""
     for make in (
         _dequantize_cases, _quantize_cases, _dropout_cases, _half_cases, _lora_cases, _wide_cases, _matmul_cases,
-        _vector_cases, _grouped_cases, _adamw_cases,
+        _vector_cases, _grouped_cases,
     ):  # fmt: skip
         yield from make(target)
 
@@ -216,25 +214,6 @@ def _lora(kernel: str, m: int, r: int, dtype: Kind, p: float) -> Callable[[], ob
     if kernel == "lora_up":
         return partial(lora_up, h, a.T, x, p=p, seed=seed)
     return partial(lora_gradients, h, x, a, h, x, torch.zeros(512, r), 1.0, p, seed)
-
-
-def _adamw_cases(target: str) -> Iterator[Case]:
-    scalars = AdamWStep(step=1, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
-    for tile, threads in _tiles("adamw", target):
-        per_thread = STATE_BLOCK_SIZE * tile["BLOCKS"] / threads
-        for dtype, n in product((torch.float32, torch.bfloat16), (4096, 777)):
-            kind = f"{NAMES[dtype]}{', odd size' * (n == 777)}, per element"
-            # Two tensors, so that there is a table to search.
-            params, grads, m, v = ([torch.zeros(n, dtype=d)] * 2 for d in (dtype, dtype, torch.float32, torch.float32))
-            moment = [torch.zeros(n, dtype=torch.uint8)] * 2, [torch.zeros(-(-n // STATE_BLOCK_SIZE))] * 2
-            # The usual launch, and the one of most instructions.
-            short = (dtype, n) in ((torch.float32, 4096), (torch.bfloat16, 777))
-            yield Case(f"AdamW {kind}", partial(adamw_step, params, grads, m, v, scalars), per_thread, 110, short=short)
-            # An odd size has masks, and addresses of elements: about 35 more.
-            yield Case(
-                f"8-bit AdamW {kind}", partial(adamw8bit_step, params, grads, moment, moment, scalars),
-                per_thread, 260 if n == 4096 else 280, short=short,
-            )  # fmt: skip
 
 
 def _matmul_cases(target: str) -> Iterator[Case]:

@@ -16,7 +16,6 @@ MEMBERS = {  # class -> the members that are shown; of others, all public ones
     "QLoRALinear": ["weight", "packed_weight", "decode"],
     "PagedOptimizer": ["report"],
     "PagedAdamW": [],
-    "PagedAdamW8bit": [],
 }
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lightning_qlora.layers.packed_layer import to_parameters as to_parameters
     from lightning_qlora.layers.qlora_linear import QLoRALinear as QLoRALinear
     from lightning_qlora.optim.adamw import PagedAdamW as PagedAdamW
-    from lightning_qlora.optim.adamw8bit import PagedAdamW8bit as PagedAdamW8bit
     from lightning_qlora.optim.loraplus import loraplus_groups as loraplus_groups
     from lightning_qlora.optim.pager import PagedOptimizer as PagedOptimizer
     from lightning_qlora.plugin.precision import QLoRAPrecision as QLoRAPrecision
@@ -39,7 +38,6 @@ _PLACES = {
     "MemoryEstimate": "tools.memory_estimate",
     "PackedWeight": "quantization.packed_weight",
     "PagedAdamW": "optim.adamw",
-    "PagedAdamW8bit": "optim.adamw8bit",
     "PagedOptimizer": "optim.pager",
     "QLoRAConfig": "config",
     "QLoRALinear": "layers.qlora_linear",
@@ -61,6 +59,11 @@ __all__ = list(_PLACES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "PagedAdamW8bit":
+        raise ImportError(
+            "PagedAdamW8bit was removed. Use torchao.optim.AdamW8bit or bitsandbytes.optim.AdamW8bit: the plugin pages "
+            "their state, and PagedOptimizer does so without it."
+        )
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "QLoRAConfig":  # the command line asks for it

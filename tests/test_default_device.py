@@ -21,7 +21,6 @@ import lightning_qlora
 from lightning_qlora import (
     PackedWeight,
     PagedAdamW,
-    PagedAdamW8bit,
     PagedOptimizer,
     QLoRAConfig,
     QLoRAPrecision,
@@ -232,7 +231,6 @@ def checks_of_the_doctor():
         (deferred_logits, (False,)),
         (deferred_logits, (True,)),
         pytest.param(paged_optimizer, (PagedAdamW,), marks=TORCH_NAMES_DEVICES),
-        (paged_optimizer, (PagedAdamW8bit,)),
         (merged, ("auto",)),
         (merged, ("bf16",)),
         (estimates, ()),
@@ -245,7 +243,7 @@ def test_the_same_bits(function, arguments):
 
 class WithPagedOptimizer(Loaded):
     def configure_optimizers(self):
-        return PagedAdamW8bit(loraplus_groups(self, lr=1e-2))
+        return PagedAdamW(loraplus_groups(self, lr=1e-2))
 
 
 @pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"init_lora_weights": "calibrated"}], ids=str)

@@ -61,7 +61,6 @@ def test_the_address_of_the_site_is_the_same_everywhere():
 
 SIGNATURES = """\
 PagedAdamW(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, **kwargs)
-PagedAdamW8bit(params, lr=0.0002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, paged=True)
 PagedOptimizer(min_numel=4096)
 calibrate(module, replicas=None)
 convert(module, **arguments)

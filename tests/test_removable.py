@@ -36,24 +36,6 @@ class Feature:
 
 
 FEATURES = {
-    "8-bit AdamW": Feature(
-        ["optim/adamw8bit.py", "optim/state_8bit.py", "kernels/adamw.py", "kernels/triton/adamw_kernel.py"],
-        {
-            "__init__.py": [
-                "from lightning_qlora.optim.adamw8bit import PagedAdamW8bit as PagedAdamW8bit",
-                '"PagedAdamW8bit": "optim.adamw8bit",',
-            ],
-            "kernels/triton/__init__.py": [
-                "from lightning_qlora.kernels.triton.adamw_kernel import adamw8bit_step, adamw_step"
-            ],
-            "kernels/verify.py": ["from lightning_qlora.kernels.adamw import ADAMW", "**ADAMW,"],
-            "optim/saved_state.py": [
-                "from lightning_qlora.optim.state_8bit import to_32bit",
-                "state = to_32bit(state, betas)",
-            ],
-        },
-        names=["PagedAdamW8bit"],
-    ),
     "LoRA+": Feature(
         ["optim/loraplus.py"],
         {

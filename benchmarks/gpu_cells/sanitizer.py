@@ -11,7 +11,6 @@ import torch
 from benchmarks.gpu_cells import Row
 from benchmarks.measure import ROOT
 from lightning_qlora.kernels import ops
-from lightning_qlora.kernels.adamw import AdamWStep
 from lightning_qlora.kernels.grouped_linear import can_group, grouped_linear
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
@@ -41,7 +40,7 @@ def measure(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def run_kernels(device: torch.device) -> None:
-    """Quantize, dequantize, the layer with few and many rows, with and without dropout, experts, both AdamW steps."""
+    """Quantize, dequantize, the layer with few and many rows, with and without dropout, and experts."""
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for block_size, double_quant in ((64, True), (64, False), (4096, True)):
@@ -58,14 +57,6 @@ def run_kernels(device: torch.device) -> None:
             if can_group(x, stack, lora):
                 ends = torch.tensor([20, 20, 31], dtype=torch.int32, device=device)
                 grouped_linear(x, ends, stack, lora).sum().backward()
-    scalars = AdamWStep(1, 1e-3, 0.9, 0.999, 1e-8, 0.01)
-    sizes = (5, 4096, 70_001)
-    params, grads = ([torch.randn(size, device=device) for size in sizes] for _ in range(2))
-    moments = [[torch.zeros(size, device=device) for size in sizes] for _ in range(2)]
-    ops.write_in_place("adamw_step", params, grads, moments[0], moments[1], scalars)
-    codes = [[torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes] for _ in range(2)]
-    scales = [[torch.zeros(-(-size // 256), device=device) for size in sizes] for _ in range(2)]
-    ops.write_in_place("adamw8bit_step", params, grads, *zip(codes, scales, strict=True), scalars)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -14,7 +14,7 @@ from lightning_qlora.kernels import eager, scratch
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA, check_operands
 from lightning_qlora.kernels.verdict import KERNELS, is_out_of_memory, verdict
-from lightning_qlora.kernels.verify import OPS, STEPS, faults, function_of
+from lightning_qlora.kernels.verify import OPS, faults, function_of
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
@@ -56,19 +56,15 @@ class Backend:
         return plan
 
     def _guarded(self, op: str, kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The op with kernels. A variant that does not compile or launch has written nothing: plain torch goes on."""
+        """The op with kernels; plain torch computes it anew where a variant does not compile or launch."""
         failures = self.failures
-        in_place = op in STEPS  # all other ops return new tensors, or write all of one
 
         def run(*arguments: Any) -> Any:
             if op in failures:
                 return plain(*arguments)
-            before = in_place and _versions(*arguments)
             try:
                 return kernel(*arguments)
             except Exception as error:  # Triton, its compilers and the driver raise many types
-                if in_place and before != _versions(*arguments):
-                    raise  # it began to write
                 return self._repeat(op, kernel, plain, arguments, error)
 
         if self.kernels is eager:
@@ -109,10 +105,6 @@ class Backend:
             "`lightning-qlora doctor --check` checks them again.",
             stacklevel=3,
         )
-
-
-def _versions(written: list[Tensor], *_: Any) -> list[int]:
-    return [tensor._version for tensor in written]
 
 
 UNTRIED = ("mps",)  # types of devices on which nobody has run this package

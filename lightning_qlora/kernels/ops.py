@@ -1,8 +1,8 @@
 """The op table: schema and shape function (fake) of every op; `backends` chooses who computes it.
 
 Quantizing, decoding, the scales, the layer and its gradients are `torch.library` ops, so torch.compile sees each as one
-opaque node and `torch.library.opcheck` can test them. Those of an optimizer are plain functions. Call `quantize` and
-`dequantize` here, and `lora_linear.lora_linear`, which adds the gradient.
+opaque node and `torch.library.opcheck` can test them. Call `quantize` and `dequantize` here, and
+`lora_linear.lora_linear`, which adds the gradient.
 """
 
 import math
@@ -231,12 +231,3 @@ _with_and_without_dropout(
     _shapes_of_backward,
     f"(Tensor grad, Tensor x, Tensor xa, {WEIGHT}, {LORA}, bool needs_x) -> (Tensor, Tensor, Tensor)",
 )
-
-
-def write_in_place(op: str, params: list[Tensor], *rest: Any) -> None:
-    """A step of `verify.STEPS`.
-
-    The parameters have one device and one type, and so have the gradients: a backend takes one launch, so that nothing
-    is written if that fails.
-    """
-    getattr(backend(params[0].device), op)(params, *rest)

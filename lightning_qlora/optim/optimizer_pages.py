@@ -20,7 +20,7 @@ from lightning_qlora.optim.closure import before_update
 from lightning_qlora.optim.host_memory import ManagedPool, PinnedPool, why_not_managed
 from lightning_qlora.optim.paged_state import PagedState, tensors_in
 from lightning_qlora.optim.pool import Pool
-from lightning_qlora.optim.saved_state import states_for_torch
+from lightning_qlora.optim.saved_state import saved_states
 
 
 class OptimizerPages:
@@ -62,27 +62,24 @@ class OptimizerPages:
         for pool in self.pools:
             yield pool, [tensor for tensor in self._tensors() if pool.owns(tensor)]
 
-    def prefetch(self, params: list[Tensor] | None = None) -> None:
+    def prefetch(self) -> None:
         for pool in self.pools:
-            pool.prefetch(self._tensors(params))
+            pool.prefetch(self._tensors())
 
     def wait_prefetch(self) -> None:
         for pool in self.pools:
             pool.wait_prefetch()
 
-    def evict(self, params: list[Tensor] | None = None) -> None:
+    def evict(self) -> None:
         for pool in self.pools:
-            pool.evict(self._tensors(params))
+            pool.evict(self._tensors())
 
-    def _tensors(self, params: list[Tensor] | None = None) -> Iterator[Tensor]:
+    def _tensors(self) -> Iterator[Tensor]:
         """Searched for as they are asked for: in unified memory nothing is evicted."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        if params is None:
-            states = list(dict.values(optimizer.state))
-        else:
-            states = [optimizer.state.get(param) for param in params]
+        states = list(dict.values(optimizer.state))
         yield from (tensor for tensor in tensors_in(states) if tensor.numel() >= self._min_numel)
 
     def close(self) -> None:
@@ -139,9 +136,8 @@ class OptimizerPages:
 
     def _begin_update(self, optimizer: Optimizer) -> None:
         self._in_update = True
-        if not getattr(optimizer, "steps_in_windows", False):  # as PagedAdamW8bit, which calls `windows`
-            self.prefetch()
-            self.wait_prefetch()
+        self.prefetch()
+        self.wait_prefetch()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.pools:  # nothing is paged, so a step does not read all of its state
@@ -155,13 +151,10 @@ class OptimizerPages:
         self._in_update = False
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Remove large tensors from the state dict: torch would put all of them on the device at once.
-
-        8-bit moments are decoded: PagedAdamW8bit, which alone can use them, loads its state itself.
-        """
+        """Remove large tensors from the state dict: torch would put all of them on the device at once."""
         states = dict(state_dict["state"])
         self._large = []
-        for index, param, state in states_for_torch(optimizer, state_dict):
+        for index, param, state in saved_states(optimizer, state_dict):
             pool = self._pool(param.device)
             states[index] = {}
             for key, value in state.items():
@@ -198,33 +191,6 @@ def _to_plain_dicts(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
         if isinstance(state, dict):
             states[index] = dict(state)
     return {**state_dict, "state": states}
-
-
-def windows(optimizer: Optimizer, params: list[Tensor], numel: int) -> Iterator[list[Tensor]]:
-    """Yield the parameters in windows of about `numel` elements, each while its state is on the device.
-
-    The copy of the next window's state starts before the present one is updated, so at most two windows are on the
-    device. Copies of pinned memory overlap the update; unified memory is prefetched on the stream of the update.
-    """
-    result: list[list[Tensor]] = []
-    size = numel
-    for param in params:
-        if size >= numel:
-            result.append([])
-            size = 0
-        result[-1].append(param)
-        size += param.numel()
-    pages = _PAGES.get(optimizer)
-    if pages is None:
-        yield from result
-        return
-    if result:
-        pages.prefetch(result[0])
-    for window, following in zip(result, [*result[1:], []], strict=False):
-        pages.wait_prefetch()
-        pages.prefetch(following)
-        yield window
-        pages.evict(window)
 
 
 def open_pool(device: torch.device) -> Pool | None:

@@ -113,7 +113,7 @@ class Pool(ABC):
             raise MemoryError(
                 f"Paging optimizer state: {size / MIB:,.1f} MiB of {self.kind} memory were requested and refused; "
                 f"{self.nbytes / MIB:,.1f} MiB are allocated already. Paged state is in host memory: free host memory, "
-                "or make the state smaller with PagedAdamW8bit (a quarter of AdamW's bytes) or a lower rank `r`. "
+                "or make the state smaller with an 8-bit optimizer (torchao.optim.AdamW8bit) or a lower rank `r`. "
                 "To train without paging, pass paged_optimizer=False (or remove the PagedOptimizer callback). "
                 "Training can continue from the last checkpoint with fit(..., ckpt_path=...)."
             ) from error

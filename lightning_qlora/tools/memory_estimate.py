@@ -164,7 +164,7 @@ def estimate_memory(
             model.
         batch_size: Sequences per step.
         sequence_length: Tokens per sequence.
-        optimizer: "adamw", "adamw8bit" (PagedAdamW8bit), "sgd", or "momentum" (SGD with momentum).
+        optimizer: "adamw", "adamw8bit" (of torchao or bitsandbytes), "sgd", or "momentum" (SGD with momentum).
         example: Input of the module's forward, for a module that is not a transformers model: a tensor, a tuple, or a
             dict of keyword arguments. batch_size and sequence_length are not used then.
         device: "gpu", or "cpu": this machine's CPU, which may hold a 16-bit model in fp32.

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora import (
-    PagedAdamW8bit,
+    PagedAdamW,
     QLoRAPrecision,
     calibrate,
     convert,
@@ -457,7 +457,7 @@ def test_a_step_without_the_call_is_an_error_of_the_next_forward_pass(how):
         run = partial(checkpoint, net, use_reentrant=False)
     elif how == "F.linear":
         run = lambda x: F.linear(x, net.layers[0].weight)  # noqa: E731
-    optimizer = (PagedAdamW8bit if how == "training mode" else torch.optim.SGD)(net.parameters(), lr=1e-3)
+    optimizer = (PagedAdamW if how == "training mode" else torch.optim.SGD)(net.parameters(), lr=1e-3)
 
     def closure():
         loss = run(x).square().mean()

@@ -28,8 +28,6 @@ FIRST = {
         "linear_backward": (0, 1, 7),
         "grouped_linear": (1, 2),
         "grouped_linear_backward": (1, 3),
-        "adamw_step": (0, 1, 2),
-        "adamw8bit_step": (0, 1),
     },
     # Both factors of wgmma in shared memory, one in registers, both transposed, of several experts.
     "sm_90": {"lora_project": (3,), "linear_into": (2,), "linear_backward": (1,), "grouped_linear": (1,)},

@@ -105,19 +105,6 @@ def test_the_limit_is_that_of_the_type(number, limit):
     assert f"limit {limit:g}" in of_case("lora_project", number, one_element("lora_project", 1 + 1.4 * limit))
 
 
-@pytest.mark.parametrize(("off", "is_wrong"), [(1, False), (2, True)])
-def test_a_code_of_a_state_may_be_the_next_one(off, is_wrong):
-    """Two values of fp32 can lie on two sides of the border between levels."""
-
-    def wrong(*arguments):
-        RIGHT["adamw8bit_step"](*arguments)
-        codes = arguments[2][0][0].view(-1)
-        codes[codes.argmax()] -= off
-
-    text = of_case("adamw8bit_step", 0, wrong)
-    assert text == (differs("0.0078", "0.005", "float32 [300]") if is_wrong else None)
-
-
 @pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "allocate",
@@ -134,14 +121,15 @@ def test_a_code_of_a_state_may_be_the_next_one(off, is_wrong):
     ids=["empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "scratch", "argument"],
 )
 def test_a_write_beside_a_tensor_is_found(allocate, is_after):
-    def wrong(params, *rest):
-        RIGHT["adamw_step"](params, *rest)
-        memory = allocate(params[0])
+    def wrong(weight, dtype):
+        result = RIGHT["dequantize"](weight, dtype)
+        memory = allocate(weight.packed)
         place = memory.storage_offset() + (memory.numel() if is_after else -1)
         memory.as_strided((1,), (1,), place)[0] = 1
+        return result
 
     scratch.scratch((8,), torch.float32, CPU, "shares")  # a buffer of before is not used
-    assert fault("adamw_step", wrong) == "writes past the end of a tensor, with float32 [300]"
+    assert fault("dequantize", wrong) == "writes past the end of a tensor, with uint8 [9216]"
 
 
 def test_new_memory_is_nan_or_zero():

@@ -5,7 +5,7 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_qlora.optim.adamw8bit import PagedAdamW8bit
+from lightning_qlora.optim.adamw import PagedAdamW
 from lightning_qlora.optim.pager import PagedOptimizer, PagingReport
 from tests.conftest import launch
 from tests.optim.runs import ManualRegression, Regression, data, fit, parameters
@@ -27,7 +27,7 @@ def test_paged_runs_equal_unpaged_ones_and_leave_nothing(stand_in, kind, options
         assert stand_in.pools and stand_in.nbytes == 0
 
 
-@pytest.mark.parametrize("make_optimizer", [None, lambda params: PagedAdamW8bit(params, lr=1e-2)])
+@pytest.mark.parametrize("make_optimizer", [None, lambda params: PagedAdamW(params, lr=1e-2)])
 def test_resume_is_bit_equal(stand_in, make_optimizer, tmp_path):
     """From a checkpoint of a paged run: paged, after a refusal, and without the callback."""
     straight, refused, paged, unpaged = (Regression(make_optimizer) for _ in range(4))
@@ -43,7 +43,7 @@ def test_resume_is_bit_equal(stand_in, make_optimizer, tmp_path):
     fit(unpaged, ckpt_path=half)
     assert torch.equal(parameters(straight), parameters(paged))
     assert torch.equal(parameters(straight), parameters(unpaged))
-    del straight, unpaged  # without the callback the state of PagedAdamW8bit is paged as long as the optimizer exists
+    del straight, unpaged  # without the callback the state of PagedAdamW is paged as long as the optimizer exists
     gc.collect()
     assert stand_in.nbytes == 0
 

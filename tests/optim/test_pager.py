@@ -99,7 +99,7 @@ def test_on_a_cpu_nothing_is_paged():
 
 
 def test_state_is_paged_if_the_parameters_move_between_attach_and_the_first_step(monkeypatch):
-    """`Pager.attach` and PagedAdamW8bit(model.parameters()) may come before model.to(device)."""
+    """`Pager.attach` and PagedAdamW(model.parameters()) may come before model.to(device)."""
     net, optimizer = paged_run()
     stand_in = StandIn("managed").install(monkeypatch)
     train(net, optimizer, 1)

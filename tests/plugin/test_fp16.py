@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_qlora import PagedAdamW8bit, QLoRALinear, QLoRAPrecision, convert, disable_adapter, merge
+from lightning_qlora import PagedAdamW, QLoRALinear, QLoRAPrecision, convert, disable_adapter, merge
 from lightning_qlora.dtypes import full_precision
 from lightning_qlora.tensors import device_types
 from tests.conftest import Classifier, loader
@@ -56,7 +56,7 @@ class Manual(Scaled):
 
 class Paged(Scaled):
     def configure_optimizers(self):
-        return PagedAdamW8bit(self.parameters(), lr=1e-2)
+        return PagedAdamW(self.parameters(), lr=1e-2)
 
 
 def fit(trainer, module, dtype="fp16", ckpt=None, dropout=0.0, **arguments):

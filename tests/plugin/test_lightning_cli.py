@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from lightning_qlora import PagedAdamW8bit, QLoRAPrecision, load_from_checkpoint
+from lightning_qlora import PagedAdamW, QLoRAPrecision, load_from_checkpoint
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.conftest import Classifier, dataset, loader
 from tests.toys import assert_equal
@@ -67,7 +67,7 @@ lr_scheduler:
 
 @pytest.mark.parametrize(
     ("class_path", "kind"),
-    [("torch.optim.AdamW", torch.optim.AdamW), ("lightning_qlora.PagedAdamW8bit", PagedAdamW8bit)],
+    [("torch.optim.AdamW", torch.optim.AdamW), ("lightning_qlora.PagedAdamW", PagedAdamW)],
 )
 def test_the_optimizer_section_of_a_yaml_file_trains_the_adapters(tmp_path, trainer, class_path, kind):
     (tmp_path / "optimizer.yaml").write_text(OPTIMIZER.format(class_path))
@@ -91,7 +91,7 @@ def test_the_optimizer_section_of_a_yaml_file_trains_the_adapters(tmp_path, trai
 
 
 def test_a_class_on_the_command_line_is_enough_and_a_run_can_be_resumed(tmp_path):
-    optimizer = ["--optimizer", "lightning_qlora.PagedAdamW8bit", "--optimizer.lr=0.01"]
+    optimizer = ["--optimizer", "lightning_qlora.PagedAdamW", "--optimizer.lr=0.01"]
     arguments = [*optimizer, "--trainer.plugins.lora_dropout=0.1", "--seed_everything=1"]
 
     def fit(epochs, ckpt_path=None):

@@ -20,7 +20,6 @@ from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader
 
 from lightning_qlora import (
-    PagedAdamW8bit,
     QLoRAPrecision,
     convert,
     disable_adapter,
@@ -30,14 +29,12 @@ from lightning_qlora import (
     merge,
     save_adapter,
 )
-from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.layers.layer_state import CheckpointMismatchError
 from lightning_qlora.layers.qlora_linear import adapted_layers
 from lightning_qlora.runs.patches import load_whole_tensors, shard_bytes
 from lightning_qlora.tensors.dtensor import gather, is_sharded
 from lightning_qlora.tools.cli import main
 from tests.conftest import Classifier, dataset, fingerprints, loader, raises_before_teardown, raises_in_one_line
-from tests.files.test_lightning_checkpoint import save_shards
 from tests.toys import assert_equal
 
 ARGUMENTS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -231,47 +228,27 @@ class OfTrained(Sharded):
     """The optimizer holds what trains, so its numbers are no places among all parameters of the module."""
 
     def configure_optimizers(self):
-        return self.optimizer([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
 @pytest.fixture
 def fit_of_trained(run):
-    def fit(optimizer, strategy, epochs, path=None):
+    def fit(strategy, epochs, path=None):
         module, data = OfTrained(1024), DataLoader(dataset(width=1024), batch_size=8)
-        module.optimizer = optimizer
         return run(module, data, strategy, epochs, path, QLoRAPrecision(**ARGUMENTS)), module.losses
 
     return fit
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, PagedAdamW8bit])
-def test_a_run_goes_on_elsewhere_from_one_file(optimizer, fit_of_trained, tmp_path):
-    expected = fit_of_trained(optimizer, "auto", 2)[1][4:]
+def test_a_run_goes_on_elsewhere_from_one_file(fit_of_trained, tmp_path):
+    expected = fit_of_trained("auto", 2)[1][4:]
     sharded = ModelParallelStrategy(1, 1, save_distributed_checkpoint=False)
-    fit_of_trained(optimizer, sharded, 1)[0].save_checkpoint(tmp_path / "of_shards")
-    _, losses = fit_of_trained(optimizer, "auto", 2, tmp_path / "of_shards")
+    fit_of_trained(sharded, 1)[0].save_checkpoint(tmp_path / "of_shards")
+    _, losses = fit_of_trained("auto", 2, tmp_path / "of_shards")
     assert losses == pytest.approx(expected, rel=1e-6)
-    fit_of_trained(optimizer, "auto", 1)[0].save_checkpoint(tmp_path / "of_one")
-    _, losses = fit_of_trained(optimizer, ModelParallelStrategy(1, 1), 2, tmp_path / "of_one")
+    fit_of_trained("auto", 1)[0].save_checkpoint(tmp_path / "of_one")
+    _, losses = fit_of_trained(ModelParallelStrategy(1, 1), 2, tmp_path / "of_one")
     assert losses == pytest.approx(expected, rel=1e-6)
-
-
-def test_8_bit_state_in_shards_of_another_number_of_ranks_is_refused(fit_of_trained, tmp_path):
-    """Blocks of 8-bit state are those of the shards. Where the shapes are equal, torch would load it."""
-
-    def run(epochs, path=None):
-        return fit_of_trained(PagedAdamW8bit, ModelParallelStrategy(1, 1), epochs, path)[0]
-
-    run(1).save_checkpoint(tmp_path / "one.ckpt")
-    run(2, tmp_path / "one.ckpt")
-    saved = read_checkpoint(tmp_path / "one.ckpt", weights_only=False)
-    values = {key: saved.pop(key) for key in ("state_dict", "optimizer_0")}
-    for state in values["optimizer_0"]["state"].values():
-        if "shards" in state:
-            state["shards"].fill_(2)
-    save_shards(tmp_path / "two.ckpt", values, saved)
-    with pytest.raises(ValueError, match=r"saved in 2 shards, .* has 1: .*save_distributed_checkpoint=False"):
-        run(2, tmp_path / "two.ckpt")
 
 
 def test_a_module_on_the_meta_device_has_the_fingerprints_of_what_is_loaded(setup_module, tmp_path):

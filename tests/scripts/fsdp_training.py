@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForCausalLM
 
-from lightning_qlora import CheckpointMismatchError, PagedAdamW8bit, QLoRAPrecision, save_adapter
+from lightning_qlora import CheckpointMismatchError, QLoRAPrecision, save_adapter
 from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import Classifier, loader, make_trainer, run_rank
 from tests.toys import Lit
@@ -119,7 +119,7 @@ def with_fabric(root, devices, single_file, policy="fp32", **arguments):
 class Llama(Lit):
     """A transformers model that is loaded, and so quantized, and then sharded in configure_model."""
 
-    def __init__(self, folder, optimizer="AdamW", convert_first=False):
+    def __init__(self, folder, convert_first=False):
         super().__init__(None)
         self.save_hyperparameters()
 
@@ -133,13 +133,12 @@ class Llama(Lit):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self):
-        kind = {"AdamW": torch.optim.AdamW, "PagedAdamW8bit": PagedAdamW8bit}[self.hparams.optimizer]
-        return kind(self.parameters(), lr=1e-2)
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def with_llama(root, devices, single_file, folder, optimizer="AdamW", **arguments):
+def with_llama(root, devices, single_file, folder, **arguments):
     def fit(epochs, ckpt=None, **more):
-        module = Llama(folder, optimizer, convert_first="modules_to_save" in arguments)
+        module = Llama(folder, convert_first="modules_to_save" in arguments)
         options = {"max_epochs": epochs, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
         run = make_sharding_trainer(root, devices, single_file, arguments | more, **options)
         run.fit(module, ckpt_path=ckpt)

@@ -12,13 +12,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_qlora import (
-    PagedAdamW,
-    PagedAdamW8bit,
     QLoRAPrecision,
     convert,
     disable_adapter,
@@ -224,20 +222,6 @@ def with_whole_parts(root, mesh):
             parallelize_module(split.model, mesh, {"embed_tokens": style})
 
 
-def with_8_bit_state(mesh):
-    """8-bit state of whole parameters, and of those that are split by rows; 32-bit state of others."""
-    value, grad = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
-    for placement, alone in ((Replicate(), PagedAdamW8bit), (Shard(0), PagedAdamW8bit), (Shard(1), PagedAdamW)):
-        one = torch.nn.Parameter(value.clone())
-        split = torch.nn.Parameter(distribute_tensor(value.clone(), mesh, [placement]))
-        optimizers = alone([one], lr=1e-2), PagedAdamW8bit([split], lr=1e-2)
-        for _ in range(3):
-            one.grad, split.grad = grad.clone(), distribute_tensor(grad.clone(), mesh, [placement])
-            for optimizer in optimizers:
-                optimizer.step()
-        torch.testing.assert_close(gather(split.detach()), one.detach(), rtol=0, atol=1e-6 * (alone is PagedAdamW))
-
-
 def load(folder, **arguments):
     with QLoRAPrecision(**ARGUMENTS).init():
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
@@ -311,7 +295,6 @@ def main(root):
     with_dropout(mesh)
     with_one_rounding(mesh)
     with_whole_parts(root, mesh)
-    with_8_bit_state(mesh)
     results = {"losses": losses, "experts": with_transformers(root)}
     torch.save(results, root / f"rank{torch.distributed.get_rank()}.pt")
 

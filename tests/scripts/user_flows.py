@@ -28,7 +28,7 @@ trainer:
   max_epochs: 1
   accelerator: cpu
   plugins: {class_path: lightning_qlora.QLoRAPrecision, init_args: {r: 16, target_modules: [q_proj, v_proj]}}
-optimizer: {class_path: lightning_qlora.PagedAdamW8bit, init_args: {lr: 2.0e-4}}
+optimizer: {class_path: lightning_qlora.PagedAdamW, init_args: {lr: 2.0e-4}}
 """
 
 

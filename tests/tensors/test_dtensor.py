@@ -40,7 +40,6 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     toy("llama", num_hidden_layers=1).bfloat16().save_pretrained(folder / "base")
     of_llama = {
-        "optimizer": "PagedAdamW8bit",
         "folder": str(folder / "base"),
         "modules_to_save": ["input_layernorm", "lm_head"],
     }
@@ -65,7 +64,7 @@ def test_sharded_training_is_that_of_one_device_and_resumes_exactly(loop, two, t
 
 
 def test_a_transformers_model_that_is_loaded_and_sharded_in_configure_model(two, tmp_path, capsys):
-    """With 8-bit AdamW, accumulation, clipping, recomputation, and parts that train in full in fp32.
+    """With accumulation, clipping, recomputation, and parts that train in full in fp32.
 
     Its checkpoint in shards is read without ranks.
     """

@@ -249,7 +249,7 @@ def test_doctor_lists_the_ops_whose_kernels_fail_and_checks_them_again(monkeypat
     asked = []
     monkeypatch.setattr(doctor, "differs", {"torch": "2.13.0", "lightning": ""}.get)
     monkeypatch.setattr(doctor, "_self_test", lambda device: [])
-    wrong = {"adamw_step": "differs by 1"}
+    wrong = {"dequantize": "differs by 1"}
     monkeypatch.setattr(doctor.backends, "failures", lambda *given: asked.append(given) or wrong)
     monkeypatch.setattr(doctor.backends, "describe", lambda device: "C kernels, NEON, one thread")
     with pytest.raises(SystemExit) as raised:
@@ -257,7 +257,7 @@ def test_doctor_lists_the_ops_whose_kernels_fail_and_checks_them_again(monkeypat
     assert raised.value.code == 1 and asked == [(torch.device("cpu"), True)]
     expected = [
         f"{'cpu kernels':30} C kernels, NEON, one thread. {doctor.build.remedy()}",
-        f"{'cpu adamw_step':30} in plain torch, because its kernels fail: differs by 1  <-- wrong",
+        f"{'cpu dequantize':30} in plain torch, because its kernels fail: differs by 1  <-- wrong",
     ]
     assert "\n".join(expected) in capsys.readouterr().out
 

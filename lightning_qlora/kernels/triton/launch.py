@@ -115,19 +115,9 @@ class Launch:
         self,
         tensors: tuple[Tensor, ...],
         unspecialized: tuple[int | float, ...] = (),
-        written: Sequence[Tensor] = (),
     ) -> None:
-        """Run the kernel.
-
-        `unspecialized`: floats, and 32-bit integers that it lists in `do_not_specialize`. `written`: tensors that it
-        changes in place; their versions change after the kernel was compiled and loaded, and before it runs.
-        """
-        is_aligned = not any(map(ODD, map(address_of, tensors)))
-        if written:
-            if not is_aligned or self.aligned == self._compile:
-                self._load((*tensors, *self._numbers, *unspecialized))
-            torch.autograd.graph.increment_version(written)
-        if is_aligned:
+        """Run the kernel; `unspecialized`: floats, and 32-bit integers that it lists in `do_not_specialize`."""
+        if not any(map(ODD, map(address_of, tensors))):
             self.aligned(tensors, unspecialized)
         else:  # left to Triton, which compiles another variant
             self._launch_by_triton(tensors, unspecialized)

@@ -10,7 +10,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OUTSIDE = ["test_interpreted.py", "test_compiled.py", "test_gpu.py", "test_launch.py"]
 # Two processes that take as long as each other.
 PARTS = (
-    ("experts", "grouped", "adamw_kernel", "one_rounding", "quantize", "tiles"),
+    ("experts", "grouped", "one_rounding", "quantize", "tiles"),
     ("verify", "lora_products", "linear", "prepared"),
 )
 INSIDE = [f"test_{name}.py" for part in PARTS for name in part]

@@ -91,7 +91,6 @@ def test_the_check_of_a_card_reaches_both_values_of_each_choice_of_a_kernel():
         "_matmul_kernel",
         "_gradients_kernel",
         "_product_kernel",
-        "_adamw_kernel",
     ):
         assert seen[name, "types"] >= {torch.float32, torch.bfloat16, torch.float16}, name
 

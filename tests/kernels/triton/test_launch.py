@@ -21,7 +21,6 @@ from lightning_qlora.kernels import triton as kernels
 from lightning_qlora.kernels.half import Half, to_half
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import dropout, launch, linear, lora_products
-from lightning_qlora.kernels.triton.adamw_kernel import adamw_step
 from lightning_qlora.kernels.triton.grouped import can_group
 from lightning_qlora.kernels.triton.launch import Launch, Tile, number_of_shares
 from lightning_qlora.kernels.triton.lora_products import (
@@ -139,9 +138,7 @@ def test_the_tile_of_a_size_and_a_card(monkeypatch):
         tiles = [launch.find_tile("matmul", card, size).get("M", 0) for size in (0, 16, 17, 32, 33, 64, 65, 129)]
         last = 64 if target == "sm_80" else 0
         assert tiles == ([16, 16, 32, 32, 64, 64, last, 0] if sizes else [0] * 8)
-    assert (
-        launch.find_tile("adamw", card)["BLOCKS"] == 4 and launch.find_tile("quantize", card, 4096)["WEIGHTS"] == 4096
-    )
+    assert launch.find_tile("nest", card)["BLOCKS"] == 4 and launch.find_tile("quantize", card, 4096)["WEIGHTS"] == 4096
 
 
 def layer(rows, columns, *experts):
@@ -284,33 +281,6 @@ def test_the_short_path_gives_the_driver_what_triton_gives_it(driven):
     assert addresses(short[:6]) == addresses(by_triton[:6])
     assert short[6:9] == (None, None, None)
     assert addresses(short[9:]) == addresses(by_triton[9:])
-
-
-def test_what_a_launch_writes_has_a_new_version_once_it_is_compiled_and_before_it_runs(driven, monkeypatch):
-    launch = up(num_warps=8)
-    arguments = *ARGUMENTS, [OUT]
-    before = OUT._version
-
-    def fail(*_, **__):
-        raise RuntimeError("fails")
-
-    for place, name in ((triton.compiler, "compile"), (driver.active.launcher_cls, "__call__")):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, fail)
-            monkeypatch.setattr(_up_kernel, "device_caches", defaultdict(_up_kernel.create_binder))
-            with pytest.raises(RuntimeError, match="fails"):
-                launch(*arguments)
-    assert OUT._version == before + 1
-    for _ in range(2):
-        launch(*arguments)
-    assert OUT._version == before + 3
-    assert len(driven) == 2
-
-
-def test_two_types_of_parameters_in_one_launch_are_refused():
-    both = [torch.zeros(3), torch.zeros(3).half()]
-    with pytest.raises(AssertionError, match=r"read all parameters as one type, .*got \{.*float16"):
-        adamw_step(both, both, both, both, None)
 
 
 def test_a_trial_launch_that_does_nothing_is_an_error(driven):

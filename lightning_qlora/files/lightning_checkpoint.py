@@ -5,17 +5,16 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
 from lightning_qlora.checks import DAMAGED, shown
-from lightning_qlora.files.hub import check_name, file_in
+from lightning_qlora.files.hub import file_in
 from lightning_qlora.texts import printable
 
 META = "meta.pt"  # everything except weights and optimizer state, in a file beside the shards
@@ -95,39 +94,14 @@ def _reader_and_planner(folder: Path, weights_only: bool, kind: Any) -> tuple[An
     """What reads shards in torch, without running code in them; torch unpickles the index, and what is no tensor."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta
-    from torch.distributed.checkpoint.planner import LoadItemType
 
-    index = read_index(folder / SHARDS_INDEX, weights_only)
+    from lightning_qlora.files.shards_index import read_index
+
+    index = read_index(file_in(folder, SHARDS_INDEX), weights_only)
 
     class Reader(FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Any:
-            return replace(index, storage_meta=replace(index.storage_meta or StorageMeta(), load_id=self.load_id))
-
-        def read_data(self, plan: Any, planner: Any) -> Future[None]:
-            """As FileSystemReader, which casts a tensor of another type than in the index, or reads a part of it."""
-            files: dict[str, Any] = {}
-            with ExitStack() as opened:
-                for item in plan.items:
-                    place = index.storage_data[item.storage_index]
-                    name = place.relative_path
-                    if name not in files:
-                        files[name] = opened.enter_context((folder / name).open("rb"))
-                    self._read_item(item, self._slice_file(files[name], place), planner)
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
-
-        def _read_item(self, item: Any, content: Any, planner: Any) -> None:
-            if item.type is LoadItemType.BYTE_IO:
-                planner.load_bytes(item, io.BytesIO(content.read()))
-                return
-            value = torch.load(content, map_location="cpu", weights_only=True)
-            _check_part(index, item.storage_index, value)
-            for dimension, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                value = value.narrow(dimension, offset, length)
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(value)
-            planner.commit_tensor(item, target)
+            return replace(index, storage_meta=StorageMeta(load_id=self.load_id))
 
     class Planner(kind):  # type: ignore[misc]
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
@@ -139,18 +113,6 @@ def _reader_and_planner(folder: Path, weights_only: bool, kind: Any) -> tuple[An
     return Reader(folder), Planner()
 
 
-def _check_part(index: Any, place: Any, value: Any) -> None:
-    """ValueError for a tensor of a shard that is other than the index says."""
-    check_dense(place.fqn, value)
-    entry = index.state_dict_metadata[place.fqn]
-    sizes = next(part.sizes for part in entry.chunks if part.offsets == place.offset)
-    if (value.dtype, value.shape) != (entry.properties.dtype, sizes):
-        raise ValueError(
-            f"{place.fqn}: is {value.dtype} of shape {list(value.shape)} in its shard, and {entry.properties.dtype} of "
-            f"shape {list(sizes)} in {SHARDS_INDEX}. {DAMAGED}"
-        )
-
-
 @contextmanager
 def _errors_of_values() -> Iterator[None]:
     """Raise the error of the first rank in place of torch's CheckpointException, a BaseException with a traceback."""
@@ -160,24 +122,6 @@ def _errors_of_values() -> Iterator[None]:
         yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
-
-
-def read_index(path: Path, weights_only: bool) -> Any:
-    """The index of shards, torch's `Metadata`; weights_only=False runs code in its pickle.
-
-    UnpicklingError or ValueError for what does not belong there, and for a shard outside of its folder.
-    """
-    from lightning_qlora.files import shards_index
-
-    path = file_in(path.parent, path.name)
-    if weights_only:
-        return shards_index.read_index(path)
-    with path.open("rb") as file:
-        index = pickle.load(file)
-    for place in index.storage_data.values():
-        check_name(f"{path}: a shard", place.relative_path)
-        file_in(path.parent, place.relative_path)
-    return index
 
 
 @contextmanager

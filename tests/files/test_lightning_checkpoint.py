@@ -86,7 +86,7 @@ def test_code_in_shards_runs_only_if_asked(place, shards):
     folder = shards(state, {"hyper": Code()} if place == "meta" else None)
     if place == "index":
         index = pickle.loads((folder / ".metadata").read_bytes())
-        index.planner_data["hyper"] = Code()
+        index.storage_meta = Code()
         (folder / ".metadata").write_bytes(pickle.dumps(index))
     with raises_in_one_line(ValueError, r"tests\.files\.test_lightning_checkpoint\.run.*weights_only=False"):
         read_checkpoint(folder)

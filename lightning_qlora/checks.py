@@ -1,4 +1,4 @@
-"""Checks of arguments and of values in configs and files; our words for those of other libraries.
+"""Checks of arguments and of values in configs and files.
 
 TypeError: the wrong type; ValueError: a value that is not allowed. The message has the argument's name, its value, and
 what is allowed.
@@ -10,31 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Sized
 from numbers import Real
 from typing import Any
-
-# Argument of another library -> what to do here. Names that contain ours (`bnb_4bit_quant_type`) need no entry.
-OTHER_ARGUMENTS = {
-    "load_in_4bit": "leave it out: the weights are always in 4 bits",
-    "load_in_8bit": "there is no 8-bit base here, only 4 bits",
-    "bnb_4bit_quant_storage": "leave it out: 4-bit weights are uint8, FSDP2 included",
-    "quantization_config": "pass its values: quant_type, double_quant, compute_dtype",
-    "llm_int8_skip_modules": "use exclude_modules",
-    "dtype": "use compute_dtype",
-    "torch_dtype": "use compute_dtype",
-    "precision": "use compute_dtype",
-    "mode": "use quant_type and double_quant ('nf4-dq' is quant_type='nf4', double_quant=True)",
-    "peft_config": "pass the arguments themselves, or adapter=FOLDER for a saved adapter",
-    "target_parameters": "use target_modules, which also takes the names of parameters that hold experts",
-    "layers_to_transform": "use a regular expression in target_modules",
-    "bias": "biases stay frozen; modules_to_save trains a module in full",
-    "task_type": "leave it out: it is found, and the head of a classification model trains",
-    "inference_mode": "leave it out: call eval()",
-    "loftq_config": "LoftQ was taken out: init_lora_weights='calibrated' is a better start",
-    "lora_r": "use r",
-    "rank": "use r",
-    "alpha": "use lora_alpha",
-    "dropout": "use lora_dropout",
-    "lr": "give it to your optimizer in configure_optimizers",
-}
 
 NOT_FINITE = "holds NaN or Inf"
 DIVERGED = "The training diverged, or the file is damaged: use one that was saved earlier."
@@ -228,10 +203,5 @@ def refuse_unknown_arguments(names: Iterable[str], allowed: Iterable[str]) -> No
 
 
 def _answer(name: str, allowed: list[str]) -> str:
-    if name in OTHER_ARGUMENTS:
-        return f"{OTHER_ARGUMENTS[name]}."
-    contained = [argument for argument in allowed if "_" in argument and f"_{argument}_" in f"_{name}_"]
-    similar = contained or difflib.get_close_matches(name, allowed, 1, 0.8)
-    if similar:
-        return f"did you mean {max(similar, key=len)}?"
-    return f"the arguments are {', '.join(allowed)}."
+    similar = difflib.get_close_matches(name, allowed, 1)
+    return f"did you mean {similar[0]}?" if similar else f"the arguments are {', '.join(allowed)}."

@@ -49,7 +49,7 @@ FEATURES = {
     "the planner": Feature(
         [
             "tools/activations.py", "tools/cards.py", "tools/fake_model.py", "tools/longest_sequence.py",
-            "tools/memory_estimate.py", "tools/patches.py", "tools/plan.py", "tools/repeated_blocks.py",
+            "tools/memory_estimate.py", "tools/patches.py", "tools/plan.py",
         ],
         {
             "__init__.py": [

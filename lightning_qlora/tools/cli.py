@@ -7,11 +7,12 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qlora.checks import OTHER_ARGUMENTS, install
+from lightning_qlora.checks import install
 from lightning_qlora.config import Base, MergeDtype
 from lightning_qlora.tools.output import print_json, say, show
 from lightning_qlora.tools.plan import plan
@@ -26,21 +27,31 @@ BOOLEANS = ("true", "false", "yes", "no", "on", "off")  # of YAML, by which json
 
 
 def inspect(path: str, weights_only: bool = True, json: bool = False) -> None:
-    """Show the content of a checkpoint, an adapter folder or a model folder.
+    """Show the adapter in a checkpoint or an adapter folder.
 
     Args:
-        path: A Lightning checkpoint, a PEFT adapter folder, or the folder or hub name of a model.
+        path: A Lightning checkpoint, or a PEFT adapter folder.
         weights_only: As in torch.load. False also reads checkpoints whose hyperparameters are not plain values, which
             can run code of whoever wrote the file.
         json: Print JSON.
     """
-    from lightning_qlora.tools.inspect_path import inspect_path
+    from lightning_qlora.adapters.base_compatibility import trained_on
+    from lightning_qlora.layers.names import last_part
 
-    lines = inspect_path(path, weights_only)
+    adapter = _adapter(path, weights_only, "quantized")
+    tensors = [*adapter.saved.values(), *(tensor for state in adapter.layers.values() for tensor in state.values())]
+    content = {
+        "base": adapter.config["base_model_name_or_path"] or "unknown",
+        "trained on": trained_on(adapter.quantization),
+        "layers": ", ".join(f"{name} x{count}" for name, count in Counter(map(last_part, adapter.layers)).items()),
+        "rank": ", ".join(map(str, sorted(set(map(adapter.rank, adapter.layers))))),
+        "modules_to_save": ", ".join(adapter.saved) or "nothing",
+        "weights": f"{sum(tensor.numel() for tensor in tensors):,}",
+    }
     if json:
-        print_json(dict(lines))
+        print_json(content)
     else:
-        show(lines)
+        show(list(content.items()))
 
 
 def merge_adapter(
@@ -166,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     class Parser(ArgumentParser):
         def error(self, message: str, *_: Any) -> Any:
             program = self.prog.replace(" [options]", "")
-            text = _plain(message)
+            text = " ".join(message.split())
             required = re.search(r"required: (\w+)\.", text)  # jsonargparse's main parser says it, not the command's
             if required and required[1] in commands:
                 program = f"{program} {required[1]}"
@@ -212,12 +223,3 @@ def _adapter(path: str, weights_only: bool, base: Base) -> "Adapter":
     if os.path.isdir(path) and not is_shards(path):
         return read_adapter(path, base)
     return read_adapter_from_checkpoint(path, weights_only, base)
-
-
-def _plain(message: str) -> str:
-    """A message of jsonargparse in one line, with our names for arguments of other libraries."""
-    message = " ".join(message.split())
-    hints = [f"{name}: {OTHER_ARGUMENTS[name]}." for name in re.findall(r"--(\w+)", message) if name in OTHER_ARGUMENTS]
-    if hints:
-        message += "."
-    return " ".join([message, *hints])

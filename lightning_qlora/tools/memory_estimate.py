@@ -36,7 +36,6 @@ from lightning_qlora.tools.activations import forward_function, step_memory
 from lightning_qlora.tools.cards import find_card
 from lightning_qlora.tools.fake_model import fake_copy, meta_model
 from lightning_qlora.tools.patches import run_without_data
-from lightning_qlora.tools.repeated_blocks import skip_repeated_blocks
 
 # Bytes of optimizer state per byte of a trained weight. In 8 bits: bytes per weight, for two moments of one byte each
 # and one fp32 scale per 256 weights.
@@ -242,7 +241,6 @@ class PlannedRun:
                 run = Run(sharded=sharded, decide=_in_fp32 if without_bf16 else _on_a_card)
             self._report = convert_module(self.model, config, run)
             run_without_data(self.model)
-        skip_repeated_blocks(self.model)
         counts = count_parameters(self.model.modules())
         packed = counts.packed_bytes
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -264,7 +262,6 @@ class PlannedRun:
     def set_gradient_checkpointing(self, setting: bool | str) -> None:
         enable_gradient_checkpointing(self.model, setting)
         self._report.activations = budget_of(self.model.modules())
-        skip_repeated_blocks(self.model)
 
     def estimate(self, batch_size: int, sequence_length: int) -> MemoryEstimate:
         check_integer("batch_size", batch_size, at_least=1)

@@ -12,7 +12,6 @@ from lightning_qlora.adapters.peft_folder import read_adapter, write_adapter
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.experts.experts import ExpertParameter
 from lightning_qlora.layers.qlora_linear import adapted_layers
-from lightning_qlora.tools.inspect_path import inspect_path
 from tests.adapters.folders import assert_same_folders, assert_same_tensors, read_config
 from tests.experts import test_experts as toys
 from tests.huggingface.test_experts_on_load import deepseek_v3, mixtral
@@ -186,14 +185,11 @@ def test_the_order_of_conversion_does_not_matter(tmp_path):
     torch.testing.assert_close(logits(reverse), logits(model))
 
 
-def test_adapters_of_experts_are_shown_and_written_again(tmp_path):
+def test_adapters_of_experts_are_written_again(tmp_path):
     unfreeze(model := toys.made(toys.qwen3_moe))
     convert(model, r=2, target_modules=["q_proj", "o_proj", "gate_up_proj"], rank_pattern={"gate_up_proj": 3})
     save_adapter(model, tmp_path / "a")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "x.ckpt")
-    for path in ("a", "x.ckpt"):
-        lines = dict(inspect_path(tmp_path / path))
-        assert (lines["layers"], lines["rank"]) == ("6: o_proj x2, q_proj x2, gate_up_proj x2", "2 (x4), 3 (x2)")
     for number, again in enumerate((read_adapter(tmp_path / "a"), read_adapter_from_checkpoint(tmp_path / "x.ckpt"))):
         write_adapter(again, tmp_path / str(number))
         assert_same_folders(tmp_path / "a", tmp_path / str(number))

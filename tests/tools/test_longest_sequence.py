@@ -1,15 +1,13 @@
-"""The longest sequence of a plan, and blocks that are skipped in it because they are like others."""
+"""The longest sequence of a plan."""
 
 import json
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_qlora import estimate_memory
-from lightning_qlora.activations.activation_budget import MARGIN
 from lightning_qlora.config import QLoRAConfig
-from lightning_qlora.tools import activations, repeated_blocks
+from lightning_qlora.tools import activations
 from lightning_qlora.tools.activations import _flash_workspace
 from lightning_qlora.tools.cli import main
 from lightning_qlora.tools.memory_estimate import PlannedRun, bytes_on_each, usable_bytes
@@ -24,93 +22,6 @@ SIZES |= {"vocab_size": 512, "max_position_embeddings": 100_000, "num_hidden_lay
 
 def llama(**changes):
     return transformers.LlamaConfig(**LLAMA | SIZES | changes)
-
-
-def two_kinds():
-    """Layers with a sliding window, of another kind than every third one."""
-    kinds = ["full_attention" if number % 3 == 2 else "sliding_attention" for number in range(8)]
-    return transformers.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, layer_types=kinds)
-
-
-def encoder_and_decoder():
-    return transformers.T5Config(d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=6, decoder_start_token_id=0)
-
-
-OTHERS = [(config, "offload") for config in (llama, two_kinds, encoder_and_decoder)]
-
-
-@pytest.mark.parametrize(
-    ("config", "setting"), [(llama, True), *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)]
-)
-def test_a_count_without_the_blocks_between_is_that_of_all(config, setting, monkeypatch):
-    computed = []
-    compute = repeated_blocks._RepeatedForward.original
-    monkeypatch.setattr(
-        repeated_blocks._RepeatedForward,
-        "original",
-        lambda self, *a, **k: (computed.append(self), compute(self, *a, **k))[1],
-    )
-    few = estimate_memory(config(), 2, 1500, **R, gradient_checkpointing=setting)
-    monkeypatch.setattr(repeated_blocks, "_kinds", lambda blocks: [])
-    full = estimate_memory(config(), 2, 1500, **R, gradient_checkpointing=setting)
-    assert few.total == pytest.approx(full.total, rel=1e-4)
-    assert few.host_bytes == full.host_bytes
-    assert {**few.parts, "activations": 0} == {**full.parts, "activations": 0}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [config for config, _ in OTHERS])
-def test_a_count_with_a_limit_is_that_of_all_blocks(config, monkeypatch):
-    """For limits in which none, some and all blocks keep their activations."""
-    arguments = {**R, "batch_size": 2, "sequence_length": 300}
-    least, most = (estimate_memory(config(), **arguments, gradient_checkpointing=how) for how in (True, 2**45))
-    kinds = repeated_blocks._kinds
-    kept = []
-    for share in (-0.1, 0.4, 0.8, 1.2):
-        limit = int((least.device + share * most.kept_bytes) / (1 - MARGIN))
-        monkeypatch.setattr(repeated_blocks, "_kinds", kinds)
-        few = estimate_memory(config(), **arguments, gradient_checkpointing=limit)
-        monkeypatch.setattr(repeated_blocks, "_kinds", lambda blocks: [])
-        full = estimate_memory(config(), **arguments, gradient_checkpointing=limit)
-        assert few.total == pytest.approx(full.total, rel=0.01)
-        assert (few.blocks, few.kept_blocks, few.kept_bytes) == (full.blocks, full.kept_blocks, full.kept_bytes)
-        kept.append(few.kept_blocks)
-    assert kept[0] == 0 < kept[1] <= kept[2] <= kept[3]
-
-
-class _Value:
-    def __init__(self, x):
-        self.x = x
-
-
-class _Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
-
-    def forward(self, value):
-        return _Value(value.x + self.down(self.up(value.x).relu()))
-
-
-class _Blocks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(_Block() for _ in range(4))
-
-    def forward(self, x):
-        value = _Value(x)
-        for block in self.blocks:
-            value = block(value)
-        return value.x
-
-
-def test_blocks_that_take_their_tensors_in_an_object_all_compute(monkeypatch):
-    def estimate():
-        return estimate_memory(_Blocks(), example=torch.zeros(32, 64), **R, gradient_checkpointing=True)
-
-    few = estimate()
-    monkeypatch.setattr(repeated_blocks, "_kinds", lambda blocks: [])
-    assert few == estimate() and few.counted_activations
 
 
 def planned(tmp_path, capsys, *arguments, **changes):

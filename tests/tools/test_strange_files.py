@@ -13,12 +13,12 @@ from torch import nn
 
 from lightning_qlora import convert, estimate_memory, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.peft_folder import read_adapter
+from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
 from lightning_qlora.checkpoints.saved_conversion import entry_of
 from lightning_qlora.files.lightning_checkpoint import read_checkpoint
 from lightning_qlora.huggingface.base_folder import gguf_of
 from lightning_qlora.survey.records import CONVERSION
 from lightning_qlora.tools.cli import main
-from lightning_qlora.tools.inspect_path import inspect_path
 from tests.conftest import Classifier, raises_in_one_line
 from tests.files.test_lightning_checkpoint import STATE, save_shards
 from tests.toys import assert_equal, toy
@@ -60,7 +60,7 @@ def test_tensors_of_strange_kinds_are_refused(key, kind, write):
         state[key] = TYPES[kind](state[key])
 
     _, path = write(change)
-    for read in (inspect_path, lambda path: main(["export", str(path), "out"])):
+    for read in (read_adapter_from_checkpoint, lambda path: main(["export", str(path), "out"])):
         with pytest.raises((ValueError, SystemExit)) as raised:
             read(str(path))
         assert isinstance(raised.value, SystemExit) or re.match(rf".*x\.ckpt.*{re.escape(key)}", str(raised.value))
@@ -79,14 +79,14 @@ def test_tensors_of_strange_kinds_are_refused(key, kind, write):
 def test_experts_that_no_model_has_are_refused(stack, write):
     _, path = write(text=lambda content: content["base"].update(experts={"net.0.weight": stack}))
     with raises_in_one_line(ValueError, f"x.ckpt: .*{CONVERSION}: is damaged"):
-        inspect_path(str(path))
+        read_adapter_from_checkpoint(path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("double_quant", 1), ("block_size", 64.0)])
 def test_an_equal_value_of_another_type_is_refused(name, value, write):
     module, path = write(text=lambda content: content["base"]["quantization"].update({name: value}))
     with raises_in_one_line(ValueError, f"x.ckpt: .*{CONVERSION}: is damaged.*{name}={value}: must be"):
-        inspect_path(str(path))
+        read_adapter_from_checkpoint(path)
     with pytest.raises(ValueError, match=f"{CONVERSION}: is damaged.*{name}={value}: must be"):
         module.load_state_dict(read_checkpoint(path)["state_dict"])
 
@@ -97,13 +97,13 @@ def test_a_base_of_another_format_is_an_error_that_names_the_file(write):
 
     _, path = write(change)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: net\.0.*is not the table of levels"):
-        inspect_path(path)
+        read_adapter_from_checkpoint(path)
 
 
 def test_an_argument_of_layers_that_was_removed_is_left_out(write, tmp_path):
     """It is accepted on loading; reading the file without the module failed with a KeyError."""
     module, path = write(text=lambda content: content["base"]["layers"].update({"0": {"loftq_config": {}}}))
-    assert inspect_path(str(path))
+    assert read_adapter_from_checkpoint(path)
     main(["export", str(path), str(tmp_path / "adapter")])
     module.load_state_dict(read_checkpoint(path)["state_dict"])
 
@@ -121,7 +121,7 @@ def test_an_adapter_that_a_checkpoint_names_is_not_read(write, tmp_path, monkeyp
         )
     for folder in (str(tmp_path / "private"), str(tmp_path / "nowhere"), r"\\host\private", 3):
         write(text=lambda content, folder=folder: content["config"].update(adapter=folder))
-        assert inspect_path(str(path))
+        assert read_adapter_from_checkpoint(path)
         assert_equal(load_from_checkpoint(Classifier, path).state_dict(), module.state_dict())
     assert asked and not [path for path in asked if "private" in path or "nowhere" in path]
 
@@ -176,8 +176,6 @@ def test_errors_of_checkpoints_and_models_are_lines_of_text(write, tmp_path, pri
         value = {"architectures": [HIDDEN], "quantization_config": {"quant_method": HIDDEN}}.get(name, f"a/{HIDDEN}")
         (tmp_path / "model/config.json").write_text(json.dumps({**config, name: value}))
         printed("plan", tmp_path / "model", "--sequence_length=8", "--r=4")
-        save_file({HIDDEN: torch.ones(3)}, tmp_path / "model/model.safetensors")
-        printed("inspect", tmp_path / "model")
     folder = save_shards(tmp_path / "shards.ckpt", {HIDDEN: torch.ones(2)}, {})
     assert "holds no" in printed("inspect", folder).err
 

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.gpu_cells import Row
 from lightning_qlora.kernels import eager
+from lightning_qlora.kernels.self_test import faults
 from lightning_qlora.kernels.verdict import verdict
-from lightning_qlora.kernels.verify import faults
 
 
 def measure(device: torch.device, small: bool) -> Iterator[Row]:

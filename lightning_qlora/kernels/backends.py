@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_qlora.kernels import eager, scratch
 from lightning_qlora.kernels.half import Half
 from lightning_qlora.kernels.lora import LoRA, check_operands
+from lightning_qlora.kernels.self_test import OPS, faults, function_of
 from lightning_qlora.kernels.verdict import KERNELS, is_out_of_memory, verdict
-from lightning_qlora.kernels.verify import OPS, faults, function_of
 from lightning_qlora.quantization.packed_weight import PackedBytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does

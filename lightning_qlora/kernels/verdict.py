@@ -19,7 +19,7 @@ import torch
 
 from lightning_qlora.files.cache_folder import cache_folder, lock_file, objection
 from lightning_qlora.files.folder_writer import atomic_files
-from lightning_qlora.kernels.verify import OPS, fault, faults
+from lightning_qlora.kernels.self_test import OPS, fault, faults
 
 LIMIT = 120.0  # seconds for one op, most of which compile its kernels
 MARK = "@verdict "  # of the child's lines that are for us

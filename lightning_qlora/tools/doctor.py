@@ -17,7 +17,7 @@ from lightning_qlora.conversion.convert import convert
 from lightning_qlora.kernels import backends, eager
 from lightning_qlora.kernels.cpu import build, library
 from lightning_qlora.kernels.cpu.matmul_16bit import products
-from lightning_qlora.kernels.verify import OPS, faults
+from lightning_qlora.kernels.self_test import OPS, faults
 from lightning_qlora.optim.host_memory import why_not_managed
 from lightning_qlora.texts import size_text
 from lightning_qlora.upstream_names import differs, missing_names

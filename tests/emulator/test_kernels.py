@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("triton")
 
 from lightning_qlora.kernels import triton as kernels
-from lightning_qlora.kernels import verify
 from lightning_qlora.kernels.half import rows_to_half
 from lightning_qlora.kernels.triton import launch
 from tests.emulator import amd
 from tests.emulator.driver import emulated
+from tests.kernels import verify
 from tests.toys import needs
 
 CPU = torch.device("cpu")

@@ -1,5 +1,5 @@
 from lightning_qlora.kernels.lora import LoRA
-from lightning_qlora.kernels.verify import function_of
+from lightning_qlora.kernels.self_test import function_of
 
 
 def forward(backend, x, weight, bias, *lora):

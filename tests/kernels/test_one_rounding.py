@@ -8,7 +8,7 @@ from lightning_qlora import convert
 from lightning_qlora.kernels import eager, reference
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.lora_linear import lora_linear
-from lightning_qlora.kernels.verify import function_of
+from lightning_qlora.kernels.self_test import function_of
 from lightning_qlora.layers.dora import dora_scale
 from tests.conftest import every_pair
 from tests.kernels.forward import forward

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_qlora.kernels import eager, reference, scratch, verify
+from lightning_qlora.kernels import eager, reference, scratch
+from tests.kernels import verify
 
 CPU = torch.device("cpu")
 RIGHT = {op: lambda *given, op=op: verify.function_of(eager, op)(*given) for op in verify.OPS} | {

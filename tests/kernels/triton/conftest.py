@@ -18,8 +18,8 @@ INSIDE = [f"test_{name}.py" for part in PARTS for name in part]
 collect_ignore = OUTSIDE if INTERPRETED else INSIDE
 
 if INTERPRETED:
-    from lightning_qlora.kernels import backends, verify
+    from lightning_qlora.kernels import backends, self_test
     from tests.kernels.triton.interpreter import repair
 
     repair()
-    backends.verdict = lambda *_: dict.fromkeys(verify.OPS)  # `test_verify.py` checks the kernels
+    backends.verdict = lambda *_: dict.fromkeys(self_test.OPS)  # `test_verify.py` checks the kernels

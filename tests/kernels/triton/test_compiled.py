@@ -14,10 +14,10 @@ from benchmarks.compile_kernels import cases, check, main
 from benchmarks.compiled import recorded
 from benchmarks.products import lora_down, lora_up
 from lightning_qlora.kernels import triton as kernels
-from lightning_qlora.kernels import verify
 from lightning_qlora.kernels.lora import LoRA
 from lightning_qlora.kernels.triton import launch
 from lightning_qlora.kernels.triton.lora_products import MAX_GRID
+from tests.kernels import verify
 from tests.kernels.triton.launches import MODULES, forget_launches
 from tests.toys import needs
 

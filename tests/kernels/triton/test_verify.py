@@ -9,8 +9,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from lightning_qlora.kernels import backends, verify
+from lightning_qlora.kernels import backends, self_test
 from lightning_qlora.kernels import triton as kernels
+from tests.kernels import verify
 from tests.kernels.test_verdict import train, train_by_eager
 from tests.kernels.triton.interpreter import CONVERT, DOT
 from tests.kernels.triton.launches import MODULES, forget_launches
@@ -49,6 +50,10 @@ def broken(tmp_path, monkeypatch):
 @pytest.mark.parametrize("op", verify.OPS)
 def test_the_kernels_are_right(op):
     assert verify.fault(kernels, CPU, op) is None
+
+
+def test_the_self_test_finds_nothing():
+    assert not any(self_test.faults(kernels, CPU).values())
 
 
 ROWS = "inside = (row < end)[:, None]"

@@ -5,7 +5,6 @@ writes past the end of a tensor is found.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -17,19 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_qlora.kernels import reference, scratch
 from lightning_qlora.kernels.half import Wide, rows_to_half, to_half
 from lightning_qlora.kernels.lora import LoRA
+from lightning_qlora.kernels.self_test import OPS as OPS
+from lightning_qlora.kernels.self_test import function_of as function_of
 from lightning_qlora.quantization.packed_weight import PackedBytes, stack_bytes
 
-OPS = (
-    "quantize",
-    "dequantize",
-    "rows_to_half",
-    "take_out",
-    "lora_project",
-    "linear_into",
-    "linear_backward",
-    "grouped_linear",
-    "grouped_linear_backward",
-)
 EXACT = ("quantize", "dequantize", "rows_to_half")  # the same bits everywhere
 # Largest difference, as a share of the largest value; half of it for the norm. That of the coarsest type.
 LIMITS = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -64,16 +54,6 @@ ROWS: tuple[tuple[Any, ...], ...] = (  # shape, whether it is transposed, whethe
 )
 
 
-def specification(op: str) -> Callable[..., Any]:
-    return getattr(reference, op)  # type: ignore[no-any-return]
-
-
-def faults(kernels: ModuleType, device: torch.device) -> dict[str, str | None]:
-    """`fault` of each op, in a new thread, which has none of torch's modes: a default device, autocast, inference."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: {op: fault(kernels, device, op) for op in OPS}).result()
-
-
 def fault(kernels: ModuleType, device: torch.device, op: str) -> str | None:
     """What an op of a backend does wrong on a device: it raises, or differs from the reference. None if it is right."""
     launches = 1 if device.type == "cpu" else 2  # the second one takes the short path of `triton/launch.py`
@@ -96,7 +76,7 @@ def fault_in(
 ) -> str | None:
     """The same for one of `cases`; `memory` gets each tensor that the op can reach, with its borders."""
     theirs = _copy(arguments, torch.device("cpu"), [])
-    expected = specification(op)(*theirs)
+    expected = getattr(reference, op)(*theirs)
     scratch.release()  # so that the op allocates its buffers again
     try:
         ours = _copy(arguments, device, memory)
@@ -115,26 +95,6 @@ def fault_in(
         return None
     first = _tensors(arguments)[0]
     return f"{text}, with {str(first.dtype).removeprefix('torch.')} {list(first.shape)}"
-
-
-def function_of(kernels: Any, op: str) -> Callable[..., Any]:
-    """An op of a module by its name. Those of a layer are methods of a plan, made at the first call for its shapes."""
-    if hasattr(kernels, op):
-        return getattr(kernels, op)  # type: ignore[no-any-return]
-    plans: list[Any] = []
-
-    def call(*arguments: Any) -> Any:
-        if not plans:
-            weights = [each for each in arguments if isinstance(each, PackedBytes)]
-            (lora,) = [each for each in arguments if isinstance(each, LoRA)]
-            x = arguments[0 if op == "lora_project" else 1]
-            if isinstance(x, Wide):
-                x = x.values
-            types = [(each.cast.dtype, each.values.dtype) for each in arguments if isinstance(each, Wide)]
-            plans.append(kernels.plan(x, lora, weights[0] if weights else None, *types))
-        return getattr(plans[0], op)(*arguments)
-
-    return call
 
 
 def cases(op: str) -> Iterator[tuple[Any, ...]]:

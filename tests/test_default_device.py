@@ -249,7 +249,7 @@ class WithPagedOptimizer(Loaded):
 @pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"init_lora_weights": "calibrated"}], ids=str)
 def test_configure_model(arguments, trainer, tmp_path):
     """A Trainer and from_pretrained fail under torch.device("meta") without this package too."""
-    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("transformers")
     toy("llama").save_pretrained(tmp_path / "base")
 
     def run():

@@ -43,7 +43,7 @@ import vision_language  # noqa: E402
 
 from lightning_qlora import QLoRALinear, QLoRAPrecision, estimate_memory  # noqa: E402
 from tests.conftest import make_trainer, run_python  # noqa: E402
-from tests.toys import BERT, chat_model, needs  # noqa: E402
+from tests.toys import BERT, chat_model  # noqa: E402
 
 # To read all modules of this Python takes 3 s, and to encode their pairs 2 s in each script: these have every fourth,
 # and one whose question the quickstart asks: which files are every fourth depends on the Python.
@@ -324,7 +324,6 @@ def test_encoder(tmp_path, monkeypatch):
     }
 
 
-@needs("lightning", "2.6", "EMAWeightAveraging")
 def test_gan(tmp_path, monkeypatch, capsys):
     """The loaded and merged generator is the average of the run, and no longer the pretrained one."""
     monkeypatch.chdir(tmp_path)

@@ -4,9 +4,8 @@
     make test-versions ENVIRONMENTS="lowest-3.10 newest-3.15"     those of these names; newest: with this Python
 
 An environment is named by what is installed and by its Python, which stands on PATH or is pyenv's: `lowest` is each
-lower bound of pyproject.toml, `lowest-of-5` the first transformers 5 that is supported with the newest of everything
-else, `newest` the newest of everything. A row of the table is replaced when its environment runs again. Python 3.11 or
-newer, and none of the project's packages, are needed to run this.
+lower bound of pyproject.toml, `newest` the newest of everything. A row of the table is replaced when its environment
+runs again. Python 3.11 or newer, and none of the project's packages, are needed to run this.
 """
 
 import datetime
@@ -25,9 +24,9 @@ PAGE = ROOT / "tests" / "record.md"
 BEGIN, END = "<!-- versions: begin -->\n", "<!-- versions: end -->"
 FLOWS = ROOT / "tests" / "scripts" / "user_flows.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMES = ("lowest", "lowest-of-5", "newest")
+NAMES = ("lowest", "newest")
 PACKAGES = ("torch", "lightning", "transformers", "peft", "jsonargparse", "numpy", "safetensors", "filelock")
-PEFT = "peft>=0.17"  # in pyproject.toml a requirement of the tests
+PEFT = "peft>=0.19"  # in pyproject.toml a requirement of the tests
 HEAD = (
     f"| environment | Python | {' | '.join(PACKAGES)} | flows that passed | run |\n|{' --- |' * (len(PACKAGES) + 4)}\n"
 )
@@ -57,12 +56,7 @@ def lower_bounds() -> list[str]:
 
 def constraints(name: str) -> list[str]:
     """What pip installs in an environment of this name, beside the bounds of pyproject.toml."""
-    if name == "lowest":
-        return lower_bounds()
-    if name == "lowest-of-5":
-        excluded = re.findall(r"!=5\.(\d+)\.\*", PROJECT["optional-dependencies"]["hf"][0])
-        return [f"transformers==5.{max(map(int, excluded)) + 1}.0"]
-    return []
+    return lower_bounds() if name == "lowest" else []
 
 
 def run(name: str, version: str, python: str) -> str:
@@ -114,7 +108,7 @@ def main(names: list[str]) -> None:
     available = pythons()
     oldest = next(iter(available))
     own = f"3.{sys.version_info.minor}"
-    all_names = [f"lowest-{oldest}", f"lowest-of-5-{own}", *(f"newest-{version}" for version in available)]
+    all_names = [f"lowest-{oldest}", *(f"newest-{version}" for version in available)]
     names = [each if "-3." in each else f"{each}-{own}" for each in names]
     for each in names or all_names:
         name, _, version = each.rpartition("-")

@@ -2,11 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import get_args
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qlora.adapters.adapter import Adapter, State
 from lightning_qlora.adapters.base_compatibility import Quantization, required_base
@@ -15,10 +16,8 @@ from lightning_qlora.adapters.peft_folder import write_adapter
 from lightning_qlora.adapters.peft_layers import describe_base, to_peft, trained_modules
 from lightning_qlora.checks import TRAIN_IN_FULL, check_choice, check_converted, first_of
 from lightning_qlora.config import Base
-from lightning_qlora.layers.derived import original_class
 from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.names import join, owner_name
-from lightning_qlora.layers.qlora_linear import QLoRALinear
 from lightning_qlora.survey.parts import Parts
 from lightning_qlora.survey.records import conversion_of, float_buffers
 from lightning_qlora.tensors.dtensor import gather, reshard
@@ -51,6 +50,7 @@ def save_adapter(
         ```python
         from lightning_qlora import convert, save_adapter
         from torch import nn
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         convert(model, r=4)
@@ -97,11 +97,11 @@ def _warnings(parts: Parts, adapter: Adapter) -> Iterator[str]:
             f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
             f"checkpoint has them; or {TRAIN_IN_FULL}."
         )
-    layers = layers_that_are_only_read(base.layers)
+    layers = [name for name, layer in base.layers.items() if issubclass(type(layer), NonDynamicallyQuantizableLinear)]
     if layers:
         yield (
             f"PEFT would load the adapters of {len(layers)} layers of this {kind} ({first_of(layers, 3)}), but not use "
-            "them in this way: other code than nn.Linear's reads the weights of these layers. Merge the adapter, or "
+            "them: nn.MultiheadAttention reads the weight of its out_proj and does not call it. Merge the adapter, or "
             "load the folder with lightning_qlora (adapter=FOLDER)."
         )
 
@@ -162,21 +162,6 @@ def _check_endings(names: list[str], base: Parts) -> None:
                 f"{name!r} was trained in full, and PEFT would also select {others[0]!r}, whose name ends the same: "
                 "its modules_to_save has no form for one alone. Use a Lightning checkpoint, or merge the adapters."
             )
-
-
-def layers_that_are_only_read(layers: Mapping[str, LoRALayer]) -> list[str]:
-    """Names of converted layers whose weight other code multiplied with, or read without calling the layer.
-
-    PEFT adds s B A x to the output of a layer. The forward pass of a subclass may compute that with its weight, too.
-    """
-    names = []
-    for name, layer in layers.items():
-        is_read = isinstance(layer, QLoRALinear) and layer.is_only_read
-        if is_read and not layer.was_read_alone:  # the forward pass of a subclass may call the weight
-            is_read = original_class(type(layer)).forward is nn.Linear.forward
-        if is_read:
-            names.append(name)
-    return names
 
 
 def _changed_buffers(parts: Parts, saved: Collection[str]) -> list[str]:

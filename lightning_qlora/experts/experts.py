@@ -206,10 +206,8 @@ class QLoRAExperts(SavedLayer):
             return None
         if self._qlora_disabled:
             lora = LoRA(self.lora_A.detach(), self.lora_B.detach(), 0.0, in_fp16=in_fp16)
-        else:
-            self.__dict__["was_called"] = True
-            if self.lora_dropout and self.training:
-                lora = lora._replace(seed=torch.randint(1 << 62, (1,), device="cpu"))
+        elif self.lora_dropout and self.training:
+            lora = lora._replace(seed=torch.randint(1 << 62, (1,), device="cpu"))
         if self.input_observer is not None:
             for number, part in zip(*rows_of_experts(x, ends), strict=True):
                 self.input_observer.add(self, number, part, self.lora_B[number])

@@ -102,8 +102,7 @@ def scales(weight: PackedBytes, numbers: Tensor | None = None) -> Tensor:
     return cast(Tensor, torch.ops.lightning_qlora.scales(weight.absmax, weight.nested, numbers))
 
 
-# Not inside a CUDA graph (torch.compile's "reduce-overhead"). torch 2.8 lacks the tag.
-TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+TAGS = (torch.Tag.cudagraph_unsafe,)  # not inside a CUDA graph (torch.compile's "reduce-overhead")
 
 
 @torch.library.custom_op("lightning_qlora::quantize", mutates_args=(), tags=TAGS)

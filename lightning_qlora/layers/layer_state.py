@@ -15,10 +15,8 @@ from lightning_qlora.layers.lora_layer import ADAPTER, INITIAL, LoRALayer
 from lightning_qlora.layers.packed_layer import ADAPTER_ARGUMENTS, BASE, in_rows
 from lightning_qlora.quantization.bnb_entries import (
     AVERAGED,
-    META,
     bnb_keys,
     bnb_meta,
-    bytes_of_mean,
     json_bytes,
     read_bnb_meta,
 )
@@ -234,21 +232,6 @@ def _check_adapter(layer: LoRALayer, state_dict: Mapping[str, Any], prefix: str)
             raise ValueError(f"{prefix}{name}: has shape {list(value.shape)}, and must have {list(shape)}. {DAMAGED}")
 
 
-def _restore_bytes(entries: dict[str, Tensor], prefix: str) -> None:
-    """Replace means of equal bytes, which averages of state dicts have computed in floats."""
-    key = f"{prefix}weight"
-    texts = [name for name in entries if name.startswith(f"{key}.{META}") or name == prefix + ADAPTER_ARGUMENTS]
-    if not any(entries[name].is_floating_point() for name in texts):
-        return
-    names = [*texts, *(prefix + name for name in BASE)]
-    if f"{key}.absmax" in entries:
-        names.append(key)
-    if f"{key}.nested_absmax" in entries:
-        names.append(f"{key}.absmax")
-    for name in entries.keys() & names:
-        entries[name] = bytes_of_mean(name, entries[name])
-
-
 def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
     """Replace the base by the dense or 4-bit weight in a state, and remove that.
 
@@ -258,7 +241,6 @@ def _load_base(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, assign
     key = prefix + "weight"
     with_adapter = any(prefix + key in state_dict for key in ADAPTER)
     entries = {name: value.contiguous() for name, value in pop_base(state_dict, prefix).items()}
-    _restore_bytes(entries, prefix)
     arguments = entries.pop(prefix + ADAPTER_ARGUMENTS, None)
     if with_adapter and arguments is not None:
         try:

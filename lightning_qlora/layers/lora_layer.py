@@ -56,9 +56,6 @@ class LoRALayer(WithAdapter, PackedLayer):
     input_observer: Any = None  # sees the inputs until the adapter is computed from them; in most layers None
     # A and B at the start, in host memory; None if training began with B = 0, or from values of another module.
     initial: tuple[Tensor, Tensor] | None = None
-    was_called: bool = False  # whether the op of the layer ran
-    weight_was_read: bool = False  # whether other code read the weight
-    weight_was_called: bool = False  # whether other code passed the weight to F.linear or matmul
 
     def without_weight(self) -> "LoRALayer":
         layer = LoRALayer()
@@ -171,16 +168,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         """
         raise NotImplementedError
 
-    @property
-    def was_read_alone(self) -> bool:
-        """Whether other code read the weight, and nothing called the layer."""
-        return self.weight_was_read and not self.was_called
-
-    @property
-    def is_only_read(self) -> bool:
-        """Whether other code multiplied with the weight, or read it, in place of a call of the layer."""
-        return self.weight_was_called or self.was_read_alone
-
     def weight_name(self, name: str) -> str:
         """Of the dense weight, in the module that has a layer of this reported name."""
         return join(name, "weight")
@@ -207,8 +194,6 @@ class LoRALayer(WithAdapter, PackedLayer):
         base = ops.dequantize(matrix.weight, self.weight_dtype)
         if self._qlora_disabled:
             return base
-        if not torch.compiler.is_compiling():
-            self.__dict__["weight_was_read"] = True
         return round_stochastically(matrix.effective(self, base.float()), self.weight_dtype)
 
     def compute(self, x: Tensor, matrix: Any, bias: Tensor | None, rank: int = 0) -> Tensor:
@@ -218,8 +203,6 @@ class LoRALayer(WithAdapter, PackedLayer):
     def prepare(self, x: Tensor, matrix: Any, bias: Tensor | None) -> PreparedCall:
         if self.input_observer is not None:
             self.input_observer.add(self, matrix.number, x, matrix.lora_B)
-        if not self._qlora_disabled and not torch.compiler.is_compiling():
-            self.__dict__["was_called"] = True  # faster than nn.Module's __setattr__
         kind = PreparedCall if self._qlora_disabled else matrix.call
         return kind(self, x, matrix, bias)
 

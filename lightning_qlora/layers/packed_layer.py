@@ -86,7 +86,6 @@ class PackedLayer(nn.Module):
     def whole_bytes(self) -> PackedBytes:
         """The 4-bit weight; of a sharded layer it is gathered, so all ranks must read it together."""
         packed, absmax, nested = (gather(getattr(self, name).detach()) for name in BASE)
-        # Not `_replace`, which torch.compile of torch 2.8 does not trace.
         return PackedBytes(packed, absmax, nested, self._shape, self.quant_type, self.block_size)
 
     @property

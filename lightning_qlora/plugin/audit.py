@@ -22,8 +22,7 @@ from lightning_qlora.survey.records import frozen_parameters
 from lightning_qlora.tensors.device_types import IN_16_BITS
 from lightning_qlora.texts import groups
 
-UNUSED = "not used in the loss"
-READ = f"the weight was read, but no gradient came back: call the layer, or {KEEP_DENSE}"
+UNUSED = f"not used in the loss, or its weight was read and not called; {KEEP_DENSE}"
 THAWED = (
     "trains in full, although conversion, or the module before it, froze it. If this is meant, "
     f"{TRAIN_IN_FULL} from the start; if not, set requires_grad only of the parameters that had it after conversion"
@@ -62,22 +61,19 @@ class Audit:
             for name, layer in adapted_layers(module).items()
             if any(id(each) in names for each in layer.adapter_parameters())
         }
-        every = adapters_without_gradient(layers)
-        unused = {name: reason for name, reason in every.items() if name not in self.report.unused}
-        self.report.unused.update(unused)
-        for reason in dict.fromkeys(unused.values()):
-            without = [name for name, why in unused.items() if why == reason]
-            say(f"{len(without)} adapters got no gradient in the first step ({reason}): {groups(without)}.")
+        unused = [name for name in adapters_without_gradient(layers) if name not in self.report.unused]
+        self.report.unused |= dict.fromkeys(unused, UNUSED)
+        if unused:
+            say(f"{len(unused)} adapters got no gradient in the first step ({UNUSED}): {groups(unused)}.")
         if len(self._checked) == 1:
             self._frozen = {id(each.parameter): each.name for each in frozen_parameters(module.named_modules())}
         self.report.tell(LOST, [name for number, name in names.items() if trains[number].dtype in IN_16_BITS])
 
 
-def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> dict[str, str]:
-    """Name of each layer whose adapter has no gradient, after a backward pass -> the reason."""
-    reasons = {}
-    for name, layer in layers.items():
-        trains = [parameter for parameter in layer.adapter_parameters() if parameter.requires_grad]
-        if trains and all(parameter.grad is None for parameter in trains):
-            reasons[name] = READ if layer.is_only_read else UNUSED
-    return reasons
+def adapters_without_gradient(layers: Mapping[str, LoRALayer]) -> list[str]:
+    """Names of layers whose adapter has no gradient, after a backward pass."""
+    trained = {
+        name: [parameter for parameter in layer.adapter_parameters() if parameter.requires_grad]
+        for name, layer in layers.items()
+    }
+    return [name for name, each in trained.items() if each and all(parameter.grad is None for parameter in each)]

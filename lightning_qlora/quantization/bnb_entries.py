@@ -12,7 +12,6 @@ from lightning_qlora.config import BLOCK_SIZES, QuantType
 from lightning_qlora.quantization.blockwise import FLOATS, NESTED_BLOCK_SIZE
 
 META = "quant_state.bitsandbytes__"
-ROUNDED = 0.01  # what a mean of equal bytes, computed in fp32, may be off
 AVERAGED = "Code that averages state dicts has to leave out what is not floating point."
 
 
@@ -69,16 +68,6 @@ def read_meta(prefix: str, key: str, entry: Tensor) -> dict[str, Any]:
         check_choice(f"{prefix}: nested_dtype", meta.get("nested_dtype"), ("float32",))
         check_number(f"{prefix}: nested_offset", meta["nested_offset"])
     return cast(dict[str, Any], meta)
-
-
-def bytes_of_mean(key: str, value: Tensor) -> Tensor:
-    """Bytes that code averaged in floats, as they were; ValueError if they were not all equal."""
-    if not value.is_floating_point():
-        return value
-    nearest = value.float().round()
-    if (value.float() - nearest).abs().max() > ROUNDED:
-        raise ValueError(f"{key}: is a mean of different bytes, which has no meaning. {AVERAGED}")
-    return nearest.to(torch.uint8)
 
 
 def check_values(key: str, values: Tensor | None, count: int, dtype: torch.dtype) -> None:

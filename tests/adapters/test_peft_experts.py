@@ -18,7 +18,7 @@ from tests.huggingface.test_experts_on_load import deepseek_v3, mixtral
 from tests.toys import expert_stacks, perturb
 
 peft = pytest.importorskip("peft", minversion="0.21")
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers")
 
 
 FAMILIES = (toys.qwen3_moe, mixtral, toys.gpt_oss, deepseek_v3, toys.llama4, toys.nemotron_h, toys.jetmoe)

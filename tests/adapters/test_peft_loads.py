@@ -8,16 +8,14 @@ from torch import nn
 
 from lightning_qlora import convert, save_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
-from lightning_qlora.adapters.save import layers_that_are_only_read
 from lightning_qlora.checkpoints.from_checkpoint import read_adapter_from_checkpoint
-from lightning_qlora.layers.qlora_linear import adapted_layers
 from tests.adapters.folders import adapter_of, assert_same_folders, read_config
 from tests.adapters.test_peft_experts import decoded_base, logits
 from tests.experts import test_experts as toys
 from tests.toys import perturb
 
 peft = pytest.importorskip("peft", minversion="0.21")
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers")
 
 
 def qwen3_with_a_dense_mlp():
@@ -70,30 +68,9 @@ def test_what_peft_has_no_form_for_is_named(tmp_path):
         save_adapter(with_dense_experts(qwen3_with_a_dense_mlp, use_dora=True), tmp_path)
 
 
-class InGroups(nn.Linear):
-    """Two blocks of a block diagonal matrix, as in DeepSeek-V4; PEFT would give its adapter 64 outputs for each."""
-
-    def forward(self, x):
-        blocks = self.weight.unflatten(0, (2, -1))
-        return torch.einsum("ngi,goi->ngo", x.unflatten(-1, (2, -1)), blocks).flatten(1)
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def test_layers_that_the_model_reads_and_does_not_call_are_named(tmp_path):
     """PEFT adapts the calls of a layer, and `nn.MultiheadAttention` reads the weight of its out_proj."""
     model = nn.TransformerEncoderLayer(64, 4, dim_feedforward=128, batch_first=True)
     convert(model, r=2)
-    save_adapter(model, tmp_path / "before")  # nothing is known of the layers yet
-    model(torch.randn(2, 3, 64)).sum().backward()
-    assert layers_that_are_only_read(adapted_layers(model)) == ["self_attn.out_proj"]
-    with pytest.warns(UserWarning, match=r"the adapters of 1 layers .*\(self_attn.out_proj\), but not use them in"):
-        save_adapter(model, tmp_path / "after")
-    called = nn.Sequential(nn.Linear(64, 64), InGroups(32, 64), Doubled(64, 64))
-    convert(called, r=2)
-    called(torch.randn(2, 64)).sum().backward()
-    called[0].weight.norm()  # to log it, say
-    assert layers_that_are_only_read(adapted_layers(called)) == ["1"]
+    with pytest.warns(UserWarning, match=r"the adapters of 1 layers .*\(self_attn.out_proj\), but not use them: nn.M"):
+        save_adapter(model, tmp_path)

@@ -1,6 +1,5 @@
 """Adapters read from Lightning checkpoints, compared with those of the module that was saved."""
 
-import inspect
 import pickle
 import re
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from lightning_qlora import QLoRAPrecision, convert, load_from_checkpoint, save_adapter
 from lightning_qlora.adapters.peft_folder import write_adapter
@@ -131,7 +130,6 @@ def test_hyperparameters_that_are_not_plain_values(value, trained, capsys, tmp_p
             main([*command, "--weights_only", "false"])
 
 
-@pytest.mark.skipif("weights_only" not in inspect.signature(Trainer.fit).parameters, reason="Lightning before 2.6")
 def test_weights_only_of_the_trainer_is_used(trained, trainer):
     checkpoint = trained(WithHyperparameters(Path("data")))
     module = WithHyperparameters(Path("data"))
@@ -153,7 +151,7 @@ def test_files_that_are_no_checkpoints(content, tmp_path):
 
 
 def test_a_checkpoint_with_the_bytes_of_experts(saved, tmp_path):
-    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("transformers")
     from tests.experts.test_experts import made, qwen3_moe
 
     lit = Lit(made(qwen3_moe))

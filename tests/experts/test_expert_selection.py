@@ -10,7 +10,7 @@ from lightning_qlora.selection.selection import select_layers
 from tests.experts.test_experts import MODELS, made, qwen3_moe
 from tests.toys import expert_stacks
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers")
 
 
 def choose(model, r=2, **arguments):

@@ -13,7 +13,7 @@ from lightning_qlora.tools.activations import _LivingTensors
 from tests.experts.test_experts import SMALL, architecture, dbrx, gpt_oss, jetmoe, llama4, made, outputs, qwen3_moe
 from tests.toys import assert_equal, expert_stacks, needs, perturb
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers")
 
 
 mixtral, deepseek_v3 = map(architecture, ("mixtral", "deepseek_v3"))

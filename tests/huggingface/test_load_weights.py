@@ -25,12 +25,10 @@ from lightning_qlora.survey.provenance import LOADED_TENSOR
 from lightning_qlora.tensors.dtensor import gather, reshard
 from tests.conftest import ROOT, launch, raises_before_teardown, tensors
 from tests.experts.test_experts import gpt_oss, made
-from tests.toys import ARGUMENTS, Lit, converted, needs, perturb, save_in_4_bits, toy
+from tests.toys import ARGUMENTS, Lit, converted, perturb, save_in_4_bits, toy
 
 transformers = pytest.importorskip("transformers")
 from tests.experts.test_experts import qwen3_moe  # noqa: E402
-
-pytestmark = needs("transformers", "5.3", "reads all weights before")
 
 
 def check_equal(sharded, alone):
@@ -67,7 +65,6 @@ def check_same_start(sharded, alone):
     assert sharded["trains"] == alone["trains"] and sharded["fingerprints"] == alone["fingerprints"]
 
 
-@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
 @pytest.mark.parametrize("place", range(len(GIVEN)), ids=["dora", "calibrated"])
 def test_one_rank_has_the_bytes_and_losses_of_no_strategy(place, models, alone, one_rank):
     from tests.scripts import load_weights
@@ -77,7 +74,6 @@ def test_one_rank_has_the_bytes_and_losses_of_no_strategy(place, models, alone, 
     assert sharded["losses"] == pytest.approx(alone[place]["losses"], rel=1e-6) and len(alone[place]["losses"]) == 3
 
 
-@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
 def test_two_ranks_have_the_bytes_and_losses_of_one_device(models, alone):
     from tests.scripts.load_weights import load
 

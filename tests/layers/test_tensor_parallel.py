@@ -15,7 +15,7 @@ from lightning_qlora import QLoRAPrecision, convert
 from lightning_qlora.tensors.dtensor import gather
 from tests.conftest import ROOT, launch
 from tests.experts.test_experts import qwen3_moe
-from tests.toys import needs, toy
+from tests.toys import toy
 
 transformers = pytest.importorskip("transformers")
 from tests.scripts.tensor_parallel_training import fit  # noqa: E402
@@ -35,7 +35,6 @@ def test_two_ranks_train_as_one_device_does(tmp_path, monkeypatch):
         assert "experts in 4 bits can't be split over ranks" in rank["experts"]
 
 
-@needs("transformers", "5.16", "DistributedConfig has no fsdp_size before")
 @pytest.mark.slow
 def test_four_ranks_with_fsdp_as_well_have_the_bytes_and_losses_of_one_device(tmp_path):
     toy("llama", attention_bias=True, hidden_size=128).save_pretrained(tmp_path / "llama")

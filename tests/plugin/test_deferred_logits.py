@@ -77,7 +77,7 @@ def model(name):
     if name == "plain":
         torch.manual_seed(0)
         return Plain()
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip("transformers")
     from tests.architectures.models import configuration
 
     config = configuration(name)

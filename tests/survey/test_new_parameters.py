@@ -11,7 +11,7 @@ from torch import nn
 from lightning_qlora import QLoRALinear, QLoRAPrecision, convert, load_from_checkpoint, merge, save_adapter
 from lightning_qlora.conversion.notes import LARGE
 from tests.conftest import make_trainer
-from tests.toys import BERT, LLAMA, Lit, ids, needs, toy
+from tests.toys import BERT, LLAMA, Lit, ids, toy
 
 transformers = pytest.importorskip("transformers")
 LABELS = 40  # so many that a head of rank 2 would be smaller than the layer
@@ -66,10 +66,6 @@ def test_the_parts_of_a_larger_head_train_and_peft_trains_the_same():
     assert {n.replace(".modules_to_save.default", "").removeprefix("model.") for n in trained} == ours
 
 
-keeps_record = needs("transformers", "5.0", "4 keeps no such record")
-
-
-@keeps_record
 @pytest.mark.parametrize("streamed", [False, True])
 def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     toy("llama").save_pretrained(tmp_path / "llama")
@@ -89,7 +85,6 @@ def test_layers_that_the_load_reported_as_new_train_in_full(tmp_path, streamed):
     assert "output embedding" in plugin.report.skipped["model.lm_head"]
 
 
-@keeps_record
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "vit"])  # a part of a ViT has parameters beside its modules
 def test_merged_layers_of_a_loaded_model_are_not_new(tmp_path, kind):
     from tests.architectures.models import build

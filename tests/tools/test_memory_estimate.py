@@ -199,7 +199,7 @@ def fails(capfd, *arguments, **choices):
 
 
 def test_an_error_of_a_model_is_one_line_that_says_what_to_do(tmp_path, capfd):
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip("transformers")
     for name in ("bert", "llama", "gpt2"):
         too_long = fails(capfd, toy(name).config, sequence_length=65)
         assert "sequence_length=65" in too_long and "has 64 positions" in too_long
@@ -214,7 +214,7 @@ def test_an_error_of_a_model_is_one_line_that_says_what_to_do(tmp_path, capfd):
 
 def test_a_model_that_reads_values_while_it_is_built():
     """ViT calls `linspace(...).item()` in its constructor, which fails on tensors without data."""
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
     )
@@ -225,7 +225,7 @@ def test_a_model_that_reads_values_while_it_is_built():
 
 
 def test_a_config_of_text_and_images_stands_for_the_whole_model():
-    transformers = pytest.importorskip("transformers", minversion="5.3")
+    transformers = pytest.importorskip("transformers")
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "layer_types": ["full_attention"] * 2}
     vision = {"hidden_size": 64, "intermediate_size": 128, "depth": 2, "num_heads": 4, "out_hidden_size": 64}
@@ -298,7 +298,7 @@ MIXTURE = {**LLAMA, **SPECIAL, "num_hidden_layers": 1, "num_local_experts": 4}
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_mixtures_of_experts_are_counted(dtype):
     """The peak of such a small model is not all saved tensors."""
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(**MIXTURE, dtype=dtype)
     estimate = estimate_memory(config, 2, 16, device="cpu", **ARGUMENTS)
     assert estimate.counted_activations
@@ -314,7 +314,7 @@ def test_mixtures_of_experts_are_counted(dtype):
 
 
 def test_dense_experts_in_fp32():
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip("transformers")
     mixture = transformers.MixtralConfig(**MIXTURE, dtype="float32")
     estimate = estimate_memory(mixture, 1, 16, target_modules=["q_proj"], **ARGUMENTS)
     assert estimate.counted_activations

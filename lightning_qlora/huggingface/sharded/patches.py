@@ -16,8 +16,7 @@ def load_without_data(original: Any, *args: Any, **kwargs: Any) -> Any:
     Removed by: from_pretrained returning a model whose values are read later.
     """
     arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-    quantizer: Any = getattr(arguments.get("load_config"), "hf_quantizer", None)  # transformers 4 has no load_config
-    later = getattr(quantizer, "later", None)
+    later = getattr(arguments["load_config"].hf_quantizer, "later", None)
     if later is None:
         return original(*args, **kwargs)
     return later.load(original, arguments)  # without_data.py

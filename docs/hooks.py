@@ -1,5 +1,6 @@
 """Hooks of mkdocs, named in mkdocs.yml."""
 
+import ast
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,12 @@ def on_config(config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Add the docstrings of all public names to api.md, in the order of its table. On GitHub they would be `:::`."""
+    """Add the docstrings of all public names to api.md, in the order of its table. On GitHub they would be `:::`.
+
+    And those of the changes to other packages to patches.md.
+    """
+    if page.file.src_uri == "patches.md":
+        return markdown + "".join(changes())
     if page.file.src_uri != "api.md":
         return markdown
     first_cells = re.findall(r"^\| (`[A-Za-z].*?) \|", markdown.partition("## Public names")[2], re.M)
@@ -72,6 +78,21 @@ def pages_of(nav: Any) -> Iterator[tuple[str, str]]:
                 yield title, target
             else:
                 yield from pages_of(target)
+
+
+def changes() -> Iterator[str]:
+    """A section for each function of the files named patches.py."""
+    package = Path(lightning_qlora.__file__).parent
+    for file in sorted(package.rglob("patches.py")):
+        for node in ast.parse(file.read_bytes()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                text = re.sub(
+                    r"^(Upstream|Supported ways tried|Removed by):",
+                    r"\n**\1:**",
+                    ast.get_docstring(node) or "",
+                    flags=re.M,
+                )
+                yield f"\n## {node.name}\n\n`{file.relative_to(package).as_posix()}`\n\n{text}\n"
 
 
 def directive(name: str) -> str:

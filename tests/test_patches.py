@@ -1,7 +1,6 @@
 """Objects of other libraries are changed in files named patches.py only, and each change there says why."""
 
 import ast
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,12 +80,6 @@ def test_every_patch_names_its_upstream_file_and_what_would_remove_it(file):
         assert "Upstream:" in text, name
         assert ".py" in text, name
         assert "Removed by:" in text, name
-
-
-def test_the_page_of_patches_lists_each_one_once():
-    page = (PACKAGE.parent / "docs" / "patches.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
-    assert sorted(listed) == sorted(name for file in PATCHES for name in patches_in(file))
 
 
 def test_a_function_is_wrapped_once_however_often_the_patch_is_applied():

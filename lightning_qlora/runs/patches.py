@@ -1,6 +1,6 @@
 """Changes to code and objects of Lightning and torch that training needs, where they offer no hook.
 
-docs/patches.md says what each one changes, and why. None has an effect on a run without the plugin or our layers.
+None has an effect on a run without the plugin or our layers.
 """
 
 from contextlib import nullcontext

@@ -50,7 +50,6 @@ def save_adapter(
         ```python
         from lightning_qlora import convert, save_adapter
         from torch import nn
-    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         convert(model, r=4)

@@ -77,7 +77,7 @@ def _random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def load_ours(folder: str, gradient_checkpointing: bool | str = True) -> Step:
-    """As in docs/fabric.md: the model is quantized while transformers reads it."""
+    """As in docs/trainer.md: the model is quantized while transformers reads it."""
     from lightning.fabric import Fabric
     from transformers import AutoModelForCausalLM
 

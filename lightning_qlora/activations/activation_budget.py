@@ -122,6 +122,8 @@ class ActivationBudget:
         memory = memory_of(x.device, begins=self._begin is None)
         if memory is None:
             return
+        if x.device.type == "cpu" and self._begin is not None:  # later RSS has what glibc keeps of freed activations
+            memory = memory._replace(used=self._begin[0].used)
         self._begin = memory, x.numel()
         if self.rest is not None:
             growth = max(1.0, x.numel() / max(self._elements, 1))  # logits grow with the input

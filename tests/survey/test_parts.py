@@ -113,8 +113,7 @@ def test_an_average_of_the_floats_of_state_dicts_of_a_part_has_its_base(decay, d
 
 
 def test_an_average_of_bytes_says_what_to_leave_out():
-    one, other = (build(seed=seed).encoder.state_dict() for seed in (0, 3))
-    mean = {key: value * 0.5 + other[key] * 0.5 for key, value in one.items()}
+    mean = {key: value * 0.9 for key, value in build().encoder.state_dict().items()}
     with pytest.raises(ValueError, match="Code that averages state dicts has to leave out what is not floating point"):
         build().encoder.load_state_dict(mean)
 

@@ -7,7 +7,6 @@ from typing import get_args
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_qlora.adapters.adapter import Adapter, State
 from lightning_qlora.adapters.base_compatibility import Quantization, required_base
@@ -96,12 +95,12 @@ def _warnings(parts: Parts, adapter: Adapter) -> Iterator[str]:
             f"The folder does not get the buffers that training changed: {first_of(changed, 3)}. A Lightning "
             f"checkpoint has them; or {TRAIN_IN_FULL}."
         )
-    layers = [name for name, layer in base.layers.items() if issubclass(type(layer), NonDynamicallyQuantizableLinear)]
+    layers = [name for name, layer in base.layers.items() if layer.weight_was_read]
     if layers:
         yield (
-            f"PEFT would load the adapters of {len(layers)} layers of this {kind} ({first_of(layers, 3)}), but not use "
-            "them: nn.MultiheadAttention reads the weight of its out_proj and does not call it. Merge the adapter, or "
-            "load the folder with lightning_qlora (adapter=FOLDER)."
+            f"PEFT adds an adapter where its layer is called. Other code read the weights of {len(layers)} layers of "
+            f"this {kind} ({first_of(layers, 3)}): where it computes with them instead, as nn.MultiheadAttention does, "
+            "merge the adapter, or load the folder with lightning_qlora (adapter=FOLDER)."
         )
 
 

@@ -56,6 +56,7 @@ class LoRALayer(WithAdapter, PackedLayer):
     input_observer: Any = None  # sees the inputs until the adapter is computed from them; in most layers None
     # A and B at the start, in host memory; None if training began with B = 0, or from values of another module.
     initial: tuple[Tensor, Tensor] | None = None
+    weight_was_read: bool = False  # by other code, as in `nn.MultiheadAttention`: PEFT's adapters act on calls alone
 
     def without_weight(self) -> "LoRALayer":
         layer = LoRALayer()
@@ -194,6 +195,8 @@ class LoRALayer(WithAdapter, PackedLayer):
         base = ops.dequantize(matrix.weight, self.weight_dtype)
         if self._qlora_disabled:
             return base
+        if not torch.compiler.is_compiling():
+            self.__dict__["weight_was_read"] = True  # faster than nn.Module's __setattr__
         return round_stochastically(matrix.effective(self, base.float()), self.weight_dtype)
 
     def compute(self, x: Tensor, matrix: Any, bias: Tensor | None, rank: int = 0) -> Tensor:

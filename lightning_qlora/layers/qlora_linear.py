@@ -143,6 +143,8 @@ class QLoRALinear(Derived, SavedLayer, nn.Linear):
 
     def linear_by_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What `F.linear(x, layer.weight, bias)` computes."""
+        # A plan of transformers (tp_plan) replaces the layer's `forward` by one that calls nn.Linear's.
+        self.__dict__["weight_was_read"] = "forward" not in self.__dict__
         return self.linear(x, bias)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

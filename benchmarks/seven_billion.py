@@ -2,9 +2,10 @@
 
     python -m benchmarks.seven_billion [--folder FOLDER] [--size 7b] [--steps 3] [--threads 2] [--write]
 
-The model has the shape of LLaMA 7B (or 13B) and random weights, which this script writes to FOLDER as bf16 safetensors
-shards (13.5 or 26 GB) if they are not there. Each variant is loaded as its guide says, with rank 16, gradient
-checkpointing, AdamW and one batch of 512 tokens. One process for each variant; they take turns, one load or step each.
+The model has the shape of LLaMA 7B (or 13B; or OpenLLaMA 3B, where LoRA in 16 bits is measured too) and random weights,
+which this script writes to FOLDER as bf16 safetensors shards (13.5, 26, 6.9 GB) if they are not there. Each variant is
+loaded as its guide says, with rank 16, gradient checkpointing, AdamW and one batch of 512 tokens. One process for each
+variant; they take turns, one load or step each.
 
 Memory is anonymous memory (RssAnon): without the pages of files, which the system can drop. "resident" counts them
 (what `top` shows).
@@ -29,6 +30,7 @@ from benchmarks import measure, peers
 from benchmarks.processes import steps_in_turns
 
 SHAPES = {
+    "3b": {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -40,6 +42,7 @@ RANK = 16
 RATE = 2e-4
 LIMITED = f"{peers.OURS}, gradient_checkpointing=12GB"
 VARIANTS = (peers.OURS, peers.BNB)  # LIMITED if it is named
+THREE = (*VARIANTS, peers.DENSE)  # of 3b: all fit in 24 GB together
 
 Step = Callable[[Tensor], float]
 
@@ -102,7 +105,7 @@ def load_ours(folder: str, gradient_checkpointing: bool | str = True) -> Step:
 
 def load_peft(folder: str) -> Step:
     """As in PEFT's guide (docs/source/developer_guides/quantization.md)."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -113,9 +116,26 @@ def load_peft(folder: str) -> Step:
     )
     model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map="cpu")
     model = prepare_model_for_kbit_training(model)
-    model = get_peft_model(
-        model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    ).train()
+    return _peft_step(model)
+
+
+def load_dense(folder: str) -> Step:
+    """LoRA in 16 bits by PEFT, which casts the adapters to fp32."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for weight in model.parameters():
+        weight.data = weight.data.clone()  # the pages of a mapped file would not count as anonymous memory
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    return _peft_step(model)
+
+
+def _peft_step(model: Any) -> Step:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
     def step(tokens: Tensor) -> float:
@@ -132,6 +152,7 @@ LOADERS: dict[str, Callable[[str], Step]] = {
     peers.OURS: load_ours,
     LIMITED: partial(load_ours, gradient_checkpointing="12GB"),
     peers.BNB: load_peft,
+    peers.DENSE: load_dense,
 }
 
 
@@ -213,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(SHAPES), default="7b")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--variants", nargs="+", choices=LOADERS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=LOADERS, help="two, and LoRA in 16 bits for 3b")
     parser.add_argument("--write", action="store_true", help="keep the JSON and refresh docs/benchmarks.md")
     parser.add_argument("--variant", choices=LOADERS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -227,11 +248,12 @@ def main(arguments: list[str] | None = None) -> None:
         results = steps_in_turns(
             "benchmarks.seven_billion",
             ["--folder", str(folder), "--threads", str(options.threads)],
-            options.variants,
+            options.variants or (THREE if options.size == "3b" else VARIANTS),
             1 + options.steps,
             options.threads,
         )
-    measure.publish("seven_billion", {"size": options.size, "variants": results}, report(results), options.write)
+    name = "seven_billion" if options.size == "7b" else f"seven_billion --size {options.size}"
+    measure.publish(name, {"size": options.size, "variants": results}, report(results), options.write)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A 4-bit layer with few rows of input on the CPU, forward, beside the dense layer with the same decoded weight.
 
     python -m benchmarks.few_rows [--threads 1] [--rounds 15] [--rows 1 2 4 8 16 32 64] [--shapes 4096x11008 2048x2048]
-                                  [--types bfloat16 float32] [--quant-type nf4] [--block-size 64] [--write]
+                                  [--types bfloat16 float32] [--quant-type nf4] [--block-size 64]
 
 The layers have no adapter. A call goes through several layers of one shape, whose dense weights together are larger
 than most L3 caches: in a model, a weight is not in the cache when its layer runs. "Decoded first" is what the package
@@ -69,7 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--types", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--quant-type", default="nf4")
     parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--write", action="store_true", help="keep the JSON and refresh docs/benchmarks.md")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     results = {}
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{eager.path()}; {options.quant_type}, blocks of {options.block_size}; medians of the ratios of a round:\n\n"
         + measure.table(heads, lines)
     )
-    measure.publish("few_rows", {"seconds": results}, markdown, options.write)
+    measure.publish("few_rows", {"seconds": results}, markdown, write=False)
 
 
 if __name__ == "__main__":

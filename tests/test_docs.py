@@ -36,13 +36,6 @@ def test_every_function_that_is_named_exists():
     assert not missing
 
 
-def test_every_test_that_compatibility_names_exists():
-    page = (PACKAGE.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`([\w/]+/test_\w+\.py)`", page))
-    assert len(named) > 8
-    assert not [name for name in named if not (PACKAGE.parent / "tests" / name).is_file()]
-
-
 def test_every_file_that_the_readme_links_to_exists():
     root = PACKAGE.parent
     pages = (root / "README.md").read_text(encoding="utf-8")  # full addresses: a package index shows the page too

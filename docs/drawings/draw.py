@@ -56,6 +56,26 @@ def weight() -> str:
     return svg(132, *parts, label="A weight becomes 4-bit codes, 8-bit scales and fp32 scales of the scales")
 
 
+def layers() -> str:
+    """Which part of a pretrained module becomes what."""
+    rows = [
+        ("linear layers, pretrained", "experts of a mixture too", BLUE, "4 bits, frozen", "+ an adapter that trains"),
+        ("new parts: a head,", "a decoder, a projector", ORANGE, "train in full,", "kept in fp32"),
+        ("embeddings, norms,", "convolutions, pretrained", PLAIN, "frozen, in", "their type"),
+        ("what the module froze:", "a teacher, a tower", PLAIN, "as it is", ""),
+        ("modules_to_save, and single", "rows: trainable_token_indices", ORANGE, "train", "in full"),
+    ]
+    parts = [text(112, 18, "in your module"), text(368, 18, "after conversion")]
+    for i, (first, second, color, *becomes) in enumerate(rows):
+        top = 28 + 54 * i
+        parts.append(box(8, top, 216, PLAIN, first, second))
+        parts.append(arrow(224, top + 23, 261, top + 23))
+        parts.append(box(264, top, 208, color, *filter(None, becomes), height=46))
+    return svg(
+        300, *parts, label="Which part of a pretrained module becomes what: in 4 bits, trained in full, or frozen"
+    )
+
+
 def batch() -> str:
     """The path of a batch through one layer."""
     parts = [
@@ -284,7 +304,7 @@ def stops(name: str) -> str:
     return svg(62 * len(STOPS[name]) + 2, *parts, label=f"A {title}: {len(STOPS[name])} stops, each a file and a name")
 
 
-SHAPES = (nf4, weight, batch, gradient, rounding, pages, step, strategy, logo)
+SHAPES = (nf4, weight, layers, batch, gradient, rounding, pages, step, strategy, logo)
 DRAWINGS = {drawing.__name__: drawing for drawing in (*SHAPES, *charts.CHARTS)}
 DRAWINGS |= {name: partial(stops, name) for name in STOPS}
 

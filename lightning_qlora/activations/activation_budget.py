@@ -104,10 +104,6 @@ class ActivationBudget:
             node.register_prehook(_Call(self, size, x.device))
         return output
 
-    def size_of(self, block: nn.Module) -> int:
-        """Bytes that a block kept when it was measured; 0: it was not."""
-        return self._sizes.get(block, (None, 0))[1]
-
     def _recomputed(self, forward: Any, args: Any, kwargs: Any, x: Tensor, on_device: bool = False) -> Any:
         recompute = recomputed if on_device else self.host.recomputed
         return recompute(in_tiles(forward) if is_long(x) else forward, args, kwargs)

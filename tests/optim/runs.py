@@ -1,5 +1,8 @@
 """Lightning runs that tests and the two-process script share."""
 
+import os
+import shutil
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -7,6 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.conftest import make_trainer
 from tests.optim.stand_in import assert_all_paged
+
+# torchao compiles its step by torch.compile.
+HAS_CXX = shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def data():

@@ -7,7 +7,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 import lightning_qlora
 from lightning_qlora import QLoRAPrecision
 from lightning_qlora.optim.paged_state import tensors_in
-from tests.optim.runs import Regression, fit, parameters
+from tests.optim.runs import HAS_CXX, Regression, fit, parameters
 from tests.optim.stand_in import assert_all_paged
 from tests.optim.test_optimizer_pages import assert_equal_parameters, attached, model, train
 from tests.toys import assert_equal
@@ -28,7 +28,8 @@ class ReadToCPU(TorchCheckpointIO):
         return super().load_checkpoint(path, "cpu", weights_only)
 
 
-KINDS = pytest.mark.parametrize("kind", [of_torchao, of_bitsandbytes])
+NEEDS_CXX = pytest.mark.skipif(not HAS_CXX, reason="no C++ compiler")
+KINDS = pytest.mark.parametrize("kind", [pytest.param(of_torchao, marks=NEEDS_CXX), of_bitsandbytes])
 
 
 @KINDS
